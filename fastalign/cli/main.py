@@ -1,0 +1,59 @@
+"""`fastalign COMMAND`: finds the command's module, and turns a caller's mistake into one line.
+
+Each command is one module of this package with `main(argv) -> exit code`. It is imported only when
+it is called, so `fastalign doctor` starts without loading transformers.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "sft": ("fastalign.cli.sft", "fine-tune a model on demonstrations"),
+    "dpo": ("fastalign.cli.dpo", "align a model with preference pairs (DPO and its relatives)"),
+    "generate": ("fastalign.cli.generate", "sample completions of a file of prompts"),
+    "label": ("fastalign.cli.label", "turn sampled completions into preference pairs by a reward"),
+    "eval": ("fastalign.cli.evaluate", "accuracy on pairs; reward and KL of fresh samples"),
+    "report": ("fastalign.cli.report", "write one report.html for one or more run folders"),
+    "data": ("fastalign.cli.data", "check a data file: counts, lengths, every fault by line"),
+    "new-model": ("fastalign.cli.new_model", "make a tokenizer and a small model from scratch"),
+    "doctor": ("fastalign.cli.doctor", "which backends are usable here, and why not"),
+}
+
+
+def usage() -> str:
+    """The text that `fastalign --help` prints."""
+    width = max(len(name) for name in COMMANDS)
+    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    return "\n".join(["usage: fastalign COMMAND [--help]", "", *lines])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs one command; returns its exit code: 0 done, 2 the caller's mistake, in one line."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] in ("-V", "--version"):
+        from importlib.metadata import version
+
+        print(f"fastalign {version('fastalign')}")
+        return 0
+    if argv[0] not in COMMANDS:
+        known = ", ".join(COMMANDS)
+        print(f"fastalign: unknown command {argv[0]!r}; expected one of {known}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(COMMANDS[argv[0]][0])
+    try:
+        return int(module.main(list(argv[1:])))
+    except (ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        if os.environ.get("FASTALIGN_DEBUG"):
+            raise
+        text = " ".join(str(error).split())
+        print(f"fastalign {argv[0]}: {text}", file=sys.stderr)
+        return 2
+
+
+def console() -> None:
+    """Entry point of the `fastalign` script and of `python -m fastalign`."""
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Accuracy, reward, KL to the reference, and the report."""
