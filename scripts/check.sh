@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Every check that needs no run: lint, format, types, layers, native sources' format.
+set -euo pipefail
+FASTALIGN_EXTRAS=dev
+. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+
+ruff check .
+ruff format --check .
+mypy
+lint-imports
+find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --dry-run --Werror

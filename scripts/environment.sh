@@ -1,0 +1,26 @@
+# Sourced by the other scripts: makes .venv once, installs fastalign with the tested versions.
+# FASTALIGN_VENV and PYTHON choose another folder and interpreter; FASTALIGN_EXTRAS the extras.
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+PYTHON=${PYTHON:-python3}
+FASTALIGN_VENV=${FASTALIGN_VENV:-.venv}
+
+if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "fastalign needs Python 3.11 or newer; '$PYTHON' is $("$PYTHON" --version 2>&1). Set PYTHON=..." >&2
+    exit 2
+fi
+
+# The stamp holds what was installed, so that a second call starts at once and a changed pin does not.
+stamp="$FASTALIGN_VENV/.fastalign-installed"
+wanted=$(cat pyproject.toml setup.py constraints.txt csrc/*.* csrc/*/*.* | cksum; echo "${FASTALIGN_NATIVE:-1} ${FASTALIGN_EXTRAS:-}")
+if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
+    echo "Installing into $FASTALIGN_VENV (once; a few minutes)"
+    [ -x "$FASTALIGN_VENV/bin/python" ] || "$PYTHON" -m venv "$FASTALIGN_VENV"
+    # torch first and pinned: no later step may replace it by another build.
+    "$FASTALIGN_VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+    "$FASTALIGN_VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+        -e ".${FASTALIGN_EXTRAS:+[$FASTALIGN_EXTRAS]}"
+    printf '%s' "$wanted" > "$stamp"
+fi
+export PATH="$PWD/$FASTALIGN_VENV/bin:$PATH"
+case "$FASTALIGN_VENV" in /*) export PATH="$FASTALIGN_VENV/bin:$PATH" ;; esac

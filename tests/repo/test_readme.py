@@ -1,0 +1,65 @@
+"""The README's promises are run: its Python, its commands' options, its tree, its links."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from fastalign.cli.main import COMMANDS
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+OPTIONS = (Path(__file__).parent / "command_line_options.txt").read_text().splitlines()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    joined = "\n".join(blocks("bash")).replace("\\\n", " ")
+    return [line for line in joined.splitlines() if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0][:50])
+def test_python_in_the_readme_runs(code: str) -> None:
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_readme_shows_python_and_commands() -> None:
+    assert len(blocks("python")) >= 2
+    assert len([line for line in commands() if "fastalign" in line]) >= 6
+
+
+@pytest.mark.parametrize("line", commands())
+def test_a_command_in_the_readme_has_only_options_that_exist(line: str) -> None:
+    words = shlex.split(line, comments=True)
+    if words[0].startswith("./scripts/"):
+        assert (ROOT / words[0]).is_file()
+        return
+    if "fastalign" not in words:
+        return
+    words = words[words.index("fastalign") + 1 :]
+    command = words[0]
+    assert command in COMMANDS
+    prefix = f"{command} {words[1]}" if command == "data" else command
+    for word in words[1:]:
+        if word.startswith("--"):
+            assert f"{prefix} {word.split('=')[0]}" in OPTIONS, f"no such option: {line}"
+
+
+def test_the_readme_tree_is_the_tree() -> None:
+    tree = next(block for block in blocks("text") if block.startswith("csrc/"))
+    named = [line.split()[0] for line in tree.splitlines() if line.strip()]
+    assert [name for name in named if not (ROOT / name).exists()] == []
+    package = {p.name for p in (ROOT / "fastalign").iterdir() if (p / "__init__.py").is_file()}
+    shown = {name.split("/")[1] for name in named if name.startswith("fastalign/")}
+    assert package - shown == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
