@@ -1,0 +1,89 @@
+"""Times functions side by side: interleaved, median and spread, peak memory of each alone."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One function's times over all rounds, and its peak memory.
+
+    Attributes:
+        milliseconds: median of the rounds.
+        spread: (slowest - fastest) / median.
+        peak_bytes: most memory in use during one call beyond what was in use before it: the CUDA
+            allocator's peak, or on a CPU the process's peak resident size; None where the system
+            cannot tell.
+    """
+
+    milliseconds: float
+    spread: float
+    peak_bytes: int | None
+
+
+def resident_bytes(field: str) -> int:
+    """`VmRSS` (now) or `VmHWM` (peak since the last reset) of this process, on Linux."""
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(f"/proc/self/status has no {field}")
+
+
+def peak_bytes(function: Callable[[], object], device: str) -> int | None:
+    """Peak memory of one call beyond what was in use before it."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        function()
+        torch.cuda.synchronize()
+        return int(torch.cuda.max_memory_allocated() - before)
+    if not CLEAR_REFS.exists():
+        return None
+    CLEAR_REFS.write_text("5", encoding="ascii")  # resets the kernel's high-water mark
+    before = resident_bytes("VmRSS")
+    function()
+    return resident_bytes("VmHWM") - before
+
+
+def seconds(function: Callable[[], object], device: str) -> float:
+    """Wall-clock seconds of one call, the device's queue drained on both sides."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def measure(
+    functions: Mapping[str, Callable[[], object]], device: str, *, num_rounds: int
+) -> dict[str, Measurement]:
+    """Measures each function, one call of each a round, so that all meet the same machine.
+
+    Args:
+        functions: name to a call without arguments.
+        device: `cpu` or `cuda`.
+        num_rounds: timed calls of each function, after one call to warm up.
+    """
+    peaks = {name: peak_bytes(function, device) for name, function in functions.items()}
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(num_rounds):
+        for name, function in functions.items():
+            times[name].append(seconds(function, device))
+    return {
+        name: Measurement(
+            milliseconds=1e3 * statistics.median(values),
+            spread=(max(values) - min(values)) / statistics.median(values),
+            peak_bytes=peaks[name],
+        )
+        for name, values in times.items()
+    }
