@@ -1,0 +1,20 @@
+"""fastalign: align language models with human preferences, on fused log-prob kernels.
+
+The drop-in functions are here; `fastalign.losses` holds the formulas, `fastalign.ops` the operations,
+`fastalign.trainers` what `fastalign sft` and `fastalign dpo` run.
+"""
+
+from fastalign.fused import (
+    fused_linear_dpo_loss,
+    fused_linear_preference_loss,
+    fused_linear_sft_loss,
+)
+from fastalign.ops import fused_linear_loss, linear_logprob
+
+__all__ = [
+    "fused_linear_dpo_loss",
+    "fused_linear_loss",
+    "fused_linear_preference_loss",
+    "fused_linear_sft_loss",
+    "linear_logprob",
+]

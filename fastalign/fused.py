@@ -1,0 +1,276 @@
+"""Drop-in fused losses: from hidden states to a loss, for a trainer of your own.
+
+Each is `fused_linear_loss` with a formula of `fastalign.losses`: exact, with the gradient computed in
+the forward, and without the (T, V) logits. For another preference loss, pass it to
+`fused_linear_preference_loss`; for another kind of loss, write a loss function for `fused_linear_loss`.
+
+Legend: T rows, V vocabulary, D hidden, R = 2B responses of B pairs: chosen, rejected, chosen, ...
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastalign.losses import PairLogprobs, dpo
+from fastalign.losses.chunk_losses import PairLoss, preference_loss_fn, sft_loss_fn
+from fastalign.ops.fused_linear_loss import fused_linear_loss
+from fastalign.ops.linear_arguments import LinearBackend
+
+__all__ = [
+    "PairLoss",
+    "fused_linear_dpo_loss",
+    "fused_linear_preference_loss",
+    "fused_linear_sft_loss",
+    "metric_means",
+    "preference_loss_fn",
+    "sft_loss_fn",
+]
+
+
+def metric_means(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Turns the summed metrics of a step into means, under the same names; counts stay counts.
+
+    Means are over pairs, but for `entropy` and `mean_token_accuracy`, which are over target tokens,
+    and `rewards/accuracies`, over pairs that are not ties. A mean over nothing is 0.
+    """
+    counts = {name: value for name, value in sums.items() if name.startswith("num_")}
+    means = dict(counts)
+    for name, value in sums.items():
+        if name in counts:
+            continue
+        if name in ("entropy", "mean_token_accuracy"):
+            count = counts["num_target_tokens"]
+        elif name == "rewards/accuracies":
+            count = counts["num_pairs"] - counts["num_ties"]
+        else:
+            count = counts["num_pairs"]
+        means[name] = value / count.clamp(min=1)
+    return means
+
+
+def fused_linear_sft_loss(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (T,) int64
+    *,
+    normaliser: float | Tensor | None = None,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float | Tensor = 1.0,  # or (T,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    compute_dtype: torch.dtype | None = None,
+    max_buffer_bytes: int | None = None,
+    backend: LinearBackend = "auto",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of a head, with its gradient in the forward.
+
+    Args:
+        hidden: Hidden states that predict `targets` (already shifted).
+        weight: The head's weight.
+        targets: Token ids; rows with `ignore_index` are left out of every product, for which a GPU
+            is waited for once.
+        normaliser: What the sum over tokens is divided by; None: the number of targets here.
+        bias: This and what follows: as in `fused_linear_loss`.
+        temperature: See there.
+        softcap: See there.
+        logit_scale: See there.
+        ignore_index: See there.
+        compute_dtype: See there.
+        max_buffer_bytes: See there.
+        backend: See there.
+
+    Returns:
+        The loss (), and the means of `metric_means`.
+
+    Raises:
+        ValueError: As `fused_linear_loss`.
+    """
+    rows = _TargetRows(hidden, targets, temperature, ignore_index)
+    if normaliser is None:
+        normaliser = float(max(rows.targets.shape[0], 1))
+    loss, sums = fused_linear_loss(
+        rows.hidden,
+        weight,
+        rows.targets,
+        None,
+        sft_loss_fn(normaliser=normaliser),
+        bias=bias,
+        temperature=rows.temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        compute_dtype=compute_dtype,
+        max_buffer_bytes=max_buffer_bytes,
+        backend=backend,
+    )
+    return loss, metric_means(sums)
+
+
+def fused_linear_preference_loss(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (T,) int64
+    cu_seqlens: Tensor | Sequence[int],  # (2B + 1,)
+    pair_loss: PairLoss,
+    reference_logprob: Tensor | None = None,  # (2B,)
+    *,
+    normaliser: float | Tensor | None = None,
+    tie: Tensor | None = None,  # (B,) bool
+    margin: Tensor | None = None,  # (B,)
+    beta: float = 0.1,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float | Tensor = 1.0,  # or (T,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    compute_dtype: torch.dtype | None = None,
+    max_buffer_bytes: int | None = None,
+    backend: LinearBackend = "auto",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Any preference loss of a head, with its gradient in the forward.
+
+    Args:
+        hidden: Hidden states that predict `targets` (already shifted).
+        weight: The head's weight.
+        targets: Token ids; rows with `ignore_index` (prompts, padding) are left out of every product,
+            for which a GPU is waited for once.
+        cu_seqlens: Row bounds of the sequences, in the order chosen, rejected, chosen, rejected, ...
+        pair_loss: From `PairLogprobs` of B pairs to losses (B,), for example
+            `lambda pairs: ipo_sum(*pairs.logprobs(), beta=0.1)`.
+        reference_logprob: The reference model's log-prob of each sequence; None for losses without.
+        normaliser: What the sum over pairs is divided by; None: the number of pairs here.
+        tie: Which pairs are ties.
+        margin: Passed on to `pair_loss`.
+        beta: The scale of the rewards in the metrics.
+        bias: This and what follows: as in `fused_linear_loss`.
+        temperature: See there.
+        softcap: See there.
+        logit_scale: See there.
+        ignore_index: See there.
+        compute_dtype: See there.
+        max_buffer_bytes: See there.
+        backend: See there.
+
+    Returns:
+        The loss (), and the means of `metric_means`.
+
+    Raises:
+        ValueError: As `fused_linear_loss`, or lengths that do not fit each other.
+    """
+    rows = _TargetRows(hidden, targets, temperature, ignore_index)
+    bounds = rows.bounds(cu_seqlens)
+    if normaliser is None:
+        normaliser = float(max((len(bounds) - 1) // 2, 1))
+    loss_fn = preference_loss_fn(
+        pair_loss,
+        bounds,
+        reference_logprob,
+        normaliser=normaliser,
+        tie=tie,
+        margin=margin,
+        beta=beta,
+    )
+    loss, sums = fused_linear_loss(
+        rows.hidden,
+        weight,
+        rows.targets,
+        bounds[::2],
+        loss_fn,
+        bias=bias,
+        temperature=rows.temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        compute_dtype=compute_dtype,
+        max_buffer_bytes=max_buffer_bytes,
+        backend=backend,
+    )
+    return loss, metric_means(sums)
+
+
+def fused_linear_dpo_loss(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (T,) int64
+    cu_seqlens: Tensor | Sequence[int],  # (2B + 1,)
+    reference_logprob: Tensor,  # (2B,)
+    *,
+    beta: float = 0.1,
+    normaliser: float | Tensor | None = None,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float | Tensor = 1.0,  # or (T,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    compute_dtype: torch.dtype | None = None,
+    max_buffer_bytes: int | None = None,
+    backend: LinearBackend = "auto",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """DPO (arXiv 2305.18290, eq. 7) of a head: `fused_linear_preference_loss` with `losses.dpo`.
+
+    The arguments are those of `fused_linear_preference_loss`; `beta` is the loss's.
+
+    Returns:
+        The mean loss (), and the means of `metric_means`.
+
+    Raises:
+        ValueError: As `fused_linear_preference_loss`.
+    """
+
+    def pair_loss(pairs: PairLogprobs) -> Tensor:
+        return dpo(*pairs.logprobs(), beta=beta)
+
+    return fused_linear_preference_loss(
+        hidden,
+        weight,
+        targets,
+        cu_seqlens,
+        pair_loss,
+        reference_logprob,
+        normaliser=normaliser,
+        beta=beta,
+        bias=bias,
+        temperature=temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        compute_dtype=compute_dtype,
+        max_buffer_bytes=max_buffer_bytes,
+        backend=backend,
+    )
+
+
+class _TargetRows:
+    """The rows that have a target, gathered: prompts and padding then cost no product."""
+
+    def __init__(
+        self, hidden: Tensor, targets: Tensor, temperature: float | Tensor, ignore_index: int
+    ) -> None:
+        self.hidden, self.targets, self.temperature = hidden, targets, temperature
+        self._num_rows = targets.shape[0]
+        mask = targets != ignore_index
+        kept = mask.nonzero().flatten()
+        self._mask: Tensor | None = None
+        if kept.numel() < self._num_rows == hidden.shape[0]:
+            self._mask = mask
+            self.hidden, self.targets = hidden.index_select(0, kept), targets[kept]
+            if isinstance(temperature, Tensor) and temperature.numel() == self._num_rows:
+                self.temperature = temperature[kept]
+
+    def bounds(self, cu_seqlens: Tensor | Sequence[int]) -> list[int]:
+        """Bounds of sequences among all rows, as bounds among the gathered ones."""
+        bounds = torch.as_tensor(cu_seqlens, dtype=torch.int64).cpu()
+        valid = bounds.ndim == 1 and bounds.numel() > 0
+        if not valid or int(bounds[0]) != 0 or int(bounds[-1]) != self._num_rows:
+            raise ValueError(
+                f"cu_seqlens: expected bounds from 0 to {self._num_rows} rows, got {bounds.tolist()}"
+            )
+        if bool((bounds.diff() < 0).any()):
+            raise ValueError(f"cu_seqlens: expected bounds that do not fall, got {bounds.tolist()}")
+        if self._mask is not None:
+            before = torch.nn.functional.pad(self._mask.long().cumsum(0), (1, 0)).cpu()
+            bounds = before[bounds]
+        listed: list[int] = bounds.tolist()
+        return listed

@@ -1,0 +1,42 @@
+"""Losses: one pure function a formula, per item and unreduced, torch only."""
+
+from fastalign.losses.pairs import PairLogprobs
+from fastalign.losses.preference import (
+    dpo,
+    dpo_davidson,
+    dpo_label_smoothed,
+    dpo_rao_kupper,
+    dpo_robust,
+    hinge,
+    ipo_sum,
+)
+from fastalign.losses.preference_length import (
+    dpo_length_normalised,
+    dpo_length_penalised,
+    ipo_mean,
+)
+from fastalign.losses.preference_reference_free import orpo, simpo
+from fastalign.losses.reward import bradley_terry, davidson, rao_kupper
+from fastalign.losses.segments import segment_sum
+from fastalign.losses.sft import negative_logprob
+
+__all__ = [
+    "PairLogprobs",
+    "bradley_terry",
+    "davidson",
+    "dpo",
+    "dpo_davidson",
+    "dpo_label_smoothed",
+    "dpo_length_normalised",
+    "dpo_length_penalised",
+    "dpo_rao_kupper",
+    "dpo_robust",
+    "hinge",
+    "ipo_mean",
+    "ipo_sum",
+    "negative_logprob",
+    "orpo",
+    "rao_kupper",
+    "segment_sum",
+    "simpo",
+]

@@ -1,0 +1,126 @@
+"""The formulas as functions of a chunk of tokens: what `fused_linear_loss` calls.
+
+B pairs, whose 2B responses lie in the order chosen, rejected, chosen, rejected, ...
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastalign.losses.pairs import PairLogprobs
+from fastalign.losses.segments import segment_sum
+from fastalign.losses.sft import negative_logprob
+from fastalign.ops.fused_linear_loss import LossFunction, TokenChunk
+
+PairLoss = Callable[[PairLogprobs], Tensor]
+
+
+def preference_loss_fn(
+    pair_loss: PairLoss,
+    response_bounds: Tensor | Sequence[int],  # (2B + 1,)
+    reference_logprob: Tensor | None,  # (2B,)
+    *,
+    normaliser: float | Tensor,
+    tie: Tensor | None = None,  # (B,) bool
+    margin: Tensor | None = None,  # (B,)
+    beta: float = 0.1,
+) -> LossFunction:
+    """A loss of preference pairs for `fused_linear_loss`, whose groups must be the pairs.
+
+    That is, `segments=response_bounds[::2]`. Chunks may hold any number of pairs.
+
+    Args:
+        pair_loss: From `PairLogprobs` of B pairs to losses (B,): `dpo(*pairs.logprobs(), beta=0.1)`.
+        response_bounds: Row bounds of the responses, in the order chosen, rejected, chosen, ...
+        reference_logprob: The reference model's log-prob of each response, or None.
+        normaliser: What the sum of pair losses is divided by: pairs of the *whole* step.
+        tie: Which pairs are ties; None: no pair is.
+        margin: Passed on to `pair_loss`.
+        beta: The scale of the rewards in the metrics.
+
+    Returns:
+        The loss function. Its metrics are sums: over pairs `logps/chosen`, `logps/rejected`,
+        `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (ties
+        left out of this one), counted by `num_pairs` and `num_ties`; over tokens `entropy`
+        and `mean_token_accuracy`, counted by `num_target_tokens`.
+
+    Raises:
+        ValueError: Lengths that do not fit each other.
+    """
+    bounds = torch.as_tensor(response_bounds, dtype=torch.int64)
+    num_responses = bounds.numel() - 1
+    if num_responses < 0 or num_responses % 2:
+        raise ValueError(
+            f"response_bounds: expected 2B + 1 bounds, an odd number, got {bounds.numel()}"
+        )
+    _check_length("reference_logprob", reference_logprob, num_responses)
+    _check_length("tie", tie, num_responses // 2)
+    _check_length("margin", margin, num_responses // 2)
+
+    def loss_fn(chunk: TokenChunk) -> tuple[Tensor, dict[str, Tensor]]:
+        pairs = slice(chunk.group_start, chunk.group_stop)
+        responses = slice(2 * chunk.group_start, 2 * chunk.group_stop)
+        device = chunk.logprob.device
+        local = (bounds[responses.start : responses.stop + 1] - chunk.row_start).to(device)
+        found = PairLogprobs.from_responses(
+            segment_sum(chunk.logprob, local),
+            None if reference_logprob is None else reference_logprob[responses].to(device),
+            segment_sum(chunk.is_target.float(), local).long(),
+            None if tie is None else tie[pairs].to(device),
+            None if margin is None else margin[pairs].to(device),
+        )
+        losses = pair_loss(found)
+        if losses.shape != found.policy_chosen_logprob.shape:
+            raise ValueError(
+                f"pair_loss: expected one loss for each of {found.tie.numel()} pairs, "
+                f"got {tuple(losses.shape)}"
+            )
+        metrics = {**_pair_metrics(found, beta), **_token_metrics(chunk)}
+        return losses.sum() / normaliser, metrics
+
+    return loss_fn
+
+
+def sft_loss_fn(*, normaliser: float | Tensor) -> LossFunction:
+    """The cross-entropy of all target tokens over `normaliser`, for `fused_linear_loss`.
+
+    Args:
+        normaliser: The number of target tokens of the *whole* step.
+
+    Returns:
+        The loss function. Its metrics are sums over tokens: `entropy`, `mean_token_accuracy`,
+        counted by `num_target_tokens`.
+    """
+
+    def loss_fn(chunk: TokenChunk) -> tuple[Tensor, dict[str, Tensor]]:
+        return negative_logprob(chunk.logprob).sum() / normaliser, _token_metrics(chunk)
+
+    return loss_fn
+
+
+def _check_length(name: str, value: Tensor | None, length: int) -> None:
+    if value is not None and value.shape != (length,):
+        raise ValueError(f"{name}: expected ({length},), got {tuple(value.shape)}")
+
+
+def _token_metrics(chunk: TokenChunk) -> dict[str, Tensor]:
+    return {
+        "entropy": chunk.entropy.sum(),
+        "mean_token_accuracy": chunk.is_argmax.to(chunk.logprob.dtype).sum(),
+        "num_target_tokens": chunk.is_target.sum(),
+    }
+
+
+def _pair_metrics(pairs: PairLogprobs, beta: float) -> dict[str, Tensor]:
+    chosen, rejected = pairs.implicit_rewards(beta)
+    return {
+        "num_pairs": torch.full((), pairs.tie.numel(), device=chosen.device),
+        "num_ties": pairs.tie.sum(),
+        "logps/chosen": pairs.policy_chosen_logprob.sum(),
+        "logps/rejected": pairs.policy_rejected_logprob.sum(),
+        "rewards/chosen": chosen.sum(),
+        "rewards/rejected": rejected.sum(),
+        "rewards/accuracies": ((chosen > rejected) & ~pairs.tie).to(chosen.dtype).sum(),
+        "rewards/margins": (chosen - rejected).sum(),
+    }

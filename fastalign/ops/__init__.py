@@ -1,0 +1,6 @@
+"""Operations on logits and hidden states; each is one function with explicit backends."""
+
+from fastalign.ops.fused_linear_loss import LossFunction, TokenChunk, fused_linear_loss
+from fastalign.ops.linear_logprob import linear_logprob
+
+__all__ = ["LossFunction", "TokenChunk", "fused_linear_loss", "linear_logprob"]

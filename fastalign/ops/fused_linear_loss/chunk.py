@@ -1,0 +1,27 @@
+"""What a loss function passed to `fused_linear_loss` receives."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenChunk:
+    """The rows row_start..row_stop of one call: the whole groups group_start..group_stop.
+
+    n = row_stop - row_start. Log-probs are float32 (float64 for float64 products) and require grad
+    wherever gradients are wanted; the rest is for metrics.
+    """
+
+    logprob: Tensor  # (n,), 0 where not a target
+    entropy: Tensor  # (n,), detached, in nats
+    is_argmax: Tensor  # (n,) bool: no logit is larger than the target's
+    is_target: Tensor  # (n,) bool: False where the target was ignore_index
+    row_start: int
+    row_stop: int
+    group_start: int
+    group_stop: int
+
+
+LossFunction = Callable[[TokenChunk], tuple[Tensor, dict[str, Tensor]]]

@@ -1,0 +1,253 @@
+"""The loss and its gradient in one sweep over chunks of whole groups.
+
+For each chunk: log-probs, then `loss_fn` under autograd on that small vector, which gives the coefficient
+of each token's log-prob, then the gradient products. Legend: T rows, V vocabulary, D hidden, G groups.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastalign.ops.fused_linear_loss.chunk import LossFunction, TokenChunk
+from fastalign.ops.linear_buffers import Buffers, Plan, plan_buffers
+from fastalign.ops.linear_head import RowStatistics, accumulation_dtype
+from fastalign.ops.linear_logprob import chunked
+from fastalign.ops.linear_logprob.chunked import Gradients, HeadInputs, Needs
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What decides the buffers' sizes, all but the number of rows."""
+
+    num_columns: int
+    compute_dtype: torch.dtype
+    device: torch.device
+    max_buffer_bytes: int | None
+    needs: Needs
+
+    def plan(self, num_rows: int) -> Plan:
+        """The buffers for a chunk of `num_rows`."""
+        return plan_buffers(
+            num_rows,
+            self.num_columns,
+            self.compute_dtype,
+            self.device.type,
+            self.max_buffer_bytes,
+            keep=self.needs.kept,
+            convert=self.needs.any,
+        )
+
+    def buffers(self, num_rows: int) -> tuple[Buffers, Tensor]:
+        """Scratch memory for a chunk, and a place for its brackets."""
+        plan = self.plan(num_rows)
+        buffers = Buffers(plan, self.num_columns, self.compute_dtype, self.device)
+        return buffers, buffers.new_kept(plan.kept_rows)
+
+    def rows_kept_whole(self, most: int) -> int:
+        """The largest chunk, of at most `most` rows, whose brackets can all be kept; at least 1."""
+        low, high = 1, max(most, 1)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.plan(middle).kept_rows >= middle:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+
+def group_chunks(bounds: Sequence[int], capacity: int) -> Iterator[tuple[int, int]]:
+    """Spans of consecutive groups with at most `capacity` rows; a larger group comes alone."""
+    num_groups = len(bounds) - 1
+    start = 0
+    while start < num_groups:
+        # the last bound within reach; groups without rows at the border go along
+        stop = bisect_right(bounds, bounds[start] + capacity) - 1
+        stop = max(min(stop, num_groups), start + 1)
+        yield start, stop
+        start = stop
+
+
+class _GradientHolder:
+    """The gradients that the forward computed, until the backward hands them on, once."""
+
+    def __init__(self, gradients: Sequence[Tensor | None]) -> None:
+        self._gradients: list[Tensor | None] | None = list(gradients)
+
+    def scaled(self, scale: Tensor) -> list[Tensor | None]:
+        """The gradients times `scale`, in place: the weight's is large, a copy would double it."""
+        if self._gradients is None:
+            raise RuntimeError(
+                "fused_linear_loss computes its gradient once, in the forward, and has handed it on: "
+                "call the function again to go backward a second time"
+            )
+        gradients, self._gradients = self._gradients, None
+        return [None if g is None else g.mul_(scale.to(g.dtype)) for g in gradients]
+
+
+class _GradientInForward(torch.autograd.Function):
+    """Gives the loss a backward that multiplies gradients already computed."""
+
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        loss: Tensor,
+        holder: _GradientHolder,
+        *leaves: Tensor | None,
+    ) -> Tensor:
+        ctx.holder = holder  # type: ignore[attr-defined]
+        ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in leaves]  # type: ignore[attr-defined]
+        return loss.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad_loss: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        gradients = ctx.holder.scaled(grad_loss)  # type: ignore[attr-defined]
+        dtypes = ctx.dtypes  # type: ignore[attr-defined]
+        cast = [
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip(gradients, dtypes, strict=True)
+        ]
+        return (None, None, *cast)
+
+
+def forward(
+    head: HeadInputs,
+    bounds: Sequence[int] | None,
+    loss_fn: LossFunction,
+    budget: Budget,
+    leaves: tuple[Tensor, Tensor, Tensor | None],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """loss () and metrics, with a backward that scales what was computed here.
+
+    Args:
+        head: The operands.
+        bounds: Row bounds of the groups on the host; None where every row is its own group.
+        loss_fn: The loss of a chunk.
+        budget: Sizes of the buffers.
+        leaves: hidden, weight and bias as the caller gave them, for autograd.
+    """
+    with torch.no_grad(), torch.autocast(head.hidden.device.type, enabled=False):
+        gradients = _new_gradients(head, budget, leaves[0])
+        loss, metrics = _sweep(head, bounds, loss_fn, budget, gradients)
+    if not budget.needs.any:
+        return loss, metrics
+    holder = _GradientHolder((gradients.hidden, gradients.weight, gradients.bias))
+    attached: Tensor = _GradientInForward.apply(loss, holder, *leaves)  # type: ignore[no-untyped-call]
+    return attached, metrics
+
+
+def _new_gradients(head: HeadInputs, budget: Budget, hidden: Tensor) -> Gradients:
+    dtype = accumulation_dtype(budget.compute_dtype)
+    # float16 could underflow before the caller's loss scaling reaches it
+    hidden_dtype = dtype if hidden.dtype == torch.float16 else hidden.dtype
+    needs, weight = budget.needs, head.weight
+    return Gradients(
+        torch.empty(hidden.shape, dtype=hidden_dtype, device=hidden.device)
+        if needs.hidden
+        else None,
+        weight.new_zeros(weight.shape, dtype=dtype) if needs.weight else None,
+        weight.new_zeros(weight.shape[0], dtype=dtype) if needs.bias else None,
+    )
+
+
+def _sweep(
+    head: HeadInputs,
+    bounds: Sequence[int] | None,
+    loss_fn: LossFunction,
+    budget: Budget,
+    gradients: Gradients,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    num_rows = head.hidden.shape[0]
+    spans, capacity = _spans(num_rows, bounds, budget)
+    loss = torch.zeros(
+        (), dtype=accumulation_dtype(budget.compute_dtype), device=head.hidden.device
+    )
+    metrics: dict[str, Tensor] = {}
+    shared: tuple[Buffers, Tensor] | None = None
+    for span in spans:
+        size = span[1] - span[0]
+        if size > capacity:
+            shared = None  # one oversized group has the whole budget to itself
+            memory = budget.buffers(size)
+        else:
+            shared = shared or budget.buffers(capacity)
+            memory = shared
+        chunk_loss, chunk_metrics = _chunk(head, span, loss_fn, budget.needs, memory, gradients)
+        loss += chunk_loss
+        for name, value in chunk_metrics.items():
+            metrics[name] = metrics[name] + value if name in metrics else value
+    return loss, metrics
+
+
+def _spans(
+    num_rows: int, bounds: Sequence[int] | None, budget: Budget
+) -> tuple[list[tuple[int, int, int, int]], int]:
+    """(row_start, row_stop, group_start, group_stop) of each chunk, and the rows of the largest.
+
+    Without a weight to train nothing large is kept, so all groups make one chunk.
+    """
+    num_groups = num_rows if bounds is None else len(bounds) - 1
+    if not budget.needs.kept:
+        return [(0, num_rows, 0, num_groups)], num_rows
+    capacity = budget.rows_kept_whole(num_rows)
+    if bounds is None:
+        starts = range(0, num_rows, capacity)
+        spans = [(s, min(s + capacity, num_rows), s, min(s + capacity, num_rows)) for s in starts]
+    else:
+        spans = [(bounds[a], bounds[b], a, b) for a, b in group_chunks(bounds, capacity)]
+    return spans or [(0, 0, 0, 0)], capacity
+
+
+def _chunk(
+    head: HeadInputs,
+    span: tuple[int, int, int, int],
+    loss_fn: LossFunction,
+    needs: Needs,
+    memory: tuple[Buffers, Tensor],
+    gradients: Gradients,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    start, stop = span[0], span[1]
+    rows = head.rows(start, stop)
+    buffers, place = memory
+    kept = place[: stop - start] if needs.kept else None
+    direction = None
+    if needs.direction:
+        dtype = accumulation_dtype(rows.hidden.dtype)
+        direction = torch.empty(rows.hidden.shape, dtype=dtype, device=rows.hidden.device)
+    read = chunked.forward(rows, buffers, kept=kept, direction=direction)
+    loss, metrics, coefficient = _differentiated(loss_fn, read, rows.ignored, span, needs.any)
+    if needs.any:
+        chunked.backward(
+            rows,
+            buffers,
+            gradients.rows(start, stop),
+            coefficient,
+            kept=kept,
+            direction=direction,
+        )
+    return loss, metrics
+
+
+def _differentiated(
+    loss_fn: LossFunction,
+    read: RowStatistics,
+    ignored: Tensor,
+    span: tuple[int, int, int, int],
+    gradient: bool,
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+    """The chunk's loss and metrics, and the loss's derivative by each log-prob."""
+    logprob = read.logprob.requires_grad_(gradient)
+    with torch.set_grad_enabled(gradient):
+        loss, metrics = loss_fn(TokenChunk(logprob, read.entropy, read.is_argmax, ~ignored, *span))
+    if loss.ndim != 0:
+        raise ValueError(f"loss_fn: expected a scalar loss, got shape {tuple(loss.shape)}")
+    coefficient = torch.zeros_like(read.logprob)
+    if gradient and loss.requires_grad:
+        (found,) = torch.autograd.grad(loss, logprob, allow_unused=True)
+        coefficient = coefficient if found is None else found
+    return loss.detach(), {name: value.detach() for name, value in metrics.items()}, coefficient

@@ -1,0 +1,31 @@
+"""The definition of `fused_linear_loss`: all the logits, one chunk, autograd throughout."""
+
+import torch
+from torch import Tensor
+
+from fastalign.ops.fused_linear_loss.chunk import LossFunction, TokenChunk
+from fastalign.ops.linear_logprob.reference import head_logits, row_statistics
+
+
+def forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    num_groups: int,
+    loss_fn: LossFunction,
+    temperature: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    compute_dtype: torch.dtype,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """loss () and metrics; differentiable in hidden, weight and bias by autograd alone."""
+    logits = head_logits(hidden, weight, bias, temperature, softcap, logit_scale, compute_dtype)
+    ignored = targets == ignore_index
+    logprob, entropy, is_argmax = row_statistics(logits, targets.masked_fill(ignored, 0), ignored)
+    chunk = TokenChunk(
+        logprob, entropy.detach(), is_argmax, ~ignored, 0, targets.shape[0], 0, num_groups
+    )
+    loss, metrics = loss_fn(chunk)
+    return loss, {name: value.detach() for name, value in metrics.items()}

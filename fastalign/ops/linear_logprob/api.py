@@ -1,0 +1,135 @@
+"""`linear_logprob`: hidden states to log-probs without all the logits."""
+
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from fastalign.ops.linear_arguments import (
+    LinearBackend,
+    check_head,
+    check_targets,
+    check_transform,
+    choose_linear_backend,
+    resolve_compute_dtype,
+    temperature_tensor,
+)
+from fastalign.ops.linear_logprob.op import linear_logprob_forward
+from fastalign.ops.linear_logprob.reference import head_logits, row_statistics
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    return_entropy: Literal[False] = ...,
+    ignore_index: int = ...,
+    compute_dtype: torch.dtype | None = ...,
+    max_buffer_bytes: int | None = ...,
+    backend: LinearBackend = ...,
+) -> Tensor: ...
+
+
+@overload
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = ...,
+    temperature: float | Tensor = ...,
+    softcap: float | None = ...,
+    logit_scale: float = ...,
+    return_entropy: Literal[True],
+    ignore_index: int = ...,
+    compute_dtype: torch.dtype | None = ...,
+    max_buffer_bytes: int | None = ...,
+    backend: LinearBackend = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def linear_logprob(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (T,) int64
+    *,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float | Tensor = 1.0,  # or (T,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    return_entropy: bool = False,
+    ignore_index: int = -100,
+    compute_dtype: torch.dtype | None = None,
+    max_buffer_bytes: int | None = None,
+    backend: LinearBackend = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probs (T,) of `targets` under a language-model head, and, if asked, the entropies (T,).
+
+    The same as these lines, without their (T, V) tensors and with float32 logits throughout:
+
+        logits = (hidden @ weight.T + bias) * logit_scale
+        logits = softcap * tanh(logits / softcap) / temperature
+        logprob = log_softmax(logits, dim=-1)[arange(T), targets]
+
+    Differentiable in hidden, weight and bias, through both results. Products (FLOPs over T*D*V): 2 without
+    gradients; 4 where only `hidden` needs one, all in the forward; otherwise 6, plus 2 for the
+    share of rows that `max_buffer_bytes` cannot keep. An entropy that nobody differentiates
+    costs no product; one that somebody does has its logits computed again in the backward.
+
+    Args:
+        hidden: Hidden states, any float dtype, any strides.
+        weight: The head's weight; may be the (tied) embedding, or a slice of a larger one.
+        targets: Token ids; `ignore_index` gives log-prob 0, entropy 0 and no gradient.
+        bias: The head's bias.
+        temperature: A positive number, or one per row; gets no gradient.
+        softcap: Gemma 2's final logit softcap (arXiv 2408.00118), or None.
+        logit_scale: Cohere's multiplier, or one over Granite's divisor.
+        return_entropy: Also return each row's entropy, in nats.
+        ignore_index: The target that is ignored.
+        compute_dtype: The products' dtype. None: autocast's where it is on, else the operands'. A float32
+            master weight with torch.bfloat16 here gets its gradient in float32.
+        max_buffer_bytes: The most memory for logits, scratch and kept brackets together.
+            None: room for 4,096 rows of logits, at least 256 MiB.
+        backend: "torch" (what "auto" takes): products in tiles. "reference": the lines above.
+
+    Returns:
+        Log-probs in float32 (float64 where products are in float64), or (log-probs, entropies).
+
+    Raises:
+        ValueError: A wrong shape, dtype, device, target, number or backend, or too small a budget.
+    """
+    check_head(hidden, weight, targets, bias)
+    check_targets(targets, weight.shape[0], ignore_index)
+    check_transform(softcap, logit_scale)
+    dtype = resolve_compute_dtype(hidden, weight, compute_dtype)
+    row_temperature = temperature_tensor(temperature, hidden)
+    if choose_linear_backend("linear_logprob", backend) == "reference":
+        logits = head_logits(hidden, weight, bias, row_temperature, softcap, logit_scale, dtype)
+        ignored = targets == ignore_index
+        logprob, entropy, _ = row_statistics(logits, targets.masked_fill(ignored, 0), ignored)
+    else:
+        leaves = (hidden, weight, bias)
+        needs = [
+            torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves
+        ]
+        logprob, entropy, _, _ = linear_logprob_forward(
+            hidden,
+            weight,
+            bias,
+            targets,
+            row_temperature,
+            softcap,
+            float(logit_scale),
+            ignore_index,
+            dtype,
+            max_buffer_bytes,
+            needs,
+            return_entropy,
+        )
+    return (logprob, entropy) if return_entropy else logprob

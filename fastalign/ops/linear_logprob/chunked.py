@@ -1,0 +1,227 @@
+"""The head in tiles: log-probs forward, products backward, with a bounded number of logits.
+
+`forward` and `backward` work on operands (already rounded, see `linear_head.operand`) and know
+nothing of autograd; `linear_logprob` and `fused_linear_loss` both stand on them.
+
+Legend: N rows, V vocabulary, D hidden, K kept rows. Products, in units of N * D * V FLOPs:
+forward 2, plus 2 for a frozen head; backward 4 for kept rows, 6 for the others, 0 for a frozen head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastalign.ops.linear_buffers import Buffers
+from fastalign.ops.linear_head import (
+    HeadTransform,
+    RowStatistics,
+    accumulation_dtype,
+    add_product,
+    overwrite_with_gradient,
+    product,
+    project,
+    read_tile,
+)
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """The operands of one head pass."""
+
+    hidden: Tensor  # (N, D), in the products' dtype
+    weight: Tensor  # (V, D), in the products' dtype
+    bias: Tensor | None  # (V,), in the accumulation dtype
+    targets: Tensor  # (N,) int64, in range even where ignored
+    ignored: Tensor  # (N,) bool
+    transform: HeadTransform
+
+    def rows(self, start: int, stop: int) -> "HeadInputs":
+        """The same head on rows start..stop."""
+        return HeadInputs(
+            self.hidden[start:stop],
+            self.weight,
+            self.bias,
+            self.targets[start:stop],
+            self.ignored[start:stop],
+            self.transform.rows(start, stop),
+        )
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+    @property
+    def any(self) -> bool:
+        """Whether any gradient is wanted."""
+        return self.hidden or self.weight or self.bias
+
+    @property
+    def direction(self) -> bool:
+        """Whether only the hidden states' is: then bracket @ W is all the backward needs."""
+        return self.hidden and not self.weight and not self.bias
+
+    @property
+    def kept(self) -> bool:
+        """Whether the brackets themselves are needed after the forward."""
+        return self.weight or self.bias
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Where `backward` writes (hidden) and adds (weight, bias); None where not wanted."""
+
+    hidden: Tensor | None  # (N, D), any float dtype
+    weight: Tensor | None  # (V, D), accumulation dtype
+    bias: Tensor | None  # (V,), accumulation dtype
+
+    def rows(self, start: int, stop: int) -> "Gradients":
+        """The same places, with the hidden states' rows start..stop."""
+        hidden = None if self.hidden is None else self.hidden[start:stop]
+        return Gradients(hidden, self.weight, self.bias)
+
+
+def forward(
+    head: HeadInputs,
+    buffers: Buffers,
+    *,
+    kept: Tensor | None = None,
+    direction: Tensor | None = None,
+    with_entropy: bool = True,
+) -> RowStatistics:
+    """Reads every row's statistics; keeps what the backward wants in the places given.
+
+    Args:
+        head: The operands, N rows.
+        buffers: Scratch memory.
+        kept: (K, V) in the products' dtype: receives the brackets of the first K rows.
+        direction: (N, D) in the accumulation dtype: receives bracket @ W.
+        with_entropy: Whether to compute entropies (zeros otherwise).
+    """
+    num_rows = head.hidden.shape[0]
+    num_kept = 0 if kept is None else kept.shape[0]
+    parts = []
+    for start, stop in _tiles(num_rows, num_kept, buffers.tile_rows):
+        rows = head.rows(start, stop)
+        place = kept[start:stop] if kept is not None and start < num_kept else None
+        in_place = place is not None and buffers.projects_in_place
+        tile = place if in_place else buffers.tile(stop - start)
+        project(rows.hidden, rows.weight, rows.bias, out=tile)
+        if place is None and direction is not None:
+            place = buffers.converted(stop - start)
+        parts.append(_read(tile, rows, buffers, place, with_entropy))
+        if direction is not None:
+            assert place is not None
+            product(place, rows.weight, out=direction[start:stop])
+    return _concatenate(parts, head.hidden)
+
+
+def _read(
+    tile: Tensor, head: HeadInputs, buffers: Buffers, place: Tensor | None, with_entropy: bool
+) -> RowStatistics:
+    return read_tile(
+        tile,
+        head.targets,
+        head.ignored,
+        head.transform,
+        buffers.scratch,
+        bracket=place,
+        with_entropy=with_entropy,
+    )
+
+
+def _tiles(num_rows: int, num_kept: int, tile_rows: int) -> list[tuple[int, int]]:
+    """Spans of at most `tile_rows` rows, none of them across the border of the kept rows."""
+    spans = []
+    for first, last in ((0, num_kept), (num_kept, num_rows)):
+        for start in range(first, last, tile_rows):
+            spans.append((start, min(start + tile_rows, last)))
+    return spans
+
+
+def _concatenate(parts: list[RowStatistics], like: Tensor) -> RowStatistics:
+    if not parts:
+        empty = torch.empty(0, dtype=accumulation_dtype(like.dtype), device=like.device)
+        return RowStatistics(empty, empty, empty.bool())
+    return RowStatistics(
+        torch.cat([part.logprob for part in parts]),
+        torch.cat([part.entropy for part in parts]),
+        torch.cat([part.is_argmax for part in parts]),
+    )
+
+
+def backward(
+    head: HeadInputs,
+    buffers: Buffers,
+    gradients: Gradients,
+    grad_logprob: Tensor,
+    *,
+    grad_entropy: Tensor | None = None,
+    kept: Tensor | None = None,
+    direction: Tensor | None = None,
+) -> None:
+    """Writes the gradients, given those of the log-probs (N,) and, or not, of the entropies (N,).
+
+    Without an entropy gradient, what the forward kept is scaled; with one, every row's logits are
+    computed again, because entropy asks for another combination of them.
+    """
+    num_rows = head.hidden.shape[0]
+    grad_logprob = grad_logprob.masked_fill(head.ignored, 0.0)
+    if grad_entropy is None and direction is not None:
+        if gradients.hidden is not None:
+            gradients.hidden.copy_(_scaled(direction, grad_logprob, head.ignored))
+        return
+    num_kept = 0 if kept is None or grad_entropy is not None else kept.shape[0]
+    if kept is not None and num_kept:
+        _add_products(
+            kept, head.rows(0, num_kept), gradients.rows(0, num_kept), grad_logprob[:num_kept]
+        )
+    for start, stop in _tiles(num_rows - num_kept, 0, buffers.tile_rows):
+        start, stop = start + num_kept, stop + num_kept
+        rows = head.rows(start, stop)
+        tile, place = buffers.tile(stop - start), buffers.converted(stop - start)
+        project(rows.hidden, rows.weight, rows.bias, out=tile)
+        scale: Tensor | None = grad_logprob[start:stop]
+        if grad_entropy is None:
+            _read(tile, rows, buffers, place, False)
+        else:
+            overwrite_with_gradient(
+                tile,
+                rows.targets,
+                rows.transform,
+                buffers.scratch,
+                grad_logprob[start:stop],
+                grad_entropy[start:stop].masked_fill(rows.ignored, 0.0),
+                place,
+            )
+            scale = None
+        _add_products(place, rows, gradients.rows(start, stop), scale)
+
+
+def _scaled(rows: Tensor, scale: Tensor, ignored: Tensor) -> Tensor:
+    """rows * scale, and zero where ignored even if the row holds a NaN."""
+    return (rows * scale[:, None].to(rows.dtype)).masked_fill_(ignored[:, None], 0.0)
+
+
+def _add_products(
+    bracket: Tensor, head: HeadInputs, gradients: Gradients, scale: Tensor | None
+) -> None:
+    """The two gradient products of bracket (n, V), whose rows count `scale` (n,) times, or once."""
+    dtype = accumulation_dtype(head.hidden.dtype)
+    if scale is None:
+        scale = torch.ones_like(head.ignored, dtype=dtype)
+    if gradients.hidden is not None:
+        direction = torch.empty(head.hidden.shape, dtype=dtype, device=bracket.device)
+        product(bracket, head.weight, out=direction)
+        gradients.hidden.copy_(_scaled(direction, scale, head.ignored))
+    if gradients.weight is not None:
+        hidden = _scaled(head.hidden.to(dtype), scale, head.ignored).to(bracket.dtype)
+        add_product(bracket.t(), hidden, out=gradients.weight)
+    if gradients.bias is not None:
+        column = scale[:, None].to(bracket.dtype)
+        add_product(bracket.t(), column, out=gradients.bias[:, None])

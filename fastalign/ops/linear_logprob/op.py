@@ -1,0 +1,257 @@
+"""Registration of `linear_logprob` with PyTorch: one schema, one fake kernel, one autograd formula.
+
+The forward returns, beside its two results, what its backward wants: the brackets of the first K rows
+(as many as the byte budget holds), or bracket @ W where only hidden states are trained.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign.ops.linear_buffers import Buffers, Plan, plan_buffers
+from fastalign.ops.linear_head import HeadTransform, accumulation_dtype, operand, product_dtype
+from fastalign.ops.linear_logprob import chunked
+from fastalign.ops.linear_logprob.chunked import Gradients, HeadInputs, Needs
+
+
+def _plan(
+    hidden: Tensor,
+    weight: Tensor,
+    dtype: torch.dtype,
+    budget: int | None,
+    needs: Needs,
+    entropy: bool,
+) -> Plan:
+    return plan_buffers(
+        hidden.shape[0],
+        weight.shape[0],
+        dtype,
+        hidden.device.type,
+        budget,
+        keep=needs.kept,
+        convert=needs.any,
+        tile=entropy,
+    )
+
+
+def head_inputs(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    compute_dtype: torch.dtype,
+) -> HeadInputs:
+    """The operands of one call, rounded to `compute_dtype`."""
+    ignored = targets == ignore_index
+    return HeadInputs(
+        operand(hidden, compute_dtype),
+        operand(weight, compute_dtype),
+        None if bias is None else bias.to(accumulation_dtype(compute_dtype)),
+        targets.masked_fill(ignored, 0),
+        ignored,
+        HeadTransform(temperature, softcap, logit_scale),
+    )
+
+
+@torch.library.custom_op("fastalign::linear_logprob", mutates_args=())
+def linear_logprob_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    compute_dtype: torch.dtype,
+    max_buffer_bytes: int | None,
+    needs: Sequence[bool],
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logprob (T,), entropy (T,), kept brackets (K, V), direction (T, D) or (0, D)."""
+    wanted = Needs(*needs)
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = head_inputs(
+            hidden,
+            weight,
+            bias,
+            targets,
+            temperature,
+            softcap,
+            logit_scale,
+            ignore_index,
+            compute_dtype,
+        )
+        plan = _plan(hidden, weight, compute_dtype, max_buffer_bytes, wanted, return_entropy)
+        buffers = Buffers(plan, weight.shape[0], compute_dtype, hidden.device)
+        kept = buffers.new_kept(plan.kept_rows)
+        direction = torch.empty(
+            (hidden.shape[0] if wanted.direction else 0, hidden.shape[1]),
+            dtype=accumulation_dtype(compute_dtype),
+            device=hidden.device,
+        )
+        read = chunked.forward(
+            head,
+            buffers,
+            kept=kept,
+            direction=direction if wanted.direction else None,
+            with_entropy=return_entropy,
+        )
+    return read.logprob, read.entropy, kept, direction
+
+
+@linear_logprob_forward.register_fake
+def _forward_fake(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor | None,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    compute_dtype: torch.dtype,
+    max_buffer_bytes: int | None,
+    needs: Sequence[bool],
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted = Needs(*needs)
+    dtype = accumulation_dtype(compute_dtype)
+    plan = _plan(hidden, weight, compute_dtype, max_buffer_bytes, wanted, return_entropy)
+    kept_dtype = product_dtype(compute_dtype, hidden.device.type)
+    num_rows = hidden.shape[0]
+    return (
+        hidden.new_empty(num_rows, dtype=dtype),
+        hidden.new_empty(num_rows, dtype=dtype),
+        hidden.new_empty((plan.kept_rows, weight.shape[0]), dtype=kept_dtype),
+        hidden.new_empty((num_rows if wanted.direction else 0, hidden.shape[1]), dtype=dtype),
+    )
+
+
+@torch.library.custom_op("fastalign::linear_logprob_backward", mutates_args=())
+def linear_logprob_backward(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor | None,
+    kept: Tensor,
+    direction: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    compute_dtype: torch.dtype,
+    max_buffer_bytes: int | None,
+    needs: Sequence[bool],
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; an empty tensor for each that is not wanted."""
+    wanted = Needs(*needs)
+    dtype = accumulation_dtype(compute_dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = head_inputs(
+            hidden,
+            weight,
+            bias,
+            targets,
+            temperature,
+            softcap,
+            logit_scale,
+            ignore_index,
+            compute_dtype,
+        )
+        plan = _plan(hidden, weight, compute_dtype, max_buffer_bytes, wanted, return_entropy)
+        gradients = Gradients(
+            torch.empty_like(hidden, memory_format=torch.contiguous_format)
+            if wanted.hidden
+            else None,
+            weight.new_zeros(weight.shape, dtype=dtype) if wanted.weight else None,
+            weight.new_zeros(weight.shape[0], dtype=dtype) if wanted.bias else None,
+        )
+        chunked.backward(
+            head,
+            Buffers(plan, weight.shape[0], compute_dtype, hidden.device),
+            gradients,
+            grad_logprob,
+            grad_entropy=grad_entropy,
+            kept=kept,
+            direction=direction if wanted.direction else None,
+        )
+    empty = hidden.new_empty(0)
+    results = (
+        (gradients.hidden, hidden.dtype),
+        (gradients.weight, weight.dtype),
+        (gradients.bias, weight.dtype if bias is None else bias.dtype),
+    )
+    out = [empty.clone() if value is None else value.to(dtype) for value, dtype in results]
+    return out[0], out[1], out[2]
+
+
+@linear_logprob_backward.register_fake
+def _backward_fake(
+    grad_logprob: Tensor,
+    grad_entropy: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: Tensor | None,
+    kept: Tensor,
+    direction: Tensor,
+    softcap: float | None,
+    logit_scale: float,
+    ignore_index: int,
+    compute_dtype: torch.dtype,
+    max_buffer_bytes: int | None,
+    needs: Sequence[bool],
+    return_entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = Needs(*needs)
+    return (
+        hidden.new_empty(hidden.shape if wanted.hidden else 0),
+        weight.new_empty(weight.shape if wanted.weight else 0),
+        (weight if bias is None else bias).new_empty(weight.shape[0] if wanted.bias else 0),
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, bias, targets, temperature, *options = inputs
+    _, _, kept, direction = output
+    ctx.mark_non_differentiable(kept, direction)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, bias, targets, temperature, kept, direction)
+    ctx.options = options
+
+
+def _backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> Any:
+    hidden, weight, bias, targets, temperature, kept, direction = ctx.saved_tensors
+    needs = ctx.options[-2]
+    if grad_logprob is None:
+        if grad_entropy is None:
+            return (None,) * 12
+        grad_logprob = torch.zeros_like(grad_entropy)
+    gradients = linear_logprob_backward(
+        grad_logprob,
+        grad_entropy,
+        hidden,
+        weight,
+        bias,
+        targets,
+        temperature,
+        kept,
+        direction,
+        *ctx.options,
+    )
+    wanted = [value if need else None for value, need in zip(gradients, needs, strict=True)]
+    return (*wanted, *([None] * 9))
+
+
+linear_logprob_forward.register_autograd(_backward, setup_context=_setup_context)
