@@ -1,4 +1,4 @@
-"""`python -m benchmarks.compare NAME`: implementations side by side in one run, as a table and JSON.
+"""`python -m benchmarks.compare NAME`: implementations side by side, as a table and JSON.
 
 Before a time is printed, every implementation's result is compared with the eager one's.
 """

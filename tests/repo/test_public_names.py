@@ -1,6 +1,6 @@
 """What users import and type changes only on purpose: rewrite the lists with
 
-    python tests/repo/test_public_names.py
+python tests/repo/test_public_names.py
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""Files and functions stay small: a ratchet. To pass a budget, split; or change it here and say why."""
+"""Files and functions stay small. To pass a budget, split; or change it here and say why."""
 
 import ast
 from pathlib import Path

@@ -1,0 +1,18 @@
+"""Models: loading, the packed forward, the head."""
+
+from fastalign.models.head import Head, lm_head
+from fastalign.models.load import check_packable, load_policy, save_model
+from fastalign.models.logprob import response_logprob
+from fastalign.models.packed import PACKINGS, Packing, predict_hidden
+
+__all__ = [
+    "PACKINGS",
+    "Head",
+    "Packing",
+    "check_packable",
+    "lm_head",
+    "load_policy",
+    "predict_hidden",
+    "response_logprob",
+    "save_model",
+]

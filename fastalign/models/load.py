@@ -1,0 +1,116 @@
+"""Loads and saves causal models; refuses by name those that cannot be packed exactly."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fastalign.models import attention
+from fastalign.models.head import check_head
+from fastalign.models.packed import Packing
+
+# Tested: packed log-probs and every gradient equal those of one sequence at a time.
+PACKABLE = (
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "gpt2",
+    "gpt_neox",
+)
+# Rotary frequencies that depend on the longest sequence in the batch.
+BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+
+def check_packable(config: Any) -> None:
+    """Refuses an architecture that is not known to be exact when packed.
+
+    Raises:
+        ValueError: names the architecture and the way out.
+    """
+    way_out = "use packing: padded (--train.packing padded)"
+    if config.model_type not in PACKABLE:
+        raise ValueError(
+            f"model type {config.model_type!r} cannot be packed: known to be exact are "
+            f"{', '.join(PACKABLE)}; {way_out}"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in [rope, *[value for value in rope.values() if isinstance(value, dict)]]:
+        if parameters.get("rope_type") in BATCH_DEPENDENT_ROPE:
+            raise ValueError(
+                f"model type {config.model_type!r} with rope_type {parameters['rope_type']!r} "
+                f"cannot be packed: its frequencies depend on the longest sequence of a batch; {way_out}"
+            )
+    if getattr(config, "reorder_and_upcast_attn", False):
+        raise ValueError(
+            f"reorder_and_upcast_attn of {config.model_type!r} cannot be packed; {way_out}"
+        )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Sets every dropout to 0: policy and reference must be the same function."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+
+
+def load_policy(
+    path: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    packing: Packing = "shared_prefix",
+    trust_remote_code: bool = False,
+) -> Any:
+    """Loads a causal model from a folder in transformers' layout, or from the hub.
+
+    Args:
+        path: folder or hub name.
+        dtype: of the parameters.
+        device: where they go.
+        packing: what the model will be run with; anything but `padded` is checked to be exact.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ValueError: no model there, an architecture that cannot be packed, or an unknown head.
+    """
+    attention.register()
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.path: no model can be loaded from {str(path)!r}: {first}"
+        ) from error
+    options = {}
+    if packing != "padded":
+        check_packable(config)
+    if config.model_type in PACKABLE:
+        options["attn_implementation"] = attention.NAME
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, trust_remote_code=trust_remote_code, **options
+        )
+    except OSError as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.path: the weights in {str(path)!r} cannot be read: {first}"
+        ) from error
+    model = model.to(device)
+    disable_dropout(model)
+    model.eval()
+    check_head(model)
+    return model
+
+
+def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
+    """Writes weights, configuration and tokenizer in transformers' layout."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

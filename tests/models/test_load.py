@@ -1,0 +1,82 @@
+"""Loading: what is refused, and what the message says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import BloomConfig, CohereConfig, CohereForCausalLM, LlamaConfig
+
+from fastalign.batch import Group, pack
+from fastalign.models import check_packable, lm_head, load_policy, predict_hidden, response_logprob
+from fastalign.models.head import check_head
+from tests.tiny import tiny_model
+
+
+def test_a_saved_model_loads_and_agrees(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    batch = pack([Group([1, 2], [[3, 4], [5]])])
+    loaded = load_policy(tmp_path)
+    assert torch.equal(
+        response_logprob(loaded, batch, packing="shared_prefix"),
+        response_logprob(model, batch, packing="shared_prefix"),
+    )
+
+
+def test_an_architecture_that_is_not_known_to_pack_is_refused_by_name(tmp_path: Path) -> None:
+    BloomConfig(hidden_size=8, n_layer=1, n_head=1).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"'bloom' cannot be packed.*packing: padded"):
+        load_policy(tmp_path)
+
+
+def test_it_runs_padded_when_asked(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = CohereConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        logit_scale=0.25,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    CohereForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="'cohere' cannot be packed"):
+        load_policy(tmp_path)
+    model = load_policy(tmp_path, packing="padded")
+    assert lm_head(model).logit_scale == 0.25
+    logprob = response_logprob(model, pack([Group([3, 4], [[5, 6], [7]])]), packing="padded")
+    expected = model(torch.tensor([[3, 4, 5, 6]])).logits[0].log_softmax(-1)
+    torch.testing.assert_close(logprob[:2], torch.stack([expected[1, 5], expected[2, 6]]))
+
+
+def test_rope_that_depends_on_the_batch_is_refused() -> None:
+    config = LlamaConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
+    with pytest.raises(ValueError, match="rope_type 'dynamic' cannot be packed"):
+        check_packable(config)
+
+
+def test_a_head_that_is_not_understood_is_refused() -> None:
+    model = tiny_model("llama")
+    model.lm_head.register_forward_hook(lambda module, args, output: 3 * output)
+    with pytest.raises(ValueError, match="scales or caps its logits"):
+        check_head(model)
+
+
+def test_a_missing_model_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.path: no model can be loaded from .*nothing") as e:
+        load_policy(tmp_path / "nothing")
+    assert "\n" not in str(e.value)
+
+
+def test_dropout_is_switched_off(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    model.config.attn_pdrop = model.config.resid_pdrop = model.config.embd_pdrop = 0.5
+    model.save_pretrained(tmp_path)
+    loaded = load_policy(tmp_path).train()
+    batch = pack([Group([1, 2], [[3, 4]])])
+    first = predict_hidden(loaded, batch, packing="shared_prefix")
+    assert torch.equal(first, predict_hidden(loaded, batch, packing="shared_prefix"))

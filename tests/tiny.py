@@ -1,0 +1,69 @@
+"""Tiny random models, one for each family that is promised to pack exactly."""
+
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from fastalign.models import attention
+from fastalign.models.load import disable_dropout
+
+SHARED = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.4,
+}
+GROUPED = {**SHARED, "num_key_value_heads": 2, "head_dim": 8}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": GROUPED,
+    "qwen2": {**GROUPED, "initializer_range": 0.4},
+    "qwen3": GROUPED,
+    "mistral": {**GROUPED, "sliding_window": 5},
+    "gemma": GROUPED,
+    "gemma2": {
+        **GROUPED,
+        "sliding_window": 5,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 8,
+    },
+    "gemma3_text": {
+        **GROUPED,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gpt2": {
+        "n_embd": 32,
+        "n_inner": 48,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+        "initializer_range": 0.4,
+    },
+    "gpt_neox": SHARED,
+}
+
+
+def tiny_model(
+    architecture: str, *, vocab_size: int = 97, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A random model of about 20,000 parameters, attention registered, dropout off."""
+    attention.register()
+    torch.manual_seed(seed)
+    config = CONFIG_MAPPING[architecture](
+        vocab_size=vocab_size,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+        **SETTINGS[architecture],
+    )
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation=attention.NAME, dtype=dtype
+    )
+    for parameter in model.parameters():  # norms and biases too, so that every gradient matters
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+    disable_dropout(model)
+    return model.eval()
