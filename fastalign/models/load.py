@@ -44,7 +44,8 @@ def check_packable(config: Any) -> None:
         if parameters.get("rope_type") in BATCH_DEPENDENT_ROPE:
             raise ValueError(
                 f"model type {config.model_type!r} with rope_type {parameters['rope_type']!r} "
-                f"cannot be packed: its frequencies depend on the longest sequence of a batch; {way_out}"
+                "cannot be packed: its frequencies depend on the longest sequence of a batch; "
+                f"{way_out}"
             )
     if getattr(config, "reorder_and_upcast_attn", False):
         raise ValueError(
