@@ -1,7 +1,7 @@
 """fastalign: align language models with human preferences, on fused log-prob kernels.
 
-The drop-in functions are here; `fastalign.losses` holds the formulas, `fastalign.ops` the operations,
-`fastalign.trainers` what `fastalign sft` and `fastalign dpo` run.
+The drop-in functions are here; `fastalign.losses` holds the formulas, `fastalign.ops` the
+operations, `fastalign.trainers` what `fastalign sft` and `fastalign dpo` run.
 """
 
 from fastalign.fused import (

@@ -1,8 +1,8 @@
 """Drop-in fused losses: from hidden states to a loss, for a trainer of your own.
 
-Each is `fused_linear_loss` with a formula of `fastalign.losses`: exact, with the gradient computed in
-the forward, and without the (T, V) logits. For another preference loss, pass it to
-`fused_linear_preference_loss`; for another kind of loss, write a loss function for `fused_linear_loss`.
+Each is `fused_linear_loss` with a formula of `fastalign.losses`: exact, with the gradient computed
+in the forward, and without the (T, V) logits. For another preference loss, pass it to
+`fused_linear_preference_loss`; for another kind, write a loss function for `fused_linear_loss`.
 
 Legend: T rows, V vocabulary, D hidden, R = 2B responses of B pairs: chosen, rejected, chosen, ...
 """
@@ -16,6 +16,7 @@ from fastalign.losses import PairLogprobs, dpo
 from fastalign.losses.chunk_losses import PairLoss, preference_loss_fn, sft_loss_fn
 from fastalign.ops.fused_linear_loss import fused_linear_loss
 from fastalign.ops.linear_arguments import LinearBackend
+from fastalign.ops.target_rows import TargetRows
 
 __all__ = [
     "PairLoss",
@@ -87,7 +88,7 @@ def fused_linear_sft_loss(
     Raises:
         ValueError: As `fused_linear_loss`.
     """
-    rows = _TargetRows(hidden, targets, temperature, ignore_index)
+    rows = TargetRows(hidden, targets, temperature, ignore_index)
     if normaliser is None:
         normaliser = float(max(rows.targets.shape[0], 1))
     loss, sums = fused_linear_loss(
@@ -134,9 +135,9 @@ def fused_linear_preference_loss(
     Args:
         hidden: Hidden states that predict `targets` (already shifted).
         weight: The head's weight.
-        targets: Token ids; rows with `ignore_index` (prompts, padding) are left out of every product,
-            for which a GPU is waited for once.
-        cu_seqlens: Row bounds of the sequences, in the order chosen, rejected, chosen, rejected, ...
+        targets: Token ids; rows with `ignore_index` (prompts, padding) are left out of every
+            product, for which a GPU is waited for once.
+        cu_seqlens: Row bounds of the sequences, in the order chosen, rejected, chosen, ...
         pair_loss: From `PairLogprobs` of B pairs to losses (B,), for example
             `lambda pairs: ipo_sum(*pairs.logprobs(), beta=0.1)`.
         reference_logprob: The reference model's log-prob of each sequence; None for losses without.
@@ -159,7 +160,7 @@ def fused_linear_preference_loss(
     Raises:
         ValueError: As `fused_linear_loss`, or lengths that do not fit each other.
     """
-    rows = _TargetRows(hidden, targets, temperature, ignore_index)
+    rows = TargetRows(hidden, targets, temperature, ignore_index)
     bounds = rows.bounds(cu_seqlens)
     if normaliser is None:
         normaliser = float(max((len(bounds) - 1) // 2, 1))
@@ -240,37 +241,3 @@ def fused_linear_dpo_loss(
         max_buffer_bytes=max_buffer_bytes,
         backend=backend,
     )
-
-
-class _TargetRows:
-    """The rows that have a target, gathered: prompts and padding then cost no product."""
-
-    def __init__(
-        self, hidden: Tensor, targets: Tensor, temperature: float | Tensor, ignore_index: int
-    ) -> None:
-        self.hidden, self.targets, self.temperature = hidden, targets, temperature
-        self._num_rows = targets.shape[0]
-        mask = targets != ignore_index
-        kept = mask.nonzero().flatten()
-        self._mask: Tensor | None = None
-        if kept.numel() < self._num_rows == hidden.shape[0]:
-            self._mask = mask
-            self.hidden, self.targets = hidden.index_select(0, kept), targets[kept]
-            if isinstance(temperature, Tensor) and temperature.numel() == self._num_rows:
-                self.temperature = temperature[kept]
-
-    def bounds(self, cu_seqlens: Tensor | Sequence[int]) -> list[int]:
-        """Bounds of sequences among all rows, as bounds among the gathered ones."""
-        bounds = torch.as_tensor(cu_seqlens, dtype=torch.int64).cpu()
-        valid = bounds.ndim == 1 and bounds.numel() > 0
-        if not valid or int(bounds[0]) != 0 or int(bounds[-1]) != self._num_rows:
-            raise ValueError(
-                f"cu_seqlens: expected bounds from 0 to {self._num_rows} rows, got {bounds.tolist()}"
-            )
-        if bool((bounds.diff() < 0).any()):
-            raise ValueError(f"cu_seqlens: expected bounds that do not fall, got {bounds.tolist()}")
-        if self._mask is not None:
-            before = torch.nn.functional.pad(self._mask.long().cumsum(0), (1, 0)).cpu()
-            bounds = before[bounds]
-        listed: list[int] = bounds.tolist()
-        return listed

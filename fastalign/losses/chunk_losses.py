@@ -31,7 +31,8 @@ def preference_loss_fn(
     That is, `segments=response_bounds[::2]`. Chunks may hold any number of pairs.
 
     Args:
-        pair_loss: From `PairLogprobs` of B pairs to losses (B,): `dpo(*pairs.logprobs(), beta=0.1)`.
+        pair_loss: From `PairLogprobs` of B pairs to losses (B,), for example
+            `lambda pairs: dpo(*pairs.logprobs(), beta=0.1)`.
         response_bounds: Row bounds of the responses, in the order chosen, rejected, chosen, ...
         reference_logprob: The reference model's log-prob of each response, or None.
         normaliser: What the sum of pair losses is divided by: pairs of the *whole* step.

@@ -19,7 +19,7 @@ def log_ratio_difference(
     reference_chosen_logprob: Tensor,
     reference_rejected_logprob: Tensor,
 ) -> Tensor:
-    """h of this module's head, (B,): beta times it is the difference of implicit rewards.
+    """The h of this module's head, (B,): beta * h is the difference of implicit rewards.
 
     Raises:
         ValueError: Shapes differ.

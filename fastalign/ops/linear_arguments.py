@@ -88,8 +88,8 @@ def resolve_compute_dtype(
         return torch.get_autocast_dtype(hidden.device.type)
     if hidden.dtype != weight.dtype:
         raise ValueError(
-            f"compute_dtype: expected one to be given, since hidden is {hidden.dtype} and weight is "
-            f"{weight.dtype}; got None"
+            "compute_dtype: expected one to be given, got None, and "
+            f"hidden is {hidden.dtype}, weight {weight.dtype}"
         )
     return hidden.dtype
 

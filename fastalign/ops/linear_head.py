@@ -7,7 +7,7 @@ strip stays in the cache, gives each row's statistics and overwrites the row wit
     bracket_v = d logprob / d product_v = (1[v = y] - p_v) * dz_v / dproduct_v,
 
 which does not depend on the loss: whatever coefficient g a loss later gives to the row's log-prob,
-the gradients are g * (bracket @ W) and bracket^T @ (g * hidden). So the tile is never touched again.
+the gradients are g * (bracket @ W) and bracket^T @ (g * hidden). So no pass over the tile follows.
 
 Legend: C tile rows, V vocabulary, D hidden.
 """
@@ -51,7 +51,7 @@ class HeadTransform:
         return self._over_temperature(factor, like)
 
     def slope(self, like: Tensor) -> Tensor | float:
-        """dz / dproduct, but for the tanh's own derivative: a float, or (C, 1)."""
+        """The derivative of z by the product, less the tanh's own: a float, or (C, 1)."""
         return self._over_temperature(self.logit_scale, like)
 
     def _over_temperature(self, factor: float, like: Tensor) -> Tensor | float:
@@ -73,7 +73,7 @@ class RowStatistics:
 
 
 def accumulation_dtype(compute_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits, statistics and the weight's gradient: float32, or float64 for float64."""
+    """The dtype of logits, statistics and the weight's gradient: float32; float64 for float64."""
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
 
 
@@ -81,8 +81,8 @@ def product_dtype(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:
     """The dtype of the products' operands, already rounded to `compute_dtype`.
 
     bfloat16 stays bfloat16 where a product can accumulate and *return* float32 (CUDA): rounding
-    logits to bfloat16 would cost about 0.45 nat per 512-token sequence. Elsewhere the rounded operands
-    are promoted. float16 is always promoted: a loss's coefficients underflow in it.
+    logits to bfloat16 would cost about 0.45 nat per 512-token sequence. Elsewhere the rounded
+    operands are promoted. float16 is always promoted: a loss's coefficients underflow in it.
     """
     if compute_dtype in (torch.float32, torch.float64):
         return compute_dtype
@@ -99,7 +99,7 @@ def operand(value: Tensor, compute_dtype: torch.dtype) -> Tensor:
 
 
 def product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out = left @ right, accumulated and returned in `out`'s dtype."""
+    """Writes left @ right into `out`, accumulated and returned in `out`'s dtype."""
     if left.dtype == out.dtype:
         torch.mm(left, right, out=out)
     else:
@@ -107,7 +107,7 @@ def product(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """out += left @ right, accumulated in `out`'s dtype."""
+    """Adds left @ right to `out`, accumulated in `out`'s dtype."""
     if left.dtype == out.dtype:
         out.addmm_(left, right)
     else:
@@ -122,7 +122,7 @@ def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) ->
 
 
 def strip_rows(num_columns: int, num_rows: int, device_type: str) -> int:
-    """How many rows one strip of a tile has; at most an eighth of the tile, for the memory's sake."""
+    """How many rows one strip of a tile has: at most an eighth of the tile, to save memory."""
     fitting = STRIP_ELEMENTS.get(device_type, STRIP_ELEMENTS["cuda"]) // max(num_columns, 1)
     return max(1, min(fitting, num_rows // 8))
 

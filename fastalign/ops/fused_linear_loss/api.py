@@ -1,6 +1,7 @@
 """`fused_linear_loss`: any loss of per-token log-probs, with its gradient in the forward."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -16,8 +17,7 @@ from fastalign.ops.linear_arguments import (
     resolve_compute_dtype,
     temperature_tensor,
 )
-from fastalign.ops.linear_logprob.chunked import Needs
-from fastalign.ops.linear_logprob.op import head_inputs
+from fastalign.ops.linear_logprob.operands import Needs, head_inputs
 
 
 def fused_linear_loss(
@@ -39,20 +39,20 @@ def fused_linear_loss(
     """The loss () of a head's log-probs, and its metrics, without the (T, V) logits.
 
     The gradient is computed in the forward: a chunk of whole groups is projected, `loss_fn` is
-    differentiated on the chunk's log-probs, and the gradient products follow at once. The backward only
-    multiplies by the upstream gradient, in place, and can run once. Products (FLOPs over T*D*V): 2
-    without gradients, 4 where only `hidden` needs one, otherwise 6; a group too large for the
-    budget has the rows that cannot be kept computed again (up to 8).
+    differentiated on the chunk's log-probs, and the gradient products follow at once. The backward
+    only multiplies by the upstream gradient, in place, and can run once. Products (FLOPs over
+    T*D*V): 2 without gradients, 4 where only `hidden` needs one, otherwise 6; of a group too large
+    for the budget, the rows that cannot be kept are computed again (up to 8).
 
     Args:
         hidden: Hidden states, any float dtype.
         weight: The head's weight.
         targets: Token ids; `ignore_index` gives log-prob 0 and no gradient.
-        segments: Row bounds of the groups that `loss_fn` must see together, from 0 to T; on the host,
-            or a GPU is waited for. None: every row is a group of its own.
-        loss_fn: Takes a `TokenChunk`, returns a scalar and metrics. Called once for each chunk; losses and
-            metrics are summed over chunks, so a normaliser must be that of the whole batch. Only the
-            log-probs get gradients through it.
+        segments: Row bounds of the groups that `loss_fn` must see together, from 0 to T; on the
+            host, or a GPU is waited for. None: every row is a group of its own.
+        loss_fn: Takes a `TokenChunk`, returns a scalar and metrics. Called once for each chunk;
+            losses and metrics are summed over chunks, so a normaliser must be that of the whole
+            batch. Only the log-probs get gradients through it.
         bias: The head's bias.
         temperature: As in `linear_logprob`.
         softcap: As in `linear_logprob`.
@@ -97,7 +97,8 @@ def _host_bounds(segments: Tensor | Sequence[int], num_rows: int) -> list[int]:
     if isinstance(segments, Tensor):
         if segments.ndim != 1 or segments.is_floating_point():
             raise ValueError(
-                f"segments: expected (G + 1,) integers, got {segments.dtype} {tuple(segments.shape)}"
+                f"segments: expected integers (G + 1,), got {segments.dtype} "
+                f"{tuple(segments.shape)}"
             )
         bounds: list[int] = segments.tolist()
     else:
@@ -105,7 +106,7 @@ def _host_bounds(segments: Tensor | Sequence[int], num_rows: int) -> list[int]:
     if not bounds or bounds[0] != 0 or bounds[-1] != num_rows:
         ends = f"{bounds[0]}..{bounds[-1]}" if bounds else "no bounds"
         raise ValueError(f"segments: expected bounds from 0 to {num_rows} rows, got {ends}")
-    for group, (start, stop) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for group, (start, stop) in enumerate(pairwise(bounds)):
         if stop < start:
             raise ValueError(
                 f"segments: expected bounds that do not fall, got {start}, {stop} at group {group}"

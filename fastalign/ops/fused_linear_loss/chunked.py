@@ -1,7 +1,9 @@
 """The loss and its gradient in one sweep over chunks of whole groups.
 
-For each chunk: log-probs, then `loss_fn` under autograd on that small vector, which gives the coefficient
-of each token's log-prob, then the gradient products. Legend: T rows, V vocabulary, D hidden, G groups.
+For each chunk: log-probs, then `loss_fn` under autograd on that small vector, which gives the
+coefficient of each token's log-prob, then the gradient products.
+
+Legend: T rows, V vocabulary, D hidden, G groups.
 """
 
 from bisect import bisect_right
@@ -12,10 +14,11 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.fused_linear_loss.chunk import LossFunction, TokenChunk
+from fastalign.ops.fused_linear_loss.holder import GradientHolder, GradientInForward
 from fastalign.ops.linear_buffers import Buffers, Plan, plan_buffers
 from fastalign.ops.linear_head import RowStatistics, accumulation_dtype
 from fastalign.ops.linear_logprob import chunked
-from fastalign.ops.linear_logprob.chunked import Gradients, HeadInputs, Needs
+from fastalign.ops.linear_logprob.operands import Gradients, HeadInputs, Needs
 
 
 @dataclass(frozen=True)
@@ -70,51 +73,6 @@ def group_chunks(bounds: Sequence[int], capacity: int) -> Iterator[tuple[int, in
         start = stop
 
 
-class _GradientHolder:
-    """The gradients that the forward computed, until the backward hands them on, once."""
-
-    def __init__(self, gradients: Sequence[Tensor | None]) -> None:
-        self._gradients: list[Tensor | None] | None = list(gradients)
-
-    def scaled(self, scale: Tensor) -> list[Tensor | None]:
-        """The gradients times `scale`, in place: the weight's is large, a copy would double it."""
-        if self._gradients is None:
-            raise RuntimeError(
-                "fused_linear_loss computes its gradient once, in the forward, and has handed it on: "
-                "call the function again to go backward a second time"
-            )
-        gradients, self._gradients = self._gradients, None
-        return [None if g is None else g.mul_(scale.to(g.dtype)) for g in gradients]
-
-
-class _GradientInForward(torch.autograd.Function):
-    """Gives the loss a backward that multiplies gradients already computed."""
-
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        loss: Tensor,
-        holder: _GradientHolder,
-        *leaves: Tensor | None,
-    ) -> Tensor:
-        ctx.holder = holder  # type: ignore[attr-defined]
-        ctx.dtypes = [None if leaf is None else leaf.dtype for leaf in leaves]  # type: ignore[attr-defined]
-        return loss.clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad_loss: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        gradients = ctx.holder.scaled(grad_loss)  # type: ignore[attr-defined]
-        dtypes = ctx.dtypes  # type: ignore[attr-defined]
-        cast = [
-            None if gradient is None else gradient.to(dtype)
-            for gradient, dtype in zip(gradients, dtypes, strict=True)
-        ]
-        return (None, None, *cast)
-
-
 def forward(
     head: HeadInputs,
     bounds: Sequence[int] | None,
@@ -122,7 +80,7 @@ def forward(
     budget: Budget,
     leaves: tuple[Tensor, Tensor, Tensor | None],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """loss () and metrics, with a backward that scales what was computed here.
+    """The loss () and metrics, with a backward that scales what was computed here.
 
     Args:
         head: The operands.
@@ -136,8 +94,8 @@ def forward(
         loss, metrics = _sweep(head, bounds, loss_fn, budget, gradients)
     if not budget.needs.any:
         return loss, metrics
-    holder = _GradientHolder((gradients.hidden, gradients.weight, gradients.bias))
-    attached: Tensor = _GradientInForward.apply(loss, holder, *leaves)  # type: ignore[no-untyped-call]
+    holder = GradientHolder((gradients.hidden, gradients.weight, gradients.bias))
+    attached: Tensor = GradientInForward.apply(loss, holder, *leaves)  # type: ignore[no-untyped-call]
     return attached, metrics
 
 

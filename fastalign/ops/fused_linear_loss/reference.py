@@ -20,7 +20,7 @@ def forward(
     ignore_index: int,
     compute_dtype: torch.dtype,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """loss () and metrics; differentiable in hidden, weight and bias by autograd alone."""
+    """The loss () and metrics; differentiable in hidden, weight and bias by autograd alone."""
     logits = head_logits(hidden, weight, bias, temperature, softcap, logit_scale, compute_dtype)
     ignored = targets == ignore_index
     logprob, entropy, is_argmax = row_statistics(logits, targets.masked_fill(ignored, 0), ignored)

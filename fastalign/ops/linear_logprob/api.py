@@ -77,10 +77,10 @@ def linear_logprob(
         logits = softcap * tanh(logits / softcap) / temperature
         logprob = log_softmax(logits, dim=-1)[arange(T), targets]
 
-    Differentiable in hidden, weight and bias, through both results. Products (FLOPs over T*D*V): 2 without
-    gradients; 4 where only `hidden` needs one, all in the forward; otherwise 6, plus 2 for the
-    share of rows that `max_buffer_bytes` cannot keep. An entropy that nobody differentiates
-    costs no product; one that somebody does has its logits computed again in the backward.
+    Differentiable in hidden, weight and bias, through both results. Products (FLOPs over T*D*V):
+    2 without gradients; 4 where only `hidden` needs one, all in the forward; otherwise 6, plus 2
+    for the share of rows that `max_buffer_bytes` cannot keep. An entropy that nobody
+    differentiates costs no product; one that somebody does has all logits computed again.
 
     Args:
         hidden: Hidden states, any float dtype, any strides.
@@ -92,8 +92,8 @@ def linear_logprob(
         logit_scale: Cohere's multiplier, or one over Granite's divisor.
         return_entropy: Also return each row's entropy, in nats.
         ignore_index: The target that is ignored.
-        compute_dtype: The products' dtype. None: autocast's where it is on, else the operands'. A float32
-            master weight with torch.bfloat16 here gets its gradient in float32.
+        compute_dtype: The products' dtype. None: autocast's where it is on, else the operands'. A
+            float32 master weight with torch.bfloat16 here gets its gradient in float32.
         max_buffer_bytes: The most memory for logits, scratch and kept brackets together.
             None: room for 4,096 rows of logits, at least 256 MiB.
         backend: "torch" (what "auto" takes): products in tiles. "reference": the lines above.

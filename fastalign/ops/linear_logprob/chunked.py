@@ -4,17 +4,14 @@
 nothing of autograd; `linear_logprob` and `fused_linear_loss` both stand on them.
 
 Legend: N rows, V vocabulary, D hidden, K kept rows. Products, in units of N * D * V FLOPs:
-forward 2, plus 2 for a frozen head; backward 4 for kept rows, 6 for the others, 0 for a frozen head.
+forward 2, plus 2 for a frozen head; backward 4 for kept rows, 6 for others, 0 for a frozen head.
 """
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from fastalign.ops.linear_buffers import Buffers
 from fastalign.ops.linear_head import (
-    HeadTransform,
     RowStatistics,
     accumulation_dtype,
     add_product,
@@ -23,67 +20,7 @@ from fastalign.ops.linear_head import (
     project,
     read_tile,
 )
-
-
-@dataclass(frozen=True)
-class HeadInputs:
-    """The operands of one head pass."""
-
-    hidden: Tensor  # (N, D), in the products' dtype
-    weight: Tensor  # (V, D), in the products' dtype
-    bias: Tensor | None  # (V,), in the accumulation dtype
-    targets: Tensor  # (N,) int64, in range even where ignored
-    ignored: Tensor  # (N,) bool
-    transform: HeadTransform
-
-    def rows(self, start: int, stop: int) -> "HeadInputs":
-        """The same head on rows start..stop."""
-        return HeadInputs(
-            self.hidden[start:stop],
-            self.weight,
-            self.bias,
-            self.targets[start:stop],
-            self.ignored[start:stop],
-            self.transform.rows(start, stop),
-        )
-
-
-@dataclass(frozen=True)
-class Needs:
-    """Which gradients are wanted."""
-
-    hidden: bool
-    weight: bool
-    bias: bool
-
-    @property
-    def any(self) -> bool:
-        """Whether any gradient is wanted."""
-        return self.hidden or self.weight or self.bias
-
-    @property
-    def direction(self) -> bool:
-        """Whether only the hidden states' is: then bracket @ W is all the backward needs."""
-        return self.hidden and not self.weight and not self.bias
-
-    @property
-    def kept(self) -> bool:
-        """Whether the brackets themselves are needed after the forward."""
-        return self.weight or self.bias
-
-
-@dataclass(frozen=True)
-class Gradients:
-    """Where `backward` writes (hidden) and adds (weight, bias); None where not wanted."""
-
-    hidden: Tensor | None  # (N, D), any float dtype
-    weight: Tensor | None  # (V, D), accumulation dtype
-    bias: Tensor | None  # (V,), accumulation dtype
-
-    def rows(self, start: int, stop: int) -> "Gradients":
-        """The same places, with the hidden states' rows start..stop."""
-        hidden = None if self.hidden is None else self.hidden[start:stop]
-        return Gradients(hidden, self.weight, self.bias)
+from fastalign.ops.linear_logprob.operands import Gradients, HeadInputs
 
 
 def forward(
@@ -109,8 +46,10 @@ def forward(
     for start, stop in _tiles(num_rows, num_kept, buffers.tile_rows):
         rows = head.rows(start, stop)
         place = kept[start:stop] if kept is not None and start < num_kept else None
-        in_place = place is not None and buffers.projects_in_place
-        tile = place if in_place else buffers.tile(stop - start)
+        if place is not None and buffers.projects_in_place:
+            tile = place
+        else:
+            tile = buffers.tile(stop - start)
         project(rows.hidden, rows.weight, rows.bias, out=tile)
         if place is None and direction is not None:
             place = buffers.converted(stop - start)
@@ -204,7 +143,7 @@ def backward(
 
 
 def _scaled(rows: Tensor, scale: Tensor, ignored: Tensor) -> Tensor:
-    """rows * scale, and zero where ignored even if the row holds a NaN."""
+    """The rows times scale, and zero where ignored even if the row holds a NaN."""
     return (rows * scale[:, None].to(rows.dtype)).masked_fill_(ignored[:, None], 0.0)
 
 

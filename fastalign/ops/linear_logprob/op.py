@@ -1,7 +1,7 @@
 """Registration of `linear_logprob` with PyTorch: one schema, one fake kernel, one autograd formula.
 
-The forward returns, beside its two results, what its backward wants: the brackets of the first K rows
-(as many as the byte budget holds), or bracket @ W where only hidden states are trained.
+The forward returns, beside its two results, what its backward wants: the brackets of the first K
+rows (as many as the byte budget holds), or bracket @ W where only hidden states are trained.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.linear_buffers import Buffers, Plan, plan_buffers
-from fastalign.ops.linear_head import HeadTransform, accumulation_dtype, operand, product_dtype
+from fastalign.ops.linear_head import accumulation_dtype, product_dtype
 from fastalign.ops.linear_logprob import chunked
-from fastalign.ops.linear_logprob.chunked import Gradients, HeadInputs, Needs
+from fastalign.ops.linear_logprob.operands import Gradients, Needs, head_inputs
 
 
 def _plan(
@@ -36,29 +36,6 @@ def _plan(
     )
 
 
-def head_inputs(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    compute_dtype: torch.dtype,
-) -> HeadInputs:
-    """The operands of one call, rounded to `compute_dtype`."""
-    ignored = targets == ignore_index
-    return HeadInputs(
-        operand(hidden, compute_dtype),
-        operand(weight, compute_dtype),
-        None if bias is None else bias.to(accumulation_dtype(compute_dtype)),
-        targets.masked_fill(ignored, 0),
-        ignored,
-        HeadTransform(temperature, softcap, logit_scale),
-    )
-
-
 @torch.library.custom_op("fastalign::linear_logprob", mutates_args=())
 def linear_logprob_forward(
     hidden: Tensor,
@@ -74,7 +51,7 @@ def linear_logprob_forward(
     needs: Sequence[bool],
     return_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprob (T,), entropy (T,), kept brackets (K, V), direction (T, D) or (0, D)."""
+    """Log-prob (T,), entropy (T,), kept brackets (K, V), direction (T, D) or (0, D)."""
     wanted = Needs(*needs)
     with torch.autocast(hidden.device.type, enabled=False):
         head = head_inputs(

@@ -1,4 +1,4 @@
-"""The definition of `linear_logprob`, with all the logits: eager, differentiable, float64-capable."""
+"""The definition of `linear_logprob`, with all the logits: eager and differentiable."""
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def head_logits(
 def row_statistics(
     logits: Tensor, targets: Tensor, ignored: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logprob, entropy and is_argmax, each (T,), of logits (T, V); zeros where ignored."""
+    """Log-prob, entropy and is_argmax, each (T,), of logits (T, V); zeros where ignored."""
     log_p = torch.log_softmax(logits, dim=-1)
     logprob = log_p.gather(1, targets[:, None]).squeeze(1)
     finite = log_p.clamp(min=torch.finfo(log_p.dtype).min)  # a banned token, p = 0, adds nothing
