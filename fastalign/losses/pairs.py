@@ -60,7 +60,7 @@ class PairLogprobs:
         tie: Tensor | None = None,  # (B,) bool
         margin: Tensor | None = None,  # (B,)
     ) -> "PairLogprobs":
-        """Pairs from responses that alternate: chosen, rejected, chosen, rejected."""
+        """Makes pairs of responses that alternate: chosen, rejected, chosen, rejected."""
         chosen, rejected = policy_logprob[0::2], policy_logprob[1::2]
         return cls(
             chosen,

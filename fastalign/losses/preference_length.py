@@ -11,12 +11,7 @@ from fastalign.losses.preference import log_ratio_difference
 
 
 def per_token(logprob: Tensor, length: Tensor) -> Tensor:
-    """The mean log-prob of a response's tokens, (B,); 0 for an empty response.
-
-    Raises:
-        ValueError: Shapes differ.
-    """
-    check_same_shape(logprob=logprob, length=length)
+    """The mean log-prob of a response's tokens, (B,); 0 for an empty response."""
     return logprob / length.clamp(min=1).to(logprob.dtype)
 
 
@@ -28,6 +23,14 @@ def _mean_log_ratio_difference(
     chosen_length: Tensor,
     rejected_length: Tensor,
 ) -> Tensor:
+    check_same_shape(
+        policy_chosen_logprob=policy_chosen_logprob,
+        policy_rejected_logprob=policy_rejected_logprob,
+        reference_chosen_logprob=reference_chosen_logprob,
+        reference_rejected_logprob=reference_rejected_logprob,
+        chosen_length=chosen_length,
+        rejected_length=rejected_length,
+    )
     return log_ratio_difference(
         per_token(policy_chosen_logprob, chosen_length),
         per_token(policy_rejected_logprob, rejected_length),

@@ -28,9 +28,14 @@ def simpo(
         ValueError: Shapes differ, or beta <= 0.
     """
     check_positive(beta=beta)
+    check_same_shape(
+        policy_chosen_logprob=policy_chosen_logprob,
+        policy_rejected_logprob=policy_rejected_logprob,
+        chosen_length=chosen_length,
+        rejected_length=rejected_length,
+    )
     chosen = per_token(policy_chosen_logprob, chosen_length)
     rejected = per_token(policy_rejected_logprob, rejected_length)
-    check_same_shape(chosen=chosen, rejected=rejected)
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
@@ -51,9 +56,14 @@ def orpo(
         ValueError: Shapes differ, or beta <= 0.
     """
     check_positive(beta=beta)
+    check_same_shape(
+        policy_chosen_logprob=policy_chosen_logprob,
+        policy_rejected_logprob=policy_rejected_logprob,
+        chosen_length=chosen_length,
+        rejected_length=rejected_length,
+    )
     chosen = per_token(policy_chosen_logprob, chosen_length)
     rejected = per_token(policy_rejected_logprob, rejected_length)
-    check_same_shape(chosen=chosen, rejected=rejected)
     return -chosen - beta * F.logsigmoid(log_odds(chosen) - log_odds(rejected))
 
 
