@@ -11,11 +11,11 @@ from fastalign.losses import PairLogprobs, segment_sum
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("bounds", [[0, 3, 3, 10], [0, 0, 10], [0, 10, 10], [0, 4, 10]])
 def test_sums_of_slices(bounds: list[int], dtype: torch.dtype) -> None:
-    values = torch.randn(10, dtype=dtype)
+    values = torch.linspace(-1, 2.3, 10, dtype=dtype)
     result = segment_sum(values, torch.tensor(bounds))
     expected = torch.stack([values[a:b].double().sum() for a, b in pairwise(bounds)])
     assert result.dtype == dtype
-    torch.testing.assert_close(result, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
+    torch.testing.assert_close(result, expected.to(dtype), rtol=0, atol=10 * torch.finfo(dtype).eps)
 
 
 def test_nothing_at_all() -> None:

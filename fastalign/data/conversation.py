@@ -1,0 +1,137 @@
+"""Messages `{role, content}`: read from a row, and checked for an order that can be learned."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastalign.data.row import DataFault, Row, show, show_names
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# Which roles may follow which; None stands for the beginning.
+_NEXT: dict[str | None, tuple[str, ...]] = {
+    None: ("system", "developer", "user"),
+    "system": ("user",),
+    "developer": ("user",),
+    "user": ("assistant",),
+    "assistant": ("user", "tool"),
+    "tool": ("tool", "assistant"),
+}
+# Parts of a message that would be lost if they were passed over.
+_UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinking", "images")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_PRINTED_LIST = re.compile(r"\s*\[\s*\{.*['\"]role['\"]\s*:.*\}\s*\]\s*", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+def check_text(where: str, column: str, value: object, name: str = "") -> str:
+    """The value as text that can be learned from.
+
+    Raises:
+        DataFault: not text, blank, NUL characters, or half a surrogate pair.
+    """
+    if not isinstance(value, str):
+        raise DataFault(where, f"{name}expected text, got {show(value)}", column)
+    if not value.strip():
+        raise DataFault(where, f"{name}expected text, got {'white space' if value else 'an empty string'}", column)
+    lone = _SURROGATE.search(value)
+    if lone:
+        code = f"U+{ord(lone[0]):04X}"
+        raise DataFault(
+            where, f"{name}half a surrogate pair ({code}) at character {lone.start() + 1}", column
+        )
+    if "\0" in value:
+        place = value.index("\0") + 1
+        raise DataFault(where, f"{name}NUL at character {place}: binary data?", column)
+    return value
+
+
+def content(row: Row, column: str) -> str | tuple[Message, ...]:
+    """A column that holds plain text or a list of messages.
+
+    Raises:
+        DataFault: neither, or a list of messages printed as text.
+    """
+    value = row.values.get(column)
+    if isinstance(value, list):
+        return messages(row, column)
+    if not isinstance(value, str):
+        problem = f"expected text or a list of messages, got {show(value)}"
+        raise DataFault(row.where, problem, column)
+    if _PRINTED_LIST.fullmatch(value):
+        remedy = "; CSV cannot hold lists, use .jsonl" if row.textual else ""
+        raise DataFault(
+            row.where, f"a list of messages written as text{remedy}: {show(value)}", column
+        )
+    return check_text(row.where, column, value)
+
+
+def messages(row: Row, column: str) -> tuple[Message, ...]:
+    """A column that holds a list of messages; the order is checked by `check_order`.
+
+    Raises:
+        DataFault: not a list, an empty one, or a faulty message, which is named by its number.
+    """
+    value = row.values.get(column)
+    if not isinstance(value, list):
+        remedy = " (CSV cannot hold lists: use .jsonl)" if row.textual else ""
+        problem = f"expected a list of messages, got {show(value)}{remedy}"
+        raise DataFault(row.where, problem, column)
+    if not value:
+        raise DataFault(row.where, "expected a list of messages, got an empty list", column)
+    return tuple(_message(row, column, index, item) for index, item in enumerate(value, start=1))
+
+
+def _message(row: Row, column: str, index: int, item: object) -> Message:
+    name = f"message {index}: "
+    if not isinstance(item, dict):
+        raise DataFault(
+            row.where, f"{name}expected an object with role and content, got {show(item)}", column
+        )
+    if "role" not in item or "content" not in item:
+        hint = " (rename from and value)" if {"from", "value"} <= set(item) else ""
+        problem = f"{name}expected the keys role and content, got {show_names(item)}{hint}"
+        raise DataFault(row.where, problem, column)
+    if not isinstance(item["role"], str) or item["role"] not in ROLES:
+        problem = f"{name}expected a role of {', '.join(ROLES)}, got {show(item['role'])}"
+        raise DataFault(row.where, problem, column)
+    for key in _UNSUPPORTED_KEYS:
+        if item.get(key):
+            raise DataFault(row.where, f"{name}{key} is not supported", column)
+    if isinstance(item["content"], list):
+        problem = f"{name}expected text, got a list of parts (only text is supported)"
+        raise DataFault(row.where, problem, column)
+    return Message(item["role"], check_text(row.where, column, item["content"], name))
+
+
+def check_order(
+    where: str,
+    column: str,
+    turns: Sequence[Message],
+    *,
+    before: Sequence[Message] = (),
+    last: tuple[str, ...] = ("assistant",),
+) -> None:
+    """Checks that each turn may follow the one before it, and that the last has a role of `last`.
+
+    Raises:
+        DataFault: naming the message by its number within the column.
+    """
+    previous = before[-1].role if before else None
+    for index, message in enumerate(turns, start=1):
+        expected = _NEXT[previous]
+        if message.role not in expected:
+            after = f" after {previous!r}" if previous else " at the beginning"
+            names = " or ".join(repr(role) for role in expected)
+            problem = f"message {index}: expected role {names}{after}, got {message.role!r}"
+            raise DataFault(where, problem, column)
+        previous = message.role
+    if previous not in last:
+        names = " or ".join(repr(role) for role in last)
+        raise DataFault(where, f"expected the last message from {names}, got {previous!r}", column)

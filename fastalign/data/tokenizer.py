@@ -1,0 +1,117 @@
+"""Loading a tokenizer, and what of it the data needs."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from fastalign.data.conversation import Message
+from fastalign.data.template import Template, TemplateError
+
+
+class Tokenizer(Protocol):
+    """The part of transformers' tokenizers that this package uses."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+    pad_token_id: int | None
+    eos_token: str | None
+    pad_token: str | None
+    chat_template: Any
+    name_or_path: str
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        """Token ids of a text or of a list of texts."""
+
+    def decode(self, token_ids: Any, **options: Any) -> str:
+        """The text of token ids."""
+
+    def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
+        """The text of a conversation."""
+
+    def save_pretrained(self, save_directory: Any, **options: Any) -> Any:
+        """Writes the tokenizer's files into a folder."""
+
+    def __len__(self) -> int:
+        """Number of tokens, added ones included."""
+
+
+def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
+    """The tokenizer of a model folder or hub name.
+
+    A missing pad token becomes EOS: nothing here ever reads a mask from token ids, so a model
+    still learns to stop.
+
+    Raises:
+        ValueError: there is none at `path`, or its files are damaged.
+    """
+    from transformers import AutoTokenizer
+
+    name = str(path)
+    local = Path(name).expanduser()
+    if local.is_file():
+        raise ValueError(f"tokenizer {name}: expected a model folder or a hub name, got a file")
+    if not local.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise FileNotFoundError(f"tokenizer {name}: no such folder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(local) if local.exists() else name, trust_remote_code=trust_remote_code
+        )
+    # The tokenizers library raises bare Exception for a damaged tokenizer.json.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"tokenizer {name}: cannot be loaded: {reason}") from error
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
+        tokenizer.pad_token = tokenizer.eos_token
+    loaded: Tokenizer = tokenizer
+    return loaded
+
+
+def eos_token_ids(tokenizer: Tokenizer, path: str | Path | None = None) -> tuple[int, ...]:
+    """The token ids at which generation stops, sorted.
+
+    They are the tokenizer's EOS and, when `path` is a model folder, whatever its
+    `generation_config.json` lists: an instruction model often stops at its end-of-turn mark too.
+
+    Raises:
+        ValueError: there is no such token, or the file is damaged.
+    """
+    found = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
+    file = None if path is None else Path(path).expanduser() / "generation_config.json"
+    if file is not None and file.is_file():
+        try:
+            listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+        except (ValueError, AttributeError) as error:
+            raise ValueError(f"{file}: expected a JSON object: {error}") from None
+        found |= set(listed if isinstance(listed, list) else [] if listed is None else [listed])
+    if not found:
+        raise ValueError(f"tokenizer {tokenizer.name_or_path}: has no EOS token")
+    return tuple(sorted(found))
+
+
+def chat_template(tokenizer: Tokenizer) -> Template:
+    """The tokenizer's chat template as a function of messages.
+
+    Raises:
+        ValueError: the tokenizer has none. The function raises TemplateError when the template
+            refuses a conversation.
+    """
+    import jinja2
+
+    if not tokenizer.chat_template:
+        raise ValueError(
+            f"the rows are conversations, but the tokenizer {tokenizer.name_or_path or ''} has no "
+            "chat template; use one of an instruction model, or rows of plain text"
+        )
+
+    def render(turns: Sequence[Message], add_generation_prompt: bool) -> str:
+        conversation = [{"role": turn.role, "content": turn.content} for turn in turns]
+        try:
+            text = tokenizer.apply_chat_template(
+                conversation, tokenize=False, add_generation_prompt=add_generation_prompt
+            )
+        except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
+            raise TemplateError(f"the chat template refuses the row: {error}") from None
+        return str(text)
+
+    return render

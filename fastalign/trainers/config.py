@@ -1,0 +1,194 @@
+"""The settings of a run: frozen dataclasses that become flags (`--optim.lr`) and YAML keys.
+
+An attribute's docstring is the flag's help text.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from fastalign.models import Packing
+from fastalign.trainers.preference_losses import LOSSES, DPOLoss, PreferenceLoss
+
+Precision = Literal["auto", "bf16", "float32"]
+Schedule = Literal["constant", "linear", "cosine"]
+
+
+def _require(condition: bool, name: str, expected: str, value: object) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model to train."""
+
+    path: str = ""
+    """Folder in transformers' layout, or a hub name."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.path), "model.path", "a model folder or a hub name", self.path)
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """The frozen model that the policy is held near."""
+
+    path: str | None = None
+    """Folder or hub name; default: the model that training starts from."""
+    cache_dir: str | None = None
+    """Where reference log-probs are kept between runs; default: fastalign in the user's cache."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is trained on, and what happens to rows that do not fit."""
+
+    train: str = ""
+    """File, folder or hub name."""
+    eval: str | None = None
+    """Held-out data in the same columns."""
+    max_length: int = 1024
+    """Most tokens of a prompt with one response."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """A row that cannot be used: stop, or skip and count it."""
+    on_too_long: Literal["error", "skip", "truncate"] = "error"
+    """A row over max_length: stop, skip and count it, or cut its responses and count it."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.train), "data.train", "a file, folder or hub name", self.train)
+        _require(self.max_length >= 2, "data.max_length", "at least 2", self.max_length)
+
+
+@dataclass(frozen=True)
+class PreferenceDataConfig(DataConfig):
+    """Preference data."""
+
+    ties: Literal["error", "drop"] = "error"
+    """Rows that say tie, under a loss without ties: stop, or drop and count them."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW and its learning rate."""
+
+    lr: float = 1e-6
+    """Peak learning rate."""
+    schedule: Schedule = "linear"
+    """From the peak to zero (linear, cosine), or constant; after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay of matrices (norms and biases have none)."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's averages."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    grad_clip: float = 1.0
+    """Most norm of the whole gradient; 0: not clipped."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.lr < float("inf"), "optim.lr", "a finite number of at least 0", self.lr)
+        _require(self.warmup_steps >= 0, "optim.warmup_steps", "at least 0", self.warmup_steps)
+        _require(self.grad_clip >= 0, "optim.grad_clip", "at least 0", self.grad_clip)
+        _require(self.weight_decay >= 0, "optim.weight_decay", "at least 0", self.weight_decay)
+        _require(self.eps > 0, "optim.eps", "more than 0", self.eps)
+        inside = all(0 <= beta < 1 for beta in self.betas)
+        _require(inside, "optim.betas", "two numbers in [0, 1)", self.betas)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, in what pieces, with what precision."""
+
+    max_steps: int | None = None
+    """Optimiser steps; default: as many as epochs need."""
+    epochs: float = 1.0
+    """Passes over the data, where max_steps is not given."""
+    batch_size: int = 64
+    """Examples of one optimiser step."""
+    tokens_per_batch: int = 16384
+    """Most packed tokens of one forward: memory only, the gradient does not depend on it."""
+    packing: Packing = "shared_prefix"
+    """Prompts computed once, repeated for each response (packed), or a padded rectangle."""
+    precision: Precision = "auto"
+    """bf16 compute with float32 weights, or float32; auto: bf16 on a GPU, float32 on a CPU."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward instead of keeping them."""
+    max_buffer_bytes: int | None = None
+    """Most bytes of logits at a time; default: chosen by the operation."""
+    eval_every: int = 0
+    """Steps between evaluations on data.eval; 0: at the end only."""
+    save_every: int = 0
+    """Steps between checkpoints; 0: at the end, and when the run is stopped."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+    stop_at_step: int | None = None
+    """Save and leave after this step, as if stopped there; --run.resume goes on."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "stop_at_step", "max_buffer_bytes"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, f"train.{name}", "at least 1", value)
+        for name in ("batch_size", "tokens_per_batch", "keep_checkpoints"):
+            value = getattr(self, name)
+            _require(value >= 1, f"train.{name}", "at least 1", value)
+        for name in ("eval_every", "save_every"):
+            value = getattr(self, name)
+            _require(value >= 0, f"train.{name}", "at least 0", value)
+        _require(0 < self.epochs < float("inf"), "train.epochs", "more than 0", self.epochs)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The run's folder and its seed."""
+
+    dir: str = ""
+    """Folder that everything is written to."""
+    seed: int = 0
+    """Of the data's order and of everything random."""
+    resume: bool = False
+    """Go on from the newest good checkpoint in run.dir."""
+
+    def __post_init__(self) -> None:
+        _require(bool(self.dir), "run.dir", "a folder", self.dir)
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning."""
+
+    model: ModelConfig
+    data: DataConfig
+    run: RunConfig
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass(frozen=True)
+class DPOConfig:
+    """DPO and its relatives."""
+
+    model: ModelConfig
+    data: PreferenceDataConfig
+    run: RunConfig
+    loss: PreferenceLoss = field(default_factory=DPOLoss)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+def config_to_dict(config: SFTConfig | DPOConfig) -> dict[str, Any]:
+    """The settings as nested dictionaries, as `config.yaml` holds them; a loss has its `name`."""
+    values = asdict(config)
+    if isinstance(config, DPOConfig):
+        names = {cls: name for name, cls in LOSSES.items()}
+        values["loss"] = {"name": names[type(config.loss)], **values["loss"]}
+    for section in values.values():
+        for key, value in section.items():
+            if isinstance(value, tuple):
+                section[key] = list(value)
+    return values

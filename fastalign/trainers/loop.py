@@ -1,0 +1,195 @@
+"""The flat loop that SFT and DPO share: step, log, evaluate, save, stop when asked."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastalign.data import indices_of_step
+from fastalign.models import save_model
+from fastalign.trainers.checkpoint import newest_good_checkpoint, restore, save_checkpoint
+from fastalign.trainers.config import DPOConfig, SFTConfig
+from fastalign.trainers.metrics import Metrics, MetricsWriter, ProgressDisplay
+from fastalign.trainers.optimizer import make_optimizer
+from fastalign.trainers.signals import StopRequest, stop_on_signal
+from fastalign.trainers.state import TrainState
+from fastalign.trainers.step import optimiser_step
+
+MAX_SKIPPED_IN_A_ROW = 3
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended.
+
+    Attributes:
+        step: optimiser steps taken.
+        finished: all steps are done and `model/` is written.
+        exit_code: 0, or 130 after SIGINT.
+        metrics: the last step's.
+    """
+
+    step: int
+    finished: bool
+    exit_code: int
+    metrics: Metrics
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an algorithm gives the loop.
+
+    Attributes:
+        title: in front of the progress bar.
+        num_examples: of the training data.
+        data_fingerprint: of the training data's token ids.
+        tokenizer: saved with the model.
+        accumulate: adds the gradient of these examples; returns the step's metrics (`loss` among
+            them) and the packed tokens computed.
+        evaluate: metrics on the held-out data, names beginning with `eval_`; None without data.
+    """
+
+    title: str
+    num_examples: int
+    data_fingerprint: str
+    tokenizer: Any
+    accumulate: Callable[[list[int]], tuple[Metrics, int]]
+    evaluate: Callable[[], Metrics] | None
+
+
+def total_steps(config: SFTConfig | DPOConfig, num_examples: int) -> int:
+    """`max_steps`, or the steps that `epochs` passes take (the last one may reach beyond)."""
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    return max(1, math.ceil(config.train.epochs * num_examples / config.train.batch_size))
+
+
+def indices_of_run(config: SFTConfig | DPOConfig, num_examples: int) -> set[int]:
+    """The examples that the run will use."""
+    used: set[int] = set()
+    for step in range(total_steps(config, num_examples)):
+        if len(used) == num_examples:
+            break
+        used.update(
+            indices_of_step(num_examples, config.train.batch_size, step, seed=config.run.seed)
+        )
+    return used
+
+
+def resume(folder: Path, state: TrainState, task: Task) -> dict[str, Any]:
+    """Restores the newest good checkpoint; says which newer ones are damaged.
+
+    Raises:
+        ValueError: there is none, or it was made with other data.
+    """
+    checkpoint, faults = newest_good_checkpoint(folder / "checkpoints")
+    for fault in faults:
+        print(f"damaged checkpoint passed over: {fault}", flush=True)
+    saved = restore(checkpoint, state)
+    if saved["data_fingerprint"] != task.data_fingerprint:
+        raise ValueError(f"run.resume: the training data is not what {checkpoint} was trained on")
+    print(f"resumed from {checkpoint}", flush=True)
+    return saved
+
+
+def run_loop(config: SFTConfig | DPOConfig, model: Any, task: Task) -> RunResult:
+    """Trains until the last step, a signal, `stop_at_step`, or too many skipped steps.
+
+    Raises:
+        ValueError: three steps in a row had a non-finite loss or gradient.
+    """
+    folder = Path(config.run.dir)
+    state = TrainState(model, make_optimizer(model, config.optim))
+    num_steps = total_steps(config, task.num_examples)
+    num_bytes = resume(folder, state, task)["metrics_bytes"] if config.run.resume else 0
+    writer = MetricsWriter(folder, num_bytes=num_bytes, step=state.step)
+
+    def save() -> None:
+        extra = {
+            "metrics_bytes": writer.num_bytes(),
+            "data_fingerprint": task.data_fingerprint,
+        }
+        save_checkpoint(folder / "checkpoints", state, extra, config.train.keep_checkpoints)
+
+    metrics: Metrics = {}
+    saved_at = state.step if config.run.resume else -1
+    try:
+        with stop_on_signal() as stop, ProgressDisplay(task.title, num_steps, state.step) as shown:
+            while state.step < num_steps:
+                metrics = one_step(config, state, task, num_steps)
+                writer.write(metrics)
+                shown.update(metrics)
+                if metrics["skipped"]:
+                    shown.say(
+                        f"step {state.step} skipped: loss {metrics['loss']}, gradient norm "
+                        f"{metrics['grad_norm']}; no weight was changed"
+                    )
+                stopping = should_stop(config, state, stop)
+                due = config.train.save_every and state.step % config.train.save_every == 0
+                if due or stopping or state.step == num_steps:
+                    save()
+                    saved_at = state.step
+                if stopping:
+                    break
+                if state.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+                    raise ValueError(
+                        f"stopped at step {state.step}: {MAX_SKIPPED_IN_A_ROW} steps in a row had a "
+                        "non-finite loss or gradient; no weight was changed by them"
+                    )
+    finally:
+        writer.close()
+    finished = state.step >= num_steps
+    if finished:
+        save_final_model(config, model, task)
+    else:
+        print(f"stopped at step {state.step}; saved; go on with --run.resume", flush=True)
+    assert saved_at == state.step
+    return RunResult(state.step, finished, stop.exit_code, metrics)
+
+
+def should_stop(config: SFTConfig | DPOConfig, state: TrainState, stop: StopRequest) -> bool:
+    """Whether a signal came or `stop_at_step` is reached."""
+    return stop.received is not None or state.step == config.train.stop_at_step
+
+
+def one_step(
+    config: SFTConfig | DPOConfig, state: TrainState, task: Task, num_steps: int
+) -> Metrics:
+    """Takes one optimiser step, evaluates when it is due; returns what is logged."""
+    start = time.perf_counter()
+    batch_size = config.train.batch_size
+    indices = indices_of_step(task.num_examples, batch_size, state.step, seed=config.run.seed)
+    metrics, num_tokens = task.accumulate(indices)
+    state.num_tokens += num_tokens
+    update = optimiser_step(state, float(metrics["loss"]), config.optim, num_steps)
+    seconds = time.perf_counter() - start
+    metrics = {
+        "step": state.step,
+        "epoch": state.step * batch_size / task.num_examples,
+        **metrics,
+        **update,
+        "num_tokens": state.num_tokens,
+        "step_seconds": seconds,
+        "tokens_per_second": num_tokens / seconds,
+    }
+    every = config.train.eval_every
+    if task.evaluate is not None and (
+        state.step == num_steps or (every and state.step % every == 0)
+    ):
+        metrics |= task.evaluate()
+    return metrics
+
+
+def save_final_model(config: SFTConfig | DPOConfig, model: Any, task: Task) -> None:
+    """Writes `model/`: complete under another name first, then renamed."""
+    folder = Path(config.run.dir)
+    aside, final = folder / ".writing-model", folder / "model"
+    save_model(model, task.tokenizer, aside)
+    if final.exists():
+        import shutil
+
+        shutil.rmtree(final)
+    aside.rename(final)
+    print(f"model written to {final}", flush=True)

@@ -1,0 +1,119 @@
+"""What a run says as it goes: `metrics.jsonl`, TensorBoard, and a progress bar or plain lines."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+Metrics = dict[str, float | int]
+NUM_PLAIN_LINES = 20
+
+
+class MetricsWriter:
+    """Appends one JSON object a step, and the same numbers to TensorBoard.
+
+    Args:
+        folder: the run's folder.
+        num_bytes: keep this much of an existing `metrics.jsonl`: what it held at a checkpoint.
+        step: the checkpoint's step; later TensorBoard values are dropped.
+    """
+
+    def __init__(self, folder: Path, *, num_bytes: int, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._file = (folder / "metrics.jsonl").open("ab")
+        if self._file.tell() < num_bytes:
+            raise ValueError(
+                f"{folder / 'metrics.jsonl'}: expected at least the {num_bytes} bytes that the "
+                f"checkpoint of step {step} knows, got {self._file.tell()}"
+            )
+        self._file.truncate(num_bytes)
+        self._board = SummaryWriter(  # type: ignore[no-untyped-call]
+            str(folder / "tensorboard"), purge_step=step + 1 if step else None
+        )
+
+    def write(self, metrics: Metrics) -> None:
+        """Appends one object; a number that JSON cannot hold (NaN, Inf) becomes a string."""
+        plain = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
+        self._file.write(json.dumps(plain).encode() + b"\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            if name != "step":
+                self._board.add_scalar(name, value, metrics["step"])  # type: ignore[no-untyped-call]
+
+    def num_bytes(self) -> int:
+        """Bytes of `metrics.jsonl` so far."""
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Flushes both."""
+        self._file.close()
+        self._board.close()  # type: ignore[no-untyped-call]
+
+
+class ProgressDisplay:
+    """A bar on a terminal, about twenty plain lines elsewhere: loss, tokens a second, time left.
+
+    Args:
+        title: shown in front.
+        num_steps: of the whole run.
+        step: where it begins.
+    """
+
+    def __init__(self, title: str, num_steps: int, step: int) -> None:
+        self._title, self._num_steps, self._first = title, num_steps, step
+        self._start = time.monotonic()
+        self._bar: Progress | None = None
+        if sys.stdout.isatty():
+            self._bar = Progress(
+                TextColumn(title),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+            )
+            self._task = self._bar.add_task(title, total=num_steps, completed=step, numbers="")
+
+    def __enter__(self) -> "ProgressDisplay":
+        """Shows the bar."""
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """Prints a line beside the bar."""
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, flush=True)
+
+    def update(self, metrics: Metrics) -> None:
+        """Shows one step's metrics."""
+        step = int(metrics["step"])
+        numbers = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:.0f} tokens/s"
+        if "rewards/accuracies" in metrics:
+            numbers += f"  accuracy {metrics['rewards/accuracies']:.2f}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+            return
+        every = max(1, self._num_steps // NUM_PLAIN_LINES)
+        if step % every == 0 or step == self._num_steps or step == self._first + 1:
+            elapsed = time.monotonic() - self._start
+            left = elapsed / (step - self._first) * (self._num_steps - step)
+            print(
+                f"{self._title} {step}/{self._num_steps}  {numbers}  {left:.0f} s left", flush=True
+            )

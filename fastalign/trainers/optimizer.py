@@ -1,0 +1,51 @@
+"""AdamW, the learning rate as a function of the step, and the gradient's norm."""
+
+import math
+
+import torch
+from torch import nn
+
+from fastalign.trainers.config import OptimConfig
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW (arXiv 1711.05101) over the trainable parameters; matrices alone decay."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+    )
+
+
+def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
+    """The learning rate of step `step` (counted from 0) of `num_steps`: no state to save.
+
+    Linear warm-up over `warmup_steps`, reaching the peak at its last step; then constant, or from the
+    peak towards zero, which would be reached one step after the last.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    if config.schedule == "linear":
+        return config.lr * (1 - progress)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def clip_gradient(model: nn.Module, max_norm: float) -> torch.Tensor:
+    """The norm of the whole gradient before clipping, (); scales the gradient where it is larger.
+
+    A non-finite gradient gives a non-finite norm.
+    """
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm

@@ -1,0 +1,89 @@
+"""A run's folder: refused when it holds another run, its configuration saved, its lock held."""
+
+import fcntl
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastalign.trainers.checkpoint import write_text_atomically
+
+# Settings that may differ when a run is resumed: they change neither weights nor their order.
+MAY_CHANGE = {
+    ("run", "dir"),
+    ("run", "resume"),
+    ("train", "stop_at_step"),
+    ("train", "save_every"),
+    ("train", "eval_every"),
+    ("train", "keep_checkpoints"),
+    ("reference", "cache_dir"),
+    ("data", "eval"),
+}
+
+
+def as_yaml(values: dict[str, Any]) -> str:
+    """The settings as `config.yaml` holds them."""
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def changed_settings(saved: dict[str, Any], values: dict[str, Any]) -> list[str]:
+    """Settings that a resumed run may not change, and did: `optim.lr (1e-06, now 2e-06)`."""
+    changes = []
+    for section in sorted(saved.keys() | values.keys()):
+        before, now = saved.get(section) or {}, values.get(section) or {}
+        for key in sorted(before.keys() | now.keys()):
+            if (section, key) not in MAY_CHANGE and before.get(key) != now.get(key):
+                changes.append(f"{section}.{key} ({before.get(key)}, now {now.get(key)})")
+    return changes
+
+
+def prepare_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
+    """Makes the folder, or checks that it holds the run that is to be resumed.
+
+    Raises:
+        ValueError: it holds a run and `resume` is not asked for; or it holds none, or one with
+            other settings, and it is.
+    """
+    config = folder / "config.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run.dir: expected a folder, {folder} is a file")
+    if resume:
+        if not config.is_file():
+            raise ValueError(f"run.resume: {folder} holds no run to resume (no config.yaml)")
+        saved = yaml.safe_load(config.read_text(encoding="utf-8"))
+        changes = changed_settings(saved, values)
+        if changes:
+            raise ValueError(f"run.resume: these settings differ from the run's: {', '.join(changes)}")
+    elif (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists():
+        raise ValueError(
+            f"run.dir: {folder} holds another run; add --run.resume to go on with it, or choose "
+            "another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        write_text_atomically(config, as_yaml(values))
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder for this process, so that two runs cannot write into one.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"run.dir: another process is training in {folder}") from error
+        yield
+
+
+def announce(values: dict[str, Any]) -> None:
+    """Prints the resolved settings."""
+    print(as_yaml(values), end="", flush=True)
+    sys.stdout.flush()

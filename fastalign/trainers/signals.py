@@ -1,0 +1,52 @@
+"""SIGTERM and SIGINT ask the loop to stop after the current step, so that it can save first."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+
+
+@dataclass
+class StopRequest:
+    """Set by a signal.
+
+    Attributes:
+        received: the signal, or None.
+    """
+
+    received: signal.Signals | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """0 after SIGTERM (a scheduler's orderly stop), 130 after SIGINT (the shell's custom)."""
+        return 0 if self.received is None else EXIT_CODES[self.received]
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Notes the first signal; a second one has its ordinary effect at once.
+
+    Outside the main thread Python cannot handle signals, and none are asked for.
+    """
+    request = StopRequest()
+    previous = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        request.received = signal.Signals(number)
+        for known, handler in previous.items():
+            signal.signal(known, handler)
+
+    try:
+        for number in EXIT_CODES:
+            previous[number] = signal.signal(number, handle)
+    except ValueError:  # not the main thread
+        yield request
+        return
+    try:
+        yield request
+    finally:
+        for known, handler in previous.items():
+            signal.signal(known, handler)

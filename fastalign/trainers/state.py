@@ -1,0 +1,55 @@
+"""Everything that a run changes as it goes: what a checkpoint must hold."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass
+class TrainState:
+    """The moving parts of a run.
+
+    Attributes:
+        model: the policy, float32 master weights.
+        optimizer: its optimiser.
+        step: optimiser steps taken, skipped ones included.
+        num_skipped_in_a_row: latest steps that were skipped as non-finite.
+        num_tokens: packed tokens computed so far.
+    """
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    step: int = 0
+    num_skipped_in_a_row: int = 0
+    num_tokens: int = 0
+
+    def counters(self) -> dict[str, int]:
+        """The numbers, as JSON holds them."""
+        return {
+            "step": self.step,
+            "num_skipped_in_a_row": self.num_skipped_in_a_row,
+            "num_tokens": self.num_tokens,
+        }
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds Python's and torch's generators."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def random_state() -> dict[str, torch.Tensor]:
+    """The states of torch's generators, as tensors."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def restore_random_state(state: dict[str, torch.Tensor]) -> None:
+    """Puts back what `random_state` took."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])

@@ -1,0 +1,179 @@
+"""One optimiser step: micro-batches into one gradient; a non-finite step changes no weight."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign.batch import Group, PackedBatch, pack, ungroup
+from fastalign.data import micro_batches
+from fastalign.models import Packing, lm_head, predict_hidden
+from fastalign.ops import fused_linear_loss
+from fastalign.ops.fused_linear_loss import LossFunction
+from fastalign.trainers.config import OptimConfig, TrainConfig
+from fastalign.trainers.optimizer import clip_gradient, learning_rate
+from fastalign.trainers.state import TrainState
+
+# (the batch, which examples it holds) -> the loss function, and its groups' bounds
+MakeLoss = Callable[[PackedBatch, list[int]], tuple[LossFunction, Sequence[int] | None]]
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How forwards are run.
+
+    Attributes:
+        device: where.
+        dtype: of the matrix products; weights are float32 whatever it is.
+        packing: see `predict_hidden`.
+        tokens_per_batch: most packed tokens of a forward.
+        max_buffer_bytes: of logits; None: the operation's default.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    packing: Packing
+    tokens_per_batch: int
+    max_buffer_bytes: int | None
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Autocast to the products' dtype, or nothing in float32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+
+def make_compute(config: TrainConfig) -> Compute:
+    """Resolves `auto` settings.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    name = config.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"train.device: expected cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"train.device: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"train.device: {name} was asked for, but torch sees no GPU here")
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return Compute(
+        device=device,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        packing=config.packing,
+        tokens_per_batch=config.tokens_per_batch,
+        max_buffer_bytes=config.max_buffer_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Groups, and the packed tokens of each under one packing."""
+
+    groups: Sequence[Group]
+    lengths: Sequence[int]
+
+
+def measure_examples(groups: Sequence[Group], packing: Packing) -> Examples:
+    """Counts each group's packed tokens once, for every step to cut its batches by."""
+    shared = packing == "shared_prefix"
+    return Examples(
+        groups,
+        [
+            group.num_tokens if shared else sum(single.num_tokens for single in ungroup([group]))
+            for group in groups
+        ],
+    )
+
+
+def cut(
+    examples: Examples, indices: Sequence[int], compute: Compute
+) -> list[tuple[list[int], PackedBatch]]:
+    """The examples as packed batches within the token budget, each with its examples' indices."""
+    share = compute.packing != "packed"
+    return [
+        (chosen, pack([examples.groups[i] for i in chosen], share_prompts=share))
+        for chosen in micro_batches(
+            indices, examples.lengths, tokens_per_batch=compute.tokens_per_batch
+        )
+    ]
+
+
+def batch_loss(
+    model: Any, batch: PackedBatch, loss_fn: LossFunction, bounds: Any, compute: Compute
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and summed metrics of one batch on the device, the gradient's head part included."""
+    with compute.autocast():
+        hidden = predict_hidden(model, batch, packing=compute.packing)
+    head = lm_head(model)
+    return fused_linear_loss(
+        hidden,
+        head.weight,
+        batch.targets,
+        bounds,
+        loss_fn,
+        bias=head.bias,
+        softcap=head.softcap,
+        logit_scale=head.logit_scale,
+        compute_dtype=compute.dtype if compute.dtype != torch.float32 else None,
+        max_buffer_bytes=compute.max_buffer_bytes,
+    )
+
+
+def accumulate(
+    model: Any,
+    examples: Examples,
+    indices: Sequence[int],
+    make_loss: MakeLoss,
+    compute: Compute,
+    *,
+    backward: bool,
+) -> tuple[float, dict[str, float], int]:
+    """Sums losses and metrics over the examples' micro-batches; adds to gradients if `backward`.
+
+    Returns:
+        The loss, the metrics' sums, and the packed tokens computed.
+    """
+    loss = 0.0
+    sums: dict[str, float] = {}
+    num_tokens = 0
+    for chosen, on_host in cut(examples, indices, compute):
+        batch = on_host.to(compute.device)
+        loss_fn, bounds = make_loss(batch, chosen)
+        with torch.set_grad_enabled(backward):
+            part, metrics = batch_loss(model, batch, loss_fn, bounds, compute)
+        if backward:
+            part.backward()  # type: ignore[no-untyped-call]
+        loss += part.item()
+        for name, value in metrics.items():
+            sums[name] = sums.get(name, 0.0) + value.item()
+        num_tokens += batch.num_tokens
+    return loss, sums, num_tokens
+
+
+def optimiser_step(
+    state: TrainState, loss: float, config: OptimConfig, num_steps: int
+) -> dict[str, float | int]:
+    """Applies the gradient, unless it or the loss is not finite; counts the step either way.
+
+    Returns:
+        `lr`, `grad_norm` and `skipped` (1 where no weight was changed).
+    """
+    rate = learning_rate(config, state.step, num_steps)
+    norm = float(clip_gradient(state.model, config.grad_clip))
+    finite = bool(torch.isfinite(torch.tensor([loss, norm])).all())
+    if finite:
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    state.step += 1
+    state.num_skipped_in_a_row = 0 if finite else state.num_skipped_in_a_row + 1
+    return {"lr": rate, "grad_norm": norm, "skipped": int(not finite)}
