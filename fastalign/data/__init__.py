@@ -1,0 +1,47 @@
+"""Data: rows of any format to checked examples to token ids, with every fault named."""
+
+from fastalign.data.batching import indices_of_step, micro_batches, step_indices
+from fastalign.data.conversation import Message
+from fastalign.data.examples import (
+    Content,
+    Kind,
+    PreferenceExample,
+    PromptExample,
+    SFTExample,
+)
+from fastalign.data.load import (
+    PromptDataset,
+    TokenizedDataset,
+    load_preferences,
+    load_prompts,
+    load_sft,
+    read_examples,
+)
+from fastalign.data.report import DataReport
+from fastalign.data.row import DataFault
+from fastalign.data.tokenise import Encoder
+from fastalign.data.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
+
+__all__ = [
+    "Content",
+    "DataFault",
+    "DataReport",
+    "Encoder",
+    "Kind",
+    "Message",
+    "PreferenceExample",
+    "PromptDataset",
+    "PromptExample",
+    "SFTExample",
+    "TokenizedDataset",
+    "Tokenizer",
+    "eos_token_ids",
+    "indices_of_step",
+    "load_preferences",
+    "load_prompts",
+    "load_sft",
+    "load_tokenizer",
+    "micro_batches",
+    "read_examples",
+    "step_indices",
+]

@@ -1,0 +1,203 @@
+"""Checked examples to token ids: one BOS, a clean seam after the prompt, an EOS that is learned.
+
+The rules, which are the same for training, sampling and evaluation:
+
+- The prompt is tokenised by itself, as a sampler will be given it, and is the same for every
+  response to it. A response's tokens are what the whole text has behind the prompt's tokens; where
+  a token would cross the seam, the response is tokenised by itself, and the row is counted.
+- Exactly one BOS, if the tokenizer adds one: a text or a chat template that already begins with it
+  gets no second one.
+- A plain response ends in EOS, added where it is missing. A conversation ends as its template
+  says; only if that leaves no end-of-turn token, EOS is added. White space behind it is left out.
+- What is learned follows from lengths alone; no id is ever compared with the pad token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from fastalign.batch import Group
+from fastalign.data.conversation import Message
+from fastalign.data.examples import Content, PreferenceExample, PromptExample, SFTExample
+from fastalign.data.row import DataFault
+from fastalign.data.template import Piece, Template, TemplateError, render_responses
+from fastalign.data.tokenizer import Tokenizer, chat_template, eos_token_ids
+
+# A text that ordinary tokens follow unchanged: shows how a continuation is tokenised.
+_BEFORE = "\n"
+
+
+@dataclass(frozen=True)
+class TokenisedRow:
+    """A row's token ids.
+
+    Attributes:
+        group: prompt and responses.
+        crosses_seam: a token would have crossed from the prompt into a response.
+    """
+
+    group: Group
+    crosses_seam: bool
+
+
+class Encoder:
+    """Turns examples into token ids under the rules of this module.
+
+    Args:
+        tokenizer: of the model to be trained.
+
+    Raises:
+        ValueError: the tokenizer has no EOS.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._template: Template | None = None
+        if tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"tokenizer {tokenizer.name_or_path}: has no EOS token, so no model that uses it "
+                "can learn to stop"
+            )
+        self.eos_token_id = int(tokenizer.eos_token_id)
+        added = tokenizer("a")["input_ids"]
+        bos = tokenizer.bos_token_id
+        self._bos = [int(bos)] if bos is not None and added[:1] == [bos] else []
+        special = {
+            int(number)
+            for number, token in tokenizer.added_tokens_decoder.items()
+            if token.special and number != bos
+        }
+        self._stops = special | set(eos_token_ids(tokenizer, tokenizer.name_or_path))
+
+    def ids(self, text: str) -> list[int]:
+        """The text's own tokens; none are added."""
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def continuation_ids(self, text: str) -> list[int]:
+        """The tokens of a text in the middle: without the space some tokenizers put in front."""
+        before, whole = self.ids(_BEFORE), self.ids(_BEFORE + text)
+        return whole[len(before) :] if whole[: len(before)] == before else self.ids(text)
+
+    def prompt(self, example: PromptExample) -> list[int]:
+        """The token ids that a sampler continues.
+
+        Raises:
+            DataFault: the template refuses the row, or there is no token.
+        """
+        if isinstance(example.prompt, str):
+            return self._prompt_ids(example.source, example.prompt)
+        try:
+            text = self._render(example.prompt, True)
+        except TemplateError as error:
+            raise DataFault(example.source, str(error), "prompt") from None
+        return self._prompt_ids(example.source, text)
+
+    def sft(self, example: SFTExample) -> TokenisedRow:
+        """A demonstration as a group of one response.
+
+        Raises:
+            DataFault: the template refuses the row, or a side has no token.
+        """
+        prompt, completion = example.prompt, example.completion
+        if isinstance(completion, str):
+            assert prompt is None or isinstance(prompt, str)
+            return self._plain(example.source, prompt or "", [completion])
+        if prompt is None:
+            first = next(i for i, turn in enumerate(completion) if turn.role == "assistant")
+            prompt, completion = completion[:first], completion[first:]
+        assert not isinstance(prompt, str)
+        return self._conversation(example.source, prompt, [completion])
+
+    def preference(self, example: PreferenceExample) -> TokenisedRow:
+        """A comparison as a group of two responses, the chosen one (or response a) first.
+
+        Raises:
+            DataFault: the template refuses the row, a side has no token, or both have the same.
+        """
+        sides: list[Content] = [example.chosen, example.rejected]
+        if isinstance(example.prompt, str):
+            row = self._plain(example.source, example.prompt, [str(side) for side in sides])
+        else:
+            turns = [side for side in sides if not isinstance(side, str)]
+            row = self._conversation(example.source, example.prompt, turns)
+        if row.group.response_ids[0] == row.group.response_ids[1]:
+            raise DataFault(example.source, "the two responses have the same tokens")
+        return row
+
+    def _render(self, turns: Sequence[Message], add_generation_prompt: bool) -> str:
+        if self._template is None:
+            self._template = chat_template(self._tokenizer)
+        return self._template(turns, add_generation_prompt)
+
+    def _with_bos(self, ids: list[int]) -> list[int]:
+        return ids if ids[: len(self._bos)] == self._bos else [*self._bos, *ids]
+
+    def _prompt_ids(self, source: str, text: str) -> list[int]:
+        ids = self._with_bos(self.ids(text))
+        if not ids:
+            raise DataFault(source, "the prompt has no token, and the tokenizer adds no BOS")
+        return ids
+
+    def _after(self, head_text: str, head: list[int], text: str) -> tuple[list[int], bool]:
+        """The tokens of `text` behind `head_text`, and whether one would cross the seam."""
+        whole = self.ids(head_text + text)
+        if whole[: len(head)] == head:
+            return whole[len(head) :], False
+        return self.continuation_ids(text), True
+
+    def _plain(self, source: str, prompt: str, responses: list[str]) -> TokenisedRow:
+        head = self.ids(prompt)
+        ids, crossings = [], []
+        for text in responses:
+            response, crosses = self._after(prompt, head, text)
+            if response[-1:] != [self.eos_token_id]:
+                response = [*response, self.eos_token_id]
+            ids.append(response)
+            crossings.append(crosses)
+        if not prompt:
+            # A text has no prompt: BOS predicts its first token, or the first token is a given.
+            whole = self._with_bos(ids[0])
+            if len(whole) < 2:
+                raise DataFault(source, "the text has a single token, and none to predict it from")
+            return TokenisedRow(Group(whole[:1], [whole[1:]]), False)
+        return TokenisedRow(Group(self._prompt_ids(source, prompt), ids), any(crossings))
+
+    def _conversation(
+        self, source: str, prompt: tuple[Message, ...], responses: list[tuple[Message, ...]]
+    ) -> TokenisedRow:
+        try:
+            head_text, rendered = render_responses(self._render, prompt, responses)
+        except TemplateError as error:
+            raise DataFault(source, str(error)) from None
+        head = self.ids(head_text)
+        ids, masks, crossings = [], [], []
+        for pieces in rendered:
+            response, mask, crosses = self._pieces(head_text, head, pieces)
+            if not any(mask):
+                raise DataFault(source, "the chat template leaves no assistant token to learn")
+            ids.append(response)
+            masks.append(mask)
+            crossings.append(crosses)
+        group = Group(self._prompt_ids(source, head_text), ids, masks)
+        return TokenisedRow(group, any(crossings))
+
+    def _pieces(
+        self, head_text: str, head: list[int], pieces: list[Piece]
+    ) -> tuple[list[int], list[bool], bool]:
+        first, learned = pieces[0]
+        ids, crosses = self._after(head_text, head, first)
+        mask = [learned] * len(ids)
+        for text, learned in pieces[1:]:
+            more = self.continuation_ids(text)
+            ids, mask = ids + more, mask + [learned] * len(more)
+        last_stop = max((i for i, token in enumerate(ids) if token in self._stops), default=-1)
+        tail = ids[last_stop + 1 :]
+        last_learned = max(i for i, used in enumerate(mask) if used) if any(mask) else -1
+        if last_stop >= 0 and not self._tokenizer.decode(tail).strip():
+            return ids[: last_stop + 1], mask[: last_stop + 1], crosses
+        # No end-of-turn mark behind the last words: add EOS, or the model never learns to stop.
+        return (
+            [*ids[: last_learned + 1], self.eos_token_id],
+            [*mask[: last_learned + 1], True],
+            crosses,
+        )
