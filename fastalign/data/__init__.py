@@ -1,10 +1,11 @@
 """Data: rows of any format to checked examples to token ids, with every fault named."""
 
 from fastalign.data.batching import indices_of_step, micro_batches, step_indices
+from fastalign.data.checked import read_examples
+from fastalign.data.columns import Kind
 from fastalign.data.conversation import Message
 from fastalign.data.examples import (
     Content,
-    Kind,
     PreferenceExample,
     PromptExample,
     SFTExample,
@@ -15,7 +16,6 @@ from fastalign.data.load import (
     load_preferences,
     load_prompts,
     load_sft,
-    read_examples,
 )
 from fastalign.data.report import DataReport
 from fastalign.data.row import DataFault

@@ -39,7 +39,11 @@ def check_text(where: str, column: str, value: object, name: str = "") -> str:
     if not isinstance(value, str):
         raise DataFault(where, f"{name}expected text, got {show(value)}", column)
     if not value.strip():
-        raise DataFault(where, f"{name}expected text, got {'white space' if value else 'an empty string'}", column)
+        raise DataFault(
+            where,
+            f"{name}expected text, got {'white space' if value else 'an empty string'}",
+            column,
+        )
     lone = _SURROGATE.search(value)
     if lone:
         code = f"U+{ord(lone[0]):04X}"

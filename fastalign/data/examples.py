@@ -1,45 +1,15 @@
-"""Rows to checked examples: which columns a row has, and what they must hold.
-
-The column names are TRL's; `response_a`, `response_b` and `label` (`a`, `b` or `tie`) are ours.
-"""
+"""Rows to checked examples: what their columns must hold."""
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
+from fastalign.data.columns import UNSUPPORTED, Kind, missing, present
 from fastalign.data.conversation import Message, check_order, content, messages
 from fastalign.data.implicit_prompt import split_messages, split_text
-from fastalign.data.row import DataFault, Row, show, show_names
+from fastalign.data.row import DataFault, Row, show
 
-Kind = Literal["sft", "preference", "prompt"]
 Content = str | tuple[Message, ...]
-COLUMNS = frozenset(
-    "text messages prompt completion chosen rejected response_a response_b label margin "
-    "tools images image chat_template_kwargs".split()
-)
-_EXPECTED: dict[str, str] = {
-    "sft": "text, messages, or prompt and completion",
-    "preference": "(prompt,) chosen and rejected, or (prompt,) response_a, response_b and label",
-    "prompt": "prompt",
-}
-_UNSUPPORTED = ("tools", "images", "image", "chat_template_kwargs")
-_OTHER_NAMES = {
-    "instruction": "prompt",
-    "question": "prompt",
-    "query": "prompt",
-    "input": "prompt",
-    "output": "completion",
-    "response": "completion",
-    "answer": "completion",
-    "conversation": "messages",
-    "conversations": "messages",
-    "accepted": "chosen",
-    "preferred": "chosen",
-    "winner": "chosen",
-    "loser": "rejected",
-    "content": "text",
-}
 
 
 @dataclass(frozen=True)
@@ -80,31 +50,13 @@ class PromptExample:
 Example = SFTExample | PreferenceExample | PromptExample
 
 
-def kind_of(row: Row) -> Kind:
-    """What a row's columns make it: `preference` before `sft` before `prompt`.
-
-    Raises:
-        DataFault: no known set of columns.
-    """
-    names = row.values
-    if any(name in names for name in ("chosen", "rejected", "response_a", "response_b")):
-        return "preference"
-    if any(name in names for name in ("completion", "messages", "text")):
-        return "sft"
-    if "prompt" in names:
-        return "prompt"
-    expected = "; or ".join(_EXPECTED.values())
-    found = f"found {show_names(list(names))}"
-    raise DataFault(row.where, f"expected the columns {expected}; {found}{_rename(names)}")
-
-
 def parse(row: Row, kind: Kind) -> Example:
     """The checked example of a row.
 
     Raises:
         DataFault: a column that is missing, null, of the wrong type, empty, contradictory.
     """
-    for name in _UNSUPPORTED:
+    for name in UNSUPPORTED:
         if row.values.get(name):
             raise DataFault(row.where, "this column is not supported; remove it", name)
     if kind == "sft":
@@ -113,12 +65,12 @@ def parse(row: Row, kind: Kind) -> Example:
 
 
 def _sft(row: Row) -> SFTExample:
-    present = _present(row, ("text", "messages", "completion"))
-    if not present:
-        raise _missing(row, "sft", ("text", "messages", "completion"))
-    if len(present) > 1:
-        raise DataFault(row.where, f"expected one of the columns {' and '.join(present)}, got both")
-    column = present[0]
+    found = present(row, ("text", "messages", "completion"))
+    if not found:
+        raise missing(row, "sft", ("text", "messages", "completion"))
+    if len(found) > 1:
+        raise DataFault(row.where, f"expected one of the columns {' and '.join(found)}, got both")
+    column = found[0]
     if column == "messages":
         turns = messages(row, column)
         check_order(row.where, column, turns)
@@ -129,7 +81,7 @@ def _sft(row: Row) -> SFTExample:
             raise DataFault(row.where, "expected text; a conversation is named messages", column)
         return SFTExample(None, whole, row.where, "text")
     if "prompt" not in row.values:
-        raise _missing(row, "sft", ("prompt",))
+        raise missing(row, "sft", ("prompt",))
     if isinstance(row.values.get("label"), bool):
         problem = "prompt, completion and a boolean label are unpaired preferences, not SFT rows"
         raise DataFault(row.where, problem, "label")
@@ -140,21 +92,21 @@ def _sft(row: Row) -> SFTExample:
 
 def _prompt(row: Row) -> PromptExample:
     if "prompt" not in row.values:
-        raise _missing(row, "prompt", ("prompt",))
+        raise missing(row, "prompt", ("prompt",))
     prompt = content(row, "prompt")
     _check_pair(row, prompt, {})
     return PromptExample(prompt, row.where, f"prompt, {_style(prompt)}")
 
 
 def _preference(row: Row) -> PreferenceExample:
-    judged = _present(row, ("chosen", "rejected"))
-    compared = _present(row, ("response_a", "response_b"))
+    judged = present(row, ("chosen", "rejected"))
+    compared = present(row, ("response_a", "response_b"))
     if judged and compared:
         raise DataFault(row.where, f"expected {judged[0]} or {compared[0]}, got both")
     names = ("response_a", "response_b") if compared else ("chosen", "rejected")
     for name in names:
         if name not in row.values:
-            raise _missing(row, "preference", names)
+            raise missing(row, "preference", names)
     first, second = content(row, names[0]), content(row, names[1])
     if isinstance(first, str) != isinstance(second, str):
         problem = f"{names[0]} is {_style(first)} but this is {_style(second)}"
@@ -217,7 +169,7 @@ def _label(row: Row, compared: bool) -> str:
             raise DataFault(row.where, problem, "label")
         return "a"
     if "label" not in row.values:
-        raise _missing(row, "preference", ("label",))
+        raise missing(row, "preference", ("label",))
     if not isinstance(value, str) or value not in ("a", "b", "tie"):
         raise DataFault(row.where, f"expected 'a', 'b' or 'tie', got {show(value)}", "label")
     return value
@@ -241,26 +193,3 @@ def _margin(row: Row) -> float | None:
 
 def _style(value: Content) -> str:
     return "plain text" if isinstance(value, str) else "a conversation"
-
-
-def _present(row: Row, names: tuple[str, ...]) -> list[str]:
-    return [name for name in names if row.values.get(name) is not None]
-
-
-def _missing(row: Row, kind: str, names: tuple[str, ...]) -> DataFault:
-    for name in names:
-        if name in row.values and row.values[name] is None:
-            return DataFault(row.where, "expected text or a list of messages, got null", name)
-    absent = next((name for name in names if name not in row.values), names[0])
-    found = f"found {show_names(list(row.values))}{_rename(row.values)}"
-    return DataFault(row.where, f"missing; {kind} rows have {_EXPECTED[kind]}; {found}", absent)
-
-
-def _rename(names: Mapping[str, object]) -> str:
-    """A suggestion when a column is there under another spelling."""
-    for name in names:
-        plain = name.strip().lower()
-        meant = plain if plain in COLUMNS else _OTHER_NAMES.get(plain)
-        if meant and meant not in names:
-            return f"; rename {name!r} to {meant!r}?" if len(name) < 40 else ""
-    return ""

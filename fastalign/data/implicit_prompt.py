@@ -10,15 +10,15 @@ _REPLY_MARK = "\n\nAssistant:"
 
 
 def split_text(where: str, column: str, first: str, second: str) -> tuple[str, str, str]:
-    """`(prompt, first response, second response)` of two texts with a common beginning.
+    r"""`(prompt, first response, second response)` of two texts with a common beginning.
 
-    The cut is after the last common `\\n\\nAssistant:`, else before the word in which the texts
+    The cut is after the last common `\n\nAssistant:`, else before the word in which the texts
     part, so that both responses start at the same whole word.
 
     Raises:
         DataFault: there is no common beginning, or nothing follows it on one side.
     """
-    common = os.path.commonprefix([first, second])
+    common = os.path.commonprefix([first, second])  # noqa: RUF071 (characters are meant)
     mark = common.rfind(_REPLY_MARK)
     if mark >= 0:
         cut = mark + len(_REPLY_MARK)

@@ -1,31 +1,27 @@
 """A source to token ids: every row is used, or refused or counted as the caller asked."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from fastalign.batch import Group
+from fastalign.data.checked import OnBadRow, read_examples
+from fastalign.data.columns import Kind
 from fastalign.data.examples import (
-    COLUMNS,
     Content,
     Example,
-    Kind,
     PreferenceExample,
     PromptExample,
     SFTExample,
-    kind_of,
-    parse,
 )
+from fastalign.data.limits import OnTooLong, fit, refuse, refuse_long, require_rows
 from fastalign.data.report import DataReport
 from fastalign.data.row import DataFault
-from fastalign.data.rows import read_rows
 from fastalign.data.tokenise import Encoder, TokenisedRow
 from fastalign.data.tokenizer import Tokenizer
 
-OnBadRow = Literal["error", "skip"]
-OnTooLong = Literal["error", "skip", "truncate"]
 Ties = Literal["error", "keep", "drop"]
 
 
@@ -65,57 +61,6 @@ class PromptDataset:
     prompts: list[Content]
     sources: list[str]
     report: DataReport
-
-
-def read_examples(
-    source: str | Path, kind: Kind | None, report: DataReport, *, on_bad_row: OnBadRow
-) -> Iterator[Example]:
-    """Yields the checked examples of a source; `None` takes the first good row's kind.
-
-    Faulty rows go into the report; with `error` the first one is raised. All rows are plain text
-    or all are conversations: a mixture is two exports in one file, and trains half of it wrongly.
-
-    Raises:
-        DataFault: a bad row under `error`; or whatever `on_bad_row` says, a fault of a whole file.
-    """
-    first: Example | None = None
-    for row in read_rows(source, COLUMNS):
-        report.num_rows += 1
-        try:
-            if isinstance(row, DataFault):
-                raise row
-            kind = kind or kind_of(row)
-            example = parse(row, kind)
-            first = first or example
-            check_style(first, example)
-        except DataFault as fault:
-            if on_bad_row == "error":
-                raise
-            report.faults.append(fault)
-            continue
-        yield example
-
-
-def check_style(first: Example, example: Example) -> None:
-    """Refuses a conversation among plain rows and plain text among conversations.
-
-    Raises:
-        DataFault: the row differs from the first one.
-    """
-    styles = [isinstance(content_of(row), str) for row in (first, example)]
-    if styles[0] != styles[1]:
-        names = ["plain text" if plain else "a conversation" for plain in styles]
-        raise DataFault(
-            example.source,
-            f"this row is {names[1]} but {first.source} is {names[0]}; one file has one kind",
-        )
-
-
-def content_of(example: Example) -> Content:
-    """A part of the example that shows whether it is plain text or a conversation."""
-    if isinstance(example, SFTExample):
-        return example.completion
-    return example.prompt
 
 
 def load_sft(
@@ -206,10 +151,10 @@ def load_prompts(
         try:
             ids = encoder.prompt(example)
         except DataFault as fault:
-            _refuse(report, fault, on_bad_row)
+            refuse(report, fault, on_bad_row)
             continue
         if len(ids) > max_length:
-            _refuse_long(report, example.source, len(ids), max_length, on_too_long)
+            refuse_long(report, example.source, len(ids), max_length, on_too_long)
             continue
         report.forms[example.form] += 1
         report.prompt_lengths.append(len(ids))
@@ -217,7 +162,7 @@ def load_prompts(
         data.prompts.append(example.prompt)
         data.sources.append(example.source)
     report.num_used = len(data.sources)
-    _require_rows(report)
+    require_rows(report)
     return data
 
 
@@ -249,9 +194,9 @@ def _load(
         try:
             row = encode(example)
         except DataFault as fault:
-            _refuse(report, fault, on_bad_row)
+            refuse(report, fault, on_bad_row)
             continue
-        group = _fit(row.group, example.source, report, max_length, on_too_long)
+        group = fit(row.group, example.source, report, max_length, on_too_long)
         if group is None:
             continue
         margin = example.margin if isinstance(example, PreferenceExample) else None
@@ -266,7 +211,7 @@ def _load(
         digest.update(key)
     report.num_used = len(data.groups)
     report.num_ties = sum(data.ties)
-    _require_rows(report)
+    require_rows(report)
     return TokenizedDataset(
         data.groups, data.ties, data.margins, data.sources, report, digest.hexdigest()
     )
@@ -276,53 +221,3 @@ def _count(report: DataReport, example: Example, row: TokenisedRow, group: Group
     report.forms[example.form] += 1
     report.num_seams += row.crosses_seam
     report.add_lengths(group)
-
-
-def _fit(
-    group: Group, source: str, report: DataReport, max_length: int, on_too_long: OnTooLong
-) -> Group | None:
-    """The group within `max_length`, or None where it is left out and counted."""
-    num_prompt = len(group.prompt_ids)
-    longest = num_prompt + max(len(response) for response in group.response_ids)
-    if longest <= max_length:
-        return group
-    room = max_length - num_prompt
-    if on_too_long == "truncate" and room >= 1:
-        cut = [list(response[:room]) for response in group.response_ids]
-        masks = group.response_loss_mask
-        cut_masks = None if masks is None else [list(mask[:room]) for mask in masks]
-        kept = Group(group.prompt_ids, cut, cut_masks)
-        learned = all(kept.targets_of(number) for number in range(len(cut)))
-        if learned and (len(cut) < 2 or cut[0] != cut[1]):
-            report.num_truncated += 1
-            return kept
-    # What nothing would be left of to learn from cannot be truncated.
-    _refuse_long(
-        report, source, longest, max_length, "error" if on_too_long == "error" else "skip"
-    )
-    return None
-
-
-def _refuse(report: DataReport, fault: DataFault, on_bad_row: OnBadRow) -> None:
-    if on_bad_row == "error":
-        raise fault
-    report.faults.append(fault)
-
-
-def _refuse_long(
-    report: DataReport, source: str, length: int, max_length: int, on_too_long: str
-) -> None:
-    if on_too_long == "error":
-        raise DataFault(
-            source,
-            f"expected at most {max_length} tokens (data.max_length), got {length}; raise it, or "
-            "say what to do with such rows (--data.on-too-long)",
-        )
-    report.num_too_long += 1
-
-
-def _require_rows(report: DataReport) -> None:
-    if report.num_used == 0:
-        why = report.losses_line() or f"{report.source}: no rows"
-        first = f"; the first fault: {report.faults[0]}" if report.faults else ""
-        raise DataFault(report.source, f"no row is left to use: {why}{first}")

@@ -57,7 +57,7 @@ class DataReport:
             "ties dropped": self.num_ties_dropped,
             "rows left out as too long": self.num_too_long,
             "rows truncated": self.num_truncated,
-            "rows with a token across the seam of prompt and response (split there)": self.num_seams,
+            "rows with a token across the seam of prompt and response": self.num_seams,
             "rows whose tokens are those of an earlier row": self.num_duplicates,
         }
         lines += [f"  {count} {name}" for name, count in counts.items() if count]

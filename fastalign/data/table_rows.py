@@ -45,7 +45,8 @@ def csv_rows(path: Path) -> Iterator[Row | DataFault]:
             header = _header(path, start, cells)
         elif len(cells) != len(header):
             yield DataFault(
-                f"{path}:{start}", f"expected {len(header)} cells as in the header, got {len(cells)}"
+                f"{path}:{start}",
+                f"expected {len(header)} cells, got {len(cells)}",
             )
         else:
             yield Row(f"{path}:{start}", dict(zip(header, cells, strict=True)), textual=True)

@@ -2,8 +2,8 @@
 
 The prompt is what the template renders for generation, so that training continues exactly what a
 sampler is given. A template whose generation prompt is not how it renders an answered conversation
-(one that adds a `<think>` tag which finished answers lack) is cut where the answer's content starts.
-Either way the cut does not depend on the answer, so both sides of a pair share one prompt.
+(one that adds a `<think>` tag which finished answers lack) is cut where the answer's content
+starts. Either way the cut does not depend on the answer: both sides of a pair share one prompt.
 """
 
 from collections.abc import Callable, Sequence

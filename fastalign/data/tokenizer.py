@@ -1,7 +1,7 @@
 """Loading a tokenizer, and what of it the data needs."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +19,7 @@ class Tokenizer(Protocol):
     pad_token: str | None
     chat_template: Any
     name_or_path: str
+    added_tokens_decoder: Mapping[int, Any]
 
     def __call__(self, text: Any, **options: Any) -> Any:
         """Token ids of a text or of a list of texts."""

@@ -123,7 +123,7 @@ def newest_good_checkpoint(folder: Path) -> tuple[Path, list[str]]:
     Raises:
         ValueError: there is none.
     """
-    faults = []
+    faults: list[str] = []
     for checkpoint in list_checkpoints(folder):
         fault = fault_of(checkpoint)
         if fault is None:

@@ -1,6 +1,7 @@
 """The flat loop that SFT and DPO share: step, log, evaluate, save, stop when asked."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -188,8 +189,6 @@ def save_final_model(config: SFTConfig | DPOConfig, model: Any, task: Task) -> N
     aside, final = folder / ".writing-model", folder / "model"
     save_model(model, task.tokenizer, aside)
     if final.exists():
-        import shutil
-
         shutil.rmtree(final)
     aside.rename(final)
     print(f"model written to {final}", flush=True)

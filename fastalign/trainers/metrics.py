@@ -7,10 +7,19 @@ import time
 from pathlib import Path
 from types import TracebackType
 
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastalign.fused import metric_means
 
 Metrics = dict[str, float | int]
 NUM_PLAIN_LINES = 20
+
+
+def mean_metrics(sums: dict[str, float]) -> Metrics:
+    """A step's summed metrics as means, by `fused.metric_means`."""
+    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
+    return {name: value.item() for name, value in metric_means(tensors).items()}
 
 
 class MetricsWriter:
@@ -32,7 +41,7 @@ class MetricsWriter:
                 f"checkpoint of step {step} knows, got {self._file.tell()}"
             )
         self._file.truncate(num_bytes)
-        self._board = SummaryWriter(  # type: ignore[no-untyped-call]
+        self._board = SummaryWriter(
             str(folder / "tensorboard"), purge_step=step + 1 if step else None
         )
 
@@ -43,7 +52,7 @@ class MetricsWriter:
         self._file.flush()
         for name, value in metrics.items():
             if name != "step":
-                self._board.add_scalar(name, value, metrics["step"])  # type: ignore[no-untyped-call]
+                self._board.add_scalar(name, value, metrics["step"])
 
     def num_bytes(self) -> int:
         """Bytes of `metrics.jsonl` so far."""
@@ -52,7 +61,7 @@ class MetricsWriter:
     def close(self) -> None:
         """Flushes both."""
         self._file.close()
-        self._board.close()  # type: ignore[no-untyped-call]
+        self._board.close()
 
 
 class ProgressDisplay:

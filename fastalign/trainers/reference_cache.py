@@ -7,7 +7,7 @@ weights and configuration, the dtype of the products. A change in any of them is
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from fastalign.models import response_logprob
 from fastalign.trainers.step import Compute, Examples, cut
 
 VERSION = 1
+# Examples between two writes: what was computed is kept even if the run is stopped in between.
+PIECE = 4096
 
 
 def default_cache_dir() -> Path:
@@ -49,7 +51,7 @@ def compute_reference(
     model: Any, examples: Examples, indices: Sequence[int], compute: Compute
 ) -> dict[int, Tensor]:
     """Sequence log-probs (number of responses,) of each of the examples, float32 on the CPU."""
-    found = {}
+    found: dict[int, Tensor] = {}
     for chosen, on_host in cut(examples, indices, compute):
         batch = on_host.to(compute.device)
         dtype = None if compute.dtype == torch.float32 else compute.dtype
@@ -63,7 +65,7 @@ def compute_reference(
             )
         sums = segment_sum(logprob, batch.target_bounds).cpu()
         counts = [len(examples.groups[i].response_ids) for i in chosen]
-        found.update(zip(chosen, sums.split(counts), strict=True))
+        found.update(zip(chosen, torch.split(sums, counts), strict=True))
     return found
 
 
@@ -82,7 +84,9 @@ def read_cache(path: Path, num_examples: int, num_responses: int) -> Tensor:
     except (SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: damaged cache of reference log-probs; delete it") from error
     if digest != hashlib.sha256(values.numpy().tobytes()).hexdigest():
-        raise ValueError(f"{path}: damaged cache of reference log-probs (its hash differs); delete it")
+        raise ValueError(
+            f"{path}: damaged cache of reference log-probs (its hash differs); delete it"
+        )
     assert values.shape == (num_examples, num_responses), "the key covers the examples"
     return values
 
@@ -97,25 +101,23 @@ def write_cache(path: Path, values: Tensor) -> None:
 
 
 def reference_logprobs(
-    load: Callable[[], Any],
+    model: Any,
     examples: Examples,
     indices: Iterable[int],
     compute: Compute,
     *,
     data_fingerprint: str,
     cache_dir: Path,
-    say: Callable[[str], None],
 ) -> Tensor:
-    """Reference log-probs of pairs, from the cache where it has them, computed and kept otherwise.
+    """Sequence log-probs of pairs under the reference, from the cache as far as it has them.
 
     Args:
-        load: loads the reference model onto the device; it is dropped again on return.
+        model: the reference.
         examples: pairs.
-        indices: the examples that the run will use; the others stay NaN.
+        indices: the examples that the run will use; the others may stay NaN.
         compute: how forwards are run.
         data_fingerprint: of the examples' token ids.
         cache_dir: where cache files are.
-        say: is told in a line what was found and computed.
 
     Returns:
         (number of examples, 2) float32 on the CPU.
@@ -123,16 +125,14 @@ def reference_logprobs(
     Raises:
         ValueError: a damaged cache file, or a log-prob that is not finite.
     """
-    model = load()
     path = cache_dir / f"{cache_key(model, data_fingerprint, compute)}.safetensors"
     values = read_cache(path, len(examples.groups), 2)
     wanted = sorted(set(indices))
     missing = [i for i in wanted if bool(values[i].isnan().any())]
-    say(f"reference log-probs: {len(wanted) - len(missing)} cached, {len(missing)} to compute")
-    # Bounded pieces: what was computed is kept even if the run is stopped in between.
-    piece = 4096
-    for start in range(0, len(missing), piece):
-        part = missing[start : start + piece]
+    num_cached = len(wanted) - len(missing)
+    print(f"reference log-probs: {num_cached} cached, {len(missing)} to compute", flush=True)
+    for start in range(0, len(missing), PIECE):
+        part = missing[start : start + PIECE]
         for index, logprob in compute_reference(model, examples, part, compute).items():
             values[index] = logprob
         bad = [i for i in part if not bool(values[i].isfinite().all())]

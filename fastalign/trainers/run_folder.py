@@ -57,7 +57,9 @@ def prepare_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) ->
         saved = yaml.safe_load(config.read_text(encoding="utf-8"))
         changes = changed_settings(saved, values)
         if changes:
-            raise ValueError(f"run.resume: these settings differ from the run's: {', '.join(changes)}")
+            raise ValueError(
+                f"run.resume: these settings differ from the run's: {', '.join(changes)}"
+            )
     elif (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists():
         raise ValueError(
             f"run.dir: {folder} holds another run; add --run.resume to go on with it, or choose "

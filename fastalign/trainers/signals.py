@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
 
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
@@ -32,7 +33,7 @@ def stop_on_signal() -> Iterator[StopRequest]:
     Outside the main thread Python cannot handle signals, and none are asked for.
     """
     request = StopRequest()
-    previous = {}
+    previous: dict[signal.Signals, Any] = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
         request.received = signal.Signals(number)

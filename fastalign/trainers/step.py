@@ -164,7 +164,7 @@ def optimiser_step(
     """Applies the gradient, unless it or the loss is not finite; counts the step either way.
 
     Returns:
-        `lr`, `grad_norm` and `skipped` (1 where no weight was changed).
+        `learning_rate`, `grad_norm` and `skipped` (1 where no weight was changed).
     """
     rate = learning_rate(config, state.step, num_steps)
     norm = float(clip_gradient(state.model, config.grad_clip))
@@ -176,4 +176,4 @@ def optimiser_step(
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1
     state.num_skipped_in_a_row = 0 if finite else state.num_skipped_in_a_row + 1
-    return {"lr": rate, "grad_norm": norm, "skipped": int(not finite)}
+    return {"learning_rate": rate, "grad_norm": norm, "skipped": int(not finite)}

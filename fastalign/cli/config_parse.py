@@ -1,0 +1,128 @@
+"""A run's configuration: a YAML file as the defaults, flags over it."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from fastalign.cli.flags import parse_flags
+
+Config = TypeVar("Config")
+
+
+def parse_config(config: type[Config], arguments: Sequence[str], command: str) -> Config:
+    """The configuration that `--config FILE` and the flags behind it describe.
+
+    Raises:
+        ValueError: an unknown key in the file, an unknown flag, a value that does not fit.
+        FileNotFoundError: there is no such file.
+    """
+    path, flags = take_option(arguments, "--config")
+    defaults = {} if path is None else read_yaml(Path(path))
+    return parse_flags(config, merge(config, defaults, path, flags), command, CONFIG_HELP)
+
+
+CONFIG_HELP = (
+    "--config FILE: a YAML file with these settings (model: path: ...); flags override it."
+)
+
+
+def merge(
+    config: type, defaults: dict[str, Any], path: str | None, flags: Sequence[str]
+) -> list[str]:
+    """The file's settings as flags in front of the caller's; one given twice is the caller's."""
+    given = {name_of(flag) for flag in flags if flag.startswith("--")}
+    from_file: list[str] = []
+    for name, value in flatten(config, defaults, str(path)).items():
+        section, _, key = name.rpartition(".")
+        flag = name.replace("_", "-")
+        off = f"{section}.no-{key}".replace("_", "-")
+        if flag in given or off in given:
+            continue
+        if isinstance(value, bool):
+            from_file.append(f"--{flag if value else off}")
+        elif isinstance(value, list):
+            from_file += [f"--{flag}", *(str(item) for item in value)]
+        else:
+            from_file += [f"--{flag}", str(value)]
+    return from_file + list(flags)
+
+
+def name_of(flag: str) -> str:
+    """`--optim.grad_clip=1` to `optim.grad-clip`."""
+    return flag.removeprefix("--").split("=")[0].replace("_", "-")
+
+
+def take_option(arguments: Sequence[str], option: str) -> tuple[str | None, list[str]]:
+    """The value of an option that is not tyro's, and the arguments without it.
+
+    Raises:
+        ValueError: it is there twice, or without a value.
+    """
+    value, rest, index = None, [], 0
+    while index < len(arguments):
+        word = arguments[index]
+        index += 1
+        if word != option and not word.startswith(f"{option}="):
+            rest.append(word)
+            continue
+        if value is not None:
+            raise ValueError(f"{option}: given twice")
+        if word != option:
+            value = word.removeprefix(f"{option}=")
+        elif index < len(arguments) and not arguments[index].startswith("--"):
+            value = arguments[index]
+            index += 1
+        else:
+            raise ValueError(f"{option}: expected a value, got none")
+    return value, rest
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The file's mapping of sections.
+
+    Raises:
+        ValueError: not UTF-8, not YAML, or not a mapping.
+        FileNotFoundError: there is no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--config: no such file: {path}")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected sections such as `optim:`, got {type(values).__name__}")
+    return values
+
+
+def flatten(config: type, values: dict[str, Any], path: str) -> dict[str, Any]:
+    """`{"optim.lr": 1e-6}` from nested settings; every key must be a field of the dataclass.
+
+    Raises:
+        ValueError: an unknown section or key, or a section that is no mapping.
+    """
+    flat = {}
+    sections = {field.name: field.type for field in dataclasses.fields(config)}
+    for section, content in values.items():
+        if section not in sections:
+            raise ValueError(
+                f"{path}: unknown section {section!r}; expected one of {', '.join(sections)}"
+            )
+        if not isinstance(content, dict):
+            raise ValueError(f"{path}: {section}: expected keys and values, got {content!r}")
+        section_type: Any = sections[section]
+        known = [field.name for field in dataclasses.fields(section_type)]
+        for key, value in content.items():
+            if key not in known:
+                raise ValueError(
+                    f"{path}: unknown key {section}.{key}; expected one of {', '.join(known)}"
+                )
+            if isinstance(value, dict):
+                raise ValueError(f"{path}: {section}.{key}: expected a value, got a mapping")
+            flat[f"{section}.{key}"] = value
+    return flat

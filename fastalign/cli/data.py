@@ -1,0 +1,116 @@
+"""`fastalign data check FILE`: counts, lengths, and every fault of a file by line and column."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fastalign.cli.flags import parse_flags
+from fastalign.data import (
+    DataFault,
+    DataReport,
+    Encoder,
+    PreferenceExample,
+    PromptExample,
+    SFTExample,
+    load_tokenizer,
+    read_examples,
+)
+
+KINDS = ("auto", "sft", "preference", "prompt")
+
+
+@dataclass(frozen=True)
+class CheckData:
+    """How faults are judged."""
+
+    on_bad_row: Literal["error", "skip"] = "error"
+    """Exit code when rows are bad: 2, or 0 with the rows counted, as training would skip them."""
+
+
+@dataclass(frozen=True)
+class CheckConfig:
+    """Reads every row as training would, and prints every fault."""
+
+    file: Annotated[str, tyro.conf.Positional]
+    """File (.jsonl, .json, .csv, each also .gz; .parquet), folder, or hub name."""
+    kind: Literal["auto", "sft", "preference", "prompt"] = "auto"
+    """What the rows are; auto: what the first good row's columns say."""
+    tokenizer: str | None = None
+    """Model folder or hub name, to count tokens and try the chat template."""
+    max_length: int | None = None
+    """Also count rows with more tokens than this (needs a tokenizer)."""
+    data: CheckData = CheckData()
+
+
+def check(config: CheckConfig) -> DataReport:
+    """Reads the source to its end, or to a fault after which nothing can be trusted."""
+    if config.max_length is not None and config.tokenizer is None:
+        raise ValueError("max-length: counting tokens needs --tokenizer, got none")
+    encoder = None if config.tokenizer is None else Encoder(load_tokenizer(config.tokenizer))
+    report = DataReport(config.file)
+    kind = None if config.kind == "auto" else config.kind
+    try:
+        for example in read_examples(config.file, kind, report, on_bad_row="skip"):
+            if encoder is not None:
+                try:
+                    long = measure(report, encoder, example, config.max_length)
+                except DataFault as fault:
+                    report.faults.append(fault)
+                    continue
+                if long:
+                    report.num_too_long += 1
+                    continue
+            report.num_used += 1
+            report.num_ties += isinstance(example, PreferenceExample) and example.tie
+            report.forms[example.form] += 1
+    except DataFault as fault:
+        report.faults.append(
+            DataFault(fault.where, f"{fault.problem} (stopped here)", fault.column)
+        )
+    return report
+
+
+def measure(
+    report: DataReport,
+    encoder: Encoder,
+    example: SFTExample | PreferenceExample | PromptExample,
+    max_length: int | None,
+) -> bool:
+    """Tokenises the example and notes its lengths; returns whether it is too long."""
+    if isinstance(example, PromptExample):
+        length = len(encoder.prompt(example))
+        if max_length is not None and length > max_length:
+            return True
+        report.prompt_lengths.append(length)
+        return False
+    row = encoder.sft(example) if isinstance(example, SFTExample) else encoder.preference(example)
+    longest = max(len(response) for response in row.group.response_ids)
+    if max_length is not None and len(row.group.prompt_ids) + longest > max_length:
+        return True
+    report.num_seams += row.crosses_seam
+    report.add_lengths(row.group)
+    return False
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code 0: all rows can be used, or the bad ones are to be skipped; 2 otherwise."""
+    if argv[:1] != ["check"]:
+        if argv and argv[0] in ("-h", "--help"):
+            print("usage: fastalign data check FILE [--help]")
+            return 0
+        got = argv[0] if argv else "nothing"
+        raise ValueError(f"expected `fastalign data check FILE`, got {got}")
+    config = parse_flags(CheckConfig, argv[1:], "fastalign data check")
+    if not Path(config.file).name:
+        raise ValueError("expected a file, a folder or a hub name, got an empty name")
+    report = check(config)
+    skip = config.data.on_bad_row == "skip"
+    for fault in report.faults:
+        print(f"{'skipped: ' if skip else ''}{fault}", file=sys.stderr)
+    print("\n".join(report.lines()))
+    usable = report.num_used > 0
+    return 0 if usable and (skip or not report.faults) else 2

@@ -1,0 +1,83 @@
+"""The columns that rows may have, and which are asked for when one is missing.
+
+The names are TRL's; `response_a`, `response_b` and `label` (`a`, `b` or `tie`) are ours.
+"""
+
+from collections.abc import Mapping
+from typing import Literal
+
+from fastalign.data.row import DataFault, Row, show_names
+
+Kind = Literal["sft", "preference", "prompt"]
+COLUMNS = frozenset(
+    [
+        *("text", "messages", "prompt", "completion", "chosen", "rejected"),
+        *("response_a", "response_b", "label", "margin"),
+        *("tools", "images", "image", "chat_template_kwargs"),
+    ]
+)
+_EXPECTED: dict[str, str] = {
+    "sft": "text, messages, or prompt and completion",
+    "preference": "(prompt,) chosen and rejected, or (prompt,) response_a, response_b and label",
+    "prompt": "prompt",
+}
+UNSUPPORTED = ("tools", "images", "image", "chat_template_kwargs")
+_OTHER_NAMES = {
+    "instruction": "prompt",
+    "question": "prompt",
+    "query": "prompt",
+    "input": "prompt",
+    "output": "completion",
+    "response": "completion",
+    "answer": "completion",
+    "conversation": "messages",
+    "conversations": "messages",
+    "accepted": "chosen",
+    "preferred": "chosen",
+    "winner": "chosen",
+    "loser": "rejected",
+    "content": "text",
+}
+
+
+def kind_of(row: Row) -> Kind:
+    """What a row's columns make it: `preference` before `sft` before `prompt`.
+
+    Raises:
+        DataFault: no known set of columns.
+    """
+    names = row.values
+    if any(name in names for name in ("chosen", "rejected", "response_a", "response_b")):
+        return "preference"
+    if any(name in names for name in ("completion", "messages", "text")):
+        return "sft"
+    if "prompt" in names:
+        return "prompt"
+    expected = "; or ".join(_EXPECTED.values())
+    found = f"found {show_names(list(names))}"
+    raise DataFault(row.where, f"expected the columns {expected}; {found}{_rename(names)}")
+
+
+def present(row: Row, names: tuple[str, ...]) -> list[str]:
+    """Those of the columns that are there and not null."""
+    return [name for name in names if row.values.get(name) is not None]
+
+
+def missing(row: Row, kind: str, names: tuple[str, ...]) -> DataFault:
+    """The fault of a row without a column that its kind needs."""
+    for name in names:
+        if name in row.values and row.values[name] is None:
+            return DataFault(row.where, "expected text or a list of messages, got null", name)
+    absent = next((name for name in names if name not in row.values), names[0])
+    found = f"found {show_names(list(row.values))}{_rename(row.values)}"
+    return DataFault(row.where, f"missing; {kind} rows have {_EXPECTED[kind]}; {found}", absent)
+
+
+def _rename(names: Mapping[str, object]) -> str:
+    """A suggestion when a column is there under another spelling."""
+    for name in names:
+        plain = name.strip().lower()
+        meant = plain if plain in COLUMNS else _OTHER_NAMES.get(plain)
+        if meant and meant not in names:
+            return f"; rename {name!r} to {meant!r}?" if len(name) < 40 else ""
+    return ""
