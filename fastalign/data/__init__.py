@@ -1,6 +1,12 @@
 """Data: rows of any format to checked examples to token ids, with every fault named."""
 
-from fastalign.data.batching import indices_of_step, micro_batches, step_indices
+from fastalign.data.batching import (
+    indices_of_step,
+    micro_batches,
+    packed_batches,
+    packed_lengths,
+    step_indices,
+)
 from fastalign.data.checked import read_examples
 from fastalign.data.columns import Kind
 from fastalign.data.conversation import Message
@@ -42,6 +48,8 @@ __all__ = [
     "load_sft",
     "load_tokenizer",
     "micro_batches",
+    "packed_batches",
+    "packed_lengths",
     "read_examples",
     "step_indices",
 ]

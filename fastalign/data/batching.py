@@ -4,6 +4,8 @@ import random
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
+from fastalign.batch import Group, PackedBatch, pack, ungroup
+
 
 @lru_cache(maxsize=2)
 def _permutation(num_examples: int, seed: int, epoch: int) -> list[int]:
@@ -79,3 +81,31 @@ def micro_batches(
             batches.append([place])
             room.append(tokens_per_batch - length)
     return [[indices[place] for place in sorted(batch)] for batch in batches]
+
+
+def packed_lengths(groups: Sequence[Group], *, repeat_prompts: bool) -> list[int]:
+    """Tokens of each group in a batch; `repeat_prompts` counts the prompt for each response."""
+    if not repeat_prompts:
+        return [group.num_tokens for group in groups]
+    return [sum(single.num_tokens for single in ungroup([group])) for group in groups]
+
+
+def packed_batches(
+    groups: Sequence[Group],
+    indices: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    tokens_per_batch: int,
+    share_prompts: bool,
+) -> Iterator[tuple[list[int], PackedBatch]]:
+    """Yields the groups at `indices` as batches within the budget, each with its indices.
+
+    Args:
+        groups: the whole data set.
+        indices: which of them, as for `micro_batches`.
+        lengths: of every group, from `packed_lengths`.
+        tokens_per_batch: the budget.
+        share_prompts: as for `pack`.
+    """
+    for chosen in micro_batches(indices, lengths, tokens_per_batch=tokens_per_batch):
+        yield chosen, pack([groups[i] for i in chosen], share_prompts=share_prompts)

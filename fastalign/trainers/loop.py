@@ -136,8 +136,8 @@ def run_loop(config: SFTConfig | DPOConfig, model: Any, task: Task) -> RunResult
                     break
                 if state.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                     raise ValueError(
-                        f"stopped at step {state.step}: {MAX_SKIPPED_IN_A_ROW} steps in a row had a "
-                        "non-finite loss or gradient; no weight was changed by them"
+                        f"stopped at step {state.step}: {MAX_SKIPPED_IN_A_ROW} steps in a row had "
+                        "a non-finite loss or gradient; no weight was changed by them"
                     )
     finally:
         writer.close()

@@ -26,8 +26,8 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
     """The learning rate of step `step` (counted from 0) of `num_steps`: no state to save.
 
-    Linear warm-up over `warmup_steps`, reaching the peak at its last step; then constant, or from the
-    peak towards zero, which would be reached one step after the last.
+    Linear warm-up over `warmup_steps`, reaching the peak at its last step; then constant, or from
+    the peak towards zero, which would be reached one step after the last.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps

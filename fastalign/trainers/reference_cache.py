@@ -7,7 +7,7 @@ weights and configuration, the dtype of the products. A change in any of them is
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fastalign.losses import segment_sum
-from fastalign.models import response_logprob
-from fastalign.trainers.step import Compute, Examples, cut
+from fastalign.evaluation import sequence_logprobs
+from fastalign.trainers.step import Compute, Examples
 
 VERSION = 1
 # Examples between two writes: what was computed is kept even if the run is stopped in between.
@@ -44,29 +43,6 @@ def cache_key(model: Any, data_fingerprint: str, compute: Compute) -> str:
     """The name of the cache file for these examples under this model."""
     parts = [VERSION, data_fingerprint, model_fingerprint(model), str(compute.dtype)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-@torch.no_grad()
-def compute_reference(
-    model: Any, examples: Examples, indices: Sequence[int], compute: Compute
-) -> dict[int, Tensor]:
-    """Sequence log-probs (number of responses,) of each of the examples, float32 on the CPU."""
-    found: dict[int, Tensor] = {}
-    for chosen, on_host in cut(examples, indices, compute):
-        batch = on_host.to(compute.device)
-        dtype = None if compute.dtype == torch.float32 else compute.dtype
-        with compute.autocast():
-            logprob = response_logprob(
-                model,
-                batch,
-                packing=compute.packing,
-                compute_dtype=dtype,
-                max_buffer_bytes=compute.max_buffer_bytes,
-            )
-        sums = segment_sum(logprob, batch.target_bounds).cpu()
-        counts = [len(examples.groups[i].response_ids) for i in chosen]
-        found.update(zip(chosen, torch.split(sums, counts), strict=True))
-    return found
 
 
 def read_cache(path: Path, num_examples: int, num_responses: int) -> Tensor:
@@ -133,8 +109,15 @@ def reference_logprobs(
     print(f"reference log-probs: {num_cached} cached, {len(missing)} to compute", flush=True)
     for start in range(0, len(missing), PIECE):
         part = missing[start : start + PIECE]
-        for index, logprob in compute_reference(model, examples, part, compute).items():
-            values[index] = logprob
+        logprobs = sequence_logprobs(
+            model,
+            [examples.groups[i] for i in part],
+            packing=compute.packing,
+            tokens_per_batch=compute.tokens_per_batch,
+            dtype=compute.dtype,
+            max_buffer_bytes=compute.max_buffer_bytes,
+        )
+        values[part] = torch.stack(logprobs)
         bad = [i for i in part if not bool(values[i].isfinite().all())]
         if bad:
             raise ValueError(

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.batch import Group, PackedBatch, pack, ungroup
-from fastalign.data import micro_batches
+from fastalign.batch import Group, PackedBatch
+from fastalign.data import packed_batches, packed_lengths
 from fastalign.models import Packing, lm_head, predict_hidden
 from fastalign.ops import fused_linear_loss
 from fastalign.ops.fused_linear_loss import LossFunction
@@ -83,27 +83,7 @@ class Examples:
 
 def measure_examples(groups: Sequence[Group], packing: Packing) -> Examples:
     """Counts each group's packed tokens once, for every step to cut its batches by."""
-    shared = packing == "shared_prefix"
-    return Examples(
-        groups,
-        [
-            group.num_tokens if shared else sum(single.num_tokens for single in ungroup([group]))
-            for group in groups
-        ],
-    )
-
-
-def cut(
-    examples: Examples, indices: Sequence[int], compute: Compute
-) -> list[tuple[list[int], PackedBatch]]:
-    """The examples as packed batches within the token budget, each with its examples' indices."""
-    share = compute.packing != "packed"
-    return [
-        (chosen, pack([examples.groups[i] for i in chosen], share_prompts=share))
-        for chosen in micro_batches(
-            indices, examples.lengths, tokens_per_batch=compute.tokens_per_batch
-        )
-    ]
+    return Examples(groups, packed_lengths(groups, repeat_prompts=packing != "shared_prefix"))
 
 
 def batch_loss(
@@ -144,7 +124,13 @@ def accumulate(
     loss = 0.0
     sums: dict[str, float] = {}
     num_tokens = 0
-    for chosen, on_host in cut(examples, indices, compute):
+    for chosen, on_host in packed_batches(
+        examples.groups,
+        indices,
+        examples.lengths,
+        tokens_per_batch=compute.tokens_per_batch,
+        share_prompts=compute.packing != "packed",
+    ):
         batch = on_host.to(compute.device)
         loss_fn, bounds = make_loss(batch, chosen)
         with torch.set_grad_enabled(backward):

@@ -1,0 +1,63 @@
+"""Sequence log-probs of many groups under a model."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign.batch import Group
+from fastalign.data import packed_batches, packed_lengths
+from fastalign.losses import segment_sum
+from fastalign.models import Packing, response_logprob
+
+
+@torch.no_grad()
+def sequence_logprobs(
+    model: Any,
+    groups: Sequence[Group],
+    *,
+    packing: Packing = "shared_prefix",
+    tokens_per_batch: int = 16384,
+    dtype: torch.dtype = torch.float32,
+    max_buffer_bytes: int | None = None,
+) -> list[Tensor]:
+    """Log-prob of each response, summed over its trained tokens.
+
+    Args:
+        model: a causal model from `load_policy`.
+        groups: prompts with their responses.
+        packing: see `predict_hidden`.
+        tokens_per_batch: most packed tokens of a forward.
+        dtype: of the matrix products: float32, or bfloat16 by autocast.
+        max_buffer_bytes: most bytes of logits at a time; None: the operation's default.
+
+    Returns:
+        For each group (number of responses,) float32 on the CPU.
+    """
+    results: dict[int, Tensor] = {}
+    device = model.device
+    lengths = packed_lengths(groups, repeat_prompts=packing != "shared_prefix")
+    batches = packed_batches(
+        groups,
+        range(len(groups)),
+        lengths,
+        tokens_per_batch=tokens_per_batch,
+        share_prompts=packing != "packed",
+    )
+    low = dtype != torch.float32
+    for chosen, on_host in batches:
+        batch = on_host.to(device)
+        with torch.autocast(device.type, dtype=dtype) if low else nullcontext():
+            logprob = response_logprob(
+                model,
+                batch,
+                packing=packing,
+                compute_dtype=dtype if low else None,
+                max_buffer_bytes=max_buffer_bytes,
+            )
+        sums = segment_sum(logprob, batch.target_bounds).cpu()
+        counts = [len(groups[i].response_ids) for i in chosen]
+        results.update(zip(chosen, torch.split(sums, counts), strict=True))
+    return [results[i] for i in range(len(groups))]

@@ -1,0 +1,178 @@
+"""The embedded sampler: transformers' `generate`, with exact log-probs and a seed a completion."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from fastalign.rollouts.sampler import Completion, SamplingParams
+
+
+class _Draw(LogitsProcessor):  # type: ignore[misc]
+    """Draws each row's token from its own stream of uniform numbers, and notes its log-prob.
+
+    What it returns allows that token only, so `generate` has nothing left to choose. A row's
+    stream depends on the seed, the prompt's number and the sample's number, and so do its tokens,
+    whatever shares the batch.
+    """
+
+    def __init__(self, params: SamplingParams, uniforms: Tensor):
+        self._greedy = params.temperature == 0
+        self._uniforms = uniforms  # (rows, max_new_tokens) float64
+        self._warpers: list[Any] = []
+        if not self._greedy and params.temperature != 1.0:
+            self._warpers.append(TemperatureLogitsWarper(params.temperature))
+        if params.top_k:
+            self._warpers.append(TopKLogitsWarper(params.top_k))
+        if params.top_p < 1.0:
+            self._warpers.append(TopPLogitsWarper(params.top_p))
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        warped = scores.float()
+        for warper in self._warpers:
+            warped = warper(input_ids, warped)
+        logprob = warped.log_softmax(-1)
+        if self._greedy:
+            token = warped.argmax(-1, keepdim=True)
+            logprob = torch.where(warped == warped.amax(-1, keepdim=True), 0.0, logprob)
+        else:
+            cumulative = logprob.double().exp().cumsum(-1)
+            place = self._uniforms[:, len(self.logprobs), None] * cumulative[:, -1:]
+            token = torch.searchsorted(cumulative, place, right=True)
+            token = token.clamp_(max=warped.shape[-1] - 1)
+        self.logprobs.append(logprob.gather(1, token)[:, 0])
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+class TransformersSampler:
+    """Samples from a model in this process.
+
+    Args:
+        model: a causal model from `load_policy`.
+        eos_token_ids: tokens that end a completion.
+        pad_token_id: fills what is behind the end; never read.
+        rows_per_batch: completions drawn together.
+        on_progress: is told how many completions are done.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        eos_token_ids: Sequence[int],
+        pad_token_id: int,
+        rows_per_batch: int = 256,
+        on_progress: Callable[[int], None] | None = None,
+    ):
+        if not eos_token_ids:
+            raise ValueError("eos_token_ids: expected at least one token, got none")
+        self._model = model
+        self._eos = list(eos_token_ids)
+        self._pad = pad_token_id
+        self._rows_per_batch = rows_per_batch
+        self._on_progress = on_progress
+        self.version = 0
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
+    ) -> list[list[Completion]]:
+        """`params.num_samples` completions of each prompt, in the prompts' order.
+
+        Raises:
+            ValueError: an empty prompt, or one that leaves no room for the answer.
+        """
+        self._check(prompt_ids, params)
+        rows = [(p, s) for p in range(len(prompt_ids)) for s in range(params.num_samples)]
+        # Like lengths together, so that little is padded.
+        rows.sort(key=lambda row: (len(prompt_ids[row[0]]), row))
+        results: dict[tuple[int, int], Completion] = {}
+        for start in range(0, len(rows), self._rows_per_batch):
+            part = rows[start : start + self._rows_per_batch]
+            prompts = [prompt_ids[p] for p, _ in part]
+            uniforms = torch.stack([_stream(seed, p, s, params.max_new_tokens) for p, s in part])
+            results.update(zip(part, self._batch(prompts, params, uniforms), strict=True))
+            if self._on_progress is not None:
+                self._on_progress(len(part))
+        return [[results[p, s] for s in range(params.num_samples)] for p in range(len(prompt_ids))]
+
+    def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Copies the tensors into the model; every name must be one of its own.
+
+        Raises:
+            ValueError: a name that the model has not.
+        """
+        own = self._model.state_dict()
+        with torch.no_grad():
+            for name, tensor in named_tensors:
+                if name not in own:
+                    raise ValueError(f"sync_weights: the model has no tensor {name!r}")
+                own[name].copy_(tensor)
+        self.version = version
+
+    def close(self) -> None:
+        """Lets go of the model."""
+        self._model = None
+
+    def _check(self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams) -> None:
+        limit = getattr(self._model.config, "max_position_embeddings", None)
+        for number, ids in enumerate(prompt_ids):
+            if not ids:
+                raise ValueError(f"prompt {number}: expected at least one token, got none")
+            if limit is not None and len(ids) + params.max_new_tokens > limit:
+                raise ValueError(
+                    f"prompt {number}: {len(ids)} tokens and {params.max_new_tokens} new ones "
+                    f"are more than the model's {limit} positions"
+                )
+
+    @torch.no_grad()
+    def _batch(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, uniforms: Tensor
+    ) -> list[Completion]:
+        longest = max(len(ids) for ids in prompts)
+        device = self._model.device
+        padded = [[self._pad] * (longest - len(ids)) + list(ids) for ids in prompts]
+        mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+        draw = _Draw(params, uniforms.to(device))
+        # The model's own generation settings (penalties, a temperature) are not the caller's.
+        saved = self._model.generation_config
+        self._model.generation_config = GenerationConfig(
+            do_sample=False,
+            max_new_tokens=params.max_new_tokens,
+            eos_token_id=self._eos,
+            pad_token_id=self._pad,
+        )
+        try:
+            output = self._model.generate(
+                torch.tensor(padded, device=device),
+                attention_mask=torch.tensor(mask, device=device),
+                logits_processor=LogitsProcessorList([draw]),
+            )
+        finally:
+            self._model.generation_config = saved
+        tokens = output[:, longest:].tolist()
+        logprobs = torch.stack(draw.logprobs, dim=1).tolist()
+        return [self._cut(*row) for row in zip(tokens, logprobs, strict=True)]
+
+    def _cut(self, tokens: list[int], logprobs: list[float]) -> Completion:
+        for place, token in enumerate(tokens):
+            if token in self._eos:
+                return Completion(tokens[: place + 1], logprobs[: place + 1], "stop")
+        return Completion(tokens, logprobs, "length")
+
+
+def _stream(seed: int, prompt: int, sample: int, length: int) -> Tensor:
+    """Uniform numbers of one completion, (length,) float64."""
+    generator = torch.Generator()
+    # Python's hash of integers is fixed, and mixes the three well enough for torch to seed from.
+    generator.manual_seed(hash((seed, prompt, sample)) & (2**63 - 1))
+    return torch.rand(length, generator=generator, dtype=torch.float64)
