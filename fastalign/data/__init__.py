@@ -25,6 +25,8 @@ from fastalign.data.load import (
 )
 from fastalign.data.report import DataReport
 from fastalign.data.row import DataFault
+from fastalign.data.samples import load_samples
+from fastalign.data.texts import read_texts
 from fastalign.data.tokenise import Encoder
 from fastalign.data.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
 
@@ -45,11 +47,13 @@ __all__ = [
     "indices_of_step",
     "load_preferences",
     "load_prompts",
+    "load_samples",
     "load_sft",
     "load_tokenizer",
     "micro_batches",
     "packed_batches",
     "packed_lengths",
     "read_examples",
+    "read_texts",
     "step_indices",
 ]

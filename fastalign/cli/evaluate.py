@@ -1,0 +1,182 @@
+"""`fastalign eval`: accuracy on held-out pairs; reward and KL to the reference of fresh samples."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastalign.batch import Group
+from fastalign.cli.flags import parse_flags
+from fastalign.cli.generate import sample_rows
+from fastalign.cli.sampling import (
+    SampledModel,
+    SamplingRun,
+    load_sampled,
+    new_file,
+    read_prompts,
+    sample,
+)
+from fastalign.data import Tokenizer, load_preferences
+from fastalign.evaluation import (
+    Estimate,
+    apply_reward,
+    estimate_of_groups,
+    load_reward,
+    mean_margin,
+    preference_accuracy,
+    sampled_kl,
+    sequence_logprobs,
+)
+from fastalign.models import Packing
+from fastalign.rollouts import SamplingParams
+
+
+@dataclass(frozen=True)
+class EvalReference:
+    """The model that KL and implicit rewards are measured against."""
+
+    path: str
+    """Folder in transformers' layout, or a hub name."""
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """Held-out data; give prompts, pairs, or both."""
+
+    prompts: str | None = None
+    """Prompts to sample from, for reward and KL."""
+    pairs: str | None = None
+    """Preference pairs, for the accuracy; ties are left out and counted."""
+    max_length: int = 1024
+    """Most tokens of a prompt with one response; a longer pair is an error."""
+
+
+@dataclass(frozen=True)
+class EvalLoss:
+    """The implicit reward's scale."""
+
+    beta: float = 0.1
+    """Of the margin; the accuracy does not depend on it."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Writes OUT (JSON) and, beside it, samples.jsonl."""
+
+    model: SampledModel
+    reference: EvalReference
+    out: str
+    """File (.json) to write."""
+    data: EvalData = field(default_factory=EvalData)
+    reward: str | None = None
+    """`module:function` (prompts, completions) -> numbers, or the .json of a bag of words."""
+    loss: EvalLoss = field(default_factory=EvalLoss)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    run: SamplingRun = field(default_factory=SamplingRun)
+    packing: Packing = "shared_prefix"
+    """How log-probs are computed; padded for architectures that cannot be packed."""
+
+
+def summary(name: str, value: Estimate) -> dict[str, float | int]:
+    """`name`, `name_se` and `name_count`, as the JSON holds them."""
+    return {name: value.mean, f"{name}_se": value.standard_error, f"{name}_count": value.count}
+
+
+def judge_pairs(
+    config: EvalConfig, policy: Any, reference: Any, tokenizer: Tokenizer
+) -> dict[str, float | int]:
+    """Accuracy and margin of the implicit reward."""
+    assert config.data.pairs is not None
+    data = load_preferences(
+        config.data.pairs, tokenizer, max_length=config.data.max_length, ties="drop"
+    )
+    policy_logprob = sequence_logprobs(policy, data.groups, packing=config.packing)
+    reference_logprob = sequence_logprobs(reference, data.groups, packing=config.packing)
+    accuracy = preference_accuracy(policy_logprob, reference_logprob, data.ties)
+    margin = mean_margin(policy_logprob, reference_logprob, config.loss.beta)
+    return {
+        **summary("accuracy", accuracy),
+        **summary("margin", margin),
+        "num_ties": data.report.num_ties_dropped,
+    }
+
+
+def judge_samples(
+    config: EvalConfig, policy: Any, reference: Any, tokenizer: Tokenizer
+) -> tuple[dict[str, float | int], list[dict[str, Any]]]:
+    """Reward and KL of fresh samples, and the samples."""
+    assert config.data.prompts is not None
+    function = None if config.reward is None else load_reward(config.reward)
+    prompts = read_prompts(config.data.prompts, policy, tokenizer, config.sampling)
+    completions = sample(
+        config.model, policy, tokenizer, prompts.prompt_ids, config.sampling, config.run.seed
+    )
+    rows = list(sample_rows(prompts, completions, tokenizer))
+    groups = [
+        Group(ids, [answer.token_ids for answer in answers])
+        for ids, answers in zip(prompts.prompt_ids, completions, strict=True)
+    ]
+    kl = sampled_kl(
+        sequence_logprobs(policy, groups, packing=config.packing),
+        sequence_logprobs(reference, groups, packing=config.packing),
+    )
+    lengths = [[float(len(ids)) for ids in group.response_ids] for group in groups]
+    result = {**summary("kl", kl), **summary("completion_tokens", estimate_of_groups(lengths))}
+    if function is not None:
+        n = config.sampling.num_samples
+        repeated = [prompt for prompt in prompts.prompts for _ in range(n)]
+        rewards = apply_reward(function, repeated, [row["completion"] for row in rows])
+        for row, reward in zip(rows, rewards, strict=True):
+            row["reward"] = reward
+        by_prompt = [rewards[start : start + n] for start in range(0, len(rewards), n)]
+        result |= summary("reward", estimate_of_groups(by_prompt))
+    result["share_unfinished"] = sum(r["finish_reason"] == "length" for r in rows) / len(rows)
+    return result, rows
+
+
+def check(config: EvalConfig) -> None:
+    """Refuses settings that would measure nothing, or something else.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if config.data.prompts is None and config.data.pairs is None:
+        raise ValueError("data: expected data.prompts or data.pairs, got neither")
+    if config.reward is not None and config.data.prompts is None:
+        raise ValueError("data.prompts: the reward needs prompts to sample from, got none")
+    exact = (config.sampling.temperature, config.sampling.top_p, config.sampling.top_k)
+    if config.data.prompts is not None and exact != (1.0, 1.0, 0):
+        raise ValueError(
+            "sampling: the KL is of the policy itself: expected temperature 1, top_p 1, top_k 0, "
+            f"got {exact}"
+        )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code 0: the JSON is written."""
+    config = parse_flags(EvalConfig, argv, "fastalign eval")
+    check(config)
+    out = new_file(config.out)
+    start = time.perf_counter()
+    policy, tokenizer = load_sampled(config.model)
+    same = SampledModel(config.reference.path, config.model.trust_remote_code, config.model.device)
+    reference, _ = load_sampled(same)
+    result: dict[str, Any] = {}
+    if config.data.pairs is not None:
+        result |= judge_pairs(config, policy, reference, tokenizer)
+    rows: list[dict[str, Any]] = []
+    if config.data.prompts is not None:
+        found, rows = judge_samples(config, policy, reference, tokenizer)
+        result |= found
+    result = {**result, "seconds": time.perf_counter() - start, "config": asdict(config)}
+    if rows:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        Path(out.parent, "samples.jsonl").write_text(text, encoding="utf-8")
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for name in ("reward", "kl", "accuracy"):
+        if name in result:
+            print(f"{name} {result[name]:.3f} +- {result[f'{name}_se']:.3f}")
+    print(f"written to {out}")
+    return 0
