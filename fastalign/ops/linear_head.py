@@ -236,10 +236,10 @@ def overwrite_with_gradient(
         g, e = grad_logprob[start:stop, None], grad_entropy[start:stop, None]
         _shifted_logits(u, rows, out=log_p)
         torch.exp(log_p, out=p)
-        total = p.sum(dim=1, keepdim=True)
-        p.div_(total)
-        log_p.sub_(total.log()).clamp_(min=LOWEST_SHIFTED_LOGIT)
-        entropy = -(p * log_p).sum(dim=1, keepdim=True)
+        log_p.sub_(p.sum(dim=1, keepdim=True).log()).clamp_(min=LOWEST_SHIFTED_LOGIT)
+        # in place, then p once more: a product of its own would be a strip beyond the budget
+        entropy = -torch.exp(log_p, out=p).mul_(log_p).sum(dim=1, keepdim=True)
+        torch.exp(log_p, out=p)
         p.mul_(log_p.add_(entropy).mul_(e).add_(g)).neg_()
         p.scatter_add_(1, targets[start:stop, None], g.to(p.dtype))
         p.mul_(rows.slope(u))

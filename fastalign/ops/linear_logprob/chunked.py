@@ -86,7 +86,8 @@ def _tiles(num_rows: int, num_kept: int, tile_rows: int) -> list[tuple[int, int]
 def _concatenate(parts: list[RowStatistics], like: Tensor) -> RowStatistics:
     if not parts:
         empty = torch.empty(0, dtype=accumulation_dtype(like.dtype), device=like.device)
-        return RowStatistics(empty, empty, empty.bool())
+        # two tensors: an operation's outputs may not be the same one
+        return RowStatistics(empty, empty.clone(), empty.bool())
     return RowStatistics(
         torch.cat([part.logprob for part in parts]),
         torch.cat([part.entropy for part in parts]),
