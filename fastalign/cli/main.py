@@ -43,6 +43,8 @@ def main(argv: Sequence[str]) -> int:
         known = ", ".join(COMMANDS)
         print(f"fastalign: unknown command {argv[0]!r}; expected one of {known}", file=sys.stderr)
         return 2
+    # Bars that are printed for files of a megabyte hide the lines that matter.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     module = importlib.import_module(COMMANDS[argv[0]][0])
     try:
         return int(module.main(list(argv[1:])))

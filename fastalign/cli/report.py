@@ -1,0 +1,45 @@
+"""`fastalign report RUN...`: a table, and one self-contained page with pictures."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fastalign.cli.flags import parse_flags
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Reads each run's config.yaml, metrics.jsonl, eval/eval.json and eval/samples.jsonl."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Folders of runs (--run.dir)."""
+    out: str = "report.html"
+    """Page to write; an older one is replaced."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code 0: the page is written."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastalign.evaluation.report import COLUMNS, render, table
+    from fastalign.evaluation.runs import read_run
+
+    config = parse_flags(ReportConfig, argv, "fastalign report")
+    if not config.runs:
+        raise ValueError("expected one run's folder or more, got none")
+    runs = [read_run(folder) for folder in config.runs]
+    shown = Table()
+    for number, column in enumerate(COLUMNS):
+        shown.add_column(column, justify="right" if number else "left", no_wrap=True)
+    for row in table(runs):
+        shown.add_row(*row)
+    Console(markup=False).print(shown)
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(render(runs), encoding="utf-8")
+    print(f"report written to {out}")
+    return 0

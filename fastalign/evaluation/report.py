@@ -1,0 +1,75 @@
+"""One self-contained page for one or more runs: table, pictures, samples side by side."""
+
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from fastalign.evaluation.pictures import CURVES, curve, reward_against_kl
+from fastalign.evaluation.runs import RunRecord
+
+NUM_SAMPLES_SHOWN = 24
+COLUMNS = ("method", "reward", "KL", "accuracy", "seconds")
+
+
+def with_error(measure: tuple[float, float] | None) -> str:
+    """`5.81 ± 0.15`, or a dash."""
+    if measure is None:
+        return "–"  # noqa: RUF001 (a dash is meant)
+    mean, error = measure
+    return f"{mean:.2f} ± {error:.2f}"
+
+
+def table(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
+    """A row a run under COLUMNS: measures with their standard errors, seconds spent in training."""
+    return [
+        (
+            run.name,
+            with_error(run.measure("reward")),
+            with_error(run.measure("kl")),
+            with_error(run.measure("accuracy")),
+            f"{run.seconds:.0f}",
+        )
+        for run in runs
+    ]
+
+
+def prompt_key(prompt: Any) -> str:
+    """A prompt as one text: of a conversation, its turns."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"[{turn['role']}] {turn['content']}" for turn in prompt)
+
+
+def side_by_side(runs: Sequence[RunRecord]) -> list[tuple[str, list[dict[str, Any] | None]]]:
+    """Prompts that every sampled run has, each with the runs' first completions."""
+    by_run: list[dict[str, dict[str, Any]]] = []
+    for run in runs:
+        first: dict[str, dict[str, Any]] = {}
+        for row in run.samples:
+            first.setdefault(prompt_key(row["prompt"]), row)
+        by_run.append(first)
+    sampled = [first for first in by_run if first]
+    if not sampled:
+        return []
+    common = [key for key in sampled[0] if all(key in first for first in sampled)]
+    return [(key, [first.get(key) for first in by_run]) for key in common[:NUM_SAMPLES_SHOWN]]
+
+
+def render(runs: Sequence[RunRecord]) -> str:
+    """The page. Whatever models and data wrote is escaped; nothing is loaded from elsewhere."""
+    from jinja2 import Environment, StrictUndefined
+
+    source = files("fastalign.evaluation").joinpath("report.html.jinja").read_text("utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    curves = [(label, curve(runs, name, label)) for name, label in CURVES]
+    return environment.from_string(source).render(
+        columns=COLUMNS,
+        table=table(runs),
+        frontier=reward_against_kl(runs),
+        curves=[(label, picture) for label, picture in curves if picture is not None],
+        names=[run.name for run in runs],
+        samples=side_by_side(runs),
+        configs=[(run.name, yaml.safe_dump(run.config, sort_keys=False)) for run in runs],
+    )
