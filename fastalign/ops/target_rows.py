@@ -21,7 +21,7 @@ class TargetRows:
         self, hidden: Tensor, targets: Tensor, temperature: float | Tensor, ignore_index: int
     ) -> None:
         self.hidden, self.targets, self.temperature = hidden, targets, temperature
-        self._num_rows = targets.shape[0] if targets.ndim else 0
+        self._num_rows = hidden.shape[0] if hidden.ndim else 0
         self._mask: Tensor | None = None
         if targets.ndim != 1 or hidden.shape[:1] != targets.shape:
             return

@@ -25,3 +25,13 @@ class TokenChunk:
 
 
 LossFunction = Callable[[TokenChunk], tuple[Tensor, dict[str, Tensor]]]
+
+
+def check_scalar(loss: Tensor) -> None:
+    """Checks what a loss function returned.
+
+    Raises:
+        ValueError: It is not a scalar.
+    """
+    if loss.ndim != 0:
+        raise ValueError(f"loss_fn: expected a scalar loss, got shape {tuple(loss.shape)}")

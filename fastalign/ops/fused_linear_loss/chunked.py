@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastalign.ops.fused_linear_loss.chunk import LossFunction, TokenChunk
+from fastalign.ops.fused_linear_loss.chunk import LossFunction, TokenChunk, check_scalar
 from fastalign.ops.fused_linear_loss.holder import GradientHolder, GradientInForward
 from fastalign.ops.linear_buffers import Buffers, Plan, plan_buffers
 from fastalign.ops.linear_head import RowStatistics, accumulation_dtype
@@ -202,8 +202,7 @@ def _differentiated(
     logprob = read.logprob.requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):
         loss, metrics = loss_fn(TokenChunk(logprob, read.entropy, read.is_argmax, ~ignored, *span))
-    if loss.ndim != 0:
-        raise ValueError(f"loss_fn: expected a scalar loss, got shape {tuple(loss.shape)}")
+    check_scalar(loss)
     coefficient = torch.zeros_like(read.logprob)
     if gradient and loss.requires_grad:
         (found,) = torch.autograd.grad(loss, logprob, allow_unused=True)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastalign.ops.fused_linear_loss.chunk import LossFunction, TokenChunk
+from fastalign.ops.fused_linear_loss.chunk import LossFunction, TokenChunk, check_scalar
 from fastalign.ops.linear_logprob.reference import head_logits, row_statistics
 
 
@@ -28,4 +28,5 @@ def forward(
         logprob, entropy.detach(), is_argmax, ~ignored, 0, targets.shape[0], 0, num_groups
     )
     loss, metrics = loss_fn(chunk)
+    check_scalar(loss)
     return loss, {name: value.detach() for name, value in metrics.items()}
