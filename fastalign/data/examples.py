@@ -186,7 +186,7 @@ def _margin(row: Row) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise DataFault(row.where, f"expected a number, got {show(value)}", "margin")
-    if not math.isfinite(value) or abs(value) > 1e30:
+    if abs(value) > 1e30 or not math.isfinite(value):
         raise DataFault(row.where, f"expected a finite number, got {show(value)}", "margin")
     return float(value)
 

@@ -111,20 +111,15 @@ def refuse_foreign(where: str, head: bytes) -> None:
 def _open(path: Path) -> IO[bytes]:
     known = data_format(path)
     assert known is not None, path
-    raw = path.open("rb")
-    head = raw.read(512)
-    raw.seek(0)
+    with path.open("rb") as stream:
+        head = stream.read(512)
     if not head:
-        raw.close()
         raise DataFault(str(path), "the file is empty")
     if not known[1]:
         refuse_foreign(str(path), head)
-        return raw
+        return path.open("rb")
     if not head.startswith(b"\x1f\x8b"):
-        raw.close()
         raise DataFault(str(path), "the name ends in .gz but the content is not gzip")
-    # GzipFile closes only files that it opened itself, so hand it the path.
-    raw.close()
     return cast("IO[bytes]", gzip.open(path, "rb"))
 
 

@@ -1,0 +1,190 @@
+"""One BOS, one EOS, a clean seam, and masks from lengths."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastalign.data import load_preferences, load_prompts, load_sft
+from tests.tokenizers import CHATML, THINKING, WITHOUT_END, make_tokenizer
+
+BOS, EOS = 1, 2
+CHATML_END = 4
+USER = {"role": "user", "content": "What is the best phone?"}
+YES = {"role": "assistant", "content": "yes"}
+NO = {"role": "assistant", "content": "no"}
+
+
+def write(path: Path, *rows: dict[str, Any]) -> Path:
+    file = path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def learned(group: Any, number: int = 0) -> list[int]:
+    return [group.response_ids[number][place] for place in group.targets_of(number)]
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+@pytest.mark.parametrize("pad_is_eos", [True, False])
+@pytest.mark.parametrize("bos_in_text", [True, False])
+def test_plain_pairs_have_at_most_one_bos_and_learn_one_eos(
+    tmp_path: Path, adds_bos: bool, pad_is_eos: bool, bos_in_text: bool
+) -> None:
+    tokenizer = make_tokenizer(adds_bos=adds_bos, pad_is_eos=pad_is_eos)
+    prompt = ("<s>" if bos_in_text else "") + "The camera is"
+    file = write(tmp_path, {"prompt": prompt, "chosen": " good</s>", "rejected": " slow"})
+    (group,) = load_preferences(file, tokenizer, max_length=99).groups
+    for number, text in enumerate((" good", " slow")):
+        response = list(group.response_ids[number])
+        whole = [*group.prompt_ids, *response]
+        assert whole.count(BOS) == (1 if adds_bos or bos_in_text else 0)
+        assert response.count(EOS) == 1
+        assert learned(group, number) == response
+        assert response[-1] == EOS
+        assert tokenizer.decode(whole, skip_special_tokens=True) == "The camera is" + text
+
+
+def test_the_prompt_is_what_a_sampler_is_given(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer()
+    rows = {"prompt": "The battery", "completion": " is excellent"}
+    file = write(tmp_path, rows)
+    (group,) = load_sft(file, tokenizer, max_length=99).groups
+    prompts = load_prompts(file, tokenizer, max_length=99)
+    assert prompts.prompt_ids == [list(group.prompt_ids)] == [tokenizer("The battery")["input_ids"]]
+
+
+@pytest.mark.parametrize("prefix_space", [True, False])
+def test_a_token_never_crosses_the_seam_and_the_row_is_counted(
+    tmp_path: Path, prefix_space: bool
+) -> None:
+    tokenizer = make_tokenizer(prefix_space=prefix_space)
+    # "battery" is one token: cut inside it, the prompt must stay what it is alone.
+    file = write(
+        tmp_path,
+        {"prompt": "The batt", "chosen": "ery life", "rejected": "le"},
+        {"prompt": "The", "chosen": " screen", "rejected": " menu"},
+    )
+    data = load_preferences(file, tokenizer, max_length=99)
+    group = data.groups[0]
+    assert list(group.prompt_ids) == tokenizer("The batt")["input_ids"]
+    for response, text in zip(group.response_ids, ("ery life", "le"), strict=True):
+        together = tokenizer.decode([*group.prompt_ids, *response], skip_special_tokens=True)
+        assert together.strip() == "The batt" + text
+    assert data.report.num_seams == 1
+
+
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_a_text_is_learned_from_its_first_token_that_can_be(tmp_path: Path, adds_bos: bool) -> None:
+    tokenizer = make_tokenizer(adds_bos=adds_bos)
+    file = write(tmp_path, {"text": "The menu is slow"})
+    (group,) = load_sft(file, tokenizer, max_length=99).groups
+    ids = tokenizer("The menu is slow", add_special_tokens=False)["input_ids"]
+    expected = [BOS, *ids, EOS] if adds_bos else [*ids, EOS]
+    assert [*group.prompt_ids, *group.response_ids[0]] == expected
+    assert learned(group) == expected[1:]
+
+
+@pytest.mark.parametrize("pad_is_eos", [True, False])
+def test_a_conversation_ends_as_its_template_says_once(tmp_path: Path, pad_is_eos: bool) -> None:
+    tokenizer = make_tokenizer(adds_bos=False, pad_is_eos=pad_is_eos, chat_template=CHATML)
+    file = write(tmp_path, {"prompt": [USER], "chosen": [YES], "rejected": [NO]})
+    (group,) = load_preferences(file, tokenizer, max_length=99).groups
+    rendered = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(group.prompt_ids) == rendered
+    for number, text in enumerate(("yes", "no")):
+        assert tokenizer.decode(learned(group, number)) == f"{text}<|im_end|>"
+        assert learned(group, number).count(CHATML_END) == 1
+
+
+def test_a_template_without_an_end_still_learns_to_stop(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(chat_template=WITHOUT_END)
+    file = write(tmp_path, {"messages": [USER, YES, USER, NO]})
+    (group,) = load_sft(file, tokenizer, max_length=99).groups
+    assert [*group.prompt_ids, *group.response_ids[0]].count(BOS) == 1
+    assert learned(group)[-1] == EOS
+    assert learned(group).count(EOS) == 1
+
+
+def test_every_assistant_turn_is_learned_and_nothing_else(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(adds_bos=False, chat_template=CHATML)
+    file = write(tmp_path, {"messages": [USER, YES, {**USER, "content": "maybe"}, NO]})
+    (group,) = load_sft(file, tokenizer, max_length=99).groups
+    assert tokenizer.decode(learned(group)) == "yes<|im_end|>\nno<|im_end|>"
+    rendered = tokenizer.apply_chat_template(
+        [USER, YES, {**USER, "content": "maybe"}, NO], tokenize=False
+    )
+    whole = tokenizer.decode([*group.prompt_ids, *group.response_ids[0]])
+    assert whole == rendered.rstrip()
+
+
+def test_a_template_that_opens_a_think_block_is_cut_before_the_answer(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(adds_bos=False, chat_template=THINKING)
+    file = write(tmp_path, {"prompt": [USER], "chosen": [YES], "rejected": [NO]})
+    (group,) = load_preferences(file, tokenizer, max_length=99).groups
+    assert tokenizer.decode(group.prompt_ids).endswith("<|im_start|>assistant\n")
+    assert tokenizer.decode(learned(group)) == "yes<|im_end|>"
+
+
+def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
+    file = write(tmp_path, {"messages": [USER, YES]})
+    with pytest.raises(ValueError, match="no chat template"):
+        load_sft(file, make_tokenizer(), max_length=99)
+
+
+def test_a_tie_is_refused_kept_or_counted(tmp_path: Path) -> None:
+    rows: Sequence[dict[str, Any]] = [
+        {"prompt": "The", "response_a": " menu", "response_b": " screen", "label": label}
+        for label in ("a", "b", "tie")
+    ]
+    file = write(tmp_path, *rows)
+    tokenizer = make_tokenizer()
+    with pytest.raises(ValueError, match=r"rows\.jsonl:3: column 'label': a tie"):
+        load_preferences(file, tokenizer, max_length=99)
+    kept = load_preferences(file, tokenizer, max_length=99, ties="keep")
+    assert kept.ties == [False, False, True]
+    menu, screen = kept.groups[0].response_ids
+    assert list(kept.groups[1].response_ids) == [screen, menu]
+    assert list(kept.groups[2].response_ids) == [menu, screen]
+    dropped = load_preferences(file, tokenizer, max_length=99, ties="drop")
+    assert (len(dropped.groups), dropped.report.num_ties_dropped) == (2, 1)
+    assert dropped.fingerprint != kept.fingerprint
+
+
+def test_nothing_is_cut_without_being_asked_for_and_counted(tmp_path: Path) -> None:
+    file = write(
+        tmp_path,
+        {"prompt": "The", "completion": " menu is slow and the screen is dim"},
+        {"prompt": "The", "completion": " menu"},
+        {"prompt": "The screen is too dim, the buttons are small and slow", "completion": " yes"},
+    )
+    tokenizer = make_tokenizer()
+    with pytest.raises(ValueError, match=r"rows\.jsonl:1: expected at most 6 tokens"):
+        load_sft(file, tokenizer, max_length=6)
+    skipped = load_sft(file, tokenizer, max_length=6, on_too_long="skip")
+    assert (len(skipped.groups), skipped.report.num_too_long) == (1, 2)
+    cut = load_sft(file, tokenizer, max_length=6, on_too_long="truncate")
+    assert (cut.report.num_truncated, cut.report.num_too_long) == (1, 1)
+    assert [group.num_tokens for group in cut.groups] == [6, skipped.groups[0].num_tokens]
+    assert EOS not in cut.groups[0].response_ids[0]
+
+
+def test_bad_rows_are_raised_or_counted(tmp_path: Path) -> None:
+    file = write(tmp_path, {"text": "a"}, {"text": 3}, {"text": "b"})
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: column 'text'"):
+        load_sft(file, make_tokenizer(), max_length=99)
+    report = load_sft(file, make_tokenizer(), max_length=99, on_bad_row="skip").report
+    assert (report.num_rows, report.num_used, len(report.faults)) == (3, 2, 1)
+
+
+def test_nothing_left_is_an_error(tmp_path: Path) -> None:
+    file = write(tmp_path, {"text": 3})
+    with pytest.raises(ValueError, match="no row is left"):
+        load_sft(file, make_tokenizer(), max_length=99, on_bad_row="skip")
+
+
+def test_repeated_rows_are_counted(tmp_path: Path) -> None:
+    file = write(tmp_path, {"text": "a"}, {"text": "b"}, {"text": "a"})
+    assert load_sft(file, make_tokenizer(), max_length=99).report.num_duplicates == 1
