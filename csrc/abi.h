@@ -1,0 +1,58 @@
+// The native libraries' whole interface: plain C, addresses and sizes, no torch header. One build
+// serves every torch.
+//
+// Legend: T rows, V columns (vocabulary). All arrays are contiguous unless a stride is given; a row
+// of logits has unit column stride. `dtype` is that of logits and gradient: 0 float32, 1 bfloat16,
+// 2 float16; everything else is float32 or int64. The CPU library ends in _cpu and takes a number
+// of threads and an instruction set (-1 the best that the processor runs, 0 portable, 1 AVX2, 2
+// AVX-512). The CUDA library ends in _cuda and takes a cudaStream_t; it launches and returns.
+// Functions return 0, 1 for an instruction set that cannot be used, 2 for an unknown dtype, 3 for a
+// failed launch.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define FASTALIGN_ABI_VERSION 1
+#define FASTALIGN_EXPORT __attribute__((visibility("default")))
+
+// The version above, checked when the library is loaded.
+FASTALIGN_EXPORT int32_t fastalign_abi_version(void);
+
+// Whether this build has the instruction set and this processor runs it.
+FASTALIGN_EXPORT int32_t fastalign_cpu_isa_usable(int32_t isa);
+
+// z = softcap tanh(logits / softcap) / temperature (softcap 0: none; temperature (T,) or NULL).
+// logprob (T,) = z[target] - logsumexp; entropy (T,); logsumexp (T,). A target of ignore_index
+// gives logprob 0 and entropy 0.
+FASTALIGN_EXPORT int32_t fastalign_token_logprob_forward_cpu(
+    const void* logits, int32_t dtype, int64_t num_rows, int64_t num_columns, int64_t row_stride,
+    float softcap, int64_t ignore_index, const int64_t* targets, const float* temperature,
+    float* logprob, float* entropy, float* logsumexp, int32_t num_threads, int32_t isa);
+
+// gradient (T, V) of the logits, contiguous, from grad_logprob (T,) and grad_entropy (T,) or NULL:
+// [g (1[v = y] - p_v) - e p_v (log p_v + H)] dz_v / dlogits_v; zero where ignored.
+FASTALIGN_EXPORT int32_t fastalign_token_logprob_backward_cpu(
+    const void* logits, int32_t dtype, int64_t num_rows, int64_t num_columns, int64_t row_stride,
+    float softcap, int64_t ignore_index, const int64_t* targets, const float* temperature,
+    const float* logsumexp, const float* entropy, const float* grad_logprob,
+    const float* grad_entropy, void* gradient, int32_t num_threads, int32_t isa);
+
+// The same on a CUDA device; addresses are of device memory.
+FASTALIGN_EXPORT int32_t fastalign_token_logprob_forward_cuda(
+    const void* logits, int32_t dtype, int64_t num_rows, int64_t num_columns, int64_t row_stride,
+    float softcap, int64_t ignore_index, const int64_t* targets, const float* temperature,
+    float* logprob, float* entropy, float* logsumexp, void* stream);
+
+FASTALIGN_EXPORT int32_t fastalign_token_logprob_backward_cuda(
+    const void* logits, int32_t dtype, int64_t num_rows, int64_t num_columns, int64_t row_stride,
+    float softcap, int64_t ignore_index, const int64_t* targets, const float* temperature,
+    const float* logsumexp, const float* entropy, const float* grad_logprob,
+    const float* grad_entropy, void* gradient, void* stream);
+
+#ifdef __cplusplus
+}
+#endif

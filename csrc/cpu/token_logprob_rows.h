@@ -1,0 +1,33 @@
+// What the rows of token_logprob work on, and their entry point for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+namespace fastalign {
+
+struct Rows {
+    const void* logits;
+    int32_t dtype;
+    int64_t num_rows, num_columns, row_stride;
+    float softcap;
+    int64_t ignore_index;
+    const int64_t* targets;
+    const float* temperature;
+    // forward
+    float *logprob, *entropy, *logsumexp;
+    // backward; `gradient` is NULL in the forward
+    const float *saved_logsumexp, *saved_entropy, *grad_logprob, *grad_entropy;
+    void* gradient;
+};
+
+namespace portable {
+int run_rows(const Rows& rows, int64_t first, int64_t last);
+}
+namespace avx2 {
+int run_rows(const Rows& rows, int64_t first, int64_t last);
+}
+namespace avx512 {
+int run_rows(const Rows& rows, int64_t first, int64_t last);
+}
+
+}  // namespace fastalign

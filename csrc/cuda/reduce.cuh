@@ -1,0 +1,65 @@
+// The running statistics of a softmax, and their reduction over a block.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <math_constants.h>
+
+namespace fastalign {
+
+// maximum m, sum of exp(z - m), and sum of (z - m) exp(z - m).
+struct Softmax {
+    float maximum, total, weighted;
+
+    __device__ static Softmax empty() { return {-CUDART_INF_F, 0.0f, 0.0f}; }
+
+    // Moves the statistics to a larger maximum. Nothing seen yet: nothing to move (-inf - -inf is
+    // NaN).
+    __device__ void raise(float to) {
+        if (maximum == -CUDART_INF_F) {
+            maximum = to;
+            return;
+        }
+        const float drop = maximum - to, shrink = __expf(drop);
+        if (drop == 0.0f) return;
+        weighted = shrink * (weighted + drop * total);
+        total *= shrink;
+        maximum = to;
+    }
+
+    __device__ void add(float z) {
+        if (z > maximum) raise(z);
+        float shifted = z - maximum;
+        shifted = shifted < -1e30f ? -1e30f : shifted;  // fmaxf would swallow a NaN
+        if (z == -CUDART_INF_F) return;
+        const float e = expf(shifted);
+        total += e;
+        weighted += e * shifted;
+    }
+
+    __device__ void merge(Softmax other) {
+        if (other.maximum > maximum) raise(other.maximum);
+        if (other.maximum < maximum && other.maximum != -CUDART_INF_F) other.raise(maximum);
+        total += other.total;
+        weighted += other.weighted;
+    }
+};
+
+// The block's statistics, in every thread of the first warp's lane 0 and, after the barrier, in
+// shared memory.
+template <int THREADS>
+__device__ Softmax reduce_block(Softmax mine) {
+    __shared__ Softmax of_warp[THREADS / 32];
+    for (int offset = 16; offset > 0; offset >>= 1) {
+        const Softmax other = {__shfl_down_sync(0xffffffffu, mine.maximum, offset),
+                               __shfl_down_sync(0xffffffffu, mine.total, offset),
+                               __shfl_down_sync(0xffffffffu, mine.weighted, offset)};
+        mine.merge(other);
+    }
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
+    __syncthreads();
+    Softmax result = of_warp[0];
+    for (int warp = 1; warp < THREADS / 32; ++warp) result.merge(of_warp[warp]);
+    return result;
+}
+
+}  // namespace fastalign

@@ -1,0 +1,63 @@
+"""Which backend of an operation runs: a named one, or raises with the reason and the remedy."""
+
+import importlib.util
+import os
+from typing import Literal, get_args
+
+import torch
+
+from fastalign.ops import native_library
+
+BackendName = Literal["auto", "reference", "triton", "native"]
+BACKENDS: tuple[str, ...] = get_args(BackendName)
+
+
+def triton_interprets() -> bool:
+    """Whether Triton kernels run in Python: read by Triton when a kernel is decorated."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unusable_reason(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why a backend cannot run on this device and dtype, with the remedy; None: it can."""
+    if backend == "reference":
+        return None
+    if dtype == torch.float64:
+        return "it computes in float32; backend='reference' computes in float64"
+    if backend == "native":
+        return native_library.unusable_reason(device_type)
+    assert backend == "triton"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; pip install triton (Linux)"
+    if device_type == "cuda" or (device_type == "cpu" and triton_interprets()):
+        return None
+    if device_type == "cpu":
+        return (
+            "Triton compiles for GPUs only; move the tensors to one, or set TRITON_INTERPRET=1 "
+            "before starting Python to run the kernels slowly in the interpreter"
+        )
+    return f"there are no kernels for device {device_type!r}"
+
+
+def choose_backend(
+    operation: str, backend: str, device_type: str, dtype: torch.dtype
+) -> Literal["reference", "triton", "native"]:
+    """The backend that runs. `auto` takes native, then (on a GPU) Triton, then the reference.
+
+    Raises:
+        ValueError: an unknown name, or a named backend that cannot run here.
+    """
+    if backend not in BACKENDS:
+        known = ", ".join(repr(name) for name in BACKENDS)
+        raise ValueError(f"backend: expected one of {known}, got {backend!r}")
+    if backend == "auto":
+        if unusable_reason("native", device_type, dtype) is None:
+            return "native"
+        if device_type == "cuda" and unusable_reason("triton", device_type, dtype) is None:
+            return "triton"
+        return "reference"
+    reason = unusable_reason(backend, device_type, dtype)
+    if reason is not None:
+        raise ValueError(
+            f"backend: {operation} cannot run with {backend!r} on {device_type} in {dtype}: {reason}"
+        )
+    return backend  # type: ignore[return-value]

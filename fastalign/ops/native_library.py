@@ -1,0 +1,76 @@
+"""The compiled libraries in `fastalign/_native`, loaded through their plain C ABI.
+
+They include no torch header: what passes between is addresses and sizes, so one build serves every
+torch. See `csrc/abi.h`.
+"""
+
+import ctypes
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+ABI_VERSION = 1
+FOLDER = Path(__file__).parents[1] / "_native"
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+# In the order of csrc/abi.h; -1 lets the library take the best that the processor has.
+ISA_CODES = {"best": -1, "portable": 0, "avx2": 1, "avx512": 2}
+_REBUILD = "reinstall with a C++ compiler there (pip install --force-reinstall --no-deps .)"
+_REMEDY = {
+    "cpu": "install a C++ compiler (g++ or clang++), then reinstall without FASTALIGN_NATIVE=0",
+    "cuda": "install the CUDA toolkit (nvcc), then reinstall without FASTALIGN_NATIVE=0",
+}
+
+
+def library_path(device_type: str) -> Path:
+    """Where the library for `cpu` or `cuda` is, if it was built."""
+    return FOLDER / f"libfastalign_{device_type}.so"
+
+
+@lru_cache(maxsize=2)
+def _load(device_type: str) -> ctypes.CDLL | str:
+    """The library, or why it cannot be used."""
+    path = library_path(device_type)
+    if not path.is_file():
+        return f"the {device_type} library was not built; {_REMEDY[device_type]}"
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return f"{path.name} cannot be loaded ({error}); {_REBUILD}"
+    library.fastalign_abi_version.restype = ctypes.c_int32
+    found = library.fastalign_abi_version()
+    if found != ABI_VERSION:
+        return f"{path.name} has ABI version {found}, expected {ABI_VERSION}; {_REBUILD}"
+    return library
+
+
+def unusable_reason(device_type: str) -> str | None:
+    """Why there is no library for this device type, with the remedy; None: there is."""
+    if device_type not in _REMEDY:
+        return f"there is no native code for device {device_type!r}"
+    found = _load(device_type)
+    return found if isinstance(found, str) else None
+
+
+def load(device_type: str) -> ctypes.CDLL:
+    """The library for a device type that `unusable_reason` has nothing against."""
+    found = _load(device_type)
+    assert not isinstance(found, str), found
+    return found
+
+
+def cpu_isas() -> list[str]:
+    """Instruction sets that the CPU library has and this processor runs, best last."""
+    library = load("cpu")
+    library.fastalign_cpu_isa_usable.restype = ctypes.c_int32
+    library.fastalign_cpu_isa_usable.argtypes = [ctypes.c_int32]
+    return [
+        name
+        for name, code in ISA_CODES.items()
+        if code >= 0 and library.fastalign_cpu_isa_usable(code)
+    ]
+
+
+def address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """The tensor's first element, or NULL."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

@@ -1,0 +1,197 @@
+"""Triton kernels of `token_logprob`: one program a row, one read of the logits forward, one read and
+one write backward. Arithmetic is float32 whatever the logits' dtype.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_BLOCK = 4096
+
+
+@triton.jit
+def _tanh(x):
+    # 1 - 2 / (e^2x + 1), from the side where the exponential cannot overflow.
+    e = tl.exp(-2.0 * tl.abs(x))
+    t = (1.0 - e) / (1.0 + e)
+    return tl.where(x < 0, -t, t)
+
+
+@triton.jit
+def token_logprob_fwd_kernel(
+    logits_ptr,
+    targets_ptr,
+    temperature_ptr,
+    logprob_ptr,
+    entropy_ptr,
+    logsumexp_ptr,
+    row_stride,
+    num_columns,
+    softcap,
+    ignore_index,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row's maximum m, sum of exp(z - m) and of (z - m) exp(z - m), online."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    scale = 1.0
+    if HAS_TEMPERATURE:
+        scale = 1.0 / tl.load(temperature_ptr + row)
+    start_ptr = logits_ptr + row * row_stride
+    m = -float("inf")
+    total = 0.0
+    weighted = 0.0
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < num_columns
+        x = tl.load(start_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
+        if HAS_SOFTCAP:
+            x = softcap * _tanh(x / softcap)
+        z = tl.where(inside, x * scale, -float("inf"))
+        new_m = tl.maximum(m, tl.max(z, axis=0))
+        # Before anything finite was seen there is nothing to rescale (and -inf - -inf is NaN).
+        drop = tl.where(m == -float("inf"), 0.0, m - new_m)
+        shrink = tl.exp(drop)
+        shifted = z - new_m
+        shifted = tl.where(shifted < -1e30, -1e30, shifted)  # maximum would swallow a NaN
+        e = tl.exp(shifted)
+        weighted = shrink * (weighted + drop * total) + tl.sum(e * shifted, axis=0)
+        total = shrink * total + tl.sum(e, axis=0)
+        m = new_m
+    log_total = tl.log(total)
+    ignored = target == ignore_index
+    x = tl.load(start_ptr + tl.where(ignored, 0, target)).to(tl.float32)
+    if HAS_SOFTCAP:
+        x = softcap * _tanh(x / softcap)
+    logprob = x * scale - m - log_total
+    entropy = log_total - weighted / total
+    entropy = tl.where(entropy < 0.0, 0.0, entropy)
+    tl.store(logprob_ptr + row, tl.where(ignored, 0.0, logprob))
+    tl.store(entropy_ptr + row, tl.where(ignored, 0.0, entropy))
+    tl.store(logsumexp_ptr + row, m + log_total)
+
+
+@triton.jit
+def token_logprob_bwd_kernel(
+    logits_ptr,
+    targets_ptr,
+    temperature_ptr,
+    logsumexp_ptr,
+    entropy_ptr,
+    grad_logprob_ptr,
+    grad_entropy_ptr,
+    gradient_ptr,
+    row_stride,
+    num_columns,
+    softcap,
+    ignore_index,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_GRAD_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of columns of one row: g (1[v = y] - p) - e p (log p + H), through z's slope."""
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets_ptr + row)
+    ignored = target == ignore_index
+    scale = 1.0
+    if HAS_TEMPERATURE:
+        scale = 1.0 / tl.load(temperature_ptr + row)
+    logsumexp = tl.load(logsumexp_ptr + row)
+    g = tl.load(grad_logprob_ptr + row)
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < num_columns
+        x = tl.load(logits_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+        slope = scale
+        if HAS_SOFTCAP:
+            t = _tanh(x / softcap)
+            x = softcap * t
+            slope = scale * (1.0 - t * t)
+        log_p = x * scale - logsumexp
+        p = tl.exp(log_p)
+        gradient = g * (tl.where(column == target, 1.0, 0.0) - p)
+        if HAS_GRAD_ENTROPY:
+            bracket = tl.where(log_p < -1e30, -1e30, log_p) + tl.load(entropy_ptr + row)
+            gradient -= tl.load(grad_entropy_ptr + row) * p * bracket
+        gradient = tl.where(ignored, 0.0, gradient * slope)
+        place = gradient_ptr + row * num_columns + column
+        tl.store(place, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
+
+
+def _options(
+    logits: Tensor, temperature: Tensor | None, softcap: float | None
+) -> dict[str, object]:
+    block = min(MAX_BLOCK, triton.next_power_of_2(logits.shape[1]))
+    return {
+        "row_stride": logits.stride(0),
+        "num_columns": logits.shape[1],
+        "softcap": 1.0 if softcap is None else softcap,
+        "HAS_TEMPERATURE": temperature is not None,
+        "HAS_SOFTCAP": softcap is not None,
+        "BLOCK": block,
+        "num_warps": 8 if block >= 2048 else 4,
+    }
+
+
+def _contiguous(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.to(torch.float32).contiguous()
+
+
+def forward(
+    logits: Tensor,  # (T, V)
+    targets: Tensor,  # (T,)
+    temperature: Tensor | None,  # (T,)
+    softcap: float | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # each (T,) float32
+    """Log-prob, entropy and log-sum-exp."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    num_rows = logits.shape[0]
+    out = [torch.empty(num_rows, dtype=torch.float32, device=logits.device) for _ in range(3)]
+    if num_rows:
+        rows = _contiguous(temperature)
+        token_logprob_fwd_kernel[(num_rows,)](
+            logits,
+            targets.contiguous(),
+            out[0] if rows is None else rows,
+            *out,
+            ignore_index=ignore_index,
+            **_options(logits, temperature, softcap),
+        )
+    return out[0], out[1], out[2]
+
+
+def backward(
+    grad_logprob: Tensor,  # (T,)
+    grad_entropy: Tensor | None,  # (T,)
+    logits: Tensor,  # (T, V)
+    targets: Tensor,  # (T,)
+    temperature: Tensor | None,  # (T,)
+    softcap: float | None,
+    ignore_index: int,
+    logsumexp: Tensor,  # (T,)
+    entropy: Tensor,  # (T,)
+) -> Tensor:  # (T, V)
+    """The gradient of the logits, in their dtype."""
+    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if logits.shape[0]:
+        rows, of_entropy = _contiguous(temperature), _contiguous(grad_entropy)
+        token_logprob_bwd_kernel[(logits.shape[0],)](
+            logits,
+            targets.contiguous(),
+            logsumexp if rows is None else rows,
+            logsumexp,
+            entropy,
+            grad_logprob.contiguous(),
+            logsumexp if of_entropy is None else of_entropy,
+            gradient,
+            ignore_index=ignore_index,
+            HAS_GRAD_ENTROPY=grad_entropy is not None,
+            **_options(logits, temperature, softcap),
+        )
+    return gradient

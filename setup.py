@@ -1,0 +1,120 @@
+"""Builds the native libraries where there are compilers; installs without them where there are none.
+
+They have a plain C ABI (csrc/abi.h), so building needs no torch, and the CUDA one needs nvcc but no GPU.
+FASTALIGN_NATIVE=0 builds nothing. CXX and NVCC name other compilers.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+CPU_SOURCE = Path("csrc/cpu")
+ISA_FLAGS = {
+    "portable": [],
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
+}
+CUDA_ARCHITECTURES = ("80", "90", "100")
+
+
+def find_compilers():
+    """The compilers that are there: {"cpu": "g++", "cuda": "/.../nvcc"}."""
+    if os.environ.get("FASTALIGN_NATIVE", "1") == "0":
+        return {}
+    cxx = os.environ.get("CXX") or next(
+        (c for c in ("g++", "clang++", "c++") if shutil.which(c)), None
+    )
+    root = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which(f"{root}/bin/nvcc")
+    found = {"cpu": cxx and shutil.which(cxx), "cuda": nvcc and cxx and shutil.which(nvcc)}
+    return {device: path for device, path in found.items() if path}
+
+
+def cpu_commands(cxx, build, library):
+    """Objects for each instruction set that the machine's family has, then the library."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    common = [
+        cxx,
+        "-std=c++17",
+        "-O3",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wno-psabi",
+        "-pthread",
+    ]
+    objects, commands = [], []
+    for isa, flags in ISA_FLAGS.items():
+        if isa == "portable" or x86:
+            objects.append(str(build / f"token_logprob_rows_{isa}.o"))
+            source = str(CPU_SOURCE / "token_logprob_rows.cpp")
+            commands.append(
+                [*common, *flags, f"-DFASTALIGN_ISA={isa}", "-c", source, "-o", objects[-1]]
+            )
+    defines = ["-DFASTALIGN_X86"] if x86 else []
+    commands.append(
+        [
+            *common,
+            *defines,
+            "-shared",
+            str(CPU_SOURCE / "token_logprob.cpp"),
+            *objects,
+            "-o",
+            str(library),
+        ]
+    )
+    return commands
+
+
+def cuda_commands(nvcc, build, library):
+    """One library with code for each architecture, and PTX of the oldest for others."""
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
+    oldest = CUDA_ARCHITECTURES[0]
+    codes.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
+    flags = ["-std=c++17", "-O3", "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden", "-shared"]
+    return [[nvcc, *flags, *codes, "csrc/cuda/token_logprob.cu", "-o", str(library)]]
+
+
+class BuildNative(build_ext):
+    """Compiles `fastalign/_native/lib*.so` by calling the compilers; a failure is a note, not an error."""
+
+    def get_ext_filename(self, fullname):
+        """Plain names: these are libraries for ctypes, not Python modules."""
+        return str(Path(*fullname.split(".")[:-1]) / f"{fullname.split('.')[-1]}.so")
+
+    def build_extension(self, ext):
+        """Runs the commands of one library."""
+        device = ext.name.rsplit("_", 1)[-1]
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        build = Path(self.build_temp)
+        build.mkdir(parents=True, exist_ok=True)
+        make = {"cpu": cpu_commands, "cuda": cuda_commands}[device]
+        for command in make(COMPILERS[device], build, library):
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode != 0:
+                library.unlink(missing_ok=True)
+                reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
+                print(f"note: fastalign is installed without native {device} code: {reason}")
+                return
+
+
+COMPILERS = find_compilers()
+for name, wanted in (("cpu", "a C++ compiler"), ("cuda", "nvcc")):
+    if name not in COMPILERS:
+        print(
+            f"note: no native {name} code will be built ({wanted} not found, or FASTALIGN_NATIVE=0)"
+        )
+
+setup(
+    ext_modules=[
+        Extension(f"fastalign._native.libfastalign_{device}", sources=[], optional=True)
+        for device in COMPILERS
+    ],
+    cmdclass={"build_ext": BuildNative},
+)
