@@ -1,6 +1,6 @@
-"""Builds the native libraries where there are compilers; installs without them where there are none.
+"""Builds the native libraries where there are compilers; installs without them elsewhere.
 
-They have a plain C ABI (csrc/abi.h), so building needs no torch, and the CUDA one needs nvcc but no GPU.
+They have a plain C ABI (csrc/abi.h): building needs no torch, and the CUDA one nvcc but no GPU.
 FASTALIGN_NATIVE=0 builds nothing. CXX and NVCC name other compilers.
 """
 
@@ -81,7 +81,12 @@ def cuda_commands(nvcc, build, library):
 
 
 class BuildNative(build_ext):
-    """Compiles `fastalign/_native/lib*.so` by calling the compilers; a failure is a note, not an error."""
+    """Compiles `fastalign/_native/lib*.so` with the compilers; a failure is a note only."""
+
+    def run(self):
+        """An editable installation copies into the folder, and does not make it."""
+        Path("fastalign/_native").mkdir(exist_ok=True)
+        super().run()
 
     def get_ext_filename(self, fullname):
         """Plain names: these are libraries for ctypes, not Python modules."""

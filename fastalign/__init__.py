@@ -9,7 +9,7 @@ from fastalign.fused import (
     fused_linear_preference_loss,
     fused_linear_sft_loss,
 )
-from fastalign.ops import fused_linear_loss, linear_logprob
+from fastalign.ops import fused_linear_loss, linear_logprob, token_logprob
 
 __all__ = [
     "fused_linear_dpo_loss",
@@ -17,4 +17,5 @@ __all__ = [
     "fused_linear_preference_loss",
     "fused_linear_sft_loss",
     "linear_logprob",
+    "token_logprob",
 ]

@@ -58,6 +58,7 @@ def choose_backend(
     reason = unusable_reason(backend, device_type, dtype)
     if reason is not None:
         raise ValueError(
-            f"backend: {operation} cannot run with {backend!r} on {device_type} in {dtype}: {reason}"
+            f"backend: {operation} cannot run with {backend!r} on {device_type} in {dtype}: "
+            f"{reason}"
         )
     return backend  # type: ignore[return-value]

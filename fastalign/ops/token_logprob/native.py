@@ -8,8 +8,10 @@ from torch import Tensor
 
 from fastalign.ops.native_library import DTYPE_CODES, ISA_CODES, address, load
 
+Argument = ctypes.c_int32 | ctypes.c_int64 | ctypes.c_float | ctypes.c_void_p
 
-def _place(device: torch.device) -> list[ctypes.c_int32] | list[ctypes.c_void_p]:
+
+def _place(device: torch.device) -> list[Argument]:
     """The arguments that say where and how wide: threads and instruction set, or the stream."""
     if device.type == "cuda":
         return [ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)]
@@ -19,7 +21,7 @@ def _place(device: torch.device) -> list[ctypes.c_int32] | list[ctypes.c_void_p]
     return [ctypes.c_int32(torch.get_num_threads()), ctypes.c_int32(ISA_CODES[isa])]
 
 
-def _call(name: str, device: torch.device, arguments: list[ctypes._SimpleCData]) -> None:  # type: ignore[type-arg]
+def _call(name: str, device: torch.device, arguments: list[Argument]) -> None:
     function = getattr(load(device.type), f"fastalign_{name}_{device.type}")
     function.restype = ctypes.c_int32
     code = function(*arguments, *_place(device))
@@ -32,7 +34,7 @@ def _rows(value: Tensor | None) -> Tensor | None:
     return None if value is None else value.to(torch.float32).contiguous()
 
 
-def _shape(logits: Tensor, softcap: float | None, ignore_index: int) -> list[ctypes._SimpleCData]:  # type: ignore[type-arg]
+def _shape(logits: Tensor, softcap: float | None, ignore_index: int) -> list[Argument]:
     return [
         ctypes.c_int32(DTYPE_CODES[logits.dtype]),
         ctypes.c_int64(logits.shape[0]),
@@ -60,15 +62,15 @@ def forward(
         targets.contiguous(),
         _rows(temperature),
     )
-    options = {"dtype": torch.float32, "device": logits.device}
-    logprob, entropy, logsumexp = (torch.empty(logits.shape[0], **options) for _ in range(3))
+
+    def new_rows() -> Tensor:
+        return torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+
+    logprob, entropy, logsumexp = new_rows(), new_rows(), new_rows()
     arguments = [address(logits), *_shape(logits, softcap, ignore_index)]
     tensors = (targets, temperature, logprob, entropy, logsumexp)
-    _call(
-        "token_logprob_forward",
-        logits.device,
-        [*arguments, *(address(tensor) for tensor in tensors)],
-    )
+    arguments += [address(tensor) for tensor in tensors]
+    _call("token_logprob_forward", logits.device, arguments)
     return logprob, entropy, logsumexp
 
 
@@ -89,7 +91,7 @@ def backward(
         targets.contiguous(),
         _rows(temperature),
     )
-    grad_logprob, gradient_of_entropy = grad_logprob.contiguous(), _rows(grad_entropy)
+    grad_logprob, of_entropy = grad_logprob.contiguous(), _rows(grad_entropy)
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     arguments = [address(logits), *_shape(logits, softcap, ignore_index)]
     tensors = (
@@ -98,12 +100,9 @@ def backward(
         logsumexp,
         entropy,
         grad_logprob,
-        gradient_of_entropy,
+        of_entropy,
         gradient,
     )
-    _call(
-        "token_logprob_backward",
-        logits.device,
-        [*arguments, *(address(tensor) for tensor in tensors)],
-    )
+    arguments += [address(tensor) for tensor in tensors]
+    _call("token_logprob_backward", logits.device, arguments)
     return gradient

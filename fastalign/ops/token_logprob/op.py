@@ -1,4 +1,4 @@
-"""Registration of `token_logprob`: one schema whose backend is an argument, one fake, one formula."""
+"""Registration of `token_logprob`: one schema with the backend as argument, one fake."""
 
 from types import ModuleType
 from typing import Any

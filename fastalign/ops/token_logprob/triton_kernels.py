@@ -1,6 +1,9 @@
-"""Triton kernels of `token_logprob`: one program a row, one read of the logits forward, one read and
-one write backward. Arithmetic is float32 whatever the logits' dtype.
+"""Triton kernels of `token_logprob`, one program a row.
+
+One read of the logits forward; one read and one write backward. Arithmetic is float32.
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -122,9 +125,7 @@ def token_logprob_bwd_kernel(
         tl.store(place, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
-def _options(
-    logits: Tensor, temperature: Tensor | None, softcap: float | None
-) -> dict[str, object]:
+def _options(logits: Tensor, temperature: Tensor | None, softcap: float | None) -> dict[str, Any]:
     block = min(MAX_BLOCK, triton.next_power_of_2(logits.shape[1]))
     return {
         "row_stride": logits.stride(0),
