@@ -14,8 +14,10 @@ from fastalign.fused import (
     fused_linear_preference_loss,
     fused_linear_sft_loss,
     metric_means,
+    preference_loss_fn,
 )
 from fastalign.losses import PairLogprobs, bradley_terry, dpo_rao_kupper, simpo
+from fastalign.ops.fused_linear_loss import fused_linear_loss
 
 VOCABULARY, WIDTH, BETA = 37, 8, 0.3
 # Three pairs: chosen, rejected, chosen, ... each with a prompt of two ignored rows.
@@ -400,7 +402,8 @@ def test_margins_and_ties_follow_their_pairs(budget: int | None) -> None:
     torch.testing.assert_close(metrics["rewards/chosen"], 0.5 * sums[0::2].mean().detach())
 
 
-def test_lengths_are_those_of_target_tokens() -> None:
+@pytest.mark.parametrize("gathered", [True, False])
+def test_lengths_are_those_of_target_tokens(gathered: bool) -> None:
     hidden, weight, _ = leaves(torch.float64)
     lengths = torch.tensor([stop - start - 2 for start, stop in pairwise(BOUNDS)])
 
@@ -416,7 +419,11 @@ def test_lengths_are_those_of_target_tokens() -> None:
             gamma=0.5,
         )
 
-    loss, _ = fused_linear_preference_loss(hidden, weight, some_targets(), BOUNDS, pair_loss)
+    if gathered:
+        loss, _ = fused_linear_preference_loss(hidden, weight, some_targets(), BOUNDS, pair_loss)
+    else:
+        loss_fn = preference_loss_fn(pair_loss, BOUNDS, None, normaliser=NUM_PAIRS)
+        loss, _ = fused_linear_loss(hidden, weight, some_targets(), BOUNDS[::2], loss_fn)
     logprob, _, _ = eager_tokens(hidden, weight, None, some_targets())
     sums = torch.stack([logprob[start:stop].sum() for start, stop in pairwise(BOUNDS)])
     means = 2.0 * sums / lengths
