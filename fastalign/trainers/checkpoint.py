@@ -60,8 +60,8 @@ def save_checkpoint(folder: Path, state: TrainState, extra: dict[str, Any], keep
         assert bool(torch.isfinite(parameter).all()), f"{name} holds a non-finite weight"
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f".writing-step-{state.step:06d}"
-    if aside.exists():  # left behind by a run that was killed
-        shutil.rmtree(aside)
+    for half in folder.glob(".writing-step-*"):  # left behind by a run that was killed
+        shutil.rmtree(half)
     aside.mkdir()
     save_model(state.model, str(aside / "model.safetensors"))
     torch.save(

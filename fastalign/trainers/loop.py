@@ -187,6 +187,8 @@ def save_final_model(config: SFTConfig | DPOConfig, model: Any, task: Task) -> N
     """Writes `model/`: complete under another name first, then renamed."""
     folder = Path(config.run.dir)
     aside, final = folder / ".writing-model", folder / "model"
+    if aside.exists():  # left behind by a run that was killed
+        shutil.rmtree(aside)
     save_model(model, task.tokenizer, aside)
     if final.exists():
         shutil.rmtree(final)

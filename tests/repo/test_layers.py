@@ -14,7 +14,7 @@ HEAVY = {
     "datasets": {"data"},
     "tensorboard": {"trainers"},
     "matplotlib": {"evaluation"},
-    "jinja2": {"evaluation"},
+    "jinja2": {"evaluation", "data/tokenizer.py"},
     "tyro": {"cli"},
     "transformers": {"models", "data/tokenizer.py", "rollouts/transformers_sampler.py", "cli"},
 }

@@ -23,9 +23,11 @@ def commands() -> list[str]:
     return [line for line in joined.splitlines() if line and not line.startswith("#")]
 
 
-@pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[0][:50])
-def test_python_in_the_readme_runs(code: str) -> None:
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+@pytest.mark.parametrize(
+    "code", [*enumerate(blocks("python"), 1)], ids=lambda pair: f"block-{pair[0]}"
+)
+def test_python_in_the_readme_runs(code: tuple[int, str]) -> None:
+    exec(compile(code[1], "README.md", "exec"), {"__name__": "readme"})
 
 
 def test_the_readme_shows_python_and_commands() -> None:

@@ -54,17 +54,8 @@ def linear_logprob_forward(
     """Log-prob (T,), entropy (T,), kept brackets (K, V), direction (T, D) or (0, D)."""
     wanted = Needs(*needs)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = head_inputs(
-            hidden,
-            weight,
-            bias,
-            targets,
-            temperature,
-            softcap,
-            logit_scale,
-            ignore_index,
-            compute_dtype,
-        )
+        numbers = (softcap, logit_scale, ignore_index, compute_dtype)
+        head = head_inputs(hidden, weight, bias, targets, temperature, *numbers)
         plan = _plan(hidden, weight, compute_dtype, max_buffer_bytes, wanted, return_entropy)
         buffers = Buffers(plan, weight.shape[0], compute_dtype, hidden.device)
         kept = buffers.new_kept(plan.kept_rows)
@@ -134,17 +125,8 @@ def linear_logprob_backward(
     wanted = Needs(*needs)
     dtype = accumulation_dtype(compute_dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        head = head_inputs(
-            hidden,
-            weight,
-            bias,
-            targets,
-            temperature,
-            softcap,
-            logit_scale,
-            ignore_index,
-            compute_dtype,
-        )
+        numbers = (softcap, logit_scale, ignore_index, compute_dtype)
+        head = head_inputs(hidden, weight, bias, targets, temperature, *numbers)
         plan = _plan(hidden, weight, compute_dtype, max_buffer_bytes, wanted, return_entropy)
         gradients = Gradients(
             torch.empty_like(hidden, memory_format=torch.contiguous_format)
@@ -162,14 +144,16 @@ def linear_logprob_backward(
             kept=kept,
             direction=direction if wanted.direction else None,
         )
-    empty = hidden.new_empty(0)
-    results = (
-        (gradients.hidden, hidden.dtype),
-        (gradients.weight, weight.dtype),
-        (gradients.bias, weight.dtype if bias is None else bias.dtype),
+    return (
+        _as_result(gradients.hidden, hidden),
+        _as_result(gradients.weight, weight),
+        _as_result(gradients.bias, weight if bias is None else bias),
     )
-    out = [empty.clone() if value is None else value.to(dtype) for value, dtype in results]
-    return out[0], out[1], out[2]
+
+
+def _as_result(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """The gradient in its tensor's dtype; an operator cannot return None, so else an empty one."""
+    return like.new_empty(0) if gradient is None else gradient.to(like.dtype)
 
 
 @linear_logprob_backward.register_fake

@@ -22,6 +22,13 @@ def _tanh(x):
 
 
 @triton.jit
+def _transform(x, softcap, scale, HAS_SOFTCAP: tl.constexpr):
+    if HAS_SOFTCAP:
+        x = softcap * _tanh(x / softcap)
+    return x * scale
+
+
+@triton.jit
 def token_logprob_fwd_kernel(
     logits_ptr,
     targets_ptr,
@@ -51,9 +58,7 @@ def token_logprob_fwd_kernel(
         column = start + tl.arange(0, BLOCK)
         inside = column < num_columns
         x = tl.load(start_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
-        if HAS_SOFTCAP:
-            x = softcap * _tanh(x / softcap)
-        z = tl.where(inside, x * scale, -float("inf"))
+        z = tl.where(inside, _transform(x, softcap, scale, HAS_SOFTCAP), -float("inf"))
         new_m = tl.maximum(m, tl.max(z, axis=0))
         # Before anything finite was seen there is nothing to rescale (and -inf - -inf is NaN).
         drop = tl.where(m == -float("inf"), 0.0, m - new_m)
@@ -67,9 +72,7 @@ def token_logprob_fwd_kernel(
     log_total = tl.log(total)
     ignored = target == ignore_index
     x = tl.load(start_ptr + tl.where(ignored, 0, target)).to(tl.float32)
-    if HAS_SOFTCAP:
-        x = softcap * _tanh(x / softcap)
-    logprob = x * scale - m - log_total
+    logprob = _transform(x, softcap, scale, HAS_SOFTCAP) - m - log_total
     entropy = log_total - weighted / total
     entropy = tl.where(entropy < 0.0, 0.0, entropy)
     tl.store(logprob_ptr + row, tl.where(ignored, 0.0, logprob))

@@ -1,0 +1,87 @@
+"""`fastalign doctor`: versions, devices, and which backends are usable, or why not."""
+
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Literal
+
+import torch
+
+from fastalign.cli.flags import parse_flags
+from fastalign.ops import native_library
+from fastalign.ops.backends import choose_backend, unusable_reason
+
+PACKAGES = ("fastalign", "torch", "triton", "transformers", "datasets", "safetensors", "tyro")
+# Operations whose products are torch's own: "torch" runs wherever torch does.
+LINEAR = ("linear_logprob", "fused_linear_loss")
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Prints what fastalign can use here; computes nothing on a GPU."""
+
+    device: Literal["all", "cpu", "cuda"] = "all"
+    """Which devices to look at; all: the CPU, and a GPU if there is one."""
+
+
+def package_version(name: str) -> str:
+    """The installed version, or `not installed`."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def environment_lines() -> Iterator[str]:
+    """Versions, processor and devices."""
+    yield f"python        {platform.python_version()} on {platform.system()} {platform.machine()}"
+    for name in PACKAGES:
+        yield f"{name:<13} {package_version(name)}"
+    yield f"cpu           {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    if native_library.unusable_reason("cpu") is None:
+        isas = native_library.cpu_isas()
+        wanted = os.environ.get("FASTALIGN_CPU_ISA", "best")
+        chosen = isas[-1] if wanted == "best" else f"{wanted} (FASTALIGN_CPU_ISA)"
+        yield f"native cpu    runs {chosen}; this processor has {', '.join(isas)}"
+    if not torch.cuda.is_available():
+        yield "cuda          torch sees no GPU"
+        return
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        yield (
+            f"cuda:{index}        {properties.name}, sm_{properties.major}{properties.minor}, "
+            f"{properties.total_memory / 2**30:.0f} GiB"
+        )
+
+
+def backend_lines(device_type: str) -> Iterator[str]:
+    """One line for each operation and backend on a device."""
+    chosen = choose_backend("token_logprob", "auto", device_type, torch.float32)
+    yield f"token_logprob on {device_type}: auto runs {chosen!r}"
+    for backend in ("native", "triton", "reference"):
+        reason = unusable_reason(backend, device_type, torch.float32)
+        yield f"  {backend:<10} {'usable' if reason is None else 'not usable: ' + reason}"
+    for operation in LINEAR:
+        yield f"{operation} on {device_type}: auto runs 'torch'"
+        yield "  torch      usable"
+        yield "  reference  usable"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code 0."""
+    config = parse_flags(DoctorConfig, argv, "fastalign doctor")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, but torch sees no GPU here")
+    print("\n".join(environment_lines()))
+    devices = ["cpu", "cuda"] if config.device == "all" else [config.device]
+    for device_type in devices:
+        if device_type == "cuda" and not torch.cuda.is_available():
+            reason = native_library.unusable_reason("cuda")
+            built = "was built" if reason is None else f"cannot be used: {reason}"
+            print(f"\nThe native cuda library {built}; nothing of it runs here.")
+            continue
+        print()
+        print("\n".join(backend_lines(device_type)))
+    return 0

@@ -1,0 +1,88 @@
+"""The native sources compile, and setup.py copes without compilers."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
+
+
+def build(tmp_path: Path, **environment: str) -> tuple[str, list[str]]:
+    """Runs setup.py's build in a copy of the sources; what it printed, and the libraries made."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc")
+    (tmp_path / "fastalign").mkdir()
+    (tmp_path / "fastalign" / "__init__.py").touch()
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build"],
+        cwd=tmp_path,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    built = tmp_path.glob("build/lib*/fastalign/_native/*")
+    return done.stdout, sorted(path.name for path in built)
+
+
+def test_nothing_is_built_when_that_is_asked_for(tmp_path: Path) -> None:
+    printed, libraries = build(tmp_path, FASTALIGN_NATIVE="0")
+    assert libraries == []
+    assert printed.count("note:") == 2
+
+
+def test_without_compilers_the_build_succeeds_with_a_note(tmp_path: Path) -> None:
+    empty = tmp_path / "bin"
+    empty.mkdir()
+    printed, libraries = build(tmp_path, PATH=str(empty), CUDA_HOME=str(empty))
+    assert libraries == []
+    assert "no native cpu code will be built (a C++ compiler not found" in printed
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_compiler_that_fails_is_a_note(tmp_path: Path) -> None:
+    broken = tmp_path / "broken-compiler"
+    broken.write_text("#!/bin/sh\necho 'no such header' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    printed, libraries = build(tmp_path, CXX=str(broken), NVCC="none", CUDA_HOME=str(tmp_path))
+    assert libraries == []
+    assert "without native cpu code: no such header" in printed
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+def test_a_compiler_builds_the_cpu_library(tmp_path: Path) -> None:
+    _, libraries = build(tmp_path, CXX="g++", NVCC="none", CUDA_HOME=str(tmp_path))
+    assert libraries == ["libfastalign_cpu.so"]
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+@pytest.mark.parametrize("architecture", ["80", "90", "100"])
+def test_the_cuda_sources_compile_without_spills(tmp_path: Path, architecture: str) -> None:
+    done = subprocess.run(
+        [
+            str(NVCC),
+            "-std=c++17",
+            "-O3",
+            "-Werror=all-warnings",
+            "-Xptxas=-v",
+            f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+            "-c",
+            str(ROOT / "csrc/cuda/token_logprob.cu"),
+            "-o",
+            str(tmp_path / "out.o"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    spills = [line for line in done.stderr.splitlines() if "spill stores" in line]
+    assert len(spills) == 6
+    assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), spills

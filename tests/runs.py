@@ -1,0 +1,113 @@
+"""Small models, data and configurations for the trainers' tests."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastalign.models import save_model
+from fastalign.trainers import (
+    DataConfig,
+    DPOConfig,
+    ModelConfig,
+    OptimConfig,
+    PreferenceDataConfig,
+    ReferenceConfig,
+    RunConfig,
+    SFTConfig,
+    TrainConfig,
+)
+from tests.tiny import tiny_model
+from tests.tokenizers import make_tokenizer
+
+WORDS = [
+    "battery",
+    "camera",
+    "screen",
+    "menu",
+    "phone",
+    "life",
+    "button",
+    "slow",
+    "dim",
+    "good",
+    "excellent",
+    "best",
+    "small",
+]
+
+
+def sentence(number: int, length: int) -> str:
+    return "".join(f" {WORDS[(number * 7 + i * (number + 3)) % len(WORDS)]}" for i in range(length))
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A tiny Llama with its tokenizer, pairs and texts; one thread, so that sums are repeatable."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tiny_model("llama", vocab_size=320)
+    save_model(model, make_tokenizer(), tmp_path / "llama")
+    pairs = [
+        {
+            "prompt": "The" + sentence(n, 1 + n % 3),
+            "chosen": sentence(n + 20, 1 + n % 4),
+            "rejected": sentence(n + 41, 2 + n % 3),
+        }
+        for n in range(12)
+    ]
+    write_rows(tmp_path / "pairs.jsonl", pairs)
+    write_rows(
+        tmp_path / "texts.jsonl", [{"text": "The" + sentence(n, 2 + n % 5)} for n in range(12)]
+    )
+    return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+TRAIN = TrainConfig(max_steps=8, batch_size=4, device="cpu")
+OPTIM = OptimConfig(lr=1e-3, warmup_steps=2, weight_decay=0.1)
+
+
+def sft_config(folder: Path, run: str, **train: Any) -> SFTConfig:
+    return SFTConfig(
+        model=ModelConfig(path=str(folder / "llama")),
+        data=DataConfig(train=str(folder / "texts.jsonl"), eval=str(folder / "texts.jsonl")),
+        run=RunConfig(dir=str(folder / run), resume=train.pop("resume", False)),
+        optim=OPTIM,
+        train=replace(TRAIN, **train),
+    )
+
+
+def dpo_config(folder: Path, run: str, **train: Any) -> DPOConfig:
+    return DPOConfig(
+        model=ModelConfig(path=str(folder / "llama")),
+        data=PreferenceDataConfig(
+            train=str(folder / "pairs.jsonl"), eval=str(folder / "pairs.jsonl")
+        ),
+        run=RunConfig(dir=str(folder / run), resume=train.pop("resume", False)),
+        reference=ReferenceConfig(cache_dir=str(folder / "reference")),
+        optim=OPTIM,
+        train=replace(TRAIN, **train),
+    )
+
+
+MakeConfig = Callable[..., Any]
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

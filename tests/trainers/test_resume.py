@@ -1,0 +1,175 @@
+"""N steps equal k steps, a stop, a resume and N - k steps, to the last bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastalign.trainers import train_dpo, train_sft
+from fastalign.trainers.checkpoint import list_checkpoints
+from tests.runs import MakeConfig, dpo_config, read_metrics, sft_config
+
+BOTH = pytest.mark.parametrize(
+    ("make", "train"), [(sft_config, train_sft), (dpo_config, train_dpo)], ids=["sft", "dpo"]
+)
+TIMES = ("step_seconds", "tokens_per_second")
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(folder)]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    assert numbers(first) == numbers(second)
+    weights = [load_file(run / "model" / "model.safetensors") for run in (first, second)]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    states = [
+        torch.load(run / "checkpoints/step-000008/optimizer.pt", weights_only=True)["optimizer"]
+        for run in (first, second)
+    ]
+    assert states[0]["param_groups"] == states[1]["param_groups"]
+    for index, values in states[0]["state"].items():
+        for name, value in values.items():
+            assert torch.equal(value, states[1]["state"][index][name])
+
+
+@BOTH
+@pytest.mark.parametrize("stop", [3, 7])
+def test_a_stopped_and_resumed_run_equals_a_straight_one(
+    folder: Path, make: MakeConfig, train: Any, stop: int
+) -> None:
+    straight = train(make(folder, "straight"))
+    assert (straight.step, straight.finished) == (8, True)
+    first = train(make(folder, "stopped", stop_at_step=stop))
+    assert (first.step, first.finished) == (stop, False)
+    assert not (folder / "stopped" / "model").exists()
+    train(make(folder, "stopped", resume=True))
+    assert_same_run(folder / "straight", folder / "stopped")
+
+
+@BOTH
+def test_what_was_logged_after_the_checkpoint_is_logged_once(
+    folder: Path, make: MakeConfig, train: Any
+) -> None:
+    train(make(folder, "straight"))
+    train(make(folder, "killed", save_every=2, stop_at_step=5))
+    # As if the process had died before it saved step 5.
+    newest = list_checkpoints(folder / "killed" / "checkpoints")[0]
+    assert newest.name == "step-000005"
+    for file in newest.iterdir():
+        file.unlink()
+    newest.rmdir()
+    train(make(folder, "killed", save_every=2, resume=True))
+    assert [row["step"] for row in read_metrics(folder / "killed")] == list(range(1, 9))
+    assert_same_run(folder / "straight", folder / "killed")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "delete", "manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_newest_good_one_used(
+    folder: Path, damage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_sft(sft_config(folder, "straight"))
+    train_sft(sft_config(folder, "run", save_every=2, stop_at_step=4))
+    newest = folder / "run/checkpoints/step-000004"
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    if damage == "flip":
+        content[len(content) // 2] ^= 1
+        weights.write_bytes(content)
+    elif damage == "truncate":
+        weights.write_bytes(content[:-100])
+    elif damage == "delete":
+        (newest / "optimizer.pt").unlink()
+    else:
+        (newest / "manifest.json").write_text('{"model.safetensors"')
+    train_sft(sft_config(folder, "run", resume=True))
+    out = capsys.readouterr().out
+    assert "damaged checkpoint passed over: " in out
+    assert "step-000004: " in out
+    assert f"resumed from {folder / 'run/checkpoints/step-000002'}" in out
+    assert_same_run(folder / "straight", folder / "run")
+
+
+def test_no_good_checkpoint_is_an_error(folder: Path) -> None:
+    train_sft(sft_config(folder, "run", stop_at_step=2))
+    (folder / "run/checkpoints/step-000002/state.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no good checkpoint in .*state\.json has 2 bytes"):
+        train_sft(sft_config(folder, "run", resume=True))
+
+
+def test_a_half_written_checkpoint_is_not_one(folder: Path) -> None:
+    train_sft(sft_config(folder, "run", stop_at_step=2))
+    half = folder / "run/checkpoints/.writing-step-000003"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"half")
+    result = train_sft(sft_config(folder, "run", resume=True))
+    assert result.finished
+    assert not half.exists()
+
+
+def test_old_checkpoints_are_removed(folder: Path) -> None:
+    train_sft(sft_config(folder, "run", save_every=1, keep_checkpoints=3))
+    names = [path.name for path in list_checkpoints(folder / "run/checkpoints")]
+    assert names == ["step-000008", "step-000007", "step-000006"]
+
+
+def test_a_folder_with_a_run_is_refused_and_an_empty_one_cannot_be_resumed(folder: Path) -> None:
+    train_sft(sft_config(folder, "run", stop_at_step=1))
+    with pytest.raises(ValueError, match=r"holds another run; add --run\.resume"):
+        train_sft(sft_config(folder, "run"))
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        train_sft(sft_config(folder, "none", resume=True))
+
+
+def test_resuming_with_other_settings_or_data_is_refused(folder: Path) -> None:
+    train_sft(sft_config(folder, "run", stop_at_step=1))
+    with pytest.raises(ValueError, match=r"train\.batch_size \(4, now 3\)"):
+        train_sft(sft_config(folder, "run", resume=True, batch_size=3))
+    texts = folder / "texts.jsonl"
+    texts.write_text(texts.read_text() + '{"text": "one more"}\n')
+    with pytest.raises(ValueError, match="the training data is not what"):
+        train_sft(sft_config(folder, "run", resume=True))
+
+
+def test_two_processes_cannot_train_in_one_folder(folder: Path) -> None:
+    from fastalign.trainers.run_folder import locked
+
+    (folder / "run").mkdir()
+    with (
+        locked(folder / "run"),
+        pytest.raises(ValueError, match="another process is training"),
+    ):
+        train_sft(sft_config(folder, "run"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves(folder: Path, number: signal.Signals, code: int) -> None:
+    arguments = [
+        *("--model.path", str(folder / "llama"), "--data.train", str(folder / "texts.jsonl")),
+        *("--run.dir", str(folder / "run"), "--train.max-steps", "100000"),
+        *("--train.batch-size", "4", "--train.device", "cpu"),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastalign", "sft", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    assert any(line.startswith("sft 1/") for line in process.stdout), "the first step is logged"
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == code, out
+    assert "go on with --run.resume" in out
+    (checkpoint,) = list_checkpoints(folder / "run/checkpoints")
+    step = json.loads((checkpoint / "state.json").read_text())["step"]
+    assert read_metrics(folder / "run")[-1]["step"] == step
