@@ -1,0 +1,203 @@
+"""The commands one after the other, as a user would type them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from fastalign.cli.main import main
+from tests.runs import WORDS, sentence, write_rows
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    write_rows(tmp_path / "texts.jsonl", [{"text": "The" + sentence(n, 5)} for n in range(40)])
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"The {word}"} for word in WORDS])
+    pairs = [
+        {"prompt": f"The {word}", "chosen": " good", "rejected": " slow and dim"} for word in WORDS
+    ]
+    write_rows(tmp_path / "pairs.jsonl", pairs)
+    (tmp_path / "bag.json").write_text(json.dumps({"bias": 0.0, "weights": {"good": 1.0}}))
+    (tmp_path / "my_reward.py").write_text(
+        "def shorter(prompts, completions):\n    return [-len(text) for text in completions]\n"
+    )
+    return tmp_path
+
+
+def fastalign(*arguments: str) -> None:
+    assert main([str(argument) for argument in arguments]) == 0
+
+
+def new_model(out: str = "base") -> None:
+    size = ["--vocab-size", "300", "--hidden-size", "16", "--layers", "1", "--heads", "2"]
+    fastalign("new-model", "--data.train", "texts.jsonl", *size, "--out", out)
+
+
+def test_from_nothing_to_a_report(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    new_model()
+    few = ["--train.max-steps", "4", "--train.batch-size", "8", "--optim.lr", "1e-2"]
+    model = ["--model.path", "base"]
+    fastalign("sft", *model, "--data.train", "texts.jsonl", *few, "--run.dir", "runs/sft")
+    policy = ["--model.path", "runs/sft/model"]
+    fastalign("dpo", *policy, "--data.train", "pairs.jsonl", *few, "--run.dir", "runs/dpo")
+    sampling = ["--sampling.num-samples", "3", "--sampling.max-new-tokens", "6"]
+    prompts = ["--data.prompts", "prompts.jsonl"]
+    fastalign("generate", *policy, *prompts, *sampling, "--out", "samples.jsonl")
+    samples = rows_of(work / "samples.jsonl")
+    assert len(samples) == 3 * len(WORDS)
+    assert {"prompt", "completion", "logprob", "finish_reason", "sample"} == samples[0].keys()
+    fastalign(
+        *("label", "--data.samples", "samples.jsonl"),
+        *("--reward", "my_reward:shorter", "--out", "made.jsonl"),
+    )
+    fastalign("data", "check", "made.jsonl")
+    for row in rows_of(work / "made.jsonl"):
+        assert len(row["chosen"]) < len(row["rejected"])
+        assert row["margin"] == len(row["rejected"]) - len(row["chosen"])
+    for name in ("sft", "dpo"):
+        fastalign(
+            *("eval", "--model.path", f"runs/{name}/model", "--reference.path", "runs/sft/model"),
+            *(*prompts, "--data.pairs", "pairs.jsonl", "--reward", "bag.json", *sampling),
+            *("--out", f"runs/{name}/eval/eval.json"),
+        )
+    base = json.loads((work / "runs/sft/eval/eval.json").read_text())
+    tuned = json.loads((work / "runs/dpo/eval/eval.json").read_text())
+    assert base["kl"] == pytest.approx(0, abs=1e-6)
+    assert (base["accuracy"], tuned["accuracy"]) == (0.5, 1.0)
+    assert tuned["kl_se"] > 1e-4  # of few samples: the mean may have either sign
+    assert tuned["reward_count"] == len(WORDS)
+    assert len(rows_of(work / "runs/dpo/eval/samples.jsonl")) == 3 * len(WORDS)
+    capsys.readouterr()
+    fastalign("report", "runs/sft", "runs/dpo", "--out", "report.html")
+    out = capsys.readouterr().out
+    for word in ("method", "reward", "KL", "accuracy", "seconds", "sft", "dpo", "report.html"):
+        assert word in out
+    assert (work / "report.html").read_text().count("data:image/png") >= 5
+
+
+def test_a_new_model_is_the_same_for_the_same_seed_and_opens(work: Path) -> None:
+    new_model("one")
+    new_model("two")
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert (work / "one" / name).read_bytes() == (work / "two" / name).read_bytes()
+    model = AutoModelForCausalLM.from_pretrained(work / "one")
+    tokenizer = AutoTokenizer.from_pretrained(work / "one")
+    assert model.config.vocab_size == len(tokenizer) <= 300
+    assert tokenizer("The screen")["input_ids"][0] == tokenizer.bos_token_id == 1
+    assert tokenizer.decode(tokenizer("The screen")["input_ids"][1:]) == "The screen"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert tokenizer.apply_chat_template(turns, tokenize=False).endswith("b</s>\n")
+
+
+def test_training_from_a_file_with_flags_over_it(work: Path) -> None:
+    import yaml
+
+    new_model()
+    values = {
+        "model": {"path": "base"},
+        "data": {"train": "pairs.jsonl"},
+        "run": {"dir": "first"},
+        "train": {"max_steps": 2, "batch_size": 3},
+    }
+    (work / "run.yaml").write_text(yaml.safe_dump(values))
+    fastalign("dpo", "--config", "run.yaml")
+    fastalign("dpo", "--config", "run.yaml", "--run.dir", "second", "--train.max-steps", "3")
+    assert len(rows_of(work / "first/metrics.jsonl")) == 2
+    assert len(rows_of(work / "second/metrics.jsonl")) == 3
+    saved = yaml.safe_load((work / "second/config.yaml").read_text())
+    assert saved["train"]["max_steps"] == 3
+    assert saved["loss"] == {"name": "dpo", "beta": 0.1}
+    fastalign("dpo", "--config", "first/config.yaml", "--run.resume")
+    AutoModelForCausalLM.from_pretrained(work / "first/model")
+
+
+def test_labels_count_what_has_no_pair(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"prompt": "a", "completion": " good"},
+        {"prompt": "b", "completion": " slow"},
+        {"prompt": "a", "completion": " dim"},
+        {"prompt": "b", "completion": " best"},
+        {"prompt": "c", "completion": ""},
+        {"prompt": "c", "completion": " good"},
+    ]
+    write_rows(work / "samples.jsonl", rows)
+    common = ["label", "--data.samples", "samples.jsonl", "--reward", "bag.json"]
+    fastalign(*common, "--out", "pairs_made.jsonl")
+    assert "1 pairs written to pairs_made.jsonl; 2 prompts without one" in capsys.readouterr().out
+    (pair,) = rows_of(work / "pairs_made.jsonl")
+    assert pair == {"prompt": "a", "chosen": " good", "rejected": " dim", "margin": 1.0}
+    fastalign(*common, "--data.ties", "keep", "--out", "ties.jsonl")
+    assert [row["label"] for row in rows_of(work / "ties.jsonl")] == ["a", "tie"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["new-model", "--data.train", "none.jsonl", "--out", "x"], "none.jsonl: no such file"),
+        (
+            ["new-model", "--data.train", "texts.jsonl", "--out", "x", "--vocab-size", "9"],
+            "vocab-size: expected at least 259",
+        ),
+        (
+            ["new-model", "--data.train", "texts.jsonl", "--out", "x", "--heads", "3"],
+            "hidden-size: expected a multiple",
+        ),
+        (["new-model", "--data.train", "texts.jsonl", "--out", "."], "not an empty folder"),
+        (
+            ["generate", "--model.path", "none", "--data.prompts", "prompts.jsonl", "--out", "s"],
+            "none: no such folder",
+        ),
+        (
+            ["label", "--data.samples", "pairs.jsonl", "--reward", "bag.json", "--out", "x"],
+            "pairs.jsonl:1: column 'completion': missing",
+        ),
+        (["eval", "--model.path", "m", "--reference.path", "r", "--out", "x"], "got neither"),
+        (
+            [
+                *("eval", "--model.path", "m", "--reference.path", "r", "--out", "x"),
+                *("--data.prompts", "prompts.jsonl", "--sampling.temperature", "0.5"),
+            ],
+            "the KL is of the policy itself",
+        ),
+        (["report"], "got none"),
+        (["report", "nowhere"], "no config.yaml"),
+        (["data", "look", "x"], "expected `fastalign data check FILE`"),
+        (["data", "check", "pairs.jsonl", "--max-length", "3"], "needs --tokenizer"),
+        (["sft", "--model.path", "base", "--data.train", "x", "--run.dir", "texts.jsonl"], "file"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    work: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert "Traceback" not in out + err
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_nothing_is_overwritten(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["generate", "--model.path", "m", "--data.prompts", "p", "--out", "texts.jsonl"]
+    assert main(arguments) == 2
+    assert "texts.jsonl exists" in capsys.readouterr().err
+
+
+def test_the_doctor_says_what_runs_and_why_not(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    fastalign("doctor", "--device", "cpu")
+    out = capsys.readouterr().out
+    assert "torch" in out
+    assert "token_logprob on cpu: auto runs" in out
+    assert "triton     not usable: Triton compiles for GPUs only" in out
+    assert "reference  usable" in out
+    assert "fused_linear_loss on cpu: auto runs 'torch'" in out
