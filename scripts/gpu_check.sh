@@ -8,7 +8,7 @@ device=$(python -c 'import torch; assert torch.cuda.is_available(), "torch sees 
 folder=benchmarks/results/$device
 mkdir -p "$folder"
 fastalign doctor
-python -m pytest tests/gpu tests/ops -q
+FASTALIGN_TEST_GPU=1 python -m pytest tests/gpu -q
 for name in linear-logprob dpo-loss; do
     python -m benchmarks.compare "$name" --device cuda --json "$folder/$name.json"
 done

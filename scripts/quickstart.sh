@@ -24,11 +24,11 @@ run fastalign data check "$samples/pairs_train.jsonl"
 run fastalign new-model --data.train "$samples/texts_train.jsonl.gz" --vocab-size 768 --hidden-size 128 --layers 4 --heads 4 \
     --max-positions 256 --out "$folder/base" --run.seed "$seed"
 run fastalign sft --model.path "$folder/base" --data.train "$samples/texts_train.jsonl.gz" --data.eval "$samples/texts_eval.jsonl" \
-    --data.max-length 128 --data.on-too-long skip --train.max-steps 600 --train.batch-size 64 --optim.lr 3e-3 \
+    --data.max-length 128 --data.on-too-long skip --train.max-steps 1000 --train.eval-every 200 --train.batch-size 64 --optim.lr 3e-3 \
     --optim.schedule cosine --optim.warmup-steps 20 --run.dir "$folder/sft" --run.seed "$seed"
 for beta in 0.1 0.5; do
     run fastalign dpo --model.path "$folder/sft/model" --data.train "$samples/pairs_train.jsonl" --data.eval "$samples/pairs_eval.jsonl" \
-        --data.ties drop --loss.beta "$beta" --train.max-steps 100 --train.batch-size 64 --optim.lr 5e-4 --optim.warmup-steps 10 \
+        --data.ties drop --loss.beta "$beta" --train.epochs 2 --train.eval-every 10 --train.batch-size 64 --optim.lr 5e-4 --optim.warmup-steps 5 \
         --reference.cache-dir "$folder/cache" --run.dir "$folder/dpo-beta-$beta" --run.seed "$seed"
 done
 for name in sft dpo-beta-0.1 dpo-beta-0.5; do

@@ -1,0 +1,74 @@
+"""The README's training commands and its benchmark are run, in its order, on small data."""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import compare
+from benchmarks.heads import HeadCase
+from fastalign.cli.main import main
+from tests.runs import WORDS, sentence, write_rows
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+COMMANDS = [
+    shlex.split(line)[1:]
+    for block in BLOCKS
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.startswith("fastalign ")
+]
+
+
+def make_files(folder: Path) -> None:
+    """What the README's reader has: a model, pairs, demonstrations, prompts, a reward."""
+    pairs = [
+        {"prompt": f"The {word}", "chosen": " good", "rejected": " slow and dim"} for word in WORDS
+    ]
+    write_rows(folder / "pairs.jsonl", pairs)
+    write_rows(folder / "held_out.jsonl", pairs)
+    texts = [{"text": "The" + sentence(n, 5)} for n in range(20)]
+    write_rows(folder / "demonstrations.jsonl", texts)
+    write_rows(folder / "prompts.jsonl", [{"prompt": f"The {word}"} for word in WORDS])
+    (folder / "my_module.py").write_text(
+        "def my_reward(prompts, completions):\n    return [len(text) for text in completions]\n"
+    )
+    shutil.copytree(ROOT / "scripts/recipes", folder / "scripts/recipes")
+    size = ["--vocab-size", "300", "--hidden-size", "16", "--layers", "1", "--heads", "2"]
+    source = ["--data.train", "demonstrations.jsonl", "--out", "my-model"]
+    assert main(["new-model", *source, *size]) == 0
+
+
+def test_the_commands_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    make_files(tmp_path)
+    assert len(COMMANDS) >= 8
+    for arguments in COMMANDS:
+        assert main(arguments) == 0, arguments
+    for name in ("runs/sft/model", "runs/dpo/model", "runs/ipo/model", "samples.jsonl"):
+        assert (tmp_path / name).exists()
+    assert json.loads((tmp_path / "runs/dpo/eval/eval.json").read_text())["accuracy"] >= 0
+    assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+
+
+def test_the_benchmark_prints_a_table_and_writes_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "CPU_CASES", (HeadCase("small", 16, 8, 50, 2),))
+    (line,) = re.findall(r"^python -m benchmarks\.compare (.*)$", README, flags=re.MULTILINE)
+    monkeypatch.setattr(sys, "argv", ["compare", *shlex.split(line), "--rounds", "2"])
+    compare.main()
+    assert "products ms" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "results.json").read_text())
+    assert {row["implementation"] for row in rows} == {"eager", "fastalign"}
+    names = "case implementation dtype pass milliseconds spread peak_bytes flops"
+    assert {*names.split(), "products_milliseconds", "fraction_of_products"} == rows[0].keys()
