@@ -5,6 +5,7 @@ it is called, so `fastalign doctor` starts without loading transformers.
 """
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -48,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     module = importlib.import_module(COMMANDS[argv[0]][0])
     try:
         return int(module.main(list(argv[1:])))
-    except (ValueError, FileNotFoundError, IsADirectoryError, PermissionError) as error:
+    except (ValueError, OSError) as error:
         if os.environ.get("FASTALIGN_DEBUG"):
             raise
         text = " ".join(str(error).split())
@@ -58,4 +59,7 @@ def main(argv: Sequence[str]) -> int:
 
 def console() -> None:
     """Entry point of the `fastalign` script and of `python -m fastalign`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name or a sample may not fit the terminal
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main(sys.argv[1:]))
