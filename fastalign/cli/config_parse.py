@@ -32,27 +32,17 @@ CONFIG_HELP = (
 def merge(
     config: type, defaults: dict[str, Any], path: str | None, flags: Sequence[str]
 ) -> list[str]:
-    """The file's settings as flags in front of the caller's; one given twice is the caller's."""
-    given = {name_of(flag) for flag in flags if flag.startswith("--")}
+    """The file's settings as flags in front of the caller's: of two the last one counts."""
     from_file: list[str] = []
     for name, value in flatten(config, defaults, str(path)).items():
-        section, _, key = name.rpartition(".")
-        flag = name.replace("_", "-")
-        off = f"{section}.no-{key}".replace("_", "-")
-        if flag in given or off in given:
-            continue
+        section, _, key = name.replace("_", "-").rpartition(".")
         if isinstance(value, bool):
-            from_file.append(f"--{flag if value else off}")
+            from_file.append(f"--{section}.{'' if value else 'no-'}{key}")
         elif isinstance(value, list):
-            from_file += [f"--{flag}", *(str(item) for item in value)]
+            from_file += [f"--{section}.{key}", *(str(item) for item in value)]
         else:
-            from_file += [f"--{flag}", str(value)]
+            from_file += [f"--{section}.{key}", str(value)]
     return from_file + list(flags)
-
-
-def name_of(flag: str) -> str:
-    """`--optim.grad_clip=1` to `optim.grad-clip`."""
-    return flag.removeprefix("--").split("=")[0].replace("_", "-")
 
 
 def take_option(arguments: Sequence[str], option: str) -> tuple[str | None, list[str]]:

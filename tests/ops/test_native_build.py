@@ -22,7 +22,7 @@ def build(tmp_path: Path, **environment: str) -> tuple[str, list[str]]:
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build"],
         cwd=tmp_path,
-        env={**os.environ, **environment},
+        env={**os.environ, "FASTALIGN_NATIVE": "1", **environment},
         capture_output=True,
         text=True,
         check=False,
