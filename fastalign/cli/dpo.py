@@ -43,8 +43,10 @@ def parse_dpo(arguments: Sequence[str]) -> DPOConfig:
 
 def config_with_loss(loss: type[Any]) -> type[DPOConfig]:
     """DPOConfig whose loss is one of the dataclasses, so that its parameters alone are flags."""
+    section = ("loss", loss, field(default_factory=loss))
+    documented = {"__doc__": DPOConfig.__doc__}
     return make_dataclass(
-        "DPOConfig", [("loss", loss, field(default_factory=loss))], bases=(DPOConfig,), frozen=True
+        "DPOConfig", [section], bases=(DPOConfig,), namespace=documented, frozen=True
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 from fastalign.data.conversation import Message
 from fastalign.data.template import Template, TemplateError
 
+_FILE_STEMS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
+
 
 class Tokenizer(Protocol):
     """The part of transformers' tokenizers that this package uses."""
@@ -52,16 +54,20 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Toke
     local = Path(name).expanduser()
     if local.is_file():
         raise ValueError(f"tokenizer {name}: expected a model folder or a hub name, got a file")
-    if not local.exists() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+    here = local.exists()
+    if not here and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"tokenizer {name}: no such folder")
+    if here and not any(any(local.glob(f"{stem}*")) for stem in _FILE_STEMS):
+        raise ValueError(f"tokenizer {name}: the folder has no tokenizer's files")
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(local) if local.exists() else name, trust_remote_code=trust_remote_code
+            str(local) if here else name, trust_remote_code=trust_remote_code
         )
     # The tokenizers library raises bare Exception for a damaged tokenizer.json.
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"tokenizer {name}: cannot be loaded: {reason}") from error
+        failed = "cannot be loaded" if here else "no such folder here, and not from the hub"
+        raise ValueError(f"tokenizer {name}: {failed}: {reason}") from error
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     loaded: Tokenizer = tokenizer
