@@ -18,7 +18,7 @@ from fastalign.cli.sampling import (
     read_prompts,
     sample,
 )
-from fastalign.data import Tokenizer, load_preferences
+from fastalign.data import Tokenizer, check_same_vocabulary, load_preferences
 from fastalign.evaluation import (
     Estimate,
     apply_reward,
@@ -162,7 +162,8 @@ def main(argv: Sequence[str]) -> int:
     start = time.perf_counter()
     policy, tokenizer = load_sampled(config.model)
     same = SampledModel(config.reference.path, config.model.trust_remote_code, config.model.device)
-    reference, _ = load_sampled(same)
+    reference, reference_tokenizer = load_sampled(same)
+    check_same_vocabulary(tokenizer, reference_tokenizer)
     result: dict[str, Any] = {}
     if config.data.pairs is not None:
         result |= judge_pairs(config, policy, reference, tokenizer)

@@ -28,7 +28,12 @@ from fastalign.data.row import DataFault
 from fastalign.data.samples import load_samples
 from fastalign.data.texts import read_texts
 from fastalign.data.tokenise import Encoder
-from fastalign.data.tokenizer import Tokenizer, eos_token_ids, load_tokenizer
+from fastalign.data.tokenizer import (
+    Tokenizer,
+    check_same_vocabulary,
+    eos_token_ids,
+    load_tokenizer,
+)
 
 __all__ = [
     "Content",
@@ -43,6 +48,7 @@ __all__ = [
     "SFTExample",
     "TokenizedDataset",
     "Tokenizer",
+    "check_same_vocabulary",
     "eos_token_ids",
     "indices_of_step",
     "load_preferences",

@@ -35,6 +35,9 @@ class Tokenizer(Protocol):
     def save_pretrained(self, save_directory: Any, **options: Any) -> Any:
         """Writes the tokenizer's files into a folder."""
 
+    def get_vocab(self) -> dict[str, int]:
+        """Token to id."""
+
     def __len__(self) -> int:
         """Number of tokens, added ones included."""
 
@@ -72,6 +75,23 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Toke
         tokenizer.pad_token = tokenizer.eos_token
     loaded: Tokenizer = tokenizer
     return loaded
+
+
+def check_same_vocabulary(policy: Tokenizer, reference: Tokenizer) -> None:
+    """Refuses a reference whose tokens mean something else: its log-probs could not be compared.
+
+    Raises:
+        ValueError: naming a token that differs.
+    """
+    ours, theirs = policy.get_vocab(), reference.get_vocab()
+    if ours == theirs:
+        return
+    token = min(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    raise ValueError(
+        f"reference.path: expected the vocabulary of the policy, but token {token!r} is "
+        f"{ours.get(token)} in {policy.name_or_path} and {theirs.get(token)} in "
+        f"{reference.name_or_path}"
+    )
 
 
 def eos_token_ids(tokenizer: Tokenizer, path: str | Path | None = None) -> tuple[int, ...]:

@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 
 from fastalign.batch import PackedBatch
-from fastalign.data import TokenizedDataset, Tokenizer, load_preferences
+from fastalign.data import (
+    TokenizedDataset,
+    Tokenizer,
+    check_same_vocabulary,
+    load_preferences,
+)
 from fastalign.fused import preference_loss_fn
 from fastalign.ops.fused_linear_loss import LossFunction
 from fastalign.trainers.config import DPOConfig
@@ -57,13 +62,13 @@ def train_dpo(config: DPOConfig) -> RunResult:
         data = load_data(config, config.data.train, tokenizer)
         check_lengths(model, data)
         used = indices_of_run(config, len(data.groups))
-        pairs = prepare(config, model, data, used, compute)
+        pairs = prepare(config, model, tokenizer, data, used, compute)
         evaluate = None
         if config.data.eval is not None:
             held_out = load_data(config, config.data.eval, tokenizer)
             check_lengths(model, held_out)
             everything = range(len(held_out.groups))
-            held_out_pairs = prepare(config, model, held_out, everything, compute)
+            held_out_pairs = prepare(config, model, tokenizer, held_out, everything, compute)
 
             def evaluate() -> Metrics:
                 make_loss = make_preference_loss(config.loss, held_out_pairs, len(everything))
@@ -96,7 +101,12 @@ def load_data(config: DPOConfig, source: str, tokenizer: Tokenizer) -> Tokenized
 
 
 def prepare(
-    config: DPOConfig, policy: Any, data: TokenizedDataset, used: Iterable[int], compute: Compute
+    config: DPOConfig,
+    policy: Any,
+    tokenizer: Tokenizer,
+    data: TokenizedDataset,
+    used: Iterable[int],
+    compute: Compute,
 ) -> Pairs:
     """Measures the pairs and finds the reference's log-probs of those that will be used.
 
@@ -106,10 +116,9 @@ def prepare(
     examples = measure_examples(data.groups, compute.packing)
     reference = None
     if config.loss.needs_reference:
-        path = config.reference.path
         cache = config.reference.cache_dir
         reference = reference_logprobs(
-            policy if path is None else load_model(path, config.model, compute)[0],
+            load_reference(config, policy, tokenizer, compute),
             examples,
             used,
             compute,
@@ -117,6 +126,19 @@ def prepare(
             cache_dir=default_cache_dir() if cache is None else Path(cache).expanduser(),
         )
     return Pairs(examples, reference, torch.tensor(data.ties))
+
+
+def load_reference(config: DPOConfig, policy: Any, tokenizer: Tokenizer, compute: Compute) -> Any:
+    """The frozen model: another one, or the policy before its first step.
+
+    Raises:
+        ValueError: its vocabulary is not the policy's.
+    """
+    if config.reference.path is None:
+        return policy
+    model, reference_tokenizer = load_model(config.reference.path, config.model, compute)
+    check_same_vocabulary(tokenizer, reference_tokenizer)
+    return model
 
 
 def make_preference_loss(loss: PreferenceLoss, pairs: Pairs, normaliser: int) -> MakeLoss:

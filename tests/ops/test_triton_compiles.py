@@ -8,7 +8,7 @@ import sys
 import pytest
 
 CODE = """
-import json, sys, torch, triton
+import json, re, subprocess, sys, tempfile, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from fastalign.ops.token_logprob import triton_kernels as k
@@ -25,7 +25,16 @@ def compile_kernel(kernel, dtype, constants, architecture):
             signature[name] = "fp32" if name == "softcap" else "i64"
     source = ASTSource(kernel, signature, constexprs=constants)
     target = GPUTarget("cuda", architecture, 32)
-    return triton.compile(source, target=target, options={"num_warps": 8}).metadata
+    return triton.compile(source, target=target, options={"num_warps": 8})
+
+def spilled(cubin):
+    # What the assembler put on the stack of a thread, in bytes.
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [int(n) for n in re.findall(r"STACK:(\\d+)", done.stdout)]
 
 architecture = int(sys.argv[1])
 out = []
@@ -35,7 +44,8 @@ for dtype in ("fp32", "bf16", "fp16"):
     kernels = ((k.token_logprob_fwd_kernel, base), (k.token_logprob_bwd_kernel, backward))
     for kernel, constants in kernels:
         found = compile_kernel(kernel, dtype, constants, architecture)
-        out.append([kernel.__name__, dtype, found.shared])
+        spills = spilled(found.asm["cubin"])
+        out.append([kernel.__name__, dtype, found.metadata.shared, spills])
 print(json.dumps(out))
 """
 
@@ -54,4 +64,4 @@ def test_token_logprob_compiles_for(architecture: int) -> None:
     compiled = json.loads(done.stdout.splitlines()[-1])
     assert len(compiled) == 6
     # Reductions over warps only: a few words each.
-    assert all(shared <= 1024 for _, _, shared in compiled), compiled
+    assert all(shared <= 1024 and spills == [0] for *_, shared, spills in compiled), compiled

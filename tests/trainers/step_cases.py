@@ -35,7 +35,7 @@ def dpo_gradient(
     model = load_policy(folder / "llama", packing=packing)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(folder / "llama")
     data = dpo.load_data(config, config.data.train, tokenizer)
-    pairs = dpo.prepare(config, model, data, range(12), compute)
+    pairs = dpo.prepare(config, model, tokenizer, data, range(12), compute)
     metrics, _ = dpo.dpo_step(model, config.loss, pairs, [3, 1, 4, 5, 9, 2, 6], compute)
     return float(metrics["loss"]), gradients(model)
 

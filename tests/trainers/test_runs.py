@@ -194,3 +194,17 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="torch sees no GPU"):
             make(TrainConfig(device="cuda"))
+
+
+def test_another_model_may_be_the_reference_if_its_tokens_are_the_same(folder: Path) -> None:
+    save_model(tiny_model("llama", vocab_size=320, seed=1), make_tokenizer(), folder / "other")
+    config = dpo_config(folder, "run", max_steps=1)
+    train_dpo(replace(config, reference=replace(config.reference, path=str(folder / "other"))))
+    assert read_metrics(folder / "run")[0]["loss"] != pytest.approx(0.6931471805599453, abs=1e-3)
+    tokenizer = make_tokenizer(prefix_space=True)
+    save_model(tiny_model("llama", vocab_size=320), tokenizer, folder / "foreign")
+    config = dpo_config(folder, "refused")
+    with pytest.raises(ValueError, match=r"reference\.path: expected the vocabulary of the policy"):
+        train_dpo(
+            replace(config, reference=replace(config.reference, path=str(folder / "foreign")))
+        )
