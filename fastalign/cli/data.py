@@ -20,8 +20,6 @@ from fastalign.data import (
     read_examples,
 )
 
-KINDS = ("auto", "sft", "preference", "prompt")
-
 
 @dataclass(frozen=True)
 class CheckData:

@@ -5,7 +5,6 @@ from fastalign.data.batching import (
     micro_batches,
     packed_batches,
     packed_lengths,
-    step_indices,
 )
 from fastalign.data.checked import read_examples
 from fastalign.data.columns import Kind
@@ -61,5 +60,4 @@ __all__ = [
     "packed_lengths",
     "read_examples",
     "read_texts",
-    "step_indices",
 ]

@@ -39,16 +39,6 @@ def indices_of_step(num_examples: int, batch_size: int, step: int, *, seed: int)
     return indices
 
 
-def step_indices(
-    num_examples: int, batch_size: int, *, seed: int, start_step: int = 0
-) -> Iterator[list[int]]:
-    """Yields `indices_of_step` for `start_step`, `start_step + 1`, ... without end."""
-    step = start_step
-    while True:
-        yield indices_of_step(num_examples, batch_size, step, seed=seed)
-        step += 1
-
-
 def micro_batches(
     indices: Sequence[int], lengths: Sequence[int], *, tokens_per_batch: int
 ) -> list[list[int]]:

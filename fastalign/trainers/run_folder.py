@@ -1,7 +1,6 @@
 """A run's folder: refused when it holds another run, its configuration saved, its lock held."""
 
 import fcntl
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -88,4 +87,3 @@ def locked(folder: Path) -> Iterator[None]:
 def announce(values: dict[str, Any]) -> None:
     """Prints the resolved settings."""
     print(as_yaml(values), end="", flush=True)
-    sys.stdout.flush()
