@@ -33,7 +33,8 @@ def metric_means(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """Turns the summed metrics of a step into means, under the same names; counts stay counts.
 
     Means are over pairs, but for `entropy` and `mean_token_accuracy`, which are over target tokens,
-    and `rewards/accuracies`, over pairs that are not ties. A mean over nothing is 0.
+    `logits/chosen` and `logits/rejected`, over that side's, and `rewards/accuracies`, over pairs
+    that are not ties. A mean over nothing is 0.
     """
     counts = {name: value for name, value in sums.items() if name.startswith("num_")}
     means = dict(counts)
@@ -42,6 +43,8 @@ def metric_means(sums: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         if name in ("entropy", "mean_token_accuracy"):
             count = counts["num_target_tokens"]
+        elif name in ("logits/chosen", "logits/rejected"):
+            count = counts[f"num_{name.removeprefix('logits/')}_tokens"]
         elif name == "rewards/accuracies":
             count = counts["num_pairs"] - counts["num_ties"]
         else:

@@ -16,6 +16,8 @@ from fastalign.data import (
     load_preferences,
 )
 from fastalign.fused import preference_loss_fn
+from fastalign.losses import segment_sum
+from fastalign.models import Head
 from fastalign.ops.fused_linear_loss import LossFunction
 from fastalign.trainers.config import DPOConfig
 from fastalign.trainers.evaluate import evaluate_by_loss
@@ -72,7 +74,9 @@ def train_dpo(config: DPOConfig) -> RunResult:
 
             def evaluate() -> Metrics:
                 make_loss = make_preference_loss(config.loss, held_out_pairs, len(everything))
-                return evaluate_by_loss(model, held_out_pairs.examples, make_loss, compute)
+                return evaluate_by_loss(
+                    model, held_out_pairs.examples, make_loss, compute, logit_sums
+                )
 
         return run_loop(
             config,
@@ -161,12 +165,34 @@ def make_preference_loss(loss: PreferenceLoss, pairs: Pairs, normaliser: int) ->
     return make_loss
 
 
+@torch.no_grad()
+def logit_sums(hidden: Tensor, head: Head, batch: PackedBatch) -> dict[str, Tensor]:
+    """Mean logits of chosen and rejected tokens, as sums: TRL's `logits/chosen`, `logits/rejected`.
+
+    The mean over the vocabulary is the product with the mean row of the weight, so no logits are
+    formed; a softcap forbids that, and such models have no such metric.
+    """
+    if head.softcap is not None:
+        return {}
+    mean_logit = hidden.to(head.weight.dtype) @ head.weight.mean(0)
+    if head.bias is not None:
+        mean_logit = mean_logit + head.bias.mean()
+    sums = segment_sum(head.logit_scale * mean_logit.float(), batch.target_bounds)
+    counts = batch.target_bounds.diff()
+    return {
+        "logits/chosen": sums[0::2].sum(),
+        "logits/rejected": sums[1::2].sum(),
+        "num_chosen_tokens": counts[0::2].sum(),
+        "num_rejected_tokens": counts[1::2].sum(),
+    }
+
+
 def dpo_step(
     model: Any, loss: PreferenceLoss, pairs: Pairs, indices: Sequence[int], compute: Compute
 ) -> tuple[Metrics, int]:
     """Adds one step's gradient; returns its metrics and the packed tokens computed."""
     make_loss = make_preference_loss(loss, pairs, len(indices))
     value, sums, num_tokens = accumulate(
-        model, pairs.examples, indices, make_loss, compute, backward=True
+        model, pairs.examples, indices, make_loss, compute, backward=True, measure=logit_sums
     )
     return {"loss": value, **mean_metrics(sums)}, num_tokens

@@ -3,14 +3,18 @@
 from typing import Any
 
 from fastalign.trainers.metrics import Metrics, mean_metrics
-from fastalign.trainers.step import Compute, Examples, MakeLoss, accumulate
+from fastalign.trainers.step import Compute, Examples, MakeLoss, MeasureHidden, accumulate
 
 # Examples that are cut into batches together; bounds the work of cutting, not the result.
 PIECE = 1024
 
 
 def evaluate_by_loss(
-    model: Any, examples: Examples, make_loss: MakeLoss, compute: Compute
+    model: Any,
+    examples: Examples,
+    make_loss: MakeLoss,
+    compute: Compute,
+    measure: MeasureHidden | None = None,
 ) -> Metrics:
     """Metrics named `eval_...` of all the examples; `make_loss` divides by their whole count."""
     loss = 0.0
@@ -18,7 +22,7 @@ def evaluate_by_loss(
     for start in range(0, len(examples.groups), PIECE):
         indices = range(start, min(start + PIECE, len(examples.groups)))
         part, part_sums, _ = accumulate(
-            model, examples, indices, make_loss, compute, backward=False
+            model, examples, indices, make_loss, compute, backward=False, measure=measure
         )
         loss += part
         for name, value in part_sums.items():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastalign.batch import Group, PackedBatch
 from fastalign.data import packed_batches, packed_lengths
-from fastalign.models import Packing, lm_head, predict_hidden
+from fastalign.models import Head, Packing, lm_head, predict_hidden
 from fastalign.ops import fused_linear_loss
 from fastalign.ops.fused_linear_loss import LossFunction
 from fastalign.trainers.config import OptimConfig, TrainConfig
@@ -18,6 +18,8 @@ from fastalign.trainers.optimizer import clip_gradient, learning_rate
 from fastalign.trainers.state import TrainState
 
 # (the batch, which examples it holds) -> the loss function, and its groups' bounds
+# (hidden states (N, D), the head, the batch) -> more sums for the metrics
+MeasureHidden = Callable[[Tensor, Head, PackedBatch], dict[str, Tensor]]
 MakeLoss = Callable[[PackedBatch, list[int]], tuple[LossFunction, Sequence[int] | None]]
 
 
@@ -87,13 +89,18 @@ def measure_examples(groups: Sequence[Group], packing: Packing) -> Examples:
 
 
 def batch_loss(
-    model: Any, batch: PackedBatch, loss_fn: LossFunction, bounds: Any, compute: Compute
+    model: Any,
+    batch: PackedBatch,
+    loss_fn: LossFunction,
+    bounds: Any,
+    compute: Compute,
+    measure: MeasureHidden | None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and summed metrics of one batch on the device, the gradient's head part included."""
     with compute.autocast():
         hidden = predict_hidden(model, batch, packing=compute.packing)
     head = lm_head(model)
-    return fused_linear_loss(
+    loss, metrics = fused_linear_loss(
         hidden,
         head.weight,
         batch.targets,
@@ -105,6 +112,7 @@ def batch_loss(
         compute_dtype=compute.dtype if compute.dtype != torch.float32 else None,
         max_buffer_bytes=compute.max_buffer_bytes,
     )
+    return loss, metrics if measure is None else metrics | measure(hidden.detach(), head, batch)
 
 
 def accumulate(
@@ -115,8 +123,11 @@ def accumulate(
     compute: Compute,
     *,
     backward: bool,
+    measure: MeasureHidden | None = None,
 ) -> tuple[float, dict[str, float], int]:
     """Sums losses and metrics over the examples' micro-batches; adds to gradients if `backward`.
+
+    `measure` adds sums that only hidden states tell.
 
     Returns:
         The loss, the metrics' sums, and the packed tokens computed.
@@ -134,7 +145,7 @@ def accumulate(
         batch = on_host.to(compute.device)
         loss_fn, bounds = make_loss(batch, chosen)
         with torch.set_grad_enabled(backward):
-            part, metrics = batch_loss(model, batch, loss_fn, bounds, compute)
+            part, metrics = batch_loss(model, batch, loss_fn, bounds, compute, measure)
         if backward:
             part.backward()  # type: ignore[no-untyped-call]
         loss += part.item()

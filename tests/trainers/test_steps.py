@@ -1,6 +1,7 @@
 """What a step computes: the right loss and gradient, however it is cut."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastalign.data import load_tokenizer
 from fastalign.models import load_policy
-from fastalign.trainers import TrainConfig, sft
+from fastalign.trainers import TrainConfig, dpo, sft
 from fastalign.trainers.step import make_compute, measure_examples
-from tests.runs import sft_config
+from tests.runs import dpo_config, sft_config
 from tests.tolerance import assert_no_worse
 from tests.trainers.step_cases import PACKINGS, dpo_gradient, eager_dpo_gradient, gradients
 
@@ -85,3 +86,29 @@ def test_sft_is_the_mean_over_tokens_however_it_is_cut(
     for name, value in gradients(model).items():
         size = float(value.abs().max())
         torch.testing.assert_close(ours[name].double(), value, rtol=1e-4, atol=3e-5 * size)
+
+
+def test_the_metrics_are_trls(folder: Path) -> None:
+    config = dpo_config(folder, "unused")
+    model, tokenizer = load_policy(folder / "llama"), load_tokenizer(folder / "llama")
+    compute = make_compute(TrainConfig(device="cpu", tokens_per_batch=30))
+    data = dpo.load_data(config, config.data.train, tokenizer)
+    pairs = dpo.prepare(config, model, tokenizer, data, range(12), compute)
+    indices = [3, 1, 4]
+    metrics, _ = dpo.dpo_step(model, config.loss, pairs, indices, compute)
+    for number, side in enumerate(("chosen", "rejected")):
+        logits, logprobs, entropies = [], [], []
+        for index in indices:
+            group = data.groups[index]
+            ids = torch.tensor([[*group.prompt_ids, *group.response_ids[number]]])
+            found = model(ids).logits[0, len(group.prompt_ids) - 1 : -1].detach()
+            logprob = found.log_softmax(-1)
+            logits.append(found.mean(-1))
+            targets = torch.tensor(group.response_ids[number])[:, None]
+            logprobs.append(logprob.gather(1, targets).sum())
+            entropies.append(-(logprob.exp() * logprob).sum(-1))
+        assert metrics[f"logits/{side}"] == pytest.approx(torch.cat(logits).mean().item(), rel=1e-4)
+        assert metrics[f"logps/{side}"] == pytest.approx(sum(logprobs).item() / 3, rel=1e-5)
+        assert metrics[f"rewards/{side}"] == pytest.approx(0, abs=1e-5)
+    assert metrics["num_pairs"] == 3
+    assert 0 < metrics["entropy"] < math.log(320)
