@@ -19,7 +19,7 @@ struct Softmax {
             maximum = to;
             return;
         }
-        const float drop = maximum - to, shrink = __expf(drop);
+        const float drop = maximum - to, shrink = expf(drop);
         if (drop == 0.0f) return;
         weighted = shrink * (weighted + drop * total);
         total *= shrink;

@@ -127,6 +127,20 @@ def test_extreme_logits(backend: str) -> None:
     assert gradient.isfinite().all()
 
 
+def test_a_row_may_begin_with_banned_tokens(backend: str) -> None:
+    logits = torch.full((2, 9001), -torch.inf)
+    logits[0, 8990:] = torch.linspace(-1, 1, 11)
+    logits[1, 4999] = 3.0
+    targets = torch.tensor([8995, 4999])
+    logprob, entropy, gradient = run(logits, targets, backend, Case())
+    expected = torch.linspace(-1, 1, 11).log_softmax(-1)
+    entropies = torch.stack([-(expected.exp() * expected).sum(), torch.tensor(0.0)])
+    torch.testing.assert_close(logprob, torch.stack([expected[5], torch.tensor(0.0)]))
+    torch.testing.assert_close(entropy, entropies)
+    assert gradient.isfinite().all()
+    assert gradient[:, :4999].eq(0).all()
+
+
 def test_a_nan_stays_in_its_row(backend: str) -> None:
     logits, targets = inputs((3, 40), torch.float32)
     targets[1] = 0

@@ -60,11 +60,13 @@ def token_logprob_fwd_kernel(
         x = tl.load(start_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
         z = tl.where(inside, _transform(x, softcap, scale, HAS_SOFTCAP), -float("inf"))
         new_m = tl.maximum(m, tl.max(z, axis=0))
-        # Before anything finite was seen there is nothing to rescale (and -inf - -inf is NaN).
-        drop = tl.where(m == -float("inf"), 0.0, m - new_m)
+        # -inf - -inf is NaN, and so is 0 * -inf; a NaN of the logits stays one.
+        subtracted = tl.where(new_m == -float("inf"), 0.0, new_m)
+        # Before anything finite was seen there is nothing to rescale.
+        drop = tl.where(m == -float("inf"), 0.0, m - subtracted)
         shrink = tl.exp(drop)
-        shifted = z - new_m
-        shifted = tl.where(shifted < -1e30, -1e30, shifted)  # maximum would swallow a NaN
+        shifted = z - subtracted
+        shifted = tl.where(shifted < -1e30, -1e30, shifted)
         e = tl.exp(shifted)
         weighted = shrink * (weighted + drop * total) + tl.sum(e * shifted, axis=0)
         total = shrink * total + tl.sum(e, axis=0)
