@@ -10,9 +10,11 @@ import tyro
 
 from fastalign.cli.flags import parse_flags
 from fastalign.data import (
+    Content,
     DataFault,
     DataReport,
     Encoder,
+    Example,
     PreferenceExample,
     PromptExample,
     SFTExample,
@@ -49,7 +51,7 @@ def check(config: CheckConfig) -> DataReport:
     if config.max_length is not None and config.tokenizer is None:
         raise ValueError("max-length: counting tokens needs --tokenizer, got none")
     encoder = None if config.tokenizer is None else Encoder(load_tokenizer(config.tokenizer))
-    report = DataReport(config.file)
+    report = DataReport(config.file, unit="characters" if encoder is None else "tokens")
     kind = None if config.kind == "auto" else config.kind
     try:
         for example in read_examples(config.file, kind, report, on_bad_row="skip"):
@@ -62,6 +64,8 @@ def check(config: CheckConfig) -> DataReport:
                 if long:
                     report.num_too_long += 1
                     continue
+            else:
+                count_characters(report, example)
             report.num_used += 1
             report.num_ties += isinstance(example, PreferenceExample) and example.tie
             report.forms[example.form] += 1
@@ -72,10 +76,27 @@ def check(config: CheckConfig) -> DataReport:
     return report
 
 
+def count_characters(report: DataReport, example: Example) -> None:
+    """Notes the example's lengths in characters."""
+    prompt, responses = example.prompt, []
+    if isinstance(example, SFTExample):
+        responses = [example.completion]
+    elif isinstance(example, PreferenceExample):
+        responses = [example.chosen, example.rejected]
+    if prompt is not None:
+        report.prompt_lengths.append(num_characters(prompt))
+    report.response_lengths += [num_characters(response) for response in responses]
+
+
+def num_characters(content: Content) -> int:
+    """Characters of a text, or of all the messages of a conversation."""
+    return len(content) if isinstance(content, str) else sum(len(m.content) for m in content)
+
+
 def measure(
     report: DataReport,
     encoder: Encoder,
-    example: SFTExample | PreferenceExample | PromptExample,
+    example: Example,
     max_length: int | None,
 ) -> bool:
     """Tokenises the example and notes its lengths; returns whether it is too long."""

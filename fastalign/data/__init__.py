@@ -11,6 +11,7 @@ from fastalign.data.columns import Kind
 from fastalign.data.conversation import Message
 from fastalign.data.examples import (
     Content,
+    Example,
     PreferenceExample,
     PromptExample,
     SFTExample,
@@ -39,6 +40,7 @@ __all__ = [
     "DataFault",
     "DataReport",
     "Encoder",
+    "Example",
     "Kind",
     "Message",
     "PreferenceExample",

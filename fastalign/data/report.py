@@ -24,8 +24,9 @@ class DataReport:
         num_truncated: rows whose responses were cut, as asked.
         num_seams: rows in which a token would have crossed from the prompt into a response.
         num_duplicates: used rows whose tokens an earlier row has too.
-        prompt_lengths: tokens of each used row's prompt.
-        response_lengths: tokens of each used response.
+        prompt_lengths: length of each used row's prompt.
+        response_lengths: length of each used response.
+        unit: what lengths count: tokens, or characters where there is no tokenizer.
     """
 
     source: str
@@ -41,6 +42,7 @@ class DataReport:
     num_duplicates: int = 0
     prompt_lengths: list[int] = field(default_factory=list)
     response_lengths: list[int] = field(default_factory=list)
+    unit: str = "tokens"
 
     def add_lengths(self, group: Group) -> None:
         """Notes the lengths of a used row."""
@@ -64,8 +66,8 @@ class DataReport:
         lines += [
             f"  {name}: {summary}"
             for name, summary in (
-                ("prompt tokens", length_summary(self.prompt_lengths)),
-                ("response tokens", length_summary(self.response_lengths)),
+                (f"prompt {self.unit}", length_summary(self.prompt_lengths)),
+                (f"response {self.unit}", length_summary(self.response_lengths)),
             )
             if summary
         ]

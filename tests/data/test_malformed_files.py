@@ -16,6 +16,7 @@ import pytest
 
 from fastalign.cli.main import main
 from tests.data.malformed_files import CHAT, GOOD, TEXT_CASES, row
+from tests.tokenizers import make_tokenizer
 
 
 def check(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, list[str]]:
@@ -179,6 +180,28 @@ def test_parquet_with_messages_is_read(tmp_path: Path, capsys: pytest.CaptureFix
     code, out, _ = check(capsys, str(tmp_path / "ok.parquet"))
     assert code == 0
     assert "2 of 2" in out
+
+
+def test_lengths_are_in_characters_or_with_a_tokenizer_in_tokens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "ok.jsonl"
+    path.write_text(GOOD + row(prompt="abcde", chosen=" absolutely"))
+    _, out, _ = check(capsys, str(path))
+    assert "prompt characters: min 3, median 3, 95% 5, max 5, total 8" in out
+    assert "response characters: min 3, median 4, 95% 11, max 11, total 21" in out
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    lengths = [len(tokenizer(text)["input_ids"]) for text in ("a b", "abcde")]
+    longest = lengths[1] + len(tokenizer(" absolutely")["input_ids"])  # EOS for BOS
+    arguments = [str(path), "--tokenizer", str(tmp_path / "tokenizer")]
+    code, out, _ = check(capsys, *arguments, "--max-length", str(longest))
+    assert code == 0
+    assert f"prompt tokens: min {lengths[0]}, " in out
+    assert f"max {lengths[1]}, total {sum(lengths)}" in out
+    _, out, _ = check(capsys, *arguments, "--max-length", str(longest - 1))
+    assert "1 of 2 rows can be used" in out
+    assert "1 rows left out as too long" in out
 
 
 def test_every_fault_is_shown_with_its_line(
