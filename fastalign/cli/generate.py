@@ -15,7 +15,7 @@ from fastalign.cli.sampling import (
     read_prompts,
     sample,
 )
-from fastalign.data import Content, PromptDataset, Tokenizer
+from fastalign.data import PromptDataset, Tokenizer, content_as_json
 from fastalign.rollouts import Completion, SamplingParams
 
 
@@ -39,13 +39,6 @@ class GenerateConfig:
     run: SamplingRun = field(default_factory=SamplingRun)
 
 
-def prompt_as_json(prompt: Content) -> Any:
-    """Text, or a list of {role, content}."""
-    if isinstance(prompt, str):
-        return prompt
-    return [{"role": turn.role, "content": turn.content} for turn in prompt]
-
-
 def sample_rows(
     prompts: PromptDataset, completions: Sequence[Sequence[Completion]], tokenizer: Tokenizer
 ) -> Iterator[dict[str, Any]]:
@@ -53,7 +46,7 @@ def sample_rows(
     for prompt, answers in zip(prompts.prompts, completions, strict=True):
         for number, answer in enumerate(answers):
             yield {
-                "prompt": prompt_as_json(prompt),
+                "prompt": content_as_json(prompt),
                 "completion": tokenizer.decode(answer.token_ids, skip_special_tokens=True),
                 "logprob": math.fsum(answer.logprobs),
                 "finish_reason": answer.finish_reason,

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from fastalign.cli.flags import parse_flags
 from fastalign.cli.sampling import new_file
-from fastalign.data import Content, load_samples
+from fastalign.data import Content, content_as_json, load_samples
 from fastalign.evaluation import apply_reward, load_reward
 
 
@@ -42,11 +42,7 @@ def best_and_worst(
         place += len(completions)
         best = max(scored, key=lambda pair: pair[0])
         worst = min(scored, key=lambda pair: pair[0])
-        as_json = (
-            prompt
-            if isinstance(prompt, str)
-            else [{"role": turn.role, "content": turn.content} for turn in prompt]
-        )
+        as_json = content_as_json(prompt)
         if best[0] > worst[0]:
             first, second, label = best[1], worst[1], "a"
         else:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from fastalign.data import PromptDataset, Tokenizer, eos_token_ids, load_prompts, load_tokenizer
-from fastalign.models import load_policy
+from fastalign.models import find_device, load_policy
 from fastalign.rollouts import Completion, SamplingParams, TransformersSampler
 
 
@@ -32,26 +32,9 @@ class SamplingRun:
     """Of the samples; the same seed draws the same tokens, however they are batched."""
 
 
-def device_of(name: str) -> torch.device:
-    """The device of that name; `auto` prefers a GPU.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: expected cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device: {name} was asked for, but torch sees no GPU here")
-    return device
-
-
 def load_sampled(config: SampledModel) -> tuple[Any, Tokenizer]:
     """The model, in float32 on a CPU and bfloat16 on a GPU, and its tokenizer."""
-    device = device_of(config.device)
+    device = find_device(config.device, "model.device")
     tokenizer = load_tokenizer(config.path, trust_remote_code=config.trust_remote_code)
     model = load_policy(
         config.path,

@@ -8,7 +8,7 @@ from fastalign.data.batching import (
 )
 from fastalign.data.checked import read_examples
 from fastalign.data.columns import Kind
-from fastalign.data.conversation import Message
+from fastalign.data.conversation import Message, content_as_json
 from fastalign.data.examples import (
     Content,
     Example,
@@ -50,6 +50,7 @@ __all__ = [
     "TokenizedDataset",
     "Tokenizer",
     "check_same_vocabulary",
+    "content_as_json",
     "eos_token_ids",
     "indices_of_step",
     "load_preferences",

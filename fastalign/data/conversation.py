@@ -3,6 +3,7 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from fastalign.data.row import DataFault, Row, show, show_names
 
@@ -28,6 +29,13 @@ class Message:
 
     role: str
     content: str
+
+
+def content_as_json(content: str | Sequence[Message]) -> Any:
+    """Plain text as it is; a conversation as a list of {role, content}."""
+    if isinstance(content, str):
+        return content
+    return [{"role": turn.role, "content": turn.content} for turn in content]
 
 
 def check_text(where: str, column: str, value: object, name: str = "") -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastalign.data.conversation import Message
+from fastalign.data.conversation import Message, content_as_json
 from fastalign.data.template import Template, TemplateError
 
 _FILE_STEMS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
@@ -132,7 +132,7 @@ def chat_template(tokenizer: Tokenizer) -> Template:
         )
 
     def render(turns: Sequence[Message], add_generation_prompt: bool) -> str:
-        conversation = [{"role": turn.role, "content": turn.content} for turn in turns]
+        conversation = content_as_json(turns)
         try:
             text = tokenizer.apply_chat_template(
                 conversation, tokenize=False, add_generation_prompt=add_generation_prompt

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastalign.data import Content
+from fastalign.data import Content, content_as_json
 
 # (prompts, completions) -> one number each; a prompt is text or a list of {role, content}
 RewardFunction = Callable[[list[Any], list[str]], Sequence[float]]
@@ -85,12 +85,7 @@ def apply_reward(
     Raises:
         ValueError: another number of rewards, or one that is not a finite number.
     """
-    plain = [
-        prompt
-        if isinstance(prompt, str)
-        else [{"role": turn.role, "content": turn.content} for turn in prompt]
-        for prompt in prompts
-    ]
+    plain = [content_as_json(prompt) for prompt in prompts]
     rewards = list(function(plain, list(completions)))
     if len(rewards) != len(completions):
         raise ValueError(

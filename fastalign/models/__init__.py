@@ -1,7 +1,7 @@
 """Models: loading, the packed forward, the head."""
 
 from fastalign.models.head import Head, lm_head
-from fastalign.models.load import check_packable, load_policy, save_model
+from fastalign.models.load import check_packable, find_device, load_policy, save_model
 from fastalign.models.logprob import response_logprob
 from fastalign.models.packed import PACKINGS, Packing, predict_hidden
 
@@ -10,6 +10,7 @@ __all__ = [
     "Head",
     "Packing",
     "check_packable",
+    "find_device",
     "lm_head",
     "load_policy",
     "predict_hidden",

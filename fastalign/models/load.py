@@ -53,6 +53,25 @@ def check_packable(config: Any) -> None:
         )
 
 
+def find_device(name: str, argument: str = "device") -> torch.device:
+    """The device of that name; `auto` is a GPU if there is one.
+
+    Raises:
+        ValueError: it is not one that can be used here; `argument` is what the caller wrote it in.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"{argument}: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{argument}: {name} was asked for, but torch sees no GPU here")
+    return device
+
+
 def disable_dropout(model: nn.Module) -> None:
     """Sets every dropout to 0: policy and reference must be the same function."""
     for module in model.modules():

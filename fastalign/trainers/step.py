@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastalign.batch import Group, PackedBatch
 from fastalign.data import packed_batches, packed_lengths
-from fastalign.models import Head, Packing, lm_head, predict_hidden
+from fastalign.models import Head, Packing, find_device, lm_head, predict_hidden
 from fastalign.ops import fused_linear_loss
 from fastalign.ops.fused_linear_loss import LossFunction
 from fastalign.trainers.config import OptimConfig, TrainConfig
@@ -54,17 +54,7 @@ def make_compute(config: TrainConfig) -> Compute:
     Raises:
         ValueError: a device that is not there.
     """
-    name = config.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"train.device: expected cpu, cuda or cuda:N, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"train.device: expected cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"train.device: {name} was asked for, but torch sees no GPU here")
+    device = find_device(config.device, "train.device")
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return Compute(
         device=device,
