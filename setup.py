@@ -36,7 +36,7 @@ def find_compilers():
 
 
 def cpu_commands(cxx, build, library):
-    """Objects for each instruction set that the machine's family has, then the library."""
+    """*_rows.cpp for each instruction set that the machine's family has, then the library."""
     x86 = platform.machine() in ("x86_64", "AMD64")
     common = [
         cxx,
@@ -49,20 +49,20 @@ def cpu_commands(cxx, build, library):
         "-pthread",
     ]
     objects, commands = [], []
-    for isa, flags in ISA_FLAGS.items():
-        if isa == "portable" or x86:
-            objects.append(str(build / f"token_logprob_rows_{isa}.o"))
-            source = str(CPU_SOURCE / "token_logprob_rows.cpp")
-            commands.append(
-                [*common, *flags, f"-DFASTALIGN_ISA={isa}", "-c", source, "-o", objects[-1]]
-            )
     defines = ["-DFASTALIGN_X86"] if x86 else []
+    for source in sorted(CPU_SOURCE.glob("*_rows.cpp")):
+        for isa, flags in ISA_FLAGS.items():
+            if isa == "portable" or x86:
+                objects.append(str(build / f"{source.stem}_{isa}.o"))
+                isa_flags = [*flags, *defines, f"-DFASTALIGN_ISA={isa}"]
+                commands.append([*common, *isa_flags, "-c", str(source), "-o", objects[-1]])
+    entries = [s for s in sorted(CPU_SOURCE.glob("*.cpp")) if not s.stem.endswith("_rows")]
     commands.append(
         [
             *common,
             *defines,
             "-shared",
-            str(CPU_SOURCE / "token_logprob.cpp"),
+            *map(str, entries),
             *objects,
             "-o",
             str(library),
@@ -77,7 +77,8 @@ def cuda_commands(nvcc, build, library):
     oldest = CUDA_ARCHITECTURES[0]
     codes.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
     flags = ["-std=c++17", "-O3", "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden", "-shared"]
-    return [[nvcc, *flags, *codes, "csrc/cuda/token_logprob.cu", "-o", str(library)]]
+    sources = map(str, sorted(Path("csrc/cuda").glob("*.cu")))
+    return [[nvcc, *flags, *codes, *sources, "-o", str(library)]]
 
 
 class BuildNative(build_ext):

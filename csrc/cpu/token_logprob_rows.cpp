@@ -136,14 +136,13 @@ void backward_row(const Rows& rows, int64_t index) {
 
 }  // namespace
 
-int run_rows(const Rows& rows, int64_t first, int64_t last) {
+void run_token_logprob(const Rows& rows, int64_t first, int64_t last) {
     void (*const functions[2][3])(const Rows&, int64_t) = {
         {forward_row<Float32>, forward_row<BFloat16>, forward_row<Float16>},
         {backward_row<Float32>, backward_row<BFloat16>, backward_row<Float16>},
     };
     auto* const function = functions[rows.gradient != nullptr][rows.dtype];
     for (int64_t index = first; index < last; ++index) function(rows, index);
-    return 0;
 }
 
 }  // namespace FASTALIGN_ISA

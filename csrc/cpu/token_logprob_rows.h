@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "parallel.h"
+
 namespace fastalign {
 
 struct Rows {
@@ -20,14 +22,6 @@ struct Rows {
     void* gradient;
 };
 
-namespace portable {
-int run_rows(const Rows& rows, int64_t first, int64_t last);
-}
-namespace avx2 {
-int run_rows(const Rows& rows, int64_t first, int64_t last);
-}
-namespace avx512 {
-int run_rows(const Rows& rows, int64_t first, int64_t last);
-}
-
 }  // namespace fastalign
+
+FASTALIGN_DECLARE(void, run_token_logprob, (const Rows& rows, int64_t first, int64_t last))

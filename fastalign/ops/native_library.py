@@ -5,6 +5,7 @@ torch. See `csrc/abi.h`.
 """
 
 import ctypes
+import os
 from functools import lru_cache
 from pathlib import Path
 
@@ -74,3 +75,30 @@ def cpu_isas() -> list[str]:
 def address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     """The tensor's first element, or NULL."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+Argument = ctypes.c_int32 | ctypes.c_int64 | ctypes.c_float | ctypes.c_void_p
+
+
+def _place(device: torch.device) -> list[Argument]:
+    """The arguments that say where and how wide: threads and instruction set, or the stream."""
+    if device.type == "cuda":
+        return [ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)]
+    isa = os.environ.get("FASTALIGN_CPU_ISA", "best")
+    if isa not in ISA_CODES:
+        raise ValueError(f"FASTALIGN_CPU_ISA: expected one of {', '.join(ISA_CODES)}, got {isa!r}")
+    return [ctypes.c_int32(torch.get_num_threads()), ctypes.c_int32(ISA_CODES[isa])]
+
+
+def call(name: str, device: torch.device, arguments: list[Argument]) -> None:
+    """Runs fastalign_<name>_<device type>; threads and instruction set, or the stream, are added.
+
+    Raises:
+        ValueError: FASTALIGN_CPU_ISA names an instruction set that is not here.
+    """
+    function = getattr(load(device.type), f"fastalign_{name}_{device.type}")
+    function.restype = ctypes.c_int32
+    code = function(*arguments, *_place(device))
+    if code == 1:
+        raise ValueError("FASTALIGN_CPU_ISA: this processor or this build does not have it")
+    assert code == 0, f"{name}: native code returned {code}"

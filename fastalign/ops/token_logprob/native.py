@@ -1,33 +1,11 @@
 """Launchers of the C++ and CUDA kernels, behind the C ABI of `csrc/abi.h`."""
 
 import ctypes
-import os
 
 import torch
 from torch import Tensor
 
-from fastalign.ops.native_library import DTYPE_CODES, ISA_CODES, address, load
-
-Argument = ctypes.c_int32 | ctypes.c_int64 | ctypes.c_float | ctypes.c_void_p
-
-
-def _place(device: torch.device) -> list[Argument]:
-    """The arguments that say where and how wide: threads and instruction set, or the stream."""
-    if device.type == "cuda":
-        return [ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)]
-    isa = os.environ.get("FASTALIGN_CPU_ISA", "best")
-    if isa not in ISA_CODES:
-        raise ValueError(f"FASTALIGN_CPU_ISA: expected one of {', '.join(ISA_CODES)}, got {isa!r}")
-    return [ctypes.c_int32(torch.get_num_threads()), ctypes.c_int32(ISA_CODES[isa])]
-
-
-def _call(name: str, device: torch.device, arguments: list[Argument]) -> None:
-    function = getattr(load(device.type), f"fastalign_{name}_{device.type}")
-    function.restype = ctypes.c_int32
-    code = function(*arguments, *_place(device))
-    if code == 1:
-        raise ValueError("FASTALIGN_CPU_ISA: this processor or this build does not have it")
-    assert code == 0, f"{name}: native code returned {code}"
+from fastalign.ops.native_library import DTYPE_CODES, Argument, address, call
 
 
 def _rows(value: Tensor | None) -> Tensor | None:
@@ -70,7 +48,7 @@ def forward(
     arguments = [address(logits), *_shape(logits, softcap, ignore_index)]
     tensors = (targets, temperature, logprob, entropy, logsumexp)
     arguments += [address(tensor) for tensor in tensors]
-    _call("token_logprob_forward", logits.device, arguments)
+    call("token_logprob_forward", logits.device, arguments)
     return logprob, entropy, logsumexp
 
 
@@ -104,5 +82,5 @@ def backward(
         gradient,
     )
     arguments += [address(tensor) for tensor in tensors]
-    _call("token_logprob_backward", logits.device, arguments)
+    call("token_logprob_backward", logits.device, arguments)
     return gradient

@@ -1,0 +1,81 @@
+// Shares the rows of an operation among threads, and chooses the instruction set at run time.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <thread>
+#include <vector>
+
+namespace fastalign {
+
+// Fewer elements than this a thread are done sooner than the thread has started.
+constexpr int64_t MIN_ELEMENTS_PER_THREAD = 1 << 16;
+
+// Calls function(first, last) on spans of 0..num_rows, each `elements_per_row` elements of work.
+template <typename Function>
+void for_each_span(int64_t num_rows, int64_t elements_per_row, int32_t num_threads,
+                   const Function& function) {
+    const int64_t worth = num_rows * elements_per_row / MIN_ELEMENTS_PER_THREAD;
+    const int64_t count = std::max<int64_t>(1, std::min<int64_t>({num_threads, worth, num_rows}));
+    std::vector<std::thread> threads;
+    for (int64_t i = 1; i < count; ++i) {
+        threads.emplace_back(
+            [&, i] { function(num_rows * i / count, num_rows * (i + 1) / count); });
+    }
+    function(0, num_rows / count);
+    for (auto& thread : threads) thread.join();
+}
+
+// Whether this build has the instruction set and this processor runs it.
+inline bool isa_usable(int32_t isa) {
+    switch (isa) {
+        case 0:
+            return true;
+#ifdef FASTALIGN_X86
+        case 1:
+            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+        case 2:
+            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                   __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+        default:
+            return false;
+    }
+}
+
+// The function for `isa` (-1: the best) among those for portable, AVX2 and AVX-512; NULL: none.
+template <typename Function>
+Function choose_isa(int32_t isa, Function portable, Function avx2, Function avx512) {
+    const Function functions[3] = {portable, avx2, avx512};
+    if (isa == -1) {
+        isa = 2;
+        while (!isa_usable(isa)) --isa;
+    }
+    return isa_usable(isa) ? functions[isa] : nullptr;
+}
+
+}  // namespace fastalign
+
+// Declares `name` in the namespaces of the instruction sets; FASTALIGN_CHOOSE names the three.
+#define FASTALIGN_DECLARE(result, name, arguments) \
+    namespace fastalign {                          \
+    namespace portable {                           \
+    result name arguments;                         \
+    }                                              \
+    namespace avx2 {                               \
+    result name arguments;                         \
+    }                                              \
+    namespace avx512 {                             \
+    result name arguments;                         \
+    }                                              \
+    }
+
+#ifdef FASTALIGN_X86
+#define FASTALIGN_CHOOSE(isa, name)                                              \
+    fastalign::choose_isa(isa, fastalign::portable::name, fastalign::avx2::name, \
+                          fastalign::avx512::name)
+#else
+#define FASTALIGN_CHOOSE(isa, name)                                                  \
+    fastalign::choose_isa(isa, fastalign::portable::name, fastalign::portable::name, \
+                          fastalign::portable::name)
+#endif
