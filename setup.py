@@ -19,6 +19,9 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
+# One file needs instructions beyond these; it is called only where the processor has them.
+BF16_SOURCE = CPU_SOURCE / "product_avx512bf16.cpp"
+BF16_FLAGS = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 CUDA_ARCHITECTURES = ("80", "90", "100")
 
 
@@ -56,7 +59,14 @@ def cpu_commands(cxx, build, library):
                 objects.append(str(build / f"{source.stem}_{isa}.o"))
                 isa_flags = [*flags, *defines, f"-DFASTALIGN_ISA={isa}"]
                 commands.append([*common, *isa_flags, "-c", str(source), "-o", objects[-1]])
-    entries = [s for s in sorted(CPU_SOURCE.glob("*.cpp")) if not s.stem.endswith("_rows")]
+    if x86:
+        objects.append(str(build / f"{BF16_SOURCE.stem}.o"))
+        commands.append([*common, *BF16_FLAGS, "-c", str(BF16_SOURCE), "-o", objects[-1]])
+    entries = [
+        source
+        for source in sorted(CPU_SOURCE.glob("*.cpp"))
+        if not source.stem.endswith("_rows") and source != BF16_SOURCE
+    ]
     commands.append(
         [
             *common,

@@ -41,6 +41,30 @@ FASTALIGN_EXPORT int32_t fastalign_token_logprob_backward_cpu(
     const float* logsumexp, const float* entropy, const float* grad_logprob,
     const float* grad_entropy, void* gradient, int32_t num_threads, int32_t isa);
 
+// Whether this processor has what the next function needs: AVX-512 with bfloat16 instructions.
+FASTALIGN_EXPORT int32_t fastalign_product_bf16_usable_cpu(void);
+
+// c (num_rows, num_columns) float32 = a (num_rows, depth) b (depth, num_columns), both bfloat16, or
+// c += a b; element (i, j) of a is at a[i * row_stride + j * column_stride], and one of the two
+// strides is 1; so for b.
+FASTALIGN_EXPORT int32_t fastalign_product_bf16_cpu(
+    const void* a, int64_t a_row_stride, int64_t a_column_stride, const void* b,
+    int64_t b_row_stride, int64_t b_column_stride, float* c, int64_t c_stride, int64_t num_rows,
+    int64_t num_columns, int64_t depth, int32_t accumulate, int32_t num_threads, int32_t isa);
+
+// One pass over a tile of a head's products, x (num_rows, num_columns), which it may destroy:
+// z = softcap tanh(logit_scale x / softcap) / temperature (softcap 0: logit_scale x / temperature).
+// logprob (T,); entropy (T,) or NULL; is_argmax (T,), whether no z is larger than the target's;
+// zeros for rows with `ignored`. `gradient` (T, V) or NULL, float32 (gradient_dtype 0; may be x
+// itself) or bfloat16 (1), rows gradient_stride apart: what token_logprob's backward writes, by x,
+// with grad_logprob NULL standing for ones; grad_entropy may be NULL.
+FASTALIGN_EXPORT int32_t fastalign_head_tile_cpu(
+    float* x, int64_t num_rows, int64_t num_columns, int64_t row_stride, float softcap,
+    float logit_scale, const float* temperature, const int64_t* targets, const uint8_t* ignored,
+    float* logprob, float* entropy, uint8_t* is_argmax, void* gradient, int32_t gradient_dtype,
+    int64_t gradient_stride, const float* grad_logprob, const float* grad_entropy,
+    int32_t num_threads, int32_t isa);
+
 // The same on a CUDA device; addresses are of device memory.
 FASTALIGN_EXPORT int32_t fastalign_token_logprob_forward_cuda(
     const void* logits, int32_t dtype, int64_t num_rows, int64_t num_columns, int64_t row_stride,

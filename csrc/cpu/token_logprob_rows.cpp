@@ -10,43 +10,12 @@ namespace fastalign {
 namespace FASTALIGN_ISA {
 namespace {
 
-// Partial sums are kept in float for this many columns, then added in double.
-constexpr int64_t BLOCK = 4096;
-constexpr float LOWEST = -1e30f;  // stands for -inf where 0 * -inf would be NaN
-
-// The last columns, padded to a whole vector.
-template <typename Type>
-Float load_tail(const typename Type::Element* from, int64_t count, float padding) {
-    typename Type::Element buffer[WIDTH] = {};
-    memcpy(buffer, from, count * sizeof(*from));
-    Float value = Type::load(buffer);
-    for (int64_t i = count; i < WIDTH; ++i) value[i] = padding;
-    return value;
-}
-
 struct Transform {
     float softcap, scale;
     Float operator()(Float x) const {
         return (softcap > 0 ? softcap * tanh(x / softcap) : x) * scale;
     }
 };
-
-template <typename Type>
-float row_maximum(const typename Type::Element* row, int64_t num_columns) {
-    Float maximum = splat(-INFINITY);
-    int64_t column = 0;
-    for (; column + WIDTH <= num_columns; column += WIDTH) {
-        const Float x = Type::load(row + column);
-        maximum = x > maximum ? x : maximum;
-    }
-    if (column < num_columns) {
-        const Float x = load_tail<Type>(row + column, num_columns - column, -INFINITY);
-        maximum = x > maximum ? x : maximum;
-    }
-    float result = maximum[0];
-    for (int i = 1; i < WIDTH; ++i) result = maximum[i] > result ? maximum[i] : result;
-    return result;
-}
 
 template <typename Type>
 void forward_row(const Rows& rows, int64_t index) {

@@ -2,6 +2,7 @@
 // instruction set.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -131,6 +132,37 @@ struct Float16 {
         memcpy(to, &half, sizeof(half));
     }
 };
+
+// Partial sums are kept in float for this many columns, then added in double.
+constexpr int64_t BLOCK = 4096;
+constexpr float LOWEST = -1e30f;  // stands for -inf where 0 * -inf would be NaN
+
+// The last columns, padded to a whole vector.
+template <typename Type>
+Float load_tail(const typename Type::Element* from, int64_t count, float padding) {
+    typename Type::Element buffer[WIDTH] = {};
+    memcpy(buffer, from, count * sizeof(*from));
+    Float value = Type::load(buffer);
+    for (int64_t i = count; i < WIDTH; ++i) value[i] = padding;
+    return value;
+}
+
+template <typename Type>
+inline float row_maximum(const typename Type::Element* row, int64_t num_columns) {
+    Float maximum = splat(-INFINITY);
+    int64_t column = 0;
+    for (; column + WIDTH <= num_columns; column += WIDTH) {
+        const Float x = Type::load(row + column);
+        maximum = x > maximum ? x : maximum;
+    }
+    if (column < num_columns) {
+        const Float x = load_tail<Type>(row + column, num_columns - column, -INFINITY);
+        maximum = x > maximum ? x : maximum;
+    }
+    float result = maximum[0];
+    for (int i = 1; i < WIDTH; ++i) result = maximum[i] > result ? maximum[i] : result;
+    return result;
+}
 
 }  // namespace FASTALIGN_ISA
 }  // namespace fastalign

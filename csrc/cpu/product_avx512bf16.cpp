@@ -1,0 +1,193 @@
+// The product's blocks for AVX-512 with bfloat16 instructions, after Goto and van de Geijn
+// (doi:10.1145/1356052.1356053): a block of A in the second-level cache, panels of B streamed
+// past it, a tile of C in registers. A dot-product instruction takes pairs (k, k + 1), so both
+// are packed as panels of such pairs: panel[k / 2][row or column].
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+
+#include "product_bf16.h"
+
+namespace fastalign {
+namespace {
+
+constexpr int64_t LANES = 16;
+constexpr int64_t TILE_ROWS = 8, TILE_VECTORS = 3, TILE_COLUMNS = TILE_VECTORS * LANES;
+constexpr int64_t BLOCK_DEPTH = 1024, BLOCK_ROWS = 256;
+constexpr int64_t BLOCK_B_BYTES = 2 << 20;
+
+struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+};
+typedef std::unique_ptr<uint32_t, Free> Panels;
+
+Panels new_panels(int64_t pairs, int64_t width) {
+    return Panels(static_cast<uint32_t*>(std::aligned_alloc(64, pairs * width * 4)));
+}
+
+int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
+
+// Transposes 16 vectors of 16 pairs.
+inline void transpose(__m512i v[16]) {
+    __m512i t[16];
+    for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+        v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
+        t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
+        t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
+        t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
+    }
+    for (int i = 0; i < 4; ++i) {
+        v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+        v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+        v[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
+        v[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
+    }
+}
+
+// One panel from lines that are contiguous along the depth: line i begins at from + i * stride.
+void pack_lines(const uint16_t* from, int64_t stride, int64_t num_lines, int64_t depth,
+                int64_t width, uint32_t* panel) {
+    for (int64_t line = 0; line < width; line += LANES) {
+        const int64_t here = std::clamp<int64_t>(num_lines - line, 0, LANES);
+        const int64_t kept = std::min(LANES, width - line);
+        const __mmask16 stored = static_cast<__mmask16>((1u << kept) - 1);
+        for (int64_t k = 0; k < depth; k += 2 * LANES) {
+            const int64_t count = std::min(depth - k, 2 * LANES);
+            const __mmask32 mask = static_cast<__mmask32>((1ull << count) - 1);
+            __m512i v[LANES];
+            for (int64_t i = 0; i < LANES; ++i) {
+                v[i] = i < here ? _mm512_maskz_loadu_epi16(mask, from + (line + i) * stride + k)
+                                : _mm512_setzero_si512();
+            }
+            transpose(v);
+            for (int64_t pair = 0; 2 * pair < count; ++pair) {
+                _mm512_mask_storeu_epi32(panel + (k / 2 + pair) * width + line, stored, v[pair]);
+            }
+        }
+    }
+}
+
+// One panel from lines that are contiguous across: element k of line i is at from[k * stride + i].
+void pack_across(const uint16_t* from, int64_t stride, int64_t num_lines, int64_t depth,
+                 int64_t width, uint32_t* panel) {
+    for (int64_t k = 0; k < depth; k += 2) {
+        for (int64_t line = 0; line < width; line += LANES) {
+            const int64_t here = std::clamp<int64_t>(num_lines - line, 0, LANES);
+            const int64_t kept = std::min(LANES, width - line);
+            const __mmask16 mask = static_cast<__mmask16>((1u << here) - 1);
+            const __mmask16 second = k + 1 < depth ? mask : 0;
+            const uint16_t* at = from + k * stride + line;
+            const __m256i low = _mm256_maskz_loadu_epi16(mask, at);
+            const __m256i high = _mm256_maskz_loadu_epi16(second, at + (second ? stride : 0));
+            const __m512i pairs = _mm512_or_si512(
+                _mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+            _mm512_mask_storeu_epi32(panel + k / 2 * width + line,
+                                     static_cast<__mmask16>((1u << kept) - 1), pairs);
+        }
+    }
+}
+
+// Panels of `width` lines; a matrix's lines are A's rows or B's columns.
+void pack(const uint16_t* from, int64_t line_stride, int64_t depth_stride, int64_t num_lines,
+          int64_t depth, int64_t width, uint32_t* panels) {
+    const int64_t pairs = (depth + 1) / 2;
+    for (int64_t line = 0; line < num_lines; line += width, panels += pairs * width) {
+        const uint16_t* first = from + line * line_stride;
+        const int64_t count = std::min(width, num_lines - line);
+        if (depth_stride == 1) {
+            pack_lines(first, line_stride, count, depth, width, panels);
+        } else {
+            pack_across(first, depth_stride, count, depth, width, panels);
+        }
+    }
+}
+
+inline __m512bh as_pairs(__m512i value) { return reinterpret_cast<__m512bh>(value); }
+
+// C's tile of TILE_ROWS x TILE_COLUMNS, of which rows x columns exist.
+inline void multiply_tile(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c,
+                          int64_t stride, int64_t rows, int64_t columns, bool accumulate) {
+    __m512 sums[TILE_ROWS][TILE_VECTORS];
+    for (auto& row : sums)
+        for (auto& sum : row) sum = _mm512_setzero_ps();
+    for (int64_t pair = 0; pair < pairs; ++pair, a += TILE_ROWS, b += TILE_COLUMNS) {
+        __m512bh right[TILE_VECTORS];
+        for (int64_t j = 0; j < TILE_VECTORS; ++j) {
+            right[j] = as_pairs(_mm512_load_si512(b + j * LANES));
+        }
+        for (int64_t i = 0; i < TILE_ROWS; ++i) {
+            const __m512bh left = as_pairs(_mm512_set1_epi32(static_cast<int>(a[i])));
+            for (int64_t j = 0; j < TILE_VECTORS; ++j) {
+                sums[i][j] = _mm512_dpbf16_ps(sums[i][j], left, right[j]);
+            }
+        }
+    }
+    for (int64_t i = 0; i < TILE_ROWS; ++i) {
+        if (i >= rows) continue;
+        for (int64_t j = 0; j < TILE_VECTORS; ++j) {
+            const int64_t here = std::clamp<int64_t>(columns - j * LANES, 0, LANES);
+            const __mmask16 mask = static_cast<__mmask16>((1u << here) - 1);
+            float* at = c + i * stride + j * LANES;
+            __m512 sum = sums[i][j];
+            if (accumulate) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, at));
+            _mm512_mask_storeu_ps(at, mask, sum);
+        }
+    }
+}
+
+}  // namespace
+
+void run_product(const Product& product, int64_t first_row, int64_t last_row, int64_t first_column,
+                 int64_t last_column) {
+    const Matrix &a = product.a, &b = product.b;
+    if (product.depth == 0 && !product.accumulate) {
+        for (int64_t row = first_row; row < last_row; ++row) {
+            std::fill(product.c + row * product.c_stride + first_column,
+                      product.c + row * product.c_stride + last_column, 0.0f);
+        }
+    }
+    const int64_t block_depth = std::max<int64_t>(1, std::min(BLOCK_DEPTH, product.depth));
+    const int64_t fitting = BLOCK_B_BYTES / (2 * block_depth) / TILE_COLUMNS * TILE_COLUMNS;
+    const int64_t block_columns = std::min(std::max(fitting, TILE_COLUMNS),
+                                           round_up(last_column - first_column, TILE_COLUMNS));
+    const int64_t most_pairs = (block_depth + 1) / 2;
+    const Panels of_a = new_panels(most_pairs, BLOCK_ROWS);
+    const Panels of_b = new_panels(most_pairs, block_columns);
+    for (int64_t column = first_column; column < last_column; column += block_columns) {
+        const int64_t columns = std::min(block_columns, last_column - column);
+        for (int64_t k = 0; k < product.depth; k += block_depth) {
+            const int64_t depth = std::min(block_depth, product.depth - k);
+            const int64_t pairs = (depth + 1) / 2;
+            const bool accumulate = product.accumulate || k > 0;
+            pack(b.data + k * b.row_stride + column * b.column_stride, b.column_stride,
+                 b.row_stride, columns, depth, TILE_COLUMNS, of_b.get());
+            for (int64_t row = first_row; row < last_row; row += BLOCK_ROWS) {
+                const int64_t rows = std::min(BLOCK_ROWS, last_row - row);
+                pack(a.data + row * a.row_stride + k * a.column_stride, a.row_stride,
+                     a.column_stride, rows, depth, TILE_ROWS, of_a.get());
+                for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
+                    for (int64_t i = 0; i < rows; i += TILE_ROWS) {
+                        multiply_tile(of_a.get() + i * pairs, of_b.get() + j * pairs, pairs,
+                                      product.c + (row + i) * product.c_stride + column + j,
+                                      product.c_stride, rows - i, columns - j, accumulate);
+                    }
+                }
+            }
+        }
+    }
+}
+
+}  // namespace fastalign
