@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define FASTALIGN_ABI_VERSION 1
+#define FASTALIGN_ABI_VERSION 2
 #define FASTALIGN_EXPORT __attribute__((visibility("default")))
 
 // The version above, checked when the library is loaded.
@@ -76,6 +76,12 @@ FASTALIGN_EXPORT int32_t fastalign_token_logprob_backward_cuda(
     float softcap, int64_t ignore_index, const int64_t* targets, const float* temperature,
     const float* logsumexp, const float* entropy, const float* grad_logprob,
     const float* grad_entropy, void* gradient, void* stream);
+
+FASTALIGN_EXPORT int32_t fastalign_head_tile_cuda(
+    float* x, int64_t num_rows, int64_t num_columns, int64_t row_stride, float softcap,
+    float logit_scale, const float* temperature, const int64_t* targets, const uint8_t* ignored,
+    float* logprob, float* entropy, uint8_t* is_argmax, void* gradient, int32_t gradient_dtype,
+    int64_t gradient_stride, const float* grad_logprob, const float* grad_entropy, void* stream);
 
 #ifdef __cplusplus
 }

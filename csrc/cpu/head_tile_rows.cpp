@@ -4,6 +4,7 @@
 #include "head_tile_rows.h"
 
 #include <cmath>
+#include <type_traits>
 
 #include "vector.h"
 
@@ -21,20 +22,23 @@ struct Row {
     double total, log_total, entropy;
 };
 
-// Calls visit(column, count) for whole vectors and for the rest.
+typedef std::integral_constant<int64_t, WIDTH> Whole;
+
+// Calls visit(column, count) for whole vectors, whose count the compiler knows, and for the rest.
 template <typename Visit>
 inline void for_each_vector(int64_t start, int64_t stop, const Visit& visit) {
     int64_t column = start;
-    for (; column + WIDTH <= stop; column += WIDTH) visit(column, WIDTH);
+    for (; column + WIDTH <= stop; column += WIDTH) visit(column, Whole{});
     if (column < stop) visit(column, stop - column);
 }
 
-inline Float load(const float* from, int64_t count, float padding) {
+__attribute__((always_inline)) inline Float load(const float* from, int64_t count, float padding) {
     return count == WIDTH ? Float32::load(from) : load_tail<Float32>(from, count, padding);
 }
 
 template <typename Type>
-inline void store(typename Type::Element* to, Float value, int64_t count) {
+__attribute__((always_inline)) inline void store(typename Type::Element* to, Float value,
+                                                 int64_t count) {
     if (count == WIDTH) {
         Type::store(to, value);
         return;
@@ -46,7 +50,7 @@ inline void store(typename Type::Element* to, Float value, int64_t count) {
 
 void apply_softcap(const HeadTile& tile, Row& row) {
     const float scale = tile.logit_scale / tile.softcap;
-    for_each_vector(0, row.num_columns, [&](int64_t column, int64_t count) {
+    for_each_vector(0, row.num_columns, [&](int64_t column, auto count) {
         store<Float32>(row.x + column, tanh(load(row.x + column, count, 0) * scale), count);
     });
 }
@@ -58,7 +62,7 @@ void read_sums(Row& row) {
     for (int64_t start = 0; start < row.num_columns; start += BLOCK) {
         const int64_t stop = start + BLOCK < row.num_columns ? start + BLOCK : row.num_columns;
         Float sum_of_exp = splat(0), sum_of_product = splat(0);
-        for_each_vector(start, stop, [&](int64_t column, int64_t count) {
+        for_each_vector(start, stop, [&](int64_t column, auto count) {
             const Float x = load(row.x + column, count, -INFINITY);
             const Float shifted = (x - row.maximum) * row.gain;
             Float e = exp(shifted);
@@ -95,7 +99,7 @@ void write_gradient(const Row& row, double logprob, typename Type::Element* grad
                                   static_cast<float>(row.entropy)};
     const float at_target_x = row.x[row.target];
     const float plain = -row.grad_logprob * scale;
-    for_each_vector(0, row.num_columns, [&](int64_t column, int64_t count) {
+    for_each_vector(0, row.num_columns, [&](int64_t column, auto count) {
         const Float x = load(row.x + column, count, 0);
         Float result;
         if (kept) {

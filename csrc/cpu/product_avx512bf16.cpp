@@ -80,38 +80,50 @@ void pack_lines(const uint16_t* from, int64_t stride, int64_t num_lines, int64_t
     }
 }
 
-// One panel from lines that are contiguous across: element k of line i is at from[k * stride + i].
+// Panels from lines that are contiguous across: element k of line i is at from[k * stride + i]. A
+// few k at a time for all panels: rows far apart share the same few sets of a cache.
 void pack_across(const uint16_t* from, int64_t stride, int64_t num_lines, int64_t depth,
-                 int64_t width, uint32_t* panel) {
-    for (int64_t k = 0; k < depth; k += 2) {
-        for (int64_t line = 0; line < width; line += LANES) {
-            const int64_t here = std::clamp<int64_t>(num_lines - line, 0, LANES);
-            const int64_t kept = std::min(LANES, width - line);
+                 int64_t width, uint32_t* panels) {
+    constexpr int64_t STEP = 8;
+    const int64_t pairs = (depth + 1) / 2;
+    for (int64_t start = 0; start < depth; start += STEP) {
+        const int64_t stop = std::min(start + STEP, depth);
+        for (int64_t line = 0; line < num_lines; line += LANES) {
+            const int64_t here = std::min(LANES, num_lines - line);
             const __mmask16 mask = static_cast<__mmask16>((1u << here) - 1);
-            const __mmask16 second = k + 1 < depth ? mask : 0;
-            const uint16_t* at = from + k * stride + line;
-            const __m256i low = _mm256_maskz_loadu_epi16(mask, at);
-            const __m256i high = _mm256_maskz_loadu_epi16(second, at + (second ? stride : 0));
-            const __m512i pairs = _mm512_or_si512(
-                _mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-            _mm512_mask_storeu_epi32(panel + k / 2 * width + line,
-                                     static_cast<__mmask16>((1u << kept) - 1), pairs);
+            for (int64_t k = start; k < stop; k += 2) {
+                const __mmask16 second = k + 1 < depth ? mask : 0;
+                const uint16_t* at = from + k * stride + line;
+                const __m256i low = _mm256_maskz_loadu_epi16(mask, at);
+                const __m256i high = _mm256_maskz_loadu_epi16(second, at + (second ? stride : 0));
+                const __m512i both = _mm512_or_si512(
+                    _mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+                // 16 lines are two panels of A, or a third of a panel of B
+                uint32_t* to = panels + line / width * pairs * width + k / 2 * width + line % width;
+                if (width >= LANES) {
+                    _mm512_storeu_si512(to, both);
+                } else {
+                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                                        _mm512_castsi512_si256(both));
+                    if (here <= TILE_ROWS) continue;
+                    to += pairs * width;
+                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                                        _mm512_extracti64x4_epi64(both, 1));
+                }
+            }
         }
     }
 }
 
-// Panels of `width` lines; a matrix's lines are A's rows or B's columns.
+// Panels of `width` lines (8 or a multiple of 16); a matrix's lines are A's rows or B's columns.
+// What is beyond the lines is not read as part of the result.
 void pack(const uint16_t* from, int64_t line_stride, int64_t depth_stride, int64_t num_lines,
           int64_t depth, int64_t width, uint32_t* panels) {
+    if (depth_stride != 1) return pack_across(from, depth_stride, num_lines, depth, width, panels);
     const int64_t pairs = (depth + 1) / 2;
     for (int64_t line = 0; line < num_lines; line += width, panels += pairs * width) {
-        const uint16_t* first = from + line * line_stride;
-        const int64_t count = std::min(width, num_lines - line);
-        if (depth_stride == 1) {
-            pack_lines(first, line_stride, count, depth, width, panels);
-        } else {
-            pack_across(first, depth_stride, count, depth, width, panels);
-        }
+        pack_lines(from + line * line_stride, line_stride, std::min(width, num_lines - line), depth,
+                   width, panels);
     }
 }
 

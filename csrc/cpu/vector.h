@@ -149,8 +149,17 @@ Float load_tail(const typename Type::Element* from, int64_t count, float padding
 
 template <typename Type>
 inline float row_maximum(const typename Type::Element* row, int64_t num_columns) {
-    Float maximum = splat(-INFINITY);
+    // Four at a time: each comparison waits for the one before it.
+    Float maxima[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
     int64_t column = 0;
+    for (; column + 4 * WIDTH <= num_columns; column += 4 * WIDTH) {
+        for (int i = 0; i < 4; ++i) {
+            const Float x = Type::load(row + column + i * WIDTH);
+            maxima[i] = x > maxima[i] ? x : maxima[i];
+        }
+    }
+    for (int i = 1; i < 4; ++i) maxima[0] = maxima[i] > maxima[0] ? maxima[i] : maxima[0];
+    Float maximum = maxima[0];
     for (; column + WIDTH <= num_columns; column += WIDTH) {
         const Float x = Type::load(row + column);
         maximum = x > maximum ? x : maximum;

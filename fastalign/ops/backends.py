@@ -24,7 +24,8 @@ def unusable_reason(backend: str, device_type: str, dtype: torch.dtype) -> str |
     if dtype == torch.float64:
         return "it computes in float32; backend='reference' computes in float64"
     if backend == "native":
-        return native_library.unusable_reason(device_type)
+        reason: str | None = native_library.unusable_reason(device_type)
+        return reason
     assert backend == "triton"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton (Linux)"

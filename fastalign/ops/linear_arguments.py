@@ -1,27 +1,38 @@
 """Checks of the arguments that `linear_logprob` and `fused_linear_loss` share."""
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-LinearBackend = Literal["auto", "torch", "reference"]
+from fastalign.ops.backends import choose_backend
+from fastalign.ops.linear_buffers import default_budget
+
+LinearBackend = Literal["auto", "reference", "torch", "triton", "native"]
 
 
-def choose_linear_backend(operation: str, backend: str) -> Literal["torch", "reference"]:
-    """The backend that runs: "auto" is "torch", products in tiles with a byte budget.
+def choose_linear_backend(
+    operation: str, backend: str, device_type: str, compute_dtype: torch.dtype
+) -> Literal["reference", "torch", "triton", "native"]:
+    """The backend that runs; "auto" takes native, then (on a GPU) Triton, then "torch".
 
     Raises:
-        ValueError: `backend` is unknown, or has no kernel for this operation.
+        ValueError: `backend` is unknown, or a named one cannot run here.
     """
-    if backend in ("auto", "torch"):
+    if backend == "torch":
         return "torch"
-    if backend == "reference":
-        return "reference"
-    raise ValueError(
-        f"backend: expected 'auto', 'torch' or 'reference' ({operation} has no other yet), "
-        f"got {backend!r}"
-    )
+    if backend not in get_args(LinearBackend):
+        known = ", ".join(repr(name) for name in get_args(LinearBackend))
+        raise ValueError(f"backend: expected one of {known}, got {backend!r}")
+    chosen = choose_backend(operation, backend, device_type, compute_dtype)
+    return "torch" if (backend, chosen) == ("auto", "reference") else chosen
+
+
+def resolve_budget(max_buffer_bytes: int | None, weight: Tensor, compute_dtype: torch.dtype) -> int:
+    """The budget for this head's tiles: as asked, or the default."""
+    if max_buffer_bytes is None:
+        return default_budget(weight.shape[0], compute_dtype, weight.device)
+    return max_buffer_bytes
 
 
 def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:

@@ -1,18 +1,19 @@
 """How many rows of logits a byte budget holds, and the buffers that hold them."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fastalign.ops.linear_head import (
-    DEFAULT_BUFFER_ROWS,
-    MAX_TILE_ROWS,
-    MIN_DEFAULT_BUFFER_BYTES,
-    accumulation_dtype,
-    product_dtype,
-    strip_rows,
-)
+from fastalign.ops.head_tile.strips import strip_rows
+from fastalign.ops.linear_products import accumulation_dtype, product_dtype
+
+MAX_TILE_ROWS = 2048
+TILE_ROWS_MULTIPLE = 32  # products of whole blocks
+# A CPU's products keep their speed in smaller tiles than a GPU's.
+DEFAULT_BUFFER_ROWS = {"cpu": 1024, "cuda": 4096}
+MIN_DEFAULT_BUFFER_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,33 @@ class Plan:
     kept_rows: int
 
 
-def default_budget(num_columns: int, itemsize: int) -> int:
-    """Room for 4,096 rows of logits, and not less than 256 MiB."""
-    return max(DEFAULT_BUFFER_ROWS * num_columns * itemsize, MIN_DEFAULT_BUFFER_BYTES)
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that could still be allocated on the device; None where the system cannot tell."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    table = Path("/proc/meminfo")
+    if device.type != "cpu" or not table.exists():
+        return None
+    (line,) = (line for line in table.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
+
+
+def default_budget(num_columns: int, compute_dtype: torch.dtype, device: torch.device) -> int:
+    """Room to keep 4,096 rows on a GPU, 1,024 on a CPU, with a working tile; at least 64 MiB.
+
+    Halved until it is at most half of the free memory: in steps, so that sums are not rounded in
+    another order whenever a little more or less memory is free.
+    """
+    rows = DEFAULT_BUFFER_ROWS.get(device.type, DEFAULT_BUFFER_ROWS["cuda"])
+    kept_item = product_dtype(compute_dtype, device.type).itemsize
+    same = accumulation_dtype(compute_dtype).itemsize == kept_item
+    bytes_per_row = num_columns * (kept_item if same else kept_item * 3 // 2)
+    budget = max(rows * bytes_per_row, MIN_DEFAULT_BUFFER_BYTES)
+    free = None if torch.compiler.is_compiling() else free_bytes(device)
+    while free is not None and budget > max(free // 2, MIN_DEFAULT_BUFFER_BYTES):
+        budget //= 2
+    return budget
 
 
 def plan_buffers(
@@ -38,8 +63,9 @@ def plan_buffers(
     num_columns: int,
     compute_dtype: torch.dtype,
     device_type: str,
-    max_buffer_bytes: int | None,
+    max_buffer_bytes: int,
     *,
+    scratch: bool,
     keep: bool,
     convert: bool,
     tile: bool = False,
@@ -51,7 +77,8 @@ def plan_buffers(
         num_columns: V.
         compute_dtype: The products' dtype.
         device_type: "cpu" or "cuda".
-        max_buffer_bytes: The budget, or None for `default_budget`.
+        max_buffer_bytes: The budget.
+        scratch: Whether the pass over a tile needs strips of scratch, as PyTorch's does.
         keep: Whether brackets are kept for products that come later.
         convert: Whether brackets are multiplied in this pass (they need a place in the products'
             dtype while the tile is in the accumulation dtype).
@@ -64,29 +91,32 @@ def plan_buffers(
     item = accumulation_dtype(compute_dtype).itemsize
     kept_item = product_dtype(compute_dtype, device_type).itemsize
     same = item == kept_item
-    budget = default_budget(num_columns, item) if max_buffer_bytes is None else max_buffer_bytes
     columns = max(num_columns, 1)
-    smallest = 3 * item * columns + (0 if same else kept_item * columns)
-    if budget < smallest:
+    smallest = (3 if scratch else 1) * item * columns + (0 if same else kept_item * columns)
+    if max_buffer_bytes < smallest:
         raise ValueError(
-            f"max_buffer_bytes: expected at least {smallest} (one row of {num_columns} logits and "
-            f"its scratch), got {budget}"
+            f"max_buffer_bytes: expected at least {smallest} (one row of {num_columns} logits"
+            f"{' and its scratch' if scratch else ''}), got {max_buffer_bytes}"
         )
 
     def scratch_for(rows: int) -> int:
-        return strip_rows(num_columns, rows, device_type)
+        return strip_rows(num_columns, rows, device_type) if scratch else 0
 
     if keep and same and not tile:
-        scratch = scratch_for(num_rows)
-        if (num_rows + 2 * scratch) * item * columns <= budget:
-            return Plan(0, scratch, num_rows)
+        strip = scratch_for(num_rows)
+        if (num_rows + 2 * strip) * item * columns <= max_buffer_bytes:
+            return Plan(0, strip, num_rows)
     extra = kept_item if convert and not same else 0
-    share = budget // 4 if keep and budget // 4 >= smallest else budget
-    rows = max(1, min(num_rows, MAX_TILE_ROWS, share * 4 // (columns * (5 * item + 4 * extra))))
+    quarter = max_buffer_bytes // 4
+    share = quarter if keep and quarter >= smallest else max_buffer_bytes
+    bytes_per_row = (item + extra + (item // 4 if scratch else 0)) * columns
+    rows = max(1, min(num_rows, MAX_TILE_ROWS, share // bytes_per_row))
+    if rows > TILE_ROWS_MULTIPLE:
+        rows -= rows % TILE_ROWS_MULTIPLE
     while rows > 1 and (rows * (item + extra) + 2 * scratch_for(rows) * item) * columns > share:
         rows -= 1
     used = (rows * (item + extra) + 2 * scratch_for(rows) * item) * columns
-    kept = min(num_rows, (budget - used) // (columns * kept_item)) if keep else 0
+    kept = min(num_rows, (max_buffer_bytes - used) // (columns * kept_item)) if keep else 0
     return Plan(rows, scratch_for(rows), kept)
 
 
@@ -94,8 +124,14 @@ class Buffers:
     """The scratch memory of one call, allocated once and reused by every tile."""
 
     def __init__(
-        self, plan: Plan, num_columns: int, compute_dtype: torch.dtype, device: torch.device
+        self,
+        plan: Plan,
+        num_columns: int,
+        compute_dtype: torch.dtype,
+        device: torch.device,
+        backend: str,
     ) -> None:
+        self.backend = backend
         self._columns = num_columns
         self._dtype = accumulation_dtype(compute_dtype)
         self._product_dtype = product_dtype(compute_dtype, device.type)
@@ -103,9 +139,10 @@ class Buffers:
         self._plan = plan
         self._tile: Tensor | None = None
         self._converted: Tensor | None = None
-        self.scratch = torch.empty(
-            (2, plan.scratch_rows, num_columns), dtype=self._dtype, device=device
-        )
+        self.scratch: Tensor | None = None
+        if backend == "torch":
+            shape = (2, plan.scratch_rows, num_columns)
+            self.scratch = torch.empty(shape, dtype=self._dtype, device=device)
 
     @property
     def projects_in_place(self) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 FOLDER = Path(__file__).parents[1] / "_native"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # In the order of csrc/abi.h; -1 lets the library take the best that the processor has.
@@ -45,6 +45,7 @@ def _load(device_type: str) -> ctypes.CDLL | str:
     return library
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def unusable_reason(device_type: str) -> str | None:
     """Why there is no library for this device type, with the remedy; None: there is."""
     if device_type not in _REMEDY:

@@ -2,15 +2,24 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
+from fastalign.ops.backends import unusable_reason
 from fastalign.ops.linear_logprob import linear_logprob
 
 ROWS, VOCABULARY, WIDTH = 21, 37, 8
 IGNORED = (0, 6, 7, 20)
-# The least for 37 float32 logits is 444 bytes: one row at a time, a few rows kept, all rows kept.
+# The least for 37 float32 logits is 444 bytes (148 without scratch): one row at a time, a few rows
+# kept, all rows kept.
 BUDGETS = [444, 3_000, None]
+KERNELS = [
+    ("torch", torch.float64),
+    ("torch", torch.float32),
+    ("triton", torch.float32),
+    ("native", torch.float32),
+]
 EAGER: dict[str, Any] = {"backend": "reference"}
 TRANSFORMS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -25,6 +34,13 @@ TRANSFORMS: dict[str, dict[str, Any]] = {
         "temperature": torch.linspace(0.4, 2.5, ROWS, dtype=torch.float64),
     },
 }
+
+
+def skip_unusable(backend: str, dtype: torch.dtype) -> None:
+    """Skips the test where the backend cannot run."""
+    reason = None if backend == "torch" else unusable_reason(backend, "cpu", dtype)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def leaves(

@@ -13,6 +13,7 @@ from tests.ops.fused_linear_loss_cases import (
     EAGER,
     GROUPS,
     IGNORED,
+    KERNELS,
     ROWS,
     TRANSFORMS,
     VOCABULARY,
@@ -20,6 +21,7 @@ from tests.ops.fused_linear_loss_cases import (
     group_loss,
     leaves,
     outputs,
+    skip_unusable,
     some_targets,
 )
 
@@ -57,14 +59,17 @@ def test_reference_gradients_by_finite_differences() -> None:
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("backend", "dtype"), KERNELS)
 def test_values_and_gradients(
-    dtype: torch.dtype, groups: str, transform: str, budget: int | None
+    backend: str, dtype: torch.dtype, groups: str, transform: str, budget: int | None
 ) -> None:
+    skip_unusable(backend, dtype)
     values, targets, options = leaves(dtype), some_targets(), TRANSFORMS[transform]
     if budget is not None and dtype == torch.float64:
         budget *= 2
-    found = outputs(values, targets, GROUPS[groups], max_buffer_bytes=budget, **options)
+    found = outputs(
+        values, targets, GROUPS[groups], max_buffer_bytes=budget, backend=backend, **options
+    )
     assert_all_close(found, outputs(values, targets, GROUPS[groups], **options, **EAGER))
 
 

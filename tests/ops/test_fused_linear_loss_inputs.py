@@ -57,7 +57,8 @@ def test_low_precision_is_no_worse_than_eager(
         one, true = found[name], truth[name]
         assert one.dtype == expected_dtypes.get(name, torch.float32)
         slack = 16 * torch.finfo(torch.float32).eps * largest(true)
-        if one.dtype == dtype:  # half a unit of the gradient's own rounding
+        if name in "hwb":
+            # the operands of a gradient's products, or the gradient itself, are rounded once more
             slack += torch.finfo(dtype).eps / 2 * largest(true)
         assert largest(one.double() - true) <= largest(worse.double() - true) + slack
 
@@ -186,9 +187,9 @@ def test_a_budget_too_small_and_an_unknown_backend(trained: bool) -> None:
     weight.requires_grad_(trained)
     arguments = (hidden, weight, some_targets(), None, group_loss(None))
     with pytest.raises(ValueError, match=r"max_buffer_bytes: expected at least 444 .* got 443"):
-        fused_linear_loss(*arguments, max_buffer_bytes=443)
-    with pytest.raises(ValueError, match="backend: expected 'auto', 'torch' or 'reference'"):
-        fused_linear_loss(*arguments, backend="native")  # type: ignore[arg-type]
+        fused_linear_loss(*arguments, max_buffer_bytes=443, backend="torch")
+    with pytest.raises(ValueError, match=r"backend: expected one of 'auto', .* got 'cuda'"):
+        fused_linear_loss(*arguments, backend="cuda")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("backend", ["torch", "reference"])

@@ -8,11 +8,13 @@ from fastalign.ops.linear_logprob import linear_logprob
 from tests.ops.linear_logprob_cases import (
     BUDGETS,
     EAGER,
+    KERNELS,
     ROWS,
     TRANSFORMS,
     assert_all_close,
     leaves,
     outputs,
+    skip_unusable,
     some_targets,
 )
 
@@ -65,14 +67,15 @@ def test_gradients_by_finite_differences(backend: str) -> None:
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("through", ["logprob", "entropy", "logprob+entropy"])
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(("backend", "dtype"), KERNELS)
 def test_values_and_gradients(
-    dtype: torch.dtype, transform: str, through: str, budget: int | None
+    backend: str, dtype: torch.dtype, transform: str, through: str, budget: int | None
 ) -> None:
+    skip_unusable(backend, dtype)
     values, targets, options = leaves(dtype), some_targets(), TRANSFORMS[transform]
     if budget is not None and dtype == torch.float64:
         budget *= 2
-    found = outputs(values, targets, through, max_buffer_bytes=budget, **options)
+    found = outputs(values, targets, through, max_buffer_bytes=budget, backend=backend, **options)
     assert_all_close(found, outputs(values, targets, through, **options, **EAGER))
 
 

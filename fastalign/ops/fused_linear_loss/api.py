@@ -14,6 +14,7 @@ from fastalign.ops.linear_arguments import (
     check_targets,
     check_transform,
     choose_linear_backend,
+    resolve_budget,
     resolve_compute_dtype,
     temperature_tensor,
 )
@@ -60,7 +61,7 @@ def fused_linear_loss(
         ignore_index: As in `linear_logprob`.
         compute_dtype: As in `linear_logprob`.
         max_buffer_bytes: As in `linear_logprob`.
-        backend: "torch" (what "auto" takes), or "reference": all the logits, by autograd.
+        backend: As in `linear_logprob`; "reference": all the logits, by autograd.
 
     Returns:
         The summed loss, float32 (float64 where products are in float64), and the summed metrics.
@@ -76,7 +77,8 @@ def fused_linear_loss(
     rows_temperature = temperature_tensor(temperature, hidden)
     bounds = None if segments is None else _host_bounds(segments, hidden.shape[0])
     transform = (rows_temperature, softcap, float(logit_scale), ignore_index, dtype)
-    if choose_linear_backend("fused_linear_loss", backend) == "reference":
+    chosen = choose_linear_backend("fused_linear_loss", backend, hidden.device.type, dtype)
+    if chosen == "reference":
         num_groups = hidden.shape[0] if bounds is None else len(bounds) - 1
         return reference.forward(hidden, weight, bias, targets, num_groups, loss_fn, *transform)
     leaves = (hidden, weight, bias)
@@ -84,7 +86,8 @@ def fused_linear_loss(
     needs = Needs(*(enabled and leaf is not None and leaf.requires_grad for leaf in leaves))
     with torch.no_grad():
         head = head_inputs(hidden, weight, bias, targets, *transform)
-    budget = chunked.Budget(weight.shape[0], dtype, hidden.device, max_buffer_bytes, needs)
+    most = resolve_budget(max_buffer_bytes, weight, dtype)
+    budget = chunked.Budget(weight.shape[0], dtype, hidden.device, most, needs, chosen)
     return chunked.forward(head, bounds, loss_fn, budget, leaves)
 
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from fastalign.ops.fused_linear_loss.chunk import LossFunction, TokenChunk, check_scalar
 from fastalign.ops.fused_linear_loss.holder import GradientHolder, GradientInForward
+from fastalign.ops.head_tile import RowStatistics
 from fastalign.ops.linear_buffers import Buffers, Plan, plan_buffers
-from fastalign.ops.linear_head import RowStatistics, accumulation_dtype
 from fastalign.ops.linear_logprob import chunked
 from fastalign.ops.linear_logprob.operands import Gradients, HeadInputs, Needs
+from fastalign.ops.linear_products import accumulation_dtype
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Budget:
     num_columns: int
     compute_dtype: torch.dtype
     device: torch.device
-    max_buffer_bytes: int | None
+    max_buffer_bytes: int
     needs: Needs
+    backend: str
 
     def plan(self, num_rows: int) -> Plan:
         """The buffers for a chunk of `num_rows`."""
@@ -39,6 +41,7 @@ class Budget:
             self.compute_dtype,
             self.device.type,
             self.max_buffer_bytes,
+            scratch=self.backend == "torch",
             keep=self.needs.kept,
             convert=self.needs.any,
         )
@@ -46,7 +49,7 @@ class Budget:
     def buffers(self, num_rows: int) -> tuple[Buffers, Tensor]:
         """Scratch memory for a chunk, and a place for its brackets."""
         plan = self.plan(num_rows)
-        buffers = Buffers(plan, self.num_columns, self.compute_dtype, self.device)
+        buffers = Buffers(plan, self.num_columns, self.compute_dtype, self.device, self.backend)
         return buffers, buffers.new_kept(plan.kept_rows)
 
     def rows_kept_whole(self, most: int) -> int:

@@ -11,6 +11,7 @@ from fastalign.ops.linear_arguments import (
     check_targets,
     check_transform,
     choose_linear_backend,
+    resolve_budget,
     resolve_compute_dtype,
     temperature_tensor,
 )
@@ -95,8 +96,11 @@ def linear_logprob(
         compute_dtype: The products' dtype. None: autocast's where it is on, else the operands'. A
             float32 master weight with torch.bfloat16 here gets its gradient in float32.
         max_buffer_bytes: The most memory for logits, scratch and kept brackets together.
-            None: room for 4,096 rows of logits, at least 256 MiB.
-        backend: "torch" (what "auto" takes): products in tiles. "reference": the lines above.
+            None: room to keep 4,096 rows on a GPU and 1,024 on a CPU, at least 64 MiB, halved
+            until it is at most half of the free memory.
+        backend: What reads the logits, tile by tile: "native" (C++ or CUDA), "triton" or "torch";
+            "auto" takes the first that is usable here, a named one runs or raises.
+            "reference": the lines above.
 
     Returns:
         Log-probs in float32 (float64 where products are in float64), or (log-probs, entropies).
@@ -109,7 +113,8 @@ def linear_logprob(
     check_transform(softcap, logit_scale)
     dtype = resolve_compute_dtype(hidden, weight, compute_dtype)
     row_temperature = temperature_tensor(temperature, hidden)
-    if choose_linear_backend("linear_logprob", backend) == "reference":
+    chosen = choose_linear_backend("linear_logprob", backend, hidden.device.type, dtype)
+    if chosen == "reference":
         logits = head_logits(hidden, weight, bias, row_temperature, softcap, logit_scale, dtype)
         ignored = targets == ignore_index
         logprob, entropy, _ = row_statistics(logits, targets.masked_fill(ignored, 0), ignored)
@@ -128,8 +133,9 @@ def linear_logprob(
             float(logit_scale),
             ignore_index,
             dtype,
-            max_buffer_bytes,
+            resolve_budget(max_buffer_bytes, weight, dtype),
             needs,
             return_entropy,
+            chosen,
         )
     return (logprob, entropy) if return_entropy else logprob

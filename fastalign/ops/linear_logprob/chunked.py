@@ -10,17 +10,10 @@ forward 2, plus 2 for a frozen head; backward 4 for kept rows, 6 for others, 0 f
 import torch
 from torch import Tensor
 
+from fastalign.ops.head_tile import RowStatistics, read_tile
 from fastalign.ops.linear_buffers import Buffers
-from fastalign.ops.linear_head import (
-    RowStatistics,
-    accumulation_dtype,
-    add_product,
-    overwrite_with_gradient,
-    product,
-    project,
-    read_tile,
-)
 from fastalign.ops.linear_logprob.operands import Gradients, HeadInputs
+from fastalign.ops.linear_products import accumulation_dtype, add_product, product, project
 
 
 def forward(
@@ -53,25 +46,22 @@ def forward(
         project(rows.hidden, rows.weight, rows.bias, out=tile)
         if place is None and direction is not None:
             place = buffers.converted(stop - start)
-        parts.append(_read(tile, rows, buffers, place, with_entropy))
+        parts.append(
+            read_tile(
+                tile,
+                rows.targets,
+                rows.ignored,
+                rows.transform,
+                buffers.backend,
+                buffers.scratch,
+                gradient=place,
+                with_entropy=with_entropy,
+            )
+        )
         if direction is not None:
             assert place is not None
             product(place, rows.weight, out=direction[start:stop])
     return _concatenate(parts, head.hidden)
-
-
-def _read(
-    tile: Tensor, head: HeadInputs, buffers: Buffers, place: Tensor | None, with_entropy: bool
-) -> RowStatistics:
-    return read_tile(
-        tile,
-        head.targets,
-        head.ignored,
-        head.transform,
-        buffers.scratch,
-        bracket=place,
-        with_entropy=with_entropy,
-    )
 
 
 def _tiles(num_rows: int, num_kept: int, tile_rows: int) -> list[tuple[int, int]]:
@@ -126,20 +116,19 @@ def backward(
         rows = head.rows(start, stop)
         tile, place = buffers.tile(stop - start), buffers.converted(stop - start)
         project(rows.hidden, rows.weight, rows.bias, out=tile)
-        scale: Tensor | None = grad_logprob[start:stop]
-        if grad_entropy is None:
-            _read(tile, rows, buffers, place, False)
-        else:
-            overwrite_with_gradient(
-                tile,
-                rows.targets,
-                rows.transform,
-                buffers.scratch,
-                grad_logprob[start:stop],
-                grad_entropy[start:stop].masked_fill(rows.ignored, 0.0),
-                place,
-            )
-            scale = None
+        read_tile(
+            tile,
+            rows.targets,
+            rows.ignored,
+            rows.transform,
+            buffers.backend,
+            buffers.scratch,
+            gradient=place,
+            grad_logprob=None if grad_entropy is None else grad_logprob[start:stop],
+            grad_entropy=None if grad_entropy is None else grad_entropy[start:stop],
+            with_entropy=False,
+        )
+        scale = grad_logprob[start:stop] if grad_entropy is None else None
         _add_products(place, rows, gradients.rows(start, stop), scale)
 
 

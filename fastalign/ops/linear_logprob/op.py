@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.linear_buffers import Buffers, Plan, plan_buffers
-from fastalign.ops.linear_head import accumulation_dtype, product_dtype
 from fastalign.ops.linear_logprob import chunked
 from fastalign.ops.linear_logprob.operands import Gradients, Needs, head_inputs
+from fastalign.ops.linear_products import accumulation_dtype, product_dtype
 
 
 def _plan(
     hidden: Tensor,
     weight: Tensor,
     dtype: torch.dtype,
-    budget: int | None,
+    budget: int,
     needs: Needs,
     entropy: bool,
+    backend: str,
 ) -> Plan:
     return plan_buffers(
         hidden.shape[0],
@@ -30,6 +31,7 @@ def _plan(
         dtype,
         hidden.device.type,
         budget,
+        scratch=backend == "torch",
         keep=needs.kept,
         convert=needs.any,
         tile=entropy,
@@ -47,17 +49,20 @@ def linear_logprob_forward(
     logit_scale: float,
     ignore_index: int,
     compute_dtype: torch.dtype,
-    max_buffer_bytes: int | None,
+    max_buffer_bytes: int,
     needs: Sequence[bool],
     return_entropy: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-prob (T,), entropy (T,), kept brackets (K, V), direction (T, D) or (0, D)."""
     wanted = Needs(*needs)
     with torch.autocast(hidden.device.type, enabled=False):
         numbers = (softcap, logit_scale, ignore_index, compute_dtype)
         head = head_inputs(hidden, weight, bias, targets, temperature, *numbers)
-        plan = _plan(hidden, weight, compute_dtype, max_buffer_bytes, wanted, return_entropy)
-        buffers = Buffers(plan, weight.shape[0], compute_dtype, hidden.device)
+        plan = _plan(
+            hidden, weight, compute_dtype, max_buffer_bytes, wanted, return_entropy, backend
+        )
+        buffers = Buffers(plan, weight.shape[0], compute_dtype, hidden.device, backend)
         kept = buffers.new_kept(plan.kept_rows)
         direction = torch.empty(
             (hidden.shape[0] if wanted.direction else 0, hidden.shape[1]),
@@ -85,13 +90,14 @@ def _forward_fake(
     logit_scale: float,
     ignore_index: int,
     compute_dtype: torch.dtype,
-    max_buffer_bytes: int | None,
+    max_buffer_bytes: int,
     needs: Sequence[bool],
     return_entropy: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wanted = Needs(*needs)
     dtype = accumulation_dtype(compute_dtype)
-    plan = _plan(hidden, weight, compute_dtype, max_buffer_bytes, wanted, return_entropy)
+    plan = _plan(hidden, weight, compute_dtype, max_buffer_bytes, wanted, return_entropy, backend)
     kept_dtype = product_dtype(compute_dtype, hidden.device.type)
     num_rows = hidden.shape[0]
     return (
@@ -117,9 +123,10 @@ def linear_logprob_backward(
     logit_scale: float,
     ignore_index: int,
     compute_dtype: torch.dtype,
-    max_buffer_bytes: int | None,
+    max_buffer_bytes: int,
     needs: Sequence[bool],
     return_entropy: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; an empty tensor for each that is not wanted."""
     wanted = Needs(*needs)
@@ -127,7 +134,9 @@ def linear_logprob_backward(
     with torch.autocast(hidden.device.type, enabled=False):
         numbers = (softcap, logit_scale, ignore_index, compute_dtype)
         head = head_inputs(hidden, weight, bias, targets, temperature, *numbers)
-        plan = _plan(hidden, weight, compute_dtype, max_buffer_bytes, wanted, return_entropy)
+        plan = _plan(
+            hidden, weight, compute_dtype, max_buffer_bytes, wanted, return_entropy, backend
+        )
         gradients = Gradients(
             torch.empty_like(hidden, memory_format=torch.contiguous_format)
             if wanted.hidden
@@ -137,7 +146,7 @@ def linear_logprob_backward(
         )
         chunked.backward(
             head,
-            Buffers(plan, weight.shape[0], compute_dtype, hidden.device),
+            Buffers(plan, weight.shape[0], compute_dtype, hidden.device, backend),
             gradients,
             grad_logprob,
             grad_entropy=grad_entropy,
@@ -171,9 +180,10 @@ def _backward_fake(
     logit_scale: float,
     ignore_index: int,
     compute_dtype: torch.dtype,
-    max_buffer_bytes: int | None,
+    max_buffer_bytes: int,
     needs: Sequence[bool],
     return_entropy: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     wanted = Needs(*needs)
     return (
@@ -194,10 +204,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> Any:
     hidden, weight, bias, targets, temperature, kept, direction = ctx.saved_tensors
-    needs = ctx.options[-2]
+    needs = ctx.options[-3]
     if grad_logprob is None:
         if grad_entropy is None:
-            return (None,) * 12
+            return (None,) * 13
         grad_logprob = torch.zeros_like(grad_entropy)
     gradients = linear_logprob_backward(
         grad_logprob,
@@ -212,7 +222,7 @@ def _backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None
         *ctx.options,
     )
     wanted = [value if need else None for value, need in zip(gradients, needs, strict=True)]
-    return (*wanted, *([None] * 9))
+    return (*wanted, *([None] * 10))
 
 
 linear_logprob_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastalign.ops.linear_head import HeadTransform, accumulation_dtype, operand
+from fastalign.ops.head_tile import HeadTransform
+from fastalign.ops.linear_products import accumulation_dtype, operand
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastalign.ops.linear_head import accumulation_dtype
+from fastalign.ops.linear_products import accumulation_dtype
 
 
 def head_logits(

@@ -10,21 +10,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastalign.ops.triton_softmax import add_block, tanh
+
 MAX_BLOCK = 4096
-
-
-@triton.jit
-def _tanh(x):
-    # 1 - 2 / (e^2x + 1), from the side where the exponential cannot overflow.
-    e = tl.exp(-2.0 * tl.abs(x))
-    t = (1.0 - e) / (1.0 + e)
-    return tl.where(x < 0, -t, t)
 
 
 @triton.jit
 def _transform(x, softcap, scale, HAS_SOFTCAP: tl.constexpr):
     if HAS_SOFTCAP:
-        x = softcap * _tanh(x / softcap)
+        x = softcap * tanh(x / softcap)
     return x * scale
 
 
@@ -59,18 +53,7 @@ def token_logprob_fwd_kernel(
         inside = column < num_columns
         x = tl.load(start_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
         z = tl.where(inside, _transform(x, softcap, scale, HAS_SOFTCAP), -float("inf"))
-        new_m = tl.maximum(m, tl.max(z, axis=0))
-        # -inf - -inf is NaN, and so is 0 * -inf; a NaN of the logits stays one.
-        subtracted = tl.where(new_m == -float("inf"), 0.0, new_m)
-        # Before anything finite was seen there is nothing to rescale.
-        drop = tl.where(m == -float("inf"), 0.0, m - subtracted)
-        shrink = tl.exp(drop)
-        shifted = z - subtracted
-        shifted = tl.where(shifted < -1e30, -1e30, shifted)
-        e = tl.exp(shifted)
-        weighted = shrink * (weighted + drop * total) + tl.sum(e * shifted, axis=0)
-        total = shrink * total + tl.sum(e, axis=0)
-        m = new_m
+        m, total, weighted = add_block(m, total, weighted, z)
     log_total = tl.log(total)
     ignored = target == ignore_index
     x = tl.load(start_ptr + tl.where(ignored, 0, target)).to(tl.float32)
@@ -116,7 +99,7 @@ def token_logprob_bwd_kernel(
         x = tl.load(logits_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
         slope = scale
         if HAS_SOFTCAP:
-            t = _tanh(x / softcap)
+            t = tanh(x / softcap)
             x = softcap * t
             slope = scale * (1.0 - t * t)
         log_p = x * scale - logsumexp
