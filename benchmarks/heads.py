@@ -26,14 +26,30 @@ class HeadCase:
         return 2 * num_products * self.num_tokens * self.hidden_size * self.vocab_size
 
 
-CPU_CASES = (
-    HeadCase("t512_d1024_v32768", 512, 1024, 32768, 4),
-    HeadCase("t500_d768_v50257", 500, 768, 50257, 2),
-)
-CUDA_CASES = (
-    HeadCase("t4096_d4096_v128256", 4096, 4096, 128256, 8),
-    HeadCase("t8192_d4096_v151936", 8192, 4096, 151936, 1),
-)
+# Shapes of real models' heads. The CPU's are smaller, in T.
+CASES = {
+    case.name: case
+    for case in (
+        HeadCase("smollm2-135m", 4096, 576, 49152, 8),
+        HeadCase("smollm2-135m-one-pair", 8192, 576, 49152, 1),
+        HeadCase("qwen2.5-0.5b-t512", 512, 896, 151936, 4),
+        HeadCase("qwen2.5-0.5b", 8192, 896, 151936, 8),
+        HeadCase("gemma-2-2b", 8192, 2304, 256000, 8),
+        HeadCase("llama-3-8b", 4096, 4096, 128256, 8),
+        HeadCase("qwen3-8b", 8192, 4096, 151936, 8),
+        HeadCase("t512_d1024_v32768", 512, 1024, 32768, 4),
+        HeadCase("t500_d768_v50257", 500, 768, 50257, 2),
+    )
+}
+# What runs where no case is named: by comparison and device.
+DEFAULT_CASES = {
+    ("head", "cpu"): ("smollm2-135m", "qwen2.5-0.5b-t512", "smollm2-135m-one-pair"),
+    ("head", "cuda"): ("smollm2-135m", "qwen2.5-0.5b", "gemma-2-2b", "llama-3-8b", "qwen3-8b"),
+    ("dpo-loss", "cpu"): ("t512_d1024_v32768", "t500_d768_v50257"),
+    ("dpo-loss", "cuda"): ("llama-3-8b",),
+    ("linear-logprob", "cpu"): ("t512_d1024_v32768", "t500_d768_v50257"),
+    ("linear-logprob", "cuda"): ("llama-3-8b",),
+}
 
 
 @dataclass
@@ -44,7 +60,8 @@ class HeadInputs:
     weight: Tensor  # (V, D)
     targets: Tensor  # (T,)
     cu_seqlens: Tensor  # (2B + 1,)
-    reference_logprob: Tensor  # (2B,)
+    reference_logprob: Tensor  # (2B,), zeros: every peer takes that
+    places: tuple[Tensor, Tensor, Tensor] | None = None  # of the bare products
 
 
 def make_inputs(case: HeadCase, device: str, dtype: torch.dtype) -> HeadInputs:
@@ -56,13 +73,12 @@ def make_inputs(case: HeadCase, device: str, dtype: torch.dtype) -> HeadInputs:
     targets = torch.randint(case.vocab_size, (case.num_tokens,), generator=generator)
     num_sequences = 2 * case.num_pairs
     bounds = [case.num_tokens * i // num_sequences for i in range(num_sequences + 1)]
-    lengths = torch.tensor(bounds).diff()
     return HeadInputs(
         hidden=hidden.to(device, dtype).requires_grad_(),
         weight=weight.to(device, dtype).requires_grad_(),
         targets=targets.to(device),
         cu_seqlens=torch.tensor(bounds),
-        reference_logprob=(-15.0 * lengths).to(device),
+        reference_logprob=torch.zeros(num_sequences, device=device),
     )
 
 
@@ -72,13 +88,17 @@ def eager_logprob(inputs: HeadInputs) -> Tensor:
     return logits.log_softmax(-1).gather(1, inputs.targets[:, None])[:, 0]
 
 
-def eager_dpo(inputs: HeadInputs) -> Tensor:
-    """The DPO loss (arXiv 2305.18290, eq. 7) on `eager_logprob`."""
-    logprob = eager_logprob(inputs)
+def dpo_of(logprob: Tensor, inputs: HeadInputs) -> Tensor:
+    """The DPO loss (arXiv 2305.18290, eq. 7) of per-token log-probs."""
     lengths = inputs.cu_seqlens.diff().tolist()
     sequence = torch.stack([part.sum() for part in logprob.split(lengths)])
     ratio = sequence - inputs.reference_logprob
     return -torch.nn.functional.logsigmoid(BETA * (ratio[0::2] - ratio[1::2])).mean()
+
+
+def eager_dpo(inputs: HeadInputs) -> Tensor:
+    """The DPO loss on `eager_logprob`."""
+    return dpo_of(eager_logprob(inputs), inputs)
 
 
 def fastalign_dpo(inputs: HeadInputs) -> Tensor:
@@ -101,16 +121,28 @@ def fastalign_logprob(inputs: HeadInputs) -> Tensor:
     return logprob
 
 
-def products(inputs: HeadInputs) -> None:
-    """The three bare matrix products of a head: logits, dHidden, dWeight."""
+def products(inputs: HeadInputs, num_products: int = 3) -> None:
+    """The bare matrix products of a head (logits, dHidden, dWeight), into places that are there."""
+    hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
+    if inputs.places is None:
+        logits = hidden.new_zeros(hidden.shape[0], weight.shape[0])
+        inputs.places = (logits, torch.zeros_like(hidden), torch.zeros_like(weight))
+    logits, of_hidden, of_weight = inputs.places
+    torch.mm(hidden, weight.t(), out=logits)
+    if num_products > 1:
+        torch.mm(logits, weight, out=of_hidden)
+    if num_products > 2:
+        torch.mm(logits.t(), hidden, out=of_weight)
+
+
+def forward_only(function: Callable[[HeadInputs], Tensor], inputs: HeadInputs) -> Tensor:
+    """The loss, without gradients."""
     with torch.no_grad():
-        logits = inputs.hidden @ inputs.weight.T
-        _ = logits @ inputs.weight
-        _ = logits.T @ inputs.hidden
+        return function(inputs).sum()
 
 
 def forward_backward(function: Callable[[HeadInputs], Tensor], inputs: HeadInputs) -> Tensor:
-    """One loss and its gradients in `hidden` and `weight`, which are then thrown away."""
+    """One loss and its gradients, in `hidden` and, unless frozen, `weight`: then thrown away."""
     loss = function(inputs).sum()
     loss.backward()
     inputs.hidden.grad = inputs.weight.grad = None
@@ -120,4 +152,5 @@ def forward_backward(function: Callable[[HeadInputs], Tensor], inputs: HeadInput
 IMPLEMENTATIONS: dict[str, dict[str, Callable[[HeadInputs], Tensor]]] = {
     "dpo-loss": {"eager": eager_dpo, "fastalign": fastalign_dpo},
     "linear-logprob": {"eager": eager_logprob, "fastalign": fastalign_logprob},
+    "head": {"eager": eager_dpo, "fastalign": fastalign_dpo},
 }

@@ -28,6 +28,16 @@ class Measurement:
     peak_bytes: int | None
 
 
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's with the threads that torch uses."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    table = Path("/proc/cpuinfo")
+    lines = table.read_text().splitlines() if table.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"
+
+
 def resident_bytes(field: str) -> int:
     """`VmRSS` (now) or `VmHWM` (peak since the last reset) of this process, on Linux."""
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():

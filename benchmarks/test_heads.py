@@ -4,34 +4,37 @@ import pytest
 import torch
 
 from benchmarks.heads import (
-    CPU_CASES,
-    CUDA_CASES,
+    CASES,
+    DEFAULT_CASES,
     IMPLEMENTATIONS,
     HeadCase,
     forward_backward,
     make_inputs,
     products,
 )
+from benchmarks.peers import usable_peers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
-CASES = CUDA_CASES if DEVICE == "cuda" else CPU_CASES
-CALLS = [(name, key) for name, functions in IMPLEMENTATIONS.items() for key in functions]
+SOME_CASES = [CASES[name] for name in DEFAULT_CASES["dpo-loss", DEVICE]]
+PEERS, _ = usable_peers(DEVICE)
+FUNCTIONS = {**IMPLEMENTATIONS, "head": {**IMPLEMENTATIONS["head"], **PEERS}}
+CALLS = [(name, key) for name, functions in FUNCTIONS.items() for key in functions]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SOME_CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize(("name", "implementation"), CALLS)
 def test_head(benchmark, case: HeadCase, name: str, implementation: str) -> None:
     """One forward and backward of one implementation, checked against the eager one first."""
     inputs = make_inputs(case, DEVICE, DTYPE)
-    function = IMPLEMENTATIONS[name][implementation]
+    function = FUNCTIONS[name][implementation]
     truth = forward_backward(IMPLEMENTATIONS[name]["eager"], inputs)
     torch.testing.assert_close(forward_backward(function, inputs), truth, rtol=3e-2, atol=0)
     benchmark.group = f"{name} {case.name} {DTYPE}"
     benchmark.pedantic(forward_backward, (function, inputs), rounds=3, warmup_rounds=1)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", SOME_CASES, ids=lambda case: case.name)
 def test_products(benchmark, case: HeadCase) -> None:
     """The bare matrix products beside which the heads are judged."""
     inputs = make_inputs(case, DEVICE, DTYPE)

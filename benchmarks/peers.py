@@ -1,0 +1,115 @@
+"""The peers of the head benchmark: each gives the same DPO loss from the same inputs.
+
+A peer is a function that returns its implementation, and raises ImportError or ValueError, with the
+reason, where it cannot run. Reference log-probs are zero, and sequences equally long, because not
+every peer takes others.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.heads import HeadInputs, dpo_of, eager_dpo
+
+Implementation = Callable[[HeadInputs], Tensor]
+TORCH_CHUNK_ROWS = 512
+
+
+def torch_compile(device: str) -> Implementation:
+    """The eager lines under torch.compile."""
+    compiled: Implementation = torch.compile(eager_dpo, dynamic=False)
+    return compiled
+
+
+def torch_linear_cross_entropy(device: str) -> Implementation:
+    """torch.nn.functional.linear_cross_entropy, in chunks; its `auto` takes 8 rows on a CPU."""
+    options = torch.nn.LinearCrossEntropyOptions(
+        batch_chunk_size=TORCH_CHUNK_ROWS, chunking_method=None, acc_policy="accurate"
+    )
+
+    def loss(inputs: HeadInputs) -> Tensor:
+        negative = torch.nn.functional.linear_cross_entropy(
+            inputs.hidden, inputs.weight, inputs.targets, reduction="none", options=options
+        )
+        return dpo_of(-negative.float(), inputs)
+
+    return loss
+
+
+def trl(device: str) -> Implementation:
+    """TRL's fused head, as its DPO trainer calls it (without the entropy that it can add)."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    def loss(inputs: HeadInputs) -> Tensor:
+        logprob, *_ = ChunkedLogProbFunction.apply(
+            inputs.hidden,
+            inputs.weight,
+            None,
+            inputs.targets,
+            1.0,
+            _CHUNKED_LOGPROB_CHUNK_SIZE,
+            None,
+            1.0,
+            (),
+        )
+        return dpo_of(logprob, inputs)
+
+    return loss
+
+
+def liger_dpo(device: str) -> Implementation:
+    """Liger's fused DPO loss; its rows are (chosen..., rejected...), equally long."""
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    function = LigerFusedLinearDPOLoss(use_ref_model=False)
+
+    def loss(inputs: HeadInputs) -> Tensor:
+        num_sequences = inputs.cu_seqlens.numel() - 1
+        if inputs.targets.numel() % num_sequences:
+            raise ValueError("its sequences must be equally long")
+
+        def stacked(value: Tensor) -> Tensor:
+            value = value.unflatten(0, (num_sequences, -1))
+            return torch.cat([value[0::2], value[1::2]])
+
+        result = function(inputs.weight, stacked(inputs.hidden), stacked(inputs.targets))
+        return result[0] if isinstance(result, tuple) else result
+
+    return loss
+
+
+def cut_cross_entropy(device: str) -> Implementation:
+    """Apple's cut cross-entropy, exact (without its gradient filter); CUDA only."""
+    if device != "cuda":
+        raise ValueError("it has kernels for CUDA only")
+    from cut_cross_entropy import linear_cross_entropy
+
+    def loss(inputs: HeadInputs) -> Tensor:
+        negative = linear_cross_entropy(
+            inputs.hidden, inputs.weight, inputs.targets, reduction="none", impl="cce_exact"
+        )
+        return dpo_of(-negative.float(), inputs)
+
+    return loss
+
+
+PEERS: dict[str, Callable[[str], Implementation]] = {
+    "torch.compile": torch_compile,
+    "torch lce": torch_linear_cross_entropy,
+    "trl": trl,
+    "liger": liger_dpo,
+    "cce": cut_cross_entropy,
+}
+
+
+def usable_peers(device: str) -> tuple[dict[str, Implementation], dict[str, str]]:
+    """The peers that can be imported here, and why the others cannot."""
+    usable, reasons = {}, {}
+    for name, make in PEERS.items():
+        try:
+            usable[name] = make(device)
+        except (ImportError, ValueError) as error:
+            reasons[name] = str(error).splitlines()[0]
+    return usable, reasons
