@@ -6,16 +6,20 @@ operations, `fastalign.trainers` what `fastalign sft` and `fastalign dpo` run.
 
 from fastalign.fused import (
     fused_linear_dpo_loss,
+    fused_linear_ppo_loss,
     fused_linear_preference_loss,
     fused_linear_sft_loss,
+    sequence_logprob,
 )
 from fastalign.ops import fused_linear_loss, linear_logprob, token_logprob
 
 __all__ = [
     "fused_linear_dpo_loss",
     "fused_linear_loss",
+    "fused_linear_ppo_loss",
     "fused_linear_preference_loss",
     "fused_linear_sft_loss",
     "linear_logprob",
+    "sequence_logprob",
     "token_logprob",
 ]

@@ -1,6 +1,7 @@
 """Losses: one pure function a formula, per item and unreduced, torch only."""
 
 from fastalign.losses.pairs import PairLogprobs
+from fastalign.losses.policy import ppo_clip
 from fastalign.losses.preference import (
     dpo,
     dpo_davidson,
@@ -36,6 +37,7 @@ __all__ = [
     "ipo_sum",
     "negative_logprob",
     "orpo",
+    "ppo_clip",
     "rao_kupper",
     "segment_sum",
     "simpo",

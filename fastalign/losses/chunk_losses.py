@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastalign.losses.pairs import PairLogprobs
+from fastalign.losses.policy import ppo_clip
 from fastalign.losses.segments import segment_sum
 from fastalign.losses.sft import negative_logprob
 from fastalign.ops.fused_linear_loss import LossFunction, TokenChunk
@@ -96,6 +97,50 @@ def sft_loss_fn(*, normaliser: float | Tensor) -> LossFunction:
 
     def loss_fn(chunk: TokenChunk) -> tuple[Tensor, dict[str, Tensor]]:
         return negative_logprob(chunk.logprob).sum() / normaliser, _token_metrics(chunk)
+
+    return loss_fn
+
+
+def ppo_loss_fn(
+    old_logprob: Tensor,  # (T,)
+    advantage: Tensor,  # (T,)
+    *,
+    clip_range: float = 0.2,
+    entropy_coefficient: float = 0.0,
+    normaliser: float | Tensor,
+) -> LossFunction:
+    """PPO's clipped loss less an entropy bonus over `normaliser`, for `fused_linear_loss`.
+
+    Args:
+        old_logprob: Log-probs of the policy that sampled, for all rows of the call.
+        advantage: Advantages, for all rows of the call.
+        clip_range: As in `ppo_clip`.
+        entropy_coefficient: The weight of the entropy bonus.
+        normaliser: The number of target tokens of the *whole* step.
+
+    Returns:
+        The loss function. Its metrics are sums over target tokens: `policy/approxkl_avg`,
+        `policy/clipfrac_avg`, `policy/entropy_avg`, `val/ratio`, and those of `sft_loss_fn`.
+    """
+
+    def loss_fn(chunk: TokenChunk) -> tuple[Tensor, dict[str, Tensor]]:
+        rows, target = slice(chunk.row_start, chunk.row_stop), chunk.is_target
+        old = torch.where(target, old_logprob[rows].to(chunk.logprob), 0.0)
+        advantages = torch.where(target, advantage[rows].to(chunk.logprob), 0.0)
+        losses = ppo_clip(chunk.logprob, old, advantages, clip_range=clip_range)
+        loss = losses.sum() / normaliser
+        if entropy_coefficient:
+            loss = loss - entropy_coefficient * chunk.entropy.sum() / normaliser
+        change = (chunk.logprob - old).detach()
+        ratio = change.exp()
+        clipped = (losses.detach() > -ratio * advantages) & target
+        return loss, {
+            "policy/approxkl_avg": 0.5 * change.square().sum(),
+            "policy/clipfrac_avg": clipped.to(ratio.dtype).sum(),
+            "policy/entropy_avg": chunk.entropy.sum(),
+            "val/ratio": (ratio * target).sum(),
+            **_token_metrics(chunk),
+        }
 
     return loss_fn
 

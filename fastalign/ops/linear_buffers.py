@@ -154,6 +154,11 @@ class Buffers:
         """How many rows one product of the forward has."""
         return self._plan.tile_rows or MAX_TILE_ROWS
 
+    def lend_tile(self, kept: Tensor) -> None:
+        """Lets kept brackets that are read no more be the tile, where the plan has none."""
+        if self._plan.tile_rows == 0:
+            self._tile = kept
+
     def new_kept(self, rows: int) -> Tensor:
         """A place (rows, V) for brackets, in the products' dtype."""
         return self._empty(rows, self._product_dtype)

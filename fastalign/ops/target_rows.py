@@ -23,16 +23,21 @@ class TargetRows:
         self.hidden, self.targets, self.temperature = hidden, targets, temperature
         self._num_rows = hidden.shape[0] if hidden.ndim else 0
         self._mask: Tensor | None = None
+        self._kept: Tensor | None = None
         if targets.ndim != 1 or hidden.shape[:1] != targets.shape:
             return
         mask = targets != ignore_index
         kept = mask.nonzero().flatten()
         if kept.numel() == self._num_rows:
             return
-        self._mask = mask
+        self._mask, self._kept = mask, kept
         self.hidden, self.targets = hidden.index_select(0, kept), targets[kept]
         if isinstance(temperature, Tensor) and temperature.shape == targets.shape:
             self.temperature = temperature[kept]
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """Values (T, ...) of all rows, at the gathered ones."""
+        return values if self._kept is None else values[self._kept]
 
     def bounds(self, cu_seqlens: Tensor | Sequence[int]) -> list[int]:
         """Row bounds of sequences, given among all rows, among the gathered ones; on the host.

@@ -109,7 +109,7 @@ def spans_seen(bounds: list[int] | None, budget: int | None) -> list[tuple[int, 
         assert chunk.logprob.shape == (chunk.row_stop - chunk.row_start,)
         assert chunk.logprob.requires_grad
         assert chunk.logprob.is_leaf
-        assert not chunk.entropy.requires_grad
+        assert chunk.entropy.requires_grad
         assert chunk.is_target.tolist() == [
             row not in IGNORED for row in range(chunk.row_start, chunk.row_stop)
         ]

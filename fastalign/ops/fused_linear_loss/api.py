@@ -53,7 +53,8 @@ def fused_linear_loss(
             host, or a GPU is waited for. None: every row is a group of its own.
         loss_fn: Takes a `TokenChunk`, returns a scalar and metrics. Called once for each chunk;
             losses and metrics are summed over chunks, so a normaliser must be that of the whole
-            batch. Only the log-probs get gradients through it.
+            batch. Log-probs and entropies get gradients through it; a loss that uses entropies
+            has the logits computed again (8 in place of 6).
         bias: The head's bias.
         temperature: As in `linear_logprob`.
         softcap: As in `linear_logprob`.

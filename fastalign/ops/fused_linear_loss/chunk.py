@@ -10,12 +10,12 @@ from torch import Tensor
 class TokenChunk:
     """The rows row_start..row_stop of one call: the whole groups group_start..group_stop.
 
-    n = row_stop - row_start. Log-probs are float32 (float64 for float64 products) and require grad
-    wherever gradients are wanted; the rest is for metrics.
+    n = row_stop - row_start. Log-probs and entropies are float32 (float64 for float64 products) and
+    require grad wherever gradients are wanted.
     """
 
     logprob: Tensor  # (n,), 0 where not a target
-    entropy: Tensor  # (n,), detached, in nats
+    entropy: Tensor  # (n,), in nats; a loss that uses it has the logits computed again
     is_argmax: Tensor  # (n,) bool: no logit is larger than the target's
     is_target: Tensor  # (n,) bool: False where the target was ignore_index
     row_start: int

@@ -181,13 +181,16 @@ def _chunk(
         dtype = accumulation_dtype(rows.hidden.dtype)
         direction = torch.empty(rows.hidden.shape, dtype=dtype, device=rows.hidden.device)
     read = chunked.forward(rows, buffers, kept=kept, direction=direction)
-    loss, metrics, coefficient = _differentiated(loss_fn, read, rows.ignored, span, needs.any)
+    loss, metrics, coefficients = _differentiated(loss_fn, read, rows.ignored, span, needs.any)
     if needs.any:
+        if kept is not None and coefficients[1] is not None:
+            buffers.lend_tile(kept)  # an entropy's gradient has every row computed again
         chunked.backward(
             rows,
             buffers,
             gradients.rows(start, stop),
-            coefficient,
+            coefficients[0],
+            grad_entropy=coefficients[1],
             kept=kept,
             direction=direction,
         )
@@ -200,14 +203,16 @@ def _differentiated(
     ignored: Tensor,
     span: tuple[int, int, int, int],
     gradient: bool,
-) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """The chunk's loss and metrics, and the loss's derivative by each log-prob."""
+) -> tuple[Tensor, dict[str, Tensor], tuple[Tensor, Tensor | None]]:
+    """The chunk's loss and metrics, and its derivatives by each log-prob and entropy."""
     logprob = read.logprob.requires_grad_(gradient)
+    entropy = read.entropy.requires_grad_(gradient)
     with torch.set_grad_enabled(gradient):
-        loss, metrics = loss_fn(TokenChunk(logprob, read.entropy, read.is_argmax, ~ignored, *span))
+        loss, metrics = loss_fn(TokenChunk(logprob, entropy, read.is_argmax, ~ignored, *span))
     check_scalar(loss)
-    coefficient = torch.zeros_like(read.logprob)
+    by_logprob, by_entropy = torch.zeros_like(read.logprob), None
     if gradient and loss.requires_grad:
-        (found,) = torch.autograd.grad(loss, logprob, allow_unused=True)
-        coefficient = coefficient if found is None else found
-    return loss.detach(), {name: value.detach() for name, value in metrics.items()}, coefficient
+        found, by_entropy = torch.autograd.grad(loss, (logprob, entropy), allow_unused=True)
+        by_logprob = by_logprob if found is None else found
+    detached = {name: value.detach() for name, value in metrics.items()}
+    return loss.detach(), detached, (by_logprob, by_entropy)

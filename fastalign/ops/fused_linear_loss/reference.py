@@ -24,9 +24,7 @@ def forward(
     logits = head_logits(hidden, weight, bias, temperature, softcap, logit_scale, compute_dtype)
     ignored = targets == ignore_index
     logprob, entropy, is_argmax = row_statistics(logits, targets.masked_fill(ignored, 0), ignored)
-    chunk = TokenChunk(
-        logprob, entropy.detach(), is_argmax, ~ignored, 0, targets.shape[0], 0, num_groups
-    )
+    chunk = TokenChunk(logprob, entropy, is_argmax, ~ignored, 0, targets.shape[0], 0, num_groups)
     loss, metrics = loss_fn(chunk)
     check_scalar(loss)
     return loss, {name: value.detach() for name, value in metrics.items()}

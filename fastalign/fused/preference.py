@@ -1,8 +1,4 @@
-"""Drop-in fused losses: from hidden states to a loss, for a trainer of your own.
-
-Each is `fused_linear_loss` with a formula of `fastalign.losses`: exact, with the gradient computed
-in the forward, and without the (T, V) logits. For another preference loss, pass it to
-`fused_linear_preference_loss`; for another kind, write a loss function for `fused_linear_loss`.
+"""The drop-ins for preference pairs.
 
 Legend: T rows, V vocabulary, D hidden, R = 2B responses of B pairs: chosen, rejected, chosen, ...
 """
@@ -12,104 +8,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastalign.fused.metrics import metric_means
 from fastalign.losses import PairLogprobs, dpo
-from fastalign.losses.chunk_losses import PairLoss, preference_loss_fn, sft_loss_fn
+from fastalign.losses.chunk_losses import PairLoss, preference_loss_fn
 from fastalign.ops.fused_linear_loss import fused_linear_loss
 from fastalign.ops.linear_arguments import LinearBackend
 from fastalign.ops.target_rows import TargetRows
-
-__all__ = [
-    "PairLoss",
-    "fused_linear_dpo_loss",
-    "fused_linear_preference_loss",
-    "fused_linear_sft_loss",
-    "metric_means",
-    "preference_loss_fn",
-    "sft_loss_fn",
-]
-
-
-def metric_means(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Turns the summed metrics of a step into means, under the same names; counts stay counts.
-
-    Means are over pairs, but for `entropy` and `mean_token_accuracy`, which are over target tokens,
-    `logits/chosen` and `logits/rejected`, over that side's, and `rewards/accuracies`, over pairs
-    that are not ties. A mean over nothing is 0.
-    """
-    counts = {name: value for name, value in sums.items() if name.startswith("num_")}
-    means = dict(counts)
-    for name, value in sums.items():
-        if name in counts:
-            continue
-        if name in ("entropy", "mean_token_accuracy"):
-            count = counts["num_target_tokens"]
-        elif name in ("logits/chosen", "logits/rejected"):
-            count = counts[f"num_{name.removeprefix('logits/')}_tokens"]
-        elif name == "rewards/accuracies":
-            count = counts["num_pairs"] - counts["num_ties"]
-        else:
-            count = counts["num_pairs"]
-        means[name] = value / count.clamp(min=1)
-    return means
-
-
-def fused_linear_sft_loss(
-    hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
-    targets: Tensor,  # (T,) int64
-    *,
-    normaliser: float | Tensor | None = None,
-    bias: Tensor | None = None,  # (V,)
-    temperature: float | Tensor = 1.0,  # or (T,)
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    ignore_index: int = -100,
-    compute_dtype: torch.dtype | None = None,
-    max_buffer_bytes: int | None = None,
-    backend: LinearBackend = "auto",
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of a head, with its gradient in the forward.
-
-    Args:
-        hidden: Hidden states that predict `targets` (already shifted).
-        weight: The head's weight.
-        targets: Token ids; rows with `ignore_index` are left out of every product, for which a GPU
-            is waited for once.
-        normaliser: What the sum over tokens is divided by; None: the number of targets here.
-        bias: This and what follows: as in `fused_linear_loss`.
-        temperature: See there.
-        softcap: See there.
-        logit_scale: See there.
-        ignore_index: See there.
-        compute_dtype: See there.
-        max_buffer_bytes: See there.
-        backend: See there.
-
-    Returns:
-        The loss (), and the means of `metric_means`.
-
-    Raises:
-        ValueError: As `fused_linear_loss`.
-    """
-    rows = TargetRows(hidden, targets, temperature, ignore_index)
-    if normaliser is None:
-        normaliser = float(max(rows.targets.shape[0], 1))
-    loss, sums = fused_linear_loss(
-        rows.hidden,
-        weight,
-        rows.targets,
-        None,
-        sft_loss_fn(normaliser=normaliser),
-        bias=bias,
-        temperature=rows.temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        compute_dtype=compute_dtype,
-        max_buffer_bytes=max_buffer_bytes,
-        backend=backend,
-    )
-    return loss, metric_means(sums)
 
 
 def fused_linear_preference_loss(
@@ -134,6 +38,12 @@ def fused_linear_preference_loss(
     backend: LinearBackend = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Any preference loss of a head, with its gradient in the forward.
+
+    In place of these lines, and without their (T, V) tensors:
+
+        logprob = log_softmax((hidden @ weight.T).float(), -1)[arange(T), targets]
+        sums = stack([part.sum() for part in logprob.split(lengths)])
+        loss = pair_loss(PairLogprobs.from_responses(sums, reference_logprob, ...)).mean()
 
     Args:
         hidden: Hidden states that predict `targets` (already shifted).
@@ -213,6 +123,12 @@ def fused_linear_dpo_loss(
     backend: LinearBackend = "auto",
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """DPO (arXiv 2305.18290, eq. 7) of a head: `fused_linear_preference_loss` with `losses.dpo`.
+
+    In place of these lines, and without their (T, V) tensors:
+
+        logprob = log_softmax((hidden @ weight.T).float(), -1)[arange(T), targets]
+        ratio = stack([part.sum() for part in logprob.split(lengths)]) - reference_logprob
+        loss = -logsigmoid(beta * (ratio[0::2] - ratio[1::2])).mean()
 
     The arguments are those of `fused_linear_preference_loss`; `beta` is the loss's.
 

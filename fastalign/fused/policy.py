@@ -1,0 +1,167 @@
+"""The drop-in for policy gradients, and the log-probs of whole sequences.
+
+Legend: T rows, V vocabulary, D hidden, R sequences.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastalign.fused.metrics import metric_means
+from fastalign.losses import segment_sum
+from fastalign.losses.chunk_losses import ppo_loss_fn
+from fastalign.ops.fused_linear_loss import fused_linear_loss
+from fastalign.ops.linear_arguments import LinearBackend
+from fastalign.ops.linear_logprob import linear_logprob
+from fastalign.ops.target_rows import TargetRows
+
+
+def fused_linear_ppo_loss(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (T,) int64
+    old_logprob: Tensor,  # (T,)
+    advantage: Tensor,  # (T,)
+    *,
+    clip_range: float = 0.2,
+    entropy_coefficient: float = 0.0,
+    normaliser: float | Tensor | None = None,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float | Tensor = 1.0,  # or (T,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    compute_dtype: torch.dtype | None = None,
+    max_buffer_bytes: int | None = None,
+    backend: LinearBackend = "auto",
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped policy loss (arXiv 1707.06347, eq. 7) of a head, gradient in the forward.
+
+    In place of these lines, and without their (T, V) tensors:
+
+        log_p = log_softmax((hidden @ weight.T).float() / temperature, -1)
+        ratio = (log_p[arange(T), targets] - old_logprob).exp()
+        clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+        loss = -minimum(ratio * advantage, clipped * advantage).mean()
+        loss = loss - entropy_coefficient * -(log_p.exp() * log_p).sum(-1).mean()
+
+    Args:
+        hidden: Hidden states that predict `targets` (already shifted).
+        weight: The head's weight.
+        targets: Sampled token ids; rows with `ignore_index` are left out of every product, for
+            which a GPU is waited for once.
+        old_logprob: Log-probs of the policy that sampled, at the same temperature; no gradient.
+        advantage: Advantages; no gradient.
+        clip_range: Epsilon of the clipping.
+        entropy_coefficient: The weight of the entropy bonus. Where it is not 0 the logits are
+            computed twice, 8 TDV in place of 6.
+        normaliser: What the sum over tokens is divided by; None: the number of targets here.
+        bias: This and what follows: as in `fused_linear_loss`.
+        temperature: See there.
+        softcap: See there.
+        logit_scale: See there.
+        ignore_index: See there.
+        compute_dtype: See there.
+        max_buffer_bytes: See there.
+        backend: See there.
+
+    Returns:
+        The loss (), and the means of `metric_means`: `policy/approxkl_avg` (half the mean squared
+        difference of log-probs), `policy/clipfrac_avg`, `policy/entropy_avg`, `val/ratio`.
+
+    Raises:
+        ValueError: As `fused_linear_loss`, or a wrong shape or clip range.
+    """
+    for name, value in (("old_logprob", old_logprob), ("advantage", advantage)):
+        if value.shape != targets.shape:
+            raise ValueError(f"{name}: expected {tuple(targets.shape)}, got {tuple(value.shape)}")
+    rows = TargetRows(hidden, targets, temperature, ignore_index)
+    if normaliser is None:
+        normaliser = float(max(rows.targets.shape[0], 1))
+    loss_fn = ppo_loss_fn(
+        rows.gathered(old_logprob),
+        rows.gathered(advantage),
+        clip_range=clip_range,
+        entropy_coefficient=entropy_coefficient,
+        normaliser=normaliser,
+    )
+    loss, sums = fused_linear_loss(
+        rows.hidden,
+        weight,
+        rows.targets,
+        None,
+        loss_fn,
+        bias=bias,
+        temperature=rows.temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        compute_dtype=compute_dtype,
+        max_buffer_bytes=max_buffer_bytes,
+        backend=backend,
+    )
+    return loss, metric_means(sums)
+
+
+def sequence_logprob(
+    hidden: Tensor,  # (T, D)
+    weight: Tensor,  # (V, D)
+    targets: Tensor,  # (T,) int64
+    cu_seqlens: Tensor | Sequence[int],  # (R + 1,)
+    *,
+    bias: Tensor | None = None,  # (V,)
+    temperature: float | Tensor = 1.0,  # or (T,)
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    ignore_index: int = -100,
+    compute_dtype: torch.dtype | None = None,
+    max_buffer_bytes: int | None = None,
+    backend: LinearBackend = "auto",
+) -> Tensor:
+    """Log-probs (R,) of whole sequences: `linear_logprob`, summed over each sequence.
+
+    In place of these lines, and without their (T, V) tensors:
+
+        logprob = log_softmax((hidden @ weight.T).float(), -1)[arange(T), targets]
+        return stack([part.sum() for part in logprob.split(lengths)])
+
+    Differentiable in hidden, weight and bias. Sums are accumulated in float64.
+
+    Args:
+        hidden: Hidden states that predict `targets` (already shifted).
+        weight: The head's weight.
+        targets: Token ids; rows with `ignore_index` are left out of every product, for which a GPU
+            is waited for once.
+        cu_seqlens: Row bounds of the sequences, from 0 to T.
+        bias: This and what follows: as in `linear_logprob`.
+        temperature: See there.
+        softcap: See there.
+        logit_scale: See there.
+        ignore_index: See there.
+        compute_dtype: See there.
+        max_buffer_bytes: See there.
+        backend: See there.
+
+    Returns:
+        (R,) float32 (float64 where products are in float64); 0 for an empty sequence.
+
+    Raises:
+        ValueError: As `linear_logprob`, or bounds that do not rise from 0 to T.
+    """
+    rows = TargetRows(hidden, targets, temperature, ignore_index)
+    bounds = torch.tensor(rows.bounds(cu_seqlens), device=hidden.device)
+    logprob = linear_logprob(
+        rows.hidden,
+        weight,
+        rows.targets,
+        bias=bias,
+        temperature=rows.temperature,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        ignore_index=ignore_index,
+        compute_dtype=compute_dtype,
+        max_buffer_bytes=max_buffer_bytes,
+        backend=backend,
+    )
+    return segment_sum(logprob, bounds)

@@ -1,0 +1,136 @@
+"""The drop-in policy loss and sequence log-probs against eager lines."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastalign import fused_linear_ppo_loss, sequence_logprob
+from fastalign.losses import ppo_clip
+
+ROWS, VOCABULARY, WIDTH = 23, 41, 8
+BOUNDS = [0, 5, 5, 14, 23]
+
+
+def inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    targets = torch.arange(ROWS) * 7 % VOCABULARY
+    targets[[0, 4, 9]] = -100
+    leaves = (normal(ROWS, WIDTH), normal(VOCABULARY, WIDTH), normal(VOCABULARY))
+    hidden, weight, bias = (leaf.requires_grad_() for leaf in leaves)
+    return hidden, weight, bias, targets, normal(ROWS) - 4.0, normal(ROWS)
+
+
+def eager(hidden: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    log_p = (torch.nn.functional.linear(hidden, weight, bias) / 0.7).log_softmax(-1)
+    target = targets != -100
+    logprob = log_p.gather(1, targets.clamp(min=0)[:, None])[:, 0] * target
+    return logprob, -(log_p.exp() * log_p).sum(-1) * target
+
+
+def test_ppo_clip_by_hand() -> None:
+    # ratios 2, 2, 0.5, 0.5, 1.1 at epsilon 0.2
+    change = torch.tensor([2.0, 2.0, 0.5, 0.5, 1.1]).log()
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0, 3.0])
+    found = ppo_clip(change - 3.0, torch.full((5,), -3.0), advantage, clip_range=0.2)
+    torch.testing.assert_close(found, torch.tensor([-1.2, 2.0, -0.5, 0.8, -3.3]))
+
+
+def test_ppo_clip_names_wrong_arguments() -> None:
+    with pytest.raises(ValueError, match=r"advantage: expected \(2,\), got \(3,\)"):
+        ppo_clip(torch.zeros(2), torch.zeros(2), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"clip_range: expected a number in \(0, 1\), got 1.5"):
+        ppo_clip(torch.zeros(2), torch.zeros(2), torch.zeros(2), clip_range=1.5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("entropy_coefficient", [0.0, 0.3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("budget", [2_000, None])
+def test_ppo_loss_gradients_and_metrics(
+    budget: int | None, dtype: torch.dtype, entropy_coefficient: float, frozen: bool
+) -> None:
+    hidden, weight, bias, targets, old, advantage = inputs(dtype)
+    trained = [hidden] if frozen else [hidden, weight, bias]
+    weight.requires_grad_(not frozen)
+    bias.requires_grad_(not frozen)
+    loss, metrics = fused_linear_ppo_loss(
+        hidden,
+        weight,
+        targets,
+        old,
+        advantage,
+        clip_range=0.1,
+        entropy_coefficient=entropy_coefficient,
+        bias=bias,
+        temperature=0.7,
+        max_buffer_bytes=budget,
+    )
+    found = torch.autograd.grad(loss, trained)
+    logprob, entropy = eager(hidden, weight, bias, targets)
+    target = targets != -100
+    ratio = (logprob - old).exp()
+    losses = -torch.minimum(ratio * advantage, ratio.clamp(0.9, 1.1) * advantage) * target
+    expected = (losses.sum() - entropy_coefficient * entropy.sum()) / target.sum()
+    tolerance = (
+        {"rtol": 1e-9, "atol": 1e-9} if dtype == torch.float64 else {"rtol": 1e-4, "atol": 1e-5}
+    )
+    torch.testing.assert_close(loss, expected, **tolerance)
+    for one, other in zip(found, torch.autograd.grad(expected, trained), strict=True):
+        torch.testing.assert_close(one, other, **tolerance)
+    outside = ((ratio > 1.1) & (advantage > 0)) | ((ratio < 0.9) & (advantage < 0))
+    means = {
+        "policy/approxkl_avg": 0.5 * (logprob - old).square(),
+        "policy/clipfrac_avg": outside.to(dtype),
+        "policy/entropy_avg": entropy,
+        "val/ratio": ratio,
+    }
+    assert 0 < float(outside[target].to(dtype).mean()) < 1
+    for name, value in means.items():
+        torch.testing.assert_close(metrics[name], value[target].mean().detach(), **tolerance)
+
+
+def test_ppo_names_wrong_shapes() -> None:
+    hidden, weight, _, targets, old, advantage = inputs(torch.float32)
+    with pytest.raises(ValueError, match=r"old_logprob: expected \(23,\), got \(22,\)"):
+        fused_linear_ppo_loss(hidden, weight, targets, old[1:], advantage)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_sequence_logprob(dtype: torch.dtype) -> None:
+    hidden, weight, bias, targets, *_ = inputs(dtype)
+    options = {"bias": bias, "temperature": 0.7}
+    found = sequence_logprob(hidden, weight, targets, torch.tensor(BOUNDS), **options)
+    logprob, _ = eager(hidden, weight, bias, targets)
+    expected = torch.stack(
+        [part.sum() for part in logprob.split(torch.tensor(BOUNDS).diff().tolist())]
+    )
+    assert found[1] == 0
+    torch.testing.assert_close(found, expected)
+    upstream = torch.linspace(-1, 2, 4, dtype=dtype)
+    leaves = (hidden, weight, bias)
+    ours = torch.autograd.grad((found * upstream).sum(), leaves)
+    for one, other in zip(
+        ours, torch.autograd.grad((expected * upstream).sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_sequence_logprob_is_exact_over_4096_tokens_of_bfloat16() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(4096, 64, generator=generator).bfloat16()
+    weight = (torch.randn(1000, 64, generator=generator) * 3 / 8).bfloat16()
+    targets = torch.randint(1000, (4096,), generator=generator)
+    found = sequence_logprob(hidden, weight, targets, [0, 4096])
+    log_p = (hidden.double() @ weight.double().t()).log_softmax(-1)
+    expected = log_p.gather(1, targets[:, None]).sum()
+    assert abs(float(found) - float(expected)) < 1e-3
+
+
+def test_sequence_logprob_names_wrong_bounds() -> None:
+    hidden, weight, _, targets, *_ = inputs(torch.float32)
+    with pytest.raises(ValueError, match="cu_seqlens: expected integers that rise from 0 to 23"):
+        sequence_logprob(hidden, weight, targets, [0, 22])
