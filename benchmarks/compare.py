@@ -39,6 +39,7 @@ PASSES = {
     "forward+backward": (forward_backward, True, 3),
     "forward+backward, frozen": (forward_backward, False, 2),
 }
+ROOT = Path(__file__).parents[1]
 TESTS = ["tests/ops/test_fused_linear_loss.py", "tests/ops/test_head_tile.py"]
 
 
@@ -141,7 +142,8 @@ def print_table(rows: list[Row]) -> None:
 
 def refuse_on_a_red_test() -> None:
     """Ends the program where the head's own tests fail."""
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", *TESTS], check=False)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", *TESTS]
+    done = subprocess.run(command, cwd=ROOT, check=False)
     if done.returncode != 0:
         raise SystemExit(f"nothing is timed: {' '.join(TESTS)} failed")
 
