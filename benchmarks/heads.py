@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -60,6 +61,7 @@ class HeadInputs:
     weight: Tensor  # (V, D)
     targets: Tensor  # (T,)
     cu_seqlens: Tensor  # (2B + 1,)
+    lengths: tuple[int, ...]  # (2B,), on the host for all
     reference_logprob: Tensor  # (2B,), zeros: every peer takes that
     places: tuple[Tensor, Tensor, Tensor] | None = None  # of the bare products
 
@@ -78,6 +80,7 @@ def make_inputs(case: HeadCase, device: str, dtype: torch.dtype) -> HeadInputs:
         weight=weight.to(device, dtype).requires_grad_(),
         targets=targets.to(device),
         cu_seqlens=torch.tensor(bounds),
+        lengths=tuple(stop - start for start, stop in pairwise(bounds)),
         reference_logprob=torch.zeros(num_sequences, device=device),
     )
 
@@ -90,8 +93,7 @@ def eager_logprob(inputs: HeadInputs) -> Tensor:
 
 def dpo_of(logprob: Tensor, inputs: HeadInputs) -> Tensor:
     """The DPO loss (arXiv 2305.18290, eq. 7) of per-token log-probs."""
-    lengths = inputs.cu_seqlens.diff().tolist()
-    sequence = torch.stack([part.sum() for part in logprob.split(lengths)])
+    sequence = torch.stack([part.sum() for part in logprob.split(inputs.lengths)])
     ratio = sequence - inputs.reference_logprob
     return -torch.nn.functional.logsigmoid(BETA * (ratio[0::2] - ratio[1::2])).mean()
 

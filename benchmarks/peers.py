@@ -18,7 +18,7 @@ TORCH_CHUNK_ROWS = 512
 
 def torch_compile(device: str) -> Implementation:
     """The eager lines under torch.compile."""
-    compiled: Implementation = torch.compile(eager_dpo, dynamic=False)
+    compiled: Implementation = torch.compile(eager_dpo, dynamic=False, fullgraph=True)
     return compiled
 
 
