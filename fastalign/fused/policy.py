@@ -14,6 +14,7 @@ from fastalign.losses.chunk_losses import ppo_loss_fn
 from fastalign.ops.fused_linear_loss import fused_linear_loss
 from fastalign.ops.linear_arguments import LinearBackend
 from fastalign.ops.linear_logprob import linear_logprob
+from fastalign.ops.lora import LoraWeights
 from fastalign.ops.target_rows import TargetRows
 
 
@@ -32,6 +33,7 @@ def fused_linear_ppo_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    lora: LoraWeights | None = None,
     compute_dtype: torch.dtype | None = None,
     max_buffer_bytes: int | None = None,
     backend: LinearBackend = "auto",
@@ -62,6 +64,7 @@ def fused_linear_ppo_loss(
         softcap: See there.
         logit_scale: See there.
         ignore_index: See there.
+        lora: See there.
         compute_dtype: See there.
         max_buffer_bytes: See there.
         backend: See there.
@@ -97,6 +100,7 @@ def fused_linear_ppo_loss(
         softcap=softcap,
         logit_scale=logit_scale,
         ignore_index=ignore_index,
+        lora=lora,
         compute_dtype=compute_dtype,
         max_buffer_bytes=max_buffer_bytes,
         backend=backend,
@@ -115,6 +119,7 @@ def sequence_logprob(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    lora: LoraWeights | None = None,
     compute_dtype: torch.dtype | None = None,
     max_buffer_bytes: int | None = None,
     backend: LinearBackend = "auto",
@@ -139,6 +144,7 @@ def sequence_logprob(
         softcap: See there.
         logit_scale: See there.
         ignore_index: See there.
+        lora: See there.
         compute_dtype: See there.
         max_buffer_bytes: See there.
         backend: See there.
@@ -160,6 +166,7 @@ def sequence_logprob(
         softcap=softcap,
         logit_scale=logit_scale,
         ignore_index=ignore_index,
+        lora=lora,
         compute_dtype=compute_dtype,
         max_buffer_bytes=max_buffer_bytes,
         backend=backend,

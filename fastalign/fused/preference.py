@@ -13,6 +13,7 @@ from fastalign.losses import PairLogprobs, dpo
 from fastalign.losses.chunk_losses import PairLoss, preference_loss_fn
 from fastalign.ops.fused_linear_loss import fused_linear_loss
 from fastalign.ops.linear_arguments import LinearBackend
+from fastalign.ops.lora import LoraWeights
 from fastalign.ops.target_rows import TargetRows
 
 
@@ -33,6 +34,7 @@ def fused_linear_preference_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    lora: LoraWeights | None = None,
     compute_dtype: torch.dtype | None = None,
     max_buffer_bytes: int | None = None,
     backend: LinearBackend = "auto",
@@ -63,6 +65,7 @@ def fused_linear_preference_loss(
         softcap: See there.
         logit_scale: See there.
         ignore_index: See there.
+        lora: See there.
         compute_dtype: See there.
         max_buffer_bytes: See there.
         backend: See there.
@@ -97,6 +100,7 @@ def fused_linear_preference_loss(
         softcap=softcap,
         logit_scale=logit_scale,
         ignore_index=ignore_index,
+        lora=lora,
         compute_dtype=compute_dtype,
         max_buffer_bytes=max_buffer_bytes,
         backend=backend,
@@ -118,6 +122,7 @@ def fused_linear_dpo_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    lora: LoraWeights | None = None,
     compute_dtype: torch.dtype | None = None,
     max_buffer_bytes: int | None = None,
     backend: LinearBackend = "auto",
@@ -156,6 +161,7 @@ def fused_linear_dpo_loss(
         softcap=softcap,
         logit_scale=logit_scale,
         ignore_index=ignore_index,
+        lora=lora,
         compute_dtype=compute_dtype,
         max_buffer_bytes=max_buffer_bytes,
         backend=backend,

@@ -10,6 +10,7 @@ from fastalign.fused.metrics import metric_means
 from fastalign.losses.chunk_losses import sft_loss_fn
 from fastalign.ops.fused_linear_loss import fused_linear_loss
 from fastalign.ops.linear_arguments import LinearBackend
+from fastalign.ops.lora import LoraWeights
 from fastalign.ops.target_rows import TargetRows
 
 
@@ -24,6 +25,7 @@ def fused_linear_sft_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    lora: LoraWeights | None = None,
     compute_dtype: torch.dtype | None = None,
     max_buffer_bytes: int | None = None,
     backend: LinearBackend = "auto",
@@ -46,6 +48,7 @@ def fused_linear_sft_loss(
         softcap: See there.
         logit_scale: See there.
         ignore_index: See there.
+        lora: See there.
         compute_dtype: See there.
         max_buffer_bytes: See there.
         backend: See there.
@@ -70,6 +73,7 @@ def fused_linear_sft_loss(
         softcap=softcap,
         logit_scale=logit_scale,
         ignore_index=ignore_index,
+        lora=lora,
         compute_dtype=compute_dtype,
         max_buffer_bytes=max_buffer_bytes,
         backend=backend,

@@ -202,16 +202,18 @@ def test_a_banned_token_has_no_probability_and_no_nan() -> None:
         assert found[4][1] == 0
 
 
-@pytest.mark.parametrize("trained", ["", "h", "hwb"])
+@pytest.mark.parametrize("trained", ["", "h", "hwb", "hAB"])
 def test_registration(trained: str) -> None:
-    needs = [name in trained for name in "hwb"]
+    needs = [name in trained for name in "hwbAB"]
+    of_lora = (torch.randn(ROWS, 2), torch.randn(VOCABULARY, 2)) if "A" in trained else (None, None)
     values = [
-        v.detach().requires_grad_(n) for v, n in zip(leaves(torch.float32), needs, strict=True)
+        None if value is None else value.detach().requires_grad_(need)
+        for value, need in zip((*leaves(torch.float32), *of_lora), needs, strict=True)
     ]
-    inputs = (some_targets(), torch.tensor([0.7]))
+    inputs = (*values[:3], some_targets(), torch.tensor([0.7]), *values[3:])
     for backend, budget in itertools.product(("torch", "native"), (3_000, 100_000)):
         options = (2.0, 0.5, -100, torch.float32, budget, needs, True, backend)
-        torch.library.opcheck(linear_logprob_forward, (*values, *inputs, *options))
+        torch.library.opcheck(linear_logprob_forward, (*inputs, *options))
 
 
 def test_traced_by_the_compiler() -> None:

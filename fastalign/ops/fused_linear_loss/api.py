@@ -19,6 +19,7 @@ from fastalign.ops.linear_arguments import (
     temperature_tensor,
 )
 from fastalign.ops.linear_logprob.operands import Needs, head_inputs
+from fastalign.ops.lora import LoraWeights, lora_operands
 
 
 def fused_linear_loss(
@@ -33,6 +34,7 @@ def fused_linear_loss(
     softcap: float | None = None,
     logit_scale: float = 1.0,
     ignore_index: int = -100,
+    lora: LoraWeights | None = None,
     compute_dtype: torch.dtype | None = None,
     max_buffer_bytes: int | None = None,
     backend: LinearBackend = "auto",
@@ -42,7 +44,7 @@ def fused_linear_loss(
     The gradient is computed in the forward: a chunk of whole groups is projected, `loss_fn` is
     differentiated on the chunk's log-probs, and the gradient products follow at once. The backward
     only multiplies by the upstream gradient, in place, and can run once. Products (FLOPs over
-    T*D*V): 2 without gradients, 4 where only `hidden` needs one, otherwise 6; of a group too large
+    T*D*V): 2 without gradients, 4 where the weight is frozen, otherwise 6; of a group too large
     for the budget, the rows that cannot be kept are computed again (up to 8).
 
     Args:
@@ -60,6 +62,7 @@ def fused_linear_loss(
         softcap: As in `linear_logprob`.
         logit_scale: As in `linear_logprob`.
         ignore_index: As in `linear_logprob`.
+        lora: As in `linear_logprob`.
         compute_dtype: As in `linear_logprob`.
         max_buffer_bytes: As in `linear_logprob`.
         backend: As in `linear_logprob`; "reference": all the logits, by autograd.
@@ -77,16 +80,17 @@ def fused_linear_loss(
     dtype = resolve_compute_dtype(hidden, weight, compute_dtype)
     rows_temperature = temperature_tensor(temperature, hidden)
     bounds = None if segments is None else _host_bounds(segments, hidden.shape[0])
-    transform = (rows_temperature, softcap, float(logit_scale), ignore_index, dtype)
     chosen = choose_linear_backend("fused_linear_loss", backend, hidden.device.type, dtype)
+    of_lora = lora_operands(lora, hidden, weight, dtype)
+    options = (rows_temperature, softcap, float(logit_scale), ignore_index, dtype, *of_lora)
     if chosen == "reference":
         num_groups = hidden.shape[0] if bounds is None else len(bounds) - 1
-        return reference.forward(hidden, weight, bias, targets, num_groups, loss_fn, *transform)
-    leaves = (hidden, weight, bias)
+        return reference.forward(hidden, weight, bias, targets, num_groups, loss_fn, *options)
+    leaves = (hidden, weight, bias, *of_lora)
     enabled = torch.is_grad_enabled()
     needs = Needs(*(enabled and leaf is not None and leaf.requires_grad for leaf in leaves))
     with torch.no_grad():
-        head = head_inputs(hidden, weight, bias, targets, *transform)
+        head = head_inputs(hidden, weight, bias, targets, *options)
     most = resolve_budget(max_buffer_bytes, weight, dtype)
     budget = chunked.Budget(weight.shape[0], dtype, hidden.device, most, needs, chosen)
     return chunked.forward(head, bounds, loss_fn, budget, leaves)

@@ -18,7 +18,7 @@ from fastalign.ops.fused_linear_loss.holder import GradientHolder, GradientInFor
 from fastalign.ops.head_tile import RowStatistics
 from fastalign.ops.linear_buffers import Buffers, Plan, plan_buffers
 from fastalign.ops.linear_logprob import chunked
-from fastalign.ops.linear_logprob.operands import Gradients, HeadInputs, Needs
+from fastalign.ops.linear_logprob.operands import Gradients, HeadInputs, Needs, new_gradients
 from fastalign.ops.linear_products import accumulation_dtype
 
 
@@ -81,7 +81,7 @@ def forward(
     bounds: Sequence[int] | None,
     loss_fn: LossFunction,
     budget: Budget,
-    leaves: tuple[Tensor, Tensor, Tensor | None],
+    leaves: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss () and metrics, with a backward that scales what was computed here.
 
@@ -90,30 +90,19 @@ def forward(
         bounds: Row bounds of the groups on the host; None where every row is its own group.
         loss_fn: The loss of a chunk.
         budget: Sizes of the buffers.
-        leaves: hidden, weight and bias as the caller gave them, for autograd.
+        leaves: hidden, weight, bias and LoRA's operands, as autograd knows them.
     """
     with torch.no_grad(), torch.autocast(head.hidden.device.type, enabled=False):
-        gradients = _new_gradients(head, budget, leaves[0])
+        hidden, weight, _, lora_hidden, lora_weight = leaves
+        gradients = new_gradients(
+            budget.needs, hidden, weight, lora_hidden, lora_weight, budget.compute_dtype
+        )
         loss, metrics = _sweep(head, bounds, loss_fn, budget, gradients)
     if not budget.needs.any:
         return loss, metrics
-    holder = GradientHolder((gradients.hidden, gradients.weight, gradients.bias))
+    holder = GradientHolder(gradients.all)
     attached: Tensor = GradientInForward.apply(loss, holder, *leaves)  # type: ignore[no-untyped-call]
     return attached, metrics
-
-
-def _new_gradients(head: HeadInputs, budget: Budget, hidden: Tensor) -> Gradients:
-    dtype = accumulation_dtype(budget.compute_dtype)
-    # float16 could underflow before the caller's loss scaling reaches it
-    hidden_dtype = dtype if hidden.dtype == torch.float16 else hidden.dtype
-    needs, weight = budget.needs, head.weight
-    return Gradients(
-        torch.empty(hidden.shape, dtype=hidden_dtype, device=hidden.device)
-        if needs.hidden
-        else None,
-        weight.new_zeros(weight.shape, dtype=dtype) if needs.weight else None,
-        weight.new_zeros(weight.shape[0], dtype=dtype) if needs.bias else None,
-    )
 
 
 def _sweep(

@@ -19,9 +19,12 @@ def forward(
     logit_scale: float,
     ignore_index: int,
     compute_dtype: torch.dtype,
+    lora_hidden: Tensor | None = None,
+    lora_weight: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss () and metrics; differentiable in hidden, weight and bias by autograd alone."""
-    logits = head_logits(hidden, weight, bias, temperature, softcap, logit_scale, compute_dtype)
+    """The loss () and metrics; differentiable in every operand by autograd alone."""
+    options = (temperature, softcap, logit_scale, compute_dtype, lora_hidden, lora_weight)
+    logits = head_logits(hidden, weight, bias, *options)
     ignored = targets == ignore_index
     logprob, entropy, is_argmax = row_statistics(logits, targets.masked_fill(ignored, 0), ignored)
     chunk = TokenChunk(logprob, entropy, is_argmax, ~ignored, 0, targets.shape[0], 0, num_groups)

@@ -17,6 +17,7 @@ from fastalign.ops.linear_arguments import (
 )
 from fastalign.ops.linear_logprob.op import linear_logprob_forward
 from fastalign.ops.linear_logprob.reference import head_logits, row_statistics
+from fastalign.ops.lora import LoraWeights, lora_operands
 
 
 @overload
@@ -31,6 +32,7 @@ def linear_logprob(
     logit_scale: float = ...,
     return_entropy: Literal[False] = ...,
     ignore_index: int = ...,
+    lora: LoraWeights | None = ...,
     compute_dtype: torch.dtype | None = ...,
     max_buffer_bytes: int | None = ...,
     backend: LinearBackend = ...,
@@ -49,6 +51,7 @@ def linear_logprob(
     logit_scale: float = ...,
     return_entropy: Literal[True],
     ignore_index: int = ...,
+    lora: LoraWeights | None = ...,
     compute_dtype: torch.dtype | None = ...,
     max_buffer_bytes: int | None = ...,
     backend: LinearBackend = ...,
@@ -66,6 +69,7 @@ def linear_logprob(
     logit_scale: float = 1.0,
     return_entropy: bool = False,
     ignore_index: int = -100,
+    lora: LoraWeights | None = None,
     compute_dtype: torch.dtype | None = None,
     max_buffer_bytes: int | None = None,
     backend: LinearBackend = "auto",
@@ -74,14 +78,15 @@ def linear_logprob(
 
     The same as these lines, without their (T, V) tensors and with float32 logits throughout:
 
-        logits = (hidden @ weight.T + bias) * logit_scale
+        logits = (hidden @ weight.T + scaling * (hidden @ lora_A.T) @ lora_B.T + bias) * logit_scale
         logits = softcap * tanh(logits / softcap) / temperature
         logprob = log_softmax(logits, dim=-1)[arange(T), targets]
 
-    Differentiable in hidden, weight and bias, through both results. Products (FLOPs over T*D*V):
-    2 without gradients; 4 where only `hidden` needs one, all in the forward; otherwise 6, plus 2
-    for the share of rows that `max_buffer_bytes` cannot keep. An entropy that nobody
-    differentiates costs no product; one that somebody does has all logits computed again.
+    Differentiable in hidden, weight, bias and LoRA's matrices, through both results. Products
+    (FLOPs over T*D*V): 2 without gradients; 4 where only `hidden` needs one, all in the forward;
+    otherwise 6 (4 for a frozen weight under LoRA), plus 2 for the share of rows that
+    `max_buffer_bytes` cannot keep. An entropy that nobody differentiates costs no product; one
+    that somebody does has all logits computed again.
 
     Args:
         hidden: Hidden states, any float dtype, any strides.
@@ -93,6 +98,7 @@ def linear_logprob(
         logit_scale: Cohere's multiplier, or one over Granite's divisor.
         return_entropy: Also return each row's entropy, in nats.
         ignore_index: The target that is ignored.
+        lora: An adapter on the weight; W + B A is never formed.
         compute_dtype: The products' dtype. None: autocast's where it is on, else the operands'. A
             float32 master weight with torch.bfloat16 here gets its gradient in float32.
         max_buffer_bytes: The most memory for logits, scratch and kept brackets together.
@@ -114,21 +120,24 @@ def linear_logprob(
     dtype = resolve_compute_dtype(hidden, weight, compute_dtype)
     row_temperature = temperature_tensor(temperature, hidden)
     chosen = choose_linear_backend("linear_logprob", backend, hidden.device.type, dtype)
+    lora_hidden, lora_weight = lora_operands(lora, hidden, weight, dtype)
     if chosen == "reference":
-        logits = head_logits(hidden, weight, bias, row_temperature, softcap, logit_scale, dtype)
+        options = (row_temperature, softcap, logit_scale, dtype, lora_hidden, lora_weight)
+        logits = head_logits(hidden, weight, bias, *options)
         ignored = targets == ignore_index
         logprob, entropy, _ = row_statistics(logits, targets.masked_fill(ignored, 0), ignored)
     else:
-        leaves = (hidden, weight, bias)
-        needs = [
-            torch.is_grad_enabled() and leaf is not None and leaf.requires_grad for leaf in leaves
-        ]
+        enabled = torch.is_grad_enabled()
+        leaves = (hidden, weight, bias, lora_hidden, lora_weight)
+        needs = [enabled and leaf is not None and leaf.requires_grad for leaf in leaves]
         logprob, entropy, _, _ = linear_logprob_forward(
             hidden,
             weight,
             bias,
             targets,
             row_temperature,
+            lora_hidden,
+            lora_weight,
             softcap,
             float(logit_scale),
             ignore_index,

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastalign.ops.head_tile import RowStatistics, read_tile
 from fastalign.ops.linear_buffers import Buffers
 from fastalign.ops.linear_logprob.operands import Gradients, HeadInputs
-from fastalign.ops.linear_products import accumulation_dtype, add_product, product, project
+from fastalign.ops.linear_products import accumulation_dtype, add_product, product
 
 
 def forward(
@@ -43,7 +43,7 @@ def forward(
             tile = place
         else:
             tile = buffers.tile(stop - start)
-        project(rows.hidden, rows.weight, rows.bias, out=tile)
+        rows.project(out=tile)
         if place is None and direction is not None:
             place = buffers.converted(stop - start)
         parts.append(
@@ -115,7 +115,7 @@ def backward(
         start, stop = start + num_kept, stop + num_kept
         rows = head.rows(start, stop)
         tile, place = buffers.tile(stop - start), buffers.converted(stop - start)
-        project(rows.hidden, rows.weight, rows.bias, out=tile)
+        rows.project(out=tile)
         read_tile(
             tile,
             rows.targets,
@@ -140,17 +140,25 @@ def _scaled(rows: Tensor, scale: Tensor, ignored: Tensor) -> Tensor:
 def _add_products(
     bracket: Tensor, head: HeadInputs, gradients: Gradients, scale: Tensor | None
 ) -> None:
-    """The two gradient products of bracket (n, V), whose rows count `scale` (n,) times, or once."""
+    """The gradient products of bracket (n, V), whose rows count `scale` (n,) times, or once."""
     dtype = accumulation_dtype(head.hidden.dtype)
     if scale is None:
         scale = torch.ones_like(head.ignored, dtype=dtype)
-    if gradients.hidden is not None:
-        direction = torch.empty(head.hidden.shape, dtype=dtype, device=bracket.device)
-        product(bracket, head.weight, out=direction)
-        gradients.hidden.copy_(_scaled(direction, scale, head.ignored))
-    if gradients.weight is not None:
-        hidden = _scaled(head.hidden.to(dtype), scale, head.ignored).to(bracket.dtype)
-        add_product(bracket.t(), hidden, out=gradients.weight)
+    for weight, of_rows in (
+        (head.weight, gradients.hidden),
+        (head.lora_weight, gradients.lora_hidden),
+    ):
+        if of_rows is not None and weight is not None:
+            direction = torch.empty(of_rows.shape, dtype=dtype, device=bracket.device)
+            product(bracket, weight, out=direction)
+            of_rows.copy_(_scaled(direction, scale, head.ignored))
+    for rows, of_weight in (
+        (head.hidden, gradients.weight),
+        (head.lora_hidden, gradients.lora_weight),
+    ):
+        if of_weight is not None and rows is not None:
+            scaled = _scaled(rows.to(dtype), scale, head.ignored).to(bracket.dtype)
+            add_product(bracket.t(), scaled, out=of_weight)
     if gradients.bias is not None:
         column = scale[:, None].to(bracket.dtype)
         add_product(bracket.t(), column, out=gradients.bias[:, None])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastalign.ops.linear_buffers import Buffers, Plan, plan_buffers
 from fastalign.ops.linear_logprob import chunked
-from fastalign.ops.linear_logprob.operands import Gradients, Needs, head_inputs
+from fastalign.ops.linear_logprob.operands import Needs, head_inputs, new_gradients
 from fastalign.ops.linear_products import accumulation_dtype, product_dtype
 
 
@@ -45,6 +45,8 @@ def linear_logprob_forward(
     bias: Tensor | None,
     targets: Tensor,
     temperature: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
@@ -57,8 +59,8 @@ def linear_logprob_forward(
     """Log-prob (T,), entropy (T,), kept brackets (K, V), direction (T, D) or (0, D)."""
     wanted = Needs(*needs)
     with torch.autocast(hidden.device.type, enabled=False):
-        numbers = (softcap, logit_scale, ignore_index, compute_dtype)
-        head = head_inputs(hidden, weight, bias, targets, temperature, *numbers)
+        options = (softcap, logit_scale, ignore_index, compute_dtype, lora_hidden, lora_weight)
+        head = head_inputs(hidden, weight, bias, targets, temperature, *options)
         plan = _plan(
             hidden, weight, compute_dtype, max_buffer_bytes, wanted, return_entropy, backend
         )
@@ -86,6 +88,8 @@ def _forward_fake(
     bias: Tensor | None,
     targets: Tensor,
     temperature: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
     softcap: float | None,
     logit_scale: float,
     ignore_index: int,
@@ -117,6 +121,8 @@ def linear_logprob_backward(
     bias: Tensor | None,
     targets: Tensor,
     temperature: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
     kept: Tensor,
     direction: Tensor,
     softcap: float | None,
@@ -127,23 +133,16 @@ def linear_logprob_backward(
     needs: Sequence[bool],
     return_entropy: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias; an empty tensor for each that is not wanted."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight, bias and LoRA's two; an empty tensor for each not wanted."""
     wanted = Needs(*needs)
-    dtype = accumulation_dtype(compute_dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        numbers = (softcap, logit_scale, ignore_index, compute_dtype)
-        head = head_inputs(hidden, weight, bias, targets, temperature, *numbers)
+        options = (softcap, logit_scale, ignore_index, compute_dtype, lora_hidden, lora_weight)
+        head = head_inputs(hidden, weight, bias, targets, temperature, *options)
         plan = _plan(
             hidden, weight, compute_dtype, max_buffer_bytes, wanted, return_entropy, backend
         )
-        gradients = Gradients(
-            torch.empty_like(hidden, memory_format=torch.contiguous_format)
-            if wanted.hidden
-            else None,
-            weight.new_zeros(weight.shape, dtype=dtype) if wanted.weight else None,
-            weight.new_zeros(weight.shape[0], dtype=dtype) if wanted.bias else None,
-        )
+        gradients = new_gradients(wanted, hidden, weight, lora_hidden, lora_weight, compute_dtype)
         chunked.backward(
             head,
             Buffers(plan, weight.shape[0], compute_dtype, hidden.device, backend),
@@ -157,12 +156,19 @@ def linear_logprob_backward(
         _as_result(gradients.hidden, hidden),
         _as_result(gradients.weight, weight),
         _as_result(gradients.bias, weight if bias is None else bias),
+        _as_result(gradients.lora_hidden, hidden if lora_hidden is None else lora_hidden),
+        _as_result(gradients.lora_weight, weight if lora_weight is None else lora_weight),
     )
 
 
 def _as_result(gradient: Tensor | None, like: Tensor) -> Tensor:
     """The gradient in its tensor's dtype; an operator cannot return None, so else an empty one."""
     return like.new_empty(0) if gradient is None else gradient.to(like.dtype)
+
+
+def _empty_like(value: Tensor | None, other: Tensor, wanted: bool) -> Tensor:
+    like = other if value is None else value
+    return like.new_empty(like.shape if wanted else 0)
 
 
 @linear_logprob_backward.register_fake
@@ -174,6 +180,8 @@ def _backward_fake(
     bias: Tensor | None,
     targets: Tensor,
     temperature: Tensor | None,
+    lora_hidden: Tensor | None,
+    lora_weight: Tensor | None,
     kept: Tensor,
     direction: Tensor,
     softcap: float | None,
@@ -184,45 +192,38 @@ def _backward_fake(
     needs: Sequence[bool],
     return_entropy: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wanted = Needs(*needs)
     return (
         hidden.new_empty(hidden.shape if wanted.hidden else 0),
         weight.new_empty(weight.shape if wanted.weight else 0),
         (weight if bias is None else bias).new_empty(weight.shape[0] if wanted.bias else 0),
+        _empty_like(lora_hidden, hidden, wanted.lora_hidden),
+        _empty_like(lora_weight, weight, wanted.lora_weight),
     )
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, targets, temperature, *options = inputs
     _, _, kept, direction = output
     ctx.mark_non_differentiable(kept, direction)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, bias, targets, temperature, kept, direction)
-    ctx.options = options
+    ctx.save_for_backward(*inputs[:7], kept, direction)
+    ctx.options = inputs[7:]
 
 
 def _backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> Any:
-    hidden, weight, bias, targets, temperature, kept, direction = ctx.saved_tensors
     needs = ctx.options[-3]
     if grad_logprob is None:
         if grad_entropy is None:
-            return (None,) * 13
+            return (None,) * 15
         grad_logprob = torch.zeros_like(grad_entropy)
     gradients = linear_logprob_backward(
-        grad_logprob,
-        grad_entropy,
-        hidden,
-        weight,
-        bias,
-        targets,
-        temperature,
-        kept,
-        direction,
-        *ctx.options,
+        grad_logprob, grad_entropy, *ctx.saved_tensors, *ctx.options
     )
-    wanted = [value if need else None for value, need in zip(gradients, needs, strict=True)]
-    return (*wanted, *([None] * 10))
+    hidden, weight, bias, lora_hidden, lora_weight = (
+        value if need else None for value, need in zip(gradients, needs, strict=True)
+    )
+    return (hidden, weight, bias, None, None, lora_hidden, lora_weight, *([None] * 8))
 
 
 linear_logprob_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -14,10 +14,18 @@ def head_logits(
     softcap: float | None,
     logit_scale: float,
     compute_dtype: torch.dtype,
+    lora_hidden: Tensor | None = None,  # (T, r)
+    lora_weight: Tensor | None = None,  # (V, r)
 ) -> Tensor:
     """The logits (T, V) in the accumulation dtype, from operands rounded to `compute_dtype`."""
     dtype = accumulation_dtype(compute_dtype)
-    logits = hidden.to(compute_dtype).to(dtype) @ weight.to(compute_dtype).to(dtype).t()
+
+    def multiplied(rows: Tensor, columns: Tensor) -> Tensor:
+        return rows.to(compute_dtype).to(dtype) @ columns.to(compute_dtype).to(dtype).t()
+
+    logits = multiplied(hidden, weight)
+    if lora_hidden is not None and lora_weight is not None:
+        logits = logits + multiplied(lora_hidden, lora_weight)
     if bias is not None:
         logits = logits + bias.to(dtype)
     logits = logits * logit_scale
