@@ -81,7 +81,7 @@ def fused_linear_ppo_loss(
             raise ValueError(f"{name}: expected {tuple(targets.shape)}, got {tuple(value.shape)}")
     rows = TargetRows(hidden, targets, temperature, ignore_index)
     if normaliser is None:
-        normaliser = float(max(rows.targets.shape[0], 1))
+        normaliser = rows.num_targets()
     loss_fn = ppo_loss_fn(
         rows.gathered(old_logprob),
         rows.gathered(advantage),

@@ -61,7 +61,7 @@ def fused_linear_sft_loss(
     """
     rows = TargetRows(hidden, targets, temperature, ignore_index)
     if normaliser is None:
-        normaliser = float(max(rows.targets.shape[0], 1))
+        normaliser = rows.num_targets()
     loss, sums = fused_linear_loss(
         rows.hidden,
         weight,

@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fastalign.ops.fused_linear_loss import chunked, reference
+from fastalign.ops.fused_linear_loss import chunked, reference, traced
 from fastalign.ops.fused_linear_loss.chunk import LossFunction
 from fastalign.ops.linear_arguments import (
     LinearBackend,
@@ -47,6 +47,9 @@ def fused_linear_loss(
     T*D*V): 2 without gradients, 4 where the weight is frozen, otherwise 6; of a group too large
     for the budget, the rows that cannot be kept are computed again (up to 8).
 
+    Under torch.compile, which needs `segments` on the host, the loss is traced and the gradient
+    computed in the backward, with the same products for all rows that the budget keeps.
+
     Args:
         hidden: Hidden states, any float dtype.
         weight: The head's weight.
@@ -83,15 +86,19 @@ def fused_linear_loss(
     chosen = choose_linear_backend("fused_linear_loss", backend, hidden.device.type, dtype)
     of_lora = lora_operands(lora, hidden, weight, dtype)
     options = (rows_temperature, softcap, float(logit_scale), ignore_index, dtype, *of_lora)
+    num_groups = hidden.shape[0] if bounds is None else len(bounds) - 1
+    arguments = (hidden, weight, bias, targets, num_groups, loss_fn, *options)
     if chosen == "reference":
-        num_groups = hidden.shape[0] if bounds is None else len(bounds) - 1
-        return reference.forward(hidden, weight, bias, targets, num_groups, loss_fn, *options)
+        return reference.forward(*arguments)
     leaves = (hidden, weight, bias, *of_lora)
     enabled = torch.is_grad_enabled()
-    needs = Needs(*(enabled and leaf is not None and leaf.requires_grad for leaf in leaves))
+    wanted = [enabled and leaf is not None and leaf.requires_grad for leaf in leaves]
+    most = resolve_budget(max_buffer_bytes, weight, dtype)
+    if torch.compiler.is_compiling():
+        return traced.forward(*arguments, max_buffer_bytes=most, needs=wanted, backend=chosen)
+    needs = Needs(*wanted)
     with torch.no_grad():
         head = head_inputs(hidden, weight, bias, targets, *options)
-    most = resolve_budget(max_buffer_bytes, weight, dtype)
     budget = chunked.Budget(weight.shape[0], dtype, hidden.device, most, needs, chosen)
     return chunked.forward(head, bounds, loss_fn, budget, leaves)
 

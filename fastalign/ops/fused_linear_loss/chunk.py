@@ -27,6 +27,22 @@ class TokenChunk:
 LossFunction = Callable[[TokenChunk], tuple[Tensor, dict[str, Tensor]]]
 
 
+def loss_of_all(
+    loss_fn: LossFunction,
+    logprob: Tensor,
+    entropy: Tensor,
+    is_argmax: Tensor,
+    is_target: Tensor,
+    num_groups: int,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss and metrics of one chunk that holds every row."""
+    num_rows = logprob.shape[0]
+    chunk = TokenChunk(logprob, entropy, is_argmax, is_target, 0, num_rows, 0, num_groups)
+    loss, metrics = loss_fn(chunk)
+    check_scalar(loss)
+    return loss, {name: value.detach() for name, value in metrics.items()}
+
+
 def check_scalar(loss: Tensor) -> None:
     """Checks what a loss function returned.
 

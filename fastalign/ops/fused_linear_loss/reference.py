@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastalign.ops.fused_linear_loss.chunk import LossFunction, TokenChunk, check_scalar
+from fastalign.ops.fused_linear_loss.chunk import LossFunction, loss_of_all
 from fastalign.ops.linear_logprob.reference import head_logits, row_statistics
 
 
@@ -27,7 +27,4 @@ def forward(
     logits = head_logits(hidden, weight, bias, *options)
     ignored = targets == ignore_index
     logprob, entropy, is_argmax = row_statistics(logits, targets.masked_fill(ignored, 0), ignored)
-    chunk = TokenChunk(logprob, entropy, is_argmax, ~ignored, 0, targets.shape[0], 0, num_groups)
-    loss, metrics = loss_fn(chunk)
-    check_scalar(loss)
-    return loss, {name: value.detach() for name, value in metrics.items()}
+    return loss_of_all(loss_fn, logprob, entropy, is_argmax, ~ignored, num_groups)

@@ -130,7 +130,7 @@ def linear_logprob(
         enabled = torch.is_grad_enabled()
         leaves = (hidden, weight, bias, lora_hidden, lora_weight)
         needs = [enabled and leaf is not None and leaf.requires_grad for leaf in leaves]
-        logprob, entropy, _, _ = linear_logprob_forward(
+        logprob, entropy, *_ = linear_logprob_forward(
             hidden,
             weight,
             bias,

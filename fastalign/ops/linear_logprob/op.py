@@ -55,8 +55,8 @@ def linear_logprob_forward(
     needs: Sequence[bool],
     return_entropy: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Log-prob (T,), entropy (T,), kept brackets (K, V), direction (T, D) or (0, D)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-prob, entropy, is_argmax (T,), kept brackets (K, V), direction (T, D) or (0, D)."""
     wanted = Needs(*needs)
     with torch.autocast(hidden.device.type, enabled=False):
         options = (softcap, logit_scale, ignore_index, compute_dtype, lora_hidden, lora_weight)
@@ -78,7 +78,7 @@ def linear_logprob_forward(
             direction=direction if wanted.direction else None,
             with_entropy=return_entropy,
         )
-    return read.logprob, read.entropy, kept, direction
+    return read.logprob, read.entropy, read.is_argmax, kept, direction
 
 
 @linear_logprob_forward.register_fake
@@ -98,7 +98,7 @@ def _forward_fake(
     needs: Sequence[bool],
     return_entropy: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     wanted = Needs(*needs)
     dtype = accumulation_dtype(compute_dtype)
     plan = _plan(hidden, weight, compute_dtype, max_buffer_bytes, wanted, return_entropy, backend)
@@ -107,6 +107,7 @@ def _forward_fake(
     return (
         hidden.new_empty(num_rows, dtype=dtype),
         hidden.new_empty(num_rows, dtype=dtype),
+        hidden.new_empty(num_rows, dtype=torch.bool),
         hidden.new_empty((plan.kept_rows, weight.shape[0]), dtype=kept_dtype),
         hidden.new_empty((num_rows if wanted.direction else 0, hidden.shape[1]), dtype=dtype),
     )
@@ -204,8 +205,8 @@ def _backward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, kept, direction = output
-    ctx.mark_non_differentiable(kept, direction)
+    _, _, is_argmax, kept, direction = output
+    ctx.mark_non_differentiable(is_argmax, kept, direction)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:7], kept, direction)
     ctx.options = inputs[7:]
