@@ -11,8 +11,11 @@ from fastalign.ops.linear_products import accumulation_dtype, product_dtype
 
 MAX_TILE_ROWS = 2048
 TILE_ROWS_MULTIPLE = 32  # products of whole blocks
+# A tile beside brackets that are kept should have this many: products of fewer rows are slow.
+GOOD_TILE_ROWS = 256
 # A CPU's products keep their speed in smaller tiles than a GPU's.
 DEFAULT_BUFFER_ROWS = {"cpu": 1024, "cuda": 4096}
+DEFAULT_BYTES_PER_LOGIT = 3  # a kept row in two bytes, and a quarter as many in four
 MIN_DEFAULT_BUFFER_BYTES = 64 * 2**20
 
 
@@ -42,20 +45,25 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def default_budget(num_columns: int, compute_dtype: torch.dtype, device: torch.device) -> int:
-    """Room to keep 4,096 rows on a GPU, 1,024 on a CPU, with a working tile; at least 64 MiB.
+    """Room to keep 4,096 rows in bfloat16 on a GPU, 1,024 on a CPU, with a tile a quarter as high.
 
-    Halved until it is at most half of the free memory: in steps, so that sums are not rounded in
-    another order whenever a little more or less memory is free.
+    At least 64 MiB (of float32, three quarters as many rows; of float64, as many in twice the
+    bytes). Halved until it is at most half of the free memory: in steps, so that sums are not
+    rounded in another order whenever a little more or less memory is free.
     """
     rows = DEFAULT_BUFFER_ROWS.get(device.type, DEFAULT_BUFFER_ROWS["cuda"])
-    kept_item = product_dtype(compute_dtype, device.type).itemsize
-    same = accumulation_dtype(compute_dtype).itemsize == kept_item
-    bytes_per_row = num_columns * (kept_item if same else kept_item * 3 // 2)
+    bytes_per_row = num_columns * DEFAULT_BYTES_PER_LOGIT
+    if compute_dtype == torch.float64:
+        bytes_per_row *= 2
     budget = max(rows * bytes_per_row, MIN_DEFAULT_BUFFER_BYTES)
     free = None if torch.compiler.is_compiling() else free_bytes(device)
     while free is not None and budget > max(free // 2, MIN_DEFAULT_BUFFER_BYTES):
         budget //= 2
     return budget
+
+
+def _whole_blocks(rows: int) -> int:
+    return rows - rows % TILE_ROWS_MULTIPLE if rows > TILE_ROWS_MULTIPLE else rows
 
 
 def plan_buffers(
@@ -106,13 +114,20 @@ def plan_buffers(
         strip = scratch_for(num_rows)
         if (num_rows + 2 * strip) * item * columns <= max_buffer_bytes:
             return Plan(0, strip, num_rows)
+    if keep and not same and not tile:
+        # no bracket is multiplied but those kept, so the tile needs no place to be converted in
+        room = (max_buffer_bytes // columns - num_rows * kept_item) // item
+        rows = min(num_rows, MAX_TILE_ROWS, room)
+        while rows > 0 and rows + 2 * scratch_for(rows) > room:
+            rows -= 1
+        if rows >= min(GOOD_TILE_ROWS, num_rows):
+            return Plan(_whole_blocks(rows), scratch_for(rows), num_rows)
     extra = kept_item if convert and not same else 0
     quarter = max_buffer_bytes // 4
     share = quarter if keep and quarter >= smallest else max_buffer_bytes
     bytes_per_row = (item + extra + (item // 4 if scratch else 0)) * columns
     rows = max(1, min(num_rows, MAX_TILE_ROWS, share // bytes_per_row))
-    if rows > TILE_ROWS_MULTIPLE:
-        rows -= rows % TILE_ROWS_MULTIPLE
+    rows = _whole_blocks(rows)
     while rows > 1 and (rows * (item + extra) + 2 * scratch_for(rows) * item) * columns > share:
         rows -= 1
     used = (rows * (item + extra) + 2 * scratch_for(rows) * item) * columns
@@ -154,9 +169,11 @@ class Buffers:
         """How many rows one product of the forward has."""
         return self._plan.tile_rows or MAX_TILE_ROWS
 
-    def lend_tile(self, kept: Tensor) -> None:
-        """Lets kept brackets that are read no more be the tile, where the plan has none."""
-        if self._plan.tile_rows == 0:
+    def lend(self, kept: Tensor) -> None:
+        """Lets the brackets of every row, read no more, be the places that the plan has not."""
+        if not self.projects_in_place:
+            self._converted = kept
+        elif self._plan.tile_rows == 0:
             self._tile = kept
 
     def new_kept(self, rows: int) -> Tensor:

@@ -172,8 +172,8 @@ def _chunk(
     read = chunked.forward(rows, buffers, kept=kept, direction=direction)
     loss, metrics, coefficients = _differentiated(loss_fn, read, rows.ignored, span, needs.any)
     if needs.any:
-        if kept is not None and coefficients[1] is not None:
-            buffers.lend_tile(kept)  # an entropy's gradient has every row computed again
+        if kept is not None and kept.shape[0] == stop - start and coefficients[1] is not None:
+            buffers.lend(kept)  # an entropy's gradient has every row computed again
         chunked.backward(
             rows,
             buffers,

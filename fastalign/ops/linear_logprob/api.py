@@ -102,8 +102,9 @@ def linear_logprob(
         compute_dtype: The products' dtype. None: autocast's where it is on, else the operands'. A
             float32 master weight with torch.bfloat16 here gets its gradient in float32.
         max_buffer_bytes: The most memory for logits, scratch and kept brackets together.
-            None: room to keep 4,096 rows on a GPU and 1,024 on a CPU, at least 64 MiB, halved
-            until it is at most half of the free memory.
+            None: 12,288 bytes on a GPU and 3,072 on a CPU for each of the V columns (4,096 or
+            1,024 rows in bfloat16, and a tile), at least 64 MiB, halved until it is at most half
+            of the free memory.
         backend: What reads the logits, tile by tile: "native" (C++ or CUDA), "triton" or "torch";
             "auto" takes the first that is usable here, a named one runs or raises.
             "reference": the lines above.
