@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from fastalign.ops.fused_linear_loss import fused_linear_loss
-from tests.ops.fused_linear_loss_cases import (
-    EAGER,
-)
+from fastalign.ops.fused_linear_loss import TokenChunk, fused_linear_loss
+from tests.ops.fused_linear_loss_cases import EAGER
 from tests.products import matrix_product_flops, peak_bytes
 
 LARGE_ROWS, LARGE_VOCABULARY, LARGE_WIDTH = 192, 512, 4
@@ -18,11 +17,22 @@ ALL_LOGITS = LARGE_ROWS * LARGE_VOCABULARY * 4
 
 
 def large_call(
-    *, hidden: bool, weight: bool, budget: int | None, num_groups: int = 48, **options: Any
+    *,
+    hidden: bool,
+    weight: bool,
+    budget: int | None,
+    num_groups: int = 48,
+    dtype: torch.dtype = torch.float32,
+    of_entropy: bool = False,
+    **options: Any,
 ) -> Callable[[], None]:
-    states = torch.randn(LARGE_ROWS, LARGE_WIDTH, requires_grad=hidden)
-    head = torch.randn(LARGE_VOCABULARY, LARGE_WIDTH, requires_grad=weight)
+    states = torch.randn(LARGE_ROWS, LARGE_WIDTH, dtype=dtype, requires_grad=hidden)
+    head = torch.randn(LARGE_VOCABULARY, LARGE_WIDTH, dtype=dtype, requires_grad=weight)
     bounds = list(range(0, LARGE_ROWS + 1, LARGE_ROWS // num_groups))
+
+    def loss_fn(chunk: TokenChunk) -> tuple[Tensor, dict[str, Tensor]]:
+        entropy = chunk.entropy.sum()
+        return chunk.logprob.sum() + (entropy if of_entropy else 0.0), {"entropy": entropy}
 
     def call() -> None:
         loss, _ = fused_linear_loss(
@@ -30,7 +40,7 @@ def large_call(
             head,
             torch.arange(LARGE_ROWS),
             bounds,
-            lambda chunk: (chunk.logprob.sum(), {"entropy": chunk.entropy.sum()}),
+            loss_fn,
             max_buffer_bytes=budget,
             **options,
         )
@@ -57,14 +67,27 @@ def test_a_group_larger_than_the_budget_is_partly_computed_again(divisor: int) -
     assert 8 - 2 / divisor < found < 8 - 1 / divisor
 
 
+def test_a_loss_of_entropies_takes_one_product_more() -> None:
+    call = large_call(hidden=True, weight=True, budget=None, of_entropy=True)
+    assert matrix_product_flops(call) == 8 * UNIT
+
+
+@pytest.mark.parametrize("of_entropy", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_groups", [48, 1])
 @pytest.mark.parametrize("divisor", [32, 4, 1])
 @pytest.mark.parametrize(("hidden", "weight"), [(False, False), (True, False), (True, True)])
 def test_memory_stays_within_the_budget(
-    hidden: bool, weight: bool, divisor: int, num_groups: int
+    hidden: bool,
+    weight: bool,
+    divisor: int,
+    num_groups: int,
+    dtype: torch.dtype,
+    of_entropy: bool,
 ) -> None:
     budget = ALL_LOGITS // divisor
-    call = large_call(hidden=hidden, weight=weight, budget=budget, num_groups=num_groups)
+    options = {"num_groups": num_groups, "dtype": dtype, "of_entropy": of_entropy}
+    call = large_call(hidden=hidden, weight=weight, budget=budget, **options)
     call()  # leaves' .grad exist from now on
     # beside the buffers: gradients (and what they are added from), and vectors of T elements
     beside = 4 * LARGE_WIDTH * (4 * LARGE_ROWS * hidden + 2 * LARGE_VOCABULARY * weight)
