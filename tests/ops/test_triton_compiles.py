@@ -1,12 +1,14 @@
 """The Triton kernels compile ahead of time for GPUs that are not here, without spills."""
 
+from dataclasses import replace
+
 import pytest
 
-from fastalign.ops.head_tile.triton_kernels import MAX_BLOCK as head_tile_block
-from fastalign.ops.token_logprob.triton_kernels import MAX_BLOCK
+from fastalign.ops import triton_table
 from tests.ops.ahead_of_time import Entry, compile_for
 
-FLAGS = {"HAS_TEMPERATURE": True, "HAS_SOFTCAP": True, "BLOCK": MAX_BLOCK}
+FLAGS = {"HAS_TEMPERATURE": True, "HAS_SOFTCAP": True}
+LONG_ROW = 128_256
 
 
 def token_logprob_entries() -> list[Entry]:
@@ -29,7 +31,6 @@ def head_tile_entries() -> list[Entry]:
         "HAS_GRADIENT": True,
         "HAS_GRAD_LOGPROB": True,
         "HAS_GRAD_ENTROPY": True,
-        "BLOCK": head_tile_block,
     }
     types = {"targets_ptr": "*i64", "ignored_ptr": "*i8", "is_argmax_ptr": "*i8"}
     types |= {"softcap": "fp32", "logit_scale": "fp32"}
@@ -42,8 +43,31 @@ def head_tile_entries() -> list[Entry]:
 ENTRIES = [*token_logprob_entries(), *head_tile_entries()]
 
 
+def as_launched(entry: Entry, architecture: int) -> Entry:
+    """The entry with the table's blocks and warps for the architecture."""
+    if entry.kernel not in triton_table.read_table():
+        return entry
+    options = triton_table.configuration(entry.kernel, architecture).options(LONG_ROW)
+    num_warps = options.pop("num_warps")
+    return replace(entry, constants=entry.constants | options, num_warps=num_warps)
+
+
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_kernels_compile_without_spills_for(architecture: int) -> None:
-    for kernel, shared, stack in compile_for(architecture, ENTRIES):
+    entries = [as_launched(entry, architecture) for entry in ENTRIES]
+    for kernel, shared, stack in compile_for(architecture, entries):
         # Reductions over warps only: a few words each.
         assert (shared <= 1024, stack) == (True, [0]), (kernel, shared, stack)
+
+
+def test_every_kernel_of_the_table_is_compiled_above() -> None:
+    assert triton_table.read_table().keys() <= {entry.kernel for entry in ENTRIES}
+
+
+def test_a_gpu_takes_the_newest_configuration_that_is_not_newer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table = [triton_table.Configuration(c, c * 10, 8, None) for c in (100, 90, 80)]
+    monkeypatch.setattr(triton_table, "read_table", lambda: {"kernel": table})
+    found = [triton_table.configuration("kernel", c).block for c in (75, 80, 89, 90, 120)]
+    assert found == [800, 800, 800, 900, 1000]

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from fastalign.ops.head_tile.transform import HeadTransform, RowStatistics
 from fastalign.ops.triton_softmax import add_block, tanh
-
-MAX_BLOCK = 4096
+from fastalign.ops.triton_table import launch_options
 
 
 @triton.jit
@@ -129,7 +128,6 @@ def read(
     found = RowStatistics.empty(num_rows, tile.device)
     if num_rows == 0:
         return found
-    block = min(MAX_BLOCK, triton.next_power_of_2(num_columns))
     rows = (transform.temperature, grad_logprob, grad_entropy)
     head_tile_kernel[(num_rows,)](
         tile,
@@ -150,7 +148,6 @@ def read(
         HAS_GRADIENT=gradient is not None,
         HAS_GRAD_LOGPROB=grad_logprob is not None,
         HAS_GRAD_ENTROPY=grad_entropy is not None,
-        BLOCK=block,
-        num_warps=8 if block >= 2048 else 4,
+        **launch_options("head_tile_kernel", num_columns, tile.device),
     )
     return found

@@ -11,8 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastalign.ops.triton_softmax import add_block, tanh
-
-MAX_BLOCK = 4096
+from fastalign.ops.triton_table import launch_options
 
 
 @triton.jit
@@ -113,16 +112,16 @@ def token_logprob_bwd_kernel(
         tl.store(place, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
-def _options(logits: Tensor, temperature: Tensor | None, softcap: float | None) -> dict[str, Any]:
-    block = min(MAX_BLOCK, triton.next_power_of_2(logits.shape[1]))
+def _options(
+    kernel: str, logits: Tensor, temperature: Tensor | None, softcap: float | None
+) -> dict[str, Any]:
     return {
         "row_stride": logits.stride(0),
         "num_columns": logits.shape[1],
         "softcap": 1.0 if softcap is None else softcap,
         "HAS_TEMPERATURE": temperature is not None,
         "HAS_SOFTCAP": softcap is not None,
-        "BLOCK": block,
-        "num_warps": 8 if block >= 2048 else 4,
+        **launch_options(kernel, logits.shape[1], logits.device),
     }
 
 
@@ -149,7 +148,7 @@ def forward(
             out[0] if rows is None else rows,
             *out,
             ignore_index=ignore_index,
-            **_options(logits, temperature, softcap),
+            **_options("token_logprob_fwd_kernel", logits, temperature, softcap),
         )
     return out[0], out[1], out[2]
 
@@ -181,6 +180,6 @@ def backward(
             gradient,
             ignore_index=ignore_index,
             HAS_GRAD_ENTROPY=grad_entropy is not None,
-            **_options(logits, temperature, softcap),
+            **_options("token_logprob_bwd_kernel", logits, temperature, softcap),
         )
     return gradient
