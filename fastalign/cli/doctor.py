@@ -12,10 +12,13 @@ import torch
 from fastalign.cli.flags import parse_flags
 from fastalign.ops import native_library
 from fastalign.ops.backends import choose_backend, unusable_reason
+from fastalign.ops.linear_arguments import choose_linear_backend
+from fastalign.ops.linear_products import product_dtype
 
 PACKAGES = ("fastalign", "torch", "triton", "transformers", "datasets", "safetensors", "tyro")
-# Operations whose products are torch's own: "torch" runs wherever torch does.
-LINEAR = ("linear_logprob", "fused_linear_loss")
+TOKENS = ("token_logprob", "token_kl", "preference_loss", "kl_penalty", "gae")
+# Operations whose products are a library's: "torch" reads their tiles wherever torch runs.
+LINEAR = ("linear_logprob", "fused_linear_loss", "linear_kl")
 
 
 @dataclass(frozen=True)
@@ -57,16 +60,17 @@ def environment_lines() -> Iterator[str]:
 
 
 def backend_lines(device_type: str) -> Iterator[str]:
-    """One line for each operation and backend on a device."""
-    chosen = choose_backend("token_logprob", "auto", device_type, torch.float32)
-    yield f"token_logprob on {device_type}: auto runs {chosen!r}"
-    for backend in ("native", "triton", "reference"):
+    """Which backends are usable on a device, and which one each operation takes."""
+    yield f"kernels on {device_type}"
+    for backend in ("native", "triton", "torch", "reference"):
         reason = unusable_reason(backend, device_type, torch.float32)
         yield f"  {backend:<10} {'usable' if reason is None else 'not usable: ' + reason}"
-    for operation in LINEAR:
-        yield f"{operation} on {device_type}: auto runs 'torch'"
-        yield "  torch      usable"
-        yield "  reference  usable"
+    for operations, choose in ((TOKENS, choose_backend), (LINEAR, choose_linear_backend)):
+        for operation in operations:
+            chosen = choose(operation, "auto", device_type, torch.float32)
+            yield f"  {operation}: auto runs {chosen!r}"
+    dtype = product_dtype(torch.bfloat16, device_type)
+    yield f"  bfloat16 products run in {str(dtype).removeprefix('torch.')} and return float32"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -19,7 +19,7 @@ def triton_interprets() -> bool:
 
 def unusable_reason(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why a backend cannot run on this device and dtype, with the remedy; None: it can."""
-    if backend == "reference":
+    if backend in ("reference", "torch"):
         return None
     if dtype == torch.float64:
         return "it computes in float32; backend='reference' computes in float64"

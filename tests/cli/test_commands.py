@@ -8,6 +8,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastalign.cli.main import main
+from fastalign.ops import native_library
 from tests.runs import WORDS, sentence, write_rows
 
 
@@ -197,7 +198,8 @@ def test_the_doctor_says_what_runs_and_why_not(
     fastalign("doctor", "--device", "cpu")
     out = capsys.readouterr().out
     assert "torch" in out
-    assert "token_logprob on cpu: auto runs" in out
+    assert "token_logprob: auto runs" in out
     assert "triton     not usable: Triton compiles for GPUs only" in out
     assert "reference  usable" in out
-    assert "fused_linear_loss on cpu: auto runs 'torch'" in out
+    native = "'native'" if native_library.unusable_reason("cpu") is None else "'torch'"
+    assert f"fused_linear_loss: auto runs {native}" in out
