@@ -1,7 +1,7 @@
 """Compiles Triton kernels ahead of time for a GPU that is not here, in a process of its own.
 
 `python -m tests.ops.ahead_of_time ARCHITECTURE < entries.json` prints, for each entry, what the
-compiled kernel takes: [kernel, shared memory in bytes, bytes on the stack of each function].
+compiled kernel takes.
 """
 
 import importlib
@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,29 @@ class Entry:
     num_warps: int = 8
 
 
-def _compile(entry: Entry, architecture: int) -> tuple[str, int, list[int]]:
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel takes; what is on its stack has been spilt."""
+
+    kernel: str
+    registers: int
+    shared_bytes: int
+    stack_bytes: int
+
+
+def resources_of(cubin: Path, dump: str) -> list[Resources]:
+    """Of each kernel in a compiled file, by `cuobjdump -res-usage`."""
+    done = subprocess.run(
+        [dump, "-res-usage", str(cubin)], capture_output=True, text=True, check=True
+    )
+    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
+    return [
+        Resources(name, int(registers), int(shared), int(stack))
+        for name, registers, stack, shared in re.findall(pattern, done.stdout)
+    ]
+
+
+def _compile(entry: Entry, architecture: int) -> Resources:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -45,14 +67,12 @@ def _compile(entry: Entry, architecture: int) -> tuple[str, int, list[int]]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(found.asm["cubin"])
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-    stack = [int(n) for n in re.findall(r"STACK:(\d+)", done.stdout)]
-    return entry.kernel, found.metadata.shared, stack
+        (used,) = resources_of(Path(file.name), triton.knobs.nvidia.cuobjdump.path)
+    return replace(used, kernel=entry.kernel, shared_bytes=found.metadata.shared)
 
 
-def compile_for(architecture: int, entries: list[Entry]) -> list[tuple[str, int, list[int]]]:
-    """(kernel, shared memory bytes, stack bytes) of each entry on sm_<architecture>."""
+def compile_for(architecture: int, entries: list[Entry]) -> list[Resources]:
+    """What each entry takes on sm_<architecture>."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.ops.ahead_of_time", str(architecture)],
@@ -66,9 +86,9 @@ def compile_for(architecture: int, entries: list[Entry]) -> list[tuple[str, int,
     assert done.returncode == 0, done.stderr[-2000:]
     compiled = json.loads(done.stdout.splitlines()[-1])
     assert len(compiled) == len(entries)
-    return [tuple(found) for found in compiled]
+    return [Resources(**found) for found in compiled]
 
 
 if __name__ == "__main__":
     wanted = [Entry(**entry) for entry in json.load(sys.stdin)]
-    print(json.dumps([_compile(entry, int(sys.argv[1])) for entry in wanted]))
+    print(json.dumps([asdict(_compile(entry, int(sys.argv[1]))) for entry in wanted]))

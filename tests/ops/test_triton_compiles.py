@@ -55,9 +55,9 @@ def as_launched(entry: Entry, architecture: int) -> Entry:
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_kernels_compile_without_spills_for(architecture: int) -> None:
     entries = [as_launched(entry, architecture) for entry in ENTRIES]
-    for kernel, shared, stack in compile_for(architecture, entries):
-        # Reductions over warps only: a few words each.
-        assert (shared <= 1024, stack) == (True, [0]), (kernel, shared, stack)
+    for found in compile_for(architecture, entries):
+        assert found.stack_bytes == 0, found
+        assert found.shared_bytes <= 1024, found  # reductions over warps only: a few words each
 
 
 def test_every_kernel_of_the_table_is_compiled_above() -> None:
