@@ -1,14 +1,44 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA device: the operations' tests on it, then the benchmarks; writes benchmarks/results/<device>/*.json.
+# On a machine with a CUDA device: builds, tests every kernel on it, measures the passes and the head beside its peers, and
+# writes benchmarks/results/<device>/*.json and a readable table beside each.
+# Usage: ./scripts/gpu_check.sh               makes .venv, from the network
+#        FASTALIGN_PYTHON=python3 ./scripts/gpu_check.sh     takes an interpreter that has torch, triton, pytest, pytest-timeout
+#                                             and tyro (trl, liger-kernel and cut-cross-entropy are compared with if there)
+#        ./scripts/gpu_check.sh --dry-run     what can be checked without a GPU: compiled kernels' resources, the tests' collection
 set -euo pipefail
-FASTALIGN_EXTRAS=dev
-. "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+if [ -n "${FASTALIGN_PYTHON:-}" ]; then
+    cd "$(dirname "${BASH_SOURCE[0]}")/.."
+    missing=$("$FASTALIGN_PYTHON" -c 'import importlib.util as u; print(*(n for n in ("torch", "triton", "pytest", "pytest_timeout", "tyro") if not u.find_spec(n)))')
+    if [ -n "$missing" ]; then
+        echo "gpu_check: $FASTALIGN_PYTHON lacks: $missing" >&2
+        exit 2
+    fi
+    export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+else
+    FASTALIGN_EXTRAS=dev
+    . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+fi
+python=${FASTALIGN_PYTHON:-python}
 
-device=$(python -c 'import torch; assert torch.cuda.is_available(), "torch sees no CUDA device"; print(torch.cuda.get_device_name().replace(" ", "-"))')
+if [ "${1:-}" = --dry-run ]; then
+    "$python" -m tests.ops.kernel_resources
+    FASTALIGN_TEST_GPU=1 "$python" -m pytest tests/gpu -q --collect-only | tail -n 2
+    exit
+fi
+device=$("$python" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "")')
+if [ -z "$device" ]; then
+    echo "gpu_check: torch sees no CUDA device here; --dry-run checks what can be checked without one" >&2
+    exit 2
+fi
+if [ -n "${FASTALIGN_PYTHON:-}" ]; then
+    # this device's code alone, to save minutes
+    FASTALIGN_CUDA_ARCHITECTURES=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') \
+        "$python" setup.py -q build_ext --inplace
+fi
 folder=benchmarks/results/$device
 mkdir -p "$folder"
-fastalign doctor
-FASTALIGN_TEST_GPU=1 python -m pytest tests/gpu -q
-for name in linear-logprob dpo-loss; do
-    python -m benchmarks.compare "$name" --device cuda --json "$folder/$name.json"
+"$python" -m fastalign doctor | tee "$folder/doctor.txt"
+FASTALIGN_TEST_GPU=1 "$python" -m pytest tests/gpu -q
+for name in operations head; do
+    "$python" -m benchmarks.compare "$name" --device cuda --json "$folder/$name.json" | tee "$folder/$name.txt"
 done
