@@ -69,7 +69,7 @@ FASTALIGN_EXPORT int32_t fastalign_head_tile_cpu(
 // first: losses (B,); sequence_logprob (2B,), each the sum of its part of logprob, in double,
 // rounded once; coefficient (2B,), the derivative of a pair's loss by each of its two. `link` and
 // the numbers are those of preference_pair.h. reference_logprob (2B,), length (2B,) and tie (B,)
-// may be NULL: no reference, all rows count, no tie. An unknown link is an unknown dtype.
+// may be NULL: no reference, all rows count, no tie. An unknown link returns 2.
 FASTALIGN_EXPORT int32_t fastalign_preference_loss_forward_cpu(
     const float* logprob, const int64_t* bounds, const float* reference_logprob,
     const int64_t* length, const uint8_t* tie, int64_t num_pairs, int32_t link, int32_t per_token,

@@ -64,31 +64,20 @@ def _log_odds(logprob):
 
 
 @triton.jit
-def _pair_loss(
-    chosen,
-    rejected,
-    chosen_weight,
-    rejected_weight,
-    longer,
-    tie,
-    beta,
-    length_weight,
-    threshold,
-    right,
-    wrong,
-    tie_offset,
-    LINK: tl.constexpr,
-):
-    """From weighted log-ratios: the loss, and its derivatives by the two log-probs."""
+def _pair_loss(chosen, rejected, tie, numbers, LINK: tl.constexpr):
+    """From each side's weighted log-ratio, weight and length: the loss, and its derivatives."""
+    ratio, weight, length = chosen
+    other_ratio, other_weight, other_length = rejected
+    beta, length_weight, threshold, right, wrong, tie_offset = numbers
     if LINK == _ORPO:
-        odds, slope = _log_odds(chosen)
-        other_odds, other_slope = _log_odds(rejected)
+        odds, slope = _log_odds(ratio)
+        other_odds, other_slope = _log_odds(other_ratio)
         pull = beta * _sigmoid(other_odds - odds)
-        loss = beta * _softplus(other_odds - odds) - chosen
-        by_chosen = chosen_weight * (-1.0 - pull * slope)
-        by_rejected = rejected_weight * pull * other_slope
+        loss = beta * _softplus(other_odds - odds) - ratio
+        by_chosen = weight * (-1.0 - pull * slope)
+        by_rejected = other_weight * pull * other_slope
     else:
-        x = beta * (chosen - rejected) + length_weight * longer
+        x = beta * (ratio - other_ratio) + length_weight * (length - other_length)
         if LINK == _HINGE:
             loss = tl.where(x >= 1.0, 0.0, 1.0 - x)
             slope = tl.where(x >= 1.0, 0.0, -1.0)
@@ -99,25 +88,22 @@ def _pair_loss(
             loss, slope = _davidson(x, tie, tie_offset)
         else:
             loss, slope = _logistic(x, tie, threshold, right, wrong, tie_offset)
-        by_chosen = slope * beta * chosen_weight
-        by_rejected = -slope * beta * rejected_weight
+        by_chosen = slope * beta * weight
+        by_rejected = -slope * beta * other_weight
     return loss, by_chosen, by_rejected
 
 
 @triton.jit
 def _sequence(
     sequence,
-    logprob_ptr,
-    bounds_ptr,
-    reference_ptr,
-    length_ptr,
-    sequence_logprob_ptr,
-    PER_TOKEN: tl.constexpr,
+    pointers,
     HAS_REFERENCE: tl.constexpr,
     HAS_LENGTH: tl.constexpr,
+    PER_TOKEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Writes a sequence's log-prob; its weighted log-ratio, its weight and its length."""
+    logprob_ptr, bounds_ptr, reference_ptr, length_ptr, sequence_logprob_ptr = pointers
     start = tl.load(bounds_ptr + sequence)
     stop = tl.load(bounds_ptr + sequence + 1)
     sums = tl.zeros([BLOCK], dtype=tl.float64)
@@ -164,31 +150,14 @@ def preference_loss_fwd_kernel(
 ):
     """One pair: both sums, the loss, and its derivatives by the two."""
     pair = tl.program_id(0).to(tl.int64)
-    tokens = (logprob_ptr, bounds_ptr, reference_ptr, length_ptr, sequence_logprob_ptr)
-    chosen, chosen_weight, chosen_length = _sequence(
-        2 * pair, *tokens, PER_TOKEN, HAS_REFERENCE, HAS_LENGTH, BLOCK
-    )
-    rejected, rejected_weight, rejected_length = _sequence(
-        2 * pair + 1, *tokens, PER_TOKEN, HAS_REFERENCE, HAS_LENGTH, BLOCK
-    )
+    pointers = (logprob_ptr, bounds_ptr, reference_ptr, length_ptr, sequence_logprob_ptr)
+    chosen = _sequence(2 * pair, pointers, HAS_REFERENCE, HAS_LENGTH, PER_TOKEN, BLOCK)
+    rejected = _sequence(2 * pair + 1, pointers, HAS_REFERENCE, HAS_LENGTH, PER_TOKEN, BLOCK)
     tie = pair < 0
     if HAS_TIE:
         tie = tl.load(tie_ptr + pair) != 0
-    loss, by_chosen, by_rejected = _pair_loss(
-        chosen,
-        rejected,
-        chosen_weight,
-        rejected_weight,
-        chosen_length - rejected_length,
-        tie,
-        beta,
-        length_weight,
-        threshold,
-        right,
-        wrong,
-        tie_offset,
-        LINK,
-    )
+    numbers = (beta, length_weight, threshold, right, wrong, tie_offset)
+    loss, by_chosen, by_rejected = _pair_loss(chosen, rejected, tie, numbers, LINK)
     tl.store(losses_ptr + pair, loss.to(tl.float32))
     tl.store(coefficient_ptr + 2 * pair, by_chosen.to(tl.float32))
     tl.store(coefficient_ptr + 2 * pair + 1, by_rejected.to(tl.float32))
