@@ -65,6 +65,23 @@ FASTALIGN_EXPORT int32_t fastalign_head_tile_cpu(
     int64_t gradient_stride, const float* grad_logprob, const float* grad_entropy,
     int32_t num_threads, int32_t isa);
 
+// Preference pairs, B of them, whose 2B sequences of tokens lie between bounds (2B + 1,), chosen
+// first: losses (B,); sequence_logprob (2B,), each the sum of its part of logprob, in double,
+// rounded once; coefficient (2B,), the derivative of a pair's loss by each of its two. `link` and
+// the numbers are those of preference_pair.h. reference_logprob (2B,), length (2B,) and tie (B,)
+// may be NULL: no reference, all rows count, no tie. An unknown link returns 2.
+FASTALIGN_EXPORT int32_t fastalign_preference_loss_forward_cpu(
+    const float* logprob, const int64_t* bounds, const float* reference_logprob,
+    const int64_t* length, const uint8_t* tie, int64_t num_pairs, int32_t link, int32_t per_token,
+    float beta, float length_weight, float threshold, float right, float wrong, float tie_offset,
+    float* losses, float* sequence_logprob, float* coefficient, int32_t num_threads, int32_t isa);
+
+// gradient (N,) of logprob: in sequence s of pair b, grad_losses[b] coefficient[s] +
+// grad_sequence_logprob[s], the latter (2B,) or NULL.
+FASTALIGN_EXPORT int32_t fastalign_preference_loss_backward_cpu(
+    const float* grad_losses, const float* grad_sequence_logprob, const float* coefficient,
+    const int64_t* bounds, int64_t num_pairs, float* gradient, int32_t num_threads, int32_t isa);
+
 // The same on a CUDA device; addresses are of device memory.
 FASTALIGN_EXPORT int32_t fastalign_token_logprob_forward_cuda(
     const void* logits, int32_t dtype, int64_t num_rows, int64_t num_columns, int64_t row_stride,
@@ -82,6 +99,16 @@ FASTALIGN_EXPORT int32_t fastalign_head_tile_cuda(
     float logit_scale, const float* temperature, const int64_t* targets, const uint8_t* ignored,
     float* logprob, float* entropy, uint8_t* is_argmax, void* gradient, int32_t gradient_dtype,
     int64_t gradient_stride, const float* grad_logprob, const float* grad_entropy, void* stream);
+
+FASTALIGN_EXPORT int32_t fastalign_preference_loss_forward_cuda(
+    const float* logprob, const int64_t* bounds, const float* reference_logprob,
+    const int64_t* length, const uint8_t* tie, int64_t num_pairs, int32_t link, int32_t per_token,
+    float beta, float length_weight, float threshold, float right, float wrong, float tie_offset,
+    float* losses, float* sequence_logprob, float* coefficient, void* stream);
+
+FASTALIGN_EXPORT int32_t fastalign_preference_loss_backward_cuda(
+    const float* grad_losses, const float* grad_sequence_logprob, const float* coefficient,
+    const int64_t* bounds, int64_t num_pairs, float* gradient, void* stream);
 
 #ifdef __cplusplus
 }

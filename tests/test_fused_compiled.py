@@ -15,7 +15,7 @@ from fastalign import (
     sequence_logprob,
 )
 from fastalign.losses import simpo
-from fastalign.losses.pairs import PairLogprobs
+from fastalign.ops.preference_loss import PairLogprobs
 from tests.ops.fused_linear_loss_cases import ROWS, leaves, some_targets
 
 BOUNDS = [0, 5, 10, 15, ROWS]

@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 
 #include "../abi.h"
+#include "pieces.cuh"
 #include "reduce.cuh"
 
 namespace {
@@ -27,22 +28,6 @@ __device__ inline void from_float(float x, float* to) { *to = x; }
 __device__ inline void from_float(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
 __device__ inline void from_float(float x, __half* to) { *to = __float2half_rn(x); }
 
-// Columns before the first 16-byte boundary of a row; `visit(column, count, aligned)` gets pieces
-// of up to 16 bytes.
-template <typename T, typename Visit>
-__device__ void for_each_piece(const T* row, int64_t num_columns, Visit visit) {
-    constexpr int PER_PIECE = 16 / sizeof(T);
-    const int64_t misplaced = (reinterpret_cast<uintptr_t>(row) % 16) / sizeof(T);
-    int64_t head = misplaced == 0 ? 0 : PER_PIECE - misplaced;
-    head = head < num_columns ? head : num_columns;
-    const int64_t num_pieces = (num_columns - head) / PER_PIECE;
-    if (threadIdx.x < head) visit(static_cast<int64_t>(threadIdx.x), false);
-    for (int64_t piece = threadIdx.x; piece < num_pieces; piece += THREADS)
-        visit(head + piece * PER_PIECE, true);
-    const int64_t tail = head + num_pieces * PER_PIECE;
-    if (tail + threadIdx.x < num_columns) visit(tail + threadIdx.x, false);
-}
-
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
     forward_kernel(const T* logits, Rows rows, float* logprob, float* entropy, float* logsumexp) {
@@ -55,16 +40,17 @@ __global__ void __launch_bounds__(THREADS)
         return (softcap > 0.0f ? softcap * tanhf(x / softcap) : x) * scale;
     };
     Softmax mine = Softmax::empty();
-    for_each_piece(row, rows.num_columns, [&](int64_t column, bool whole) {
-        if (!whole) {
-            mine.add(transform(to_float(row[column])));
-            return;
-        }
-        const uint4 piece = __ldcs(reinterpret_cast<const uint4*>(row + column));
-        const T* values = reinterpret_cast<const T*>(&piece);
+    fastalign::for_each_piece<THREADS>(
+        row, rows.num_columns, threadIdx.x, [&](int64_t column, bool whole) {
+            if (!whole) {
+                mine.add(transform(to_float(row[column])));
+                return;
+            }
+            const uint4 piece = __ldcs(reinterpret_cast<const uint4*>(row + column));
+            const T* values = reinterpret_cast<const T*>(&piece);
 #pragma unroll
-        for (int i = 0; i < PER_PIECE; ++i) mine.add(transform(to_float(values[i])));
-    });
+            for (int i = 0; i < PER_PIECE; ++i) mine.add(transform(to_float(values[i])));
+        });
     const Softmax all = fastalign::reduce_block<THREADS>(mine);
     if (threadIdx.x != 0) return;
     const int64_t target = rows.targets[index];
@@ -113,25 +99,26 @@ __global__ void __launch_bounds__(THREADS)
     // are scalar.
     const bool same =
         (reinterpret_cast<uintptr_t>(row) % 16) == (reinterpret_cast<uintptr_t>(out) % 16);
-    for_each_piece(row, rows.num_columns, [&](int64_t column, bool whole) {
-        if (!whole) {
-            from_float(compute(to_float(row[column]), column), out + column);
-            return;
-        }
-        const uint4 piece = __ldcs(reinterpret_cast<const uint4*>(row + column));
-        const T* values = reinterpret_cast<const T*>(&piece);
-        uint4 written;
-        T* results = reinterpret_cast<T*>(&written);
+    fastalign::for_each_piece<THREADS>(
+        row, rows.num_columns, threadIdx.x, [&](int64_t column, bool whole) {
+            if (!whole) {
+                from_float(compute(to_float(row[column]), column), out + column);
+                return;
+            }
+            const uint4 piece = __ldcs(reinterpret_cast<const uint4*>(row + column));
+            const T* values = reinterpret_cast<const T*>(&piece);
+            uint4 written;
+            T* results = reinterpret_cast<T*>(&written);
 #pragma unroll
-        for (int i = 0; i < PER_PIECE; ++i)
-            from_float(compute(to_float(values[i]), column + i), results + i);
-        if (same) {
-            __stcs(reinterpret_cast<uint4*>(out + column), written);
-        } else {
+            for (int i = 0; i < PER_PIECE; ++i)
+                from_float(compute(to_float(values[i]), column + i), results + i);
+            if (same) {
+                __stcs(reinterpret_cast<uint4*>(out + column), written);
+            } else {
 #pragma unroll
-            for (int i = 0; i < PER_PIECE; ++i) out[column + i] = results[i];
-        }
-    });
+                for (int i = 0; i < PER_PIECE; ++i) out[column + i] = results[i];
+            }
+        });
 }
 
 template <typename T>

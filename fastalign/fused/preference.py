@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastalign.fused.metrics import metric_means
-from fastalign.losses import PairLogprobs, dpo
+from fastalign.losses import dpo, formula
 from fastalign.losses.chunk_losses import PairLoss, preference_loss_fn
 from fastalign.ops.fused_linear_loss import fused_linear_loss
 from fastalign.ops.linear_arguments import LinearBackend
@@ -53,12 +53,12 @@ def fused_linear_preference_loss(
         targets: Token ids; rows with `ignore_index` (prompts, padding) are left out of every
             product, for which a GPU is waited for once.
         cu_seqlens: Row bounds of the sequences, in the order chosen, rejected, chosen, ...
-        pair_loss: From `PairLogprobs` of B pairs to losses (B,), for example
-            `lambda pairs: ipo_sum(*pairs.logprobs(), beta=0.1)`.
+        pair_loss: A formula, for example `formula(ipo_sum, beta=0.1)` of `fastalign.losses`; or
+            any function from `PairLogprobs` of B pairs to losses (B,).
         reference_logprob: The reference model's log-prob of each sequence; None for losses without.
         normaliser: What the sum over pairs is divided by; None: the number of pairs here.
         tie: Which pairs are ties.
-        margin: Passed on to `pair_loss`.
+        margin: Passed on to a function; no formula has a place for it.
         beta: The scale of the rewards in the metrics.
         bias: This and what follows: as in `fused_linear_loss`.
         temperature: See there.
@@ -143,16 +143,12 @@ def fused_linear_dpo_loss(
     Raises:
         ValueError: As `fused_linear_preference_loss`.
     """
-
-    def pair_loss(pairs: PairLogprobs) -> Tensor:
-        return dpo(*pairs.logprobs(), beta=beta)
-
     return fused_linear_preference_loss(
         hidden,
         weight,
         targets,
         cu_seqlens,
-        pair_loss,
+        formula(dpo, beta=beta),
         reference_logprob,
         normaliser=normaliser,
         beta=beta,

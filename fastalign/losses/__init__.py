@@ -1,6 +1,6 @@
 """Losses: one pure function a formula, per item and unreduced, torch only."""
 
-from fastalign.losses.pairs import PairLogprobs
+from fastalign.losses.formulas import formula
 from fastalign.losses.policy import ppo_clip
 from fastalign.losses.preference import (
     dpo,
@@ -18,8 +18,9 @@ from fastalign.losses.preference_length import (
 )
 from fastalign.losses.preference_reference_free import orpo, simpo
 from fastalign.losses.reward import bradley_terry, davidson, rao_kupper
-from fastalign.losses.segments import segment_sum
 from fastalign.losses.sft import negative_logprob
+from fastalign.ops.preference_loss import PairLogprobs
+from fastalign.ops.segments import segment_sum
 
 __all__ = [
     "PairLogprobs",
@@ -32,6 +33,7 @@ __all__ = [
     "dpo_length_penalised",
     "dpo_rao_kupper",
     "dpo_robust",
+    "formula",
     "hinge",
     "ipo_mean",
     "ipo_sum",

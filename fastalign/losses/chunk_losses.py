@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastalign.losses.pairs import PairLogprobs
 from fastalign.losses.policy import ppo_clip
-from fastalign.losses.segments import segment_sum
 from fastalign.losses.sft import negative_logprob
 from fastalign.ops.fused_linear_loss import LossFunction, TokenChunk
+from fastalign.ops.preference_loss import PairLogprobs, PreferenceFormula, preference_loss
+from fastalign.ops.segments import segment_sum
 
 PairLoss = Callable[[PairLogprobs], Tensor]
 
@@ -32,13 +32,14 @@ def preference_loss_fn(
     That is, `segments=response_bounds[::2]`. Chunks may hold any number of pairs.
 
     Args:
-        pair_loss: From `PairLogprobs` of B pairs to losses (B,), for example
+        pair_loss: `formula(dpo, beta=0.1)`, which goes to the kernels of `preference_loss`; or
+            any function from `PairLogprobs` of B pairs to losses (B,), for example
             `lambda pairs: dpo(*pairs.logprobs(), beta=0.1)`.
         response_bounds: Row bounds of the responses, in the order chosen, rejected, chosen, ...
         reference_logprob: The reference model's log-prob of each response, or None.
         normaliser: What the sum of pair losses is divided by: pairs of the *whole* step.
         tie: Which pairs are ties; None: no pair is.
-        margin: Passed on to `pair_loss`.
+        margin: Passed on to a function; no formula has a place for it.
         beta: The scale of the rewards in the metrics.
 
     Returns:
@@ -48,8 +49,13 @@ def preference_loss_fn(
         and `mean_token_accuracy`, counted by `num_target_tokens`.
 
     Raises:
-        ValueError: Lengths that do not fit each other.
+        ValueError: Lengths that do not fit each other, or a margin for a formula.
     """
+    if margin is not None and isinstance(pair_loss, PreferenceFormula):
+        raise ValueError(
+            f"margin: expected None, for the formula {pair_loss.name} has no place for it, "
+            "got a tensor"
+        )
     bounds = torch.as_tensor(response_bounds, dtype=torch.int64)
     num_responses = bounds.numel() - 1
     if num_responses < 0 or num_responses % 2:
@@ -65,19 +71,14 @@ def preference_loss_fn(
         responses = slice(2 * chunk.group_start, 2 * chunk.group_stop)
         device = chunk.logprob.device
         local = (bounds[responses.start : responses.stop + 1] - chunk.row_start).to(device)
-        found = PairLogprobs.from_responses(
-            segment_sum(chunk.logprob, local),
+        losses, found = _pair_losses(
+            pair_loss,
+            chunk,
+            local,
             None if reference_logprob is None else reference_logprob[responses].to(device),
-            segment_sum(chunk.is_target.float(), local).long(),
             None if tie is None else tie[pairs].to(device),
             None if margin is None else margin[pairs].to(device),
         )
-        losses = pair_loss(found)
-        if losses.shape != found.policy_chosen_logprob.shape:
-            raise ValueError(
-                f"pair_loss: expected one loss for each of {found.tie.numel()} pairs, "
-                f"got {tuple(losses.shape)}"
-            )
         metrics = {**_pair_metrics(found, beta), **_token_metrics(chunk)}
         return losses.sum() / normaliser, metrics
 
@@ -148,6 +149,37 @@ def ppo_loss_fn(
 def _check_length(name: str, value: Tensor | None, length: int) -> None:
     if value is not None and value.shape != (length,):
         raise ValueError(f"{name}: expected ({length},), got {tuple(value.shape)}")
+
+
+def _pair_losses(
+    pair_loss: PairLoss,
+    chunk: TokenChunk,
+    bounds: Tensor,  # (2B + 1,)
+    reference_logprob: Tensor | None,  # (2B,)
+    tie: Tensor | None,  # (B,)
+    margin: Tensor | None,  # (B,)
+) -> tuple[Tensor, PairLogprobs]:
+    """The losses (B,) of a chunk's pairs, and the pairs."""
+    length = segment_sum(chunk.is_target.float(), bounds).long()
+    if isinstance(pair_loss, PreferenceFormula):
+        losses, logprob = preference_loss(
+            chunk.logprob,
+            bounds,
+            pair_loss,
+            reference_logprob if pair_loss.needs_reference else None,
+            length=length,
+            tie=tie if pair_loss.uses_ties else None,
+        )
+        return losses, PairLogprobs.from_responses(logprob, reference_logprob, length, tie)
+    logprob = segment_sum(chunk.logprob, bounds)
+    found = PairLogprobs.from_responses(logprob, reference_logprob, length, tie, margin)
+    losses = pair_loss(found)
+    if losses.shape != found.policy_chosen_logprob.shape:
+        raise ValueError(
+            f"pair_loss: expected one loss for each of {found.tie.numel()} pairs, "
+            f"got {tuple(losses.shape)}"
+        )
+    return losses, found
 
 
 def _token_metrics(chunk: TokenChunk) -> dict[str, Tensor]:

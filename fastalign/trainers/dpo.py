@@ -100,7 +100,7 @@ def load_data(config: DPOConfig, source: str, tokenizer: Tokenizer) -> Tokenized
         max_length=config.data.max_length,
         on_bad_row=config.data.on_bad_row,
         on_too_long=config.data.on_too_long,
-        ties="keep" if config.loss.uses_ties else config.data.ties,
+        ties="keep" if config.loss.formula().uses_ties else config.data.ties,
     )
 
 
@@ -119,7 +119,7 @@ def prepare(
     """
     examples = measure_examples(data.groups, compute.packing)
     reference = None
-    if config.loss.needs_reference:
+    if config.loss.formula().needs_reference:
         cache = config.reference.cache_dir
         reference = reference_logprobs(
             load_reference(config, policy, tokenizer, compute),
@@ -147,13 +147,14 @@ def load_reference(config: DPOConfig, policy: Any, tokenizer: Tokenizer, compute
 
 def make_preference_loss(loss: PreferenceLoss, pairs: Pairs, normaliser: int) -> MakeLoss:
     """The loss function of each micro-batch; the two responses of a pair stay together."""
+    formula = loss.formula()
 
     def make_loss(batch: PackedBatch, chosen: list[int]) -> tuple[LossFunction, tuple[int, ...]]:
         device = batch.targets.device
         reference = pairs.reference
         bounds = batch.layout.target_bounds
         loss_fn = preference_loss_fn(
-            loss,
+            formula,
             bounds,
             None if reference is None else reference[chosen].flatten().to(device),
             normaliser=normaliser,

@@ -1,12 +1,13 @@
 """Each preference loss as a small dataclass: its parameters on the command line, and no others."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from fastalign import losses
-from fastalign.losses import PairLogprobs
+from fastalign.ops import PreferenceFormula
 
 
 @dataclass(frozen=True)
@@ -16,25 +17,22 @@ class PreferenceLoss:
     beta: float = 0.1
     """Strength of the pull towards the reference (for losses without one: the loss's scale)."""
 
-    needs_reference: ClassVar[bool] = True
-    uses_ties: ClassVar[bool] = False
+    function: ClassVar[Callable[..., Tensor]]
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < float("inf"):
             raise ValueError(f"loss.beta: expected a finite number above 0, got {self.beta!r}")
 
-    def __call__(self, pairs: PairLogprobs) -> Tensor:
-        """Losses (B,) of B pairs."""
-        raise NotImplementedError
+    def formula(self) -> PreferenceFormula:
+        """The loss, with these fields as its parameters."""
+        return losses.formula(type(self).function, **asdict(self))
 
 
 @dataclass(frozen=True)
 class DPOLoss(PreferenceLoss):
     """DPO, arXiv 2305.18290."""
 
-    def __call__(self, pairs: PairLogprobs) -> Tensor:
-        """Losses (B,): `losses.dpo`."""
-        return losses.dpo(*pairs.logprobs(), beta=self.beta)
+    function = losses.dpo
 
 
 @dataclass(frozen=True)
@@ -44,11 +42,7 @@ class LabelSmoothedLoss(PreferenceLoss):
     label_smoothing: float = 0.1
     """Share of labels taken to be wrong."""
 
-    def __call__(self, pairs: PairLogprobs) -> Tensor:
-        """Losses (B,): `losses.dpo_label_smoothed`."""
-        return losses.dpo_label_smoothed(
-            *pairs.logprobs(), beta=self.beta, label_smoothing=self.label_smoothing
-        )
+    function = losses.dpo_label_smoothed
 
 
 @dataclass(frozen=True)
@@ -58,51 +52,35 @@ class RobustLoss(PreferenceLoss):
     label_smoothing: float = 0.1
     """Share of labels taken to be wrong."""
 
-    def __call__(self, pairs: PairLogprobs) -> Tensor:
-        """Losses (B,): `losses.dpo_robust`."""
-        return losses.dpo_robust(
-            *pairs.logprobs(), beta=self.beta, label_smoothing=self.label_smoothing
-        )
+    function = losses.dpo_robust
 
 
 @dataclass(frozen=True)
 class HingeLoss(PreferenceLoss):
     """Hinge, arXiv 2305.10425."""
 
-    def __call__(self, pairs: PairLogprobs) -> Tensor:
-        """Losses (B,): `losses.hinge`."""
-        return losses.hinge(*pairs.logprobs(), beta=self.beta)
+    function = losses.hinge
 
 
 @dataclass(frozen=True)
 class IPOSumLoss(PreferenceLoss):
     """IPO on sequence log-probs, arXiv 2310.12036."""
 
-    def __call__(self, pairs: PairLogprobs) -> Tensor:
-        """Losses (B,): `losses.ipo_sum`."""
-        return losses.ipo_sum(*pairs.logprobs(), beta=self.beta)
+    function = losses.ipo_sum
 
 
 @dataclass(frozen=True)
 class IPOMeanLoss(PreferenceLoss):
     """IPO on per-token means."""
 
-    def __call__(self, pairs: PairLogprobs) -> Tensor:
-        """Losses (B,): `losses.ipo_mean`."""
-        return losses.ipo_mean(
-            *pairs.logprobs(), pairs.chosen_length, pairs.rejected_length, beta=self.beta
-        )
+    function = losses.ipo_mean
 
 
 @dataclass(frozen=True)
 class LengthNormalisedLoss(PreferenceLoss):
     """DPO on per-token means, arXiv 2411.15124."""
 
-    def __call__(self, pairs: PairLogprobs) -> Tensor:
-        """Losses (B,): `losses.dpo_length_normalised`."""
-        return losses.dpo_length_normalised(
-            *pairs.logprobs(), pairs.chosen_length, pairs.rejected_length, beta=self.beta
-        )
+    function = losses.dpo_length_normalised
 
 
 @dataclass(frozen=True)
@@ -112,15 +90,7 @@ class LengthPenalisedLoss(PreferenceLoss):
     alpha: float = 0.01
     """Penalty of a token by which the chosen response is longer."""
 
-    def __call__(self, pairs: PairLogprobs) -> Tensor:
-        """Losses (B,): `losses.dpo_length_penalised`."""
-        return losses.dpo_length_penalised(
-            *pairs.logprobs(),
-            pairs.chosen_length,
-            pairs.rejected_length,
-            beta=self.beta,
-            alpha=self.alpha,
-        )
+    function = losses.dpo_length_penalised
 
 
 @dataclass(frozen=True)
@@ -132,35 +102,14 @@ class SimPOLoss(PreferenceLoss):
     gamma: float = 1.0
     """Target margin."""
 
-    needs_reference: ClassVar[bool] = False
-
-    def __call__(self, pairs: PairLogprobs) -> Tensor:
-        """Losses (B,): `losses.simpo`."""
-        return losses.simpo(
-            pairs.policy_chosen_logprob,
-            pairs.policy_rejected_logprob,
-            pairs.chosen_length,
-            pairs.rejected_length,
-            beta=self.beta,
-            gamma=self.gamma,
-        )
+    function = losses.simpo
 
 
 @dataclass(frozen=True)
 class ORPOLoss(PreferenceLoss):
     """ORPO, arXiv 2403.07691; no reference."""
 
-    needs_reference: ClassVar[bool] = False
-
-    def __call__(self, pairs: PairLogprobs) -> Tensor:
-        """Losses (B,): `losses.orpo`."""
-        return losses.orpo(
-            pairs.policy_chosen_logprob,
-            pairs.policy_rejected_logprob,
-            pairs.chosen_length,
-            pairs.rejected_length,
-            beta=self.beta,
-        )
+    function = losses.orpo
 
 
 @dataclass(frozen=True)
@@ -170,11 +119,7 @@ class RaoKupperLoss(PreferenceLoss):
     nu: float = 3.0
     """How common ties are; equal responses tie with probability (nu - 1) / (nu + 1)."""
 
-    uses_ties: ClassVar[bool] = True
-
-    def __call__(self, pairs: PairLogprobs) -> Tensor:
-        """Losses (B,): `losses.dpo_rao_kupper`."""
-        return losses.dpo_rao_kupper(*pairs.logprobs(), pairs.tie, beta=self.beta, nu=self.nu)
+    function = losses.dpo_rao_kupper
 
 
 @dataclass(frozen=True)
@@ -184,11 +129,7 @@ class DavidsonLoss(PreferenceLoss):
     nu: float = 1.0
     """How common ties are; equal responses tie with probability nu / (nu + 1)."""
 
-    uses_ties: ClassVar[bool] = True
-
-    def __call__(self, pairs: PairLogprobs) -> Tensor:
-        """Losses (B,): `losses.dpo_davidson`."""
-        return losses.dpo_davidson(*pairs.logprobs(), pairs.tie, beta=self.beta, nu=self.nu)
+    function = losses.dpo_davidson
 
 
 LOSSES: dict[str, type[PreferenceLoss]] = {

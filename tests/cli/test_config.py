@@ -1,5 +1,6 @@
 """YAML under flags, and one line for whatever is wrong with either."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -74,7 +75,10 @@ def test_the_saved_configuration_is_one_that_can_be_read(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_can_be_chosen(name: str) -> None:
-    assert isinstance(parse_dpo([*BASE, "--loss", name]).loss, LOSSES[name])
+    loss = parse_dpo([*BASE, "--loss", name]).loss
+    assert isinstance(loss, LOSSES[name])
+    assert loss.formula().name == name
+    assert loss.formula().parameters == asdict(loss)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 
 from fastalign.ops import triton_table
+from fastalign.ops.preference_loss import LinkFunction
+from fastalign.ops.preference_loss.triton_kernels import BLOCK as preference_block
 from tests.ops.ahead_of_time import Entry, compile_for
 
 FLAGS = {"HAS_TEMPERATURE": True, "HAS_SOFTCAP": True}
@@ -40,7 +42,23 @@ def head_tile_entries() -> list[Entry]:
     ]
 
 
-ENTRIES = [*token_logprob_entries(), *head_tile_entries()]
+def preference_loss_entries() -> list[Entry]:
+    module = "fastalign.ops.preference_loss.triton_kernels"
+    types = {"bounds_ptr": "*i64", "length_ptr": "*i64", "tie_ptr": "*i8"}
+    numbers = ("beta", "length_weight", "threshold", "right", "wrong", "tie_offset")
+    types |= dict.fromkeys(numbers, "fp32")
+    flags = ("PER_TOKEN", "HAS_REFERENCE", "HAS_LENGTH", "HAS_TIE")
+    constants = {**dict.fromkeys(flags, True), "BLOCK": preference_block}
+    kernel, backward = "preference_loss_fwd_kernel", "preference_loss_bwd_kernel"
+    entries = [
+        Entry(module, kernel, types, {**constants, "LINK": int(link)}, num_warps=4)
+        for link in LinkFunction
+    ]
+    constants = {"HAS_GRAD_SEQUENCE_LOGPROB": True, "BLOCK": preference_block}
+    return [*entries, Entry(module, backward, types, constants, num_warps=4)]
+
+
+ENTRIES = [*token_logprob_entries(), *head_tile_entries(), *preference_loss_entries()]
 
 
 def as_launched(entry: Entry, architecture: int) -> Entry:

@@ -1,0 +1,115 @@
+"""`preference_loss`: per-token log-probs to the loss of each preference pair."""
+
+import torch
+from torch import Tensor
+
+from fastalign.ops.backends import BackendName, choose_backend
+from fastalign.ops.preference_loss import reference
+from fastalign.ops.preference_loss.formula import PreferenceFormula
+from fastalign.ops.preference_loss.op import preference_loss_forward
+from fastalign.ops.segments import check_bounds
+
+
+def preference_loss(
+    logprob: Tensor,  # (N,)
+    bounds: Tensor,  # (2B + 1,) integers
+    formula: PreferenceFormula,
+    reference_logprob: Tensor | None = None,  # (2B,)
+    *,
+    length: Tensor | None = None,  # (2B,) integers
+    tie: Tensor | None = None,  # (B,) bool
+    backend: BackendName = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Losses (B,) of preference pairs, and the log-probs (2B,) of their sequences.
+
+    The same as these lines, for any pairwise loss of `fastalign.losses`, in one launch that also
+    finds the derivatives, so that the backward is a second one:
+
+        sums = stack([part.sum(dtype=float64) for part in logprob.split(lengths)]).float()
+        h = (sums - reference_logprob)[0::2] - (sums - reference_logprob)[1::2]
+        losses = -logsigmoid(beta * h)  # for `formula(dpo, beta=beta)`
+
+    Differentiable in `logprob`, through both results: each token's gradient is its sequence's. The
+    loss is that of the log-probs as they are returned, rounded once, so a policy that is its
+    reference loses exactly ln 2.
+
+    Args:
+        logprob: Log-probs of tokens, float32, or float64 (reference only); a token that does not
+            count holds 0.
+        bounds: Row bounds of the sequences in the order chosen, rejected, chosen, ..., from 0 to
+            N; only on a CPU is that checked.
+        formula: Which loss, from `fastalign.losses.formula`.
+        reference_logprob: The reference model's log-prob of each sequence; gets no gradient. Given
+            where the formula compares with a reference, and only there.
+        length: The number of tokens that count in each sequence; None: all its rows.
+        tie: Which pairs are ties; only for formulas with a place for them. None: no pair is.
+        backend: "auto" takes native code where it was built, else Triton on a GPU, else the
+            reference; a named one runs or raises.
+
+    Returns:
+        (losses, sequence log-probs), in the dtype of `logprob`.
+
+    Raises:
+        ValueError: A wrong shape, dtype or device, bounds that do not rise from 0 to N, a reference
+            or ties that the formula lacks or has no place for, or an unusable backend.
+    """
+    if logprob.ndim != 1 or logprob.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"logprob: expected float32 or float64 (N,), got {logprob.dtype} {tuple(logprob.shape)}"
+        )
+    check_bounds(bounds, logprob.shape[0])
+    if bounds.shape[0] % 2 == 0:
+        raise ValueError(f"bounds: expected 2B + 1, an odd number, got {bounds.shape[0]}")
+    _check_use(formula, reference_logprob, tie)
+    num_sequences = bounds.shape[0] - 1
+    for name, value, shape, kind in (
+        ("bounds", bounds, bounds.shape, "integer"),
+        ("reference_logprob", reference_logprob, (num_sequences,), "floating"),
+        ("length", length, (num_sequences,), "integer"),
+        ("tie", tie, (num_sequences // 2,), "bool"),
+    ):
+        if value is not None:
+            _check_tensor(name, value, shape, kind, logprob.device)
+    chosen = choose_backend("preference_loss", backend, logprob.device.type, logprob.dtype)
+    if reference_logprob is not None:
+        reference_logprob = reference_logprob.detach()
+    if chosen == "reference":
+        return reference.define(logprob, bounds, formula, reference_logprob, length, tie)
+    losses, sequence_logprob, _ = preference_loss_forward(
+        logprob,
+        bounds,
+        reference_logprob,
+        length,
+        tie,
+        int(formula.kernel.link),
+        formula.kernel.per_token,
+        formula.kernel.numbers(),
+        chosen,
+    )
+    return losses, sequence_logprob
+
+
+def _check_use(
+    formula: PreferenceFormula, reference_logprob: Tensor | None, tie: Tensor | None
+) -> None:
+    if formula.needs_reference and reference_logprob is None:
+        raise ValueError("reference_logprob: expected one, for this loss needs it, got None")
+    if not formula.needs_reference and reference_logprob is not None:
+        raise ValueError(
+            f"reference_logprob: expected None, for {formula.name} has no reference, got a tensor"
+        )
+    if not formula.uses_ties and tie is not None:
+        raise ValueError(f"tie: expected None, for {formula.name} has no ties, got a tensor")
+
+
+def _check_tensor(
+    name: str, value: Tensor, shape: tuple[int, ...], kind: str, device: torch.device
+) -> None:
+    kinds = {torch.bool: "bool"}
+    found = "floating" if value.is_floating_point() else kinds.get(value.dtype, "integer")
+    if value.shape != shape or found != kind:
+        raise ValueError(
+            f"{name}: expected {kind} {tuple(shape)}, got {value.dtype} {tuple(value.shape)}"
+        )
+    if value.device != device:
+        raise ValueError(f"{name}: expected on {device} as logprob is, got {value.device}")
