@@ -18,8 +18,8 @@ from fastalign.losses.preference_length import (
 )
 from fastalign.losses.preference_reference_free import orpo, simpo
 from fastalign.losses.reward import bradley_terry, davidson, rao_kupper
-from fastalign.losses.segments import segment_sum
 from fastalign.losses.sft import negative_logprob
+from fastalign.ops.segments import segment_sum
 
 __all__ = [
     "PairLogprobs",

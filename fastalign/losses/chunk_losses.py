@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastalign.losses.pairs import PairLogprobs
 from fastalign.losses.policy import ppo_clip
-from fastalign.losses.segments import segment_sum
 from fastalign.losses.sft import negative_logprob
 from fastalign.ops.fused_linear_loss import LossFunction, TokenChunk
+from fastalign.ops.segments import segment_sum
 
 PairLoss = Callable[[PairLogprobs], Tensor]
 

@@ -13,13 +13,11 @@ the gradients are g * (bracket @ W) and bracket^T @ (g * hidden). So no pass ove
 Legend: C tile rows, V vocabulary.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
-from typing import Any
 
-import torch
 from torch import Tensor
 
+from fastalign.ops.backends import on_device
 from fastalign.ops.head_tile import strips
 from fastalign.ops.head_tile.transform import HeadTransform, RowStatistics
 
@@ -36,11 +34,6 @@ def _kernels(backend: str) -> ModuleType:
     from fastalign.ops.head_tile import triton_kernels
 
     return triton_kernels
-
-
-def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Kernels are launched on the current GPU, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def read_tile(
@@ -74,7 +67,7 @@ def read_tile(
     if backend == "torch":
         assert scratch is not None
         return strips.read(tile, targets, ignored, transform, scratch, gradient, *upstream)
-    with _on_device(tile):
+    with on_device(tile):
         read: RowStatistics = _kernels(backend).read(
             tile, targets, ignored, transform, gradient, *upstream, with_entropy
         )

@@ -1,12 +1,12 @@
 """Registration of `token_logprob`: one schema with the backend as argument, one fake."""
 
-from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastalign.ops.backends import on_device
 from fastalign.ops.token_logprob import reference
 
 
@@ -23,11 +23,6 @@ def _module(backend: str) -> ModuleType:
     return reference
 
 
-def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Kernels are launched on the current GPU, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
-
-
 @torch.library.custom_op("fastalign::token_logprob", mutates_args=())
 def token_logprob_forward(
     logits: Tensor,
@@ -38,7 +33,7 @@ def token_logprob_forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Log-prob, entropy, log-sum-exp, each (T,)."""
-    with _on_device(logits):
+    with on_device(logits):
         results: tuple[Tensor, Tensor, Tensor] = _module(backend).forward(
             logits, targets, temperature, softcap, ignore_index
         )
@@ -73,7 +68,7 @@ def token_logprob_backward(
     backend: str,
 ) -> Tensor:
     """The gradient of the logits, (T, V) contiguous."""
-    with _on_device(logits):
+    with on_device(logits):
         gradient: Tensor = _module(backend).backward(
             grad_logprob,
             grad_entropy,
