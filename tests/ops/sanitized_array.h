@@ -1,14 +1,15 @@
-// Arrays for sanitized_driver.cpp: on the heap and of the exact size, so that the sanitizers see an
-// access to one element more.
+// Arrays for sanitized_driver.cpp, in which an access to one element more stops the program.
 #pragma once
+
+#include <sys/mman.h>
 
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <type_traits>
+#include <utility>
 
 inline void require(bool condition, const char* what) {
     if (condition) return;
@@ -16,21 +17,39 @@ inline void require(bool condition, const char* what) {
     std::exit(1);
 }
 
-// `size` elements behind BEFORE more, so that it does not begin where vectors do. All are filled
-// with a NaN that no kernel makes: what is still filled was not written.
+// Whether arrays made from now on begin, in place of end, beside memory that may not be touched.
+inline bool guard_starts = false;
+
+// `size` elements between two stretches of memory that may not be touched: they end where the
+// second begins, or begin where the first ends. AddressSanitizer's own heap would watch both sides,
+// but it does not see what vector instructions load and store under a mask. Filled with a NaN that
+// no kernel makes: what is still filled was not written.
 template <typename T>
 class Array {
   public:
-    explicit Array(int64_t size) : size_(size), data_(new T[BEFORE + size]) {
-        std::memset(data_.get(), FILL, sizeof(T) * (BEFORE + size));
+    explicit Array(int64_t size)
+        : size_(size), num_bytes_((size * sizeof(T) / PAGE + 3) * PAGE), memory_(allocate()) {
+        data_ = reinterpret_cast<T*>(memory_ + PAGE);
+        if (!guard_starts) data_ = reinterpret_cast<T*>(memory_ + num_bytes_ - PAGE) - size;
+        std::memset(data_, FILL, size * sizeof(T));
     }
-    T* get() { return data_.get() + BEFORE; }
+    Array(Array&& other) { *this = std::move(other); }
+    Array& operator=(Array&& other) {
+        std::swap(size_, other.size_);
+        std::swap(num_bytes_, other.num_bytes_);
+        std::swap(memory_, other.memory_);
+        std::swap(data_, other.data_);
+        return *this;
+    }
+    ~Array() {
+        if (memory_ != nullptr) munmap(memory_, num_bytes_);
+    }
+
+    T* get() { return data_; }
     T& operator[](int64_t i) { return get()[i]; }
-    int64_t size() const { return size_; }
 
     // That the first `columns` of each `stride` elements were written, and no others.
     void check_written(int64_t columns = 1, int64_t stride = 1) {
-        require(is_filled(*data_.get()), "written before an array");
         for (int64_t i = 0; i < size_; ++i)
             require(is_filled(get()[i]) == (i % stride >= columns), "not written, or beside a row");
     }
@@ -43,14 +62,25 @@ class Array {
 
   private:
     static constexpr int FILL = 0xff;
-    static constexpr int64_t BEFORE = 1;
+    static constexpr int64_t PAGE = 1 << 16;  // the system's own are 4 to 64 KiB
+
+    char* allocate() {
+        void* memory =
+            mmap(nullptr, num_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        require(memory != MAP_FAILED, "no memory");
+        char* start = static_cast<char*>(memory);
+        for (char* guard : {start, start + num_bytes_ - PAGE})
+            require(mprotect(guard, PAGE, PROT_NONE) == 0, "no guard");
+        return start;
+    }
     static bool is_filled(const T& value) {
         T fill;
         std::memset(&fill, FILL, sizeof(T));
         return std::memcmp(&value, &fill, sizeof(T)) == 0;
     }
-    int64_t size_;
-    std::unique_ptr<T[]> data_;
+    int64_t size_ = 0, num_bytes_ = 0;
+    char* memory_ = nullptr;
+    T* data_ = nullptr;
 };
 
 // A small number: a float, or the bits of a bfloat16 (dtype 1) or a float16 (2).

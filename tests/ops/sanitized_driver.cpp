@@ -242,7 +242,10 @@ int main(int count, char** arguments) {
     for (const Check& check : CHECKS) {
         for (int32_t isa = -1; isa < 3; ++isa) {
             if (isa >= 0 && !fastalign_cpu_isa_usable(isa)) continue;
-            for (const int32_t num_threads : {1, 3}) check.run({num_threads, isa});
+            for (const bool starts : {false, true}) {
+                guard_starts = starts;
+                for (const int32_t num_threads : {1, 3}) check.run({num_threads, isa});
+            }
         }
         std::printf("%s: sound\n", check.name);
     }
