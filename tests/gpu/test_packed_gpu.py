@@ -80,3 +80,16 @@ def test_a_score_without_a_token_is_seen(backend: str) -> None:
     )
     assert found.sequence_kl.isnan().tolist() == [False, True, False]
     assert found.reward.tolist() == [0.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_the_gpu_is_not_waited_for(backend: str) -> None:
+    require(backend, "cuda")
+    reward, value, bounds, bootstrap = (tensor.cuda() for tensor in gae_inputs([5, 40]))
+    given = inputs([5, 40]).to(torch.float32, "cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        gae(reward, value, bounds, bootstrap_value=bootstrap, backend=backend)
+        kl_penalty(**vars(given), estimator="k3", backend=backend)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

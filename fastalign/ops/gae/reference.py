@@ -15,7 +15,7 @@ def forward(
     gamma: float,
     gae_lambda: float,
 ) -> tuple[Tensor, Tensor]:  # (N,), (N,)
-    """All responses at once, from the last token of each to its first."""
+    """All responses at once, from the last token of each to its first; waits for a GPU."""
     lengths, last = bounds.diff(), bounds[1:] - 1
     ending = lengths > 0
     next_value = torch.cat([value[1:], value.new_zeros(1)])[: len(value)]
