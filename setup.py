@@ -1,7 +1,8 @@
 """Builds the native libraries where there are compilers; installs without them elsewhere.
 
 They have a plain C ABI (csrc/abi.h): building needs no torch, and the CUDA one nvcc but no GPU.
-FASTALIGN_NATIVE=0 builds nothing. CXX and NVCC name other compilers.
+FASTALIGN_NATIVE=0 builds nothing. CXX and NVCC name other compilers. FASTALIGN_SANITIZE=1 builds a
+CPU library that stops at the first access outside an array, for the tests.
 """
 
 import os
@@ -22,6 +23,8 @@ ISA_FLAGS = {
 # One file needs instructions beyond these; it is called only where the processor has them.
 BF16_SOURCE = CPU_SOURCE / "product_avx512bf16.cpp"
 BF16_FLAGS = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
+OPTIMISED = ["-O3"]
+SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 CUDA_ARCHITECTURES = ("80", "90", "100")
 
 
@@ -44,7 +47,7 @@ def cpu_commands(cxx, build, library):
     common = [
         cxx,
         "-std=c++17",
-        "-O3",
+        *(SANITIZED if os.environ.get("FASTALIGN_SANITIZE") == "1" else OPTIMISED),
         "-fPIC",
         "-fvisibility=hidden",
         "-Wall",

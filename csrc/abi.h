@@ -82,6 +82,34 @@ FASTALIGN_EXPORT int32_t fastalign_preference_loss_backward_cpu(
     const float* grad_losses, const float* grad_sequence_logprob, const float* coefficient,
     const int64_t* bounds, int64_t num_pairs, float* gradient, int32_t num_threads, int32_t isa);
 
+// Packed responses, here and below: response r has the tokens bounds[r] <= t < bounds[r + 1], N in
+// all. kl (N,) = x, x^2 / 2 or exp(-x) - 1 + x (estimator 0, 1, 2; an unknown one is an unknown
+// dtype), x = logprob - reference_logprob, both (N,); 0 where mask (N,) is 0 (NULL: all count).
+// sequence_kl (R,) its sums, added in double. reward (N,) = -coefficient kl, and 0 where mask is
+// 0; score (R,) or NULL is added at the last token that counts; where there is none, sequence_kl
+// is NaN. adaptive_coefficient () stands in for coefficient unless NULL.
+FASTALIGN_EXPORT int32_t fastalign_kl_penalty_forward_cpu(
+    const float* logprob, const float* reference_logprob, const int64_t* bounds,
+    int64_t num_responses, const float* score, float coefficient, const float* adaptive_coefficient,
+    const uint8_t* mask, int32_t estimator, float* reward, float* kl, float* sequence_kl,
+    int32_t num_threads, int32_t isa);
+
+// gradient (N,) of logprob from grad_kl (N,) and grad_sequence_kl (R,), each may be NULL: their sum
+// times 1, x or 1 - exp(-x); 0 where mask is 0.
+FASTALIGN_EXPORT int32_t fastalign_kl_penalty_backward_cpu(
+    const float* grad_kl, const float* grad_sequence_kl, const float* logprob,
+    const float* reference_logprob, const int64_t* bounds, int64_t num_responses,
+    const uint8_t* mask, int32_t estimator, float* gradient, int32_t num_threads, int32_t isa);
+
+// A_t = delta_t + gamma gae_lambda A_(t+1), delta_t = reward_t + gamma value_(t+1) - value_t, from
+// the end of each packed response, in double, after which the value is bootstrap_value (R,), or 0
+// for NULL: advantage (N,) = A, returns (N,) = A + value.
+FASTALIGN_EXPORT int32_t fastalign_gae_cpu(const float* reward, const float* value,
+                                           const int64_t* bounds, int64_t num_responses,
+                                           const float* bootstrap_value, double gamma,
+                                           double gae_lambda, float* advantage, float* returns,
+                                           int32_t num_threads, int32_t isa);
+
 // The same on a CUDA device; addresses are of device memory.
 FASTALIGN_EXPORT int32_t fastalign_token_logprob_forward_cuda(
     const void* logits, int32_t dtype, int64_t num_rows, int64_t num_columns, int64_t row_stride,
@@ -109,6 +137,23 @@ FASTALIGN_EXPORT int32_t fastalign_preference_loss_forward_cuda(
 FASTALIGN_EXPORT int32_t fastalign_preference_loss_backward_cuda(
     const float* grad_losses, const float* grad_sequence_logprob, const float* coefficient,
     const int64_t* bounds, int64_t num_pairs, float* gradient, void* stream);
+
+FASTALIGN_EXPORT int32_t fastalign_kl_penalty_forward_cuda(
+    const float* logprob, const float* reference_logprob, const int64_t* bounds,
+    int64_t num_responses, const float* score, float coefficient, const float* adaptive_coefficient,
+    const uint8_t* mask, int32_t estimator, float* reward, float* kl, float* sequence_kl,
+    void* stream);
+
+FASTALIGN_EXPORT int32_t fastalign_kl_penalty_backward_cuda(
+    const float* grad_kl, const float* grad_sequence_kl, const float* logprob,
+    const float* reference_logprob, const int64_t* bounds, int64_t num_responses,
+    const uint8_t* mask, int32_t estimator, float* gradient, void* stream);
+
+FASTALIGN_EXPORT int32_t fastalign_gae_cuda(const float* reward, const float* value,
+                                            const int64_t* bounds, int64_t num_responses,
+                                            const float* bootstrap_value, double gamma,
+                                            double gae_lambda, float* advantage, float* returns,
+                                            void* stream);
 
 #ifdef __cplusplus
 }

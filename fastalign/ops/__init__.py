@@ -1,17 +1,22 @@
 """Operations on logits and hidden states; each is one function with explicit backends."""
 
 from fastalign.ops.fused_linear_loss import LossFunction, TokenChunk, fused_linear_loss
+from fastalign.ops.gae import gae
+from fastalign.ops.kl_penalty import KLPenalty, kl_penalty
 from fastalign.ops.linear_logprob import linear_logprob
 from fastalign.ops.lora import LoraWeights
 from fastalign.ops.preference_loss import PreferenceFormula, preference_loss
 from fastalign.ops.token_logprob import token_logprob
 
 __all__ = [
+    "KLPenalty",
     "LoraWeights",
     "LossFunction",
     "PreferenceFormula",
     "TokenChunk",
     "fused_linear_loss",
+    "gae",
+    "kl_penalty",
     "linear_logprob",
     "preference_loss",
     "token_logprob",

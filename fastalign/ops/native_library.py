@@ -78,7 +78,7 @@ def address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-Argument = ctypes.c_int32 | ctypes.c_int64 | ctypes.c_float | ctypes.c_void_p
+Argument = ctypes.c_int32 | ctypes.c_int64 | ctypes.c_float | ctypes.c_double | ctypes.c_void_p
 
 
 def _place(device: torch.device) -> list[Argument]:

@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 
 from fastalign.ops import triton_table
+from fastalign.ops.gae.triton_kernels import MAX_BLOCK as gae_block
+from fastalign.ops.kl_penalty.triton_kernels import MAX_BLOCK as kl_penalty_block
 from fastalign.ops.preference_loss import LinkFunction
 from fastalign.ops.preference_loss.triton_kernels import BLOCK as preference_block
 from tests.ops.ahead_of_time import Entry, compile_for
@@ -58,7 +60,28 @@ def preference_loss_entries() -> list[Entry]:
     return [*entries, Entry(module, backward, types, constants, num_warps=4)]
 
 
-ENTRIES = [*token_logprob_entries(), *head_tile_entries(), *preference_loss_entries()]
+def packed_entries() -> list[Entry]:
+    module = "fastalign.ops.kl_penalty.triton_kernels"
+    types = {"bounds_ptr": "*i64", "mask_ptr": "*u8", "coefficient": "fp32"}
+    shared = {"ESTIMATOR": "k3", "HAS_MASK": True, "BLOCK": kl_penalty_block}
+    forward = {**shared, "HAS_SCORE": True, "HAS_ADAPTIVE": True}
+    backward = {**shared, "HAS_GRAD_KL": True, "HAS_GRAD_SEQUENCE_KL": True}
+    numbers = ("gamma_high", "gamma_low", "decay_high", "decay_low")
+    gae_types = {"bounds_ptr": "*i64", **dict.fromkeys(numbers, "fp32")}
+    gae_constants = {"HAS_BOOTSTRAP_VALUE": True, "BLOCK": gae_block}
+    return [
+        Entry(module, "kl_penalty_fwd_kernel", types, forward, num_warps=4),
+        Entry(module, "kl_penalty_bwd_kernel", types, backward, num_warps=4),
+        Entry("fastalign.ops.gae.triton_kernels", "gae_kernel", gae_types, gae_constants, 4),
+    ]
+
+
+ENTRIES = [
+    *token_logprob_entries(),
+    *head_tile_entries(),
+    *preference_loss_entries(),
+    *packed_entries(),
+]
 
 
 def as_launched(entry: Entry, architecture: int) -> Entry:

@@ -1,0 +1,71 @@
+"""`gae`: the advantages and returns of PPO.
+
+Legend: N tokens of R responses, packed end to end.
+"""
+
+import torch
+from torch import Tensor
+
+from fastalign.ops.backends import BackendName, choose_backend
+from fastalign.ops.gae.op import gae_forward
+from fastalign.ops.packed_arguments import check_packed, compute_dtype
+
+
+def gae(
+    reward: Tensor,  # (N,)
+    value: Tensor,  # (N,)
+    bounds: Tensor,  # (R + 1,) integer
+    *,
+    gamma: float = 1.0,
+    gae_lambda: float = 0.95,
+    bootstrap_value: Tensor | None = None,  # (R,)
+    backend: BackendName = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Generalised advantage estimation (arXiv 1506.02438, eq. 16), for packed responses.
+
+    The same as these lines for each response, with T tokens, in one pass over all of them:
+
+        next_value = cat([value[1:], bootstrap_value])
+        delta = reward + gamma * next_value - value
+        advantage = zeros(T + 1)
+        for t in reversed(range(T)):
+            advantage[t] = delta[t] + gamma * gae_lambda * advantage[t + 1]
+        returns = advantage[:T] + value
+
+    No gradient flows: advantages and returns are data to PPO. Kernels compute in float64 and round
+    once. Every token of a response takes its place in the sum; leave out what is not trained
+    before packing.
+
+    Args:
+        reward: Of each token: float32, bfloat16, float16, or float64 (reference only).
+        value: Estimated at each token's state, before the token is taken.
+        bounds: Response r has the tokens bounds[r]..bounds[r + 1]; they rise from 0 to N.
+        gamma: The discount, in [0, 1].
+        gae_lambda: The weight of longer returns, in [0, 1].
+        bootstrap_value: The value after each response's last token, for responses that were cut
+            off; None: 0, as for responses that ended.
+        backend: "auto" takes native code where it was built, else Triton on a GPU, else the
+            reference; a named one runs or raises.
+
+    Returns:
+        (advantage, returns), each (N,), in float32 (float64 for float64 rewards).
+
+    Raises:
+        ValueError: A wrong shape, dtype, device or number, or an unusable backend; on a CPU, also
+            wrong bounds.
+    """
+    check_packed(bounds, {"reward": reward, "value": value}, {"bootstrap_value": bootstrap_value})
+    for name, number in (("gamma", gamma), ("gae_lambda", gae_lambda)):
+        if not 0 <= number <= 1:
+            raise ValueError(f"{name}: expected a number in [0, 1], got {number}")
+    dtype = compute_dtype(reward)
+    advantage, returns = gae_forward(
+        reward.detach().to(dtype),
+        value.detach().to(dtype),
+        bounds.to(torch.int64),
+        None if bootstrap_value is None else bootstrap_value.detach().to(dtype),
+        float(gamma),
+        float(gae_lambda),
+        choose_backend("gae", backend, reward.device.type, reward.dtype),
+    )
+    return advantage, returns

@@ -1,0 +1,103 @@
+"""The Triton kernel of `gae`: one program a response, a scan of each block, from the end.
+
+Arithmetic is float64: with gamma and lambda near 1 an advantage is a sum of thousands of terms.
+"""
+
+import struct
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_BLOCK = 1024
+
+
+@triton.jit
+def _then(a_first, b_first, a, b):
+    """The map x -> a x + b after x -> a_first x + b_first."""
+    return a_first * a, a * b_first + b
+
+
+@triton.jit
+def _float64(high, low):
+    return tl.full((), 0.0, tl.float64) + high + low
+
+
+@triton.jit
+def gae_kernel(
+    reward_ptr,
+    value_ptr,
+    bounds_ptr,
+    bootstrap_value_ptr,
+    advantage_ptr,
+    returns_ptr,
+    gamma_high,
+    gamma_low,
+    decay_high,
+    decay_low,
+    HAS_BOOTSTRAP_VALUE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A_t = delta_t + decay A_(t+1): maps x -> a x + b, composed from the response's end."""
+    response = tl.program_id(0).to(tl.int64)
+    begin = tl.load(bounds_ptr + response)
+    end = tl.load(bounds_ptr + response + 1)
+    gamma = _float64(gamma_high, gamma_low)
+    decay = _float64(decay_high, decay_low)
+    following = 0.0
+    if HAS_BOOTSTRAP_VALUE:
+        following = tl.load(bootstrap_value_ptr + response)
+    carried = tl.full((), 0.0, tl.float64)
+    for start in range(0, end - begin, BLOCK):
+        # Counted from the end, so that an ordinary scan runs backwards in time.
+        place = tl.arange(0, BLOCK)
+        token = end - 1 - start - place
+        inside = token >= begin
+        value = tl.load(value_ptr + token, mask=inside, other=0.0).to(tl.float64)
+        is_last = token == end - 1
+        next_value = tl.load(value_ptr + token + 1, mask=inside & (token < end - 1), other=0.0)
+        next_value = tl.where(is_last, following, next_value).to(tl.float64)
+        reward = tl.load(reward_ptr + token, mask=inside, other=0.0).to(tl.float64)
+        b = tl.where(inside, reward + gamma * next_value - value, 0.0)
+        a = tl.where(inside, decay, 1.0)
+        a, b = tl.associative_scan((a, b), 0, _then)
+        advantage = a * carried + b
+        tl.store(advantage_ptr + token, advantage.to(tl.float32), mask=inside)
+        tl.store(returns_ptr + token, (advantage + value).to(tl.float32), mask=inside)
+        carried = tl.sum(tl.where(place == BLOCK - 1, advantage, 0.0), axis=0)
+
+
+def _halves(number: float) -> tuple[float, float]:
+    """A double as the sum of two floats, which are what a kernel takes."""
+    high = struct.unpack("f", struct.pack("f", number))[0]
+    return high, number - high
+
+
+def forward(
+    reward: Tensor,  # (N,)
+    value: Tensor,  # (N,)
+    bounds: Tensor,  # (R + 1,)
+    bootstrap_value: Tensor | None,  # (R,)
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[Tensor, Tensor]:  # (N,), (N,)
+    """Advantages and returns."""
+    advantage = torch.empty(reward.shape, dtype=torch.float32, device=reward.device)
+    returns = torch.empty(reward.shape, dtype=torch.float32, device=reward.device)
+    if bounds.shape[0] > 1:
+        reward = reward.contiguous()
+        gae_kernel[(bounds.shape[0] - 1,)](
+            reward,
+            value.contiguous(),
+            bounds.contiguous(),
+            reward if bootstrap_value is None else bootstrap_value.contiguous(),
+            advantage,
+            returns,
+            *_halves(gamma),
+            *_halves(gamma * gae_lambda),
+            HAS_BOOTSTRAP_VALUE=bootstrap_value is not None,
+            BLOCK=min(MAX_BLOCK, triton.next_power_of_2(max(reward.shape[0], 1))),
+            num_warps=4,
+        )
+    return advantage, returns

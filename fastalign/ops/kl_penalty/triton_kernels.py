@@ -1,0 +1,215 @@
+"""Triton kernels of `kl_penalty`, one program a response; float32, with sums in float64."""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MAX_BLOCK = 1024
+
+
+@triton.jit
+def _series(x):
+    """exp(-x) - 1 + x for |x| < 0.5, where the sum of its terms would cancel."""
+    p = 1.0 / 5040 - x * (1.0 / 40320 - x * (1.0 / 362880))
+    p = 1.0 / 24 - x * (1.0 / 120 - x * (1.0 / 720 - x * p))
+    return x * x * (0.5 - x * (1.0 / 6 - x * p))
+
+
+@triton.jit
+def _estimate(x, ESTIMATOR: tl.constexpr):
+    if ESTIMATOR == "k1":
+        kl = x
+    elif ESTIMATOR == "k2":
+        kl = x * x * 0.5
+    else:
+        kl = tl.where(tl.abs(x) < 0.5, _series(x), tl.exp(-x) - 1.0 + x)
+    return kl
+
+
+@triton.jit
+def _slope(x, ESTIMATOR: tl.constexpr):
+    if ESTIMATOR == "k1":
+        slope = 1.0
+    elif ESTIMATOR == "k2":
+        slope = x
+    else:
+        slope = tl.where(tl.abs(x) < 0.5, x - _series(x), 1.0 - tl.exp(-x))
+    return slope
+
+
+@triton.jit
+def _log_ratio(logprob_ptr, reference_ptr, mask_ptr, token, inside, HAS_MASK: tl.constexpr):
+    """The log-ratio, and which tokens count; 0 at the others."""
+    counts = inside
+    if HAS_MASK:
+        counts = tl.load(mask_ptr + token, mask=inside, other=0) != 0
+    x = tl.load(logprob_ptr + token, mask=counts, other=0.0)
+    x -= tl.load(reference_ptr + token, mask=counts, other=0.0)
+    return tl.where(counts, x, 0.0), counts
+
+
+@triton.jit
+def kl_penalty_fwd_kernel(
+    logprob_ptr,
+    reference_ptr,
+    bounds_ptr,
+    score_ptr,
+    adaptive_ptr,
+    mask_ptr,
+    reward_ptr,
+    kl_ptr,
+    sequence_kl_ptr,
+    coefficient,
+    ESTIMATOR: tl.constexpr,
+    HAS_SCORE: tl.constexpr,
+    HAS_ADAPTIVE: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One response: its last token that counts, then KL and reward block by block."""
+    response = tl.program_id(0).to(tl.int64)
+    begin = tl.load(bounds_ptr + response)
+    end = tl.load(bounds_ptr + response + 1)
+    if HAS_ADAPTIVE:
+        coefficient = tl.load(adaptive_ptr)
+    score = 0.0
+    last = end - 1
+    if HAS_SCORE:
+        score = tl.load(score_ptr + response)
+        if HAS_MASK:
+            last = begin - 1
+            for start in range(begin, end, BLOCK):
+                token = start + tl.arange(0, BLOCK)
+                counts = tl.load(mask_ptr + token, mask=token < end, other=0) != 0
+                last = tl.maximum(last, tl.max(tl.where(counts, token, begin - 1), axis=0))
+    total = tl.full((), 0.0, tl.float64)
+    for start in range(begin, end, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        inside = token < end
+        x, counts = _log_ratio(logprob_ptr, reference_ptr, mask_ptr, token, inside, HAS_MASK)
+        kl = _estimate(x, ESTIMATOR)
+        reward = tl.where(counts, -coefficient * kl, 0.0)
+        if HAS_SCORE:
+            reward += tl.where(token == last, score, 0.0)
+        tl.store(kl_ptr + token, kl, mask=inside)
+        tl.store(reward_ptr + token, reward, mask=inside)
+        total += tl.sum(kl.to(tl.float64), axis=0)
+    if HAS_SCORE:
+        total = tl.where(last < begin, float("nan"), total)
+    tl.store(sequence_kl_ptr + response, total.to(tl.float32))
+
+
+@triton.jit
+def kl_penalty_bwd_kernel(
+    grad_kl_ptr,
+    grad_sequence_kl_ptr,
+    logprob_ptr,
+    reference_ptr,
+    bounds_ptr,
+    mask_ptr,
+    gradient_ptr,
+    ESTIMATOR: tl.constexpr,
+    HAS_GRAD_KL: tl.constexpr,
+    HAS_GRAD_SEQUENCE_KL: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One response: (grad_kl + grad_sequence_kl) * slope."""
+    response = tl.program_id(0).to(tl.int64)
+    end = tl.load(bounds_ptr + response + 1)
+    of_sequence = 0.0
+    if HAS_GRAD_SEQUENCE_KL:
+        of_sequence = tl.load(grad_sequence_kl_ptr + response)
+    for start in range(tl.load(bounds_ptr + response), end, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        inside = token < end
+        x, counts = _log_ratio(logprob_ptr, reference_ptr, mask_ptr, token, inside, HAS_MASK)
+        upstream = of_sequence
+        if HAS_GRAD_KL:
+            upstream += tl.load(grad_kl_ptr + token, mask=inside, other=0.0)
+        gradient = tl.where(counts, upstream * _slope(x, ESTIMATOR), 0.0)
+        tl.store(gradient_ptr + token, gradient, mask=inside)
+
+
+def _contiguous(value: Tensor | None, otherwise: Tensor) -> Tensor:
+    """The values for a kernel; `otherwise` where there are none and none are read."""
+    return otherwise if value is None else value.contiguous()
+
+
+def _options(num_tokens: int, mask: Tensor | None, estimator: str) -> dict[str, Any]:
+    block = min(MAX_BLOCK, triton.next_power_of_2(max(num_tokens, 1)))
+    return {"ESTIMATOR": estimator, "HAS_MASK": mask is not None, "BLOCK": block, "num_warps": 4}
+
+
+def _new(size: int, like: Tensor) -> Tensor:
+    return torch.empty(size, dtype=torch.float32, device=like.device)
+
+
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else mask.view(torch.uint8)
+
+
+def forward(
+    logprob: Tensor,  # (N,)
+    reference_logprob: Tensor,  # (N,)
+    bounds: Tensor,  # (R + 1,)
+    score: Tensor | None,  # (R,)
+    coefficient: float,
+    adaptive_coefficient: Tensor | None,  # ()
+    mask: Tensor | None,  # (N,) bool
+    estimator: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N,), (R,)
+    """Reward, KL and its sums."""
+    num_tokens, num_responses = logprob.shape[0], bounds.shape[0] - 1
+    reward, kl = _new(num_tokens, logprob), _new(num_tokens, logprob)
+    sequence_kl = _new(num_responses, logprob)
+    if num_responses:
+        logprob = logprob.contiguous()
+        kl_penalty_fwd_kernel[(num_responses,)](
+            logprob,
+            reference_logprob.contiguous(),
+            bounds.contiguous(),
+            _contiguous(score, logprob),
+            _contiguous(adaptive_coefficient, logprob),
+            _contiguous(_bytes(mask), logprob),
+            reward,
+            kl,
+            sequence_kl,
+            coefficient,
+            HAS_SCORE=score is not None,
+            HAS_ADAPTIVE=adaptive_coefficient is not None,
+            **_options(num_tokens, mask, estimator),
+        )
+    return reward, kl, sequence_kl
+
+
+def backward(
+    grad_kl: Tensor | None,  # (N,)
+    grad_sequence_kl: Tensor | None,  # (R,)
+    logprob: Tensor,  # (N,)
+    reference_logprob: Tensor,  # (N,)
+    bounds: Tensor,  # (R + 1,)
+    mask: Tensor | None,  # (N,) bool
+    estimator: str,
+) -> Tensor:  # (N,)
+    """The gradient of the log-probs."""
+    num_tokens, num_responses = logprob.shape[0], bounds.shape[0] - 1
+    gradient = _new(num_tokens, logprob)
+    if num_responses:
+        logprob = logprob.contiguous()
+        kl_penalty_bwd_kernel[(num_responses,)](
+            _contiguous(grad_kl, logprob),
+            _contiguous(grad_sequence_kl, logprob),
+            logprob,
+            reference_logprob.contiguous(),
+            bounds.contiguous(),
+            _contiguous(_bytes(mask), logprob),
+            gradient,
+            HAS_GRAD_KL=grad_kl is not None,
+            HAS_GRAD_SEQUENCE_KL=grad_sequence_kl is not None,
+            **_options(num_tokens, mask, estimator),
+        )
+    return gradient
