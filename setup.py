@@ -1,14 +1,16 @@
 """Builds the native libraries where there are compilers; installs without them elsewhere.
 
 They have a plain C ABI (csrc/abi.h): building needs no torch, and the CUDA one nvcc but no GPU.
-FASTALIGN_NATIVE=0 builds nothing. CXX and NVCC name other compilers. FASTALIGN_SANITIZE=1 builds a
-CPU library that stops at the first access outside an array, for the tests.
+FASTALIGN_NATIVE=0 builds nothing. CXX and NVCC name other compilers, FASTALIGN_CUDA_ARCHITECTURES
+("90" or "80 90") the GPUs to compile for. FASTALIGN_SANITIZE=1 builds a CPU library that stops at
+the first access outside an array, for the tests.
 """
 
 import os
 import platform
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -25,7 +27,7 @@ BF16_SOURCE = CPU_SOURCE / "product_avx512bf16.cpp"
 BF16_FLAGS = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
 OPTIMISED = ["-O3"]
 SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-CUDA_ARCHITECTURES = ("80", "90", "100")
+CUDA_ARCHITECTURES = os.environ.get("FASTALIGN_CUDA_ARCHITECTURES", "80 90 100").split()
 
 
 def find_compilers():
@@ -42,7 +44,7 @@ def find_compilers():
 
 
 def cpu_commands(cxx, build, library):
-    """*_rows.cpp for each instruction set that the machine's family has, then the library."""
+    """Commands that compile, and the one that links: *_rows.cpp for each instruction set here."""
     x86 = platform.machine() in ("x86_64", "AMD64")
     common = [
         cxx,
@@ -54,44 +56,45 @@ def cpu_commands(cxx, build, library):
         "-Wno-psabi",
         "-pthread",
     ]
-    objects, commands = [], []
     defines = ["-DFASTALIGN_X86"] if x86 else []
-    for source in sorted(CPU_SOURCE.glob("*_rows.cpp")):
-        for isa, flags in ISA_FLAGS.items():
-            if isa == "portable" or x86:
-                objects.append(str(build / f"{source.stem}_{isa}.o"))
-                isa_flags = [*flags, *defines, f"-DFASTALIGN_ISA={isa}"]
-                commands.append([*common, *isa_flags, "-c", str(source), "-o", objects[-1]])
-    if x86:
-        objects.append(str(build / f"{BF16_SOURCE.stem}.o"))
-        commands.append([*common, *BF16_FLAGS, "-c", str(BF16_SOURCE), "-o", objects[-1]])
-    entries = [
-        source
-        for source in sorted(CPU_SOURCE.glob("*.cpp"))
-        if not source.stem.endswith("_rows") and source != BF16_SOURCE
+    compiled = {}  # object: source and flags
+    for source in sorted(CPU_SOURCE.glob("*.cpp")):
+        if source.stem.endswith("_rows"):
+            for isa, flags in ISA_FLAGS.items():
+                if isa == "portable" or x86:
+                    compiled[f"{source.stem}_{isa}"] = [source, *flags, f"-DFASTALIGN_ISA={isa}"]
+        elif source != BF16_SOURCE:
+            compiled[source.stem] = [source]
+        elif x86:
+            compiled[source.stem] = [source, *BF16_FLAGS]
+    commands = [
+        [*common, *defines, "-c", *map(str, what), "-o", str(build / f"{name}.o")]
+        for name, what in compiled.items()
     ]
-    commands.append(
-        [
-            *common,
-            *defines,
-            "-shared",
-            *map(str, entries),
-            *objects,
-            "-o",
-            str(library),
-        ]
-    )
-    return commands
+    objects = [command[-1] for command in commands]
+    return commands, [*common, "-shared", *objects, "-o", str(library)]
 
 
 def cuda_commands(nvcc, build, library):
-    """One library with code for each architecture, and PTX of the oldest for others."""
+    """The same, with code for each architecture and PTX of the oldest for others."""
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
     oldest = CUDA_ARCHITECTURES[0]
     codes.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
-    flags = ["-std=c++17", "-O3", "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden", "-shared"]
-    sources = map(str, sorted(Path("csrc/cuda").glob("*.cu")))
-    return [[nvcc, *flags, *codes, *sources, "-o", str(library)]]
+    common = [nvcc, "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+    commands = [
+        [*common, *codes, "-c", str(source), "-o", str(build / f"{source.stem}_cuda.o")]
+        for source in sorted(Path("csrc/cuda").glob("*.cu"))
+    ]
+    objects = [command[-1] for command in commands]
+    return commands, [*common, "-shared", *objects, "-o", str(library)]
+
+
+def failure(command):
+    """Runs a command: the last line of what went wrong, or None."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode == 0:
+        return None
+    return (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
 
 
 class BuildNative(build_ext):
@@ -114,13 +117,13 @@ class BuildNative(build_ext):
         build = Path(self.build_temp)
         build.mkdir(parents=True, exist_ok=True)
         make = {"cpu": cpu_commands, "cuda": cuda_commands}[device]
-        for command in make(COMPILERS[device], build, library):
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                library.unlink(missing_ok=True)
-                reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-                print(f"note: fastalign is installed without native {device} code: {reason}")
-                return
+        commands, link = make(COMPILERS[device], build, library)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            failures = [reason for reason in pool.map(failure, commands) if reason]
+        reason = failures[0] if failures else failure(link)
+        if reason is not None:
+            library.unlink(missing_ok=True)
+            print(f"note: fastalign is installed without native {device} code: {reason}")
 
 
 COMPILERS = find_compilers()

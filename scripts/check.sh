@@ -8,4 +8,4 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
-find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --dry-run --Werror
+find csrc tests/ops -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs clang-format --style=file:csrc/.clang-format --dry-run --Werror

@@ -219,6 +219,46 @@ void check_gae(Setting setting) {
     }
 }
 
+// Chosen, rejected, chosen, ...
+const std::vector<std::vector<int64_t>> PAIR_LENGTHS = {
+    {}, {0, 0}, {1, 0}, {3, 17, 0, 1}, {70'000, 1, 0, 60'001}};
+
+void preference_loss(const std::vector<int64_t>& lengths, int32_t link, bool options,
+                     Setting setting) {
+    auto bounds = bounds_of(lengths);
+    const int64_t num_sequences = lengths.size(), num_pairs = num_sequences / 2;
+    auto logprob = numbers(bounds[num_sequences]), reference = numbers(num_sequences),
+         grad_losses = numbers(num_pairs), grad_sequence_logprob = numbers(num_sequences);
+    Array<int64_t> length(num_sequences);
+    for (int64_t i = 0; i < num_sequences; ++i) length[i] = lengths[i];
+    Array<uint8_t> tie(num_pairs);
+    for (int64_t i = 0; i < num_pairs; ++i) tie[i] = i % 2;
+    Array<float> losses(num_pairs), sequence_logprob(num_sequences), coefficient(num_sequences);
+    require(fastalign_preference_loss_forward_cpu(
+                logprob.get(), bounds.get(), options ? reference.get() : nullptr,
+                options ? length.get() : nullptr, options ? tie.get() : nullptr, num_pairs, link,
+                options, 0.1f, 0.01f, 0.5f, 0.9f, 0.1f, 0.7f, losses.get(), sequence_logprob.get(),
+                coefficient.get(), setting.num_threads, setting.isa) == 0,
+            "preference_loss_forward");
+    for (auto* array : {&losses, &sequence_logprob, &coefficient}) array->check_written();
+    Array<float> gradient(bounds[num_sequences]);
+    require(
+        fastalign_preference_loss_backward_cpu(
+            grad_losses.get(), options ? grad_sequence_logprob.get() : nullptr, coefficient.get(),
+            bounds.get(), num_pairs, gradient.get(), setting.num_threads, setting.isa) == 0,
+        "preference_loss_backward");
+    gradient.check_written();
+}
+
+void check_preference_loss(Setting setting) {
+    for (const auto& lengths : PAIR_LENGTHS) {
+        for (int32_t link = 0; link < 5; ++link) {
+            for (const bool options : {false, true})
+                preference_loss(lengths, link, options, setting);
+        }
+    }
+}
+
 struct Check {
     const char* name;
     void (*run)(Setting);
@@ -229,6 +269,7 @@ const Check CHECKS[] = {
     {"head_tile", check_head_tile},
     {"kl_penalty", check_kl_penalty},
     {"gae", check_gae},
+    {"preference_loss", check_preference_loss},
 };
 
 }  // namespace
