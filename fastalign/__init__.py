@@ -11,9 +11,10 @@ from fastalign.fused import (
     fused_linear_sft_loss,
     sequence_logprob,
 )
-from fastalign.ops import fused_linear_loss, linear_logprob, token_logprob
+from fastalign.ops import VocabularyShard, fused_linear_loss, linear_logprob, token_logprob
 
 __all__ = [
+    "VocabularyShard",
     "fused_linear_dpo_loss",
     "fused_linear_loss",
     "fused_linear_ppo_loss",

@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fastalign.ops.fused_linear_loss import chunked, reference
+from fastalign.ops.fused_linear_loss import chunked, reference, sharded
 from fastalign.ops.fused_linear_loss.chunk import LossFunction
 from fastalign.ops.linear_arguments import (
     LinearBackend,
@@ -19,6 +19,8 @@ from fastalign.ops.linear_arguments import (
     temperature_tensor,
 )
 from fastalign.ops.linear_logprob.operands import Needs, head_inputs
+from fastalign.ops.linear_logprob.shard_arguments import ShardedHead
+from fastalign.ops.vocabulary_shard import VocabularyShard
 
 
 def fused_linear_loss(
@@ -36,6 +38,7 @@ def fused_linear_loss(
     compute_dtype: torch.dtype | None = None,
     max_buffer_bytes: int | None = None,
     backend: LinearBackend = "auto",
+    vocabulary_shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss () of a head's log-probs, and its metrics, without the (T, V) logits.
 
@@ -44,6 +47,9 @@ def fused_linear_loss(
     only multiplies by the upstream gradient, in place, and can run once. Products (FLOPs over
     T*D*V): 2 without gradients, 4 where only `hidden` needs one, otherwise 6; of a group too large
     for the budget, the rows that cannot be kept are computed again (up to 8).
+
+    With a `vocabulary_shard`, see `linear_logprob`; the loss too is called on every rank, on the
+    same log-probs, and must do the same there. The backward communicates nothing.
 
     Args:
         hidden: Hidden states, any float dtype.
@@ -63,6 +69,7 @@ def fused_linear_loss(
         compute_dtype: As in `linear_logprob`.
         max_buffer_bytes: As in `linear_logprob`.
         backend: As in `linear_logprob`; "reference": all the logits, by autograd.
+        vocabulary_shard: As in `linear_logprob`.
 
     Returns:
         The summed loss, float32 (float64 where products are in float64), and the summed metrics.
@@ -71,6 +78,26 @@ def fused_linear_loss(
         ValueError: A wrong shape, dtype, device, target, bound, number or backend, or too small a
             budget, or a `loss_fn` whose loss is not a scalar.
     """
+    if vocabulary_shard is not None:
+        loss, metrics = sharded.fused_linear_loss(
+            ShardedHead(
+                vocabulary_shard,
+                hidden,
+                weight,
+                bias,
+                targets,
+                temperature,
+                softcap,
+                logit_scale,
+                ignore_index,
+                compute_dtype,
+                max_buffer_bytes,
+                backend,
+            ),
+            lambda: None if segments is None else _host_bounds(segments, hidden.shape[0]),
+            loss_fn,
+        )
+        return loss, metrics
     check_head(hidden, weight, targets, bias)
     check_targets(targets, weight.shape[0], ignore_index)
     check_transform(softcap, logit_scale)
