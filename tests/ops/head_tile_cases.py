@@ -38,10 +38,11 @@ def products(num_rows: int, num_columns: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def upstream_rows(
-    num_rows: int, upstream: tuple[bool, bool]
+    targets: Tensor, upstream: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of log-probs and entropies that come from upstream."""
-    rows = torch.linspace(-1, 2, 2 * num_rows)
+    num_rows = len(targets)
+    rows = torch.linspace(-1, 2, 2 * num_rows).to(targets.device)
     return rows[:num_rows] if upstream[0] else None, rows[num_rows:] if upstream[1] else None
 
 
@@ -56,7 +57,7 @@ def run(
     gradient: Tensor | None = None,
 ) -> tuple[RowStatistics, Tensor]:
     """One pass in place, or into `gradient`."""
-    grad_logprob, grad_entropy = upstream_rows(len(targets), upstream)
+    grad_logprob, grad_entropy = upstream_rows(targets, upstream)
     scratch = tile.new_empty(2, 2, tile.shape[1])
     gradient = tile if gradient is None else gradient
     read = read_tile(

@@ -79,7 +79,7 @@ def gradient(
     place: Tensor | None = None,
 ) -> Tensor:
     """The second pass in place, or into `place`."""
-    grad_logprob, grad_entropy = upstream_rows(len(targets), upstream)
+    grad_logprob, grad_entropy = upstream_rows(targets, upstream)
     place = tile if place is None else place
     values = (known.maximum, known.log_total, known.entropy)
     head_tile_gradient(
