@@ -96,8 +96,9 @@ def linear_logprob(
     sum it again), and its own rows' of weight and bias. The backward communicates: all ranks run
     it, or none. Where the group has a backend for CPU tensors, every call begins with a few bytes
     on the host, so that all ranks raise when one has to; with NCCL alone the others wait for it.
-    Under torch.compile the call is left to eager PyTorch: a graph break, or an error where the
-    graph has to be full.
+    Chunks are planned from the largest shard, and the default budget not from free memory, so that
+    every rank has the same ones. Under torch.compile the call is left to eager PyTorch: a graph
+    break, or an error where the graph has to be full.
 
     Args:
         hidden: Hidden states, any float dtype, any strides.
