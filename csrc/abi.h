@@ -155,6 +155,39 @@ FASTALIGN_EXPORT int32_t fastalign_gae_cuda(const float* reward, const float* va
                                             double gae_lambda, float* advantage, float* returns,
                                             void* stream);
 
+// The pass over a tile in two, for a vocabulary whose columns are shared among processes. First
+// each row's statistics over these columns, x only read. With u = tanh(logit_scale x / softcap), or
+// x where there is no softcap: maximum (T,) of u, -inf where all are; of z as in head_tile, total
+// (T,), the sum of exp(z - max z), and weighted (T,) or NULL, that of (z - max z) exp(z - max z),
+// both 0 in that case; target_u (T,), u at the target, 0 for a target outside 0..num_columns - 1,
+// which is another process's. Rows with `ignored`: zeros.
+FASTALIGN_EXPORT int32_t fastalign_head_tile_statistics_cpu(
+    const float* x, int64_t num_rows, int64_t num_columns, int64_t row_stride, float softcap,
+    float logit_scale, const float* temperature, const int64_t* targets, const uint8_t* ignored,
+    float* maximum, float* total, float* weighted, float* target_u, int32_t num_threads,
+    int32_t isa);
+
+// Then head_tile's gradient of these columns, given the statistics over all columns: maximum of u,
+// log_total = log sum exp(z - max z), and entropy (T,), which may be NULL where grad_entropy is.
+FASTALIGN_EXPORT int32_t fastalign_head_tile_gradient_cpu(
+    float* x, int64_t num_rows, int64_t num_columns, int64_t row_stride, float softcap,
+    float logit_scale, const float* temperature, const int64_t* targets, const uint8_t* ignored,
+    const float* maximum, const float* log_total, const float* entropy, void* gradient,
+    int32_t gradient_dtype, int64_t gradient_stride, const float* grad_logprob,
+    const float* grad_entropy, int32_t num_threads, int32_t isa);
+
+FASTALIGN_EXPORT int32_t fastalign_head_tile_statistics_cuda(
+    const float* x, int64_t num_rows, int64_t num_columns, int64_t row_stride, float softcap,
+    float logit_scale, const float* temperature, const int64_t* targets, const uint8_t* ignored,
+    float* maximum, float* total, float* weighted, float* target_u, void* stream);
+
+FASTALIGN_EXPORT int32_t fastalign_head_tile_gradient_cuda(
+    float* x, int64_t num_rows, int64_t num_columns, int64_t row_stride, float softcap,
+    float logit_scale, const float* temperature, const int64_t* targets, const uint8_t* ignored,
+    const float* maximum, const float* log_total, const float* entropy, void* gradient,
+    int32_t gradient_dtype, int64_t gradient_stride, const float* grad_logprob,
+    const float* grad_entropy, void* stream);
+
 #ifdef __cplusplus
 }
 #endif

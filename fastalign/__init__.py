@@ -11,10 +11,17 @@ from fastalign.fused import (
     fused_linear_sft_loss,
     sequence_logprob,
 )
-from fastalign.ops import LoraWeights, fused_linear_loss, linear_logprob, token_logprob
+from fastalign.ops import (
+    LoraWeights,
+    VocabularyShard,
+    fused_linear_loss,
+    linear_logprob,
+    token_logprob,
+)
 
 __all__ = [
     "LoraWeights",
+    "VocabularyShard",
     "fused_linear_dpo_loss",
     "fused_linear_loss",
     "fused_linear_ppo_loss",

@@ -16,6 +16,7 @@ from fastalign.ops.linear_arguments import LinearBackend
 from fastalign.ops.linear_logprob import linear_logprob
 from fastalign.ops.lora import LoraWeights
 from fastalign.ops.target_rows import TargetRows
+from fastalign.ops.vocabulary_shard import VocabularyShard
 
 
 def fused_linear_ppo_loss(
@@ -37,6 +38,7 @@ def fused_linear_ppo_loss(
     compute_dtype: torch.dtype | None = None,
     max_buffer_bytes: int | None = None,
     backend: LinearBackend = "auto",
+    vocabulary_shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped policy loss (arXiv 1707.06347, eq. 7) of a head, gradient in the forward.
 
@@ -68,6 +70,7 @@ def fused_linear_ppo_loss(
         compute_dtype: See there.
         max_buffer_bytes: See there.
         backend: See there.
+        vocabulary_shard: See there.
 
     Returns:
         The loss (), and the means of `metric_means`: `policy/approxkl_avg` (half the mean squared
@@ -104,6 +107,7 @@ def fused_linear_ppo_loss(
         compute_dtype=compute_dtype,
         max_buffer_bytes=max_buffer_bytes,
         backend=backend,
+        vocabulary_shard=vocabulary_shard,
     )
     return loss, metric_means(sums)
 
@@ -123,6 +127,7 @@ def sequence_logprob(
     compute_dtype: torch.dtype | None = None,
     max_buffer_bytes: int | None = None,
     backend: LinearBackend = "auto",
+    vocabulary_shard: VocabularyShard | None = None,
 ) -> Tensor:
     """Log-probs (R,) of whole sequences: `linear_logprob`, summed over each sequence.
 
@@ -148,6 +153,7 @@ def sequence_logprob(
         compute_dtype: See there.
         max_buffer_bytes: See there.
         backend: See there.
+        vocabulary_shard: See there.
 
     Returns:
         (R,) float32 (float64 where products are in float64); 0 for an empty sequence.
@@ -170,5 +176,6 @@ def sequence_logprob(
         compute_dtype=compute_dtype,
         max_buffer_bytes=max_buffer_bytes,
         backend=backend,
+        vocabulary_shard=vocabulary_shard,
     )
     return segment_sum(logprob, bounds)

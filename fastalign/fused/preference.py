@@ -15,6 +15,7 @@ from fastalign.ops.fused_linear_loss import fused_linear_loss
 from fastalign.ops.linear_arguments import LinearBackend
 from fastalign.ops.lora import LoraWeights
 from fastalign.ops.target_rows import TargetRows
+from fastalign.ops.vocabulary_shard import VocabularyShard
 
 
 def fused_linear_preference_loss(
@@ -38,6 +39,7 @@ def fused_linear_preference_loss(
     compute_dtype: torch.dtype | None = None,
     max_buffer_bytes: int | None = None,
     backend: LinearBackend = "auto",
+    vocabulary_shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Any preference loss of a head, with its gradient in the forward.
 
@@ -69,6 +71,7 @@ def fused_linear_preference_loss(
         compute_dtype: See there.
         max_buffer_bytes: See there.
         backend: See there.
+        vocabulary_shard: See there.
 
     Returns:
         The loss (), and the means of `metric_means`.
@@ -104,6 +107,7 @@ def fused_linear_preference_loss(
         compute_dtype=compute_dtype,
         max_buffer_bytes=max_buffer_bytes,
         backend=backend,
+        vocabulary_shard=vocabulary_shard,
     )
     return loss, metric_means(sums)
 
@@ -126,6 +130,7 @@ def fused_linear_dpo_loss(
     compute_dtype: torch.dtype | None = None,
     max_buffer_bytes: int | None = None,
     backend: LinearBackend = "auto",
+    vocabulary_shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """DPO (arXiv 2305.18290, eq. 7) of a head: `fused_linear_preference_loss` with `losses.dpo`.
 
@@ -161,4 +166,5 @@ def fused_linear_dpo_loss(
         compute_dtype=compute_dtype,
         max_buffer_bytes=max_buffer_bytes,
         backend=backend,
+        vocabulary_shard=vocabulary_shard,
     )

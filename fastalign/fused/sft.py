@@ -12,6 +12,7 @@ from fastalign.ops.fused_linear_loss import fused_linear_loss
 from fastalign.ops.linear_arguments import LinearBackend
 from fastalign.ops.lora import LoraWeights
 from fastalign.ops.target_rows import TargetRows
+from fastalign.ops.vocabulary_shard import VocabularyShard
 
 
 def fused_linear_sft_loss(
@@ -29,6 +30,7 @@ def fused_linear_sft_loss(
     compute_dtype: torch.dtype | None = None,
     max_buffer_bytes: int | None = None,
     backend: LinearBackend = "auto",
+    vocabulary_shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy of a head, with its gradient in the forward.
 
@@ -52,6 +54,7 @@ def fused_linear_sft_loss(
         compute_dtype: See there.
         max_buffer_bytes: See there.
         backend: See there.
+        vocabulary_shard: See there.
 
     Returns:
         The loss (), and the means of `metric_means`.
@@ -77,5 +80,6 @@ def fused_linear_sft_loss(
         compute_dtype=compute_dtype,
         max_buffer_bytes=max_buffer_bytes,
         backend=backend,
+        vocabulary_shard=vocabulary_shard,
     )
     return loss, metric_means(sums)

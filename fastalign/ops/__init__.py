@@ -7,6 +7,7 @@ from fastalign.ops.linear_logprob import linear_logprob
 from fastalign.ops.lora import LoraWeights
 from fastalign.ops.preference_loss import PreferenceFormula, preference_loss
 from fastalign.ops.token_logprob import token_logprob
+from fastalign.ops.vocabulary_shard import VocabularyShard
 
 __all__ = [
     "KLPenalty",
@@ -14,6 +15,7 @@ __all__ = [
     "LossFunction",
     "PreferenceFormula",
     "TokenChunk",
+    "VocabularyShard",
     "fused_linear_loss",
     "gae",
     "kl_penalty",

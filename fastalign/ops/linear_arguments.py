@@ -35,8 +35,15 @@ def resolve_budget(max_buffer_bytes: int | None, weight: Tensor, compute_dtype: 
     return max_buffer_bytes
 
 
-def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None) -> None:
-    """Checks shapes, dtypes and devices, and on a CPU the range of the bias and targets.
+def check_head(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None,
+    *,
+    empty_shard: bool = False,
+) -> None:
+    """Checks shapes, dtypes and devices; the weight may be an empty shard where that is said.
 
     Raises:
         ValueError: With the argument, what was expected and what came.
@@ -45,7 +52,8 @@ def check_head(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | N
         raise ValueError(
             f"hidden: expected a floating (T, D) tensor, got {hidden.dtype} {tuple(hidden.shape)}"
         )
-    if weight.ndim != 2 or weight.shape[1] != hidden.shape[1] or weight.shape[0] == 0:
+    shaped = weight.ndim == 2 and weight.shape[1] == hidden.shape[1]
+    if not shaped or (weight.shape[0] == 0 and not empty_shard):
         raise ValueError(
             f"weight: expected (V, {hidden.shape[1]}) with V > 0, got {tuple(weight.shape)}"
         )

@@ -44,19 +44,28 @@ def free_bytes(device: torch.device) -> int | None:
     return int(line.split()[1]) * 1024
 
 
-def default_budget(num_columns: int, compute_dtype: torch.dtype, device: torch.device) -> int:
+def default_budget(
+    num_columns: int,
+    compute_dtype: torch.dtype,
+    device: torch.device,
+    *,
+    within_free_memory: bool = True,
+) -> int:
     """Room to keep 4,096 rows in bfloat16 on a GPU, 1,024 on a CPU, with a tile a quarter as high.
 
     At least 64 MiB (of float32, three quarters as many rows; of float64, as many in twice the
     bytes). Halved until it is at most half of the free memory: in steps, so that sums are not
-    rounded in another order whenever a little more or less memory is free.
+    rounded in another order whenever a little more or less memory is free. Not halved where
+    processes that have to agree might see different memory.
     """
     rows = DEFAULT_BUFFER_ROWS.get(device.type, DEFAULT_BUFFER_ROWS["cuda"])
     bytes_per_row = num_columns * DEFAULT_BYTES_PER_LOGIT
     if compute_dtype == torch.float64:
         bytes_per_row *= 2
     budget = max(rows * bytes_per_row, MIN_DEFAULT_BUFFER_BYTES)
-    free = None if torch.compiler.is_compiling() else free_bytes(device)
+    free = None
+    if within_free_memory and not torch.compiler.is_compiling():
+        free = free_bytes(device)
     while free is not None and budget > max(free // 2, MIN_DEFAULT_BUFFER_BYTES):
         budget //= 2
     return budget

@@ -4,78 +4,23 @@ import itertools
 
 import pytest
 import torch
-from torch import Tensor
 
-from fastalign.ops import native_library
-from fastalign.ops.backends import unusable_reason
-from fastalign.ops.head_tile import HeadTransform, RowStatistics, read_tile
+from tests.ops.head_tile_cases import (
+    BACKENDS,
+    SHAPES,
+    TRANSFORMS,
+    UPSTREAMS,
+    products,
+    run,
+    transform_of,
+    use_backend,
+)
 from tests.tolerance import assert_no_worse
-
-ISAS = native_library.cpu_isas() if native_library.unusable_reason("cpu") is None else []
-BACKENDS = [*(f"native-{isa}" for isa in ISAS), "triton", "torch"]
-SHAPES = [(1, 1), (3, 2), (5, 63), (9, 257), (4, 5000)]
-TRANSFORMS = {
-    "plain": {},
-    "softcap": {"softcap": 4.0},
-    "scale": {"logit_scale": 0.25},
-    "temperature": {"temperature": torch.tensor([0.7])},
-    "everything": {"softcap": 5.0, "logit_scale": 2.0, "temperature": "rows"},
-}
-# Which of grad_logprob and grad_entropy come from upstream.
-UPSTREAMS = [(False, False), (True, False), (False, True), (True, True)]
-
-
-def transform_of(name: str, num_rows: int) -> HeadTransform:
-    options = dict(TRANSFORMS[name])
-    if isinstance(options.get("temperature"), str):
-        options["temperature"] = torch.linspace(0.4, 2.5, num_rows)
-    return HeadTransform(**options)
-
-
-def products(num_rows: int, num_columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(num_rows * 10_000 + num_columns)
-    tile = 3 * torch.randn(num_rows, num_columns, generator=generator)
-    targets = torch.randint(num_columns, (num_rows,), generator=generator)
-    tile[0, targets[0]] = 30.0  # a row that is sure of its target
-    return tile, targets, torch.arange(num_rows) % 4 == 2
-
-
-def run(
-    tile: Tensor,
-    targets: Tensor,
-    ignored: Tensor,
-    transform: HeadTransform,
-    upstream: tuple[bool, bool],
-    backend: str = "torch",
-    *,
-    gradient: Tensor | None = None,
-) -> tuple[RowStatistics, Tensor]:
-    """One pass in place, or into `gradient`."""
-    rows = torch.linspace(-1, 2, 2 * len(targets)).chunk(2) if len(targets) else (targets, targets)
-    scratch = tile.new_empty(2, 2, tile.shape[1])
-    gradient = tile if gradient is None else gradient
-    read = read_tile(
-        tile,
-        targets,
-        ignored,
-        transform,
-        backend,
-        scratch,
-        gradient=gradient,
-        grad_logprob=rows[0] if upstream[0] else None,
-        grad_entropy=rows[1] if upstream[1] else None,
-    )
-    return read, gradient
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    name, _, isa = request.param.partition("-")
-    if isa:
-        monkeypatch.setenv("FASTALIGN_CPU_ISA", isa)
-    if name != "torch" and unusable_reason(name, "cpu", torch.float32) is not None:
-        pytest.skip(str(unusable_reason(name, "cpu", torch.float32)))
-    return name
+    return use_backend(request.param, monkeypatch)
 
 
 def test_the_strips_are_what_autograd_says() -> None:

@@ -76,11 +76,30 @@ def packed_entries() -> list[Entry]:
     ]
 
 
+def head_tile_split_entries() -> list[Entry]:
+    module = "fastalign.ops.head_tile.split.triton_kernels"
+    flags = {"HAS_TEMPERATURE": True, "HAS_SOFTCAP": True}
+    types = {"targets_ptr": "*i64", "ignored_ptr": "*i8", "softcap": "fp32", "logit_scale": "fp32"}
+    upstream = {"HAS_GRAD_LOGPROB": True, "HAS_GRAD_ENTROPY": True}
+    gradients = [
+        Entry(
+            module,
+            "head_tile_gradient_kernel",
+            {**types, "gradient_ptr": f"*{dtype}"},
+            {**flags, **upstream},
+        )
+        for dtype in ("fp32", "bf16")
+    ]
+    statistics = {**flags, "HAS_WEIGHTED": True}
+    return [Entry(module, "head_tile_statistics_kernel", types, statistics), *gradients]
+
+
 ENTRIES = [
     *token_logprob_entries(),
     *head_tile_entries(),
     *preference_loss_entries(),
     *packed_entries(),
+    *head_tile_split_entries(),
 ]
 
 

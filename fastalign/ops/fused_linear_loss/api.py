@@ -6,7 +6,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fastalign.ops.fused_linear_loss import chunked, reference, traced
+from fastalign.ops.fused_linear_loss import chunked, reference, sharded, traced
 from fastalign.ops.fused_linear_loss.chunk import LossFunction
 from fastalign.ops.linear_arguments import (
     LinearBackend,
@@ -19,7 +19,9 @@ from fastalign.ops.linear_arguments import (
     temperature_tensor,
 )
 from fastalign.ops.linear_logprob.operands import Needs, head_inputs
+from fastalign.ops.linear_logprob.shard_arguments import ShardedHead
 from fastalign.ops.lora import LoraWeights, lora_operands
+from fastalign.ops.vocabulary_shard import VocabularyShard
 
 
 def fused_linear_loss(
@@ -38,6 +40,7 @@ def fused_linear_loss(
     compute_dtype: torch.dtype | None = None,
     max_buffer_bytes: int | None = None,
     backend: LinearBackend = "auto",
+    vocabulary_shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss () of a head's log-probs, and its metrics, without the (T, V) logits.
 
@@ -49,6 +52,9 @@ def fused_linear_loss(
 
     Under torch.compile, which needs `segments` on the host, the loss is traced and the gradient
     computed in the backward, with the same products for all rows that the budget keeps.
+
+    With a `vocabulary_shard`, see `linear_logprob`; the loss too is called on every rank, on the
+    same log-probs, and must do the same there. The backward communicates nothing.
 
     Args:
         hidden: Hidden states, any float dtype.
@@ -69,6 +75,7 @@ def fused_linear_loss(
         compute_dtype: As in `linear_logprob`.
         max_buffer_bytes: As in `linear_logprob`.
         backend: As in `linear_logprob`; "reference": all the logits, by autograd.
+        vocabulary_shard: As in `linear_logprob`.
 
     Returns:
         The summed loss, float32 (float64 where products are in float64), and the summed metrics.
@@ -77,6 +84,27 @@ def fused_linear_loss(
         ValueError: A wrong shape, dtype, device, target, bound, number or backend, or too small a
             budget, or a `loss_fn` whose loss is not a scalar.
     """
+    if vocabulary_shard is not None:
+        loss, metrics = sharded.fused_linear_loss(
+            ShardedHead(
+                vocabulary_shard,
+                hidden,
+                weight,
+                bias,
+                targets,
+                temperature,
+                softcap,
+                logit_scale,
+                ignore_index,
+                lora,
+                compute_dtype,
+                max_buffer_bytes,
+                backend,
+            ),
+            lambda: None if segments is None else _host_bounds(segments, hidden.shape[0]),
+            loss_fn,
+        )
+        return loss, metrics
     check_head(hidden, weight, targets, bias)
     check_targets(targets, weight.shape[0], ignore_index)
     check_transform(softcap, logit_scale)

@@ -19,6 +19,7 @@ from fastalign.ops.head_tile import RowStatistics
 from fastalign.ops.linear_buffers import Buffers, Plan, plan_buffers
 from fastalign.ops.linear_logprob import chunked
 from fastalign.ops.linear_logprob.operands import Gradients, HeadInputs, Needs, new_gradients
+from fastalign.ops.linear_logprob.passes import HeadPasses
 from fastalign.ops.linear_products import accumulation_dtype
 
 
@@ -82,6 +83,7 @@ def forward(
     loss_fn: LossFunction,
     budget: Budget,
     leaves: tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
+    passes: HeadPasses = chunked,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss () and metrics, with a backward that scales what was computed here.
 
@@ -91,13 +93,14 @@ def forward(
         loss_fn: The loss of a chunk.
         budget: Sizes of the buffers.
         leaves: hidden, weight, bias and LoRA's operands, as autograd knows them.
+        passes: What projects a chunk and takes its gradients.
     """
     with torch.no_grad(), torch.autocast(head.hidden.device.type, enabled=False):
         hidden, weight, _, lora_hidden, lora_weight = leaves
         gradients = new_gradients(
             budget.needs, hidden, weight, lora_hidden, lora_weight, budget.compute_dtype
         )
-        loss, metrics = _sweep(head, bounds, loss_fn, budget, gradients)
+        loss, metrics = _sweep(head, bounds, loss_fn, budget, gradients, passes)
     if not budget.needs.any:
         return loss, metrics
     holder = GradientHolder(gradients.all)
@@ -111,6 +114,7 @@ def _sweep(
     loss_fn: LossFunction,
     budget: Budget,
     gradients: Gradients,
+    passes: HeadPasses,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     num_rows = head.hidden.shape[0]
     spans, capacity = _spans(num_rows, bounds, budget)
@@ -127,7 +131,8 @@ def _sweep(
         else:
             shared = shared or budget.buffers(capacity)
             memory = shared
-        chunk_loss, chunk_metrics = _chunk(head, span, loss_fn, budget.needs, memory, gradients)
+        arguments = (loss_fn, budget.needs, memory, gradients, passes)
+        chunk_loss, chunk_metrics = _chunk(head, span, *arguments)
         loss += chunk_loss
         for name, value in chunk_metrics.items():
             metrics[name] = metrics[name] + value if name in metrics else value
@@ -160,6 +165,7 @@ def _chunk(
     needs: Needs,
     memory: tuple[Buffers, Tensor],
     gradients: Gradients,
+    passes: HeadPasses,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     start, stop = span[0], span[1]
     rows = head.rows(start, stop)
@@ -169,12 +175,12 @@ def _chunk(
     if needs.direction:
         dtype = accumulation_dtype(rows.hidden.dtype)
         direction = torch.empty(rows.hidden.shape, dtype=dtype, device=rows.hidden.device)
-    read = chunked.forward(rows, buffers, kept=kept, direction=direction)
+    read = passes.forward(rows, buffers, kept=kept, direction=direction)
     loss, metrics, coefficients = _differentiated(loss_fn, read, rows.ignored, span, needs.any)
     if needs.any:
         if kept is not None and kept.shape[0] == stop - start and coefficients[1] is not None:
             buffers.lend(kept)  # an entropy's gradient has every row computed again
-        chunked.backward(
+        passes.backward(
             rows,
             buffers,
             gradients.rows(start, stop),

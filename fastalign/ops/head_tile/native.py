@@ -9,7 +9,7 @@ from fastalign.ops.head_tile.transform import HeadTransform, RowStatistics
 from fastalign.ops.native_library import DTYPE_CODES, address, call
 
 
-def _rows(value: Tensor | None, num_rows: int) -> Tensor | None:
+def rows_of(value: Tensor | None, num_rows: int) -> Tensor | None:
     """The values as float32, one for each row."""
     if value is None:
         return None
@@ -29,9 +29,9 @@ def read(
     """See `head_tile.read_tile`."""
     num_rows, num_columns = tile.shape
     found = RowStatistics.empty(num_rows, tile.device)
-    temperature = _rows(transform.temperature, num_rows)
+    temperature = rows_of(transform.temperature, num_rows)
     targets, ignored = targets.contiguous(), ignored.contiguous()
-    upstream = [_rows(value, num_rows) for value in (grad_logprob, grad_entropy)]
+    upstream = [rows_of(value, num_rows) for value in (grad_logprob, grad_entropy)]
     call(
         "head_tile",
         tile.device,

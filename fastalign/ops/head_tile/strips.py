@@ -5,6 +5,8 @@ It is also the definition beside which the kernels are tested: float64 for a flo
 Legend: C tile rows, S strip rows, V vocabulary.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -84,26 +86,62 @@ def _read_strip(
     shifted.clamp_(min=LOWEST_SHIFTED_LOGIT).mul_(exponential)
     entropy = log_sum - shifted.sum(dim=1, keepdim=True) / total
     if gradient is not None:
-        slope = transform.slope(u)
-        g = slope if grad_logprob is None else slope * grad_logprob.to(u.dtype)
-        # 1 - p from the log-prob: exact where p is near 1
-        at_target = -torch.expm1(logprob) * g
-        if grad_entropy is None:
-            exponential.mul_(-g / total)
-        else:
-            # d entropy / d z_v = -p_v (log p_v + entropy), and e_v log p_v is in `shifted`
-            e = slope * grad_entropy.to(u.dtype)
-            rest = e * (entropy - log_sum) + g
-            at_target -= e * logprob.exp() * (logprob.clamp(min=LOWEST_SHIFTED_LOGIT) + entropy)
-            exponential.mul_(-rest / total)
-            exponential.sub_(shifted.mul_(e / total))
-        exponential.scatter_(1, target, at_target)
-        if transform.softcap is not None:
-            exponential.mul_(u.square_().neg_().add_(1.0))
-        gradient.copy_(exponential.masked_fill_(ignored, 0.0))
+        softmax = StripSoftmax(total, log_sum, logprob, entropy)
+        upstream = (grad_logprob, grad_entropy)
+        write_gradient(u, target, ignored, transform, scratch, softmax, gradient, *upstream)
     return (
         logprob.masked_fill_(ignored, 0.0).squeeze(1),
         # rounding may leave a sure row a hair below zero
         entropy.clamp_(min=0.0).masked_fill_(ignored, 0.0).squeeze(1),
         (target_logit.ge(0.0) & ~ignored).squeeze(1),
     )
+
+
+@dataclass(frozen=True)
+class StripSoftmax:
+    """The softmax of a strip's rows, all (S, 1); `total` belongs to the exponentials in scratch."""
+
+    total: Tensor
+    log_total: Tensor
+    logprob: Tensor
+    entropy: Tensor
+
+
+def write_gradient(
+    u: Tensor,
+    target: Tensor,
+    ignored: Tensor,
+    transform: HeadTransform,
+    scratch: Tensor,
+    softmax: StripSoftmax,
+    gradient: Tensor,
+    grad_logprob: Tensor | None,
+    grad_entropy: Tensor | None,
+    has_target: Tensor | None = None,
+) -> None:
+    """Writes a strip's gradient, and destroys u, which with a softcap is the tanh.
+
+    scratch[1] holds e = exp(z - maximum); scratch[0] holds e (z - maximum), where an entropy's
+    gradient asks for it. `has_target` (S, 1): whether the target is among these columns.
+    """
+    weighted, exponential = scratch[0], scratch[1]
+    slope = transform.slope(u)
+    g = slope if grad_logprob is None else slope * grad_logprob.to(u.dtype)
+    # 1 - p from the log-prob: exact where p is near 1
+    at_target = -torch.expm1(softmax.logprob) * g
+    if grad_entropy is None:
+        exponential.mul_(-g / softmax.total)
+    else:
+        # d entropy / d z_v = -p_v (log p_v + entropy), and e_v log p_v is in `weighted`
+        e = slope * grad_entropy.to(u.dtype)
+        rest = e * (softmax.entropy - softmax.log_total) + g
+        log_p = softmax.logprob.clamp(min=LOWEST_SHIFTED_LOGIT)
+        at_target -= e * softmax.logprob.exp() * (log_p + softmax.entropy)
+        exponential.mul_(-rest / softmax.total)
+        exponential.sub_(weighted.mul_(e / softmax.total))
+    if has_target is not None:
+        at_target = torch.where(has_target, at_target, exponential.gather(1, target))
+    exponential.scatter_(1, target, at_target)
+    if transform.softcap is not None:
+        exponential.mul_(u.square_().neg_().add_(1.0))
+    gradient.copy_(exponential.masked_fill_(ignored, 0.0))

@@ -63,3 +63,57 @@ class RowStatistics:
 
         flags = torch.empty(num_rows, dtype=torch.bool, device=device)
         return RowStatistics(new_rows(), new_rows(), flags)
+
+
+@dataclass(frozen=True)
+class TileStatistics:
+    """What the columns of one tile tell about each row, all (C,), as accumulated.
+
+    z = gain * u, see `HeadTransform`. A row without columns, or with nothing but -inf, has maximum
+    -inf and sums 0; an ignored row holds zeros.
+    """
+
+    maximum: Tensor  # of u
+    total: Tensor  # sum of exp(z - max z)
+    weighted: Tensor | None  # sum of (z - max z) exp(z - max z); None where not asked for
+    target: Tensor  # u at the target; 0 where that is not among these columns
+
+    @staticmethod
+    def empty(
+        num_rows: int, device: torch.device, with_entropy: bool, dtype: torch.dtype = torch.float32
+    ) -> "TileStatistics":
+        """Places for a kernel to write."""
+
+        def new_rows() -> Tensor:
+            return torch.empty(num_rows, dtype=dtype, device=device)
+
+        return TileStatistics(
+            new_rows(), new_rows(), new_rows() if with_entropy else None, new_rows()
+        )
+
+    @staticmethod
+    def of_no_columns(
+        num_rows: int, device: torch.device, with_entropy: bool, dtype: torch.dtype
+    ) -> "TileStatistics":
+        """The statistics of rows without a column."""
+        found = TileStatistics.empty(num_rows, device, with_entropy, dtype)
+        for value in (found.total, found.weighted, found.target):
+            if value is not None:
+                value.zero_()
+        found.maximum.fill_(-torch.inf)
+        return found
+
+
+@dataclass(frozen=True)
+class SoftmaxStatistics:
+    """A row's softmax over all columns, all (C,): log p = gain * (u - maximum) - log_total."""
+
+    maximum: Tensor
+    log_total: Tensor
+    entropy: Tensor
+
+    def rows(self, start: int, stop: int) -> "SoftmaxStatistics":
+        """The same for rows start..stop."""
+        return SoftmaxStatistics(
+            self.maximum[start:stop], self.log_total[start:stop], self.entropy[start:stop]
+        )

@@ -14,16 +14,24 @@ from fastalign.ops.triton_table import launch_options
 
 
 @triton.jit
-def _u(x, cap_scale, HAS_SOFTCAP: tl.constexpr):
+def u_of(x, cap_scale, HAS_SOFTCAP: tl.constexpr):
+    """The tanh of a softcap, or the product itself."""
     if HAS_SOFTCAP:
         x = tanh(x * cap_scale)
     return x
 
 
 @triton.jit
-def _statistics(
-    x_ptr, num_columns, cap_scale, gain, HAS_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr
+def row_sums(
+    x_ptr,
+    num_columns,
+    cap_scale,
+    gain,
+    HAS_SOFTCAP: tl.constexpr,
+    OF_U: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
+    """The maximum m of z (OF_U: that of u), the sums of exp(z - m) and of (z - m) exp(z - m)."""
     m = -float("inf")
     total = 0.0
     weighted = 0.0
@@ -31,11 +39,14 @@ def _statistics(
         column = start + tl.arange(0, BLOCK)
         inside = column < num_columns
         x = tl.load(x_ptr + column, mask=inside, other=-float("inf"))
-        z = tl.where(inside, _u(x, cap_scale, HAS_SOFTCAP) * gain, -float("inf"))
-        m, total, weighted = add_block(m, total, weighted, z)
-    log_total = tl.log(total)
-    entropy = log_total - weighted / total
-    return m, log_total, tl.where(entropy < 0.0, 0.0, entropy)
+        u = u_of(x, cap_scale, HAS_SOFTCAP)
+        if OF_U:
+            u = tl.where(inside, u, -float("inf"))
+            m, total, weighted = add_block(m, total, weighted, u, gain)
+        else:
+            z = tl.where(inside, u * gain, -float("inf"))
+            m, total, weighted = add_block(m, total, weighted, z)
+    return m, total, weighted
 
 
 @triton.jit
@@ -43,6 +54,62 @@ def _one_less_p(logprob):
     # By its series where p is near 1.
     series = 1.0 + logprob * (0.5 + logprob * (0.16666667 + logprob * 0.041666667))
     return tl.where(logprob > -0.01, -logprob * series, 1.0 - tl.exp(logprob))
+
+
+@triton.jit
+def write_gradient(
+    x_ptr,
+    gradient_ptr,
+    num_columns,
+    target,
+    kept,
+    transform,
+    known,
+    upstream,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_GRAD_ENTROPY: tl.constexpr,
+    OF_U: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row's slope [g (1[v = y] - p) - e p (log p + H)] over its columns.
+
+    `transform` and `known` are tuples; known[0] is the maximum of z, or with OF_U that of u.
+    """
+    cap_scale, gain, slope = transform
+    m, log_total, logprob, entropy = known
+    g, e = upstream
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < num_columns
+        u = u_of(tl.load(x_ptr + column, mask=inside, other=0.0), cap_scale, HAS_SOFTCAP)
+        log_p = ((u - m) * gain if OF_U else u * gain - m) - log_total
+        p = tl.exp(log_p)
+        result = g * tl.where(column == target, _one_less_p(logprob), -p)
+        if HAS_GRAD_ENTROPY:
+            result -= e * p * (tl.where(log_p < -1e30, -1e30, log_p) + entropy)
+        if HAS_SOFTCAP:
+            result *= 1.0 - u * u
+        result = tl.where(kept, result * slope, 0.0).to(gradient_ptr.dtype.element_ty)
+        tl.store(gradient_ptr + column, result, mask=inside)
+
+
+@triton.jit
+def row_transform(
+    row,
+    temperature_ptr,
+    softcap,
+    logit_scale,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """cap_scale, gain and slope: u = tanh(cap_scale x) or x, z = gain u, dz / dx by u."""
+    slope, cap_scale = logit_scale, logit_scale / softcap
+    if HAS_TEMPERATURE:
+        slope = slope / tl.load(temperature_ptr + row)
+    gain = slope
+    if HAS_SOFTCAP:
+        gain = slope / cap_scale
+    return cap_scale, gain, slope
 
 
 @triton.jit
@@ -72,16 +139,16 @@ def head_tile_kernel(
     """One row: its statistics, then slope [g (1[v = y] - p) - e p (log p + H)] over its columns."""
     row = tl.program_id(0).to(tl.int64)
     kept = tl.load(ignored_ptr + row) == 0
-    slope, cap_scale = logit_scale, logit_scale / softcap
-    if HAS_TEMPERATURE:
-        slope = slope / tl.load(temperature_ptr + row)
-    gain = slope
-    if HAS_SOFTCAP:
-        gain = slope / cap_scale
+    cap_scale, gain, slope = row_transform(
+        row, temperature_ptr, softcap, logit_scale, HAS_TEMPERATURE, HAS_SOFTCAP
+    )
     x_ptr += row * row_stride
-    m, log_total, entropy = _statistics(x_ptr, num_columns, cap_scale, gain, HAS_SOFTCAP, BLOCK)
+    m, total, weighted = row_sums(x_ptr, num_columns, cap_scale, gain, HAS_SOFTCAP, False, BLOCK)
+    log_total = tl.log(total)
+    entropy = log_total - weighted / total
+    entropy = tl.where(entropy < 0.0, 0.0, entropy)
     target = tl.load(targets_ptr + row)
-    shifted = _u(tl.load(x_ptr + target), cap_scale, HAS_SOFTCAP) * gain - m
+    shifted = u_of(tl.load(x_ptr + target), cap_scale, HAS_SOFTCAP) * gain - m
     logprob = shifted - log_total
     tl.store(logprob_ptr + row, tl.where(kept, logprob, 0.0))
     tl.store(entropy_ptr + row, tl.where(kept, entropy, 0.0))
@@ -92,23 +159,23 @@ def head_tile_kernel(
             g = tl.load(grad_logprob_ptr + row)
         if HAS_GRAD_ENTROPY:
             e = tl.load(grad_entropy_ptr + row)
-        gradient_ptr += row * gradient_stride
-        for start in range(0, num_columns, BLOCK):
-            column = start + tl.arange(0, BLOCK)
-            inside = column < num_columns
-            u = _u(tl.load(x_ptr + column, mask=inside, other=0.0), cap_scale, HAS_SOFTCAP)
-            log_p = u * gain - m - log_total
-            p = tl.exp(log_p)
-            result = g * tl.where(column == target, _one_less_p(logprob), -p)
-            if HAS_GRAD_ENTROPY:
-                result -= e * p * (tl.where(log_p < -1e30, -1e30, log_p) + entropy)
-            if HAS_SOFTCAP:
-                result *= 1.0 - u * u
-            result = tl.where(kept, result * slope, 0.0).to(gradient_ptr.dtype.element_ty)
-            tl.store(gradient_ptr + column, result, mask=inside)
+        write_gradient(
+            x_ptr,
+            gradient_ptr + row * gradient_stride,
+            num_columns,
+            target,
+            kept,
+            (cap_scale, gain, slope),
+            (m, log_total, logprob, entropy),
+            (g, e),
+            HAS_SOFTCAP,
+            HAS_GRAD_ENTROPY,
+            False,
+            BLOCK,
+        )
 
 
-def _rows(value: Tensor | None, num_rows: int, unused: Tensor) -> Tensor:
+def rows_of(value: Tensor | None, num_rows: int, unused: Tensor) -> Tensor:
     """The values as float32, one for each row; any tensor where there are none."""
     return unused if value is None else value.to(torch.float32).expand(num_rows).contiguous()
 
@@ -133,7 +200,7 @@ def read(
         tile,
         targets.contiguous(),
         ignored.contiguous().view(torch.int8),
-        *(_rows(value, num_rows, found.logprob) for value in rows),
+        *(rows_of(value, num_rows, found.logprob) for value in rows),
         found.logprob,
         found.entropy,
         found.is_argmax.view(torch.int8),

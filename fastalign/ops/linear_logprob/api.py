@@ -15,9 +15,12 @@ from fastalign.ops.linear_arguments import (
     resolve_compute_dtype,
     temperature_tensor,
 )
+from fastalign.ops.linear_logprob import sharded
 from fastalign.ops.linear_logprob.op import linear_logprob_forward
 from fastalign.ops.linear_logprob.reference import head_logits, row_statistics
+from fastalign.ops.linear_logprob.shard_arguments import ShardedHead
 from fastalign.ops.lora import LoraWeights, lora_operands
+from fastalign.ops.vocabulary_shard import VocabularyShard
 
 
 @overload
@@ -36,6 +39,7 @@ def linear_logprob(
     compute_dtype: torch.dtype | None = ...,
     max_buffer_bytes: int | None = ...,
     backend: LinearBackend = ...,
+    vocabulary_shard: VocabularyShard | None = ...,
 ) -> Tensor: ...
 
 
@@ -55,6 +59,7 @@ def linear_logprob(
     compute_dtype: torch.dtype | None = ...,
     max_buffer_bytes: int | None = ...,
     backend: LinearBackend = ...,
+    vocabulary_shard: VocabularyShard | None = ...,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -73,6 +78,7 @@ def linear_logprob(
     compute_dtype: torch.dtype | None = None,
     max_buffer_bytes: int | None = None,
     backend: LinearBackend = "auto",
+    vocabulary_shard: VocabularyShard | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probs (T,) of `targets` under a language-model head, and, if asked, the entropies (T,).
 
@@ -87,6 +93,17 @@ def linear_logprob(
     otherwise 6 (4 for a frozen weight under LoRA), plus 2 for the share of rows that
     `max_buffer_bytes` cannot keep. An entropy that nobody differentiates costs no product; one
     that somebody does has all logits computed again.
+
+    With a `vocabulary_shard` every rank of the group calls this with its own rows of the weight and
+    bias, and with everything else the same: hidden states, targets (global ids), options, trained
+    tensors. Results are those of one process with the whole head, and the same on every rank to
+    the bit. Each rank gets the whole gradient of `hidden` (summed over the ranks in float32; do not
+    sum it again), and its own rows' of weight and bias. The backward communicates: all ranks run
+    it, or none. Where the group has a backend for CPU tensors, every call begins with a few bytes
+    on the host, so that all ranks raise when one has to; with NCCL alone the others wait for it.
+    Chunks are planned from the largest shard, and the default budget not from free memory, so that
+    every rank has the same ones. Under torch.compile the call is left to eager PyTorch: a graph
+    break, or an error where the graph has to be full.
 
     Args:
         hidden: Hidden states, any float dtype, any strides.
@@ -107,14 +124,36 @@ def linear_logprob(
             of the free memory.
         backend: What reads the logits, tile by tile: "native" (C++ or CUDA), "triton" or "torch";
             "auto" takes the first that is usable here, a named one runs or raises.
-            "reference": the lines above.
+            "reference": the lines above, in one process only.
+        vocabulary_shard: Which rows of the head `weight` and `bias` are; None: all of them.
 
     Returns:
         Log-probs in float32 (float64 where products are in float64), or (log-probs, entropies).
 
     Raises:
-        ValueError: A wrong shape, dtype, device, target, number or backend, or too small a budget.
+        ValueError: A wrong shape, dtype, device, target, number or backend, or too small a budget;
+            shards that do not cover the vocabulary, or arguments that differ between ranks.
     """
+    if vocabulary_shard is not None:
+        logprob, entropy = sharded.linear_logprob(
+            ShardedHead(
+                vocabulary_shard,
+                hidden,
+                weight,
+                bias,
+                targets,
+                temperature,
+                softcap,
+                logit_scale,
+                ignore_index,
+                lora,
+                compute_dtype,
+                max_buffer_bytes,
+                backend,
+            ),
+            return_entropy,
+        )
+        return (logprob, entropy) if return_entropy else logprob
     check_head(hidden, weight, targets, bias)
     check_targets(targets, weight.shape[0], ignore_index)
     check_transform(softcap, logit_scale)

@@ -1,0 +1,128 @@
+// What the passes over a head's tile share: head_tile, and head_tile_statistics and
+// head_tile_gradient. A block a row; 16-byte accesses where rows are aligned.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include "reduce.cuh"
+
+namespace fastalign {
+
+constexpr int THREADS = 512;
+constexpr int PIECE = 8;  // columns a thread takes at a time: 32 bytes in, 16 or 32 out
+
+template <bool ALIGNED>
+__device__ inline void load_piece(const float* from, int count, float padding, float* values) {
+    if (ALIGNED && count == PIECE) {
+        *reinterpret_cast<float4*>(values) = *reinterpret_cast<const float4*>(from);
+        *reinterpret_cast<float4*>(values + 4) = *reinterpret_cast<const float4*>(from + 4);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i) values[i] = i < count ? from[i] : padding;
+}
+
+template <bool ALIGNED>
+__device__ inline void store_piece(float* to, int count, const float* values) {
+    if (ALIGNED && count == PIECE) {
+        __stcs(reinterpret_cast<float4*>(to), *reinterpret_cast<const float4*>(values));
+        __stcs(reinterpret_cast<float4*>(to + 4), *reinterpret_cast<const float4*>(values + 4));
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i)
+        if (i < count) to[i] = values[i];
+}
+
+template <bool ALIGNED>
+__device__ inline void store_piece(__nv_bfloat16* to, int count, const float* values) {
+    __nv_bfloat162 pairs[PIECE / 2];
+#pragma unroll
+    for (int i = 0; i < PIECE / 2; ++i)
+        pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+    if (ALIGNED && count == PIECE) {
+        __stcs(reinterpret_cast<uint4*>(to), *reinterpret_cast<const uint4*>(pairs));
+        return;
+    }
+    const __nv_bfloat16* rounded = reinterpret_cast<const __nv_bfloat16*>(pairs);
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i)
+        if (i < count) to[i] = rounded[i];
+}
+
+struct RowTransform {
+    float cap_scale, gain, slope;  // u = tanh(cap_scale x) or x; z = gain u; slope: dz / dx by u
+    bool softcap;
+    __device__ float u(float x) const { return softcap ? tanhf(cap_scale * x) : x; }
+};
+
+// `temperature`: (T,) or NULL.
+__device__ inline RowTransform row_transform(float cap, float logit_scale, const float* temperature,
+                                             int64_t index) {
+    const float cooling = temperature ? 1.0f / temperature[index] : 1.0f;
+    const bool softcap = cap > 0.0f;
+    const float slope = logit_scale * cooling;
+    return {softcap ? logit_scale / cap : 0.0f, softcap ? cap * cooling : slope, slope, softcap};
+}
+
+// Of z; with OF_U the maximum is that of u.
+template <bool ALIGNED, bool OF_U>
+__device__ Softmax read_statistics(const float* row, int64_t num_columns,
+                                   const RowTransform& transform) {
+    Softmax mine = Softmax::empty();
+    for (int64_t column = threadIdx.x * PIECE; column < num_columns; column += THREADS * PIECE) {
+        const int count = num_columns - column < PIECE ? num_columns - column : PIECE;
+        alignas(16) float z[PIECE];
+        load_piece<ALIGNED>(row + column, count, 0.0f, z);
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) {
+            if (i >= count) continue;
+            const float u = transform.u(z[i]);
+            OF_U ? mine.add(u, transform.gain) : mine.add(transform.gain * u);
+        }
+    }
+    return reduce_block<THREADS>(mine, OF_U ? transform.gain : 1.0f);
+}
+
+// What the gradient of one row is computed from: log p = z - max z - log_total.
+struct RowGradient {
+    int64_t target;  // outside the row: another process's
+    float maximum;   // of z, or with OF_U of u
+    float log_total, logprob, entropy;
+    float grad_logprob, grad_entropy;
+    bool of_entropy, ignored;
+};
+
+template <typename T, bool ALIGNED, bool OF_U>
+__device__ void write_gradient(const float* row, T* gradient, int64_t num_columns,
+                               const RowTransform& transform, const RowGradient& known) {
+    const float g = known.grad_logprob, e = known.grad_entropy;
+    const float rest = -expm1f(known.logprob);  // 1 - p: exact where p is near 1
+    for (int64_t column = threadIdx.x * PIECE; column < num_columns; column += THREADS * PIECE) {
+        const int count = num_columns - column < PIECE ? num_columns - column : PIECE;
+        alignas(16) float values[PIECE];
+        load_piece<ALIGNED>(row + column, count, 0.0f, values);
+#pragma unroll
+        for (int i = 0; i < PIECE; ++i) {
+            const float u = transform.u(values[i]);
+            const float shifted =
+                OF_U ? (u - known.maximum) * transform.gain : transform.gain * u - known.maximum;
+            const float log_p = shifted - known.log_total;
+            const float p = expf(log_p);
+            float result = column + i == known.target ? g * rest : -g * p;
+            if (known.of_entropy)
+                result -= e * p * ((log_p < -1e30f ? -1e30f : log_p) + known.entropy);
+            result *= transform.slope;
+            if (transform.softcap) result *= 1.0f - u * u;
+            values[i] = known.ignored ? 0.0f : result;
+        }
+        store_piece<ALIGNED>(gradient + column, count, values);
+    }
+}
+
+// Whether rows begin at 16-byte boundaries.
+inline bool aligned(const void* start, int64_t stride, int64_t size) {
+    return reinterpret_cast<uintptr_t>(start) % 16 == 0 && stride * size % 16 == 0;
+}
+
+}  // namespace fastalign

@@ -1,0 +1,84 @@
+"""Tiles, transforms and backends for the tests of the passes over a head's tile."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastalign.ops import native_library
+from fastalign.ops.backends import unusable_reason
+from fastalign.ops.head_tile import HeadTransform, RowStatistics, read_tile
+
+ISAS = native_library.cpu_isas() if native_library.unusable_reason("cpu") is None else []
+BACKENDS = [*(f"native-{isa}" for isa in ISAS), "triton", "torch"]
+SHAPES = [(1, 1), (3, 2), (5, 63), (9, 257), (4, 5000)]
+TRANSFORMS = {
+    "plain": {},
+    "softcap": {"softcap": 4.0},
+    "scale": {"logit_scale": 0.25},
+    "temperature": {"temperature": torch.tensor([0.7])},
+    "everything": {"softcap": 5.0, "logit_scale": 2.0, "temperature": "rows"},
+}
+# Which of grad_logprob and grad_entropy come from upstream.
+UPSTREAMS = [(False, False), (True, False), (False, True), (True, True)]
+
+
+def transform_of(name: str, num_rows: int) -> HeadTransform:
+    options = dict(TRANSFORMS[name])
+    if isinstance(options.get("temperature"), str):
+        options["temperature"] = torch.linspace(0.4, 2.5, num_rows)
+    return HeadTransform(**options)
+
+
+def products(num_rows: int, num_columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(num_rows * 10_000 + num_columns)
+    tile = 3 * torch.randn(num_rows, num_columns, generator=generator)
+    targets = torch.randint(num_columns, (num_rows,), generator=generator)
+    tile[0, targets[0]] = 30.0  # a row that is sure of its target
+    return tile, targets, torch.arange(num_rows) % 4 == 2
+
+
+def upstream_rows(
+    targets: Tensor, upstream: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of log-probs and entropies that come from upstream."""
+    num_rows = len(targets)
+    rows = torch.linspace(-1, 2, 2 * num_rows).to(targets.device)
+    return rows[:num_rows] if upstream[0] else None, rows[num_rows:] if upstream[1] else None
+
+
+def run(
+    tile: Tensor,
+    targets: Tensor,
+    ignored: Tensor,
+    transform: HeadTransform,
+    upstream: tuple[bool, bool],
+    backend: str = "torch",
+    *,
+    gradient: Tensor | None = None,
+) -> tuple[RowStatistics, Tensor]:
+    """One pass in place, or into `gradient`."""
+    grad_logprob, grad_entropy = upstream_rows(targets, upstream)
+    scratch = tile.new_empty(2, 2, tile.shape[1])
+    gradient = tile if gradient is None else gradient
+    read = read_tile(
+        tile,
+        targets,
+        ignored,
+        transform,
+        backend,
+        scratch,
+        gradient=gradient,
+        grad_logprob=grad_logprob,
+        grad_entropy=grad_entropy,
+    )
+    return read, gradient
+
+
+def use_backend(parameter: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The backend of one of BACKENDS, with its instruction set chosen; skips where unusable."""
+    name, _, isa = parameter.partition("-")
+    if isa:
+        monkeypatch.setenv("FASTALIGN_CPU_ISA", isa)
+    if name != "torch" and unusable_reason(name, "cpu", torch.float32) is not None:
+        pytest.skip(str(unusable_reason(name, "cpu", torch.float32)))
+    return name
