@@ -145,8 +145,10 @@ void write_gradient(const Row& row, typename Type::Element* gradient) {
     if (!has_target) return;
     // 1 - p from the log-prob: exact where p is near 1
     double at_target = -row.grad_logprob * std::expm1(row.logprob);
-    if (ENTROPY)
-        at_target -= row.grad_entropy * std::exp(row.logprob) * (row.logprob + row.entropy);
+    if (ENTROPY) {
+        const double bounded = row.logprob < LOWEST ? LOWEST : row.logprob;  // a banned target
+        at_target -= row.grad_entropy * std::exp(row.logprob) * (bounded + row.entropy);
+    }
     at_target *= row.slope;
     if (SOFTCAP) at_target *= 1.0f - at_target_x * at_target_x;
     store<Type>(gradient + row.target, splat(static_cast<float>(at_target)), 1);

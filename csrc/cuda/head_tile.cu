@@ -29,9 +29,9 @@ __global__ void __launch_bounds__(THREADS) head_tile_kernel(HeadTile tile) {
     const RowTransform transform =
         row_transform(tile.softcap, tile.logit_scale, tile.temperature, index);
     const bool ignored = tile.ignored[index];
-    const Softmax all = read_statistics<ALIGNED, false>(row, num_columns, transform);
+    const Softmax all = read_statistics<ALIGNED>(row, num_columns, transform);
     const int64_t target = tile.targets[index];
-    const float shifted = transform.gain * transform.u(row[target]) - all.maximum;
+    const float shifted = transform.gain * (transform.u(row[target]) - all.maximum);
     const float log_total = logf(all.total), logprob = shifted - log_total;
     const float entropy = log_total - all.weighted / all.total;
     if (threadIdx.x == 0) {
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(THREADS) head_tile_kernel(HeadTile tile) {
                                tile.grad_entropy != nullptr,
                                ignored};
     T* gradient = static_cast<T*>(tile.gradient) + index * tile.gradient_stride;
-    write_gradient<T, ALIGNED, false>(row, gradient, num_columns, transform, known);
+    write_gradient<T, ALIGNED>(row, gradient, num_columns, transform, known);
 }
 
 template <typename T>

@@ -65,35 +65,35 @@ __device__ inline RowTransform row_transform(float cap, float logit_scale, const
     return {softcap ? logit_scale / cap : 0.0f, softcap ? cap * cooling : slope, slope, softcap};
 }
 
-// Of z; with OF_U the maximum is that of u.
-template <bool ALIGNED, bool OF_U>
+// Of z, but for the maximum, which is that of u: the target's u less it is exactly 0 where it is
+// it.
+template <bool ALIGNED>
 __device__ Softmax read_statistics(const float* row, int64_t num_columns,
                                    const RowTransform& transform) {
     Softmax mine = Softmax::empty();
     for (int64_t column = threadIdx.x * PIECE; column < num_columns; column += THREADS * PIECE) {
         const int count = num_columns - column < PIECE ? num_columns - column : PIECE;
-        alignas(16) float z[PIECE];
-        load_piece<ALIGNED>(row + column, count, 0.0f, z);
+        alignas(16) float x[PIECE];
+        load_piece<ALIGNED>(row + column, count, 0.0f, x);
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) {
             if (i >= count) continue;
-            const float u = transform.u(z[i]);
-            OF_U ? mine.add(u, transform.gain) : mine.add(transform.gain * u);
+            mine.add(transform.u(x[i]), transform.gain);
         }
     }
-    return reduce_block<THREADS>(mine, OF_U ? transform.gain : 1.0f);
+    return reduce_block<THREADS>(mine, transform.gain);
 }
 
 // What the gradient of one row is computed from: log p = z - max z - log_total.
 struct RowGradient {
     int64_t target;  // outside the row: another process's
-    float maximum;   // of z, or with OF_U of u
+    float maximum;   // of u
     float log_total, logprob, entropy;
     float grad_logprob, grad_entropy;
     bool of_entropy, ignored;
 };
 
-template <typename T, bool ALIGNED, bool OF_U>
+template <typename T, bool ALIGNED>
 __device__ void write_gradient(const float* row, T* gradient, int64_t num_columns,
                                const RowTransform& transform, const RowGradient& known) {
     const float g = known.grad_logprob, e = known.grad_entropy;
@@ -105,9 +105,7 @@ __device__ void write_gradient(const float* row, T* gradient, int64_t num_column
 #pragma unroll
         for (int i = 0; i < PIECE; ++i) {
             const float u = transform.u(values[i]);
-            const float shifted =
-                OF_U ? (u - known.maximum) * transform.gain : transform.gain * u - known.maximum;
-            const float log_p = shifted - known.log_total;
+            const float log_p = (u - known.maximum) * transform.gain - known.log_total;
             const float p = expf(log_p);
             float result = column + i == known.target ? g * rest : -g * p;
             if (known.of_entropy)

@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(THREADS)
     const int64_t index = blockIdx.x;
     const float* row = tile.x + index * tile.row_stride;
     const RowTransform transform = tile.transform(index);
-    const Softmax all = read_statistics<ALIGNED, true>(row, tile.num_columns, transform);
+    const Softmax all = read_statistics<ALIGNED>(row, tile.num_columns, transform);
     if (threadIdx.x != 0) return;
     const bool ignored = tile.ignored[index];
     const int64_t target = tile.targets[index];
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(THREADS)
                                of_entropy,
                                tile.ignored[index] != 0};
     T* gradient = static_cast<T*>(wanted.gradient) + index * wanted.gradient_stride;
-    write_gradient<T, ALIGNED, true>(row, gradient, tile.num_columns, transform, known);
+    write_gradient<T, ALIGNED>(row, gradient, tile.num_columns, transform, known);
 }
 
 template <typename T>

@@ -5,6 +5,7 @@ import itertools
 import pytest
 import torch
 
+from fastalign.ops.head_tile import HeadTransform
 from tests.ops.head_tile_cases import (
     BACKENDS,
     SHAPES,
@@ -128,3 +129,21 @@ def test_a_banned_token_adds_nothing(backend: str) -> None:
     assert not gradient[:, 0].any()
     torch.testing.assert_close(gradient[:, 1:], expected, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(read.entropy, without.entropy, rtol=1e-5, atol=1e-6)
+
+
+def test_a_banned_target_has_a_finite_gradient(backend: str) -> None:
+    tile, targets, ignored = products(3, 45)
+    tile[torch.arange(3), targets] = -torch.inf
+    transform = transform_of("plain", 3)
+    read, gradient = run(tile.clone(), targets, ignored, transform, (True, True), backend)
+    _, expected = run(tile.double(), targets, ignored, transform, (True, True))
+    assert read.logprob.tolist() == [-torch.inf, -torch.inf, 0.0]
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_largest_logit_is_the_argmax_at_any_temperature(backend: str) -> None:
+    tile, _, _ = products(64, 45)
+    targets, ignored = tile.argmax(-1), torch.zeros(64, dtype=torch.bool)
+    transform = HeadTransform(torch.linspace(0.3, 3.0, 64), logit_scale=0.7)
+    read, _ = run(tile, targets, ignored, transform, (False, False), backend)
+    assert read.is_argmax.all()

@@ -28,10 +28,12 @@ def row_sums(
     cap_scale,
     gain,
     HAS_SOFTCAP: tl.constexpr,
-    OF_U: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The maximum m of z (OF_U: that of u), the sums of exp(z - m) and of (z - m) exp(z - m)."""
+    """The maximum of u, and of z less its own the sums of exp(z) and of z exp(z).
+
+    Of u, because the target's less it is then exactly 0 where it is the maximum.
+    """
     m = -float("inf")
     total = 0.0
     weighted = 0.0
@@ -39,13 +41,8 @@ def row_sums(
         column = start + tl.arange(0, BLOCK)
         inside = column < num_columns
         x = tl.load(x_ptr + column, mask=inside, other=-float("inf"))
-        u = u_of(x, cap_scale, HAS_SOFTCAP)
-        if OF_U:
-            u = tl.where(inside, u, -float("inf"))
-            m, total, weighted = add_block(m, total, weighted, u, gain)
-        else:
-            z = tl.where(inside, u * gain, -float("inf"))
-            m, total, weighted = add_block(m, total, weighted, z)
+        u = tl.where(inside, u_of(x, cap_scale, HAS_SOFTCAP), -float("inf"))
+        m, total, weighted = add_block(m, total, weighted, u, gain)
     return m, total, weighted
 
 
@@ -68,13 +65,13 @@ def write_gradient(
     upstream,
     HAS_SOFTCAP: tl.constexpr,
     HAS_GRAD_ENTROPY: tl.constexpr,
-    OF_U: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One row's slope [g (1[v = y] - p) - e p (log p + H)] over its columns.
 
-    `transform` and `known` are tuples; known[0] is the maximum of z, or with OF_U that of u.
+    `transform` and `known` are tuples; known[0] is the maximum of u.
     """
+    tl.debug_barrier()  # every thread has read the target before any overwrites it
     cap_scale, gain, slope = transform
     m, log_total, logprob, entropy = known
     g, e = upstream
@@ -82,7 +79,7 @@ def write_gradient(
         column = start + tl.arange(0, BLOCK)
         inside = column < num_columns
         u = u_of(tl.load(x_ptr + column, mask=inside, other=0.0), cap_scale, HAS_SOFTCAP)
-        log_p = ((u - m) * gain if OF_U else u * gain - m) - log_total
+        log_p = (u - m) * gain - log_total
         p = tl.exp(log_p)
         result = g * tl.where(column == target, _one_less_p(logprob), -p)
         if HAS_GRAD_ENTROPY:
@@ -143,12 +140,12 @@ def head_tile_kernel(
         row, temperature_ptr, softcap, logit_scale, HAS_TEMPERATURE, HAS_SOFTCAP
     )
     x_ptr += row * row_stride
-    m, total, weighted = row_sums(x_ptr, num_columns, cap_scale, gain, HAS_SOFTCAP, False, BLOCK)
+    m, total, weighted = row_sums(x_ptr, num_columns, cap_scale, gain, HAS_SOFTCAP, BLOCK)
     log_total = tl.log(total)
     entropy = log_total - weighted / total
     entropy = tl.where(entropy < 0.0, 0.0, entropy)
     target = tl.load(targets_ptr + row)
-    shifted = u_of(tl.load(x_ptr + target), cap_scale, HAS_SOFTCAP) * gain - m
+    shifted = (u_of(tl.load(x_ptr + target), cap_scale, HAS_SOFTCAP) - m) * gain
     logprob = shifted - log_total
     tl.store(logprob_ptr + row, tl.where(kept, logprob, 0.0))
     tl.store(entropy_ptr + row, tl.where(kept, entropy, 0.0))
@@ -170,7 +167,6 @@ def head_tile_kernel(
             (g, e),
             HAS_SOFTCAP,
             HAS_GRAD_ENTROPY,
-            False,
             BLOCK,
         )
 

@@ -44,7 +44,7 @@ def head_tile_statistics_kernel(
         row, temperature_ptr, softcap, logit_scale, HAS_TEMPERATURE, HAS_SOFTCAP
     )
     x_ptr += row * row_stride
-    m, total, weighted = row_sums(x_ptr, num_columns, cap_scale, gain, HAS_SOFTCAP, True, BLOCK)
+    m, total, weighted = row_sums(x_ptr, num_columns, cap_scale, gain, HAS_SOFTCAP, BLOCK)
     target = tl.load(targets_ptr + row)
     inside = kept & (target >= 0) & (target < num_columns)
     x = tl.load(x_ptr + target, mask=inside, other=0.0)
@@ -108,7 +108,6 @@ def head_tile_gradient_kernel(
         (g, e),
         HAS_SOFTCAP,
         HAS_GRAD_ENTROPY,
-        True,
         BLOCK,
     )
 
