@@ -1,0 +1,22 @@
+// The checks of the sanitized driver: each calls entry points on every shape, with `Array`s.
+#pragma once
+
+#include <cstdint>
+
+struct Setting {
+    int32_t num_threads, isa;
+};
+
+// Passes over rows of logits.
+void check_token_logprob(Setting setting);
+void check_product(Setting setting);
+void check_head_tile(Setting setting);
+void check_head_tile_split(Setting setting);
+
+// Passes over packed sequences.
+void check_kl_penalty(Setting setting);
+void check_gae(Setting setting);
+void check_preference_loss(Setting setting);
+
+// One array an element too short: must be stopped.
+void gae_too_short();
