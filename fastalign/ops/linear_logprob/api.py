@@ -135,24 +135,10 @@ def linear_logprob(
             shards that do not cover the vocabulary, or arguments that differ between ranks.
     """
     if vocabulary_shard is not None:
-        logprob, entropy = sharded.linear_logprob(
-            ShardedHead(
-                vocabulary_shard,
-                hidden,
-                weight,
-                bias,
-                targets,
-                temperature,
-                softcap,
-                logit_scale,
-                ignore_index,
-                lora,
-                compute_dtype,
-                max_buffer_bytes,
-                backend,
-            ),
-            return_entropy,
-        )
+        numbers = (temperature, softcap, logit_scale, ignore_index, lora, compute_dtype)
+        options = (*numbers, max_buffer_bytes, backend)
+        head = ShardedHead(vocabulary_shard, hidden, weight, bias, targets, *options)
+        logprob, entropy = sharded.linear_logprob(head, return_entropy)
         return (logprob, entropy) if return_entropy else logprob
     check_head(hidden, weight, targets, bias)
     check_targets(targets, weight.shape[0], ignore_index)
