@@ -2,7 +2,8 @@
 
 import importlib.util
 import os
-from typing import Literal, get_args
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -63,3 +64,8 @@ def choose_backend(
             f"{reason}"
         )
     return backend  # type: ignore[return-value]
+
+
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current GPU, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

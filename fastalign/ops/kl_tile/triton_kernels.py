@@ -1,0 +1,166 @@
+"""The pass over two tiles in Triton, one program a row: two readings, the second from the cache.
+
+Arithmetic is float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastalign.ops.head_tile import HeadTransform
+from fastalign.ops.head_tile.triton_kernels import _one_less_p, _u
+from fastalign.ops.kl_tile.statistics import PairStatistics, Upstream
+from fastalign.ops.triton_softmax import add_pair, bounded, divergence
+
+MAX_BLOCK = 2048
+
+
+@triton.jit
+def kl_tile_kernel(
+    policy_ptr,
+    reference_ptr,
+    targets_ptr,
+    ignored_ptr,
+    temperature_ptr,
+    grad_logprob_ptr,
+    grad_entropy_ptr,
+    grad_kl_ptr,
+    logprob_ptr,
+    reference_logprob_ptr,
+    entropy_ptr,
+    kl_ptr,
+    gradient_ptr,
+    kl_gradient_ptr,
+    row_stride,
+    gradient_stride,
+    num_columns,
+    softcap,
+    logit_scale,
+    OVER_REFERENCE: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_GRADIENT: tl.constexpr,
+    BRACKETS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row: its statistics, then its two brackets, or their sum weighted from upstream."""
+    row = tl.program_id(0).to(tl.int64)
+    kept = tl.load(ignored_ptr + row) == 0
+    slope, cap_scale = logit_scale, logit_scale / softcap
+    if HAS_TEMPERATURE:
+        slope = slope / tl.load(temperature_ptr + row)
+    gain = slope
+    if HAS_SOFTCAP:
+        gain = slope / cap_scale
+    policy_ptr += row * row_stride
+    reference_ptr += row * row_stride
+    lowest = -float("inf")
+    m, total, weighted = lowest, 0.0, 0.0
+    n, reference_total, cross, largest = lowest, 0.0, 0.0, lowest
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < num_columns
+        x = tl.load(policy_ptr + column, mask=inside, other=0.0)
+        y = tl.load(reference_ptr + column, mask=inside, other=0.0)
+        z = tl.where(inside, _u(x, cap_scale, HAS_SOFTCAP) * gain, lowest)
+        r = tl.where(inside, _u(y, cap_scale, HAS_SOFTCAP) * gain, lowest)
+        m, total, weighted, n, reference_total, cross, largest = add_pair(
+            m, total, weighted, n, reference_total, cross, largest, z, r, OVER_REFERENCE
+        )
+    mean, kl = divergence(total, reference_total, cross, largest, OVER_REFERENCE)
+    log_total = tl.log(total)
+    entropy = log_total - weighted / total
+    entropy = tl.where(entropy < 0.0, 0.0, entropy)
+    target = tl.load(targets_ptr + row)
+    logprob = _u(tl.load(policy_ptr + target), cap_scale, HAS_SOFTCAP) * gain - m - log_total
+    reference_logprob = _u(tl.load(reference_ptr + target), cap_scale, HAS_SOFTCAP) * gain - n
+    tl.store(logprob_ptr + row, tl.where(kept, logprob, 0.0))
+    reference_logprob -= tl.log(reference_total)
+    tl.store(reference_logprob_ptr + row, tl.where(kept, reference_logprob, 0.0))
+    tl.store(entropy_ptr + row, tl.where(kept, entropy, 0.0))
+    tl.store(kl_ptr + row, tl.where(kept, kl, 0.0))
+    if HAS_GRADIENT:
+        g, e, k = 1.0, 0.0, 1.0
+        if not BRACKETS:
+            g, e = tl.load(grad_logprob_ptr + row), tl.load(grad_entropy_ptr + row)
+            k = tl.load(grad_kl_ptr + row)
+        k = tl.where(kl == float("inf"), float("nan"), k)
+        scale, ratio = 1.0 / total, total / reference_total
+        gradient_ptr += row * gradient_stride
+        kl_gradient_ptr += row * gradient_stride
+        for start in range(0, num_columns, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < num_columns
+            u = _u(tl.load(policy_ptr + column, mask=inside, other=0.0), cap_scale, HAS_SOFTCAP)
+            y = tl.load(reference_ptr + column, mask=inside, other=0.0)
+            s = bounded(u * gain - m)
+            t = bounded(_u(y, cap_scale, HAS_SOFTCAP) * gain - n)
+            exponential = tl.exp(s)
+            p = exponential * scale
+            if OVER_REFERENCE:
+                # in this order it is exactly zero where the two sides are the same
+                of_kl = (exponential - tl.exp(t) * ratio) * scale
+            else:
+                of_kl = p * (s - t - mean)
+            of_logprob = tl.where(column == target, _one_less_p(logprob), -p)
+            by_product = tl.where(kept, slope, 0.0)
+            if HAS_SOFTCAP:
+                by_product = by_product * (1.0 - u * u)
+            dtype = gradient_ptr.dtype.element_ty
+            if BRACKETS:
+                result = tl.where(kept, of_logprob * by_product, 0.0)
+                of_kl = tl.where(kept, of_kl * k * by_product, 0.0)
+                tl.store(kl_gradient_ptr + column, of_kl.to(dtype), mask=inside)
+            else:
+                result = g * of_logprob + k * of_kl - e * p * (s - log_total + entropy)
+                result = tl.where(kept, result * by_product, 0.0)
+            tl.store(gradient_ptr + column, result.to(dtype), mask=inside)
+
+
+def _rows(value: Tensor | None, num_rows: int, unused: Tensor) -> Tensor:
+    """The values as float32, one for each row; any tensor where there are none."""
+    return unused if value is None else value.to(torch.float32).expand(num_rows).contiguous()
+
+
+def read(
+    tiles: Tensor,
+    targets: Tensor,
+    ignored: Tensor,
+    transform: HeadTransform,
+    over_reference: bool,
+    brackets: Tensor | None,
+    gradient: Tensor | None,
+    upstream: Upstream | None,
+) -> PairStatistics:
+    """See `kl_tile.read_pair`."""
+    _, num_rows, num_columns = tiles.shape
+    found = PairStatistics.empty(num_rows, tiles)
+    if num_rows == 0:
+        return found
+    block = min(MAX_BLOCK, triton.next_power_of_2(num_columns))
+    places = brackets if brackets is not None else tiles if gradient is None else [gradient] * 2
+    rows = (transform.temperature, *(upstream or (None, None, None)))
+    kl_tile_kernel[(num_rows,)](
+        tiles[0],
+        tiles[1],
+        targets.contiguous(),
+        ignored.contiguous().view(torch.int8),
+        *(_rows(value, num_rows, found.kl) for value in rows),
+        *found,
+        places[0],
+        places[1],
+        row_stride=tiles.stride(1),
+        gradient_stride=places[0].stride(0),
+        num_columns=num_columns,
+        softcap=1.0 if transform.softcap is None else transform.softcap,
+        logit_scale=transform.logit_scale,
+        OVER_REFERENCE=over_reference,
+        HAS_TEMPERATURE=transform.temperature is not None,
+        HAS_SOFTCAP=transform.softcap is not None,
+        HAS_GRADIENT=brackets is not None or gradient is not None,
+        BRACKETS=brackets is not None,
+        BLOCK=block,
+        num_warps=8,
+    )
+    return found
