@@ -110,7 +110,8 @@ FASTALIGN_EXPORT int32_t fastalign_token_kl_backward_cpu(
 // `gradient` (T, V) or NULL, float32 (gradient_dtype 0; may be `policy` itself) or bfloat16 (1),
 // rows gradient_stride apart. With `kl_gradient` beside it (likewise; may be `reference` itself)
 // the two are the derivatives of logprob and of kl by the policy's products, and no grad_* is read;
-// without, `gradient` is that of grad_logprob logprob + grad_entropy entropy + grad_kl kl.
+// without, `gradient` is that of grad_logprob logprob + grad_entropy entropy + grad_kl kl. A kl
+// that is infinite has NaN gradients, unless its grad_kl is 0.
 FASTALIGN_EXPORT int32_t fastalign_kl_tile_cpu(
     float* policy, float* reference, int64_t num_rows, int64_t num_columns, int64_t row_stride,
     float softcap, float logit_scale, int32_t over_reference, const float* temperature,

@@ -50,7 +50,8 @@ void write_gradients(const KLTile& tile, const Row& row, const Divergence& found
     const float offset = static_cast<float>(found.entropy - std::log(found.policy_total));
     const float g = BRACKETS ? 1.0f : tile.grad_logprob[index];
     const float e = BRACKETS ? 0.0f : tile.grad_entropy[index];
-    const float k = found.infinite() ? NAN : BRACKETS ? 1.0f : tile.grad_kl[index];
+    const float of_upstream = BRACKETS ? 1.0f : tile.grad_kl[index];
+    const float k = found.infinite() && of_upstream != 0 ? NAN : of_upstream;
     const auto compute = [&](int64_t column, auto count, bool at_target) {
         const Shifted at = row.read(column, count);
         const Float exponential = exp(at.policy), p = exponential * scale;

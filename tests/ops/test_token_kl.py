@@ -9,7 +9,6 @@ from torch import Tensor
 
 from fastalign.ops import native_library, token_kl
 from fastalign.ops.backends import unusable_reason
-from fastalign.ops.token_kl.op import token_kl_forward
 from tests.tolerance import assert_no_worse
 
 NATIVE = unusable_reason("native", "cpu", torch.float32)

@@ -5,7 +5,8 @@ accumulation dtype; one transform turns both into logits. Without upstream gradi
 each row's two *brackets*, the derivatives of its log-prob and of its KL by the policy's products,
 
     (1[v = y] - p_v) dz_v / dproduct_v
-    p_v (log p_v - log q_v - KL) dz_v / dproduct_v, or (p_v - q_v) dz_v / dproduct_v over the reference
+    p_v (log p_v - log q_v - KL) dz_v / dproduct_v    of KL(policy || reference)
+    (p_v - q_v) dz_v / dproduct_v                     of KL(reference || policy)
 
 which do not depend on the loss; with upstream gradients their combination, and the entropy's part.
 

@@ -84,7 +84,10 @@ class _Strip:
         self._mean = product.sum(1, keepdim=True) / own
         self._kl = (self._mean - (own / other).log()).clamp_(min=0.0)
         self._infinite = difference.amax(1, keepdim=True) > BANNED_DIFFERENCE
-        self._shifted, self._difference, self._p, self._q = shifted, difference, p, q
+        self._shifted: Tensor = shifted
+        self._difference: Tensor = difference
+        self._p: Tensor = p
+        self._q: Tensor = q
 
     def statistics(self, ignored: Tensor) -> PairStatistics:
         """The statistics, zero where ignored."""
@@ -95,13 +98,16 @@ class _Strip:
         return PairStatistics(*(value.masked_fill(ignored, 0.0).squeeze(1) for value in found))
 
     def _kl_bracket(self, scale: Tensor | float) -> Tensor:
-        """The derivative of the KL by z times scale, NaN where it is infinite."""
-        scale = scale / self._total * torch.where(self._infinite, torch.nan, 1.0)
+        """The derivative of the KL by z times scale: NaN where it is infinite and scale not 0."""
+        factor: Tensor = scale / self._total
+        factor = factor.masked_fill(self._infinite & (factor != 0), torch.nan)
         if self._over_reference:
             # in this order it is exactly zero where the two sides are the same
             ratio = self._total / self._reference_total
-            return self._q.mul_(-ratio).add_(self._p).mul_(scale)
-        return self._difference.sub_(self._mean).mul_(self._p).mul_(scale)
+            bracket = self._q.mul_(-ratio).add_(self._p)
+        else:
+            bracket = self._difference.sub_(self._mean).mul_(self._p)
+        return bracket.mul_(factor)
 
     def _tanh_slope(self) -> Tensor | None:
         """What remains of the derivative of z by the product beside the transform's slope."""
@@ -115,7 +121,7 @@ class _Strip:
         of_logprob = self._p.mul_(-slope / self._total)
         of_logprob.scatter_(1, self._target, -torch.expm1(self._logprob) * slope)
         tanh_slope = self._tanh_slope()
-        for value, place in zip((of_logprob, of_kl), brackets, strict=True):
+        for value in (of_logprob, of_kl):
             if tanh_slope is not None:
                 value.mul_(tanh_slope)
             value.masked_fill_(ignored, 0.0)

@@ -85,7 +85,7 @@ def kl_tile_kernel(
         if not BRACKETS:
             g, e = tl.load(grad_logprob_ptr + row), tl.load(grad_entropy_ptr + row)
             k = tl.load(grad_kl_ptr + row)
-        k = tl.where(kl == float("inf"), float("nan"), k)
+        k = tl.where((kl == float("inf")) & (k != 0.0), float("nan"), k)
         scale, ratio = 1.0 / total, total / reference_total
         gradient_ptr += row * gradient_stride
         kl_gradient_ptr += row * gradient_stride
