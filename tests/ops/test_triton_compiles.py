@@ -3,6 +3,8 @@
 import pytest
 
 from fastalign.ops.head_tile.triton_kernels import MAX_BLOCK as head_tile_block
+from fastalign.ops.kl_tile.triton_kernels import MAX_BLOCK as kl_tile_block
+from fastalign.ops.token_kl.triton_kernels import MAX_BLOCK as token_kl_block
 from fastalign.ops.token_logprob.triton_kernels import MAX_BLOCK
 from tests.ops.ahead_of_time import Entry, compile_for
 
@@ -39,7 +41,43 @@ def head_tile_entries() -> list[Entry]:
     ]
 
 
-ENTRIES = [*token_logprob_entries(), *head_tile_entries()]
+def token_kl_entries() -> list[Entry]:
+    module = "fastalign.ops.token_kl.triton_kernels"
+    flags = {"HAS_TEMPERATURE": True, "HAS_SOFTCAP": True, "HAS_IGNORED": True}
+    entries = []
+    for dtype, over in (("fp32", True), ("bf16", False), ("fp16", True)):
+        types = {"logits_ptr": f"*{dtype}", "gradient_ptr": f"*{dtype}", "reference_ptr": "*bf16"}
+        types |= {"ignored_ptr": "*i8", "softcap": "fp32"}
+        constants = {**flags, "OVER_REFERENCE": over, "BLOCK": token_kl_block}
+        for kernel in ("token_kl_fwd_kernel", "token_kl_bwd_kernel"):
+            entries.append(Entry(module, kernel, types, constants))
+    return entries
+
+
+def kl_tile_entries() -> list[Entry]:
+    module = "fastalign.ops.kl_tile.triton_kernels"
+    flags = {"HAS_TEMPERATURE": True, "HAS_SOFTCAP": True, "HAS_GRADIENT": True}
+    types = {"targets_ptr": "*i64", "ignored_ptr": "*i8", "softcap": "fp32", "logit_scale": "fp32"}
+    entries = []
+    for dtype, over, brackets in (
+        ("fp32", True, True),
+        ("bf16", False, True),
+        ("bf16", True, False),
+    ):
+        places = {"gradient_ptr": f"*{dtype}", "kl_gradient_ptr": f"*{dtype}"}
+        constants = {**flags, "OVER_REFERENCE": over, "BRACKETS": brackets, "BLOCK": kl_tile_block}
+        entries.append(
+            Entry(module, "kl_tile_kernel", {**types, **places}, constants, num_warps=16)
+        )
+    return entries
+
+
+ENTRIES = [
+    *token_logprob_entries(),
+    *head_tile_entries(),
+    *token_kl_entries(),
+    *kl_tile_entries(),
+]
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])

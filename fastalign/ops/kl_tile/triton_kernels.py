@@ -17,6 +17,54 @@ MAX_BLOCK = 2048
 
 
 @triton.jit
+def _statistics(
+    policy_ptr,
+    reference_ptr,
+    num_columns,
+    cap_scale,
+    gain,
+    OVER_REFERENCE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What `add_pair` keeps, of whole rows."""
+    lowest = -float("inf")
+    m, total, weighted = lowest, 0.0, 0.0
+    n, reference_total, cross, largest = lowest, 0.0, 0.0, lowest
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < num_columns
+        x = tl.load(policy_ptr + column, mask=inside, other=0.0)
+        y = tl.load(reference_ptr + column, mask=inside, other=0.0)
+        z = tl.where(inside, _u(x, cap_scale, HAS_SOFTCAP) * gain, lowest)
+        r = tl.where(inside, _u(y, cap_scale, HAS_SOFTCAP) * gain, lowest)
+        m, total, weighted, n, reference_total, cross, largest = add_pair(
+            m, total, weighted, n, reference_total, cross, largest, z, r, OVER_REFERENCE
+        )
+    return m, total, weighted, n, reference_total, cross, largest
+
+
+@triton.jit
+def _store(places, value, kept, mask=None):
+    """Stores the value, or zeros where the row is ignored."""
+    tl.store(places, tl.where(kept, value, 0.0).to(places.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _kl_bracket(s, t, total, reference_total, mean, OVER_REFERENCE: tl.constexpr):
+    """The policy's p, and the derivative of the KL by z."""
+    scale = 1.0 / total
+    exponential = tl.exp(s)
+    p = exponential * scale
+    if OVER_REFERENCE:
+        # in this order it is exactly zero where the two sides are the same
+        of_kl = (exponential - tl.exp(t) * (total / reference_total)) * scale
+    else:
+        of_kl = p * (s - t - mean)
+    return p, of_kl
+
+
+@triton.jit
 def kl_tile_kernel(
     policy_ptr,
     reference_ptr,
@@ -55,38 +103,27 @@ def kl_tile_kernel(
         gain = slope / cap_scale
     policy_ptr += row * row_stride
     reference_ptr += row * row_stride
-    lowest = -float("inf")
-    m, total, weighted = lowest, 0.0, 0.0
-    n, reference_total, cross, largest = lowest, 0.0, 0.0, lowest
-    for start in range(0, num_columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < num_columns
-        x = tl.load(policy_ptr + column, mask=inside, other=0.0)
-        y = tl.load(reference_ptr + column, mask=inside, other=0.0)
-        z = tl.where(inside, _u(x, cap_scale, HAS_SOFTCAP) * gain, lowest)
-        r = tl.where(inside, _u(y, cap_scale, HAS_SOFTCAP) * gain, lowest)
-        m, total, weighted, n, reference_total, cross, largest = add_pair(
-            m, total, weighted, n, reference_total, cross, largest, z, r, OVER_REFERENCE
-        )
-    mean, kl = divergence(total, reference_total, cross, largest, OVER_REFERENCE)
-    log_total = tl.log(total)
-    entropy = log_total - weighted / total
-    entropy = tl.where(entropy < 0.0, 0.0, entropy)
     target = tl.load(targets_ptr + row)
-    logprob = _u(tl.load(policy_ptr + target), cap_scale, HAS_SOFTCAP) * gain - m - log_total
-    reference_logprob = _u(tl.load(reference_ptr + target), cap_scale, HAS_SOFTCAP) * gain - n
-    tl.store(logprob_ptr + row, tl.where(kept, logprob, 0.0))
-    reference_logprob -= tl.log(reference_total)
-    tl.store(reference_logprob_ptr + row, tl.where(kept, reference_logprob, 0.0))
-    tl.store(entropy_ptr + row, tl.where(kept, entropy, 0.0))
-    tl.store(kl_ptr + row, tl.where(kept, kl, 0.0))
+    # read before the reductions, whose barriers keep any warp from overwriting them first
+    x, y = tl.load(policy_ptr + target), tl.load(reference_ptr + target)
+    m, total, weighted, n, reference_total, cross, largest = _statistics(
+        policy_ptr, reference_ptr, num_columns, cap_scale, gain, OVER_REFERENCE, HAS_SOFTCAP, BLOCK
+    )
+    mean, kl = divergence(total, reference_total, cross, largest, OVER_REFERENCE)
+    entropy = tl.log(total) - weighted / total
+    entropy = tl.where(entropy < 0.0, 0.0, entropy)
+    logprob = _u(x, cap_scale, HAS_SOFTCAP) * gain - m - tl.log(total)
+    reference_logprob = _u(y, cap_scale, HAS_SOFTCAP) * gain - n - tl.log(reference_total)
+    _store(logprob_ptr + row, logprob, kept)
+    _store(reference_logprob_ptr + row, reference_logprob, kept)
+    _store(entropy_ptr + row, entropy, kept)
+    _store(kl_ptr + row, kl, kept)
     if HAS_GRADIENT:
         g, e, k = 1.0, 0.0, 1.0
         if not BRACKETS:
             g, e = tl.load(grad_logprob_ptr + row), tl.load(grad_entropy_ptr + row)
             k = tl.load(grad_kl_ptr + row)
         k = tl.where((kl == float("inf")) & (k != 0.0), float("nan"), k)
-        scale, ratio = 1.0 / total, total / reference_total
         gradient_ptr += row * gradient_stride
         kl_gradient_ptr += row * gradient_stride
         for start in range(0, num_columns, BLOCK):
@@ -96,26 +133,17 @@ def kl_tile_kernel(
             y = tl.load(reference_ptr + column, mask=inside, other=0.0)
             s = bounded(u * gain - m)
             t = bounded(_u(y, cap_scale, HAS_SOFTCAP) * gain - n)
-            exponential = tl.exp(s)
-            p = exponential * scale
-            if OVER_REFERENCE:
-                # in this order it is exactly zero where the two sides are the same
-                of_kl = (exponential - tl.exp(t) * ratio) * scale
-            else:
-                of_kl = p * (s - t - mean)
+            p, of_kl = _kl_bracket(s, t, total, reference_total, mean, OVER_REFERENCE)
             of_logprob = tl.where(column == target, _one_less_p(logprob), -p)
-            by_product = tl.where(kept, slope, 0.0)
+            by_product = slope
             if HAS_SOFTCAP:
-                by_product = by_product * (1.0 - u * u)
-            dtype = gradient_ptr.dtype.element_ty
+                by_product = slope * (1.0 - u * u)
             if BRACKETS:
-                result = tl.where(kept, of_logprob * by_product, 0.0)
-                of_kl = tl.where(kept, of_kl * k * by_product, 0.0)
-                tl.store(kl_gradient_ptr + column, of_kl.to(dtype), mask=inside)
+                result = of_logprob
+                _store(kl_gradient_ptr + column, of_kl * k * by_product, kept, inside)
             else:
-                result = g * of_logprob + k * of_kl - e * p * (s - log_total + entropy)
-                result = tl.where(kept, result * by_product, 0.0)
-            tl.store(gradient_ptr + column, result.to(dtype), mask=inside)
+                result = g * of_logprob + k * of_kl - e * p * (s - tl.log(total) + entropy)
+            _store(gradient_ptr + column, result * by_product, kept, inside)
 
 
 def _rows(value: Tensor | None, num_rows: int, unused: Tensor) -> Tensor:
@@ -161,6 +189,6 @@ def read(
         HAS_GRADIENT=brackets is not None or gradient is not None,
         BRACKETS=brackets is not None,
         BLOCK=block,
-        num_warps=8,
+        num_warps=16 if block == MAX_BLOCK else 4,
     )
     return found

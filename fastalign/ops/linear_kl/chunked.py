@@ -98,7 +98,8 @@ def _add_kept(
 ) -> None:
     """The gradient products of kept (2, K, V), of which those in `used` have an upstream."""
     num_kept = kept.shape[1]
-    for start, stop in _tiles(num_kept, 0, num_kept if len(used) == 1 else buffers.tile_rows):
+    tile_rows = max(num_kept, 1) if len(used) == 1 else buffers.tile_rows
+    for start, stop in _tiles(num_kept, 0, tile_rows):
         rows, scales = pair.rows(start, stop), upstream.rows(start, stop)
         coefficients = (scales.logprob, scales.kl)
         if len(used) == 1:
