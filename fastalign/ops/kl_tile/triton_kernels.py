@@ -98,22 +98,20 @@ def kl_tile_kernel(
     slope, cap_scale = logit_scale, logit_scale / softcap
     if HAS_TEMPERATURE:
         slope = slope / tl.load(temperature_ptr + row)
-    gain = slope
-    if HAS_SOFTCAP:
-        gain = slope / cap_scale
+    gain = slope / cap_scale if HAS_SOFTCAP else slope
     policy_ptr += row * row_stride
     reference_ptr += row * row_stride
     target = tl.load(targets_ptr + row)
     # read before the reductions, whose barriers keep any warp from overwriting them first
-    x, y = tl.load(policy_ptr + target), tl.load(reference_ptr + target)
+    policy_x, reference_x = tl.load(policy_ptr + target), tl.load(reference_ptr + target)
     m, total, weighted, n, reference_total, cross, largest = _statistics(
         policy_ptr, reference_ptr, num_columns, cap_scale, gain, OVER_REFERENCE, HAS_SOFTCAP, BLOCK
     )
     mean, kl = divergence(total, reference_total, cross, largest, OVER_REFERENCE)
     entropy = tl.log(total) - weighted / total
     entropy = tl.where(entropy < 0.0, 0.0, entropy)
-    logprob = _u(x, cap_scale, HAS_SOFTCAP) * gain - m - tl.log(total)
-    reference_logprob = _u(y, cap_scale, HAS_SOFTCAP) * gain - n - tl.log(reference_total)
+    logprob = _u(policy_x, cap_scale, HAS_SOFTCAP) * gain - m - tl.log(total)
+    reference_logprob = _u(reference_x, cap_scale, HAS_SOFTCAP) * gain - n - tl.log(reference_total)
     _store(logprob_ptr + row, logprob, kept)
     _store(reference_logprob_ptr + row, reference_logprob, kept)
     _store(entropy_ptr + row, entropy, kept)
