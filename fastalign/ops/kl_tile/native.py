@@ -2,19 +2,12 @@
 
 import ctypes
 
-import torch
 from torch import Tensor
 
 from fastalign.ops.head_tile import HeadTransform
+from fastalign.ops.head_tile.native import _rows
 from fastalign.ops.kl_tile.statistics import PairStatistics, Upstream
 from fastalign.ops.native_library import DTYPE_CODES, address, call
-
-
-def _rows(value: Tensor | None, num_rows: int) -> Tensor | None:
-    """The values as float32, one for each row."""
-    if value is None:
-        return None
-    return value.to(torch.float32).expand(num_rows).contiguous()
 
 
 def read(

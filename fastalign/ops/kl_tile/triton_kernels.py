@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastalign.ops.head_tile import HeadTransform
-from fastalign.ops.head_tile.triton_kernels import _one_less_p, _u
+from fastalign.ops.head_tile.triton_kernels import _one_less_p, _rows, _u
 from fastalign.ops.kl_tile.statistics import PairStatistics, Upstream
 from fastalign.ops.triton_softmax import add_pair, bounded, divergence
 
@@ -142,11 +142,6 @@ def kl_tile_kernel(
             else:
                 result = g * of_logprob + k * of_kl - e * p * (s - tl.log(total) + entropy)
             _store(gradient_ptr + column, result * by_product, kept, inside)
-
-
-def _rows(value: Tensor | None, num_rows: int, unused: Tensor) -> Tensor:
-    """The values as float32, one for each row; any tensor where there are none."""
-    return unused if value is None else value.to(torch.float32).expand(num_rows).contiguous()
 
 
 def read(
