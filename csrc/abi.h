@@ -188,6 +188,65 @@ FASTALIGN_EXPORT int32_t fastalign_head_tile_gradient_cuda(
     int32_t gradient_dtype, int64_t gradient_stride, const float* grad_logprob,
     const float* grad_entropy, void* stream);
 
+// KL of two softmaxes over logits (T, V) and reference (T, V), each with its own dtype and row
+// stride; both are transformed as token_logprob's are. kl (T,): KL(policy || reference), or with
+// over_reference KL(reference || policy); at least 0, inf where one side bans a token to which the
+// other gives probability. logsumexp and reference_logsumexp (T,) are for the backward. ignored
+// (T,) or NULL: zeros in all three.
+FASTALIGN_EXPORT int32_t fastalign_token_kl_forward_cpu(
+    const void* logits, int32_t dtype, int64_t row_stride, const void* reference,
+    int32_t reference_dtype, int64_t reference_stride, int64_t num_rows, int64_t num_columns,
+    float softcap, int32_t over_reference, const float* temperature, const uint8_t* ignored,
+    float* kl, float* logsumexp, float* reference_logsumexp, int32_t num_threads, int32_t isa);
+
+// gradient (T, V) of the policy's logits, contiguous, in their dtype, from grad_kl (T,):
+// g p_v (log p_v - log q_v - KL) dz_v / dlogits_v, or with over_reference g (p_v - q_v)
+// dz_v / dlogits_v; zero where ignored, NaN where kl is infinite.
+FASTALIGN_EXPORT int32_t fastalign_token_kl_backward_cpu(
+    const void* logits, int32_t dtype, int64_t row_stride, const void* reference,
+    int32_t reference_dtype, int64_t reference_stride, int64_t num_rows, int64_t num_columns,
+    float softcap, int32_t over_reference, const float* temperature, const uint8_t* ignored,
+    const float* kl, const float* logsumexp, const float* reference_logsumexp, const float* grad_kl,
+    void* gradient, int32_t num_threads, int32_t isa);
+
+// One pass over a policy's and a reference's tile of products, both (num_rows, num_columns) with
+// row_stride, which it may destroy; both become logits as in head_tile. logprob, reference_logprob,
+// entropy (the policy's) and kl (as token_kl's), each (T,); zeros for rows with `ignored`.
+// `gradient` (T, V) or NULL, float32 (gradient_dtype 0; may be `policy` itself) or bfloat16 (1),
+// rows gradient_stride apart. With `kl_gradient` beside it (likewise; may be `reference` itself)
+// the two are the derivatives of logprob and of kl by the policy's products, and no grad_* is read;
+// without, `gradient` is that of grad_logprob logprob + grad_entropy entropy + grad_kl kl. A kl
+// that is infinite has NaN gradients, unless its grad_kl is 0.
+FASTALIGN_EXPORT int32_t fastalign_kl_tile_cpu(
+    float* policy, float* reference, int64_t num_rows, int64_t num_columns, int64_t row_stride,
+    float softcap, float logit_scale, int32_t over_reference, const float* temperature,
+    const int64_t* targets, const uint8_t* ignored, float* logprob, float* reference_logprob,
+    float* entropy, float* kl, void* gradient, void* kl_gradient, int32_t gradient_dtype,
+    int64_t gradient_stride, const float* grad_logprob, const float* grad_entropy,
+    const float* grad_kl, int32_t num_threads, int32_t isa);
+
+// The same on a CUDA device.
+FASTALIGN_EXPORT int32_t fastalign_token_kl_forward_cuda(
+    const void* logits, int32_t dtype, int64_t row_stride, const void* reference,
+    int32_t reference_dtype, int64_t reference_stride, int64_t num_rows, int64_t num_columns,
+    float softcap, int32_t over_reference, const float* temperature, const uint8_t* ignored,
+    float* kl, float* logsumexp, float* reference_logsumexp, void* stream);
+
+FASTALIGN_EXPORT int32_t fastalign_token_kl_backward_cuda(
+    const void* logits, int32_t dtype, int64_t row_stride, const void* reference,
+    int32_t reference_dtype, int64_t reference_stride, int64_t num_rows, int64_t num_columns,
+    float softcap, int32_t over_reference, const float* temperature, const uint8_t* ignored,
+    const float* kl, const float* logsumexp, const float* reference_logsumexp, const float* grad_kl,
+    void* gradient, void* stream);
+
+FASTALIGN_EXPORT int32_t fastalign_kl_tile_cuda(
+    float* policy, float* reference, int64_t num_rows, int64_t num_columns, int64_t row_stride,
+    float softcap, float logit_scale, int32_t over_reference, const float* temperature,
+    const int64_t* targets, const uint8_t* ignored, float* logprob, float* reference_logprob,
+    float* entropy, float* kl, void* gradient, void* kl_gradient, int32_t gradient_dtype,
+    int64_t gradient_stride, const float* grad_logprob, const float* grad_entropy,
+    const float* grad_kl, void* stream);
+
 #ifdef __cplusplus
 }
 #endif

@@ -3,14 +3,17 @@
 from fastalign.ops.fused_linear_loss import LossFunction, TokenChunk, fused_linear_loss
 from fastalign.ops.gae import gae
 from fastalign.ops.kl_penalty import KLPenalty, kl_penalty
+from fastalign.ops.linear_kl import LinearKL, linear_kl
 from fastalign.ops.linear_logprob import linear_logprob
 from fastalign.ops.lora import LoraWeights
 from fastalign.ops.preference_loss import PreferenceFormula, preference_loss
+from fastalign.ops.token_kl import token_kl
 from fastalign.ops.token_logprob import token_logprob
 from fastalign.ops.vocabulary_shard import VocabularyShard
 
 __all__ = [
     "KLPenalty",
+    "LinearKL",
     "LoraWeights",
     "LossFunction",
     "PreferenceFormula",
@@ -19,7 +22,9 @@ __all__ = [
     "fused_linear_loss",
     "gae",
     "kl_penalty",
+    "linear_kl",
     "linear_logprob",
     "preference_loss",
+    "token_kl",
     "token_logprob",
 ]

@@ -31,3 +31,63 @@ def add_block(m, total, weighted, z, scale=1.0):
     weighted = shrink * (weighted + drop * total) + tl.sum(e * shifted, axis=0)
     total = shrink * total + tl.sum(e, axis=0)
     return new_m, total, weighted
+
+
+@triton.jit
+def bounded(shifted):
+    """A banned token's logit as a finite number: 0 * -inf is NaN. A NaN stays one."""
+    return tl.where(shifted < -1e30, -1e30, shifted)
+
+
+@triton.jit
+def _less(z, m):
+    # Before anything finite was seen m is -inf, and -inf - -inf is NaN.
+    return bounded(z - tl.where(m == -float("inf"), 0.0, m))
+
+
+@triton.jit
+def _drop(m, new_m):
+    return tl.where(m == -float("inf"), 0.0, bounded(m - tl.where(m == -float("inf"), 0.0, new_m)))
+
+
+@triton.jit
+def add_pair(m, total, weighted, n, reference_total, cross, largest, z, r, OVER: tl.constexpr):
+    """A policy's and a reference's running statistics with one more block, z and r.
+
+    m, total and weighted are the policy's as in `add_block`; n and reference_total the
+    reference's maximum and sum. With d = (z - m) - (r - n), cross is the sum of exp(z - m) d and
+    largest the largest d; with OVER (the reference) d is the other way round, and the weight
+    exp(r - n).
+    """
+    new_m, new_n = tl.maximum(m, tl.max(z, axis=0)), tl.maximum(n, tl.max(r, axis=0))
+    drop, reference_drop = _drop(m, new_m), _drop(n, new_n)
+    shrink, reference_shrink = tl.exp(drop), tl.exp(reference_drop)
+    s, t = _less(z, new_m), _less(r, new_n)
+    e, f = tl.exp(s), tl.exp(t)
+    # how much d of the columns seen so far changes
+    change = drop - reference_drop
+    d = s - t
+    if OVER:
+        change, d = -change, -d
+        cross = reference_shrink * (cross + change * reference_total) + tl.sum(f * d, axis=0)
+    else:
+        cross = shrink * (cross + change * total) + tl.sum(e * d, axis=0)
+    weighted = shrink * (weighted + drop * total) + tl.sum(e * s, axis=0)
+    total = shrink * total + tl.sum(e, axis=0)
+    reference_total = reference_shrink * reference_total + tl.sum(f, axis=0)
+    largest = tl.maximum(largest + change, tl.max(d, axis=0))
+    return new_m, total, weighted, new_n, reference_total, cross, largest
+
+
+@triton.jit
+def divergence(total, reference_total, cross, largest, OVER: tl.constexpr):
+    """The mean of d, and the KL, from what `add_pair` has summed."""
+    if OVER:
+        mean = cross / reference_total
+        kl = mean - tl.log(reference_total / total)
+    else:
+        mean = cross / total
+        kl = mean - tl.log(total / reference_total)
+    # rounding may leave it a hair below zero; a difference as large as a ban's is one
+    kl = tl.where(kl < 0.0, 0.0, kl)
+    return mean, tl.where(largest > 5e29, float("inf"), kl)

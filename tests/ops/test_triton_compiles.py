@@ -94,12 +94,43 @@ def head_tile_split_entries() -> list[Entry]:
     return [Entry(module, "head_tile_statistics_kernel", types, statistics), *gradients]
 
 
+def token_kl_entries() -> list[Entry]:
+    module = "fastalign.ops.token_kl.triton_kernels"
+    flags = {"HAS_TEMPERATURE": True, "HAS_SOFTCAP": True, "HAS_IGNORED": True}
+    entries = []
+    for dtype, over in (("fp32", True), ("bf16", False), ("fp16", True)):
+        types = {"logits_ptr": f"*{dtype}", "gradient_ptr": f"*{dtype}", "reference_ptr": "*bf16"}
+        types |= {"ignored_ptr": "*i8", "softcap": "fp32"}
+        constants = {**flags, "OVER_REFERENCE": over}
+        for kernel in ("token_kl_fwd_kernel", "token_kl_bwd_kernel"):
+            entries.append(Entry(module, kernel, types, constants))
+    return entries
+
+
+def kl_tile_entries() -> list[Entry]:
+    module = "fastalign.ops.kl_tile.triton_kernels"
+    flags = {"HAS_TEMPERATURE": True, "HAS_SOFTCAP": True, "HAS_GRADIENT": True}
+    types = {"targets_ptr": "*i64", "ignored_ptr": "*i8", "softcap": "fp32", "logit_scale": "fp32"}
+    entries = []
+    for dtype, over, brackets in (
+        ("fp32", True, True),
+        ("bf16", False, True),
+        ("bf16", True, False),
+    ):
+        places = {"gradient_ptr": f"*{dtype}", "kl_gradient_ptr": f"*{dtype}"}
+        constants = {**flags, "OVER_REFERENCE": over, "BRACKETS": brackets}
+        entries.append(Entry(module, "kl_tile_kernel", {**types, **places}, constants))
+    return entries
+
+
 ENTRIES = [
     *token_logprob_entries(),
     *head_tile_entries(),
     *preference_loss_entries(),
     *packed_entries(),
     *head_tile_split_entries(),
+    *token_kl_entries(),
+    *kl_tile_entries(),
 ]
 
 

@@ -86,14 +86,14 @@ def fused_linear_loss(
     """
     if vocabulary_shard is not None:
         numbers = (temperature, softcap, logit_scale, ignore_index, lora, compute_dtype)
-        head = ShardedHead(
+        shared = ShardedHead(
             vocabulary_shard, hidden, weight, bias, targets, *numbers, max_buffer_bytes, backend
         )
 
         def read_bounds() -> list[int] | None:
             return None if segments is None else _host_bounds(segments, hidden.shape[0])
 
-        loss, metrics = sharded.fused_linear_loss(head, read_bounds, loss_fn)
+        loss, metrics = sharded.fused_linear_loss(shared, read_bounds, loss_fn)
         return loss, metrics
     check_head(hidden, weight, targets, bias)
     check_targets(targets, weight.shape[0], ignore_index)

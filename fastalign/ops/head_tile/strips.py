@@ -56,7 +56,7 @@ def read(
     return RowStatistics(*(torch.cat(values) for values in zip(*parts, strict=True)))
 
 
-def _shifted_logits(u: Tensor, transform: HeadTransform, out: Tensor) -> None:
+def shifted_logits(u: Tensor, transform: HeadTransform, out: Tensor) -> None:
     """Turns the strip u into the tanh, when there is a softcap, and out into z - max z."""
     if transform.softcap is not None:
         u.mul_(transform.logit_scale / transform.softcap).tanh_()
@@ -77,7 +77,7 @@ def _read_strip(
     grad_entropy: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     shifted, exponential = scratch[0], scratch[1]
-    _shifted_logits(u, transform, out=shifted)
+    shifted_logits(u, transform, out=shifted)
     target_logit = shifted.gather(1, target)
     torch.exp(shifted, out=exponential)
     total = exponential.sum(dim=1, keepdim=True)

@@ -47,8 +47,8 @@ def row_sums(
 
 
 @triton.jit
-def _one_less_p(logprob):
-    # By its series where p is near 1.
+def one_less_p(logprob):
+    """1 - p, by its series where p is near 1."""
     series = 1.0 + logprob * (0.5 + logprob * (0.16666667 + logprob * 0.041666667))
     return tl.where(logprob > -0.01, -logprob * series, 1.0 - tl.exp(logprob))
 
@@ -81,7 +81,7 @@ def write_gradient(
         u = u_of(tl.load(x_ptr + column, mask=inside, other=0.0), cap_scale, HAS_SOFTCAP)
         log_p = (u - m) * gain - log_total
         p = tl.exp(log_p)
-        result = g * tl.where(column == target, _one_less_p(logprob), -p)
+        result = g * tl.where(column == target, one_less_p(logprob), -p)
         if HAS_GRAD_ENTROPY:
             result -= e * p * (tl.where(log_p < -1e30, -1e30, log_p) + entropy)
         if HAS_SOFTCAP:

@@ -136,8 +136,9 @@ def linear_logprob(
     """
     if vocabulary_shard is not None:
         numbers = (temperature, softcap, logit_scale, ignore_index, lora, compute_dtype)
-        options = (*numbers, max_buffer_bytes, backend)
-        head = ShardedHead(vocabulary_shard, hidden, weight, bias, targets, *options)
+        head = ShardedHead(
+            vocabulary_shard, hidden, weight, bias, targets, *numbers, max_buffer_bytes, backend
+        )
         logprob, entropy = sharded.linear_logprob(head, return_entropy)
         return (logprob, entropy) if return_entropy else logprob
     check_head(hidden, weight, targets, bias)

@@ -36,7 +36,7 @@ def forward(
     num_rows = head.hidden.shape[0]
     num_kept = 0 if kept is None else kept.shape[0]
     parts = []
-    for start, stop in tiles(num_rows, num_kept, buffers.tile_rows):
+    for start, stop in tile_spans(num_rows, num_kept, buffers.tile_rows):
         rows = head.rows(start, stop)
         place = kept[start:stop] if kept is not None and start < num_kept else None
         if place is not None and buffers.projects_in_place:
@@ -64,7 +64,7 @@ def forward(
     return concatenate(parts, head.hidden)
 
 
-def tiles(num_rows: int, num_kept: int, tile_rows: int) -> list[tuple[int, int]]:
+def tile_spans(num_rows: int, num_kept: int, tile_rows: int) -> list[tuple[int, int]]:
     """Spans of at most `tile_rows` rows, none of them across the border of the kept rows."""
     spans = []
     for first, last in ((0, num_kept), (num_kept, num_rows)):
@@ -105,14 +105,14 @@ def backward(
     grad_logprob = grad_logprob.masked_fill(head.ignored, 0.0)
     if grad_entropy is None and direction is not None:
         if gradients.hidden is not None:
-            gradients.hidden.copy_(scaled(direction, grad_logprob, head.ignored))
+            gradients.hidden.copy_(scaled_rows(direction, grad_logprob, head.ignored))
         return
     num_kept = 0 if kept is None or grad_entropy is not None else kept.shape[0]
     if kept is not None and num_kept:
-        _add_products(
+        add_products(
             kept, head.rows(0, num_kept), gradients.rows(0, num_kept), grad_logprob[:num_kept]
         )
-    for start, stop in tiles(num_rows - num_kept, 0, buffers.tile_rows):
+    for start, stop in tile_spans(num_rows - num_kept, 0, buffers.tile_rows):
         start, stop = start + num_kept, stop + num_kept
         rows = head.rows(start, stop)
         tile, place = buffers.tile(stop - start), buffers.converted(stop - start)
@@ -130,15 +130,15 @@ def backward(
             with_entropy=False,
         )
         scale = grad_logprob[start:stop] if grad_entropy is None else None
-        _add_products(place, rows, gradients.rows(start, stop), scale)
+        add_products(place, rows, gradients.rows(start, stop), scale)
 
 
-def scaled(rows: Tensor, scale: Tensor, ignored: Tensor) -> Tensor:
+def scaled_rows(rows: Tensor, scale: Tensor, ignored: Tensor) -> Tensor:
     """The rows times scale, and zero where ignored even if the row holds a NaN."""
     return (rows * scale[:, None].to(rows.dtype)).masked_fill_(ignored[:, None], 0.0)
 
 
-def _add_products(
+def add_products(
     bracket: Tensor, head: HeadInputs, gradients: Gradients, scale: Tensor | None
 ) -> None:
     """The gradient products of bracket (n, V), whose rows count `scale` (n,) times, or once."""
@@ -152,7 +152,7 @@ def _add_products(
         if of_rows is not None and weight is not None:
             direction = torch.empty(of_rows.shape, dtype=dtype, device=bracket.device)
             product(bracket, weight, out=direction)
-            of_rows.copy_(scaled(direction, scale, head.ignored))
+            of_rows.copy_(scaled_rows(direction, scale, head.ignored))
     add_weight_products(bracket, head, gradients, scale)
 
 
@@ -166,7 +166,7 @@ def add_weight_products(
         (head.lora_hidden, gradients.lora_weight),
     ):
         if of_weight is not None and rows is not None:
-            weighted = scaled(rows.to(dtype), scale, head.ignored).to(bracket.dtype)
+            weighted = scaled_rows(rows.to(dtype), scale, head.ignored).to(bracket.dtype)
             add_product(bracket.t(), weighted, out=of_weight)
     if gradients.bias is not None:
         column = scale[:, None].to(bracket.dtype)

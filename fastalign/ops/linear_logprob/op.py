@@ -154,15 +154,15 @@ def linear_logprob_backward(
             direction=direction if wanted.direction else None,
         )
     return (
-        _as_result(gradients.hidden, hidden),
-        _as_result(gradients.weight, weight),
-        _as_result(gradients.bias, weight if bias is None else bias),
-        _as_result(gradients.lora_hidden, hidden if lora_hidden is None else lora_hidden),
-        _as_result(gradients.lora_weight, weight if lora_weight is None else lora_weight),
+        as_result(gradients.hidden, hidden),
+        as_result(gradients.weight, weight),
+        as_result(gradients.bias, weight if bias is None else bias),
+        as_result(gradients.lora_hidden, hidden if lora_hidden is None else lora_hidden),
+        as_result(gradients.lora_weight, weight if lora_weight is None else lora_weight),
     )
 
 
-def _as_result(gradient: Tensor | None, like: Tensor) -> Tensor:
+def as_result(gradient: Tensor | None, like: Tensor) -> Tensor:
     """The gradient in its tensor's dtype; an operator cannot return None, so else an empty one."""
     return like.new_empty(0) if gradient is None else gradient.to(like.dtype)
 

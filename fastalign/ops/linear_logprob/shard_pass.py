@@ -22,7 +22,12 @@ from fastalign.ops.head_tile import (
 )
 from fastalign.ops.head_tile.strips import LOWEST_SHIFTED_LOGIT
 from fastalign.ops.linear_buffers import Buffers
-from fastalign.ops.linear_logprob.chunked import add_weight_products, concatenate, scaled, tiles
+from fastalign.ops.linear_logprob.chunked import (
+    add_weight_products,
+    concatenate,
+    scaled_rows,
+    tile_spans,
+)
 from fastalign.ops.linear_logprob.operands import Gradients, HeadInputs
 from fastalign.ops.linear_products import accumulation_dtype, product
 from fastalign.ops.vocabulary_shard import VocabularyShard
@@ -53,7 +58,7 @@ class ShardPass:
         num_rows = head.hidden.shape[0]
         num_kept = 0 if kept is None else kept.shape[0]
         parts, known, under_way = [], [], []
-        for start, stop in tiles(num_rows, num_kept, buffers.tile_rows):
+        for start, stop in tile_spans(num_rows, num_kept, buffers.tile_rows):
             rows = head.rows(start, stop)
             place = kept[start:stop] if kept is not None and start < num_kept else None
             if place is not None and buffers.projects_in_place:
@@ -100,13 +105,13 @@ class ShardPass:
         grad_logprob = grad_logprob.masked_fill(head.ignored, 0.0)
         if grad_entropy is None and direction is not None:
             if gradients.hidden is not None:
-                gradients.hidden.copy_(scaled(direction, grad_logprob, head.ignored))
+                gradients.hidden.copy_(scaled_rows(direction, grad_logprob, head.ignored))
             return
         num_kept = 0 if kept is None or grad_entropy is not None else kept.shape[0]
         if kept is not None and num_kept:
             kept_rows = (head.rows(0, num_kept), gradients.rows(0, num_kept))
             self._add_products(kept, *kept_rows, grad_logprob[:num_kept])
-        for start, stop in tiles(num_rows - num_kept, 0, buffers.tile_rows):
+        for start, stop in tile_spans(num_rows - num_kept, 0, buffers.tile_rows):
             start, stop = start + num_kept, stop + num_kept
             rows = head.rows(start, stop)
             tile, place = buffers.tile(stop - start), buffers.converted(stop - start)
@@ -220,7 +225,7 @@ class ShardPass:
             add_weight_products(bracket, head, gradients, scale)
         for work, direction, of_rows in under_way:
             work.wait()
-            of_rows.copy_(scaled(direction, scale, head.ignored))
+            of_rows.copy_(scaled_rows(direction, scale, head.ignored))
 
 
 def _multiply(bracket: Tensor, weight: Tensor, out: Tensor) -> None:

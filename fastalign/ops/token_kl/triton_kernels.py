@@ -1,0 +1,207 @@
+"""Triton kernels of `token_kl`, one program a row.
+
+One read of both sides' logits forward; one read and one write backward. Arithmetic is float32.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastalign.ops.triton_softmax import add_pair, bounded, divergence, tanh
+from fastalign.ops.triton_table import launch_options
+
+
+@triton.jit
+def _z(x, softcap, scale, HAS_SOFTCAP: tl.constexpr):
+    if HAS_SOFTCAP:
+        x = softcap * tanh(x / softcap)
+    return x * scale
+
+
+@triton.jit
+def token_kl_fwd_kernel(
+    logits_ptr,
+    reference_ptr,
+    temperature_ptr,
+    ignored_ptr,
+    kl_ptr,
+    logsumexp_ptr,
+    reference_logsumexp_ptr,
+    row_stride,
+    reference_stride,
+    num_columns,
+    softcap,
+    OVER_REFERENCE: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_IGNORED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row: the maxima, the sums of exponentials and of their products, online."""
+    row = tl.program_id(0).to(tl.int64)
+    scale = 1.0
+    if HAS_TEMPERATURE:
+        scale = 1.0 / tl.load(temperature_ptr + row)
+    logits_ptr += row * row_stride
+    reference_ptr += row * reference_stride
+    lowest = -float("inf")
+    m, total, weighted = lowest, 0.0, 0.0
+    n, reference_total, cross, largest = lowest, 0.0, 0.0, lowest
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < num_columns
+        x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(reference_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        z = tl.where(inside, _z(x, softcap, scale, HAS_SOFTCAP), lowest)
+        r = tl.where(inside, _z(y, softcap, scale, HAS_SOFTCAP), lowest)
+        m, total, weighted, n, reference_total, cross, largest = add_pair(
+            m, total, weighted, n, reference_total, cross, largest, z, r, OVER_REFERENCE
+        )
+    _, kl = divergence(total, reference_total, cross, largest, OVER_REFERENCE)
+    if HAS_IGNORED:
+        kl = tl.where(tl.load(ignored_ptr + row) == 0, kl, 0.0)
+    tl.store(kl_ptr + row, kl)
+    tl.store(logsumexp_ptr + row, m + tl.log(total))
+    tl.store(reference_logsumexp_ptr + row, n + tl.log(reference_total))
+
+
+@triton.jit
+def token_kl_bwd_kernel(
+    logits_ptr,
+    reference_ptr,
+    temperature_ptr,
+    ignored_ptr,
+    kl_ptr,
+    logsumexp_ptr,
+    reference_logsumexp_ptr,
+    grad_kl_ptr,
+    gradient_ptr,
+    row_stride,
+    reference_stride,
+    num_columns,
+    softcap,
+    OVER_REFERENCE: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_IGNORED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row: g p (log p - log q - KL), or g (p - q), through z's slope."""
+    row = tl.program_id(0).to(tl.int64)
+    kept = True
+    if HAS_IGNORED:
+        kept = tl.load(ignored_ptr + row) == 0
+    scale = 1.0
+    if HAS_TEMPERATURE:
+        scale = 1.0 / tl.load(temperature_ptr + row)
+    logsumexp = tl.load(logsumexp_ptr + row)
+    reference_logsumexp = tl.load(reference_logsumexp_ptr + row)
+    kl = tl.load(kl_ptr + row)
+    g = tl.where(kl == float("inf"), float("nan"), tl.load(grad_kl_ptr + row))
+    kl = tl.where(kl == float("inf"), 0.0, kl)
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < num_columns
+        x = tl.load(logits_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(reference_ptr + row * reference_stride + column, mask=inside, other=0.0)
+        slope = scale
+        if HAS_SOFTCAP:
+            t = tanh(x / softcap)
+            x = softcap * t
+            slope = scale * (1.0 - t * t)
+        log_p = x * scale - logsumexp
+        log_q = _z(y.to(tl.float32), softcap, scale, HAS_SOFTCAP) - reference_logsumexp
+        p = tl.exp(log_p)
+        if OVER_REFERENCE:
+            bracket = p - tl.exp(log_q)
+        else:
+            bracket = p * (bounded(log_p) - bounded(log_q) - kl)
+        gradient = tl.where(kept, bracket * (g * slope), 0.0)
+        place = gradient_ptr + row * num_columns + column
+        tl.store(place, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
+
+
+def _sides(*logits: Tensor) -> list[Tensor]:
+    return [x if x.stride(1) == 1 else x.contiguous() for x in logits]
+
+
+def _rows(temperature: Tensor | None, ignored: Tensor | None, unused: Tensor) -> list[Tensor]:
+    return [
+        unused if temperature is None else temperature.to(torch.float32).contiguous(),
+        unused if ignored is None else ignored.contiguous().view(torch.int8),
+    ]
+
+
+def _options(
+    kernel: str,
+    sides: list[Tensor],
+    temperature: Tensor | None,
+    softcap: float | None,
+    over_reference: bool,
+    ignored: Tensor | None,
+) -> dict[str, Any]:
+    return {
+        "row_stride": sides[0].stride(0),
+        "reference_stride": sides[1].stride(0),
+        "num_columns": sides[0].shape[1],
+        "softcap": 1.0 if softcap is None else softcap,
+        "OVER_REFERENCE": over_reference,
+        "HAS_TEMPERATURE": temperature is not None,
+        "HAS_SOFTCAP": softcap is not None,
+        "HAS_IGNORED": ignored is not None,
+        **launch_options(kernel, sides[0].shape[1], sides[0].device),
+    }
+
+
+def forward(
+    logits: Tensor,  # (T, V)
+    reference_logits: Tensor,  # (T, V)
+    temperature: Tensor | None,  # (T,)
+    softcap: float | None,
+    over_reference: bool,
+    ignored: Tensor | None,  # (T,) bool
+) -> tuple[Tensor, Tensor, Tensor]:  # each (T,) float32
+    """KL and the two log-sum-exps."""
+    sides = _sides(logits, reference_logits)
+    num_rows = logits.shape[0]
+    out = [torch.empty(num_rows, dtype=torch.float32, device=logits.device) for _ in range(3)]
+    if num_rows:
+        token_kl_fwd_kernel[(num_rows,)](
+            *sides,
+            *_rows(temperature, ignored, out[0]),
+            *out,
+            **_options("token_kl_fwd_kernel", sides, temperature, softcap, over_reference, ignored),
+        )
+    return out[0], out[1], out[2]
+
+
+def backward(
+    grad_kl: Tensor,  # (T,)
+    logits: Tensor,  # (T, V)
+    reference_logits: Tensor,  # (T, V)
+    temperature: Tensor | None,  # (T,)
+    softcap: float | None,
+    over_reference: bool,
+    ignored: Tensor | None,  # (T,) bool
+    kl: Tensor,  # (T,)
+    logsumexp: Tensor,  # (T,)
+    reference_logsumexp: Tensor,  # (T,)
+) -> Tensor:  # (T, V)
+    """The gradient of the logits, in their dtype."""
+    sides = _sides(logits, reference_logits)
+    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    if logits.shape[0]:
+        token_kl_bwd_kernel[(logits.shape[0],)](
+            *sides,
+            *_rows(temperature, ignored, kl),
+            kl,
+            logsumexp,
+            reference_logsumexp,
+            grad_kl.contiguous(),
+            gradient,
+            **_options("token_kl_bwd_kernel", sides, temperature, softcap, over_reference, ignored),
+        )
+    return gradient
