@@ -16,7 +16,7 @@
 extern "C" {
 #endif
 
-#define FASTALIGN_ABI_VERSION 2
+#define FASTALIGN_ABI_VERSION 3
 #define FASTALIGN_EXPORT __attribute__((visibility("default")))
 
 // The version above, checked when the library is loaded.

@@ -5,10 +5,9 @@
 
 #include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <type_traits>
 
 #include "vector.h"
+#include "vector_loops.h"
 
 namespace fastalign {
 namespace FASTALIGN_ISA {
@@ -41,32 +40,6 @@ inline Row make_row(float* x, int64_t num_columns, int64_t target, float softcap
 
 inline bool holds_target(const Row& row) { return row.target >= 0 && row.target < row.num_columns; }
 
-typedef std::integral_constant<int64_t, WIDTH> Whole;
-
-// Calls visit(column, count) for whole vectors, whose count the compiler knows, and for the rest.
-template <typename Visit>
-inline void for_each_vector(int64_t start, int64_t stop, const Visit& visit) {
-    int64_t column = start;
-    for (; column + WIDTH <= stop; column += WIDTH) visit(column, Whole{});
-    if (column < stop) visit(column, stop - column);
-}
-
-__attribute__((always_inline)) inline Float load(const float* from, int64_t count, float padding) {
-    return count == WIDTH ? Float32::load(from) : load_tail<Float32>(from, count, padding);
-}
-
-template <typename Type>
-__attribute__((always_inline)) inline void store(typename Type::Element* to, Float value,
-                                                 int64_t count) {
-    if (count == WIDTH) {
-        Type::store(to, value);
-        return;
-    }
-    typename Type::Element buffer[WIDTH];
-    Type::store(buffer, value);
-    memcpy(to, buffer, count * sizeof(*to));
-}
-
 // The fused pass: the row holds u already, and may become e.
 template <bool SOFTCAP>
 struct InPlace {
@@ -88,15 +61,15 @@ void read_sums(Row& row) {
     for (int64_t start = 0; start < row.num_columns; start += BLOCK) {
         const int64_t stop = start + BLOCK < row.num_columns ? start + BLOCK : row.num_columns;
         Float sum_of_exp = splat(0), sum_of_product = splat(0);
-        for_each_vector(start, stop, [&](int64_t column, auto count) {
-            const Float x = Reading::u(row, load(row.x + column, count, -INFINITY));
+        visit_vectors(start, stop, [&](int64_t column, auto count) {
+            const Float x = Reading::u(row, load_count<Float32>(row.x + column, count, -INFINITY));
             const Float shifted = (x - row.maximum) * row.gain;
             Float e = exp(shifted);
             // where every x is -inf, the padding would be NaN as well
             for (int64_t i = count; i < WIDTH; ++i) e[i] = 0;
             sum_of_exp += e;
             if (ENTROPY) sum_of_product += e * (shifted < LOWEST ? splat(LOWEST) : shifted);
-            if (KEEP) store<Float32>(row.x + column, e, count);
+            if (KEEP) store_count<Float32>(row.x + column, e, count);
         });
         total += sum(sum_of_exp);
         weighted += sum(sum_of_product);
@@ -125,8 +98,8 @@ void write_gradient(const Row& row, typename Type::Element* gradient) {
     const bool has_target = holds_target(row);
     const float at_target_x = has_target ? Reading::u(row, splat(row.x[row.target]))[0] : 0.0f;
     const float plain = -row.grad_logprob * scale;
-    for_each_vector(0, row.num_columns, [&](int64_t column, auto count) {
-        const Float x = Reading::u(row, load(row.x + column, count, 0));
+    visit_vectors(0, row.num_columns, [&](int64_t column, auto count) {
+        const Float x = Reading::u(row, load_count<Float32>(row.x + column, count));
         Float result;
         if (kept) {
             result = x * plain;
@@ -140,7 +113,7 @@ void write_gradient(const Row& row, typename Type::Element* gradient) {
             }
             if (SOFTCAP) result = result * (1.0f - x * x);
         }
-        store<Type>(gradient + column, result, count);
+        store_count<Type>(gradient + column, result, count);
     });
     if (!has_target) return;
     // 1 - p from the log-prob: exact where p is near 1
@@ -151,7 +124,7 @@ void write_gradient(const Row& row, typename Type::Element* gradient) {
     }
     at_target *= row.slope;
     if (SOFTCAP) at_target *= 1.0f - at_target_x * at_target_x;
-    store<Type>(gradient + row.target, splat(static_cast<float>(at_target)), 1);
+    store_count<Type>(gradient + row.target, splat(static_cast<float>(at_target)), 1);
 }
 
 template <template <bool> class Reading, typename Type>

@@ -10,8 +10,9 @@ namespace FASTALIGN_ISA {
 namespace {
 
 void apply_softcap(Row& row) {
-    for_each_vector(0, row.num_columns, [&](int64_t column, auto count) {
-        store<Float32>(row.x + column, tanh(load(row.x + column, count, 0) * row.cap_scale), count);
+    visit_vectors(0, row.num_columns, [&](int64_t column, auto count) {
+        const Float x = load_count<Float32>(row.x + column, count);
+        store_count<Float32>(row.x + column, tanh(x * row.cap_scale), count);
     });
 }
 

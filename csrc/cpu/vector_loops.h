@@ -20,11 +20,11 @@ inline void visit_vectors(int64_t start, int64_t stop, const Visit& visit) {
     if (column < stop) visit(column, stop - column);
 }
 
-// The first `count` of a vector's elements; the others are 0.
+// The first `count` of a vector's elements; the others are `padding`.
 template <typename Type>
 __attribute__((always_inline)) inline Float load_count(const typename Type::Element* from,
-                                                       int64_t count) {
-    return count == WIDTH ? Type::load(from) : load_tail<Type>(from, count, 0);
+                                                       int64_t count, float padding = 0) {
+    return count == WIDTH ? Type::load(from) : load_tail<Type>(from, count, padding);
 }
 
 template <typename Type>

@@ -12,6 +12,8 @@ void check_token_logprob(Setting setting);
 void check_product(Setting setting);
 void check_head_tile(Setting setting);
 void check_head_tile_split(Setting setting);
+void check_token_kl(Setting setting);
+void check_kl_tile(Setting setting);
 
 // Passes over packed sequences.
 void check_kl_penalty(Setting setting);

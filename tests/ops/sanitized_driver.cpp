@@ -20,6 +20,8 @@ const Check CHECKS[] = {
     {"product_bf16", check_product},
     {"head_tile", check_head_tile},
     {"head_tile_split", check_head_tile_split},
+    {"token_kl", check_token_kl},
+    {"kl_tile", check_kl_tile},
     {"kl_penalty", check_kl_penalty},
     {"gae", check_gae},
     {"preference_loss", check_preference_loss},
