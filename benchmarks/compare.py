@@ -28,8 +28,10 @@ from benchmarks.heads import (
     products,
 )
 from benchmarks.measure import device_name, measure
+from benchmarks.operations import OperationRow, compare_operations, print_operations
 from benchmarks.peers import usable_peers
 
+OPERATIONS = "operations"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # |loss - eager loss| / |eager loss|: rounding of the logits to the dtype is the eager one's own.
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
@@ -95,8 +97,10 @@ def compare_case(
     check_agreement(case, inputs, functions)
     rows = []
     for pass_, (run, trained, num_products) in PASSES.items():
-        if name != "head" and pass_ != "forward+backward":
+        # one pair is about memory, and so takes one pass
+        if pass_ != "forward+backward" and (name != "head" or case.num_pairs == 1):
             continue
+        print(f"{case.name}, {dtype_name}, {pass_} ...", file=sys.stderr, flush=True)
         inputs.weight.requires_grad_(trained)
         calls: dict[str, Callable[[], object]] = {
             implementation: functools.partial(run, function, inputs)
@@ -151,9 +155,14 @@ def refuse_on_a_red_test() -> None:
 def parse_arguments() -> argparse.Namespace:
     """The command line, checked."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
-    parser.add_argument("name", choices=sorted(IMPLEMENTATIONS))
+    parser.add_argument("name", choices=[*sorted(IMPLEMENTATIONS), OPERATIONS])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="default: float32 on a CPU")
+    parser.add_argument(
+        "--dtype",
+        choices=list(DTYPES),
+        action="append",
+        help="may be repeated; default: both on a CPU, bfloat16 on a GPU",
+    )
     parser.add_argument("--case", choices=list(CASES), action="append", help="may be repeated")
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each implementation")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
@@ -162,21 +171,31 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--rounds: expected at least 1, got {arguments.rounds}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
+    if arguments.name == OPERATIONS and arguments.case:
+        parser.error(f"--case: {OPERATIONS} has none")
+    arguments.dtype = arguments.dtype or (
+        list(DTYPES) if arguments.device == "cpu" else ["bfloat16"]
+    )
     return arguments
 
 
 def main() -> None:
     """Runs every case, prints the table, writes the JSON."""
     arguments = parse_arguments()
-    name, device = arguments.name, arguments.device
-    dtype_name = arguments.dtype or ("bfloat16" if device == "cuda" else "float32")
-    if name == "head":
-        refuse_on_a_red_test()
-    functions = implementations_of(name, device)
-    rows = []
-    for case in arguments.case or DEFAULT_CASES[name, device]:
-        rows += compare_case(name, CASES[case], device, dtype_name, arguments.rounds, functions)
-    print_table(rows)
+    name, device, rounds = arguments.name, arguments.device, arguments.rounds
+    rows: list[Row] | list[OperationRow] = []
+    if name == OPERATIONS:
+        for dtype_name in arguments.dtype:
+            rows += compare_operations(device, dtype_name, rounds)
+        print_operations(rows)
+    else:
+        if name == "head":
+            refuse_on_a_red_test()
+        functions = implementations_of(name, device)
+        for dtype_name in arguments.dtype:
+            for case in arguments.case or DEFAULT_CASES[name, device]:
+                rows += compare_case(name, CASES[case], device, dtype_name, rounds, functions)
+        print_table(rows)
     if arguments.json:
         records = [{k.rstrip("_"): v for k, v in asdict(row).items()} for row in rows]
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
+# A function that has taken this long in its timed calls, at least two, is timed no more.
+ENOUGH_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -82,13 +84,14 @@ def measure(
     Args:
         functions: name to a call without arguments.
         device: `cpu` or `cuda`.
-        num_rounds: timed calls of each function, after one call to warm up.
+        num_rounds: timed calls of each function, after one call to warm up; fewer of a slow one.
     """
     peaks = {name: peak_bytes(function, device) for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(num_rounds):
+    for done in range(num_rounds):
         for name, function in functions.items():
-            times[name].append(seconds(function, device))
+            if done < 2 or sum(times[name]) < ENOUGH_SECONDS:
+                times[name].append(seconds(function, device))
     return {
         name: Measurement(
             milliseconds=1e3 * statistics.median(values),

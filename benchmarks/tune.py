@@ -1,0 +1,99 @@
+"""`python -m benchmarks.tune`: measures the Triton kernels' blocks and warps on this GPU.
+
+Writes what was fastest into `fastalign/ops/triton_table.json`, for GPUs from this one's compute
+capability on; entries for older ones stay.
+"""
+
+import argparse
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.measure import measure
+from benchmarks.operations import Pass, logit_passes, tile_passes
+from fastalign.ops.triton_table import TABLE, Configuration, read_table
+
+BLOCKS = (1024, 2048, 4096, 8192)
+NUM_WARPS = (4, 8, 16)
+ROUNDS = 10
+
+
+def fastest(passes: Sequence[Pass], candidates: Sequence[Configuration]) -> Configuration:
+    """The candidate with the least time over a kernel's passes, measured interleaved."""
+    table = read_table()
+    calls = {}
+    for index, candidate in enumerate(candidates):
+
+        def call(candidate: Configuration = candidate) -> None:
+            for one in passes:
+                assert one.kernel is not None
+                table[one.kernel] = [candidate]
+                one.run("triton")
+
+        calls[str(index)] = call
+    kept = {one.kernel: table[one.kernel] for one in passes if one.kernel}
+    measured = measure(calls, "cuda", num_rounds=ROUNDS)
+    table.update(kept)
+    best = min(measured, key=lambda name: measured[name].milliseconds)
+    return candidates[int(best)]
+
+
+def tuned(dtype: torch.dtype) -> dict[str, Configuration]:
+    """The best configuration of each kernel of the table on this GPU."""
+    major, minor = torch.cuda.get_device_capability()
+    name = torch.cuda.get_device_name()
+    candidates = [
+        Configuration(10 * major + minor, block, num_warps, name)
+        for block, num_warps in itertools.product(BLOCKS, NUM_WARPS)
+    ]
+    passes = [*logit_passes("cuda", dtype), *tile_passes("cuda", dtype)]
+    return {
+        kernel: fastest([one for one in passes if one.kernel == kernel], candidates)
+        for kernel in read_table()
+        if any(one.kernel == kernel for one in passes)
+    }
+
+
+def merged(
+    table: dict[str, list[Configuration]], found: dict[str, Configuration]
+) -> dict[str, list[Configuration]]:
+    """The table with what was found in place of entries for the same capability."""
+    result = dict(table)
+    for kernel, configuration in found.items():
+        others = [
+            entry
+            for entry in table[kernel]
+            if entry.from_capability != configuration.from_capability
+        ]
+        result[kernel] = sorted([*others, configuration], key=lambda entry: entry.from_capability)
+    return result
+
+
+def write_table(table: dict[str, list[Configuration]], path: Path = TABLE) -> None:
+    """One line a kernel."""
+    lines = [
+        f" {json.dumps(kernel)}: {json.dumps([asdict(entry) for entry in entries])}"
+        for kernel, entries in table.items()
+    ]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Measures, prints and writes."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device here")
+    found = tuned(getattr(torch, arguments.dtype))
+    for kernel, configuration in found.items():
+        print(f"{kernel:28} block {configuration.block:5} warps {configuration.num_warps:3}")
+    write_table(merged(read_table(), found))
+
+
+if __name__ == "__main__":
+    main()
