@@ -1,41 +1,16 @@
 """Every backend of each operation side by side, as bytes a second beside a copy's.
 
-Each pass states the bytes that it cannot do without: what it must read and write once. The copy
-moves as many, in the same run.
+The copy moves as many bytes as the pass must, in the same run.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from benchmarks.measure import device_name, measure
-from fastalign.losses import dpo, formula
-from fastalign.ops import gae, kl_penalty, preference_loss, token_kl, token_logprob
+from benchmarks.passes import SIZES, logit_passes, sequence_passes, tile_passes
 from fastalign.ops.backends import unusable_reason
-from fastalign.ops.head_tile import (
-    HeadTransform,
-    SoftmaxStatistics,
-    head_tile_gradient,
-    head_tile_statistics,
-    read_tile,
-)
-from fastalign.ops.kl_tile import read_pair
-
-# T and V of the passes over logits; sequences, and tokens of each, of the others.
-SIZES = {"cpu": (512, 49152, 64, 1024), "cuda": (4096, 128256, 512, 4096)}
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One pass: what runs, for a backend, and the bytes that it must move."""
-
-    name: str
-    kernel: str | None  # in Triton's table
-    bytes_moved: int
-    backends: tuple[str, ...]
-    run: Callable[[str], object]
 
 
 @dataclass(frozen=True)
@@ -54,160 +29,6 @@ class OperationRow:
     fraction_of_copy: float
     device: str
     torch: str
-
-
-def logit_passes(device: str, dtype: torch.dtype) -> list[Pass]:
-    """The passes over (T, V) logits."""
-    num_rows, num_columns, *_ = SIZES[device]
-    generator = torch.Generator(device).manual_seed(0)
-    logits = torch.randn(num_rows, num_columns, device=device, generator=generator).to(dtype)
-    reference = logits.roll(1, 1)
-    targets = torch.randint(num_columns, (num_rows,), device=device, generator=generator)
-    size = logits.numel() * logits.element_size()
-    leaf = logits.clone().requires_grad_()
-    upstream = torch.ones(num_rows, device=device)
-    names = ("reference", "native", "triton")
-
-    def backward(value: Tensor) -> None:
-        torch.autograd.grad((value * upstream).sum(), leaf)
-
-    return [
-        Pass(
-            "token_logprob",
-            "token_logprob_fwd_kernel",
-            size,
-            names,
-            lambda backend: token_logprob(logits, targets, return_entropy=True, backend=backend),
-        ),
-        Pass(
-            "token_logprob, with gradient",
-            "token_logprob_bwd_kernel",
-            3 * size,
-            names,
-            lambda backend: backward(token_logprob(leaf, targets, backend=backend)),
-        ),
-        Pass(
-            "token_kl",
-            "token_kl_fwd_kernel",
-            2 * size,
-            names,
-            lambda backend: token_kl(logits, reference, backend=backend),
-        ),
-        Pass(
-            "token_kl, with gradient",
-            "token_kl_bwd_kernel",
-            5 * size,
-            names,
-            lambda backend: backward(token_kl(leaf, reference, backend=backend)),
-        ),
-    ]
-
-
-def tile_passes(device: str, place_dtype: torch.dtype) -> list[Pass]:
-    """The passes over a head's float32 tile (destroyed); gradients have the products' dtype."""
-    num_rows, num_columns, *_ = SIZES[device]
-    generator = torch.Generator(device).manual_seed(0)
-    tiles = torch.randn(2, num_rows, num_columns, device=device, generator=generator)
-    tile = tiles[0]
-    targets = torch.randint(num_columns, (num_rows,), device=device, generator=generator)
-    ignored = torch.zeros(num_rows, dtype=torch.bool, device=device)
-    places = torch.empty_like(tiles, dtype=place_dtype)
-    known = head_tile_statistics(tile, targets, ignored, HeadTransform(), "torch", tiles[:, :8])
-    softmax = SoftmaxStatistics(known.maximum, known.total.log(), torch.zeros_like(known.total))
-    scratch = tile.new_empty(4, 8, num_columns)
-    names = ("torch", "native", "triton")
-    read, written = tile.numel() * 4, tile.numel() * places.element_size()
-
-    def head(backend: str, **options: Tensor) -> object:
-        arguments = (targets, ignored, HeadTransform(), backend, scratch[:2])
-        return read_tile(tile, *arguments, **options)
-
-    def pair(backend: str, **options: Tensor) -> object:
-        arguments = (targets, ignored, HeadTransform(), False, backend, scratch)
-        return read_pair(tiles, *arguments, **options)
-
-    return [
-        Pass("head_tile, statistics", "head_tile_kernel", read, names, head),
-        Pass(
-            "head_tile, in one pass",
-            "head_tile_kernel",
-            read + written,
-            names,
-            lambda backend: head(backend, gradient=places[0]),
-        ),
-        Pass(
-            "head_tile_statistics",
-            "head_tile_statistics_kernel",
-            read,
-            names,
-            lambda backend: head_tile_statistics(
-                tile, targets, ignored, HeadTransform(), backend, scratch[:2]
-            ),
-        ),
-        Pass(
-            "head_tile_gradient",
-            "head_tile_gradient_kernel",
-            read + written,
-            names,
-            lambda backend: head_tile_gradient(
-                tile,
-                targets,
-                ignored,
-                HeadTransform(),
-                softmax,
-                backend,
-                scratch[:2],
-                gradient=places[0],
-            ),
-        ),
-        Pass("kl_tile, statistics", "kl_tile_kernel", 2 * read, names, pair),
-        Pass(
-            "kl_tile, in one pass",
-            "kl_tile_kernel",
-            2 * (read + written),
-            names,
-            lambda backend: pair(backend, brackets=places),
-        ),
-    ]
-
-
-def sequence_passes(device: str) -> list[Pass]:
-    """The passes over packed tokens, one float32 each."""
-    *_, num_sequences, length = SIZES[device]
-    generator = torch.Generator(device).manual_seed(0)
-    num_tokens = num_sequences * length
-    first, second = torch.randn(2, num_tokens, device=device, generator=generator)
-    bounds = torch.arange(0, num_tokens + 1, length, device=device)
-    per_sequence = torch.randn(num_sequences, device=device, generator=generator)
-    names, size = ("reference", "native", "triton"), num_tokens * 4
-    dpo_formula = formula(dpo, beta=0.1)
-    return [
-        Pass(
-            "preference_loss",
-            None,
-            size,
-            names,
-            lambda backend: preference_loss(
-                first, bounds, dpo_formula, per_sequence, backend=backend
-            ),
-        ),
-        Pass(
-            "kl_penalty",
-            None,
-            4 * size,
-            names,
-            lambda backend: kl_penalty(
-                first, second, bounds, per_sequence, coefficient=0.05, backend=backend
-            ),
-        ),
-        Pass(
-            "gae",
-            None,
-            4 * size,
-            names,
-            lambda backend: gae(first, second, bounds, backend=backend),
-        ),
-    ]
 
 
 def usable(backend: str, device: str, dtype: torch.dtype) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import measure
-from benchmarks.operations import Pass, logit_passes, tile_passes
+from benchmarks.passes import Pass, logit_passes, tile_passes
 from fastalign.ops.triton_table import TABLE, Configuration, read_table
 
 BLOCKS = (1024, 2048, 4096, 8192)
