@@ -9,7 +9,13 @@ from dataclasses import dataclass
 import torch
 
 from benchmarks.measure import device_name, measure
-from benchmarks.passes import SIZES, logit_passes, sequence_passes, tile_passes
+from benchmarks.passes import (
+    SIZES,
+    head_tile_passes,
+    kl_tile_passes,
+    logit_passes,
+    sequence_passes,
+)
 from fastalign.ops.backends import unusable_reason
 
 
@@ -53,7 +59,8 @@ def compare_operations(device: str, dtype_name: str, num_rounds: int) -> list[Op
     rows: list[OperationRow] = []
     for make in (
         lambda: logit_passes(device, dtype),
-        lambda: tile_passes(device, dtype),
+        lambda: head_tile_passes(device, dtype),
+        lambda: kl_tile_passes(device, dtype),
         lambda: sequence_passes(device),
     ):
         for one in make():

@@ -5,6 +5,7 @@ Each states the bytes that it cannot do without: what it must read and write onc
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from fastalign.ops.kl_tile import read_pair
 
 # T and V of the passes over logits; sequences, and tokens of each, of the others.
 SIZES = {"cpu": (512, 49152, 64, 1024), "cuda": (4096, 128256, 512, 4096)}
+
+
+TILE = ("torch", "native", "triton")
 
 
 @dataclass(frozen=True)
@@ -82,72 +86,60 @@ def logit_passes(device: str, dtype: torch.dtype) -> list[Pass]:
     ]
 
 
-def tile_passes(device: str, place_dtype: torch.dtype) -> list[Pass]:
+def head_tile_passes(device: str, place_dtype: torch.dtype) -> list[Pass]:
     """The passes over a head's float32 tile (destroyed); gradients have the products' dtype."""
-    num_rows, num_columns, *_ = SIZES[device]
-    generator = torch.Generator(device).manual_seed(0)
-    tiles = torch.randn(2, num_rows, num_columns, device=device, generator=generator)
-    tile = tiles[0]
-    targets = torch.randint(num_columns, (num_rows,), device=device, generator=generator)
-    ignored = torch.zeros(num_rows, dtype=torch.bool, device=device)
-    places = torch.empty_like(tiles, dtype=place_dtype)
-    known = head_tile_statistics(tile, targets, ignored, HeadTransform(), "torch", tiles[:, :8])
+    tile, targets, ignored = _tile_inputs(device, 1)
+    tile = tile[0]
+    place = torch.empty_like(tile, dtype=place_dtype)
+    scratch = tile.new_empty(2, 8, tile.shape[1])
+    read, written = tile.numel() * 4, place.numel() * place.element_size()
+    arguments = (tile, targets, ignored, HeadTransform())
+    known = head_tile_statistics(*arguments, "torch", scratch)
     softmax = SoftmaxStatistics(known.maximum, known.total.log(), torch.zeros_like(known.total))
-    scratch = tile.new_empty(4, 8, num_columns)
-    names = ("torch", "native", "triton")
-    read, written = tile.numel() * 4, tile.numel() * places.element_size()
 
-    def head(backend: str, **options: Tensor) -> object:
-        arguments = (targets, ignored, HeadTransform(), backend, scratch[:2])
-        return read_tile(tile, *arguments, **options)
+    def whole(backend: str, **options: Tensor) -> object:
+        return read_tile(*arguments, backend, scratch, **options)
+
+    def statistics(backend: str) -> object:
+        return head_tile_statistics(*arguments, backend, scratch)
+
+    def gradient(backend: str) -> object:
+        return head_tile_gradient(*arguments, softmax, backend, scratch, gradient=place)
+
+    both, kernel = read + written, "head_tile_kernel"
+    return [
+        Pass("head_tile, statistics", kernel, read, TILE, whole),
+        Pass("head_tile, in one pass", kernel, both, TILE, partial(whole, gradient=place)),
+        Pass("head_tile_statistics", "head_tile_statistics_kernel", read, TILE, statistics),
+        Pass("head_tile_gradient", "head_tile_gradient_kernel", both, TILE, gradient),
+    ]
+
+
+def kl_tile_passes(device: str, place_dtype: torch.dtype) -> list[Pass]:
+    """The passes over two heads' float32 tiles (destroyed)."""
+    tiles, targets, ignored = _tile_inputs(device, 2)
+    places = torch.empty_like(tiles, dtype=place_dtype)
+    scratch = tiles.new_empty(4, 8, tiles.shape[2])
+    read, written = tiles.numel() * 4, places.numel() * places.element_size()
 
     def pair(backend: str, **options: Tensor) -> object:
         arguments = (targets, ignored, HeadTransform(), False, backend, scratch)
         return read_pair(tiles, *arguments, **options)
 
+    in_one = partial(pair, brackets=places)
     return [
-        Pass("head_tile, statistics", "head_tile_kernel", read, names, head),
-        Pass(
-            "head_tile, in one pass",
-            "head_tile_kernel",
-            read + written,
-            names,
-            lambda backend: head(backend, gradient=places[0]),
-        ),
-        Pass(
-            "head_tile_statistics",
-            "head_tile_statistics_kernel",
-            read,
-            names,
-            lambda backend: head_tile_statistics(
-                tile, targets, ignored, HeadTransform(), backend, scratch[:2]
-            ),
-        ),
-        Pass(
-            "head_tile_gradient",
-            "head_tile_gradient_kernel",
-            read + written,
-            names,
-            lambda backend: head_tile_gradient(
-                tile,
-                targets,
-                ignored,
-                HeadTransform(),
-                softmax,
-                backend,
-                scratch[:2],
-                gradient=places[0],
-            ),
-        ),
-        Pass("kl_tile, statistics", "kl_tile_kernel", 2 * read, names, pair),
-        Pass(
-            "kl_tile, in one pass",
-            "kl_tile_kernel",
-            2 * (read + written),
-            names,
-            lambda backend: pair(backend, brackets=places),
-        ),
+        Pass("kl_tile, statistics", "kl_tile_kernel", read, TILE, pair),
+        Pass("kl_tile, in one pass", "kl_tile_kernel", read + written, TILE, in_one),
     ]
+
+
+def _tile_inputs(device: str, num_tiles: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Tiles (num_tiles, C, V), targets (C,), and no ignored row."""
+    num_rows, num_columns, *_ = SIZES[device]
+    generator = torch.Generator(device).manual_seed(0)
+    tiles = torch.randn(num_tiles, num_rows, num_columns, device=device, generator=generator)
+    targets = torch.randint(num_columns, (num_rows,), device=device, generator=generator)
+    return tiles, targets, torch.zeros(num_rows, dtype=torch.bool, device=device)
 
 
 def sequence_passes(device: str) -> list[Pass]:

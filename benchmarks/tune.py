@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.measure import measure
-from benchmarks.passes import Pass, logit_passes, tile_passes
+from benchmarks.passes import Pass, head_tile_passes, kl_tile_passes, logit_passes
 from fastalign.ops.triton_table import TABLE, Configuration, read_table
 
 BLOCKS = (1024, 2048, 4096, 8192)
@@ -50,7 +50,8 @@ def tuned(dtype: torch.dtype) -> dict[str, Configuration]:
         Configuration(10 * major + minor, block, num_warps, name)
         for block, num_warps in itertools.product(BLOCKS, NUM_WARPS)
     ]
-    passes = [*logit_passes("cuda", dtype), *tile_passes("cuda", dtype)]
+    makers = (logit_passes, head_tile_passes, kl_tile_passes)
+    passes = [one for make in makers for one in make("cuda", dtype)]
     return {
         kernel: fastest([one for one in passes if one.kernel == kernel], candidates)
         for kernel in read_table()
