@@ -73,15 +73,22 @@ def implementations_of(name: str, device: str) -> dict[str, Callable[[HeadInputs
     return {**IMPLEMENTATIONS[name], **peers}
 
 
-def check_agreement(
+def agreeing(
     case: HeadCase, inputs: HeadInputs, functions: dict[str, Callable[[HeadInputs], Tensor]]
-) -> None:
-    """Refuses to time a result that differs from the eager one's."""
+) -> dict[str, Callable[[HeadInputs], Tensor]]:
+    """Those whose result is the eager one's; the others are named, and ours ends the program."""
     truth = forward_only(functions["eager"], inputs)
+    found = {}
     for implementation, function in functions.items():
         error = float((forward_only(function, inputs) - truth).abs() / truth.abs())
-        if not error <= AGREEMENT[inputs.hidden.dtype]:
-            raise SystemExit(f"{case.name}: {implementation} differs from eager by {error:.2e}")
+        if error <= AGREEMENT[inputs.hidden.dtype]:
+            found[implementation] = function
+            continue
+        message = f"{case.name}: {implementation} differs from eager by {error:.2e}"
+        if implementation == "fastalign":
+            raise SystemExit(message)
+        print(f"not timed: {message}")
+    return found
 
 
 def compare_case(
@@ -94,7 +101,7 @@ def compare_case(
 ) -> list[Row]:
     """Checks agreement, then measures one case's implementations and its bare products."""
     inputs = make_inputs(case, device, DTYPES[dtype_name])
-    check_agreement(case, inputs, functions)
+    functions = agreeing(case, inputs, functions)
     rows = []
     for pass_, (run, trained, num_products) in PASSES.items():
         # one pair is about memory, and so takes one pass

