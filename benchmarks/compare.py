@@ -29,7 +29,7 @@ from benchmarks.heads import (
 )
 from benchmarks.measure import device_name, measure
 from benchmarks.operations import OperationRow, compare_operations, print_operations
-from benchmarks.peers import usable_peers
+from benchmarks.peers import PEERS, usable_peers
 
 OPERATIONS = "operations"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -63,11 +63,13 @@ class Row:
     torch: str
 
 
-def implementations_of(name: str, device: str) -> dict[str, Callable[[HeadInputs], Tensor]]:
-    """What is compared; for `head`, with every peer that can run here."""
+def implementations_of(
+    name: str, device: str, wanted: list[str]
+) -> dict[str, Callable[[HeadInputs], Tensor]]:
+    """What is compared; for `head`, with the wanted peers that can run here."""
     if name != "head":
         return IMPLEMENTATIONS[name]
-    peers, reasons = usable_peers(device)
+    peers, reasons = usable_peers(device, wanted)
     for peer, reason in reasons.items():
         print(f"without {peer}: {reason}")
     return {**IMPLEMENTATIONS[name], **peers}
@@ -171,6 +173,9 @@ def parse_arguments() -> argparse.Namespace:
         help="may be repeated; default: both on a CPU, bfloat16 on a GPU",
     )
     parser.add_argument("--case", choices=list(CASES), action="append", help="may be repeated")
+    parser.add_argument(
+        "--peer", choices=list(PEERS), action="append", help="may be repeated; default: all"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each implementation")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     arguments = parser.parse_args()
@@ -198,7 +203,7 @@ def main() -> None:
     else:
         if name == "head":
             refuse_on_a_red_test()
-        functions = implementations_of(name, device)
+        functions = implementations_of(name, device, arguments.peer or list(PEERS))
         for dtype_name in arguments.dtype:
             for case in arguments.case or DEFAULT_CASES[name, device]:
                 rows += compare_case(name, CASES[case], device, dtype_name, rounds, functions)

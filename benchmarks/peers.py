@@ -5,7 +5,7 @@ reason, where it cannot run. Reference log-probs are zero, and sequences equally
 every peer takes others.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -104,12 +104,14 @@ PEERS: dict[str, Callable[[str], Implementation]] = {
 }
 
 
-def usable_peers(device: str) -> tuple[dict[str, Implementation], dict[str, str]]:
-    """The peers that can be imported here, and why the others cannot."""
+def usable_peers(
+    device: str, wanted: Sequence[str] = tuple(PEERS)
+) -> tuple[dict[str, Implementation], dict[str, str]]:
+    """Those of the wanted peers that can be imported here, and why the others cannot."""
     usable, reasons = {}, {}
-    for name, make in PEERS.items():
+    for name in wanted:
         try:
-            usable[name] = make(device)
+            usable[name] = PEERS[name](device)
         except (ImportError, ValueError) as error:
             reasons[name] = str(error).splitlines()[0]
     return usable, reasons

@@ -70,7 +70,8 @@ def preference_loss_fn(
         pairs = slice(chunk.group_start, chunk.group_stop)
         responses = slice(2 * chunk.group_start, 2 * chunk.group_stop)
         device = chunk.logprob.device
-        local = (bounds[responses.start : responses.stop + 1] - chunk.row_start).to(device)
+        local = bounds[responses.start : responses.stop + 1] - chunk.row_start
+        local = local.to(device, non_blocking=True)  # no waiting for a GPU
         losses, found = _pair_losses(
             pair_loss,
             chunk,

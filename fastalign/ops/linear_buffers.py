@@ -13,6 +13,8 @@ MAX_TILE_ROWS = 2048
 TILE_ROWS_MULTIPLE = 32  # products of whole blocks
 # A tile beside brackets that are kept should have this many: products of fewer rows are slow.
 GOOD_TILE_ROWS = 256
+# Brackets of fewer rows than this share of a call's are not worth the room that they take.
+MIN_KEPT_SHARE = 0.25
 # A CPU's products keep their speed in smaller tiles than a GPU's.
 DEFAULT_BUFFER_ROWS = {"cpu": 1024, "cuda": 4096}
 DEFAULT_BYTES_PER_LOGIT = 3  # a kept row in two bytes, and a quarter as many in four
@@ -132,6 +134,8 @@ def plan_buffers(
         if rows >= min(GOOD_TILE_ROWS, num_rows):
             return Plan(_whole_blocks(rows), scratch_for(rows), num_rows)
     extra = kept_item if convert and not same else 0
+    # Where few rows could be kept, higher tiles save more: each one rereads the weight's gradient.
+    keep = keep and MIN_KEPT_SHARE * num_rows * columns * kept_item <= max_buffer_bytes
     quarter = max_buffer_bytes // 4
     share = quarter if keep and quarter >= smallest else max_buffer_bytes
     bytes_per_row = (item + extra + (item // 4 if scratch else 0)) * columns

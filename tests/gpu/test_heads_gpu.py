@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from fastalign import fused_linear_dpo_loss, linear_logprob
+from fastalign.losses import dpo, formula
+from fastalign.losses.chunk_losses import preference_loss_fn
 from fastalign.ops import TokenChunk, fused_linear_loss
 from fastalign.ops.head_tile import HeadTransform, read_tile
 from tests.ops.fused_linear_loss_cases import (
@@ -109,6 +111,10 @@ def test_a_tile_with_more_elements_than_32_bits_can_count(backend: str) -> None:
     )
 
 
+def square(chunk: TokenChunk) -> tuple[Tensor, dict[str, Tensor]]:
+    return chunk.logprob.square().sum(), {}
+
+
 @pytest.mark.parametrize(("backend", "frozen"), list(itertools.product(BACKENDS, [False, True])))
 def test_nothing_waits_for_the_gpu(backend: str, frozen: bool) -> None:
     hidden, weight, bias = (
@@ -118,14 +124,16 @@ def test_nothing_waits_for_the_gpu(backend: str, frozen: bool) -> None:
     bias.requires_grad_(not frozen)
     targets = some_targets().cuda()
 
-    def loss_fn(chunk: TokenChunk) -> tuple[Tensor, dict[str, Tensor]]:
-        return chunk.logprob.square().sum(), {}
+    reference = torch.zeros(4, device="cuda")
+    bounds = [0, 4, 9, 15, 21]
+    of_pairs = preference_loss_fn(formula(dpo), bounds, reference, normaliser=2.0)
 
     def call() -> None:
-        loss, _ = fused_linear_loss(
-            hidden, weight, targets, None, loss_fn, bias=bias, backend=backend
-        )
-        loss.backward()
+        for segments, loss_fn in ((None, square), (bounds[::2], of_pairs)):
+            loss, _ = fused_linear_loss(
+                hidden, weight, targets, segments, loss_fn, bias=bias, backend=backend
+            )
+            loss.backward()
         linear_logprob(hidden, weight, targets, bias=bias, backend=backend).sum().backward()
 
     call()  # kernels are compiled and loaded once

@@ -64,8 +64,8 @@ def test_number_of_products(hidden: bool, weight: bool, units: int, budget: int 
 def test_a_group_larger_than_the_budget_is_partly_computed_again(divisor: int) -> None:
     call = large_call(hidden=True, weight=True, budget=ALL_LOGITS // divisor, num_groups=1)
     found = matrix_product_flops(call) / UNIT
-    # what is kept is less than the budget's share of the rows, by the working tile
-    assert 8 - 2 / divisor < found < 8 - 1 / divisor
+    # what is kept is less than the budget's share of the rows, by the tile; an eighth is not kept
+    assert 8 - 2 / divisor < found < 8 - 1 / divisor if divisor < 8 else found == 8
 
 
 def test_a_loss_of_entropies_takes_one_product_more() -> None:

@@ -1,10 +1,11 @@
 """The head in tiles: log-probs forward, products backward, with a bounded number of logits.
 
-`forward` and `backward` work on operands (already rounded, see `linear_head.operand`) and know
+`forward` and `backward` work on operands (already rounded, see `linear_products.operand`) and know
 nothing of autograd; `linear_logprob` and `fused_linear_loss` both stand on them.
 
 Legend: N rows, V vocabulary, D hidden, K kept rows. Products, in units of N * D * V FLOPs:
-forward 2, plus 2 for a frozen head; backward 4 for kept rows, 6 for others, 0 for a frozen head.
+forward 2, plus 2 for a frozen head; backward 4 for kept rows, 6 for others, 0 for a frozen head
+(under LoRA, whose B needs the brackets too: 2 for kept rows, 4 for others).
 """
 
 import torch
