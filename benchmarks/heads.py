@@ -96,7 +96,7 @@ def dpo_of(logprob: Tensor, inputs: HeadInputs) -> Tensor:
     # in float64, for everybody: thousands of nats added up in float32 would be the difference
     sums = [part.sum(dtype=torch.float64) for part in logprob.split(inputs.lengths)]
     ratio = torch.stack(sums) - inputs.reference_logprob
-    return -torch.nn.functional.logsigmoid(BETA * (ratio[0::2] - ratio[1::2])).mean()
+    return -torch.nn.functional.logsigmoid(BETA * (ratio[0::2] - ratio[1::2])).mean().float()
 
 
 def eager_dpo(inputs: HeadInputs) -> Tensor:

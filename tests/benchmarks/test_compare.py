@@ -1,12 +1,13 @@
 """The benchmark times nothing that is wrong, and its tables stay readable."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import compare, tune
+from benchmarks import compare, test_heads, tune
 from benchmarks.heads import HeadCase, eager_dpo, fastalign_dpo, make_inputs
 from benchmarks.measure import measure
 from fastalign.ops.triton_table import Configuration, read_table
@@ -23,6 +24,21 @@ def test_a_peer_that_differs_is_named_and_not_timed(capsys: pytest.CaptureFixtur
     }
     assert list(compare.agreeing(CASE, inputs, functions)) == ["eager", "fastalign"]
     assert "not timed: small: wrong differs from eager by 1.00e-02" in capsys.readouterr().out
+
+
+class OneCall:
+    """In the place of pytest-benchmark's fixture: calls once."""
+
+    group = ""
+
+    def pedantic(self, function: Callable[..., object], args: tuple[object, ...], **_: int) -> None:
+        function(*args)
+
+
+@pytest.mark.parametrize(("name", "implementation"), test_heads.CALLS)
+def test_the_pytest_suite_runs(name: str, implementation: str) -> None:
+    test_heads.test_head(OneCall(), CASE, name, implementation)
+    test_heads.test_products(OneCall(), CASE)
 
 
 def test_nothing_is_timed_where_fastalign_differs() -> None:
