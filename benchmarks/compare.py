@@ -185,6 +185,14 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--device cuda: torch sees no CUDA device here")
     if arguments.name == OPERATIONS and arguments.case:
         parser.error(f"--case: {OPERATIONS} has none")
+    if arguments.name != "head" and arguments.peer:
+        parser.error(f"--peer: {arguments.name} has none")
+    if arguments.json:  # found out before the work, not after it
+        try:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            arguments.json.open("a", encoding="utf-8").close()
+        except OSError as error:
+            parser.error(f"--json: {error}")
     arguments.dtype = arguments.dtype or (
         list(DTYPES) if arguments.device == "cpu" else ["bfloat16"]
     )
@@ -210,7 +218,6 @@ def main() -> None:
         print_table(rows)
     if arguments.json:
         records = [{k.rstrip("_"): v for k, v in asdict(row).items()} for row in rows]
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
 
 

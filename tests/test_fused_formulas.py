@@ -54,3 +54,9 @@ def test_a_formula_has_no_place_for_a_margin() -> None:
         preference_loss_fn(
             formula(dpo), BOUNDS, torch.zeros(6), normaliser=3, margin=torch.zeros(3)
         )
+
+
+def test_a_bare_function_of_log_probs_is_named() -> None:
+    hidden, weight, _ = leaves(torch.float32)
+    with pytest.raises(ValueError, match=r"pair_loss: .* formula\(dpo\), got dpo"):
+        fused_linear_preference_loss(hidden, weight, some_targets(), BOUNDS, dpo, torch.zeros(6))

@@ -1,5 +1,9 @@
 """The drop-in policy loss and sequence log-probs against eager lines."""
 
+from collections.abc import Callable
+from typing import Any
+
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -128,6 +132,19 @@ def test_sequence_logprob_is_exact_over_4096_tokens_of_bfloat16() -> None:
     log_p = (hidden.double() @ weight.double().t()).log_softmax(-1)
     expected = log_p.gather(1, targets[:, None]).sum()
     assert abs(float(found) - float(expected)) < 1e-3
+
+
+def test_ppo_names_a_tensor_elsewhere() -> None:
+    hidden, weight, _, targets, old, advantage = inputs(torch.float32)
+    with pytest.raises(ValueError, match="advantage: expected on cpu as targets are, got meta"):
+        fused_linear_ppo_loss(hidden, weight, targets, old, advantage.to("meta"))
+
+
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor, numpy.array])
+def test_bounds_may_come_from_anywhere(kind: Callable[[list[int]], Any]) -> None:
+    hidden, weight, _, targets, *_ = inputs(torch.float32)
+    found = sequence_logprob(hidden, weight, targets, kind(BOUNDS))
+    assert torch.equal(found, sequence_logprob(hidden, weight, targets, BOUNDS))
 
 
 def test_sequence_logprob_names_wrong_bounds() -> None:

@@ -77,11 +77,15 @@ def fused_linear_ppo_loss(
         difference of log-probs), `policy/clipfrac_avg`, `policy/entropy_avg`, `val/ratio`.
 
     Raises:
-        ValueError: As `fused_linear_loss`, or a wrong shape or clip range.
+        ValueError: As `fused_linear_loss`, or a wrong shape, device or clip range.
     """
     for name, value in (("old_logprob", old_logprob), ("advantage", advantage)):
         if value.shape != targets.shape:
             raise ValueError(f"{name}: expected {tuple(targets.shape)}, got {tuple(value.shape)}")
+        if value.device != targets.device:
+            raise ValueError(
+                f"{name}: expected on {targets.device} as targets are, got {value.device}"
+            )
     rows = TargetRows(hidden, targets, temperature, ignore_index)
     if normaliser is None:
         normaliser = rows.num_targets()

@@ -11,6 +11,7 @@ from torch import Tensor
 from fastalign.fused.metrics import metric_means
 from fastalign.losses import dpo, formula
 from fastalign.losses.chunk_losses import PairLoss, preference_loss_fn
+from fastalign.losses.formulas import check_pair_loss
 from fastalign.ops.fused_linear_loss import fused_linear_loss
 from fastalign.ops.linear_arguments import LinearBackend
 from fastalign.ops.lora import LoraWeights
@@ -59,7 +60,8 @@ def fused_linear_preference_loss(
             any function from `PairLogprobs` of B pairs to losses (B,).
         reference_logprob: The reference model's log-prob of each sequence; None for losses without.
         normaliser: What the sum over pairs is divided by; None: the number of pairs here.
-        tie: Which pairs are ties.
+        tie: Which pairs are ties. A loss without a place for them takes them as any other pair;
+            the accuracies leave them out.
         margin: Passed on to a function; no formula has a place for it.
         beta: The scale of the rewards in the metrics.
         bias: This and what follows: as in `fused_linear_loss`.
@@ -77,8 +79,10 @@ def fused_linear_preference_loss(
         The loss (), and the means of `metric_means`.
 
     Raises:
-        ValueError: As `fused_linear_loss`, or lengths that do not fit each other.
+        ValueError: As `fused_linear_loss`, or lengths that do not fit each other, or a bare
+            function of log-probs for `pair_loss`.
     """
+    check_pair_loss(pair_loss)
     rows = TargetRows(hidden, targets, temperature, ignore_index)
     bounds = rows.bounds(cu_seqlens)
     if normaliser is None:

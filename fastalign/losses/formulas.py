@@ -48,6 +48,17 @@ def formula(loss: Callable[..., Tensor], **parameters: float) -> PreferenceFormu
     return PreferenceFormula(loss, tuple(inputs), values, link(**values))
 
 
+def check_pair_loss(pair_loss: Callable[[PairLogprobs], Tensor]) -> None:
+    """Checks that a loss takes pairs: one of this package's functions takes log-probs.
+
+    Raises:
+        ValueError: It is one of those, which `formula` makes into what is wanted.
+    """
+    if any(pair_loss is function for function in _LINKS):
+        name = getattr(pair_loss, "__name__", "")
+        raise ValueError(f"pair_loss: expected a function of pairs or formula({name}), got {name}")
+
+
 _NO_PAIRS = PairLogprobs.from_responses(torch.zeros(0), torch.zeros(0), torch.zeros(0).long())
 
 

@@ -53,9 +53,11 @@ def lora_operands(
     """What a head multiplies beside hidden and weight: scaling * hidden A^T (T, r) and B (V, r).
 
     Raises:
-        ValueError: A matrix of another shape or device.
+        ValueError: Not LoraWeights, or a matrix of another shape or device.
     """
     if lora is None:
         return None, None
+    if not isinstance(lora, LoraWeights):
+        raise ValueError(f"lora: expected LoraWeights or None, got {type(lora).__name__}")
     lora.check(hidden, weight)
     return lora.hidden(hidden, compute_dtype), lora.lora_B

@@ -37,6 +37,8 @@ def check_bounds(bounds: Tensor, num_rows: int) -> None:
     Raises:
         ValueError: Not integers (R + 1,), or they do not rise from 0 to `num_rows`.
     """
+    if not isinstance(bounds, Tensor):
+        raise ValueError(f"bounds: expected a tensor (R + 1,), got {type(bounds).__name__}")
     if bounds.ndim != 1 or bounds.numel() == 0 or bounds.is_floating_point():
         raise ValueError(
             f"bounds: expected integers (R + 1,), got {bounds.dtype} {tuple(bounds.shape)}"
@@ -44,5 +46,12 @@ def check_bounds(bounds: Tensor, num_rows: int) -> None:
     if bounds.device.type != "cpu" or torch.compiler.is_compiling():
         return
     first, last = int(bounds[0]), int(bounds[-1])
-    if (first, last) != (0, num_rows) or bool((bounds.diff() < 0).any()):
+    if (first, last) != (0, num_rows):
         raise ValueError(f"bounds: expected to rise from 0 to {num_rows}, got {first}..{last}")
+    falling = (bounds.diff() < 0).nonzero()
+    if falling.numel():
+        place = int(falling[0])
+        raise ValueError(
+            f"bounds: expected to rise from 0 to {num_rows}, "
+            f"got {int(bounds[place])}, {int(bounds[place + 1])} at segment {place}"
+        )

@@ -55,7 +55,8 @@ class TargetRows:
         Raises:
             ValueError: They do not rise from 0 to the number of rows.
         """
-        bounds = cu_seqlens.tolist() if isinstance(cu_seqlens, Tensor) else list(cu_seqlens)
+        # tensors and arrays alike
+        bounds = cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else list(cu_seqlens)
         whole = isinstance(bounds, list) and all(isinstance(bound, int) for bound in bounds)
         if (
             not whole

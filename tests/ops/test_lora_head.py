@@ -156,6 +156,12 @@ def test_the_drop_ins_take_an_adapter() -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
+def test_matrices_alone_are_not_an_adapter() -> None:
+    hidden, weight, _ = leaves(torch.float32)
+    with pytest.raises(ValueError, match="lora: expected LoraWeights or None, got tuple"):
+        linear_logprob(hidden, weight, some_targets(), lora=(hidden, weight))
+
+
 @pytest.mark.parametrize(
     ("lora_A", "lora_B", "message"),
     [

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from fastalign.losses import dpo
 from fastalign.ops import preference_loss
 from tests.ops.preference_loss_cases import inputs, make, run
 from tests.ops.test_preference_loss import NATIVE
@@ -26,6 +27,7 @@ from tests.ops.test_preference_loss import NATIVE
         ({"tie": torch.zeros(4).bool()}, r"tie: expected bool \(2,\).* \(4,\)"),
         ({"tie": torch.zeros(2, device="meta").bool()}, "tie: expected on cpu .*, got meta"),
         ({"formula": make("simpo")}, "reference_logprob: expected None, for simpo has no ref"),
+        ({"formula": dpo}, r"formula: expected one of fastalign.losses.formula, .*<function dpo"),
         ({"formula": make("dpo")}, "tie: expected None, for dpo has no ties, got a tensor"),
         ({"backend": "cuda"}, "backend: expected one of 'auto'"),
         ({"logprob": torch.zeros(12).double(), "backend": "triton"}, "it computes in float32"),

@@ -92,6 +92,11 @@ def preference_loss(
 def _check_use(
     formula: PreferenceFormula, reference_logprob: Tensor | None, tie: Tensor | None
 ) -> None:
+    if not isinstance(formula, PreferenceFormula):
+        raise ValueError(
+            "formula: expected one of fastalign.losses.formula, such as formula(dpo, beta=0.1), "
+            f"got {formula!r}"
+        )
     if formula.needs_reference and reference_logprob is None:
         raise ValueError("reference_logprob: expected one, for this loss needs it, got None")
     if not formula.needs_reference and reference_logprob is not None:
