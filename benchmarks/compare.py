@@ -22,12 +22,14 @@ from benchmarks.heads import (
     IMPLEMENTATIONS,
     HeadCase,
     HeadInputs,
+    backward,
+    forward,
     forward_backward,
     forward_only,
     make_inputs,
     products,
 )
-from benchmarks.measure import device_name, measure
+from benchmarks.measure import Prepared, device_name, measure
 from benchmarks.operations import OperationRow, compare_operations, print_operations
 from benchmarks.peers import PEERS, usable_peers
 
@@ -35,11 +37,13 @@ OPERATIONS = "operations"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # |loss - eager loss| / |eager loss|: rounding of the logits to the dtype is the eager one's own.
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-# Name: (what runs, whether the weight is trained, products).
+# Name: (whether the weight is trained, products). Where the gradient is computed in the forward,
+# the backward alone does next to nothing.
 PASSES = {
-    "forward": (forward_only, True, 1),
-    "forward+backward": (forward_backward, True, 3),
-    "forward+backward, frozen": (forward_backward, False, 2),
+    "forward": (True, 1),
+    "backward": (True, 2),
+    "forward+backward": (True, 3),
+    "forward+backward, frozen": (False, 2),
 }
 ROOT = Path(__file__).parents[1]
 TESTS = ["tests/ops/test_fused_linear_loss.py", "tests/ops/test_head_tile.py"]
@@ -66,10 +70,8 @@ class Row:
 def implementations_of(
     name: str, device: str, wanted: list[str]
 ) -> dict[str, Callable[[HeadInputs], Tensor]]:
-    """What is compared; for `head`, with the wanted peers that can run here."""
-    if name != "head":
-        return IMPLEMENTATIONS[name]
-    peers, reasons = usable_peers(device, wanted)
+    """What is compared, with the wanted peers that can run here."""
+    peers, reasons = usable_peers(name, device, wanted)
     for peer, reason in reasons.items():
         print(f"without {peer}: {reason}")
     return {**IMPLEMENTATIONS[name], **peers}
@@ -93,6 +95,17 @@ def agreeing(
     return found
 
 
+def call_of(
+    pass_: str, function: Callable[[HeadInputs], Tensor], inputs: HeadInputs
+) -> Callable[[], object] | Prepared:
+    """What is timed of an implementation."""
+    if pass_ == "backward":
+        run = functools.partial(backward, inputs=inputs)
+        return Prepared(functools.partial(forward, function, inputs), run)
+    whole = forward_only if pass_ == "forward" else forward_backward
+    return functools.partial(whole, function, inputs)
+
+
 def compare_case(
     name: str,
     case: HeadCase,
@@ -105,14 +118,14 @@ def compare_case(
     inputs = make_inputs(case, device, DTYPES[dtype_name])
     functions = agreeing(case, inputs, functions)
     rows = []
-    for pass_, (run, trained, num_products) in PASSES.items():
+    for pass_, (trained, num_products) in PASSES.items():
         # one pair is about memory, and so takes one pass
         if pass_ != "forward+backward" and (name != "head" or case.num_pairs == 1):
             continue
         print(f"{case.name}, {dtype_name}, {pass_} ...", file=sys.stderr, flush=True)
         inputs.weight.requires_grad_(trained)
-        calls: dict[str, Callable[[], object]] = {
-            implementation: functools.partial(run, function, inputs)
+        calls: dict[str, Callable[[], object] | Prepared] = {
+            implementation: call_of(pass_, function, inputs)
             for implementation, function in functions.items()
         }
         calls["products"] = functools.partial(products, inputs, num_products)
@@ -173,8 +186,9 @@ def parse_arguments() -> argparse.Namespace:
         help="may be repeated; default: both on a CPU, bfloat16 on a GPU",
     )
     parser.add_argument("--case", choices=list(CASES), action="append", help="may be repeated")
+    known = sorted({peer for peers in PEERS.values() for peer in peers})
     parser.add_argument(
-        "--peer", choices=list(PEERS), action="append", help="may be repeated; default: all"
+        "--peer", choices=known, action="append", help="may be repeated; default: all"
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each implementation")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
@@ -185,8 +199,9 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--device cuda: torch sees no CUDA device here")
     if arguments.name == OPERATIONS and arguments.case:
         parser.error(f"--case: {OPERATIONS} has none")
-    if arguments.name != "head" and arguments.peer:
-        parser.error(f"--peer: {arguments.name} has none")
+    for peer in arguments.peer or []:
+        if peer not in PEERS.get(arguments.name, {}):
+            parser.error(f"--peer: {arguments.name} has no {peer!r}")
     if arguments.json:  # found out before the work, not after it
         try:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
@@ -211,7 +226,7 @@ def main() -> None:
     else:
         if name == "head":
             refuse_on_a_red_test()
-        functions = implementations_of(name, device, arguments.peer or list(PEERS))
+        functions = implementations_of(name, device, arguments.peer or [])
         for dtype_name in arguments.dtype:
             for case in arguments.case or DEFAULT_CASES[name, device]:
                 rows += compare_case(name, CASES[case], device, dtype_name, rounds, functions)

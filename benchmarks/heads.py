@@ -7,7 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fastalign import fused_linear_dpo_loss, linear_logprob
+from fastalign import fused_linear_dpo_loss, fused_linear_preference_loss, linear_logprob
+from fastalign.losses import formula, orpo
 
 BETA = 0.1
 
@@ -48,6 +49,8 @@ DEFAULT_CASES = {
     ("head", "cuda"): ("smollm2-135m", "qwen2.5-0.5b", "gemma-2-2b", "llama-3-8b", "qwen3-8b"),
     ("dpo-loss", "cpu"): ("t512_d1024_v32768", "t500_d768_v50257"),
     ("dpo-loss", "cuda"): ("llama-3-8b",),
+    ("orpo", "cpu"): ("smollm2-135m",),
+    ("orpo", "cuda"): ("llama-3-8b",),
     ("linear-logprob", "cpu"): ("t512_d1024_v32768", "t500_d768_v50257"),
     ("linear-logprob", "cuda"): ("llama-3-8b",),
 }
@@ -117,6 +120,25 @@ def fastalign_dpo(inputs: HeadInputs) -> Tensor:
     return loss
 
 
+def eager_orpo(inputs: HeadInputs) -> Tensor:
+    """The ORPO loss (arXiv 2403.07691, eq. 6 and 7) on `eager_logprob`."""
+    sums = torch.stack([part.sum() for part in eager_logprob(inputs).split(inputs.lengths)])
+    lengths = torch.tensor(inputs.lengths, device=sums.device)
+    return orpo(sums[0::2], sums[1::2], lengths[0::2], lengths[1::2], beta=BETA).mean()
+
+
+def fastalign_orpo(inputs: HeadInputs) -> Tensor:
+    """The same loss by `fused_linear_preference_loss`."""
+    loss, _ = fused_linear_preference_loss(
+        inputs.hidden,
+        inputs.weight,
+        inputs.targets,
+        inputs.cu_seqlens,
+        formula(orpo, beta=BETA),
+    )
+    return loss
+
+
 def fastalign_logprob(inputs: HeadInputs) -> Tensor:
     """The same log-probs by `linear_logprob`."""
     logprob = linear_logprob(inputs.hidden, inputs.weight, inputs.targets)
@@ -144,11 +166,21 @@ def forward_only(function: Callable[[HeadInputs], Tensor], inputs: HeadInputs) -
         return function(inputs).sum()
 
 
-def forward_backward(function: Callable[[HeadInputs], Tensor], inputs: HeadInputs) -> Tensor:
-    """One loss and its gradients, in `hidden` and, unless frozen, `weight`: then thrown away."""
-    loss = function(inputs).sum()
+def forward(function: Callable[[HeadInputs], Tensor], inputs: HeadInputs) -> Tensor:
+    """The loss, with whatever the backward wants."""
+    return function(inputs).sum()
+
+
+def backward(loss: Tensor, inputs: HeadInputs) -> None:
+    """The gradients of `forward`'s loss: then thrown away."""
     loss.backward()
     inputs.hidden.grad = inputs.weight.grad = None
+
+
+def forward_backward(function: Callable[[HeadInputs], Tensor], inputs: HeadInputs) -> Tensor:
+    """One loss and its gradients, in `hidden` and, unless frozen, `weight`: then thrown away."""
+    loss = forward(function, inputs)
+    backward(loss, inputs)
     return loss.detach()
 
 
@@ -156,4 +188,5 @@ IMPLEMENTATIONS: dict[str, dict[str, Callable[[HeadInputs], Tensor]]] = {
     "dpo-loss": {"eager": eager_dpo, "fastalign": fastalign_dpo},
     "linear-logprob": {"eager": eager_logprob, "fastalign": fastalign_logprob},
     "head": {"eager": eager_dpo, "fastalign": fastalign_dpo},
+    "orpo": {"eager": eager_orpo, "fastalign": fastalign_orpo},
 }

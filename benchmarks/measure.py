@@ -5,12 +5,21 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 # A function that has taken this long in its timed calls, at least two, is timed no more.
 ENOUGH_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call whose beginning is not timed: `run` is, on what `prepare` returned."""
+
+    prepare: Callable[[], Any]
+    run: Callable[[Any], object]
 
 
 @dataclass(frozen=True)
@@ -48,50 +57,61 @@ def resident_bytes(field: str) -> int:
     raise AssertionError(f"/proc/self/status has no {field}")
 
 
-def peak_bytes(function: Callable[[], object], device: str) -> int | None:
+def peak_bytes(call: Prepared, device: str) -> int | None:
     """Peak memory of one call beyond what was in use before it."""
+    state = call.prepare()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        function()
+        call.run(state)
         torch.cuda.synchronize()
         return int(torch.cuda.max_memory_allocated() - before)
     if not CLEAR_REFS.exists():
+        call.run(state)
         return None
     CLEAR_REFS.write_text("5", encoding="ascii")  # resets the kernel's high-water mark
     before = resident_bytes("VmRSS")
-    function()
+    call.run(state)
     return resident_bytes("VmHWM") - before
 
 
-def seconds(function: Callable[[], object], device: str) -> float:
+def seconds(call: Prepared, device: str) -> float:
     """Wall-clock seconds of one call, the device's queue drained on both sides."""
+    state = call.prepare()
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    function()
+    call.run(state)
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
+def _unprepared(function: Callable[[], object]) -> Prepared:
+    return Prepared(lambda: None, lambda _: function())
+
+
 def measure(
-    functions: Mapping[str, Callable[[], object]], device: str, *, num_rounds: int
+    functions: Mapping[str, Callable[[], object] | Prepared], device: str, *, num_rounds: int
 ) -> dict[str, Measurement]:
     """Measures each function, one call of each a round, so that all meet the same machine.
 
     Args:
-        functions: name to a call without arguments.
+        functions: name to a call without arguments, or a prepared one.
         device: `cpu` or `cuda`.
         num_rounds: timed calls of each function, after one call to warm up; fewer of a slow one.
     """
-    peaks = {name: peak_bytes(function, device) for name, function in functions.items()}
+    calls = {
+        name: function if isinstance(function, Prepared) else _unprepared(function)
+        for name, function in functions.items()
+    }
+    peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
     times: dict[str, list[float]] = {name: [] for name in functions}
     for done in range(num_rounds):
-        for name, function in functions.items():
+        for name, call in calls.items():
             if done < 2 or sum(times[name]) < ENOUGH_SECONDS:
-                times[name].append(seconds(function, device))
+                times[name].append(seconds(call, device))
     return {
         name: Measurement(
             milliseconds=1e3 * statistics.median(values),

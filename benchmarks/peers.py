@@ -6,11 +6,12 @@ every peer takes others.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.heads import HeadInputs, dpo_of, eager_dpo
+from benchmarks.heads import BETA, HeadInputs, dpo_of, eager_dpo
 
 Implementation = Callable[[HeadInputs], Tensor]
 TORCH_CHUNK_ROWS = 512
@@ -63,8 +64,17 @@ def liger_dpo(device: str) -> Implementation:
     """Liger's fused DPO loss; its rows are (chosen..., rejected...), equally long."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
-    function = LigerFusedLinearDPOLoss(use_ref_model=False)
+    return _liger(LigerFusedLinearDPOLoss(use_ref_model=False))
 
+
+def liger_orpo(device: str) -> Implementation:
+    """Liger's fused ORPO loss."""
+    from liger_kernel.chunked_loss import LigerFusedLinearORPOLoss
+
+    return _liger(LigerFusedLinearORPOLoss(beta=BETA))
+
+
+def _liger(function: Callable[[Tensor, Tensor, Tensor], Any]) -> Implementation:
     def loss(inputs: HeadInputs) -> Tensor:
         num_sequences = inputs.cu_seqlens.numel() - 1
         if inputs.targets.numel() % num_sequences:
@@ -95,23 +105,28 @@ def cut_cross_entropy(device: str) -> Implementation:
     return loss
 
 
-PEERS: dict[str, Callable[[str], Implementation]] = {
-    "torch.compile": torch_compile,
-    "torch lce": torch_linear_cross_entropy,
-    "trl": trl,
-    "liger": liger_dpo,
-    "cce": cut_cross_entropy,
+# By comparison.
+PEERS: dict[str, dict[str, Callable[[str], Implementation]]] = {
+    "head": {
+        "torch.compile": torch_compile,
+        "torch lce": torch_linear_cross_entropy,
+        "trl": trl,
+        "liger": liger_dpo,
+        "cce": cut_cross_entropy,
+    },
+    "orpo": {"liger": liger_orpo},
 }
 
 
 def usable_peers(
-    device: str, wanted: Sequence[str] = tuple(PEERS)
+    comparison: str, device: str, wanted: Sequence[str] = ()
 ) -> tuple[dict[str, Implementation], dict[str, str]]:
-    """Those of the wanted peers that can be imported here, and why the others cannot."""
+    """Those of the wanted peers (none: all) that can be imported here, and why others cannot."""
     usable, reasons = {}, {}
-    for name in wanted:
+    known = PEERS.get(comparison, {})
+    for name in wanted or known:
         try:
-            usable[name] = PEERS[name](device)
+            usable[name] = known[name](device)
         except (ImportError, ValueError) as error:
             reasons[name] = str(error).splitlines()[0]
     return usable, reasons

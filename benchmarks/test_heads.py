@@ -17,8 +17,10 @@ from benchmarks.peers import usable_peers
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 SOME_CASES = [CASES[name] for name in DEFAULT_CASES["dpo-loss", DEVICE]]
-PEERS, _ = usable_peers(DEVICE)
-FUNCTIONS = {**IMPLEMENTATIONS, "head": {**IMPLEMENTATIONS["head"], **PEERS}}
+FUNCTIONS = {
+    name: {**functions, **usable_peers(name, DEVICE)[0]}
+    for name, functions in IMPLEMENTATIONS.items()
+}
 CALLS = [(name, key) for name, functions in FUNCTIONS.items() for key in functions]
 
 

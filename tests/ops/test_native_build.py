@@ -1,6 +1,7 @@
 """The native sources compile, and setup.py copes without compilers."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -89,3 +90,5 @@ def test_the_cuda_sources_compile_without_spills(
     spills = [line for line in done.stderr.splitlines() if "spill stores" in line]
     assert spills
     assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), spills
+    shared = [int(size) for size in re.findall(r"(\d+) bytes smem", done.stderr)]
+    assert max(shared, default=0) <= 2048, shared  # reductions only: a few words for each warp
