@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 
 #include "reduce.cuh"
+#include "row_transform.cuh"
 
 namespace fastalign {
 
@@ -48,21 +49,6 @@ __device__ inline void store_piece(__nv_bfloat16* to, int count, const float* va
 #pragma unroll
     for (int i = 0; i < PIECE; ++i)
         if (i < count) to[i] = rounded[i];
-}
-
-struct RowTransform {
-    float cap_scale, gain, slope;  // u = tanh(cap_scale x) or x; z = gain u; slope: dz / dx by u
-    bool softcap;
-    __device__ float u(float x) const { return softcap ? tanhf(cap_scale * x) : x; }
-};
-
-// `temperature`: (T,) or NULL.
-__device__ inline RowTransform row_transform(float cap, float logit_scale, const float* temperature,
-                                             int64_t index) {
-    const float cooling = temperature ? 1.0f / temperature[index] : 1.0f;
-    const bool softcap = cap > 0.0f;
-    const float slope = logit_scale * cooling;
-    return {softcap ? logit_scale / cap : 0.0f, softcap ? cap * cooling : slope, slope, softcap};
 }
 
 // Of z, but for the maximum, which is that of u: the target's u less it is exactly 0 where it is

@@ -3,10 +3,12 @@
 #include "../abi.h"
 #include "divergence.cuh"
 #include "pair_pieces.cuh"
+#include "row_transform.cuh"
 
 namespace {
 
 using fastalign::bounded;
+using fastalign::RowTransform;
 
 constexpr int THREADS = 512;
 
@@ -22,22 +24,6 @@ struct KLTile {
     void *gradient, *kl_gradient;
     int64_t gradient_stride;
     const float *grad_logprob, *grad_entropy, *grad_kl;
-};
-
-// z = gain u, where u is the product, or with a softcap a tanh; slope is dz / dx less the tanh's.
-struct RowTransform {
-    float cap_scale, gain, slope;
-    bool softcap;
-    __device__ RowTransform(const KLTile& tile, int64_t index) {
-        const float cooling = tile.temperature ? 1.0f / tile.temperature[index] : 1.0f;
-        softcap = tile.softcap > 0.0f;
-        cap_scale = softcap ? tile.logit_scale / tile.softcap : 0.0f;
-        slope = tile.logit_scale * cooling;
-        gain = softcap ? tile.softcap * cooling : slope;
-    }
-    __device__ float u(float x) const { return softcap ? tanhf(cap_scale * x) : x; }
-    // not fused with what follows: equal heads stay equal
-    __device__ float z(float u) const { return __fmul_rn(gain, u); }
 };
 
 // What a row's gradients are made from.
@@ -111,7 +97,8 @@ __global__ void __launch_bounds__(THREADS) kl_tile_kernel(KLTile tile) {
     const int64_t index = blockIdx.x, num_columns = tile.num_columns;
     const float* policy = tile.policy + index * tile.row_stride;
     const float* reference = tile.reference + index * tile.row_stride;
-    const RowTransform transform(tile, index);
+    const RowTransform transform =
+        fastalign::row_transform(tile.softcap, tile.logit_scale, tile.temperature, index);
     const bool ignored = tile.ignored[index];
     auto mine = fastalign::Divergence<OVER_REFERENCE>::empty();
     fastalign::for_each_pair_piece<THREADS>(

@@ -2,9 +2,9 @@
 // rows, of whatever dtypes, reach a multiple of 16 bytes at the same column.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <stdint.h>
+
+#include "pieces.cuh"
 
 namespace fastalign {
 
@@ -36,13 +36,6 @@ __device__ void for_each_pair_piece(const A* first, const B* second, int64_t num
     const int64_t tail = head + num_pieces * PIECE + threadIdx.x;
     if (tail < num_columns) visit(tail, Columns<1>{});
 }
-
-__device__ inline float widened(float x) { return x; }
-__device__ inline float widened(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float widened(__half x) { return __half2float(x); }
-__device__ inline void narrow(float x, float* to) { *to = x; }
-__device__ inline void narrow(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
-__device__ inline void narrow(float x, __half* to) { *to = __float2half_rn(x); }
 
 // COUNT values, from an aligned place unless COUNT is 1.
 template <int COUNT, typename T>

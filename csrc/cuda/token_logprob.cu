@@ -1,15 +1,14 @@
 // token_logprob on CUDA: a block a row, 16-byte accesses, one read forward, one read and one write
 // backward.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include "../abi.h"
 #include "pieces.cuh"
 #include "reduce.cuh"
 
 namespace {
 
+using fastalign::narrow;
 using fastalign::Softmax;
+using fastalign::widened;
 
 constexpr int THREADS = 256;
 
@@ -20,13 +19,6 @@ struct Rows {
     const int64_t* targets;
     const float* temperature;
 };
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline void from_float(float x, float* to) { *to = x; }
-__device__ inline void from_float(float x, __nv_bfloat16* to) { *to = __float2bfloat16_rn(x); }
-__device__ inline void from_float(float x, __half* to) { *to = __float2half_rn(x); }
 
 template <typename T>
 __global__ void __launch_bounds__(THREADS)
@@ -43,13 +35,13 @@ __global__ void __launch_bounds__(THREADS)
     fastalign::for_each_piece<THREADS>(
         row, rows.num_columns, threadIdx.x, [&](int64_t column, bool whole) {
             if (!whole) {
-                mine.add(transform(to_float(row[column])));
+                mine.add(transform(widened(row[column])));
                 return;
             }
             const uint4 piece = __ldcs(reinterpret_cast<const uint4*>(row + column));
             const T* values = reinterpret_cast<const T*>(&piece);
 #pragma unroll
-            for (int i = 0; i < PER_PIECE; ++i) mine.add(transform(to_float(values[i])));
+            for (int i = 0; i < PER_PIECE; ++i) mine.add(transform(widened(values[i])));
         });
     const Softmax all = fastalign::reduce_block<THREADS>(mine);
     if (threadIdx.x != 0) return;
@@ -61,7 +53,7 @@ __global__ void __launch_bounds__(THREADS)
         return;
     }
     const float found = log_total - all.weighted / all.total;
-    logprob[index] = transform(to_float(row[target])) - all.maximum - log_total;
+    logprob[index] = transform(widened(row[target])) - all.maximum - log_total;
     entropy[index] = found < 0.0f ? 0.0f : found;
 }
 
@@ -102,7 +94,7 @@ __global__ void __launch_bounds__(THREADS)
     fastalign::for_each_piece<THREADS>(
         row, rows.num_columns, threadIdx.x, [&](int64_t column, bool whole) {
             if (!whole) {
-                from_float(compute(to_float(row[column]), column), out + column);
+                narrow(compute(widened(row[column]), column), out + column);
                 return;
             }
             const uint4 piece = __ldcs(reinterpret_cast<const uint4*>(row + column));
@@ -111,7 +103,7 @@ __global__ void __launch_bounds__(THREADS)
             T* results = reinterpret_cast<T*>(&written);
 #pragma unroll
             for (int i = 0; i < PER_PIECE; ++i)
-                from_float(compute(to_float(values[i]), column + i), results + i);
+                narrow(compute(widened(values[i]), column + i), results + i);
             if (same) {
                 __stcs(reinterpret_cast<uint4*>(out + column), written);
             } else {
