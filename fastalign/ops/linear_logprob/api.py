@@ -91,8 +91,9 @@ def linear_logprob(
     Differentiable in hidden, weight, bias and LoRA's matrices, through both results. Products
     (FLOPs over T*D*V): 2 without gradients; 4 where only `hidden` needs one, all in the forward;
     otherwise 6 (4 for a frozen weight under LoRA), plus 2 for the share of rows that
-    `max_buffer_bytes` cannot keep (all of them, where it could keep less than a quarter). An entropy that nobody differentiates costs no product; one
-    that somebody does has all logits computed again.
+    `max_buffer_bytes` cannot keep (all of them, where it could keep less than a quarter). An
+    entropy that nobody differentiates costs no product; one that somebody does has all logits
+    computed again.
 
     With a `vocabulary_shard` every rank of the group calls this with its own rows of the weight and
     bias, and with everything else the same: hidden states, targets (global ids), options, trained
