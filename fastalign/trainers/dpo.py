@@ -33,6 +33,7 @@ from fastalign.trainers.step import (
     accumulate,
     make_compute,
     measure_examples,
+    policy_loss,
 )
 
 
@@ -74,9 +75,8 @@ def train_dpo(config: DPOConfig) -> RunResult:
 
             def evaluate() -> Metrics:
                 make_loss = make_preference_loss(config.loss, held_out_pairs, len(everything))
-                return evaluate_by_loss(
-                    model, held_out_pairs.examples, make_loss, compute, logit_sums
-                )
+                batch_loss = policy_loss(model, make_loss, compute, logit_sums)
+                return evaluate_by_loss(held_out_pairs.examples, batch_loss, compute)
 
         return run_loop(
             config,
@@ -193,7 +193,8 @@ def dpo_step(
 ) -> tuple[Metrics, int]:
     """Adds one step's gradient; returns its metrics and the packed tokens computed."""
     make_loss = make_preference_loss(loss, pairs, len(indices))
+    batch_loss = policy_loss(model, make_loss, compute, logit_sums)
     value, sums, num_tokens = accumulate(
-        model, pairs.examples, indices, make_loss, compute, backward=True, measure=logit_sums
+        pairs.examples, indices, batch_loss, compute, backward=True
     )
     return {"loss": value, **mean_metrics(sums)}, num_tokens

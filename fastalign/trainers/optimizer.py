@@ -9,14 +9,21 @@ from fastalign.trainers.config import OptimConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) over the trainable parameters; matrices alone decay."""
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
-    ]
+    """AdamW (arXiv 1711.05101) over the trainable parameters; matrices alone decay.
+
+    A parameter with an attribute `lr_scale` has that many times the learning rate.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            key = (decay, getattr(parameter, "lr_scale", 1.0))
+            groups.setdefault(key, []).append(parameter)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
+        [
+            {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+            for (decay, scale), parameters in groups.items()
+        ],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
