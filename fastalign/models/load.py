@@ -87,6 +87,8 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     packing: Packing = "shared_prefix",
+    attention_name: attention.AttentionChoice = "auto",
+    compute_dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """Loads a causal model from a folder in transformers' layout, or from the hub.
@@ -96,6 +98,8 @@ def load_policy(
         dtype: of the parameters.
         device: where they go.
         packing: what the model will be run with; anything but `padded` is checked to be exact.
+        attention_name: how a packed row's attention is computed; `auto` may choose.
+        compute_dtype: that it will be computed in; None: `dtype`.
         trust_remote_code: run code that comes with the model.
 
     Raises:
@@ -113,7 +117,10 @@ def load_policy(
     if packing != "padded":
         check_packable(config)
     if config.model_type in PACKABLE:
-        options["attn_implementation"] = attention.NAME
+        chosen = attention.choose_attention(
+            attention_name, torch.device(device), compute_dtype or dtype, config
+        )
+        options["attn_implementation"] = attention.registered_name(chosen)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype, trust_remote_code=trust_remote_code, **options

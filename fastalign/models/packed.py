@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastalign.batch import PackedBatch
-from fastalign.models.attention_plan import plan_attention
+from fastalign.models.attention import AttentionPlan
 
 Packing = Literal["shared_prefix", "packed", "padded"]
 PACKINGS: tuple[Packing, ...] = get_args(Packing)
@@ -38,7 +38,7 @@ def predict_hidden(model: Any, batch: PackedBatch, *, packing: Packing) -> Tenso
         position_ids=batch.position_ids[None],
         attention_mask=unused_mask,
         use_cache=False,
-        fastalign_plan=plan_attention(batch),
+        fastalign_plan=AttentionPlan(batch),
     )
     hidden: Tensor = output.last_hidden_state[0]
     return hidden.index_select(0, batch.predict_index)
