@@ -6,7 +6,7 @@ An attribute's docstring is the flag's help text.
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from fastalign.models import Packing
+from fastalign.models import AttentionChoice, Packing
 from fastalign.trainers.preference_losses import LOSSES, DPOLoss, PreferenceLoss
 
 Precision = Literal["auto", "bf16", "float32"]
@@ -112,6 +112,9 @@ class TrainConfig:
     """Most packed tokens of one forward: memory only, the gradient does not depend on it."""
     packing: Packing = "shared_prefix"
     """Prompts computed once, repeated for each response (packed), or a padded rectangle."""
+    attention: AttentionChoice = "auto"
+    """How a packed row's attention is computed; auto: the first of flash_attn, varlen, flex, sdpa
+    that can run (fastalign doctor lists them)."""
     precision: Precision = "auto"
     """bf16 compute with float32 weights, or float32; auto: bf16 on a GPU, float32 on a CPU."""
     device: str = "auto"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.data import TokenizedDataset, Tokenizer, load_tokenizer
-from fastalign.models import lm_head, load_policy
+from fastalign.models import attention_of, lm_head, load_policy
 from fastalign.trainers.config import DPOConfig, ModelConfig, SFTConfig, config_to_dict
 from fastalign.trainers.run_folder import announce, locked, prepare_run_folder
 from fastalign.trainers.state import seed_everything
@@ -47,8 +47,14 @@ def load_model(path: str, config: ModelConfig, compute: Compute) -> tuple[Any, T
     trust = config.trust_remote_code
     tokenizer = load_tokenizer(path, trust_remote_code=trust)
     model = load_policy(
-        path, device=compute.device, packing=compute.packing, trust_remote_code=trust
+        path,
+        device=compute.device,
+        packing=compute.packing,
+        attention_name=compute.attention,
+        compute_dtype=compute.dtype,
+        trust_remote_code=trust,
     )
+    print(f"attention of {path}: {attention_of(model)}", flush=True)
     num_rows = lm_head(model).weight.shape[0]
     if len(tokenizer) > num_rows:
         raise ValueError(

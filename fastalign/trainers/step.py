@@ -10,7 +10,14 @@ from torch import Tensor
 
 from fastalign.batch import Group, PackedBatch
 from fastalign.data import packed_batches, packed_lengths
-from fastalign.models import Head, Packing, find_device, lm_head, predict_hidden
+from fastalign.models import (
+    AttentionChoice,
+    Head,
+    Packing,
+    find_device,
+    lm_head,
+    predict_hidden,
+)
 from fastalign.ops import fused_linear_loss
 from fastalign.ops.fused_linear_loss import LossFunction
 from fastalign.trainers.config import OptimConfig, TrainConfig
@@ -31,6 +38,7 @@ class Compute:
         device: where.
         dtype: of the matrix products; weights are float32 whatever it is.
         packing: see `predict_hidden`.
+        attention: asked for; each model runs what it can of it.
         tokens_per_batch: most packed tokens of a forward.
         max_buffer_bytes: of logits; None: the operation's default.
     """
@@ -38,6 +46,7 @@ class Compute:
     device: torch.device
     dtype: torch.dtype
     packing: Packing
+    attention: AttentionChoice
     tokens_per_batch: int
     max_buffer_bytes: int | None
 
@@ -60,6 +69,7 @@ def make_compute(config: TrainConfig) -> Compute:
         device=device,
         dtype=torch.bfloat16 if bf16 else torch.float32,
         packing=config.packing,
+        attention=config.attention,
         tokens_per_batch=config.tokens_per_batch,
         max_buffer_bytes=config.max_buffer_bytes,
     )

@@ -32,6 +32,7 @@ __all__ = [
     "AttentionChoice",
     "AttentionName",
     "AttentionPlan",
+    "attention_of",
     "attention_reason",
     "choose_attention",
     "register",
@@ -135,6 +136,13 @@ def registered_name(name: AttentionName) -> str:
     """What transformers calls an implementation: a value of `attn_implementation`."""
     # transformers takes every name with "flash" in it for a kernel of its own.
     return f"fastalign_{name.removeprefix('flash_')}"
+
+
+def attention_of(model: Any) -> str:
+    """What computes a model's attention: one of `ATTENTIONS`, or transformers' own name for it."""
+    registered = {registered_name(name): name for name in ATTENTIONS}
+    implementation: str = model.config._attn_implementation
+    return registered.get(implementation, implementation)
 
 
 def register() -> None:
