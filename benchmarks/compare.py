@@ -15,11 +15,10 @@ from typing import Any
 import torch
 
 from benchmarks import heads, step_cases
+from benchmarks.compare_steps import NAMES, compare_all_steps
 from benchmarks.head_rows import DTYPES, compare_heads
 from benchmarks.operations import compare_operations, print_operations
 from benchmarks.peers import PEERS
-from benchmarks.step_rows import compare_all_steps
-from benchmarks.step_trainers import TRAINERS
 
 OPERATIONS = "operations"
 
@@ -31,7 +30,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=[*sorted(heads.IMPLEMENTATIONS), OPERATIONS, *TRAINERS])
+    parser.add_argument("name", choices=[*sorted(heads.IMPLEMENTATIONS), OPERATIONS, *NAMES])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--dtype",
@@ -72,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{flag}: expected at least 1, got {value}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
-    known = {} if name == OPERATIONS else step_cases.CASES if name in TRAINERS else heads.CASES
+    known = {} if name == OPERATIONS else step_cases.CASES if name in NAMES else heads.CASES
     for case in arguments.case or []:
         if case not in known:
             parser.error(f"--case: {name} has no {case!r}")
@@ -80,8 +79,10 @@ def parse_arguments() -> argparse.Namespace:
         if peer not in PEERS.get(name, {}):
             parser.error(f"--peer: {name} has no {peer!r}")
     for flag in ("model", "pairs", "threads", "data"):
-        if getattr(arguments, flag) is not None and name not in TRAINERS:
+        if getattr(arguments, flag) is not None and name not in NAMES:
             parser.error(f"--{flag}: {name} is no step")
+    if name == "answers-step" and "chat" in (arguments.case or []):
+        parser.error("--case: its rows have two answers each, and answers-step takes up to 8")
     if arguments.case and "chat" in arguments.case and arguments.data is None:
         parser.error("--case chat: expected a file of preference rows in --data, got none")
     if arguments.data is not None and not arguments.data.exists():
@@ -93,7 +94,7 @@ def parse_arguments() -> argparse.Namespace:
         except OSError as error:
             parser.error(f"--json: {error}")
     if arguments.dtype is None:
-        on_cpu = ["float32"] if name in TRAINERS else list(DTYPES)
+        on_cpu = ["float32"] if name in NAMES else list(DTYPES)
         arguments.dtype = on_cpu if arguments.device == "cpu" else ["bfloat16"]
     return arguments
 
@@ -101,7 +102,7 @@ def parse_arguments() -> argparse.Namespace:
 def compare(arguments: argparse.Namespace) -> list[Any]:
     """Runs every case and prints the table."""
     name, device, rounds = arguments.name, arguments.device, arguments.rounds
-    if name in TRAINERS:
+    if name in NAMES:
         return list(compare_all_steps(arguments))
     if name == OPERATIONS:
         rows = [

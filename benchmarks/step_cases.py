@@ -40,6 +40,7 @@ class ModelShape:
     num_layers: int
     num_heads: int
     num_key_value_heads: int
+    initializer_range: float = 0.02
 
     @property
     def head_dim(self) -> int:
@@ -66,6 +67,7 @@ class ModelShape:
             num_key_value_heads=self.num_key_value_heads,
             max_position_embeddings=MAX_LENGTH,
             tie_word_embeddings=True,
+            initializer_range=self.initializer_range,
             pad_token_id=PAD,
             bos_token_id=None,
             eos_token_id=EOS,
@@ -85,7 +87,7 @@ SHAPES = {
     shape.name: shape
     for shape in (
         ModelShape("llama-28m", "llama", 32000, 384, 1024, 10, 6, 2),
-        ModelShape("tiny", "llama", 256, 32, 48, 2, 4, 2),
+        ModelShape("tiny", "llama", 256, 32, 48, 2, 4, 2, initializer_range=0.4),
         ModelShape("smollm2-135m", "llama", 49152, 576, 1536, 30, 9, 3),
         ModelShape("qwen2.5-0.5b", "qwen2", 151936, 896, 4864, 24, 14, 2),
         ModelShape("llama-3.2-1b", "llama", 128256, 2048, 8192, 16, 32, 8),
@@ -187,7 +189,9 @@ def make_tokenizer(vocab_size: int) -> Any:
 def write_model(shape: ModelShape, folder: Path, seed: int, *, reward: bool = False) -> None:
     """Random weights, with a language-model head or a reward's, and the tokenizer."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.manual_seed(seed)
     config = shape.config()
     if reward:

@@ -14,52 +14,52 @@ from benchmarks.step_worker import Clock, Job, Trainer
 
 def fastalign_dpo(job: Job, clock: Clock) -> None:
     """`train_dpo`: reference log-probs are computed once, before the first step."""
-    from fastalign.trainers import (
-        DPOConfig,
-        ModelConfig,
-        PreferenceDataConfig,
-        ReferenceConfig,
-        RunConfig,
-        train_dpo,
-    )
+    from fastalign.trainers import train_dpo
 
-    config = DPOConfig(
-        model=ModelConfig(str(job.policy)),
-        data=PreferenceDataConfig(train=str(job.rows), max_length=MAX_LENGTH),
-        run=RunConfig(str(job.scratch / "run")),
-        reference=ReferenceConfig(str(job.reference), str(job.scratch / "cache")),
-        train=_train_config(job),
-    )
     clock.first_loss = lambda: _logged_loss(job)
     clock.watch()
-    train_dpo(config)
+    train_dpo(_dpo_config(job))
 
 
 def fastalign_dpo_reference_in_the_step(job: Job, clock: Clock) -> None:
     """The same, and in every turn the reference's log-probs of the step's rows once more."""
     from fastalign.evaluation import sequence_logprobs
     from fastalign.models import load_policy
+    from fastalign.trainers import train_dpo
     from fastalign.trainers.step import make_compute
 
-    compute = make_compute(_train_config(job))
-    references: list[Any] = []
+    clock.first_loss = lambda: _logged_loss(job)
+    clock.watch()
+    config = _dpo_config(job)
+    compute = make_compute(config.train)
+    reference = load_policy(job.reference, device=compute.device, packing=compute.packing)
+    clock.prologue = lambda: sequence_logprobs(
+        reference,
+        job.groups,
+        packing=compute.packing,
+        tokens_per_batch=compute.tokens_per_batch,
+        dtype=compute.dtype,
+        max_buffer_bytes=compute.max_buffer_bytes,
+    )
+    train_dpo(config)
 
-    def reference_logprobs() -> None:
-        if not references:
-            references.append(
-                load_policy(job.reference, device=compute.device, packing=compute.packing)
-            )
-        sequence_logprobs(
-            references[0],
-            job.groups,
-            packing=compute.packing,
-            tokens_per_batch=compute.tokens_per_batch,
-            dtype=compute.dtype,
-            max_buffer_bytes=compute.max_buffer_bytes,
-        )
 
-    clock.prologue = reference_logprobs
-    fastalign_dpo(job, clock)
+def _dpo_config(job: Job) -> Any:
+    from fastalign.trainers import (
+        DPOConfig,
+        ModelConfig,
+        PreferenceDataConfig,
+        ReferenceConfig,
+        RunConfig,
+    )
+
+    return DPOConfig(
+        model=ModelConfig(str(job.policy)),
+        data=PreferenceDataConfig(train=str(job.rows), max_length=MAX_LENGTH),
+        run=RunConfig(str(job.scratch / "run")),
+        reference=ReferenceConfig(str(job.reference), str(job.scratch / "cache")),
+        train=_train_config(job),
+    )
 
 
 def fastalign_sft(job: Job, clock: Clock) -> None:
@@ -75,6 +75,28 @@ def fastalign_sft(job: Job, clock: Clock) -> None:
     clock.first_loss = lambda: _logged_loss(job)
     clock.watch()
     train_sft(config)
+
+
+def fastalign_answers(job: Job, clock: Clock) -> None:
+    """The functions of `train_sft` on prompts with any number of responses, all of them trained."""
+    from fastalign.models import load_policy
+    from fastalign.trainers import OptimConfig
+    from fastalign.trainers.optimizer import make_optimizer
+    from fastalign.trainers.sft import sft_step
+    from fastalign.trainers.state import TrainState
+    from fastalign.trainers.step import make_compute, measure_examples, optimiser_step
+
+    losses: list[float] = []
+    clock.first_loss = lambda: losses[0]
+    clock.watch()
+    compute, optim = make_compute(_train_config(job)), OptimConfig()
+    model = load_policy(job.policy, device=compute.device, packing=compute.packing)
+    state = TrainState(model, make_optimizer(model, optim))
+    examples = measure_examples(job.groups, compute.packing)
+    while True:
+        metrics, _ = sft_step(model, examples, range(len(job.groups)), compute)
+        losses.append(float(metrics["loss"]))
+        optimiser_step(state, losses[-1], optim, job.num_steps)
 
 
 def _train_config(job: Job) -> Any:
@@ -174,7 +196,7 @@ def _run_trl(trainer: Any, clock: Clock) -> None:
     trainer.train()
 
 
-# By comparison; the first of each is what others are compared with.
+# By comparison. Ours of `reward-step` goes here too.
 TRAINERS: dict[str, dict[str, Trainer]] = {
     "dpo-step": {
         "trl": trl_dpo,

@@ -75,7 +75,6 @@ TRUTHS: dict[str, Callable[[Job], float]] = {
     "dpo-step": eager_dpo,
     "sft-step": eager_sft,
     "reward-step": eager_reward,
-    "answers-step": eager_sft,
 }
 
 

@@ -177,6 +177,7 @@ class Worker:
         if self._process.is_alive():
             self._connection.send(False)
         self._process.join()
+        self._connection.close()
 
     def _answer(self) -> tuple[Any, Any]:
         try:
