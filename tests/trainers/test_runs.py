@@ -141,6 +141,16 @@ def test_evaluation_is_logged_when_it_is_due(folder: Path) -> None:
     assert len(board) == 1
 
 
+def test_how_full_a_steps_batches_are_is_logged(folder: Path) -> None:
+    train_sft(sft_config(folder, "run", max_steps=2, tokens_per_batch=40))
+    first, second = read_metrics(folder / "run")
+    tokens = second["num_tokens"] - first["num_tokens"]
+    assert second["num_micro_batches"] >= 2
+    assert second["fill_rate"] == tokens / (40 * second["num_micro_batches"])
+    assert 0.5 < second["fill_rate"] <= 1
+    assert second["eval_num_micro_batches"] >= 2
+
+
 def test_a_model_with_another_vocabulary_is_refused(folder: Path) -> None:
     save_model(tiny_model("llama", vocab_size=97), make_tokenizer(), folder / "small")
     config = sft_config(folder, "run")
