@@ -35,13 +35,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader finds the old text or the new, never half of it."""
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader finds the old content or the new, never half of it."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    sync(aside)
-    aside.replace(path)
+    try:
+        aside.write_bytes(content)
+        sync(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)  # there only if the disk is full or the like
     sync(path.parent)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """The same for text, as UTF-8."""
+    write_bytes_atomically(path, text.encode())
 
 
 def save_checkpoint(folder: Path, state: TrainState, extra: dict[str, Any], keep: int) -> Path:

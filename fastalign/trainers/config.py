@@ -4,13 +4,14 @@ An attribute's docstring is the flag's help text.
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fastalign.models import AttentionChoice, Packing
 from fastalign.trainers.preference_losses import LOSSES, DPOLoss, PreferenceLoss
 
 Precision = Literal["auto", "bf16", "float32"]
 Schedule = Literal["constant", "linear", "cosine"]
+States = Literal["float32", "8bit"]
 
 
 def _require(condition: bool, name: str, expected: str, value: object) -> None:
@@ -85,6 +86,8 @@ class OptimConfig:
     """Decay of AdamW's averages."""
     eps: float = 1e-8
     """AdamW's epsilon."""
+    states: States = "float32"
+    """AdamW's two averages: 8 bytes a weight, or about 2 (8bit, through bitsandbytes)."""
     grad_clip: float = 1.0
     """Most norm of the whole gradient; 0: not clipped."""
 
@@ -96,6 +99,7 @@ class OptimConfig:
         _require(self.eps > 0, "optim.eps", "more than 0", self.eps)
         inside = all(0 <= beta < 1 for beta in self.betas)
         _require(inside, "optim.betas", "two numbers in [0, 1)", self.betas)
+        _require(self.states in get_args(States), "optim.states", "float32 or 8bit", self.states)
 
 
 @dataclass(frozen=True)

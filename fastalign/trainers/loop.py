@@ -47,8 +47,8 @@ class Task:
         num_examples: of the training data.
         data_fingerprint: of the training data's token ids.
         tokenizer: saved with the model.
-        accumulate: adds the gradient of these examples; returns the step's metrics (`loss` among
-            them) and the packed tokens computed.
+        accumulate: adds the gradient of these examples; returns the step's metrics (`loss` and
+            `num_micro_batches` among them) and the packed tokens computed.
         evaluate: metrics on the held-out data, names beginning with `eval_`; None without data.
     """
 
@@ -166,12 +166,14 @@ def one_step(
     state.num_tokens += num_tokens
     update = optimiser_step(state, float(metrics["loss"]), config.optim, num_steps)
     seconds = time.perf_counter() - start
+    room = metrics["num_micro_batches"] * config.train.tokens_per_batch
     metrics = {
         "step": state.step,
         "epoch": state.step * batch_size / task.num_examples,
         **metrics,
         **update,
         "num_tokens": state.num_tokens,
+        "fill_rate": num_tokens / room,
         "step_seconds": seconds,
         "tokens_per_second": num_tokens / seconds,
     }

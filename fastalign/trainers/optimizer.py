@@ -1,11 +1,32 @@
 """AdamW, the learning rate as a function of the step, and the gradient's norm."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
 
-from fastalign.trainers.config import OptimConfig
+from fastalign.trainers.config import OptimConfig, States
+
+
+def adamw(states: States) -> Any:
+    """The class of the optimiser that keeps its averages so.
+
+    `8bit` (arXiv 2110.02861) keeps a byte for each, and a float32 scale for each 256 of them;
+    tensors of fewer than 4,096 elements stay float32. An update is computed in float32.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    if states == "float32":
+        return torch.optim.AdamW
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            "optim.states: 8bit needs bitsandbytes: pip install 'fastalign[low-bit]'"
+        ) from error
+    return AdamW8bit
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -15,13 +36,14 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
+    optimizer: torch.optim.Optimizer = adamw(config.states)(
         [group for group in groups if group["params"]],
         lr=config.lr,
         betas=config.betas,
         eps=config.eps,
         fused=True,  # one pass over the weights in place of a dozen
     )
+    return optimizer
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:

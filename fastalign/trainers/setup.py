@@ -8,6 +8,7 @@ from typing import Any
 from fastalign.data import TokenizedDataset, Tokenizer, load_tokenizer
 from fastalign.models import attention_of, lm_head, load_policy
 from fastalign.trainers.config import DPOConfig, ModelConfig, SFTConfig, config_to_dict
+from fastalign.trainers.optimizer import adamw
 from fastalign.trainers.run_folder import announce, locked, prepare_run_folder
 from fastalign.trainers.state import seed_everything
 from fastalign.trainers.step import Compute
@@ -18,8 +19,9 @@ def opened_run(config: SFTConfig | DPOConfig) -> Iterator[None]:
     """Prepares and holds the run's folder, prints the resolved settings, seeds everything.
 
     Raises:
-        ValueError: the folder holds another run, or is in use.
+        ValueError: the folder holds another run, or is in use; or a library is missing.
     """
+    adamw(config.optim.states)  # what is not installed is said before hours of work
     values = config_to_dict(config)
     folder = Path(config.run.dir)
     prepare_run_folder(folder, values, resume=config.run.resume)

@@ -133,7 +133,7 @@ def accumulate(
         The loss, the metrics' sums, and the packed tokens computed.
     """
     loss = 0.0
-    sums: dict[str, float] = {}
+    sums: dict[str, float] = {"num_micro_batches": 0}
     num_tokens = 0
     for chosen, on_host in packed_batches(
         examples.groups,
@@ -152,6 +152,7 @@ def accumulate(
         for name, value in metrics.items():
             sums[name] = sums.get(name, 0.0) + value.item()
         num_tokens += batch.num_tokens
+        sums["num_micro_batches"] += 1
     return loss, sums, num_tokens
 
 
