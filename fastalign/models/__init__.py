@@ -1,4 +1,4 @@
-"""Models: loading, the packed forward, the head."""
+"""Models: loading, the packed forward, the heads."""
 
 from fastalign.models.attention import (
     ATTENTIONS,
@@ -9,7 +9,13 @@ from fastalign.models.attention import (
 from fastalign.models.head import Head, lm_head
 from fastalign.models.load import check_packable, find_device, load_policy, save_model
 from fastalign.models.logprob import response_logprob
-from fastalign.models.packed import PACKINGS, Packing, predict_hidden
+from fastalign.models.packed import PACKINGS, Packing, hidden_at, predict_hidden
+from fastalign.models.reward import (
+    load_reward_model,
+    response_reward,
+    save_reward_model,
+    set_pad_token,
+)
 
 __all__ = [
     "ATTENTIONS",
@@ -21,9 +27,14 @@ __all__ = [
     "attention_reason",
     "check_packable",
     "find_device",
+    "hidden_at",
     "lm_head",
     "load_policy",
+    "load_reward_model",
     "predict_hidden",
     "response_logprob",
+    "response_reward",
     "save_model",
+    "save_reward_model",
+    "set_pad_token",
 ]

@@ -81,6 +81,27 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
+def read_config(path: str | Path, *, trust_remote_code: bool) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        ValueError: there is no model at `path`.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.path: no model can be loaded from {str(path)!r}: {first}"
+        ) from error
+
+
+def unreadable_weights(path: str | Path, error: Exception) -> ValueError:
+    """The one line about weights that are missing or damaged."""
+    first = str(error).strip().splitlines()[0]
+    return ValueError(f"model.path: the weights in {str(path)!r} cannot be read: {first}")
+
+
 def load_policy(
     path: str | Path,
     *,
@@ -106,13 +127,7 @@ def load_policy(
         ValueError: no model there, an architecture that cannot be packed, or an unknown head.
     """
     attention.register()
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model.path: no model can be loaded from {str(path)!r}: {first}"
-        ) from error
+    config = read_config(path, trust_remote_code=trust_remote_code)
     options = {}
     if packing != "padded":
         check_packable(config)
@@ -126,10 +141,7 @@ def load_policy(
             path, dtype=dtype, trust_remote_code=trust_remote_code, **options
         )
     except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model.path: the weights in {str(path)!r} cannot be read: {first}"
-        ) from error
+        raise unreadable_weights(path, error) from error
     model = model.to(device)
     disable_dropout(model)
     model.eval()

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from fastalign.models import AttentionChoice, Packing
 from fastalign.trainers.preference_losses import LOSSES, DPOLoss, PreferenceLoss
+from fastalign.trainers.reward_losses import REWARD_LOSSES, BradleyTerryLoss, RewardLoss
 
 Precision = Literal["auto", "bf16", "float32"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -188,11 +189,27 @@ class DPOConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
 
 
-def config_to_dict(config: SFTConfig | DPOConfig) -> dict[str, Any]:
+@dataclass(frozen=True)
+class RewardConfig:
+    """A reward model from comparisons."""
+
+    model: ModelConfig
+    data: PreferenceDataConfig
+    run: RunConfig
+    loss: RewardLoss = field(default_factory=BradleyTerryLoss)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+
+# Whatever the loop can run: each has model, data, run, optim and train.
+AnyConfig = SFTConfig | DPOConfig | RewardConfig
+
+
+def config_to_dict(config: AnyConfig) -> dict[str, Any]:
     """The settings as nested dictionaries, as `config.yaml` holds them; a loss has its `name`."""
     values = asdict(config)
-    if isinstance(config, DPOConfig):
-        names = {cls: name for name, cls in LOSSES.items()}
+    if not isinstance(config, SFTConfig):
+        names = {cls: name for table in (LOSSES, REWARD_LOSSES) for name, cls in table.items()}
         values["loss"] = {"name": names[type(config.loss)], **values["loss"]}
     for section in values.values():
         for key, value in section.items():

@@ -33,6 +33,7 @@ from fastalign.trainers.step import (
     accumulate,
     make_compute,
     measure_examples,
+    policy_loss,
 )
 
 
@@ -193,7 +194,8 @@ def logit_sums(hidden: Tensor, head: Head, batch: PackedBatch) -> dict[str, Tens
 def evaluate_pairs(model: Any, loss: PreferenceLoss, pairs: Pairs, compute: Compute) -> Metrics:
     """Metrics named `eval_...` of all the pairs."""
     make_loss = make_preference_loss(loss, pairs, len(pairs.ties))
-    return evaluate_by_loss(model, pairs.examples, make_loss, compute, logit_sums)
+    batch_loss = policy_loss(model, make_loss, compute, logit_sums)
+    return evaluate_by_loss(pairs.examples, batch_loss, compute)
 
 
 def dpo_step(
@@ -201,7 +203,8 @@ def dpo_step(
 ) -> tuple[Metrics, int]:
     """Adds one step's gradient; returns its metrics and the packed tokens computed."""
     make_loss = make_preference_loss(loss, pairs, len(indices))
+    batch_loss = policy_loss(model, make_loss, compute, logit_sums)
     value, sums, num_tokens = accumulate(
-        model, pairs.examples, indices, make_loss, compute, backward=True, measure=logit_sums
+        pairs.examples, indices, batch_loss, compute, backward=True
     )
     return {"loss": value, **mean_metrics(sums)}, num_tokens

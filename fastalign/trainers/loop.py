@@ -1,4 +1,4 @@
-"""The flat loop that SFT and DPO share: step, log, evaluate, save, stop when asked."""
+"""The flat loop that every trainer runs: step, log, evaluate, save, stop when asked."""
 
 import math
 import shutil
@@ -11,7 +11,7 @@ from typing import Any
 from fastalign.data import indices_of_step
 from fastalign.models import save_model
 from fastalign.trainers.checkpoint import newest_good_checkpoint, restore, save_checkpoint
-from fastalign.trainers.config import DPOConfig, SFTConfig
+from fastalign.trainers.config import AnyConfig
 from fastalign.trainers.metrics import Metrics, MetricsWriter, ProgressDisplay
 from fastalign.trainers.optimizer import make_optimizer
 from fastalign.trainers.signals import StopRequest, stop_on_signal
@@ -50,6 +50,7 @@ class Task:
         accumulate: adds the gradient of these examples; returns the step's metrics (`loss` and
             `num_micro_batches` among them) and the packed tokens computed.
         evaluate: metrics on the held-out data, names beginning with `eval_`; None without data.
+        save_model: writes (model, tokenizer, folder) in transformers' layout.
     """
 
     title: str
@@ -58,16 +59,17 @@ class Task:
     tokenizer: Any
     accumulate: Callable[[list[int]], tuple[Metrics, int]]
     evaluate: Callable[[], Metrics] | None
+    save_model: Callable[[Any, Any, Path], None] = save_model
 
 
-def total_steps(config: SFTConfig | DPOConfig, num_examples: int) -> int:
+def total_steps(config: AnyConfig, num_examples: int) -> int:
     """`max_steps`, or the steps that `epochs` passes take (the last one may reach beyond)."""
     if config.train.max_steps is not None:
         return config.train.max_steps
     return max(1, math.ceil(config.train.epochs * num_examples / config.train.batch_size))
 
 
-def indices_of_run(config: SFTConfig | DPOConfig, num_examples: int) -> set[int]:
+def indices_of_run(config: AnyConfig, num_examples: int) -> set[int]:
     """The examples that the run will use."""
     used: set[int] = set()
     for step in range(total_steps(config, num_examples)):
@@ -95,7 +97,7 @@ def resume(folder: Path, state: TrainState, task: Task) -> dict[str, Any]:
     return saved
 
 
-def run_loop(config: SFTConfig | DPOConfig, model: Any, task: Task) -> RunResult:
+def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     """Trains until the last step, a signal, `stop_at_step`, or too many skipped steps.
 
     Raises:
@@ -150,14 +152,12 @@ def run_loop(config: SFTConfig | DPOConfig, model: Any, task: Task) -> RunResult
     return RunResult(state.step, finished, stop.exit_code, metrics)
 
 
-def should_stop(config: SFTConfig | DPOConfig, state: TrainState, stop: StopRequest) -> bool:
+def should_stop(config: AnyConfig, state: TrainState, stop: StopRequest) -> bool:
     """Whether a signal came or `stop_at_step` is reached."""
     return stop.received is not None or state.step == config.train.stop_at_step
 
 
-def one_step(
-    config: SFTConfig | DPOConfig, state: TrainState, task: Task, num_steps: int
-) -> Metrics:
+def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -> Metrics:
     """Takes one optimiser step, evaluates when it is due; returns what is logged."""
     start = time.perf_counter()
     batch_size = config.train.batch_size
@@ -185,13 +185,13 @@ def one_step(
     return metrics
 
 
-def save_final_model(config: SFTConfig | DPOConfig, model: Any, task: Task) -> None:
+def save_final_model(config: AnyConfig, model: Any, task: Task) -> None:
     """Writes `model/`: complete under another name first, then renamed."""
     folder = Path(config.run.dir)
     aside, final = folder / ".writing-model", folder / "model"
     if aside.exists():  # left behind by a run that was killed
         shutil.rmtree(aside)
-    save_model(model, task.tokenizer, aside)
+    task.save_model(model, task.tokenizer, aside)
     if final.exists():
         shutil.rmtree(final)
     aside.rename(final)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.data import TokenizedDataset, Tokenizer, load_tokenizer
-from fastalign.models import attention_of, lm_head, load_policy
-from fastalign.trainers.config import DPOConfig, ModelConfig, SFTConfig, config_to_dict
+from fastalign.models import attention_of, load_policy, load_reward_model
+from fastalign.trainers.config import AnyConfig, ModelConfig, config_to_dict
 from fastalign.trainers.optimizer import adamw
 from fastalign.trainers.run_folder import announce, locked, prepare_run_folder
 from fastalign.trainers.state import seed_everything
@@ -15,7 +15,7 @@ from fastalign.trainers.step import Compute
 
 
 @contextmanager
-def opened_run(config: SFTConfig | DPOConfig) -> Iterator[None]:
+def opened_run(config: AnyConfig) -> Iterator[None]:
     """Prepares and holds the run's folder, prints the resolved settings, seeds everything.
 
     Raises:
@@ -31,17 +31,40 @@ def opened_run(config: SFTConfig | DPOConfig) -> Iterator[None]:
         yield
 
 
-def load_for_training(config: SFTConfig | DPOConfig, compute: Compute) -> tuple[Any, Tokenizer]:
+def load_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokenizer]:
     """The policy with float32 master weights, and its tokenizer."""
     model, tokenizer = load_model(config.model.path, config.model, compute)
+    return ready_for_training(model, config), tokenizer
+
+
+def load_reward_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokenizer]:
+    """A reward model with float32 master weights, and its tokenizer."""
+    trust = config.model.trust_remote_code
+    tokenizer = load_tokenizer(config.model.path, trust_remote_code=trust)
+    model = load_reward_model(
+        config.model.path,
+        seed=config.run.seed,
+        device=compute.device,
+        packing=compute.packing,
+        attention_name=compute.attention,
+        compute_dtype=compute.dtype,
+        trust_remote_code=trust,
+    )
+    check_vocabulary(model, tokenizer, config.model.path)
+    print(f"attention of {config.model.path}: {attention_of(model)}", flush=True)
+    return ready_for_training(model, config), tokenizer
+
+
+def ready_for_training(model: Any, config: AnyConfig) -> Any:
+    """The model, with activation checkpointing where it is asked for."""
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()  # dropout is 0; transformers checkpoints only in this mode
-    return model, tokenizer
+    return model
 
 
 def load_model(path: str, config: ModelConfig, compute: Compute) -> tuple[Any, Tokenizer]:
-    """A model on the device, and the tokenizer beside it.
+    """A causal model on the device, and the tokenizer beside it.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.
@@ -56,13 +79,22 @@ def load_model(path: str, config: ModelConfig, compute: Compute) -> tuple[Any, T
         compute_dtype=compute.dtype,
         trust_remote_code=trust,
     )
+    check_vocabulary(model, tokenizer, path)
     print(f"attention of {path}: {attention_of(model)}", flush=True)
-    num_rows = lm_head(model).weight.shape[0]
+    return model, tokenizer
+
+
+def check_vocabulary(model: Any, tokenizer: Tokenizer, path: str) -> None:
+    """Refuses a tokenizer that has more tokens than the model.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    num_rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > num_rows:
         raise ValueError(
             f"model.path: the tokenizer in {path} has {len(tokenizer)} tokens, the model {num_rows}"
         )
-    return model, tokenizer
 
 
 def check_lengths(model: Any, data: TokenizedDataset) -> None:
