@@ -25,7 +25,7 @@ from benchmarks.step_work import useful_flops
 from benchmarks.step_worker import Clock, Job
 from fastalign.batch import Group, pack
 from fastalign.data import load_preferences
-from fastalign.models.attention_plan import plan_attention
+from fastalign.models.attention import AttentionPlan
 
 TINY = SHAPES["tiny"]
 NUM_PAIRS = 3
@@ -178,7 +178,7 @@ def test_too_few_rows_are_refused(tmp_path: Path) -> None:
 
 def test_flops_are_those_of_the_weights_and_of_what_is_attended_to() -> None:
     group = Group([5, 6, 7], [[8, 9], [10, 11, 2]])
-    (block,) = plan_attention(pack([group])).blocks
+    (block,) = AttentionPlan(pack([group])).blocks
     attended = int(block.mask(None).sum())
     from transformers import AutoModelForCausalLM
 
