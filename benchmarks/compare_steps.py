@@ -23,10 +23,10 @@ from benchmarks.step_cases import (
     write_rows,
 )
 from benchmarks.step_rows import (
-    NOTES,
     StepRow,
     Turns,
     print_like_for_like,
+    print_notes,
     print_steps,
     rows_of,
 )
@@ -134,6 +134,8 @@ def compare_case(
     """
     _say(f"{case}, {job.shape.name}, {job.dtype}: the eager loss ...")
     truth = TRUTHS[name](job)
+    if job.device == "cuda":
+        torch.cuda.empty_cache()  # for the trainers
     head = name != "reward-step"
     everybody = {PRODUCTS: run_products if head else run_products_without_head, **trainers}
     together = [[key] for key in everybody] if job.device == "cuda" else [list(everybody)]
@@ -195,7 +197,7 @@ def compare_all_steps(arguments: argparse.Namespace) -> list[StepRow]:
             rows += _compare_on(name, case, SHAPES[model], trainers, arguments)
     print_steps(rows)
     print_like_for_like(rows)
-    print(NOTES)
+    print_notes(rows)
     return rows
 
 

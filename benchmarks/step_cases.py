@@ -104,19 +104,22 @@ DEFAULT_PAIRS = {"cpu": 8, "cuda": 16}
 def make_groups(
     case: StepCase, vocab_size: int, num_groups: int, num_responses: int
 ) -> list[Group]:
-    """Prompts of random ids, each with so many responses that end in EOS; always the same."""
+    """Prompts of random ids, each with so many responses that end in EOS; always the same.
+
+    More responses are added to the same prompts and responses.
+    """
     assert case.prompt_lengths is not None
     assert case.response_lengths is not None
-    draw = random.Random(0)
-
-    def ids(length: int) -> list[int]:
-        return [draw.randrange(FIRST_WORD, vocab_size) for _ in range(length)]
-
     groups = []
-    for _ in range(num_groups):
-        prompt = ids(draw.randint(*case.prompt_lengths))
-        lengths = [draw.randint(*case.response_lengths) for _ in range(num_responses)]
-        groups.append(Group(prompt, [[*ids(length - 1), EOS] for length in lengths]))
+    for number in range(num_groups):
+        draw = random.Random(number)
+
+        def ids(bounds: tuple[int, int], draw: random.Random = draw) -> list[int]:
+            return [draw.randrange(FIRST_WORD, vocab_size) for _ in range(draw.randint(*bounds))]
+
+        prompt = ids(case.prompt_lengths)
+        responses = [[*ids(case.response_lengths)[:-1], EOS] for _ in range(num_responses)]
+        groups.append(Group(prompt, responses))
     return groups
 
 

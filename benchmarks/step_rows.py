@@ -12,16 +12,19 @@ from benchmarks.step_work import PEAK_FLOPS, useful_flops, useful_tokens
 from benchmarks.step_worker import Job
 
 NOTES = """\
-A step is one turn of each trainer's own loop, from the end of one optimizer.step() to the end of
-the next: batch, forward, backward, clipping, AdamW, logging. All see the same rows, weights, dtype
-and schedule; every first loss was compared with one computed without any of them. TRL has its
-defaults but for gradient checkpointing, which is off for all; its DPO step runs a reference model,
-unless the log-probs were computed before the first step, as fastalign computes them. On a CPU TRL's
-head computes the logits of every position, on a GPU those of predicted tokens alone.
-useful: tokens of prompts once, and of responses. computed: tokens that went through the blocks,
-with padding, repeated prompts and the reference's forward. of products: time of the bare matrix
-products of the useful tokens, in the same run, over the step's. peak: most memory in a step, the
-model's weights, gradients and optimiser state included."""
+A step is one turn of the trainer's own loop, from the end of one optimizer.step() to the end of the
+next: batch, forward, backward, clipping, AdamW, logging. Every first loss was compared with one
+that plain lines compute. useful: tokens of prompts once, and of responses. computed: tokens that
+went through the blocks, with padding, repeated prompts and the reference's forward. of products:
+time of the bare matrix products of the useful tokens, in the same run, over the step's. peak MiB:
+most memory in a step, weights, gradients and optimiser state included. ratio: the time of TRL's
+step (of the fewest answers' step) over this one's."""
+NOTES_ON_TRL = """\
+All trainers have the same rows, weights, dtype, learning rates and clipping, each in a process of
+its own. TRL has its defaults but for gradient checkpointing, which is off for all. Its DPO step
+runs the reference model, unless that was done before the first step, as fastalign does it; the row
+with the reference in the step has fastalign compute those log-probs again in every step. On a CPU
+TRL's head computes the logits of every position, on a GPU those of predicted tokens alone."""
 
 
 @dataclass(frozen=True)
@@ -169,21 +172,31 @@ def print_steps(rows: Sequence[StepRow]) -> None:
         )
 
 
+# Who does the same work: the reference in no step, or in every one.
+LIKE_FOR_LIKE = {
+    "fastalign": "trl, reference precomputed",
+    "fastalign, reference in the step": "trl",
+}
+
+
 def print_like_for_like(rows: Sequence[StepRow]) -> None:
-    """Who does the same work: the reference in every step, or in none."""
-    pairs = (
-        ("fastalign", "trl, reference precomputed"),
-        ("fastalign, reference in the step", "trl"),
-    )
+    """How rows that do the same work compare."""
     by_name = {(row.case, row.model, row.dtype, row.implementation): row for row in rows}
     for row in rows:
-        peer = by_name.get((row.case, row.model, row.dtype, dict(pairs).get(row.implementation)))
-        if peer is not None:
-            times = peer.milliseconds / row.milliseconds
+        name = LIKE_FOR_LIKE.get(row.implementation)
+        peer = name and by_name.get((row.case, row.model, row.dtype, name))
+        if peer:
             memory = ""
             if row.peak_bytes is not None and peer.peak_bytes is not None:
                 memory = f", {row.peak_bytes / peer.peak_bytes:.2f} times its memory"
             print(
                 f"like for like, {row.case}, {row.model}, {row.dtype}: {row.implementation}: "
-                f"{times:.2f} times as fast as {peer.implementation}{memory}"
+                f"{peer.milliseconds / row.milliseconds:.2f} times as fast as {name}{memory}"
             )
+
+
+def print_notes(rows: Sequence[StepRow]) -> None:
+    """What the table does not say by itself."""
+    print(NOTES)
+    if any(row.trl for row in rows):
+        print(NOTES_ON_TRL)

@@ -84,11 +84,11 @@ class Clock:
         register_optimizer_step_post_hook(lambda *_: self.end_turn())
         forward = torch.nn.Embedding.forward
 
-        def counted(module: torch.nn.Embedding, token_ids: torch.Tensor) -> torch.Tensor:
-            self._num_tokens += token_ids.numel()
-            return forward(module, token_ids)
+        def counted(module: torch.nn.Embedding, input: torch.Tensor) -> torch.Tensor:
+            self._num_tokens += input.numel()
+            return forward(module, input)
 
-        torch.nn.Embedding.forward = counted  # type: ignore[method-assign]
+        torch.nn.Embedding.forward = counted  # type: ignore[assignment, method-assign]
         if CLEAR_REFS.exists():
             self._resident = resident_bytes("VmRSS")
 

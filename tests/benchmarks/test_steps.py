@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks import compare, compare_steps
 from benchmarks.step_cases import (
@@ -97,6 +98,9 @@ def test_a_step_by_the_number_of_answers(tmp_path: Path, monkeypatch: pytest.Mon
     for number, row in zip((2, 4, 8), rows.values(), strict=True):
         groups = make_groups(CASES["small"], TINY.vocab_size, NUM_PAIRS, number)
         assert row["tokens_computed"] == sum(group.num_tokens for group in groups)
+        # the same prompts and first responses, so that the number alone differs
+        pairs = [Group(group.prompt_ids, group.response_ids[:2]) for group in groups]
+        assert pairs == make_groups(CASES["small"], TINY.vocab_size, NUM_PAIRS, 2)
 
 
 def make_job(folder: Path, name: str) -> Job:
@@ -180,8 +184,6 @@ def test_flops_are_those_of_the_weights_and_of_what_is_attended_to() -> None:
     group = Group([5, 6, 7], [[8, 9], [10, 11, 2]])
     (block,) = AttentionPlan(pack([group])).blocks
     attended = int(block.mask(None).sum())
-    from transformers import AutoModelForCausalLM
-
     layers = AutoModelForCausalLM.from_config(TINY.config()).model.layers
     weights = sum(p.numel() for p in layers.parameters() if p.ndim == 2)
     attention = 4 * attended * TINY.hidden_size * TINY.num_layers
