@@ -77,6 +77,27 @@ def fastalign_sft(job: Job, clock: Clock) -> None:
     train_sft(config)
 
 
+def fastalign_reward(job: Job, clock: Clock) -> None:
+    """`train_reward`."""
+    from fastalign.trainers import (
+        ModelConfig,
+        PreferenceDataConfig,
+        RewardConfig,
+        RunConfig,
+        train_reward,
+    )
+
+    config = RewardConfig(
+        model=ModelConfig(str(job.policy)),
+        data=PreferenceDataConfig(train=str(job.rows), max_length=MAX_LENGTH),
+        run=RunConfig(str(job.scratch / "run")),
+        train=_train_config(job),
+    )
+    clock.first_loss = lambda: _logged_loss(job)
+    clock.watch()
+    train_reward(config)
+
+
 def fastalign_answers(job: Job, clock: Clock) -> None:
     """The functions of `train_sft` on prompts with any number of responses, all of them trained."""
     from fastalign.models import load_policy
@@ -196,7 +217,7 @@ def _run_trl(trainer: Any, clock: Clock) -> None:
     trainer.train()
 
 
-# By comparison. Ours of `reward-step` goes here too.
+# By comparison.
 TRAINERS: dict[str, dict[str, Trainer]] = {
     "dpo-step": {
         "trl": trl_dpo,
@@ -205,5 +226,5 @@ TRAINERS: dict[str, dict[str, Trainer]] = {
         "fastalign, reference in the step": fastalign_dpo_reference_in_the_step,
     },
     "sft-step": {"trl": trl_sft, "fastalign": fastalign_sft},
-    "reward-step": {"trl": trl_reward},
+    "reward-step": {"trl": trl_reward, "fastalign": fastalign_reward},
 }
