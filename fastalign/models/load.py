@@ -1,5 +1,6 @@
 """Loads and saves causal models; refuses by name those that cannot be packed exactly."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastalign.models import attention
 from fastalign.models.head import check_head
+from fastalign.models.lora import adapter_base, has_adapter, merge_adapter, quiet_peft
+from fastalign.models.low_bit import keep_differentiable, nf4_options
 from fastalign.models.packed import Packing
 
 # Tested: packed log-probs and every gradient equal those of one sequence at a time.
@@ -88,41 +91,52 @@ def load_policy(
     device: torch.device | str = "cpu",
     packing: Packing = "shared_prefix",
     trust_remote_code: bool = False,
+    nf4: bool = False,
 ) -> Any:
     """Loads a causal model from a folder in transformers' layout, or from the hub.
 
     Args:
-        path: folder or hub name.
+        path: folder or hub name; of a folder in peft's layout, the base with the adapter merged.
         dtype: of the parameters.
         device: where they go.
         packing: what the model will be run with; anything but `padded` is checked to be exact.
         trust_remote_code: run code that comes with the model.
+        nf4: quantise the weights of every linear layer but the head; such a model is frozen.
 
     Raises:
-        ValueError: no model there, an architecture that cannot be packed, or an unknown head.
+        ValueError: no model there, an architecture that cannot be packed, or an unknown head; an
+            adapter that does not fit its base; peft or bitsandbytes is needed and not installed.
     """
     attention.register()
+    base = adapter_base(path)
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            path if base is None else base, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
             f"model.path: no model can be loaded from {str(path)!r}: {first}"
         ) from error
-    options = {}
+    options = nf4_options(dtype, device) if nf4 else {}
     if packing != "padded":
         check_packable(config)
     if config.model_type in PACKABLE:
         options["attn_implementation"] = attention.NAME
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, **options
-        )
+        with nullcontext() if base is None else quiet_peft():
+            model = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, trust_remote_code=trust_remote_code, **options
+            )
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
             f"model.path: the weights in {str(path)!r} cannot be read: {first}"
         ) from error
+    if nf4:
+        keep_differentiable(model)
+    if has_adapter(model):
+        merge_adapter(model)
     model = model.to(device)
     disable_dropout(model)
     model.eval()

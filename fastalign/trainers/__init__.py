@@ -13,6 +13,7 @@ from fastalign.trainers.config import (
 )
 from fastalign.trainers.dpo import train_dpo
 from fastalign.trainers.loop import RunResult
+from fastalign.trainers.lora_config import LoraConfig
 from fastalign.trainers.preference_losses import LOSSES, PreferenceLoss
 from fastalign.trainers.sft import train_sft
 
@@ -20,6 +21,7 @@ __all__ = [
     "LOSSES",
     "DPOConfig",
     "DataConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimConfig",
     "PreferenceDataConfig",

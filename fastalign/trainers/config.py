@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from fastalign.models import Packing
+from fastalign.trainers.lora_config import LoraConfig
 from fastalign.trainers.preference_losses import LOSSES, DPOLoss, PreferenceLoss
 
 Precision = Literal["auto", "bf16", "float32"]
@@ -26,6 +27,7 @@ class ModelConfig:
     """Folder in transformers' layout, or a hub name."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         _require(bool(self.path), "model.path", "a model folder or a hub name", self.path)
@@ -183,12 +185,13 @@ class DPOConfig:
 
 def config_to_dict(config: SFTConfig | DPOConfig) -> dict[str, Any]:
     """The settings as nested dictionaries, as `config.yaml` holds them; a loss has its `name`."""
-    values = asdict(config)
+    values = asdict(config, dict_factory=_with_lists)
     if isinstance(config, DPOConfig):
         names = {cls: name for name, cls in LOSSES.items()}
         values["loss"] = {"name": names[type(config.loss)], **values["loss"]}
-    for section in values.values():
-        for key, value in section.items():
-            if isinstance(value, tuple):
-                section[key] = list(value)
     return values
+
+
+def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary with lists for tuples, which YAML has not."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in items}

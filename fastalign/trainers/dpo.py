@@ -17,7 +17,7 @@ from fastalign.data import (
 )
 from fastalign.fused import preference_loss_fn
 from fastalign.losses import segment_sum
-from fastalign.models import Head
+from fastalign.models import Head, adapter_off
 from fastalign.ops.fused_linear_loss import LossFunction
 from fastalign.trainers.config import DPOConfig
 from fastalign.trainers.evaluate import evaluate_by_loss
@@ -114,26 +114,28 @@ def prepare(
 ) -> Pairs:
     """Measures the pairs and finds the reference's log-probs of those that will be used.
 
-    The policy must still be what it was before the first step: without `reference.path` it is the
-    reference.
+    Without `reference.path` the policy is the reference: it must still be what it was before the
+    first step, unless it has an adapter, which is put off.
     """
     examples = measure_examples(data.groups, compute.packing)
     reference = None
     if config.loss.formula().needs_reference:
         cache = config.reference.cache_dir
-        reference = reference_logprobs(
-            load_reference(config, policy, tokenizer, compute),
-            examples,
-            used,
-            compute,
-            data_fingerprint=data.fingerprint,
-            cache_dir=default_cache_dir() if cache is None else Path(cache).expanduser(),
-        )
+        model = load_reference(config, policy, tokenizer, compute)
+        with adapter_off(model):
+            reference = reference_logprobs(
+                model,
+                examples,
+                used,
+                compute,
+                data_fingerprint=data.fingerprint,
+                cache_dir=default_cache_dir() if cache is None else Path(cache).expanduser(),
+            )
     return Pairs(examples, reference, torch.tensor(data.ties))
 
 
 def load_reference(config: DPOConfig, policy: Any, tokenizer: Tokenizer, compute: Compute) -> Any:
-    """The frozen model: another one, or the policy before its first step.
+    """The frozen model: another one, or the policy before its first step, its adapter off.
 
     Raises:
         ValueError: its vocabulary is not the policy's.
@@ -170,15 +172,11 @@ def make_preference_loss(loss: PreferenceLoss, pairs: Pairs, normaliser: int) ->
 def logit_sums(hidden: Tensor, head: Head, batch: PackedBatch) -> dict[str, Tensor]:
     """Mean logits of chosen and rejected tokens, as sums: TRL's `logits/chosen`, `logits/rejected`.
 
-    The mean over the vocabulary is the product with the mean row of the weight, so no logits are
-    formed; a softcap forbids that, and such models have no such metric.
+    A model with a softcap has no such metric: its mean needs every logit.
     """
     if head.softcap is not None:
         return {}
-    mean_logit = hidden.to(head.weight.dtype) @ head.weight.mean(0)
-    if head.bias is not None:
-        mean_logit = mean_logit + head.bias.mean()
-    sums = segment_sum(head.logit_scale * mean_logit.float(), batch.target_bounds)
+    sums = segment_sum(head.mean_logit(hidden), batch.target_bounds)
     counts = batch.target_bounds.diff()
     return {
         "logits/chosen": sums[0::2].sum(),

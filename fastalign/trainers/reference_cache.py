@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fastalign.evaluation import sequence_logprobs
+from fastalign.models import base_state
 from fastalign.trainers.step import Compute, Examples
 
 VERSION = 1
@@ -31,11 +32,15 @@ def default_cache_dir() -> Path:
 
 
 def model_fingerprint(model: Any) -> str:
-    """SHA-256 of the configuration and every weight's name, shape, dtype and bytes."""
+    """SHA-256 of the configuration and every weight's name, shape, dtype and bytes.
+
+    An adapter is left out: runs with different ones share what they compute of their base.
+    """
     digest = hashlib.sha256(model.config.to_json_string().encode())
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(base_state(model).items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        flat = value.detach().cpu().contiguous().flatten()  # a view as bytes needs a dimension
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 
