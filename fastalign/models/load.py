@@ -1,6 +1,5 @@
 """Loads and saves causal models; refuses by name those that cannot be packed exactly."""
 
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastalign.models import attention
 from fastalign.models.head import check_head
-from fastalign.models.lora import adapter_base, has_adapter, merge_adapter, quiet_peft
+from fastalign.models.lora import merge_adapter
+from fastalign.models.lora_files import adapter_base, open_adapter
 from fastalign.models.low_bit import keep_differentiable, nf4_options
 from fastalign.models.packed import Packing
 
@@ -109,14 +109,13 @@ def load_policy(
     """
     attention.register()
     base = adapter_base(path)
+    source = path if base is None else base
     try:
-        config = AutoConfig.from_pretrained(
-            path if base is None else base, trust_remote_code=trust_remote_code
-        )
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"model.path: no model can be loaded from {str(path)!r}: {first}"
+            f"model.path: no model can be loaded from {str(source)!r}: {first}"
         ) from error
     options = nf4_options(dtype, device) if nf4 else {}
     if packing != "padded":
@@ -124,18 +123,18 @@ def load_policy(
     if config.model_type in PACKABLE:
         options["attn_implementation"] = attention.NAME
     try:
-        with nullcontext() if base is None else quiet_peft():
-            model = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, trust_remote_code=trust_remote_code, **options
-            )
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, trust_remote_code=trust_remote_code, **options
+        )
     except OSError as error:
         first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"model.path: the weights in {str(path)!r} cannot be read: {first}"
+            f"model.path: the weights in {str(source)!r} cannot be read: {first}"
         ) from error
     if nf4:
         keep_differentiable(model)
-    if has_adapter(model):
+    if base is not None:
+        open_adapter(model, path)
         merge_adapter(model)
     model = model.to(device)
     disable_dropout(model)

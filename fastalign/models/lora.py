@@ -1,18 +1,14 @@
-"""Low-rank adapters on a frozen causal model, through peft: the one file that imports it.
+"""Low-rank adapters on a frozen causal model, through peft.
 
 A model with an adapter stays a transformers causal model; its linear layers are peft's.
 """
 
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -20,7 +16,6 @@ from fastalign.models.low_bit import dense_layer, is_quantised
 from fastalign.ops import LoraWeights
 
 ADAPTER = "default"  # peft's own name for the only adapter
-CONFIG_FILE = "adapter_config.json"
 ALL_LINEAR = "all-linear"
 
 
@@ -148,54 +143,11 @@ def base_state(model: Any) -> Mapping[str, Tensor]:
     }
 
 
-def save_adapter(model: Any, folder: str | Path) -> None:
-    """Writes the adapter in peft's layout; `PeftModel.from_pretrained(base, folder)` opens it."""
-    from peft.functional import get_peft_model_state_dict
-
-    state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    tensors = {f"base_model.model.{name}": value.contiguous() for name, value in state.items()}
-    save_file(tensors, Path(folder) / "adapter_model.safetensors", metadata={"format": "pt"})
-    replace(model.peft_config[ADAPTER], inference_mode=True).save_pretrained(str(folder))
-    model.generation_config.save_pretrained(str(folder))  # it lists the tokens that end an answer
-
-
-def adapter_base(path: str | Path) -> str | None:
-    """The base that a local adapter folder names; None: it is no adapter folder.
-
-    Raises:
-        ValueError: the adapter is damaged or not LoRA, its base is not there, or peft is missing.
-    """
-    folder = Path(path).expanduser()
-    file = folder / CONFIG_FILE
-    if not file.is_file():
-        return None
-    require_peft(f"model.path: {folder} is an adapter, which")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        kind, base = config["peft_type"], config["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: expected the configuration of an adapter: {error}") from None
-    if kind != "LORA" or config.get("modules_to_save"):
-        raise ValueError(f"{file}: expected a LoRA adapter without modules_to_save, got {kind}")
-    if (folder / "config.json").is_file():  # the base's files are in the same folder
-        return str(folder)
-    if not base:
-        raise ValueError(f"{file}: base_model_name_or_path is empty; write the base's folder there")
-    local = Path(base).expanduser()
-    if not local.exists() and (base.startswith((".", "/", "~")) or base.count("/") > 1):
-        raise ValueError(
-            f"{file}: its base {base} is not here; correct base_model_name_or_path, or run where "
-            "that path leads to it"
-        )
-    return str(base)
-
-
 def untie_head(model: Any) -> None:
     """Gives the head a weight of its own if it is the embedding's: the two will differ."""
-    head = model.get_output_embeddings()
-    head = getattr(head, "base_layer", head)
-    if head.weight is model.get_input_embeddings().weight:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head.weight is embedding.weight:
+        head = getattr(head, "base_layer", head)
         head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False
 
@@ -210,7 +162,8 @@ def merge_adapter(model: Any) -> None:
     """
     from peft.tuners.lora import LoraLayer
 
-    if layer_adapter(model.get_output_embeddings()) is not None:
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(isinstance(end, LoraLayer) for end in ends):
         untie_head(model)
     layers = {name: part for name, part in model.named_modules() if isinstance(part, LoraLayer)}
     for name, layer in layers.items():
