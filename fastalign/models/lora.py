@@ -148,13 +148,13 @@ def untie_head(model: Any) -> None:
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head.weight is embedding.weight:
         head = getattr(head, "base_layer", head)
-        head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        head.weight = nn.Parameter(head.weight.detach().clone())
     model.config.tie_word_embeddings = False
 
 
 @torch.no_grad()
 def merge_adapter(model: Any) -> None:
-    """Adds the adapter's product to each weight, in place; leaves an ordinary causal model.
+    """Adds the adapter's product to each weight, in place; leaves an ordinary model, not frozen.
 
     A weight keeps its dtype, and the sum is rounded to it, by peft's own merge. Quantised layers
     become dense ones in the dtype of the other weights: quantising them again would lose more of
@@ -178,5 +178,6 @@ def merge_adapter(model: Any) -> None:
             model.set_submodule(name, dense_layer(part, model.dtype))
     if getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)
+    model.requires_grad_(True)
     del model.peft_config
     model._hf_peft_config_loaded = False  # what transformers' save_pretrained looks at

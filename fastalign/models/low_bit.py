@@ -69,7 +69,7 @@ def dense_layer(layer: Any, dtype: torch.dtype, delta: Tensor | None = None) -> 
         else:
             dense = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     weight = (weight.t().contiguous() if transposed else weight).to(dtype)
-    dense.weight = nn.Parameter(weight, requires_grad=False)
+    dense.weight = nn.Parameter(weight)
     if layer.bias is not None:
-        dense.bias = nn.Parameter(layer.bias.to(dtype), requires_grad=False)
+        dense.bias = nn.Parameter(layer.bias.detach().to(dtype))
     return dense
