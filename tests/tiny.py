@@ -61,7 +61,7 @@ def tiny_model(
         **SETTINGS[architecture],
     )
     model = AutoModelForCausalLM.from_config(
-        config, attn_implementation=attention.NAME, dtype=dtype
+        config, attn_implementation=attention.registered_name("sdpa"), dtype=dtype
     )
     for parameter in model.parameters():  # norms and biases too, so that every gradient matters
         parameter.data.add_(0.1 * torch.randn_like(parameter))

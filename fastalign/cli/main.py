@@ -13,6 +13,7 @@ from collections.abc import Sequence
 COMMANDS: dict[str, tuple[str, str]] = {
     "sft": ("fastalign.cli.sft", "fine-tune a model on demonstrations"),
     "dpo": ("fastalign.cli.dpo", "align a model with preference pairs (DPO and its relatives)"),
+    "reward": ("fastalign.cli.reward", "train a reward model on comparisons, ties among them"),
     "generate": ("fastalign.cli.generate", "sample completions of a file of prompts"),
     "label": ("fastalign.cli.label", "turn sampled completions into preference pairs by a reward"),
     "eval": ("fastalign.cli.evaluate", "accuracy on pairs; reward and KL of fresh samples"),

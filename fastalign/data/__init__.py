@@ -33,6 +33,7 @@ from fastalign.data.tokenizer import (
     check_same_vocabulary,
     eos_token_ids,
     load_tokenizer,
+    use_distinct_pad,
 )
 
 __all__ = [
@@ -63,4 +64,5 @@ __all__ = [
     "packed_lengths",
     "read_examples",
     "read_texts",
+    "use_distinct_pad",
 ]

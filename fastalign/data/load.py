@@ -185,7 +185,8 @@ def _load(
             raise DataFault(
                 example.source,
                 "a tie, for which this loss has no place; drop ties (--data.ties drop) or take a "
-                "loss with ties (--loss dpo_rao_kupper, --loss dpo_davidson)",
+                "loss with ties (--loss dpo_rao_kupper or dpo_davidson; for a reward model "
+                "rao_kupper or davidson)",
                 "label",
             )
         if tie and ties == "drop":

@@ -1,13 +1,14 @@
 """Loading a tokenizer, and what of it the data needs."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from fastalign.data.conversation import Message, content_as_json
 from fastalign.data.template import Template, TemplateError
 
+PAD_TOKEN = "<|fastalign_pad|>"
 _FILE_STEMS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
 
 
@@ -37,6 +38,9 @@ class Tokenizer(Protocol):
 
     def get_vocab(self) -> dict[str, int]:
         """Token to id."""
+
+    def add_special_tokens(self, special_tokens_dict: Any) -> int:
+        """Names special tokens; those that are new get the next ids."""
 
     def __len__(self) -> int:
         """Number of tokens, added ones included."""
@@ -92,6 +96,25 @@ def check_same_vocabulary(policy: Tokenizer, reference: Tokenizer) -> None:
         f"{ours.get(token)} in {policy.name_or_path} and {theirs.get(token)} in "
         f"{reference.name_or_path}"
     )
+
+
+def use_distinct_pad(tokenizer: Tokenizer, ends: Collection[int]) -> int:
+    """A pad token that no response ends with; the tokenizer is given one if its own is not.
+
+    Who reads a response's end off the ids, as transformers' sequence classifiers do, would take
+    a last token that is the pad token for padding.
+
+    Args:
+        tokenizer: its pad token is replaced where it is one of `ends`.
+        ends: tokens that a response can end with.
+
+    Returns:
+        The pad token's id.
+    """
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
+        tokenizer.add_special_tokens({"pad_token": PAD_TOKEN})
+    assert tokenizer.pad_token_id is not None
+    return tokenizer.pad_token_id
 
 
 def eos_token_ids(tokenizer: Tokenizer, path: str | Path | None = None) -> tuple[int, ...]:

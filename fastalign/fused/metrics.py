@@ -7,19 +7,23 @@ def metric_means(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """Turns the summed metrics of a step into means, under the same names; counts stay counts.
 
     Means are over pairs, but `entropy`, `mean_token_accuracy`, `policy/*` and `val/*` over tokens,
-    `logits/chosen` and `logits/rejected` over that side's, and `rewards/accuracies` over pairs
-    that are not ties. A mean over nothing is 0.
+    `logits/chosen` and `logits/rejected` over that side's, and `rewards/accuracies`, and a reward
+    model's `accuracy` and `margin`, over pairs that are not ties. A mean over nothing is 0.
+    Extremes (`min_...`, `max_...`) stay what they are.
     """
     counts = {name: value for name, value in sums.items() if name.startswith("num_")}
     means = dict(counts)
     for name, value in sums.items():
         if name in counts:
             continue
+        if name.startswith(("min_", "max_")):
+            means[name] = value
+            continue
         if name in ("entropy", "mean_token_accuracy") or name.startswith(("policy/", "val/")):
             count = counts["num_target_tokens"]
         elif name in ("logits/chosen", "logits/rejected"):
             count = counts[f"num_{name.removeprefix('logits/')}_tokens"]
-        elif name == "rewards/accuracies":
+        elif name in ("rewards/accuracies", "accuracy", "margin"):
             count = counts["num_pairs"] - counts["num_ties"]
         else:
             count = counts["num_pairs"]

@@ -18,7 +18,7 @@ def check_same_shape(**tensors: Tensor | None) -> None:
             )
 
 
-def check_positive(**numbers: float) -> None:
+def check_positive(**numbers: float | Tensor) -> None:
     """Checks that every number is above zero.
 
     Raises:

@@ -39,7 +39,7 @@ def bradley_terry(
     return loss
 
 
-def rao_kupper(difference: Tensor, tie: Tensor, *, nu: float) -> Tensor:
+def rao_kupper(difference: Tensor, tie: Tensor, *, nu: float | Tensor) -> Tensor:
     """Negative log-likelihood (B,) of a win, or of a tie where `tie`, under Rao and Kupper's model.
 
     Rao and Kupper (1967), as used by Chen et al. (arXiv 2409.17431). With difference d = r_c - r_r:
@@ -48,7 +48,8 @@ def rao_kupper(difference: Tensor, tie: Tensor, *, nu: float) -> Tensor:
     Args:
         difference: (B,) reward of the chosen minus that of the rejected.
         tie: (B,) bool.
-        nu: Above 1; at d = 0, p(tie) = (nu - 1) / (nu + 1), so nu = 3 ties with one half.
+        nu: Above 1; at d = 0, p(tie) = (nu - 1) / (nu + 1), so nu = 3 ties with one half. A tensor
+            () may be learned.
 
     Raises:
         ValueError: nu <= 1, or shapes differ.
@@ -56,13 +57,13 @@ def rao_kupper(difference: Tensor, tie: Tensor, *, nu: float) -> Tensor:
     if not nu > 1.0:
         raise ValueError(f"nu: expected a number above 1, got {nu}")
     check_same_shape(difference=difference, tie=tie)
-    threshold = math.log(nu)
+    threshold = _log(nu)
     win = F.logsigmoid(difference - threshold)
     loss_or_win = F.logsigmoid(-difference - threshold)
-    return -torch.where(tie, math.log(nu * nu - 1.0) + win + loss_or_win, win)
+    return -torch.where(tie, _log(nu * nu - 1.0) + win + loss_or_win, win)
 
 
-def davidson(difference: Tensor, tie: Tensor, *, nu: float) -> Tensor:
+def davidson(difference: Tensor, tie: Tensor, *, nu: float | Tensor) -> Tensor:
     """Negative log-likelihood (B,) of a win, or of a tie where `tie`, under Davidson's model.
 
     Davidson (1970), as used by Chen et al. (arXiv 2409.17431). With difference d = r_c - r_r:
@@ -71,14 +72,19 @@ def davidson(difference: Tensor, tie: Tensor, *, nu: float) -> Tensor:
     Args:
         difference: (B,) reward of the chosen minus that of the rejected.
         tie: (B,) bool.
-        nu: Above 0; at d = 0, p(tie) = nu / (nu + 1), so nu = 1 ties with one half.
+        nu: Above 0; at d = 0, p(tie) = nu / (nu + 1), so nu = 1 ties with one half. A tensor ()
+            may be learned.
 
     Raises:
         ValueError: nu <= 0, or shapes differ.
     """
     check_positive(nu=nu)
     check_same_shape(difference=difference, tie=tie)
-    log_tie_weight = math.log(2.0 * nu) - difference / 2
+    log_tie_weight = _log(2.0 * nu) - difference / 2
     terms = torch.stack((torch.zeros_like(difference), -difference, log_tie_weight))
     log_denominator = torch.logsumexp(terms, dim=0)
     return log_denominator - torch.where(tie, log_tie_weight, 0.0)
+
+
+def _log(value: float | Tensor) -> float | Tensor:
+    return value.log() if isinstance(value, Tensor) else math.log(value)

@@ -1,5 +1,11 @@
-"""Models: loading, the packed forward, the head."""
+"""Models: loading, the packed forward, the heads."""
 
+from fastalign.models.attention import (
+    ATTENTIONS,
+    AttentionChoice,
+    attention_of,
+    attention_reason,
+)
 from fastalign.models.head import Head, lm_head
 from fastalign.models.load import check_packable, find_device, load_policy, save_model
 from fastalign.models.logprob import response_logprob
@@ -11,24 +17,39 @@ from fastalign.models.lora import (
     merge_adapter,
 )
 from fastalign.models.lora_files import adapter_base, save_adapter
-from fastalign.models.packed import PACKINGS, Packing, predict_hidden
+from fastalign.models.packed import PACKINGS, Packing, hidden_at, predict_hidden
+from fastalign.models.reward import (
+    load_reward_model,
+    response_reward,
+    save_reward_model,
+    set_pad_token,
+)
 
 __all__ = [
+    "ATTENTIONS",
     "PACKINGS",
+    "AttentionChoice",
     "Head",
     "Packing",
     "adapter_base",
     "adapter_off",
     "add_adapter",
+    "attention_of",
+    "attention_reason",
     "base_state",
     "check_packable",
     "find_device",
     "has_adapter",
+    "hidden_at",
     "lm_head",
     "load_policy",
+    "load_reward_model",
     "merge_adapter",
     "predict_hidden",
     "response_logprob",
+    "response_reward",
     "save_adapter",
     "save_model",
+    "save_reward_model",
+    "set_pad_token",
 ]

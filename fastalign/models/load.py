@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from fastalign.models import attention
 from fastalign.models.head import check_head
 from fastalign.models.lora import merge_adapter
-from fastalign.models.lora_files import adapter_base, open_adapter
+from fastalign.models.lora_files import CONFIG_FILE, adapter_base, open_adapter
 from fastalign.models.low_bit import keep_differentiable, nf4_options
 from fastalign.models.packed import Packing
 
@@ -84,12 +84,39 @@ def disable_dropout(model: nn.Module) -> None:
             module.attention_dropout = 0.0  # type: ignore[assignment]
 
 
+def read_config(path: str | Path, *, trust_remote_code: bool) -> Any:
+    """The configuration of a model.
+
+    Raises:
+        ValueError: there is no model at `path`, or an adapter alone.
+    """
+    if (Path(path).expanduser() / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"model.path: expected a model, {path} is an adapter; merge it first (fastalign merge)"
+        )
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.path: no model can be loaded from {str(path)!r}: {first}"
+        ) from error
+
+
+def unreadable_weights(path: str | Path, error: Exception) -> ValueError:
+    """The one line about weights that are missing or damaged."""
+    first = str(error).strip().splitlines()[0]
+    return ValueError(f"model.path: the weights in {str(path)!r} cannot be read: {first}")
+
+
 def load_policy(
     path: str | Path,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     packing: Packing = "shared_prefix",
+    attention_name: attention.AttentionChoice = "auto",
+    compute_dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     nf4: bool = False,
 ) -> Any:
@@ -100,6 +127,8 @@ def load_policy(
         dtype: of the parameters.
         device: where they go.
         packing: what the model will be run with; anything but `padded` is checked to be exact.
+        attention_name: how a packed row's attention is computed; `auto` may choose.
+        compute_dtype: that it will be computed in; None: `dtype`.
         trust_remote_code: run code that comes with the model.
         nf4: quantise the weights of every linear layer but the head; such a model is frozen.
 
@@ -110,27 +139,21 @@ def load_policy(
     attention.register()
     base = adapter_base(path)
     source = path if base is None else base
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model.path: no model can be loaded from {str(source)!r}: {first}"
-        ) from error
+    config = read_config(source, trust_remote_code=trust_remote_code)
     options = nf4_options(dtype, device) if nf4 else {}
     if packing != "padded":
         check_packable(config)
     if config.model_type in PACKABLE:
-        options["attn_implementation"] = attention.NAME
+        chosen = attention.choose_attention(
+            attention_name, torch.device(device), compute_dtype or dtype, config
+        )
+        options["attn_implementation"] = attention.registered_name(chosen)
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, trust_remote_code=trust_remote_code, **options
         )
     except OSError as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"model.path: the weights in {str(source)!r} cannot be read: {first}"
-        ) from error
+        raise unreadable_weights(source, error) from error
     if nf4:
         keep_differentiable(model)
     if base is not None:

@@ -4,12 +4,12 @@ A model with an adapter stays a transformers causal model; its linear layers are
 """
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from fastalign.models.low_bit import dense_layer, is_quantised
@@ -131,9 +131,9 @@ def layer_adapter(layer: Any) -> LoraWeights | None:
     )
 
 
-def base_state(model: Any) -> Mapping[str, Tensor]:
+def base_state(model: Any) -> dict[str, Any]:
     """The state of the model without its adapter, under the names that it had before."""
-    state: dict[str, Tensor] = model.state_dict()
+    state: dict[str, Any] = model.state_dict()
     if not has_adapter(model):
         return state
     return {

@@ -1,4 +1,4 @@
-"""The forward of a packed batch: hidden states at the positions that predict a trained token."""
+"""The forward of a packed batch: hidden states at any of its positions."""
 
 from typing import Any, Literal, get_args
 
@@ -6,23 +6,24 @@ import torch
 from torch import Tensor
 
 from fastalign.batch import PackedBatch
-from fastalign.models.attention_plan import plan_attention
+from fastalign.models.attention import AttentionPlan
 
 Packing = Literal["shared_prefix", "packed", "padded"]
 PACKINGS: tuple[Packing, ...] = get_args(Packing)
 
 
-def predict_hidden(model: Any, batch: PackedBatch, *, packing: Packing) -> Tensor:
-    """Hidden states behind the final norm at `batch.predict_index`.
+def hidden_at(model: Any, batch: PackedBatch, positions: Tensor, *, packing: Packing) -> Tensor:
+    """Hidden states behind the final norm at K positions of the packed row.
 
     Args:
-        model: a causal model from `load_policy`.
+        model: from `load_policy` or `load_reward_model`.
         batch: on the model's device; for `packed`, made with `share_prompts=False`.
+        positions: (K,) int64.
         packing: `shared_prefix` and `packed` run the row as it is, under the shared-prefix
             attention; `padded` runs one right-padded sequence a response under the model's own.
 
     Returns:
-        (N, D), in the model's compute dtype.
+        (K, D), in the model's compute dtype.
 
     Raises:
         ValueError: an unknown packing.
@@ -30,7 +31,8 @@ def predict_hidden(model: Any, batch: PackedBatch, *, packing: Packing) -> Tenso
     if packing not in PACKINGS:
         raise ValueError(f"packing: expected one of {', '.join(PACKINGS)}, got {packing!r}")
     if packing == "padded":
-        return padded_hidden(model, batch)
+        hidden, place = padded_hidden(model, batch)
+        return hidden.index_select(0, place[positions])
     # A mask of four dimensions is passed through by transformers: no (T, T) mask is ever built.
     unused_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
     output = model.base_model(
@@ -38,20 +40,34 @@ def predict_hidden(model: Any, batch: PackedBatch, *, packing: Packing) -> Tenso
         position_ids=batch.position_ids[None],
         attention_mask=unused_mask,
         use_cache=False,
-        fastalign_plan=plan_attention(batch),
+        fastalign_plan=AttentionPlan(batch),
     )
-    hidden: Tensor = output.last_hidden_state[0]
-    return hidden.index_select(0, batch.predict_index)
+    row: Tensor = output.last_hidden_state[0]
+    return row.index_select(0, positions)
 
 
-def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:
-    """The same rows by an ordinary forward of right-padded sequences, (R, L)."""
+def predict_hidden(model: Any, batch: PackedBatch, *, packing: Packing) -> Tensor:
+    """`hidden_at` of the N positions that predict a trained token (`batch.predict_index`)."""
+    return hidden_at(model, batch, batch.predict_index, packing=packing)
+
+
+def padded_hidden(model: Any, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+    """The same tokens by an ordinary forward of right-padded sequences, one a response.
+
+    Returns:
+        Hidden states (R * L, D), and the row of each packed token among them, (T,) int64. A prompt
+        that several responses share is read from the first of them: it is the same in all.
+    """
     layout = batch.layout
     sequences = []
     for (start, stop), prompt in zip(layout.response_bounds, layout.response_prompt, strict=True):
         first, last = layout.prompt_bounds[prompt]
         sequences.append([*range(first, last), *range(start, stop)])
     longest = max(len(sequence) for sequence in sequences)
+    place = [0] * batch.num_tokens
+    for row in reversed(range(len(sequences))):
+        for column, position in enumerate(sequences[row]):
+            place[position] = row * longest + column
     index = [sequence + [0] * (longest - len(sequence)) for sequence in sequences]
     device = batch.input_ids.device
     lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
@@ -61,10 +77,4 @@ def padded_hidden(model: Any, batch: PackedBatch) -> Tensor:
         input_ids=input_ids, attention_mask=mask.to(torch.int64), use_cache=False
     )
     hidden: Tensor = output.last_hidden_state
-    row = torch.repeat_interleave(
-        torch.arange(len(sequences), device=device),
-        batch.target_bounds.diff(),
-        output_size=batch.num_targets,
-    )
-    column = batch.position_ids[batch.predict_index]
-    return hidden.flatten(0, 1).index_select(0, row * longest + column)
+    return hidden.flatten(0, 1), torch.tensor(place, device=device)

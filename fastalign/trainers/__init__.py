@@ -7,6 +7,7 @@ from fastalign.trainers.config import (
     OptimConfig,
     PreferenceDataConfig,
     ReferenceConfig,
+    RewardConfig,
     RunConfig,
     SFTConfig,
     TrainConfig,
@@ -15,10 +16,13 @@ from fastalign.trainers.dpo import train_dpo
 from fastalign.trainers.loop import RunResult
 from fastalign.trainers.lora_config import LoraConfig
 from fastalign.trainers.preference_losses import LOSSES, PreferenceLoss
+from fastalign.trainers.reward import train_reward
+from fastalign.trainers.reward_losses import REWARD_LOSSES, RewardLoss
 from fastalign.trainers.sft import train_sft
 
 __all__ = [
     "LOSSES",
+    "REWARD_LOSSES",
     "DPOConfig",
     "DataConfig",
     "LoraConfig",
@@ -27,10 +31,13 @@ __all__ = [
     "PreferenceDataConfig",
     "PreferenceLoss",
     "ReferenceConfig",
+    "RewardConfig",
+    "RewardLoss",
     "RunConfig",
     "RunResult",
     "SFTConfig",
     "TrainConfig",
     "train_dpo",
+    "train_reward",
     "train_sft",
 ]

@@ -37,13 +37,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader finds the old text or the new, never half of it."""
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader finds the old content or the new, never half of it."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    sync(aside)
-    aside.replace(path)
+    try:
+        aside.write_bytes(content)
+        sync(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)  # there only if the disk is full or the like
     sync(path.parent)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """The same for text, as UTF-8."""
+    write_bytes_atomically(path, text.encode())
 
 
 def trainable_parameters(model: Any) -> dict[str, Tensor]:
@@ -166,10 +174,10 @@ def restore(checkpoint: Path, state: TrainState) -> dict[str, Any]:
     if is_all_of(state.model, trainable):
         load_model(state.model, checkpoint / "model.safetensors", strict=True)
     else:
-        saved_weights = load_file(checkpoint / "model.safetensors")
-        assert saved_weights.keys() == trainable.keys(), "a resumed run has the same settings"
+        weights = load_file(checkpoint / "model.safetensors")
+        assert weights.keys() == trainable.keys(), "a resumed run has the same settings"
         for name, value in trainable.items():
-            value.copy_(saved_weights[name])
+            value.copy_(weights[name])
     device = next(state.model.parameters()).device
     content = torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)
     state.optimizer.load_state_dict(content["optimizer"])

@@ -12,20 +12,20 @@ from fastalign.batch import PackedBatch
 from fastalign.data import (
     TokenizedDataset,
     Tokenizer,
-    check_same_vocabulary,
     load_preferences,
 )
 from fastalign.fused import preference_loss_fn
 from fastalign.losses import segment_sum
-from fastalign.models import Head, adapter_off
+from fastalign.models import Head
 from fastalign.ops.fused_linear_loss import LossFunction
 from fastalign.trainers.config import DPOConfig
 from fastalign.trainers.evaluate import evaluate_by_loss
 from fastalign.trainers.loop import RunResult, Task, indices_of_run, run_loop
 from fastalign.trainers.metrics import Metrics, mean_metrics
 from fastalign.trainers.preference_losses import PreferenceLoss
-from fastalign.trainers.reference_cache import default_cache_dir, reference_logprobs
-from fastalign.trainers.setup import check_lengths, load_for_training, load_model, opened_run
+from fastalign.trainers.reference import load_reference, reference_logprobs
+from fastalign.trainers.reference_cache import default_cache_dir
+from fastalign.trainers.setup import check_lengths, load_for_training, opened_run
 from fastalign.trainers.step import (
     Compute,
     Examples,
@@ -33,6 +33,7 @@ from fastalign.trainers.step import (
     accumulate,
     make_compute,
     measure_examples,
+    policy_loss,
 )
 
 
@@ -63,21 +64,14 @@ def train_dpo(config: DPOConfig) -> RunResult:
         model, tokenizer = load_for_training(config, compute)
         data = load_data(config, config.data.train, tokenizer)
         check_lengths(model, data)
-        used = indices_of_run(config, len(data.groups))
-        pairs = prepare(config, model, tokenizer, data, used, compute)
-        evaluate = None
+        sets: list[tuple[TokenizedDataset, Iterable[int]]] = [
+            (data, indices_of_run(config, len(data.groups)))
+        ]
         if config.data.eval is not None:
             held_out = load_data(config, config.data.eval, tokenizer)
             check_lengths(model, held_out)
-            everything = range(len(held_out.groups))
-            held_out_pairs = prepare(config, model, tokenizer, held_out, everything, compute)
-
-            def evaluate() -> Metrics:
-                make_loss = make_preference_loss(config.loss, held_out_pairs, len(everything))
-                return evaluate_by_loss(
-                    model, held_out_pairs.examples, make_loss, compute, logit_sums
-                )
-
+            sets.append((held_out, range(len(held_out.groups))))
+        pairs, *others = prepare_all(config, model, tokenizer, sets, compute)
         return run_loop(
             config,
             model,
@@ -87,7 +81,11 @@ def train_dpo(config: DPOConfig) -> RunResult:
                 data_fingerprint=data.fingerprint,
                 tokenizer=tokenizer,
                 accumulate=lambda indices: dpo_step(model, config.loss, pairs, indices, compute),
-                evaluate=evaluate,
+                evaluate=(
+                    (lambda: evaluate_pairs(model, config.loss, others[0], compute))
+                    if others
+                    else None
+                ),
             ),
         )
 
@@ -112,39 +110,43 @@ def prepare(
     used: Iterable[int],
     compute: Compute,
 ) -> Pairs:
+    """`prepare_all` for one set of pairs."""
+    return prepare_all(config, policy, tokenizer, [(data, used)], compute)[0]
+
+
+def prepare_all(
+    config: DPOConfig,
+    policy: Any,
+    tokenizer: Tokenizer,
+    sets: Sequence[tuple[TokenizedDataset, Iterable[int]]],
+    compute: Compute,
+) -> list[Pairs]:
     """Measures the pairs and finds the reference's log-probs of those that will be used.
 
     Without `reference.path` the policy is the reference: it must still be what it was before the
-    first step, unless it has an adapter, which is put off.
+    first step, unless it has an adapter, which is put off. Another model is loaded once, and is
+    gone when this returns.
     """
-    examples = measure_examples(data.groups, compute.packing)
     reference = None
     if config.loss.formula().needs_reference:
-        cache = config.reference.cache_dir
-        model = load_reference(config, policy, tokenizer, compute)
-        with adapter_off(model):
-            reference = reference_logprobs(
-                model,
+        reference = load_reference(config, policy, tokenizer, compute)
+    cache = config.reference.cache_dir
+    cache_dir = default_cache_dir() if cache is None else Path(cache).expanduser()
+    prepared = []
+    for data, used in sets:
+        examples = measure_examples(data.groups, compute.packing)
+        logprobs = None
+        if reference is not None:
+            logprobs = reference_logprobs(
+                reference,
                 examples,
                 used,
                 compute,
                 data_fingerprint=data.fingerprint,
-                cache_dir=default_cache_dir() if cache is None else Path(cache).expanduser(),
+                cache_dir=cache_dir,
             )
-    return Pairs(examples, reference, torch.tensor(data.ties))
-
-
-def load_reference(config: DPOConfig, policy: Any, tokenizer: Tokenizer, compute: Compute) -> Any:
-    """The frozen model: another one, or the policy before its first step, its adapter off.
-
-    Raises:
-        ValueError: its vocabulary is not the policy's.
-    """
-    if config.reference.path is None:
-        return policy
-    model, reference_tokenizer = load_model(config.reference.path, config.model, compute)
-    check_same_vocabulary(tokenizer, reference_tokenizer)
-    return model
+        prepared.append(Pairs(examples, logprobs, torch.tensor(data.ties)))
+    return prepared
 
 
 def make_preference_loss(loss: PreferenceLoss, pairs: Pairs, normaliser: int) -> MakeLoss:
@@ -186,12 +188,20 @@ def logit_sums(hidden: Tensor, head: Head, batch: PackedBatch) -> dict[str, Tens
     }
 
 
+def evaluate_pairs(model: Any, loss: PreferenceLoss, pairs: Pairs, compute: Compute) -> Metrics:
+    """Metrics named `eval_...` of all the pairs."""
+    make_loss = make_preference_loss(loss, pairs, len(pairs.ties))
+    batch_loss = policy_loss(model, make_loss, compute, logit_sums)
+    return evaluate_by_loss(pairs.examples, batch_loss, compute)
+
+
 def dpo_step(
     model: Any, loss: PreferenceLoss, pairs: Pairs, indices: Sequence[int], compute: Compute
 ) -> tuple[Metrics, int]:
     """Adds one step's gradient; returns its metrics and the packed tokens computed."""
     make_loss = make_preference_loss(loss, pairs, len(indices))
+    batch_loss = policy_loss(model, make_loss, compute, logit_sums)
     value, sums, num_tokens = accumulate(
-        model, pairs.examples, indices, make_loss, compute, backward=True, measure=logit_sums
+        pairs.examples, indices, batch_loss, compute, backward=True
     )
     return {"loss": value, **mean_metrics(sums)}, num_tokens

@@ -1,4 +1,4 @@
-"""The flat loop that SFT and DPO share: step, log, evaluate, save, stop when asked."""
+"""The flat loop that every trainer runs: step, log, evaluate, save, stop when asked."""
 
 import math
 import shutil
@@ -17,7 +17,7 @@ from fastalign.trainers.checkpoint import (
     restore,
     save_checkpoint,
 )
-from fastalign.trainers.config import DPOConfig, SFTConfig
+from fastalign.trainers.config import AnyConfig
 from fastalign.trainers.metrics import Metrics, MetricsWriter, ProgressDisplay
 from fastalign.trainers.optimizer import make_optimizer
 from fastalign.trainers.reference_cache import model_fingerprint
@@ -36,7 +36,7 @@ class RunResult:
 
     Attributes:
         step: optimiser steps taken.
-        finished: all steps are done and `model/` is written.
+        finished: all steps are done and `model/` (or `adapter/`) is written.
         exit_code: 0, or 130 after SIGINT.
         metrics: the last step's.
     """
@@ -56,9 +56,10 @@ class Task:
         num_examples: of the training data.
         data_fingerprint: of the training data's token ids.
         tokenizer: saved with the model.
-        accumulate: adds the gradient of these examples; returns the step's metrics (`loss` among
-            them) and the packed tokens computed.
+        accumulate: adds the gradient of these examples; returns the step's metrics (`loss` and
+            `num_micro_batches` among them) and the packed tokens computed.
         evaluate: metrics on the held-out data, names beginning with `eval_`; None without data.
+        save_model: writes (model, tokenizer, folder) in transformers' layout.
     """
 
     title: str
@@ -67,16 +68,17 @@ class Task:
     tokenizer: Any
     accumulate: Callable[[list[int]], tuple[Metrics, int]]
     evaluate: Callable[[], Metrics] | None
+    save_model: Callable[[Any, Any, Path], None] = save_model
 
 
-def total_steps(config: SFTConfig | DPOConfig, num_examples: int) -> int:
+def total_steps(config: AnyConfig, num_examples: int) -> int:
     """`max_steps`, or the steps that `epochs` passes take (the last one may reach beyond)."""
     if config.train.max_steps is not None:
         return config.train.max_steps
     return max(1, math.ceil(config.train.epochs * num_examples / config.train.batch_size))
 
 
-def indices_of_run(config: SFTConfig | DPOConfig, num_examples: int) -> set[int]:
+def indices_of_run(config: AnyConfig, num_examples: int) -> set[int]:
     """The examples that the run will use."""
     used: set[int] = set()
     for step in range(total_steps(config, num_examples)):
@@ -109,7 +111,7 @@ def resume(folder: Path, state: TrainState, sources: dict[str, Any]) -> dict[str
     return saved
 
 
-def run_loop(config: SFTConfig | DPOConfig, model: Any, task: Task) -> RunResult:
+def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     """Trains until the last step, a signal, `stop_at_step`, or too many skipped steps.
 
     Raises:
@@ -165,14 +167,12 @@ def run_loop(config: SFTConfig | DPOConfig, model: Any, task: Task) -> RunResult
     return RunResult(state.step, finished, stop.exit_code, metrics)
 
 
-def should_stop(config: SFTConfig | DPOConfig, state: TrainState, stop: StopRequest) -> bool:
+def should_stop(config: AnyConfig, state: TrainState, stop: StopRequest) -> bool:
     """Whether a signal came or `stop_at_step` is reached."""
     return stop.received is not None or state.step == config.train.stop_at_step
 
 
-def one_step(
-    config: SFTConfig | DPOConfig, state: TrainState, task: Task, num_steps: int
-) -> Metrics:
+def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -> Metrics:
     """Takes one optimiser step, evaluates when it is due; returns what is logged."""
     start = time.perf_counter()
     batch_size = config.train.batch_size
@@ -181,12 +181,14 @@ def one_step(
     state.num_tokens += num_tokens
     update = optimiser_step(state, float(metrics["loss"]), config.optim, num_steps)
     seconds = time.perf_counter() - start
+    room = metrics["num_micro_batches"] * config.train.tokens_per_batch
     metrics = {
         "step": state.step,
         "epoch": state.step * batch_size / task.num_examples,
         **metrics,
         **update,
         "num_tokens": state.num_tokens,
+        "fill_rate": num_tokens / room,
         "step_seconds": seconds,
         "tokens_per_second": num_tokens / seconds,
     }
@@ -198,7 +200,7 @@ def one_step(
     return metrics
 
 
-def save_final_model(config: SFTConfig | DPOConfig, model: Any, task: Task) -> None:
+def save_final_model(config: AnyConfig, model: Any, task: Task) -> None:
     """Writes `model/`; of an adapter also `adapter/`, which is merged into the model after that."""
     folder = Path(config.run.dir)
     if has_adapter(model):
@@ -209,7 +211,7 @@ def save_final_model(config: SFTConfig | DPOConfig, model: Any, task: Task) -> N
             return
         merge_adapter(model)
     with written(folder / "model") as aside:
-        save_model(model, task.tokenizer, aside)
+        task.save_model(model, task.tokenizer, aside)
 
 
 @contextmanager

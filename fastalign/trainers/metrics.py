@@ -114,8 +114,9 @@ class ProgressDisplay:
         """Shows one step's metrics."""
         step = int(metrics["step"])
         numbers = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:.0f} tokens/s"
-        if "rewards/accuracies" in metrics:
-            numbers += f"  accuracy {metrics['rewards/accuracies']:.2f}"
+        for name in ("rewards/accuracies", "accuracy"):
+            if name in metrics:
+                numbers += f"  accuracy {metrics[name]:.2f}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
             return

@@ -8,20 +8,28 @@ from typing import Any
 import torch
 
 from fastalign.data import TokenizedDataset, Tokenizer, load_tokenizer
-from fastalign.models import adapter_base, add_adapter, lm_head, load_policy
-from fastalign.trainers.config import DPOConfig, ModelConfig, SFTConfig, config_to_dict
+from fastalign.models import (
+    adapter_base,
+    add_adapter,
+    attention_of,
+    load_policy,
+    load_reward_model,
+)
+from fastalign.trainers.config import AnyConfig, ModelConfig, config_to_dict
+from fastalign.trainers.optimizer import adamw
 from fastalign.trainers.run_folder import announce, locked, prepare_run_folder
 from fastalign.trainers.state import seed_everything
 from fastalign.trainers.step import Compute
 
 
 @contextmanager
-def opened_run(config: SFTConfig | DPOConfig) -> Iterator[None]:
+def opened_run(config: AnyConfig) -> Iterator[None]:
     """Prepares and holds the run's folder, prints the resolved settings, seeds everything.
 
     Raises:
-        ValueError: the folder holds another run, or is in use.
+        ValueError: the folder holds another run, or is in use; or a library is missing.
     """
+    adamw(config.optim.states)  # what is not installed is said before hours of work
     values = config_to_dict(config)
     folder = Path(config.run.dir)
     prepare_run_folder(folder, values, resume=config.run.resume)
@@ -31,11 +39,11 @@ def opened_run(config: SFTConfig | DPOConfig) -> Iterator[None]:
         yield
 
 
-def load_for_training(config: SFTConfig | DPOConfig, compute: Compute) -> tuple[Any, Tokenizer]:
+def load_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokenizer]:
     """The policy with float32 master weights, or a frozen base with an adapter; its tokenizer.
 
     Raises:
-        ValueError: what `load_model` and `add_adapter` refuse; a base that cannot be had.
+        ValueError: what `load_model`, `load_base` and `add_adapter` refuse.
     """
     lora = config.model.lora
     if lora.rank == 0:
@@ -49,10 +57,33 @@ def load_for_training(config: SFTConfig | DPOConfig, compute: Compute) -> tuple[
             targets=lora.targets,
             use_rslora=lora.use_rslora,
         )
+    return ready_for_training(model, config), tokenizer
+
+
+def load_reward_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokenizer]:
+    """A reward model with float32 master weights, and its tokenizer."""
+    trust = config.model.trust_remote_code
+    tokenizer = load_tokenizer(config.model.path, trust_remote_code=trust)
+    model = load_reward_model(
+        config.model.path,
+        seed=config.run.seed,
+        device=compute.device,
+        packing=compute.packing,
+        attention_name=compute.attention,
+        compute_dtype=compute.dtype,
+        trust_remote_code=trust,
+    )
+    check_vocabulary(model, tokenizer, config.model.path)
+    print(f"attention of {config.model.path}: {attention_of(model)}", flush=True)
+    return ready_for_training(model, config), tokenizer
+
+
+def ready_for_training(model: Any, config: AnyConfig) -> Any:
+    """The model, with activation checkpointing where it is asked for."""
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()  # dropout is 0; transformers checkpoints only in this mode
-    return model, tokenizer
+    return model
 
 
 def load_base(config: ModelConfig, compute: Compute) -> tuple[Any, Tokenizer]:
@@ -89,7 +120,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     nf4: bool = False,
 ) -> tuple[Any, Tokenizer]:
-    """A model on the device, and the tokenizer beside it.
+    """A causal model on the device, and the tokenizer beside it.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.
@@ -101,15 +132,27 @@ def load_model(
         dtype=dtype,
         device=compute.device,
         packing=compute.packing,
+        attention_name=compute.attention,
+        compute_dtype=compute.dtype,
         trust_remote_code=trust,
         nf4=nf4,
     )
-    num_rows = lm_head(model).weight.shape[0]
+    check_vocabulary(model, tokenizer, path)
+    print(f"attention of {path}: {attention_of(model)}", flush=True)
+    return model, tokenizer
+
+
+def check_vocabulary(model: Any, tokenizer: Tokenizer, path: str) -> None:
+    """Refuses a tokenizer that has more tokens than the model.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    num_rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > num_rows:
         raise ValueError(
             f"model.path: the tokenizer in {path} has {len(tokenizer)} tokens, the model {num_rows}"
         )
-    return model, tokenizer
 
 
 def check_lengths(model: Any, data: TokenizedDataset) -> None:

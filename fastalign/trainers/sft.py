@@ -19,6 +19,7 @@ from fastalign.trainers.step import (
     accumulate,
     make_compute,
     measure_examples,
+    policy_loss,
 )
 
 
@@ -43,7 +44,7 @@ def train_sft(config: SFTConfig) -> RunResult:
 
             def evaluate() -> Metrics:
                 make_loss = make_sft_loss(num_targets(measured, range(len(measured.groups))))
-                return evaluate_by_loss(model, measured, make_loss, compute)
+                return evaluate_by_loss(measured, policy_loss(model, make_loss, compute), compute)
 
         return run_loop(
             config,
@@ -92,6 +93,6 @@ def sft_step(
     model: Any, examples: Examples, indices: Sequence[int], compute: Compute
 ) -> tuple[Metrics, int]:
     """Adds one step's gradient; returns its metrics and the packed tokens computed."""
-    make_loss = make_sft_loss(num_targets(examples, indices))
-    loss, sums, num_tokens = accumulate(model, examples, indices, make_loss, compute, backward=True)
+    batch_loss = policy_loss(model, make_sft_loss(num_targets(examples, indices)), compute)
+    loss, sums, num_tokens = accumulate(examples, indices, batch_loss, compute, backward=True)
     return {"loss": loss, **mean_metrics(sums)}, num_tokens

@@ -10,17 +10,26 @@ from torch import Tensor
 
 from fastalign.batch import Group, PackedBatch
 from fastalign.data import packed_batches, packed_lengths
-from fastalign.models import Head, Packing, find_device, lm_head, predict_hidden
+from fastalign.models import (
+    AttentionChoice,
+    Head,
+    Packing,
+    find_device,
+    lm_head,
+    predict_hidden,
+)
 from fastalign.ops import fused_linear_loss
 from fastalign.ops.fused_linear_loss import LossFunction
 from fastalign.trainers.config import OptimConfig, TrainConfig
 from fastalign.trainers.optimizer import clip_gradient, learning_rate
 from fastalign.trainers.state import TrainState
 
+# (the batch, which examples it holds) -> the loss's part (), and sums for the metrics
+BatchLoss = Callable[[PackedBatch, list[int]], tuple[Tensor, dict[str, Tensor]]]
 # (the batch, which examples it holds) -> the loss function, and its groups' bounds
+MakeLoss = Callable[[PackedBatch, list[int]], tuple[LossFunction, Sequence[int] | None]]
 # (hidden states (N, D), the head, the batch) -> more sums for the metrics
 MeasureHidden = Callable[[Tensor, Head, PackedBatch], dict[str, Tensor]]
-MakeLoss = Callable[[PackedBatch, list[int]], tuple[LossFunction, Sequence[int] | None]]
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,7 @@ class Compute:
         device: where.
         dtype: of the matrix products; weights are float32 whatever it is.
         packing: see `predict_hidden`.
+        attention: asked for; each model runs what it can of it.
         tokens_per_batch: most packed tokens of a forward.
         max_buffer_bytes: of logits; None: the operation's default.
     """
@@ -38,6 +48,7 @@ class Compute:
     device: torch.device
     dtype: torch.dtype
     packing: Packing
+    attention: AttentionChoice
     tokens_per_batch: int
     max_buffer_bytes: int | None
 
@@ -60,6 +71,7 @@ def make_compute(config: TrainConfig) -> Compute:
         device=device,
         dtype=torch.bfloat16 if bf16 else torch.float32,
         packing=config.packing,
+        attention=config.attention,
         tokens_per_batch=config.tokens_per_batch,
         max_buffer_bytes=config.max_buffer_bytes,
     )
@@ -78,53 +90,52 @@ def measure_examples(groups: Sequence[Group], packing: Packing) -> Examples:
     return Examples(groups, packed_lengths(groups, repeat_prompts=packing != "shared_prefix"))
 
 
-def batch_loss(
-    model: Any,
-    batch: PackedBatch,
-    loss_fn: LossFunction,
-    bounds: Any,
-    compute: Compute,
-    measure: MeasureHidden | None,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and summed metrics of one batch on the device, the gradient's head part included."""
-    with compute.autocast():
-        hidden = predict_hidden(model, batch, packing=compute.packing)
-    head = lm_head(model)
-    loss, metrics = fused_linear_loss(
-        hidden,
-        head.weight,
-        batch.targets,
-        bounds,
-        loss_fn,
-        bias=head.bias,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        lora=head.lora,
-        compute_dtype=compute.dtype if compute.dtype != torch.float32 else None,
-        max_buffer_bytes=compute.max_buffer_bytes,
-    )
-    return loss, metrics if measure is None else metrics | measure(hidden.detach(), head, batch)
+def policy_loss(
+    model: Any, make_loss: MakeLoss, compute: Compute, measure: MeasureHidden | None = None
+) -> BatchLoss:
+    """The loss of a causal model's log-probs; its backward holds the head's part already.
+
+    `measure` adds sums that only hidden states tell.
+    """
+
+    def batch_loss(batch: PackedBatch, chosen: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        loss_fn, bounds = make_loss(batch, chosen)
+        with compute.autocast():
+            hidden = predict_hidden(model, batch, packing=compute.packing)
+        head = lm_head(model)
+        loss, metrics = fused_linear_loss(
+            hidden,
+            head.weight,
+            batch.targets,
+            bounds,
+            loss_fn,
+            bias=head.bias,
+            softcap=head.softcap,
+            logit_scale=head.logit_scale,
+            lora=head.lora,
+            compute_dtype=compute.dtype if compute.dtype != torch.float32 else None,
+            max_buffer_bytes=compute.max_buffer_bytes,
+        )
+        return loss, metrics if measure is None else metrics | measure(hidden.detach(), head, batch)
+
+    return batch_loss
 
 
 def accumulate(
-    model: Any,
     examples: Examples,
     indices: Sequence[int],
-    make_loss: MakeLoss,
+    batch_loss: BatchLoss,
     compute: Compute,
     *,
     backward: bool,
-    measure: MeasureHidden | None = None,
 ) -> tuple[float, dict[str, float], int]:
     """Sums losses and metrics over the examples' micro-batches; adds to gradients if `backward`.
-
-    `measure` adds sums that only hidden states tell.
 
     Returns:
         The loss, the metrics' sums, and the packed tokens computed.
     """
     loss = 0.0
-    sums: dict[str, float] = {}
+    sums: dict[str, float] = {"num_micro_batches": 0}
     num_tokens = 0
     for chosen, on_host in packed_batches(
         examples.groups,
@@ -134,16 +145,26 @@ def accumulate(
         share_prompts=compute.packing != "packed",
     ):
         batch = on_host.to(compute.device)
-        loss_fn, bounds = make_loss(batch, chosen)
         with torch.set_grad_enabled(backward):
-            part, metrics = batch_loss(model, batch, loss_fn, bounds, compute, measure)
+            part, metrics = batch_loss(batch, chosen)
         if backward:
             part.backward()  # type: ignore[no-untyped-call]
         loss += part.item()
-        for name, value in metrics.items():
-            sums[name] = sums.get(name, 0.0) + value.item()
+        add_sums(sums, {name: value.item() for name, value in metrics.items()})
         num_tokens += batch.num_tokens
+        sums["num_micro_batches"] += 1
     return loss, sums, num_tokens
+
+
+def add_sums(sums: dict[str, float], more: dict[str, float]) -> None:
+    """Adds to summed metrics; of those named `min_...` and `max_...` the extreme stays."""
+    for name, value in more.items():
+        if name not in sums:
+            sums[name] = value
+        elif name.startswith(("min_", "max_")):
+            sums[name] = (min if name.startswith("min_") else max)(sums[name], value)
+        else:
+            sums[name] += value
 
 
 def optimiser_step(
@@ -159,7 +180,7 @@ def optimiser_step(
     finite = bool(torch.isfinite(torch.tensor([loss, norm])).all())
     if finite:
         for group in state.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("lr_scale", 1.0)
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.step += 1

@@ -17,7 +17,7 @@ HEAVY = {
     "jinja2": {"evaluation", "data/tokenizer.py"},
     "tyro": {"cli"},
     "peft": {"models/lora.py", "models/lora_files.py"},
-    "bitsandbytes": {"models/low_bit.py"},
+    "bitsandbytes": {"models/low_bit.py", "trainers/optimizer.py"},
     "transformers": {"models", "data/tokenizer.py", "rollouts/transformers_sampler.py", "cli"},
 }
 

@@ -12,11 +12,18 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fastalign.batch import pack
-from fastalign.fused import sft_loss_fn
-from fastalign.models import load_policy, response_logprob, save_model
+from fastalign.models import load_policy, load_reward_model, response_logprob, save_model
 from fastalign.models.lora import quiet_peft
-from fastalign.trainers import LoraConfig, TrainConfig, train_dpo, train_sft
-from fastalign.trainers.step import batch_loss, make_compute
+from fastalign.trainers import (
+    LoraConfig,
+    PreferenceDataConfig,
+    RewardConfig,
+    TrainConfig,
+    train_dpo,
+    train_sft,
+)
+from fastalign.trainers.sft import make_sft_loss
+from fastalign.trainers.step import make_compute, policy_loss
 from tests.models.test_exactness import random_groups
 from tests.products import recorded
 from tests.runs import MakeConfig, dpo_config, read_metrics, sft_config
@@ -55,8 +62,7 @@ def test_a_frozen_head_costs_two_large_products(
     compute = make_compute(TrainConfig(device="cpu"))
 
     def call() -> None:
-        loss_fn = sft_loss_fn(normaliser=batch.num_targets)
-        batch_loss(model, batch, loss_fn, None, compute, None)[0].backward()
+        policy_loss(model, make_sft_loss(batch.num_targets), compute)(batch, [])[0].backward()
 
     call()
     total = 0
@@ -164,6 +170,17 @@ def test_what_is_written_opens_with_transformers_and_peft(folder: Path) -> None:
     assert train_sft(config).finished  # every weight, from the merged model
     with pytest.raises(ValueError, match=r"run/adapter is an adapter, on which peft puts no other"):
         train_sft(with_lora(replace(config, run=replace(config.run, dir=str(folder / "no")))))
+
+
+def test_a_reward_model_takes_no_adapter(folder: Path) -> None:
+    plain = sft_config(folder, "run")
+    model = replace(plain.model, lora=LORA)
+    data = PreferenceDataConfig(train=str(folder / "pairs.jsonl"))
+    with pytest.raises(ValueError, match=r"model\.lora\.rank: expected 0, a reward model .* got 4"):
+        RewardConfig(model=model, data=data, run=plain.run)
+    train_sft(with_lora(replace(plain, train=replace(plain.train, max_steps=1))))
+    with pytest.raises(ValueError, match=r"run/adapter is an adapter; merge it first"):
+        load_reward_model(folder / "run/adapter")
 
 
 def test_the_merged_model_may_be_left_out(folder: Path) -> None:

@@ -87,24 +87,6 @@ def test_three_such_steps_in_a_row_end_the_run_without_a_bad_checkpoint(
     assert all(torch.equal(after[name], before[name]) for name in after)
 
 
-def test_reference_log_probs_are_cached_and_a_damaged_cache_is_refused(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train_dpo(dpo_config(folder, "first", max_steps=2))
-    assert "0 cached, 8 to compute" in capsys.readouterr().out
-    train_dpo(dpo_config(folder, "second", max_steps=2))
-    out = capsys.readouterr().out
-    assert "to compute" in out
-    assert "8 cached, 0 to compute" in out
-    assert read_metrics(folder / "first")[1]["loss"] == read_metrics(folder / "second")[1]["loss"]
-    (file,) = (folder / "reference").iterdir()
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match="damaged cache of reference log-probs"):
-        train_dpo(dpo_config(folder, "third", max_steps=2))
-
-
 def test_losses_without_a_reference_compute_none(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +139,16 @@ def test_evaluation_is_logged_when_it_is_due(folder: Path) -> None:
     assert names <= rows[0].keys()
     board = list((folder / "run/tensorboard").iterdir())
     assert len(board) == 1
+
+
+def test_how_full_a_steps_batches_are_is_logged(folder: Path) -> None:
+    train_sft(sft_config(folder, "run", max_steps=2, tokens_per_batch=40))
+    first, second = read_metrics(folder / "run")
+    tokens = second["num_tokens"] - first["num_tokens"]
+    assert second["num_micro_batches"] >= 2
+    assert second["fill_rate"] == tokens / (40 * second["num_micro_batches"])
+    assert 0.5 < second["fill_rate"] <= 1
+    assert second["eval_num_micro_batches"] >= 2
 
 
 def test_a_model_with_another_vocabulary_is_refused(folder: Path) -> None:

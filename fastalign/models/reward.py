@@ -1,0 +1,178 @@
+"""Reward models: transformers' sequence classifiers with one label, `score` without bias.
+
+The score of a response is read at its last token by position. transformers' own forward finds
+that token as the last one that is not `config.pad_token_id`, so a saved model needs a pad token
+that no response ends with (`set_pad_token`).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification
+from transformers.utils import logging
+
+from fastalign.batch import PackedBatch
+from fastalign.models import attention
+from fastalign.models.load import (
+    PACKABLE,
+    check_packable,
+    disable_dropout,
+    read_config,
+    unreadable_weights,
+)
+from fastalign.models.packed import Packing, hidden_at
+
+HEAD = "score.weight"
+
+
+def is_reward_model(config: Any) -> bool:
+    """Whether the folder of this configuration has a classifier's head already.
+
+    Raises:
+        ValueError: it has a head that is no reward model's.
+    """
+    (name,) = (config.architectures or [config.model_type])[:1]
+    if config.model_type not in PACKABLE:
+        raise ValueError(
+            f"model.path: expected a reward model or a causal model of type "
+            f"{', '.join(PACKABLE)}, got {name} of type {config.model_type!r}"
+        )
+    if not name.endswith("Classification"):
+        return False
+    if not name.endswith("ForSequenceClassification") or config.num_labels != 1:
+        raise ValueError(
+            f"model.path: expected a sequence classifier with num_labels 1, got {name} with "
+            f"num_labels {config.num_labels}"
+        )
+    return True
+
+
+def load_reward_model(
+    path: str | Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    packing: Packing = "shared_prefix",
+    attention_name: attention.AttentionChoice = "auto",
+    compute_dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """A reward model: a saved one with its head, or a causal model under a fresh one.
+
+    A fresh head is drawn from N(0, 1 / (D + 1)), as in Stiennon et al. (arXiv 2009.01325).
+
+    Args:
+        path: folder in transformers' layout, or a hub name.
+        seed: of a fresh head.
+        dtype: of the parameters.
+        device: where they go.
+        packing: what the model will be run with.
+        attention_name: as for `load_policy`.
+        compute_dtype: as for `load_policy`.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ValueError: no model there, another kind of model, or weights that are missing.
+    """
+    attention.register()
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    has_head = is_reward_model(config)
+    if packing != "padded":
+        check_packable(config)
+    chosen = attention.choose_attention(
+        attention_name, torch.device(device), compute_dtype or dtype, config
+    )
+    try:
+        with without_load_report():
+            model, found = AutoModelForSequenceClassification.from_pretrained(
+                path,
+                num_labels=1,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                attn_implementation=attention.registered_name(chosen),
+                output_loading_info=True,
+            )
+    except (OSError, RuntimeError) as error:
+        raise unreadable_weights(path, error) from error
+    # Nothing is left to chance: what transformers would initialise at random is named instead.
+    missing = set(found["missing_keys"]) - (set() if has_head else {HEAD})
+    foreign = {name for name in found["unexpected_keys"] if name.startswith("score")}
+    if missing or foreign:
+        what = f"has no {min(missing)}" if missing else f"has a {min(foreign)}"
+        raise ValueError(f"model.path: {str(path)!r} {what}: no {type(model).__name__} of ours")
+    if not has_head:
+        draw_head(model.score, seed)
+    model.get_input_embeddings().padding_idx = None  # every token's embedding is trained
+    model = model.to(device)
+    disable_dropout(model)
+    return model.eval()
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Keeps transformers from warning that a head is new, which is what was asked for."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@torch.no_grad()
+def draw_head(score: nn.Linear, seed: int) -> None:
+    """Fills (1, D) from its own generator, whatever was drawn before."""
+    generator = torch.Generator().manual_seed(seed)
+    std = (score.in_features + 1) ** -0.5
+    values = torch.randn(score.weight.shape, generator=generator) * std
+    score.weight.copy_(values)
+
+
+@torch.no_grad()
+def set_pad_token(model: Any, pad_token_id: int) -> None:
+    """Names the token that transformers' forward takes for padding; a new one gets a row."""
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    if pad_token_id >= num_rows:
+        model.resize_token_embeddings(pad_token_id + 1, mean_resizing=False)
+        model.get_input_embeddings().weight[num_rows:] = 0  # masked wherever it stands
+    model.config.pad_token_id = pad_token_id
+
+
+def response_reward(model: Any, batch: PackedBatch, *, packing: Packing) -> Tensor:
+    """The score at each response's last token.
+
+    Args:
+        model: from `load_reward_model`.
+        batch: on the model's device.
+        packing: see `hidden_at`.
+
+    Returns:
+        (R,) float32 (float64 for a float64 model), under autocast too.
+    """
+    hidden = hidden_at(model, batch, batch.response_bounds[:, 1] - 1, packing=packing)
+    weight = model.score.weight[0]
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return torch.mv(hidden.to(wide), weight.to(wide))
+
+
+def save_reward_model(
+    model: Any, tokenizer: Any, folder: str | Path, *, leave_out: tuple[str, ...] = ()
+) -> None:
+    """Writes what `AutoModelForSequenceClassification` opens, and the tokenizer beside it.
+
+    Args:
+        model: a reward model whose pad token is set.
+        tokenizer: with the same pad token.
+        folder: where to.
+        leave_out: parameters that are not the classifier's own.
+    """
+    assert model.config.pad_token_id == tokenizer.pad_token_id, "the served score depends on it"
+    weights = {k: v for k, v in model.state_dict().items() if k not in leave_out}
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
