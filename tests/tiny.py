@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from fastalign.models import attention
+from fastalign.models import add_adapter, attention
 from fastalign.models.load import disable_dropout
 
 SHARED = {
@@ -67,3 +67,13 @@ def tiny_model(
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     disable_dropout(model)
     return model.eval()
+
+
+def put_adapter(model: Any, *targets: str, rank: int = 3, seed: int = 5) -> Any:
+    """The model with an adapter that changes it: B is not 0."""
+    torch.manual_seed(seed)
+    add_adapter(model, rank=rank, alpha=2.0 * rank, targets=targets or ("all-linear",))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.2)
+    return model

@@ -16,7 +16,10 @@ from fastalign.ops.backends import choose_backend, unusable_reason
 from fastalign.ops.linear_arguments import choose_linear_backend
 from fastalign.ops.linear_products import product_dtype
 
-PACKAGES = ("fastalign", "torch", "triton", "transformers", "datasets", "safetensors", "tyro")
+PACKAGES = (
+    *("fastalign", "torch", "triton", "transformers", "datasets", "safetensors", "tyro"),
+    *("peft", "bitsandbytes"),
+)
 TOKENS = ("token_logprob", "token_kl", "preference_loss", "kl_penalty", "gae")
 # Operations whose products are a library's: "torch" reads their tiles wherever torch runs.
 LINEAR = ("linear_logprob", "fused_linear_loss", "linear_kl")

@@ -19,6 +19,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "eval": ("fastalign.cli.evaluate", "accuracy on pairs; reward and KL of fresh samples"),
     "report": ("fastalign.cli.report", "write one report.html for one or more run folders"),
     "data": ("fastalign.cli.data", "check a data file: counts, lengths, every fault by line"),
+    "merge": ("fastalign.cli.merge", "make one model of an adapter and its base"),
     "new-model": ("fastalign.cli.new_model", "make a tokenizer and a small model from scratch"),
     "doctor": ("fastalign.cli.doctor", "which backends are usable here, and why not"),
 }

@@ -9,6 +9,14 @@ from fastalign.models.attention import (
 from fastalign.models.head import Head, lm_head
 from fastalign.models.load import check_packable, find_device, load_policy, save_model
 from fastalign.models.logprob import response_logprob
+from fastalign.models.lora import (
+    adapter_off,
+    add_adapter,
+    base_state,
+    has_adapter,
+    merge_adapter,
+)
+from fastalign.models.lora_files import adapter_base, save_adapter
 from fastalign.models.packed import PACKINGS, Packing, hidden_at, predict_hidden
 from fastalign.models.reward import (
     load_reward_model,
@@ -23,17 +31,24 @@ __all__ = [
     "AttentionChoice",
     "Head",
     "Packing",
+    "adapter_base",
+    "adapter_off",
+    "add_adapter",
     "attention_of",
     "attention_reason",
+    "base_state",
     "check_packable",
     "find_device",
+    "has_adapter",
     "hidden_at",
     "lm_head",
     "load_policy",
     "load_reward_model",
+    "merge_adapter",
     "predict_hidden",
     "response_logprob",
     "response_reward",
+    "save_adapter",
     "save_model",
     "save_reward_model",
     "set_pad_token",

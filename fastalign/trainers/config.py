@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from fastalign.models import AttentionChoice, Packing
+from fastalign.trainers.lora_config import LoraConfig
 from fastalign.trainers.preference_losses import LOSSES, DPOLoss, PreferenceLoss
 from fastalign.trainers.reward_losses import REWARD_LOSSES, BradleyTerryLoss, RewardLoss
 
@@ -28,6 +29,7 @@ class ModelConfig:
     """Folder in transformers' layout, or a hub name."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         _require(bool(self.path), "model.path", "a model folder or a hub name", self.path)
@@ -200,6 +202,10 @@ class RewardConfig:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        rank = self.model.lora.rank
+        _require(rank == 0, "model.lora.rank", "0, a reward model being trained whole", rank)
+
 
 # Whatever the loop can run: each has model, data, run, optim and train.
 AnyConfig = SFTConfig | DPOConfig | RewardConfig
@@ -207,12 +213,13 @@ AnyConfig = SFTConfig | DPOConfig | RewardConfig
 
 def config_to_dict(config: AnyConfig) -> dict[str, Any]:
     """The settings as nested dictionaries, as `config.yaml` holds them; a loss has its `name`."""
-    values = asdict(config)
+    values = asdict(config, dict_factory=_with_lists)
     if not isinstance(config, SFTConfig):
         names = {cls: name for table in (LOSSES, REWARD_LOSSES) for name, cls in table.items()}
         values["loss"] = {"name": names[type(config.loss)], **values["loss"]}
-    for section in values.values():
-        for key, value in section.items():
-            if isinstance(value, tuple):
-                section[key] = list(value)
     return values
+
+
+def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary with lists for tuples, which YAML has not."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in items}

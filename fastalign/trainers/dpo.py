@@ -123,8 +123,9 @@ def prepare_all(
 ) -> list[Pairs]:
     """Measures the pairs and finds the reference's log-probs of those that will be used.
 
-    The policy must still be what it was before the first step: without `reference.path` it is the
-    reference. Another model is loaded once, and is gone when this returns.
+    Without `reference.path` the policy is the reference: it must still be what it was before the
+    first step, unless it has an adapter, which is put off. Another model is loaded once, and is
+    gone when this returns.
     """
     reference = None
     if config.loss.formula().needs_reference:
@@ -173,15 +174,11 @@ def make_preference_loss(loss: PreferenceLoss, pairs: Pairs, normaliser: int) ->
 def logit_sums(hidden: Tensor, head: Head, batch: PackedBatch) -> dict[str, Tensor]:
     """Mean logits of chosen and rejected tokens, as sums: TRL's `logits/chosen`, `logits/rejected`.
 
-    The mean over the vocabulary is the product with the mean row of the weight, so no logits are
-    formed; a softcap forbids that, and such models have no such metric.
+    A model with a softcap has no such metric: its mean needs every logit.
     """
     if head.softcap is not None:
         return {}
-    mean_logit = hidden.to(head.weight.dtype) @ head.weight.mean(0)
-    if head.bias is not None:
-        mean_logit = mean_logit + head.bias.mean()
-    sums = segment_sum(head.logit_scale * mean_logit.float(), batch.target_bounds)
+    sums = segment_sum(head.mean_logit(hidden), batch.target_bounds)
     counts = batch.target_bounds.diff()
     return {
         "logits/chosen": sums[0::2].sum(),

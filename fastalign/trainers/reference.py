@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastalign.data import Tokenizer, check_same_vocabulary
 from fastalign.evaluation import sequence_logprobs
+from fastalign.models import adapter_off
 from fastalign.trainers.config import DPOConfig
 from fastalign.trainers.reference_cache import (
     cache_path,
@@ -48,7 +49,7 @@ class Reference:
 def load_reference(
     config: DPOConfig, policy: Any, tokenizer: Tokenizer, compute: Compute
 ) -> Reference:
-    """Another model, or the policy before its first step.
+    """Another model, or the policy before its first step, or the frozen base of its adapter.
 
     Raises:
         ValueError: its vocabulary is not the policy's.
@@ -63,15 +64,16 @@ def load_reference(
 def compute_logprobs(
     reference: Reference, examples: Examples, indices: Sequence[int], compute: Compute
 ) -> Tensor:
-    """(number of indices, 2) float32 sequence log-probs on the CPU."""
-    logprobs = sequence_logprobs(
-        reference.model,
-        [examples.groups[i] for i in indices],
-        packing=compute.packing,
-        tokens_per_batch=compute.tokens_per_batch,
-        dtype=compute.dtype,
-        max_buffer_bytes=compute.max_buffer_bytes,
-    )
+    """(number of indices, 2) float32 sequence log-probs on the CPU, without any adapter."""
+    with adapter_off(reference.model):
+        logprobs = sequence_logprobs(
+            reference.model,
+            [examples.groups[i] for i in indices],
+            packing=compute.packing,
+            tokens_per_batch=compute.tokens_per_batch,
+            dtype=compute.dtype,
+            max_buffer_bytes=compute.max_buffer_bytes,
+        )
     return torch.stack(logprobs)
 
 

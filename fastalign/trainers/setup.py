@@ -5,8 +5,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastalign.data import TokenizedDataset, Tokenizer, load_tokenizer
-from fastalign.models import attention_of, load_policy, load_reward_model
+from fastalign.models import (
+    adapter_base,
+    add_adapter,
+    attention_of,
+    load_policy,
+    load_reward_model,
+)
 from fastalign.trainers.config import AnyConfig, ModelConfig, config_to_dict
 from fastalign.trainers.optimizer import adamw
 from fastalign.trainers.run_folder import announce, locked, prepare_run_folder
@@ -32,8 +40,23 @@ def opened_run(config: AnyConfig) -> Iterator[None]:
 
 
 def load_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokenizer]:
-    """The policy with float32 master weights, and its tokenizer."""
-    model, tokenizer = load_model(config.model.path, config.model, compute)
+    """The policy with float32 master weights, or a frozen base with an adapter; its tokenizer.
+
+    Raises:
+        ValueError: what `load_model`, `load_base` and `add_adapter` refuse.
+    """
+    lora = config.model.lora
+    if lora.rank == 0:
+        model, tokenizer = load_model(config.model.path, config.model, compute)
+    else:
+        model, tokenizer = load_base(config.model, compute)
+        add_adapter(
+            model,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=lora.targets,
+            use_rslora=lora.use_rslora,
+        )
     return ready_for_training(model, config), tokenizer
 
 
@@ -63,7 +86,40 @@ def ready_for_training(model: Any, config: AnyConfig) -> Any:
     return model
 
 
-def load_model(path: str, config: ModelConfig, compute: Compute) -> tuple[Any, Tokenizer]:
+def load_base(config: ModelConfig, compute: Compute) -> tuple[Any, Tokenizer]:
+    """The base of an adapter in the precision that `lora.base` says, and its tokenizer.
+
+    Raises:
+        ValueError: it is an adapter itself, or its precision does not go with that of the run.
+    """
+    precision = config.lora.base
+    if adapter_base(config.path) is not None:
+        raise ValueError(
+            f"model.path: {config.path} is an adapter, on which peft puts no other; merge it first "
+            "(fastalign merge), and train on the result"
+        )
+    if precision == "bf16" and compute.dtype != torch.bfloat16:
+        raise ValueError(
+            "model.lora.base: a bf16 base computes in bf16; expected --train.precision bf16 with "
+            f"it, got {str(compute.dtype).removeprefix('torch.')}"
+        )
+    return load_model(
+        config.path,
+        config,
+        compute,
+        dtype=torch.float32 if precision == "float32" else compute.dtype,
+        nf4=precision == "nf4",
+    )
+
+
+def load_model(
+    path: str,
+    config: ModelConfig,
+    compute: Compute,
+    *,
+    dtype: torch.dtype = torch.float32,
+    nf4: bool = False,
+) -> tuple[Any, Tokenizer]:
     """A causal model on the device, and the tokenizer beside it.
 
     Raises:
@@ -73,11 +129,13 @@ def load_model(path: str, config: ModelConfig, compute: Compute) -> tuple[Any, T
     tokenizer = load_tokenizer(path, trust_remote_code=trust)
     model = load_policy(
         path,
+        dtype=dtype,
         device=compute.device,
         packing=compute.packing,
         attention_name=compute.attention,
         compute_dtype=compute.dtype,
         trust_remote_code=trust,
+        nf4=nf4,
     )
     check_vocabulary(model, tokenizer, path)
     print(f"attention of {path}: {attention_of(model)}", flush=True)

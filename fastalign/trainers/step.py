@@ -112,6 +112,7 @@ def policy_loss(
             bias=head.bias,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
+            lora=head.lora,
             compute_dtype=compute.dtype if compute.dtype != torch.float32 else None,
             max_buffer_bytes=compute.max_buffer_bytes,
         )
