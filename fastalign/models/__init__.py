@@ -1,5 +1,6 @@
 """Models: loading, the packed forward, the head."""
 
+from fastalign.models.compiled import compile_layers
 from fastalign.models.head import Head, lm_head
 from fastalign.models.load import check_packable, find_device, load_policy, save_model
 from fastalign.models.logprob import response_logprob
@@ -10,6 +11,7 @@ __all__ = [
     "Head",
     "Packing",
     "check_packable",
+    "compile_layers",
     "find_device",
     "lm_head",
     "load_policy",

@@ -73,6 +73,8 @@ def attend_by_plan(
     return rows.index_select(0, plan.inverse)[None]
 
 
+# Its blocks change with each batch; compiled layers (`--train.compile`) call it as it is.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def shared_prefix_attention(
     module: nn.Module,
     query: Tensor,  # (b, H, L, d)

@@ -122,6 +122,8 @@ class TrainConfig:
     """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward instead of keeping them."""
+    compile: bool = False
+    """Compile the model's layers (torch.compile); the first steps wait for it."""
     max_buffer_bytes: int | None = None
     """Most bytes of logits at a time; default: chosen by the operation."""
     eval_every: int = 0

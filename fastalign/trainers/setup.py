@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.data import TokenizedDataset, Tokenizer, load_tokenizer
-from fastalign.models import lm_head, load_policy
+from fastalign.models import compile_layers, lm_head, load_policy
 from fastalign.trainers.config import DPOConfig, ModelConfig, SFTConfig, config_to_dict
 from fastalign.trainers.optimizer import adamw
 from fastalign.trainers.run_folder import announce, locked, prepare_run_folder
@@ -37,6 +37,8 @@ def load_for_training(config: SFTConfig | DPOConfig, compute: Compute) -> tuple[
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()  # dropout is 0; transformers checkpoints only in this mode
+    if config.train.compile:
+        compile_layers(model)
     return model, tokenizer
 
 
