@@ -40,6 +40,15 @@ class ReferenceConfig:
     """Folder or hub name; default: the model that training starts from."""
     cache_dir: str | None = None
     """Where reference log-probs are kept between runs; default: fastalign in the user's cache."""
+    offload: bool = False
+    """Keep the weights of another model in host memory; its layers visit the device one by one."""
+
+    def __post_init__(self) -> None:
+        if self.offload and self.path is None:
+            raise ValueError(
+                "reference.offload: needs --reference.path; without it the reference is the model "
+                "that training starts from"
+            )
 
 
 @dataclass(frozen=True)
