@@ -66,6 +66,10 @@ class AttentionPlan:
     def _flex(self) -> Flex:
         return Flex(self._segments, self._device)
 
+    def prepare(self, name: AttentionName) -> None:
+        """Does now what is to be done on the host for an implementation."""
+        getattr(self, {"sdpa": "_blocks", "flex": "_flex"}.get(name, "_varlen"))
+
     def attend(
         self,
         name: AttentionName,
