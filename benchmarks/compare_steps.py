@@ -172,7 +172,10 @@ def groups_of(
     """The rows of a case."""
     num_pairs = arguments.pairs or DEFAULT_PAIRS[arguments.device]
     if case == "chat":
-        groups = read_groups(arguments.data, shape.vocab_size, num_pairs)
+        try:
+            groups = read_groups(arguments.data, shape.vocab_size, num_pairs)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
     else:
         groups = make_groups(CASES[case], shape.vocab_size, num_pairs, num_answers)
     if name != "sft-step":

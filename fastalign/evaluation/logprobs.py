@@ -10,7 +10,7 @@ from torch import Tensor
 from fastalign.batch import Group
 from fastalign.data import packed_batches, packed_lengths
 from fastalign.losses import segment_sum
-from fastalign.models import Packing, response_logprob
+from fastalign.models import Packing, lm_head, response_logprob
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def sequence_logprobs(
         For each group (number of responses,) float32 on the CPU.
     """
     results: dict[int, Tensor] = {}
-    device = model.device
+    device = lm_head(model).weight.device  # of an offloaded model, nothing else stays there
     lengths = packed_lengths(groups, repeat_prompts=packing != "shared_prefix")
     batches = packed_batches(
         groups,

@@ -43,6 +43,15 @@ class ReferenceConfig:
     """Folder or hub name; default: the model that training starts from."""
     cache_dir: str | None = None
     """Where reference log-probs are kept between runs; default: fastalign in the user's cache."""
+    offload: bool = False
+    """Keep the weights of another model in host memory; its layers visit the device one by one."""
+
+    def __post_init__(self) -> None:
+        if self.offload and self.path is None:
+            raise ValueError(
+                "reference.offload: needs --reference.path; without it the reference is the model "
+                "that training starts from"
+            )
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,8 @@ class TrainConfig:
     """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward instead of keeping them."""
+    compile: bool = False
+    """Compile the model's layers (torch.compile); the first steps wait for it."""
     max_buffer_bytes: int | None = None
     """Most bytes of logits at a time; default: chosen by the operation."""
     eval_every: int = 0

@@ -1,5 +1,6 @@
 """DPO and its relatives: preference pairs straight to a policy."""
 
+import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,8 @@ def prepare_all(
                 cache_dir=cache_dir,
             )
         prepared.append(Pairs(examples, logprobs, torch.tensor(data.ties)))
+    del reference
+    gc.collect()  # offloading makes cycles, which would keep another model's weights
     return prepared
 
 

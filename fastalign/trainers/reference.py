@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastalign.data import Tokenizer, check_same_vocabulary
 from fastalign.evaluation import sequence_logprobs
-from fastalign.models import adapter_off
+from fastalign.models import adapter_off, find_offload, offload_layers
 from fastalign.trainers.config import DPOConfig
 from fastalign.trainers.reference_cache import (
     cache_path,
@@ -52,13 +52,20 @@ def load_reference(
     """Another model, or the policy before its first step, or the frozen base of its adapter.
 
     Raises:
-        ValueError: its vocabulary is not the policy's.
+        ValueError: its vocabulary is not the policy's, or a library is missing.
     """
-    model = policy
-    if config.reference.path is not None:
-        model, reference_tokenizer = load_model(config.reference.path, config.model, compute)
-        check_same_vocabulary(tokenizer, reference_tokenizer)
-    return Reference(model, model_fingerprint(model))
+    path, offload = config.reference.path, config.reference.offload
+    if path is None:
+        return Reference(policy, model_fingerprint(policy))
+    if offload:
+        find_offload()  # what is not installed is said before the weights are read
+    host = replace(compute, device=torch.device("cpu"))
+    model, reference_tokenizer = load_model(path, config.model, host if offload else compute)
+    check_same_vocabulary(tokenizer, reference_tokenizer)
+    reference = Reference(model, model_fingerprint(model))
+    if offload:
+        offload_layers(model, compute.device)
+    return reference
 
 
 def compute_logprobs(

@@ -19,6 +19,7 @@ MAY_CHANGE = {
     ("train", "eval_every"),
     ("train", "keep_checkpoints"),
     ("reference", "cache_dir"),
+    ("reference", "offload"),
     ("data", "eval"),
     ("model", "lora", "save_merged"),
 }

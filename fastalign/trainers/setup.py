@@ -12,6 +12,7 @@ from fastalign.models import (
     adapter_base,
     add_adapter,
     attention_of,
+    compile_layers,
     load_policy,
     load_reward_model,
 )
@@ -79,10 +80,12 @@ def load_reward_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, 
 
 
 def ready_for_training(model: Any, config: AnyConfig) -> Any:
-    """The model, with activation checkpointing where it is asked for."""
+    """The model with its activations checkpointed and its layers compiled, if that is asked for."""
     if config.train.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         model.train()  # dropout is 0; transformers checkpoints only in this mode
+    if config.train.compile:
+        compile_layers(model)
     return model
 
 

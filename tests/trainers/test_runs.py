@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastalign.models import save_model
-from fastalign.trainers import LOSSES, TrainConfig, train_dpo, train_sft
+from fastalign.models import compile_layers, save_model
+from fastalign.trainers import LOSSES, TrainConfig, setup, train_dpo, train_sft
 from fastalign.trainers.config import OptimConfig
 from fastalign.trainers.optimizer import learning_rate
 from fastalign.trainers.step import make_compute
@@ -28,6 +30,31 @@ def test_gradient_checkpointing_changes_nothing(folder: Path) -> None:
     )
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_layers_change_nothing_and_resume(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "compile_layers", partial(compile_layers, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    for run, stop in (("plain", None), ("compiled", None), ("stopped", 1)):
+        compiled = run != "plain"
+        config = sft_config(folder, run, max_steps=3, compile=compiled, stop_at_step=stop)
+        config = replace(config, data=replace(config.data, eval=None))
+        train_sft(config)
+        assert bool(counters["stats"]["unique_graphs"]) is compiled
+    resumed_run, whole = replace(config.run, resume=True), replace(config.train, stop_at_step=None)
+    train_sft(replace(config, run=resumed_run, train=whole))
+    plain, ours, resumed = (
+        load_file(folder / run / "model/model.safetensors")
+        for run in ("plain", "compiled", "stopped")
+    )
+    assert plain.keys() == ours.keys() == resumed.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
+        assert torch.equal(ours[name], resumed[name])
 
 
 def test_bf16_trains_with_float32_weights(folder: Path) -> None:

@@ -85,6 +85,8 @@ class AttentionPlan:
         return self._varlen.attend(KERNELS[name], *arguments)
 
 
+# Its blocks change with each batch; compiled layers (`--train.compile`) call it as it is.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def shared_prefix_attention(
     module: nn.Module,
     query: Tensor,  # (b, H, L, d)
