@@ -98,9 +98,8 @@ def add_adapter(
         use_rslora=use_rslora,
         task_type="CAUSAL_LM",
     )
-    model.requires_grad_(False)
     with quiet_peft():
-        model.add_adapter(config, ADAPTER)
+        model.add_adapter(config, ADAPTER)  # which freezes every other parameter
     cast_adapter_dtype(model, ADAPTER)
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fastalign.batch import pack
+from fastalign.data import load_tokenizer
 from fastalign.models import load_policy, load_reward_model, response_logprob, save_model
 from fastalign.models.lora import quiet_peft
 from fastalign.trainers import (
@@ -19,6 +20,7 @@ from fastalign.trainers import (
     PreferenceDataConfig,
     RewardConfig,
     TrainConfig,
+    dpo,
     train_dpo,
     train_sft,
 )
@@ -85,6 +87,24 @@ def test_the_reference_is_the_base(folder: Path, base: str) -> None:
     assert abs(rows[0]["rewards/margins"]) < 1e-6
     assert rows[-1]["loss"] < LN_2
     assert all(value.dtype == torch.float32 for value in adapter_of(folder / "run").values())
+
+
+def test_an_adapter_that_has_learned_is_off_in_the_reference(folder: Path) -> None:
+    config = dpo_config(folder, "unused")
+    tokenizer = load_tokenizer(folder / "llama")
+    data = dpo.load_data(config, config.data.train, tokenizer)
+    compute = make_compute(TrainConfig(device="cpu"))
+    found = []
+    for number, adapted in enumerate((False, True)):
+        model = load_policy(folder / "llama")
+        if adapted:
+            put_adapter(model, "all-linear", "lm_head")
+        cache = replace(config.reference, cache_dir=str(folder / f"cache-{number}"))
+        each = replace(config, reference=cache)
+        pairs = dpo.prepare(each, model, tokenizer, data, range(12), compute)
+        assert pairs.reference is not None
+        found.append(pairs.reference)
+    assert torch.equal(*found)
 
 
 def test_the_base_stays_and_the_adapter_learns_the_preference(folder: Path) -> None:
