@@ -21,12 +21,12 @@ from fastalign.trainers import dpo, reward, sft
 from fastalign.trainers.config import AnyConfig, DPOConfig, RewardConfig, SFTConfig
 from fastalign.trainers.loop import indices_of_run, total_steps
 from fastalign.trainers.memory import Peak, fake_mode, peak_of_forward, peak_of_step
-from fastalign.trainers.setup import check_lengths
+from fastalign.trainers.setup import check_lengths, checkpoint_activations
 from fastalign.trainers.step import Compute, Examples, make_compute, measure_examples
 
-# Of the activations' bytes: pages that the C library's allocator keeps between tensors. Measured
-# on a CPU (docs/log.md); a GPU's allocator is not known yet.
-KEPT_BY_ALLOCATOR = {"cpu": 0.3, "cuda": 0.05}
+# Freed pages that the allocator cannot use again at the fullest moment, in activations of a layer.
+# Measured with the C library's on a CPU (docs/log.md); of a GPU's it is an assumption.
+LAYERS_KEPT_BY_ALLOCATOR = {"cpu": 2.0, "cuda": 0.5}
 # A quantised weight: half a byte, and a float32 scale for each 64 of them.
 NF4_BYTES = 0.5 + 4 / 64
 
@@ -85,15 +85,13 @@ def estimate_run(config: AnyConfig) -> Estimate:
     libraries = resident_bytes() if compute.device.type == "cpu" else 0
     peak = peak_of_step(model, batch, compute, states=config.optim.states, several=num_batches > 1)
     phases = {"training step": replace_weights(peak, model, config)}
+    kept = LAYERS_KEPT_BY_ALLOCATOR[compute.device.type] * layer_bytes(model, batch, compute)
     if isinstance(config, DPOConfig) and config.loss.formula().needs_reference:
         phases["reference log-probs"] = reference_peak(config, model, examples, compute)
     return Estimate(
         phases=phases,
         libraries=libraries,
-        kept={
-            name: int(KEPT_BY_ALLOCATOR[compute.device.type] * phase.activations)
-            for name, phase in phases.items()
-        },
+        kept={name: int(min(kept, phase.activations)) for name, phase in phases.items()},
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         num_tokens=batch.num_tokens,
@@ -137,9 +135,19 @@ def build_model(config: AnyConfig, compute: Compute, path: str | None = None) ->
             use_rslora=lora.use_rslora,
         )
     if trained and config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
+        checkpoint_activations(model)
     return model
+
+
+def layer_bytes(model: Any, batch: PackedBatch, compute: Compute) -> float:
+    """What one layer keeps for its backward, where activations are not checkpointed."""
+    checkpointed = model.is_gradient_checkpointing
+    if checkpointed:
+        model.gradient_checkpointing_disable()
+    peak = peak_of_step(model, batch, compute, states="float32", several=False)
+    if checkpointed:
+        checkpoint_activations(model)
+    return peak.activations / int(model.config.num_hidden_layers)
 
 
 def largest_batch(

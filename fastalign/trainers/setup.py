@@ -82,11 +82,16 @@ def load_reward_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, 
 def ready_for_training(model: Any, config: AnyConfig) -> Any:
     """The model with its activations checkpointed and its layers compiled, if that is asked for."""
     if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()  # dropout is 0; transformers checkpoints only in this mode
+        checkpoint_activations(model)
     if config.train.compile:
         compile_layers(model)
     return model
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Has each layer's activations computed again in the backward."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()  # dropout is 0; transformers checkpoints only in this mode
 
 
 def load_base(config: ModelConfig, compute: Compute) -> tuple[Any, Tokenizer]:
