@@ -15,7 +15,7 @@ from fastalign.data import (
     load_tokenizer,
     micro_batches,
 )
-from fastalign.models import add_adapter
+from fastalign.models import add_adapter, has_adapter
 from fastalign.models.skeleton import model_without_weights
 from fastalign.trainers import dpo, reward, sft
 from fastalign.trainers.config import AnyConfig, DPOConfig, RewardConfig, SFTConfig
@@ -24,9 +24,13 @@ from fastalign.trainers.memory import Peak, fake_mode, peak_of_forward, peak_of_
 from fastalign.trainers.setup import check_lengths, checkpoint_activations
 from fastalign.trainers.step import Compute, Examples, make_compute, measure_examples
 
-# Freed pages that the allocator cannot use again at the fullest moment, in activations of a layer.
-# Measured with the C library's on a CPU (docs/log.md); of a GPU's it is an assumption.
-LAYERS_KEPT_BY_ALLOCATOR = {"cpu": 2.0, "cuda": 0.5}
+# Freed pages that the allocator cannot use again at the fullest moment, as a share of activations;
+# and where they are checkpointed, in activations of a layer, each layer's being made and freed in
+# between. Measured with the C library's on a CPU (docs/log.md), where an adapter's small tensors
+# between large ones leave three times as much; of a GPU's it is an assumption.
+SHARE_KEPT = {"cpu": 0.25, "cuda": 0.05}
+LAYERS_KEPT = {"cpu": 2.0, "cuda": 0.5}
+TIMES_WITH_ADAPTER = {"cpu": 3.0, "cuda": 1.0}
 # A quantised weight: half a byte, and a float32 scale for each 64 of them.
 NF4_BYTES = 0.5 + 4 / 64
 
@@ -77,21 +81,24 @@ def estimate_run(config: AnyConfig) -> Estimate:
     compute = make_compute(config.train)
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     data = load_data(config, tokenizer)
-    with fake_mode(compute.device):
-        model = build_model(config, compute)
+    model = build_model(config, compute)
     check_lengths(model, data)
     examples = measure_examples(data.groups, compute.packing)
     batch, num_batches = largest_batch(config, examples, compute)
     libraries = resident_bytes() if compute.device.type == "cpu" else 0
     peak = peak_of_step(model, batch, compute, states=config.optim.states, several=num_batches > 1)
     phases = {"training step": replace_weights(peak, model, config)}
-    kept = LAYERS_KEPT_BY_ALLOCATOR[compute.device.type] * layer_bytes(model, batch, compute)
+    kept = {"training step": kept_bytes(model, batch, compute, peak.activations)}
     if isinstance(config, DPOConfig) and config.loss.formula().needs_reference:
-        phases["reference log-probs"] = reference_peak(config, model, examples, compute)
+        of_reference = reference_peak(config, model, examples, compute)
+        phases["reference log-probs"] = of_reference
+        kept["reference log-probs"] = int(
+            SHARE_KEPT[compute.device.type] * of_reference.activations
+        )
     return Estimate(
         phases=phases,
         libraries=libraries,
-        kept={name: int(min(kept, phase.activations)) for name, phase in phases.items()},
+        kept=kept,
         num_parameters=sum(p.numel() for p in model.parameters()),
         num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
         num_tokens=batch.num_tokens,
@@ -112,42 +119,48 @@ def load_data(config: AnyConfig, tokenizer: Any) -> TokenizedDataset:
 
 
 def build_model(config: AnyConfig, compute: Compute, path: str | None = None) -> Any:
-    """The trained model, or with a path the reference, under the mode of fake tensors."""
+    """The trained model, or with a path the reference, of tensors without data."""
     lora = config.model.lora
     trained = path is None
     low = trained and lora.base == "bf16"
-    model = model_without_weights(
-        config.model.path if path is None else path,
-        reward=isinstance(config, RewardConfig),
-        dtype=torch.bfloat16 if low else torch.float32,
-        device=compute.device,
-        packing=compute.packing,
-        attention_name=compute.attention,
-        compute_dtype=compute.dtype,
-        trust_remote_code=config.model.trust_remote_code,
-    )
-    if trained and lora.rank:
-        add_adapter(
-            model,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            targets=lora.targets,
-            use_rslora=lora.use_rslora,
+    with torch.device("meta"):  # peft moves its matrices, which fake tensors do not bear
+        model = model_without_weights(
+            config.model.path if path is None else path,
+            reward=isinstance(config, RewardConfig),
+            dtype=torch.bfloat16 if low else torch.float32,
+            device=compute.device,
+            packing=compute.packing,
+            attention_name=compute.attention,
+            compute_dtype=compute.dtype,
+            trust_remote_code=config.model.trust_remote_code,
         )
+        if trained and lora.rank:
+            add_adapter(
+                model,
+                rank=lora.rank,
+                alpha=lora.alpha,
+                targets=lora.targets,
+                use_rslora=lora.use_rslora,
+            )
+    with fake_mode(compute.device):
+        model.to_empty(device=compute.device)
+        model.tie_weights()
     if trained and config.train.gradient_checkpointing:
         checkpoint_activations(model)
     return model
 
 
-def layer_bytes(model: Any, batch: PackedBatch, compute: Compute) -> float:
-    """What one layer keeps for its backward, where activations are not checkpointed."""
-    checkpointed = model.is_gradient_checkpointing
-    if checkpointed:
-        model.gradient_checkpointing_disable()
-    peak = peak_of_step(model, batch, compute, states="float32", several=False)
-    if checkpointed:
-        checkpoint_activations(model)
-    return peak.activations / int(model.config.num_hidden_layers)
+def kept_bytes(model: Any, batch: PackedBatch, compute: Compute, activations: int) -> int:
+    """What the allocator keeps beyond what is alive at a training step's fullest moment."""
+    times = TIMES_WITH_ADAPTER[compute.device.type] if has_adapter(model) else 1.0
+    share = int(times * SHARE_KEPT[compute.device.type] * activations)
+    if not model.is_gradient_checkpointing:
+        return share
+    model.gradient_checkpointing_disable()
+    plain = peak_of_step(model, batch, compute, states="float32", several=False).activations
+    checkpoint_activations(model)
+    of_layer = plain / model.config.num_hidden_layers
+    return max(share, int(times * LAYERS_KEPT[compute.device.type] * of_layer))
 
 
 def largest_batch(
@@ -184,8 +197,7 @@ def reference_peak(config: DPOConfig, policy: Any, examples: Examples, compute: 
     path = config.reference.path
     if path is None:
         return replace_weights(peak_of_forward(policy, batch, compute), policy, config)
-    with fake_mode(compute.device):
-        model = build_model(config, compute, path)
+    model = build_model(config, compute, path)
     peak = peak_of_forward(model, batch, compute)
     held = peak.weights
     if config.reference.offload and compute.device.type == "cuda":

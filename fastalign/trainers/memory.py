@@ -4,6 +4,7 @@ The model is built on fake tensors, runs the run's own largest batch, and PyTorc
 follows what is alive; so whatever an architecture keeps is counted, and no weight is read.
 """
 
+from collections import OrderedDict
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
+from torch.utils.hooks import RemovableHandle
 
 from fastalign.batch import PackedBatch
 from fastalign.models import attention_of, hidden_at
@@ -118,6 +120,10 @@ def _peak(model: Any, batch: PackedBatch, compute: Compute, states: int, backwar
     positions = batch.predict_index if head is not None else batch.response_bounds[:, 1] - 1
     with fake_mode(compute.device):
         tracker = MemTracker()
+        for parameter in model.parameters():
+            if not parameter.requires_grad:  # it would hook these too, which torch refuses
+                nothing = RemovableHandle(OrderedDict())
+                tracker._param_to_grad_hook_handles[parameter] = (nothing, nothing)
         tracker.track_external(model)
         with tracker:
             for _ in range(max(backwards, 1)):
