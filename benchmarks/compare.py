@@ -1,236 +1,125 @@
 """`python -m benchmarks.compare NAME`: implementations side by side, as a table and JSON.
 
-Before a time is printed, every implementation's result is compared with the eager one's; `head`
-also runs the head's tests first, and refuses to time what fails them.
+A head's loss and gradient (`head`, `dpo-loss`, `orpo`, `linear-logprob`), every operation's
+backends (`operations`), or whole optimiser steps beside TRL's trainers (`dpo-step`, `sft-step`,
+`reward-step`) and by the number of answers to a prompt (`answers-step`). Nothing whose result
+differs from the eager one's is timed.
 """
 
 import argparse
-import functools
 import json
-import subprocess
-import sys
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from benchmarks.heads import (
-    CASES,
-    DEFAULT_CASES,
-    IMPLEMENTATIONS,
-    HeadCase,
-    HeadInputs,
-    backward,
-    forward,
-    forward_backward,
-    forward_only,
-    make_inputs,
-    products,
-)
-from benchmarks.measure import Prepared, device_name, measure
-from benchmarks.operations import OperationRow, compare_operations, print_operations
-from benchmarks.peers import PEERS, usable_peers
+from benchmarks import heads, step_cases
+from benchmarks.compare_steps import NAMES, compare_all_steps
+from benchmarks.head_rows import DTYPES, compare_heads
+from benchmarks.operations import compare_operations, print_operations
+from benchmarks.peers import PEERS
 
 OPERATIONS = "operations"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# |loss - eager loss| / |eager loss|: rounding of the logits to the dtype is the eager one's own.
-AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-# Name: (whether the weight is trained, products). Where the gradient is computed in the forward,
-# the backward alone does next to nothing.
-PASSES = {
-    "forward": (True, 1),
-    "backward": (True, 2),
-    "forward+backward": (True, 3),
-    "forward+backward, frozen": (False, 2),
-}
-ROOT = Path(__file__).parents[1]
-TESTS = ["tests/ops/test_fused_linear_loss.py", "tests/ops/test_head_tile.py"]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table; the JSON file is a list of these."""
-
-    case: str
-    implementation: str
-    dtype: str
-    pass_: str
-    milliseconds: float
-    spread: float
-    peak_bytes: int | None
-    flops: int
-    products_milliseconds: float
-    fraction_of_products: float
-    device: str
-    torch: str
-
-
-def implementations_of(
-    name: str, device: str, wanted: list[str]
-) -> dict[str, Callable[[HeadInputs], Tensor]]:
-    """What is compared, with the wanted peers that can run here."""
-    peers, reasons = usable_peers(name, device, wanted)
-    for peer, reason in reasons.items():
-        print(f"without {peer}: {reason}")
-    return {**IMPLEMENTATIONS[name], **peers}
-
-
-def agreeing(
-    case: HeadCase, inputs: HeadInputs, functions: dict[str, Callable[[HeadInputs], Tensor]]
-) -> dict[str, Callable[[HeadInputs], Tensor]]:
-    """Those whose result is the eager one's; the others are named, and ours ends the program."""
-    truth = forward_only(functions["eager"], inputs)
-    found = {}
-    for implementation, function in functions.items():
-        error = float((forward_only(function, inputs) - truth).abs() / truth.abs())
-        if error <= AGREEMENT[inputs.hidden.dtype]:
-            found[implementation] = function
-            continue
-        message = f"{case.name}: {implementation} differs from eager by {error:.2e}"
-        if implementation == "fastalign":
-            raise SystemExit(message)
-        print(f"not timed: {message}")
-    return found
-
-
-def call_of(
-    pass_: str, function: Callable[[HeadInputs], Tensor], inputs: HeadInputs
-) -> Callable[[], object] | Prepared:
-    """What is timed of an implementation."""
-    if pass_ == "backward":
-        run = functools.partial(backward, inputs=inputs)
-        return Prepared(functools.partial(forward, function, inputs), run)
-    whole = forward_only if pass_ == "forward" else forward_backward
-    return functools.partial(whole, function, inputs)
-
-
-def compare_case(
-    name: str,
-    case: HeadCase,
-    device: str,
-    dtype_name: str,
-    num_rounds: int,
-    functions: dict[str, Callable[[HeadInputs], Tensor]],
-) -> list[Row]:
-    """Checks agreement, then measures one case's implementations and its bare products."""
-    inputs = make_inputs(case, device, DTYPES[dtype_name])
-    functions = agreeing(case, inputs, functions)
-    rows = []
-    for pass_, (trained, num_products) in PASSES.items():
-        # one pair is about memory, and so takes one pass
-        if pass_ != "forward+backward" and (name != "head" or case.num_pairs == 1):
-            continue
-        print(f"{case.name}, {dtype_name}, {pass_} ...", file=sys.stderr, flush=True)
-        inputs.weight.requires_grad_(trained)
-        calls: dict[str, Callable[[], object] | Prepared] = {
-            implementation: call_of(pass_, function, inputs)
-            for implementation, function in functions.items()
-        }
-        calls["products"] = functools.partial(products, inputs, num_products)
-        measured = measure(calls, device, num_rounds=num_rounds)
-        bare = measured.pop("products").milliseconds
-        rows += [
-            Row(
-                case=case.name,
-                implementation=implementation,
-                dtype=dtype_name,
-                pass_=pass_,
-                milliseconds=found.milliseconds,
-                spread=found.spread,
-                peak_bytes=found.peak_bytes,
-                flops=case.flops(num_products),
-                products_milliseconds=bare,
-                fraction_of_products=bare / found.milliseconds,
-                device=device_name(device),
-                torch=torch.__version__,
-            )
-            for implementation, found in measured.items()
-        ]
-    return rows
-
-
-def print_table(rows: list[Row]) -> None:
-    """The rows, aligned, for a person."""
-    print(
-        f"{'case':22}{'pass':26}{'implementation':15}{'dtype':10}{'ms':>9}{'spread':>8}"
-        f"{'peak MiB':>10}{'products ms':>13}{'of products':>13}"
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for row in rows:
-        peak = "?" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.0f}"
-        print(
-            f"{row.case:22}{row.pass_:26}{row.implementation:15}{row.dtype:10}"
-            f"{row.milliseconds:9.1f}{row.spread:8.0%}{peak:>10}"
-            f"{row.products_milliseconds:13.1f}{row.fraction_of_products:13.0%}"
-        )
-
-
-def refuse_on_a_red_test() -> None:
-    """Ends the program where the head's own tests fail."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", *TESTS]
-    done = subprocess.run(command, cwd=ROOT, check=False)
-    if done.returncode != 0:
-        raise SystemExit(f"nothing is timed: {' '.join(TESTS)} failed")
-
-
-def parse_arguments() -> argparse.Namespace:
-    """The command line, checked."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
-    parser.add_argument("name", choices=[*sorted(IMPLEMENTATIONS), OPERATIONS])
+    parser.add_argument("name", choices=[*sorted(heads.IMPLEMENTATIONS), OPERATIONS, *NAMES])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--dtype",
         choices=list(DTYPES),
         action="append",
-        help="may be repeated; default: both on a CPU, bfloat16 on a GPU",
+        help="may be repeated; default: both on a CPU (a step: float32), bfloat16 on a GPU",
     )
-    parser.add_argument("--case", choices=list(CASES), action="append", help="may be repeated")
+    parser.add_argument(
+        "--case",
+        choices=[*heads.CASES, *step_cases.CASES],
+        action="append",
+        help="may be repeated",
+    )
     known = sorted({peer for peers in PEERS.values() for peer in peers})
     parser.add_argument(
-        "--peer", choices=known, action="append", help="may be repeated; default: all"
+        "--peer", choices=known, action="append", help="of a head; may be repeated; default: all"
     )
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each implementation")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    steps = parser.add_argument_group("whole steps")
+    steps.add_argument(
+        "--model", choices=list(step_cases.SHAPES), action="append", help="may be repeated"
+    )
+    steps.add_argument("--pairs", type=int, help="rows of a step; default: 8, on a GPU 16")
+    steps.add_argument("--threads", type=int, help="of a CPU; default: torch's")
+    steps.add_argument("--data", type=Path, help="preference rows of the case `chat`")
+    return parser
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = make_parser()
     arguments = parser.parse_args()
-    if arguments.rounds < 1:
-        parser.error(f"--rounds: expected at least 1, got {arguments.rounds}")
+    name = arguments.name
+    for flag in ("rounds", "pairs", "threads"):
+        value = getattr(arguments, flag)
+        if value is not None and value < 1:
+            parser.error(f"--{flag}: expected at least 1, got {value}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
-    if arguments.name == OPERATIONS and arguments.case:
-        parser.error(f"--case: {OPERATIONS} has none")
+    known = {} if name == OPERATIONS else step_cases.CASES if name in NAMES else heads.CASES
+    for case in arguments.case or []:
+        if case not in known:
+            parser.error(f"--case: {name} has no {case!r}")
     for peer in arguments.peer or []:
-        if peer not in PEERS.get(arguments.name, {}):
-            parser.error(f"--peer: {arguments.name} has no {peer!r}")
+        if peer not in PEERS.get(name, {}):
+            parser.error(f"--peer: {name} has no {peer!r}")
+    for flag in ("model", "pairs", "threads", "data"):
+        if getattr(arguments, flag) is not None and name not in NAMES:
+            parser.error(f"--{flag}: {name} is no step")
+    if name == "answers-step" and "chat" in (arguments.case or []):
+        parser.error("--case: its rows have two answers each, and answers-step takes up to 8")
+    if arguments.case and "chat" in arguments.case and arguments.data is None:
+        parser.error("--case chat: expected a file of preference rows in --data, got none")
+    if arguments.data is not None and not arguments.data.exists():
+        parser.error(f"--data: {arguments.data} is not there")
     if arguments.json:  # found out before the work, not after it
         try:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.open("a", encoding="utf-8").close()
         except OSError as error:
             parser.error(f"--json: {error}")
-    arguments.dtype = arguments.dtype or (
-        list(DTYPES) if arguments.device == "cpu" else ["bfloat16"]
-    )
+    if arguments.dtype is None:
+        on_cpu = ["float32"] if name in NAMES else list(DTYPES)
+        arguments.dtype = on_cpu if arguments.device == "cpu" else ["bfloat16"]
     return arguments
+
+
+def compare(arguments: argparse.Namespace) -> list[Any]:
+    """Runs every case and prints the table."""
+    name, device, rounds = arguments.name, arguments.device, arguments.rounds
+    if name in NAMES:
+        return list(compare_all_steps(arguments))
+    if name == OPERATIONS:
+        rows = [
+            row
+            for dtype_name in arguments.dtype
+            for row in compare_operations(device, dtype_name, rounds)
+        ]
+        print_operations(rows)
+        return list(rows)
+    cases, peers = arguments.case or [], arguments.peer or []
+    return list(compare_heads(name, cases, device, arguments.dtype, rounds, peers))
 
 
 def main() -> None:
     """Runs every case, prints the table, writes the JSON."""
     arguments = parse_arguments()
-    name, device, rounds = arguments.name, arguments.device, arguments.rounds
-    rows: list[Row] | list[OperationRow] = []
-    if name == OPERATIONS:
-        for dtype_name in arguments.dtype:
-            rows += compare_operations(device, dtype_name, rounds)
-        print_operations(rows)
-    else:
-        if name == "head":
-            refuse_on_a_red_test()
-        functions = implementations_of(name, device, arguments.peer or [])
-        for dtype_name in arguments.dtype:
-            for case in arguments.case or DEFAULT_CASES[name, device]:
-                rows += compare_case(name, CASES[case], device, dtype_name, rounds, functions)
-        print_table(rows)
+    rows = compare(arguments)
     if arguments.json:
         records = [{k.rstrip("_"): v for k, v in asdict(row).items()} for row in rows]
         arguments.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")

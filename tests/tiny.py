@@ -9,7 +9,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from fastalign.models import attention
+from fastalign.models import add_adapter, attention
 from fastalign.models.load import disable_dropout
 
 SHARED = {
@@ -70,7 +70,9 @@ def tiny_model(
         num_labels=1,
         **SETTINGS[architecture],
     )
-    model = kind.from_config(config, attn_implementation=attention.NAME, dtype=dtype)
+    model = kind.from_config(
+        config, attn_implementation=attention.registered_name("sdpa"), dtype=dtype
+    )
     for parameter in model.parameters():  # norms and biases too, so that every gradient matters
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     disable_dropout(model)
@@ -80,3 +82,13 @@ def tiny_model(
 def tiny_reward_model(architecture: str, **options: Any) -> Any:
     """The same with a score in place of the language-model head."""
     return tiny_model(architecture, kind=AutoModelForSequenceClassification, **options)
+
+
+def put_adapter(model: Any, *targets: str, rank: int = 3, seed: int = 5) -> Any:
+    """The model with an adapter that changes it: B is not 0."""
+    torch.manual_seed(seed)
+    add_adapter(model, rank=rank, alpha=2.0 * rank, targets=targets or ("all-linear",))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.2)
+    return model

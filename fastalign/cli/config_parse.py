@@ -96,23 +96,36 @@ def flatten(config: type, values: dict[str, Any], path: str) -> dict[str, Any]:
     Raises:
         ValueError: an unknown section or key, or a section that is no mapping.
     """
-    flat = {}
+    flat: dict[str, Any] = {}
     sections = {field.name: field.type for field in dataclasses.fields(config)}
     for section, content in values.items():
         if section not in sections:
             raise ValueError(
                 f"{path}: unknown section {section!r}; expected one of {', '.join(sections)}"
             )
-        if not isinstance(content, dict):
-            raise ValueError(f"{path}: {section}: expected keys and values, got {content!r}")
-        section_type: Any = sections[section]
-        known = [field.name for field in dataclasses.fields(section_type)]
-        for key, value in content.items():
-            if key not in known:
-                raise ValueError(
-                    f"{path}: unknown key {section}.{key}; expected one of {', '.join(known)}"
-                )
-            if isinstance(value, dict):
-                raise ValueError(f"{path}: {section}.{key}: expected a value, got a mapping")
-            flat[f"{section}.{key}"] = value
+        flat |= flatten_section(sections[section], content, section, path)
+    return flat
+
+
+def flatten_section(section_type: Any, content: Any, name: str, path: str) -> dict[str, Any]:
+    """The settings of one section, `name` in front; a dataclass in it is a section of its own.
+
+    Raises:
+        ValueError: an unknown key, or keys and values where a value belongs, or the reverse.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: {name}: expected keys and values, got {content!r}")
+    flat: dict[str, Any] = {}
+    known: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(section_type)}
+    for key, value in content.items():
+        if key not in known:
+            raise ValueError(
+                f"{path}: unknown key {name}.{key}; expected one of {', '.join(known)}"
+            )
+        if dataclasses.is_dataclass(known[key]):
+            flat |= flatten_section(known[key], value, f"{name}.{key}", path)
+        elif isinstance(value, dict):
+            raise ValueError(f"{path}: {name}.{key}: expected a value, got a mapping")
+        else:
+            flat[f"{name}.{key}"] = value
     return flat

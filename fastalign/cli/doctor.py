@@ -10,12 +10,16 @@ from typing import Literal
 import torch
 
 from fastalign.cli.flags import parse_flags
+from fastalign.models import ATTENTIONS, attention_reason
 from fastalign.ops import native_library
 from fastalign.ops.backends import choose_backend, unusable_reason
 from fastalign.ops.linear_arguments import choose_linear_backend
 from fastalign.ops.linear_products import product_dtype
 
-PACKAGES = ("fastalign", "torch", "triton", "transformers", "datasets", "safetensors", "tyro")
+PACKAGES = (
+    *("fastalign", "torch", "triton", "transformers", "datasets", "safetensors", "tyro"),
+    *("peft", "bitsandbytes"),
+)
 TOKENS = ("token_logprob", "token_kl", "preference_loss", "kl_penalty", "gae")
 # Operations whose products are a library's: "torch" reads their tiles wherever torch runs.
 LINEAR = ("linear_logprob", "fused_linear_loss", "linear_kl")
@@ -73,6 +77,15 @@ def backend_lines(device_type: str) -> Iterator[str]:
     yield f"  bfloat16 products run in {str(dtype).removeprefix('torch.')} and return float32"
 
 
+def attention_lines(device: torch.device) -> Iterator[str]:
+    """Which implementations of shared-prefix attention can run on a device in its usual dtype."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    yield f"attention of packed rows on {device.type} (--train.attention)"
+    for name in ATTENTIONS:
+        reason = attention_reason(name, device, dtype)
+        yield f"  {name:<10} {'usable' if reason is None else 'not usable: ' + reason}"
+
+
 def main(argv: Sequence[str]) -> int:
     """Exit code 0."""
     config = parse_flags(DoctorConfig, argv, "fastalign doctor")
@@ -88,4 +101,5 @@ def main(argv: Sequence[str]) -> int:
             continue
         print()
         print("\n".join(backend_lines(device_type)))
+        print("\n".join(attention_lines(torch.device(device_type))))
     return 0

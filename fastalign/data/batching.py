@@ -3,6 +3,7 @@
 import random
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from heapq import heappop, heappush
 
 from fastalign.batch import Group, PackedBatch, pack, ungroup
 
@@ -44,8 +45,10 @@ def micro_batches(
 ) -> list[list[int]]:
     """Cuts a step's examples into batches of at most `tokens_per_batch` tokens.
 
-    First-fit decreasing, so batches are full and few. An example longer than the budget travels
-    alone. Within a batch the step's order is kept.
+    As few batches as first-fit decreasing finds, then filled evenly: a step a little over the
+    budget makes two halves, and not a full batch and a crumb, which would take as long and need
+    the memory of the full one. An example longer than the budget travels alone. Within a batch the
+    step's order is kept.
 
     Args:
         indices: the step's examples; one may occur twice.
@@ -57,20 +60,41 @@ def micro_batches(
     """
     if tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch: expected at least 1, got {tokens_per_batch}")
-    places = sorted(range(len(indices)), key=lambda place: (-lengths[indices[place]], place))
+    sizes = [lengths[index] for index in indices]
+    places = sorted(range(len(indices)), key=lambda place: (-sizes[place], place))
+    alone = [[place] for place in places if sizes[place] > tokens_per_batch]
+    fitting = places[len(alone) :]
+    batches = _first_fit(fitting, sizes, tokens_per_batch)
+    even = _spread(fitting, sizes, len(batches))
+    if all(sum(sizes[place] for place in batch) <= tokens_per_batch for batch in even):
+        batches = even
+    return [[indices[place] for place in sorted(batch)] for batch in alone + batches]
+
+
+def _first_fit(places: Sequence[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
     batches: list[list[int]] = []
     room: list[int] = []
     for place in places:
-        length = lengths[indices[place]]
         for number, free in enumerate(room):
-            if length <= free:
+            if sizes[place] <= free:
                 batches[number].append(place)
-                room[number] -= length
+                room[number] -= sizes[place]
                 break
         else:
             batches.append([place])
-            room.append(tokens_per_batch - length)
-    return [[indices[place] for place in sorted(batch)] for batch in batches]
+            room.append(budget - sizes[place])
+    return batches
+
+
+def _spread(places: Sequence[int], sizes: Sequence[int], num_batches: int) -> list[list[int]]:
+    # Longest processing time first: each to the batch that holds the fewest tokens so far.
+    batches: list[list[int]] = [[] for _ in range(num_batches)]
+    loads = [(0, number) for number in range(num_batches)]
+    for place in places:
+        load, number = heappop(loads)
+        batches[number].append(place)
+        heappush(loads, (load + sizes[place], number))
+    return batches
 
 
 def packed_lengths(groups: Sequence[Group], *, repeat_prompts: bool) -> list[int]:

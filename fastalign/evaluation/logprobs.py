@@ -10,7 +10,7 @@ from torch import Tensor
 from fastalign.batch import Group, PackedBatch
 from fastalign.data import packed_batches, packed_lengths
 from fastalign.losses import segment_sum
-from fastalign.models import Packing, response_logprob
+from fastalign.models import Packing, lm_head, response_logprob
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def sequence_logprobs(
     return of_responses(
         of_batch,
         groups,
-        device=model.device,
+        device=lm_head(model).weight.device,  # of an offloaded model, nothing else stays there
         packing=packing,
         tokens_per_batch=tokens_per_batch,
         dtype=dtype,

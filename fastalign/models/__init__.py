@@ -1,8 +1,24 @@
 """Models: loading, the packed forward, the heads."""
 
+from fastalign.models.attention import (
+    ATTENTIONS,
+    AttentionChoice,
+    attention_of,
+    attention_reason,
+)
+from fastalign.models.compiled import compile_layers
 from fastalign.models.head import Head, lm_head
 from fastalign.models.load import check_packable, find_device, load_policy, save_model
 from fastalign.models.logprob import response_logprob
+from fastalign.models.lora import (
+    adapter_off,
+    add_adapter,
+    base_state,
+    has_adapter,
+    merge_adapter,
+)
+from fastalign.models.lora_files import adapter_base, save_adapter
+from fastalign.models.offload import find_offload, offload_layers
 from fastalign.models.packed import PACKINGS, Packing, hidden_at, predict_hidden
 from fastalign.models.reward import (
     load_reward_model,
@@ -12,18 +28,32 @@ from fastalign.models.reward import (
 )
 
 __all__ = [
+    "ATTENTIONS",
     "PACKINGS",
+    "AttentionChoice",
     "Head",
     "Packing",
+    "adapter_base",
+    "adapter_off",
+    "add_adapter",
+    "attention_of",
+    "attention_reason",
+    "base_state",
     "check_packable",
+    "compile_layers",
     "find_device",
+    "find_offload",
+    "has_adapter",
     "hidden_at",
     "lm_head",
     "load_policy",
     "load_reward_model",
+    "merge_adapter",
+    "offload_layers",
     "predict_hidden",
     "response_logprob",
     "response_reward",
+    "save_adapter",
     "save_model",
     "save_reward_model",
     "set_pad_token",

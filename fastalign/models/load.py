@@ -9,6 +9,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fastalign.models import attention
 from fastalign.models.head import check_head
+from fastalign.models.lora import merge_adapter
+from fastalign.models.lora_files import CONFIG_FILE, adapter_base, open_adapter
+from fastalign.models.low_bit import keep_differentiable, nf4_options
 from fastalign.models.packed import Packing
 
 # Tested: packed log-probs and every gradient equal those of one sequence at a time.
@@ -85,8 +88,12 @@ def read_config(path: str | Path, *, trust_remote_code: bool) -> Any:
     """The configuration of a model.
 
     Raises:
-        ValueError: there is no model at `path`.
+        ValueError: there is no model at `path`, or an adapter alone.
     """
+    if (Path(path).expanduser() / CONFIG_FILE).is_file():
+        raise ValueError(
+            f"model.path: expected a model, {path} is an adapter; merge it first (fastalign merge)"
+        )
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -108,33 +115,50 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     packing: Packing = "shared_prefix",
+    attention_name: attention.AttentionChoice = "auto",
+    compute_dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    nf4: bool = False,
 ) -> Any:
     """Loads a causal model from a folder in transformers' layout, or from the hub.
 
     Args:
-        path: folder or hub name.
+        path: folder or hub name; of a folder in peft's layout, the base with the adapter merged.
         dtype: of the parameters.
         device: where they go.
         packing: what the model will be run with; anything but `padded` is checked to be exact.
+        attention_name: how a packed row's attention is computed; `auto` may choose.
+        compute_dtype: that it will be computed in; None: `dtype`.
         trust_remote_code: run code that comes with the model.
+        nf4: quantise the weights of every linear layer but the head; such a model is frozen.
 
     Raises:
-        ValueError: no model there, an architecture that cannot be packed, or an unknown head.
+        ValueError: no model there, an architecture that cannot be packed, or an unknown head; an
+            adapter that does not fit its base; peft or bitsandbytes is needed and not installed.
     """
     attention.register()
-    config = read_config(path, trust_remote_code=trust_remote_code)
-    options = {}
+    base = adapter_base(path)
+    source = path if base is None else base
+    config = read_config(source, trust_remote_code=trust_remote_code)
+    options = nf4_options(dtype, device) if nf4 else {}
     if packing != "padded":
         check_packable(config)
     if config.model_type in PACKABLE:
-        options["attn_implementation"] = attention.NAME
+        chosen = attention.choose_attention(
+            attention_name, torch.device(device), compute_dtype or dtype, config
+        )
+        options["attn_implementation"] = attention.registered_name(chosen)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype, trust_remote_code=trust_remote_code, **options
+            source, dtype=dtype, trust_remote_code=trust_remote_code, **options
         )
     except OSError as error:
-        raise unreadable_weights(path, error) from error
+        raise unreadable_weights(source, error) from error
+    if nf4:
+        keep_differentiable(model)
+    if base is not None:
+        open_adapter(model, path)
+        merge_adapter(model)
     model = model.to(device)
     disable_dropout(model)
     model.eval()

@@ -43,6 +43,7 @@ def response_logprob(
         temperature=temperature,
         softcap=head.softcap,
         logit_scale=head.logit_scale,
+        lora=head.lora,
         compute_dtype=compute_dtype,
         max_buffer_bytes=max_buffer_bytes,
     )

@@ -6,13 +6,20 @@ import torch
 from torch import Tensor
 
 from fastalign.batch import PackedBatch
-from fastalign.models.attention_plan import plan_attention
+from fastalign.models.attention import AttentionPlan
 
 Packing = Literal["shared_prefix", "packed", "padded"]
 PACKINGS: tuple[Packing, ...] = get_args(Packing)
 
 
-def hidden_at(model: Any, batch: PackedBatch, positions: Tensor, *, packing: Packing) -> Tensor:
+def hidden_at(
+    model: Any,
+    batch: PackedBatch,
+    positions: Tensor,
+    *,
+    packing: Packing,
+    plan: AttentionPlan | None = None,
+) -> Tensor:
     """Hidden states behind the final norm at K positions of the packed row.
 
     Args:
@@ -21,6 +28,7 @@ def hidden_at(model: Any, batch: PackedBatch, positions: Tensor, *, packing: Pac
         positions: (K,) int64.
         packing: `shared_prefix` and `packed` run the row as it is, under the shared-prefix
             attention; `padded` runs one right-padded sequence a response under the model's own.
+        plan: of this batch, if it was made before.
 
     Returns:
         (K, D), in the model's compute dtype.
@@ -40,7 +48,7 @@ def hidden_at(model: Any, batch: PackedBatch, positions: Tensor, *, packing: Pac
         position_ids=batch.position_ids[None],
         attention_mask=unused_mask,
         use_cache=False,
-        fastalign_plan=plan_attention(batch),
+        fastalign_plan=AttentionPlan(batch) if plan is None else plan,
     )
     row: Tensor = output.last_hidden_state[0]
     return row.index_select(0, positions)

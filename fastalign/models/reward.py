@@ -59,6 +59,8 @@ def load_reward_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     packing: Packing = "shared_prefix",
+    attention_name: attention.AttentionChoice = "auto",
+    compute_dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
     """A reward model: a saved one with its head, or a causal model under a fresh one.
@@ -72,6 +74,8 @@ def load_reward_model(
         dtype: of the parameters.
         device: where they go.
         packing: what the model will be run with.
+        attention_name: as for `load_policy`.
+        compute_dtype: as for `load_policy`.
         trust_remote_code: run code that comes with the model.
 
     Raises:
@@ -87,6 +91,9 @@ def load_reward_model(
         )
     if packing != "padded":
         check_packable(config)
+    chosen = attention.choose_attention(
+        attention_name, torch.device(device), compute_dtype or dtype, config
+    )
     try:
         with without_load_report():
             model, found = AutoModelForSequenceClassification.from_pretrained(
@@ -94,7 +101,7 @@ def load_reward_model(
                 num_labels=1,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
-                attn_implementation=attention.NAME,
+                attn_implementation=attention.registered_name(chosen),
                 output_loading_info=True,
             )
     except (OSError, RuntimeError) as error:

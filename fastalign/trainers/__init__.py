@@ -14,6 +14,7 @@ from fastalign.trainers.config import (
 )
 from fastalign.trainers.dpo import train_dpo
 from fastalign.trainers.loop import RunResult
+from fastalign.trainers.lora_config import LoraConfig
 from fastalign.trainers.preference_losses import LOSSES, PreferenceLoss
 from fastalign.trainers.reward import train_reward
 from fastalign.trainers.reward_losses import REWARD_LOSSES, RewardLoss
@@ -24,6 +25,7 @@ __all__ = [
     "REWARD_LOSSES",
     "DPOConfig",
     "DataConfig",
+    "LoraConfig",
     "ModelConfig",
     "OptimConfig",
     "PreferenceDataConfig",

@@ -1,7 +1,8 @@
 """Checkpoints: written aside, synced, hashed, renamed; a damaged one is named and passed over.
 
-A checkpoint is a folder `step-000100` with `model.safetensors`, `optimizer.pt`, `state.json` and
-`manifest.json` (size and SHA-256 of the others). Nothing in it executes code when it is loaded.
+A checkpoint is a folder `step-000100` with `model.safetensors` (of a frozen base with an adapter:
+the adapter alone), `optimizer.pt`, `state.json` and `manifest.json` (size and SHA-256 of the
+others). Nothing in it executes code when it is loaded.
 """
 
 import hashlib
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import Tensor
 
 from fastalign.trainers.state import TrainState, random_state, restore_random_state
 
@@ -35,13 +37,31 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_text_atomically(path: Path, text: str) -> None:
-    """Writes a file so that a reader finds the old text or the new, never half of it."""
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader finds the old content or the new, never half of it."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    sync(aside)
-    aside.replace(path)
+    try:
+        aside.write_bytes(content)
+        sync(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)  # there only if the disk is full or the like
     sync(path.parent)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """The same for text, as UTF-8."""
+    write_bytes_atomically(path, text.encode())
+
+
+def trainable_parameters(model: Any) -> dict[str, Tensor]:
+    """What a run changes, by name; without a frozen base it is every parameter."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def is_all_of(model: Any, trainable: dict[str, Tensor]) -> bool:
+    """Whether nothing of the model is frozen."""
+    return len(trainable) == sum(1 for _ in model.parameters())
 
 
 def save_checkpoint(folder: Path, state: TrainState, extra: dict[str, Any], keep: int) -> Path:
@@ -56,14 +76,18 @@ def save_checkpoint(folder: Path, state: TrainState, extra: dict[str, Any], keep
     Raises:
         AssertionError: a weight is not finite; no checkpoint ever holds one.
     """
-    for name, parameter in state.model.named_parameters():
+    trainable = trainable_parameters(state.model)
+    for name, parameter in trainable.items():
         assert bool(torch.isfinite(parameter).all()), f"{name} holds a non-finite weight"
     folder.mkdir(parents=True, exist_ok=True)
     aside = folder / f".writing-step-{state.step:06d}"
     for half in folder.glob(".writing-step-*"):  # left behind by a run that was killed
         shutil.rmtree(half)
     aside.mkdir()
-    save_model(state.model, str(aside / "model.safetensors"))
+    if is_all_of(state.model, trainable):
+        save_model(state.model, str(aside / "model.safetensors"))
+    else:
+        save_file(trainable, aside / "model.safetensors")
     torch.save(
         {"optimizer": state.optimizer.state_dict(), "random": random_state()},
         aside / "optimizer.pt",
@@ -146,7 +170,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def restore(checkpoint: Path, state: TrainState) -> dict[str, Any]:
     """Loads a checkpoint without a fault into `state`; returns its `state.json`."""
     saved = read_state(checkpoint)
-    load_model(state.model, checkpoint / "model.safetensors", strict=True)
+    trainable = trainable_parameters(state.model)
+    if is_all_of(state.model, trainable):
+        load_model(state.model, checkpoint / "model.safetensors", strict=True)
+    else:
+        weights = load_file(checkpoint / "model.safetensors")
+        assert weights.keys() == trainable.keys(), "a resumed run has the same settings"
+        for name, value in trainable.items():
+            value.copy_(weights[name])
     device = next(state.model.parameters()).device
     content = torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)
     state.optimizer.load_state_dict(content["optimizer"])

@@ -4,14 +4,16 @@ An attribute's docstring is the flag's help text.
 """
 
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from fastalign.models import Packing
+from fastalign.models import AttentionChoice, Packing
+from fastalign.trainers.lora_config import LoraConfig
 from fastalign.trainers.preference_losses import LOSSES, DPOLoss, PreferenceLoss
 from fastalign.trainers.reward_losses import REWARD_LOSSES, BradleyTerryLoss, RewardLoss
 
 Precision = Literal["auto", "bf16", "float32"]
 Schedule = Literal["constant", "linear", "cosine"]
+States = Literal["float32", "8bit"]
 
 
 def _require(condition: bool, name: str, expected: str, value: object) -> None:
@@ -27,6 +29,7 @@ class ModelConfig:
     """Folder in transformers' layout, or a hub name."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         _require(bool(self.path), "model.path", "a model folder or a hub name", self.path)
@@ -40,6 +43,15 @@ class ReferenceConfig:
     """Folder or hub name; default: the model that training starts from."""
     cache_dir: str | None = None
     """Where reference log-probs are kept between runs; default: fastalign in the user's cache."""
+    offload: bool = False
+    """Keep the weights of another model in host memory; its layers visit the device one by one."""
+
+    def __post_init__(self) -> None:
+        if self.offload and self.path is None:
+            raise ValueError(
+                "reference.offload: needs --reference.path; without it the reference is the model "
+                "that training starts from"
+            )
 
 
 @dataclass(frozen=True)
@@ -86,6 +98,8 @@ class OptimConfig:
     """Decay of AdamW's averages."""
     eps: float = 1e-8
     """AdamW's epsilon."""
+    states: States = "float32"
+    """AdamW's two averages: 8 bytes a weight, or about 2 (8bit, through bitsandbytes)."""
     grad_clip: float = 1.0
     """Most norm of the whole gradient; 0: not clipped."""
 
@@ -97,6 +111,7 @@ class OptimConfig:
         _require(self.eps > 0, "optim.eps", "more than 0", self.eps)
         inside = all(0 <= beta < 1 for beta in self.betas)
         _require(inside, "optim.betas", "two numbers in [0, 1)", self.betas)
+        _require(self.states in get_args(States), "optim.states", "float32 or 8bit", self.states)
 
 
 @dataclass(frozen=True)
@@ -113,12 +128,17 @@ class TrainConfig:
     """Most packed tokens of one forward: memory only, the gradient does not depend on it."""
     packing: Packing = "shared_prefix"
     """Prompts computed once, repeated for each response (packed), or a padded rectangle."""
+    attention: AttentionChoice = "auto"
+    """How a packed row's attention is computed; auto: the first of flash_attn, varlen, flex, sdpa
+    that can run (fastalign doctor lists them)."""
     precision: Precision = "auto"
     """bf16 compute with float32 weights, or float32; auto: bf16 on a GPU, float32 on a CPU."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward instead of keeping them."""
+    compile: bool = False
+    """Compile the model's layers (torch.compile); the first steps wait for it."""
     max_buffer_bytes: int | None = None
     """Most bytes of logits at a time; default: chosen by the operation."""
     eval_every: int = 0
@@ -193,6 +213,10 @@ class RewardConfig:
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
     train: TrainConfig = field(default_factory=TrainConfig)
 
+    def __post_init__(self) -> None:
+        rank = self.model.lora.rank
+        _require(rank == 0, "model.lora.rank", "0, a reward model being trained whole", rank)
+
 
 # Whatever the loop can run: each has model, data, run, optim and train.
 AnyConfig = SFTConfig | DPOConfig | RewardConfig
@@ -200,12 +224,13 @@ AnyConfig = SFTConfig | DPOConfig | RewardConfig
 
 def config_to_dict(config: AnyConfig) -> dict[str, Any]:
     """The settings as nested dictionaries, as `config.yaml` holds them; a loss has its `name`."""
-    values = asdict(config)
+    values = asdict(config, dict_factory=_with_lists)
     if not isinstance(config, SFTConfig):
         names = {cls: name for table in (LOSSES, REWARD_LOSSES) for name, cls in table.items()}
         values["loss"] = {"name": names[type(config.loss)], **values["loss"]}
-    for section in values.values():
-        for key, value in section.items():
-            if isinstance(value, tuple):
-                section[key] = list(value)
     return values
+
+
+def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dictionary with lists for tuples, which YAML has not."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in items}

@@ -1,5 +1,6 @@
 """DPO and its relatives: preference pairs straight to a policy."""
 
+import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,6 @@ from fastalign.batch import PackedBatch
 from fastalign.data import (
     TokenizedDataset,
     Tokenizer,
-    check_same_vocabulary,
     load_preferences,
 )
 from fastalign.fused import preference_loss_fn
@@ -24,8 +24,9 @@ from fastalign.trainers.evaluate import evaluate_by_loss
 from fastalign.trainers.loop import RunResult, Task, indices_of_run, run_loop
 from fastalign.trainers.metrics import Metrics, mean_metrics
 from fastalign.trainers.preference_losses import PreferenceLoss
-from fastalign.trainers.reference_cache import default_cache_dir, reference_logprobs
-from fastalign.trainers.setup import check_lengths, load_for_training, load_model, opened_run
+from fastalign.trainers.reference import load_reference, reference_logprobs
+from fastalign.trainers.reference_cache import default_cache_dir
+from fastalign.trainers.setup import check_lengths, load_for_training, opened_run
 from fastalign.trainers.step import (
     Compute,
     Examples,
@@ -64,20 +65,14 @@ def train_dpo(config: DPOConfig) -> RunResult:
         model, tokenizer = load_for_training(config, compute)
         data = load_data(config, config.data.train, tokenizer)
         check_lengths(model, data)
-        used = indices_of_run(config, len(data.groups))
-        pairs = prepare(config, model, tokenizer, data, used, compute)
-        evaluate = None
+        sets: list[tuple[TokenizedDataset, Iterable[int]]] = [
+            (data, indices_of_run(config, len(data.groups)))
+        ]
         if config.data.eval is not None:
             held_out = load_data(config, config.data.eval, tokenizer)
             check_lengths(model, held_out)
-            everything = range(len(held_out.groups))
-            held_out_pairs = prepare(config, model, tokenizer, held_out, everything, compute)
-
-            def evaluate() -> Metrics:
-                make_loss = make_preference_loss(config.loss, held_out_pairs, len(everything))
-                batch_loss = policy_loss(model, make_loss, compute, logit_sums)
-                return evaluate_by_loss(held_out_pairs.examples, batch_loss, compute)
-
+            sets.append((held_out, range(len(held_out.groups))))
+        pairs, *others = prepare_all(config, model, tokenizer, sets, compute)
         return run_loop(
             config,
             model,
@@ -87,7 +82,11 @@ def train_dpo(config: DPOConfig) -> RunResult:
                 data_fingerprint=data.fingerprint,
                 tokenizer=tokenizer,
                 accumulate=lambda indices: dpo_step(model, config.loss, pairs, indices, compute),
-                evaluate=evaluate,
+                evaluate=(
+                    (lambda: evaluate_pairs(model, config.loss, others[0], compute))
+                    if others
+                    else None
+                ),
             ),
         )
 
@@ -112,37 +111,45 @@ def prepare(
     used: Iterable[int],
     compute: Compute,
 ) -> Pairs:
+    """`prepare_all` for one set of pairs."""
+    return prepare_all(config, policy, tokenizer, [(data, used)], compute)[0]
+
+
+def prepare_all(
+    config: DPOConfig,
+    policy: Any,
+    tokenizer: Tokenizer,
+    sets: Sequence[tuple[TokenizedDataset, Iterable[int]]],
+    compute: Compute,
+) -> list[Pairs]:
     """Measures the pairs and finds the reference's log-probs of those that will be used.
 
-    The policy must still be what it was before the first step: without `reference.path` it is the
-    reference.
+    Without `reference.path` the policy is the reference: it must still be what it was before the
+    first step, unless it has an adapter, which is put off. Another model is loaded once, and is
+    gone when this returns.
     """
-    examples = measure_examples(data.groups, compute.packing)
     reference = None
     if config.loss.formula().needs_reference:
-        cache = config.reference.cache_dir
-        reference = reference_logprobs(
-            load_reference(config, policy, tokenizer, compute),
-            examples,
-            used,
-            compute,
-            data_fingerprint=data.fingerprint,
-            cache_dir=default_cache_dir() if cache is None else Path(cache).expanduser(),
-        )
-    return Pairs(examples, reference, torch.tensor(data.ties))
-
-
-def load_reference(config: DPOConfig, policy: Any, tokenizer: Tokenizer, compute: Compute) -> Any:
-    """The frozen model: another one, or the policy before its first step.
-
-    Raises:
-        ValueError: its vocabulary is not the policy's.
-    """
-    if config.reference.path is None:
-        return policy
-    model, reference_tokenizer = load_model(config.reference.path, config.model, compute)
-    check_same_vocabulary(tokenizer, reference_tokenizer)
-    return model
+        reference = load_reference(config, policy, tokenizer, compute)
+    cache = config.reference.cache_dir
+    cache_dir = default_cache_dir() if cache is None else Path(cache).expanduser()
+    prepared = []
+    for data, used in sets:
+        examples = measure_examples(data.groups, compute.packing)
+        logprobs = None
+        if reference is not None:
+            logprobs = reference_logprobs(
+                reference,
+                examples,
+                used,
+                compute,
+                data_fingerprint=data.fingerprint,
+                cache_dir=cache_dir,
+            )
+        prepared.append(Pairs(examples, logprobs, torch.tensor(data.ties)))
+    del reference
+    gc.collect()  # offloading makes cycles, which would keep another model's weights
+    return prepared
 
 
 def make_preference_loss(loss: PreferenceLoss, pairs: Pairs, normaliser: int) -> MakeLoss:
@@ -170,15 +177,11 @@ def make_preference_loss(loss: PreferenceLoss, pairs: Pairs, normaliser: int) ->
 def logit_sums(hidden: Tensor, head: Head, batch: PackedBatch) -> dict[str, Tensor]:
     """Mean logits of chosen and rejected tokens, as sums: TRL's `logits/chosen`, `logits/rejected`.
 
-    The mean over the vocabulary is the product with the mean row of the weight, so no logits are
-    formed; a softcap forbids that, and such models have no such metric.
+    A model with a softcap has no such metric: its mean needs every logit.
     """
     if head.softcap is not None:
         return {}
-    mean_logit = hidden.to(head.weight.dtype) @ head.weight.mean(0)
-    if head.bias is not None:
-        mean_logit = mean_logit + head.bias.mean()
-    sums = segment_sum(head.logit_scale * mean_logit.float(), batch.target_bounds)
+    sums = segment_sum(head.mean_logit(hidden), batch.target_bounds)
     counts = batch.target_bounds.diff()
     return {
         "logits/chosen": sums[0::2].sum(),
@@ -186,6 +189,13 @@ def logit_sums(hidden: Tensor, head: Head, batch: PackedBatch) -> dict[str, Tens
         "num_chosen_tokens": counts[0::2].sum(),
         "num_rejected_tokens": counts[1::2].sum(),
     }
+
+
+def evaluate_pairs(model: Any, loss: PreferenceLoss, pairs: Pairs, compute: Compute) -> Metrics:
+    """Metrics named `eval_...` of all the pairs."""
+    make_loss = make_preference_loss(loss, pairs, len(pairs.ties))
+    batch_loss = policy_loss(model, make_loss, compute, logit_sums)
+    return evaluate_by_loss(pairs.examples, batch_loss, compute)
 
 
 def dpo_step(

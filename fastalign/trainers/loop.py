@@ -3,22 +3,31 @@
 import math
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastalign.data import indices_of_step
-from fastalign.models import save_model
-from fastalign.trainers.checkpoint import newest_good_checkpoint, restore, save_checkpoint
+from fastalign.models import has_adapter, merge_adapter, save_adapter, save_model
+from fastalign.trainers.checkpoint import (
+    newest_good_checkpoint,
+    read_state,
+    restore,
+    save_checkpoint,
+)
 from fastalign.trainers.config import AnyConfig
 from fastalign.trainers.metrics import Metrics, MetricsWriter, ProgressDisplay
 from fastalign.trainers.optimizer import make_optimizer
+from fastalign.trainers.reference_cache import model_fingerprint
 from fastalign.trainers.signals import StopRequest, stop_on_signal
 from fastalign.trainers.state import TrainState
 from fastalign.trainers.step import optimiser_step
 
 MAX_SKIPPED_IN_A_ROW = 3
+# What training begins from and a checkpoint does not hold: it holds their fingerprints.
+SOURCES = {"data_fingerprint": "training data", "base_fingerprint": "frozen base in model.path"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +36,7 @@ class RunResult:
 
     Attributes:
         step: optimiser steps taken.
-        finished: all steps are done and `model/` is written.
+        finished: all steps are done and `model/` (or `adapter/`) is written.
         exit_code: 0, or 130 after SIGINT.
         metrics: the last step's.
     """
@@ -47,8 +56,8 @@ class Task:
         num_examples: of the training data.
         data_fingerprint: of the training data's token ids.
         tokenizer: saved with the model.
-        accumulate: adds the gradient of these examples; returns the step's metrics (`loss` among
-            them) and the packed tokens computed.
+        accumulate: adds the gradient of these examples; returns the step's metrics (`loss` and
+            `num_micro_batches` among them) and the packed tokens computed.
         evaluate: metrics on the held-out data, names beginning with `eval_`; None without data.
         save_model: writes (model, tokenizer, folder) in transformers' layout.
     """
@@ -81,18 +90,23 @@ def indices_of_run(config: AnyConfig, num_examples: int) -> set[int]:
     return used
 
 
-def resume(folder: Path, state: TrainState, task: Task) -> dict[str, Any]:
+def resume(folder: Path, state: TrainState, sources: dict[str, Any]) -> dict[str, Any]:
     """Restores the newest good checkpoint; says which newer ones are damaged.
 
+    `sources` are the fingerprints of what training began from, as the checkpoint holds them.
+
     Raises:
-        ValueError: there is none, or it was made with other data.
+        ValueError: there is none, or it was made with other data, or on another frozen base.
     """
     checkpoint, faults = newest_good_checkpoint(folder / "checkpoints")
     for fault in faults:
         print(f"damaged checkpoint passed over: {fault}", flush=True)
-    saved = restore(checkpoint, state)
-    if saved["data_fingerprint"] != task.data_fingerprint:
-        raise ValueError(f"run.resume: the training data is not what {checkpoint} was trained on")
+    saved = read_state(checkpoint)
+    for name, value in sources.items():
+        if saved.get(name) != value:
+            what = SOURCES[name]
+            raise ValueError(f"run.resume: the {what} is not what {checkpoint} was trained on")
+    restore(checkpoint, state)
     print(f"resumed from {checkpoint}", flush=True)
     return saved
 
@@ -106,14 +120,15 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     folder = Path(config.run.dir)
     state = TrainState(model, make_optimizer(model, config.optim))
     num_steps = total_steps(config, task.num_examples)
-    num_bytes = resume(folder, state, task)["metrics_bytes"] if config.run.resume else 0
+    sources = {
+        "data_fingerprint": task.data_fingerprint,
+        "base_fingerprint": model_fingerprint(model) if has_adapter(model) else None,
+    }
+    num_bytes = resume(folder, state, sources)["metrics_bytes"] if config.run.resume else 0
     writer = MetricsWriter(folder, num_bytes=num_bytes, step=state.step)
 
     def save() -> None:
-        extra = {
-            "metrics_bytes": writer.num_bytes(),
-            "data_fingerprint": task.data_fingerprint,
-        }
+        extra = {"metrics_bytes": writer.num_bytes(), **sources}
         save_checkpoint(folder / "checkpoints", state, extra, config.train.keep_checkpoints)
 
     metrics: Metrics = {}
@@ -166,12 +181,14 @@ def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -
     state.num_tokens += num_tokens
     update = optimiser_step(state, float(metrics["loss"]), config.optim, num_steps)
     seconds = time.perf_counter() - start
+    room = metrics["num_micro_batches"] * config.train.tokens_per_batch
     metrics = {
         "step": state.step,
         "epoch": state.step * batch_size / task.num_examples,
         **metrics,
         **update,
         "num_tokens": state.num_tokens,
+        "fill_rate": num_tokens / room,
         "step_seconds": seconds,
         "tokens_per_second": num_tokens / seconds,
     }
@@ -184,13 +201,27 @@ def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -
 
 
 def save_final_model(config: AnyConfig, model: Any, task: Task) -> None:
-    """Writes `model/`: complete under another name first, then renamed."""
+    """Writes `model/`; of an adapter also `adapter/`, which is merged into the model after that."""
     folder = Path(config.run.dir)
-    aside, final = folder / ".writing-model", folder / "model"
+    if has_adapter(model):
+        with written(folder / "adapter") as aside:
+            save_adapter(model, aside)
+            task.tokenizer.save_pretrained(aside)
+        if not config.model.lora.save_merged:
+            return
+        merge_adapter(model)
+    with written(folder / "model") as aside:
+        task.save_model(model, task.tokenizer, aside)
+
+
+@contextmanager
+def written(final: Path) -> Iterator[Path]:
+    """A folder to write into: complete under another name first, then renamed."""
+    aside = final.with_name(f".writing-{final.name}")
     if aside.exists():  # left behind by a run that was killed
         shutil.rmtree(aside)
-    task.save_model(model, task.tokenizer, aside)
+    yield aside
     if final.exists():
         shutil.rmtree(final)
     aside.rename(final)
-    print(f"model written to {final}", flush=True)
+    print(f"{final.name} written to {final}", flush=True)

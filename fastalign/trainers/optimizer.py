@@ -1,11 +1,33 @@
 """AdamW, the learning rate as a function of the step, and the gradient's norm."""
 
 import math
+from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
 
-from fastalign.trainers.config import OptimConfig
+from fastalign.trainers.config import OptimConfig, States
+
+
+def adamw(states: States) -> Any:
+    """The class of the optimiser that keeps its averages so.
+
+    `8bit` (arXiv 2110.02861) keeps a byte for each, and a float32 scale for each 256 of them;
+    tensors of fewer than 4,096 elements stay float32. An update is computed in float32.
+
+    Raises:
+        ValueError: bitsandbytes is not installed.
+    """
+    if states == "float32":
+        return partial(torch.optim.AdamW, fused=True)  # one pass in place of a dozen
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            "optim.states: 8bit needs bitsandbytes: pip install 'fastalign[low-bit]'"
+        ) from error
+    return AdamW8bit
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
@@ -19,7 +41,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
             decay = config.weight_decay if parameter.ndim >= 2 else 0.0
             key = (decay, getattr(parameter, "lr_scale", 1.0))
             groups.setdefault(key, []).append(parameter)
-    return torch.optim.AdamW(
+    optimizer: torch.optim.Optimizer = adamw(config.states)(
         [
             {"params": parameters, "weight_decay": decay, "lr_scale": scale}
             for (decay, scale), parameters in groups.items()
@@ -28,6 +50,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
         betas=config.betas,
         eps=config.eps,
     )
+    return optimizer
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:

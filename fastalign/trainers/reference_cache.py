@@ -1,27 +1,27 @@
-"""Reference log-probs, computed once and kept on disk: training then never runs the reference.
+"""Files of reference log-probs: named by what the numbers depend on, written by several runs.
 
-A cache file is keyed by everything the numbers depend on: the examples' token ids, the reference's
-weights and configuration, the dtype of the products. A change in any of them is another file.
+The name is a hash of the examples' token ids (and so of the data, the tokenizer, the chat template
+and `data.max_length`), the reference's weights and configuration (transformers' version is in it)
+and the dtype of the products. A change in any of them is another file. The loss and its parameters
+are not among them, nor are packing, kernel and device, which only round differently.
 """
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from fastalign.evaluation import sequence_logprobs
-from fastalign.trainers.step import Compute, Examples
+from fastalign.models import base_state
+from fastalign.trainers.checkpoint import write_bytes_atomically
 
 VERSION = 1
-# Examples between two writes: what was computed is kept even if the run is stopped in between.
-PIECE = 4096
 
 
 def default_cache_dir() -> Path:
@@ -31,98 +31,80 @@ def default_cache_dir() -> Path:
 
 
 def model_fingerprint(model: Any) -> str:
-    """SHA-256 of the configuration and every weight's name, shape, dtype and bytes."""
+    """SHA-256 of the configuration and every weight's name, shape, dtype and bytes.
+
+    An adapter is left out: runs with different ones share what they compute of their base.
+    """
     digest = hashlib.sha256(model.config.to_json_string().encode())
-    for name, value in sorted(model.state_dict().items()):
+    for name, value in sorted(base_state(model).items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 
-def cache_key(model: Any, data_fingerprint: str, compute: Compute) -> str:
-    """The name of the cache file for these examples under this model."""
-    parts = [VERSION, data_fingerprint, model_fingerprint(model), str(compute.dtype)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+def cache_path(
+    cache_dir: Path, data_fingerprint: str, fingerprint: str, dtype: torch.dtype
+) -> Path:
+    """The cache file of these examples under the model with that fingerprint."""
+    parts = [VERSION, data_fingerprint, fingerprint, str(dtype)]
+    return cache_dir / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.safetensors"
 
 
-def read_cache(path: Path, num_examples: int, num_responses: int) -> Tensor:
-    """(num_examples, num_responses) float32, NaN where nothing is known; all NaN without a file.
+def digest_of(values: Tensor) -> str:
+    """SHA-256 of the values' bytes."""
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
 
-    Raises:
-        ValueError: the file is damaged.
+
+def read_cache(path: Path, num_examples: int) -> tuple[Tensor, str | None]:
+    """What a cache file knows, and what is wrong with the file.
+
+    Returns:
+        (num_examples, 2) float32, NaN where nothing is known, which is everywhere without a file
+        or with a damaged one; and the damage, or None.
     """
+    nothing = torch.full((num_examples, 2), torch.nan)
     if not path.exists():
-        return torch.full((num_examples, num_responses), torch.nan)
+        return nothing, None
     try:
         with safe_open(path, framework="pt") as file:
             values: Tensor = file.get_tensor("logprob")
-            digest = file.metadata()["sha256"]
-    except (SafetensorError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: damaged cache of reference log-probs; delete it") from error
-    if digest != hashlib.sha256(values.numpy().tobytes()).hexdigest():
-        raise ValueError(
-            f"{path}: damaged cache of reference log-probs (its hash differs); delete it"
-        )
-    assert values.shape == (num_examples, num_responses), "the key covers the examples"
-    return values
+            digest = (file.metadata() or {}).get("sha256")
+    except SafetensorError as error:
+        return nothing, str(error)
+    if digest != digest_of(values):
+        return nothing, "its hash differs"
+    if values.shape != nothing.shape or values.dtype != nothing.dtype:
+        return nothing, f"it holds {tuple(values.shape)} {values.dtype} values"
+    return values, None
 
 
-def write_cache(path: Path, values: Tensor) -> None:
-    """Writes aside and renames, so that a reader never finds half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    digest = hashlib.sha256(values.numpy().tobytes()).hexdigest()
-    save_file({"logprob": values}, aside, metadata={"sha256": digest})
-    aside.replace(path)
+def put_aside(path: Path) -> Path:
+    """Where a damaged file goes."""
+    return path.with_name(f"{path.name}.damaged")
 
 
-def reference_logprobs(
-    model: Any,
-    examples: Examples,
-    indices: Iterable[int],
-    compute: Compute,
-    *,
-    data_fingerprint: str,
-    cache_dir: Path,
-) -> Tensor:
-    """Sequence log-probs of pairs under the reference, from the cache as far as it has them.
+def merge_into_cache(path: Path, values: Tensor) -> Tensor:
+    """Adds what the file does not know yet, so that runs at the same time lose nothing.
+
+    The first value written stays: what a run was given is what it finds again when it is resumed.
 
     Args:
-        model: the reference.
-        examples: pairs.
-        indices: the examples that the run will use; the others may stay NaN.
-        compute: how forwards are run.
-        data_fingerprint: of the examples' token ids.
-        cache_dir: where cache files are.
+        path: the cache file; a damaged one is renamed first.
+        values: (number of examples, 2) float32, NaN where nothing is known.
 
     Returns:
-        (number of examples, 2) float32 on the CPU.
+        What the file now holds.
 
     Raises:
-        ValueError: a damaged cache file, or a log-prob that is not finite.
+        OSError: it cannot be written.
     """
-    path = cache_dir / f"{cache_key(model, data_fingerprint, compute)}.safetensors"
-    values = read_cache(path, len(examples.groups), 2)
-    wanted = sorted(set(indices))
-    missing = [i for i in wanted if bool(values[i].isnan().any())]
-    num_cached = len(wanted) - len(missing)
-    print(f"reference log-probs: {num_cached} cached, {len(missing)} to compute", flush=True)
-    for start in range(0, len(missing), PIECE):
-        part = missing[start : start + PIECE]
-        logprobs = sequence_logprobs(
-            model,
-            [examples.groups[i] for i in part],
-            packing=compute.packing,
-            tokens_per_batch=compute.tokens_per_batch,
-            dtype=compute.dtype,
-            max_buffer_bytes=compute.max_buffer_bytes,
-        )
-        values[part] = torch.stack(logprobs)
-        bad = [i for i in part if not bool(values[i].isfinite().all())]
-        if bad:
-            raise ValueError(
-                f"reference: the log-probs of {len(bad)} pairs are not finite (the first is "
-                f"number {bad[0]}): the reference model is damaged"
-            )
-        write_cache(path, values)
-    return values
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        there, fault = read_cache(path, len(values))
+        if fault is not None:
+            path.replace(put_aside(path))
+        merged = torch.where(there.isnan(), values, there)
+        content = save({"logprob": merged}, metadata={"sha256": digest_of(merged)})
+        write_bytes_atomically(path, content)
+    return merged

@@ -19,7 +19,9 @@ MAY_CHANGE = {
     ("train", "eval_every"),
     ("train", "keep_checkpoints"),
     ("reference", "cache_dir"),
+    ("reference", "offload"),
     ("data", "eval"),
+    ("model", "lora", "save_merged"),
 }
 
 
@@ -31,13 +33,23 @@ def as_yaml(values: dict[str, Any]) -> str:
 
 def changed_settings(saved: dict[str, Any], values: dict[str, Any]) -> list[str]:
     """Settings that a resumed run may not change, and did: `optim.lr (1e-06, now 2e-06)`."""
-    changes = []
-    for section in sorted(saved.keys() | values.keys()):
-        before, now = saved.get(section) or {}, values.get(section) or {}
-        for key in sorted(before.keys() | now.keys()):
-            if (section, key) not in MAY_CHANGE and before.get(key) != now.get(key):
-                changes.append(f"{section}.{key} ({before.get(key)}, now {now.get(key)})")
-    return changes
+    before, now = flat_settings(saved), flat_settings(values)
+    return [
+        f"{name} ({before.get(name)}, now {now.get(name)})"
+        for name in sorted(before.keys() | now.keys())
+        if tuple(name.split(".")) not in MAY_CHANGE and before.get(name) != now.get(name)
+    ]
+
+
+def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"optim.lr": 1e-6}` from nested settings, however deep."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flat_settings(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
 
 
 def prepare_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) -> None:

@@ -5,9 +5,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastalign.data import TokenizedDataset, Tokenizer, load_tokenizer
-from fastalign.models import load_policy, load_reward_model
+from fastalign.models import (
+    adapter_base,
+    add_adapter,
+    attention_of,
+    compile_layers,
+    load_policy,
+    load_reward_model,
+)
 from fastalign.trainers.config import AnyConfig, ModelConfig, config_to_dict
+from fastalign.trainers.optimizer import adamw
 from fastalign.trainers.run_folder import announce, locked, prepare_run_folder
 from fastalign.trainers.state import seed_everything
 from fastalign.trainers.step import Compute
@@ -18,8 +28,9 @@ def opened_run(config: AnyConfig) -> Iterator[None]:
     """Prepares and holds the run's folder, prints the resolved settings, seeds everything.
 
     Raises:
-        ValueError: the folder holds another run, or is in use.
+        ValueError: the folder holds another run, or is in use; or a library is missing.
     """
+    adamw(config.optim.states)  # what is not installed is said before hours of work
     values = config_to_dict(config)
     folder = Path(config.run.dir)
     prepare_run_folder(folder, values, resume=config.run.resume)
@@ -30,8 +41,23 @@ def opened_run(config: AnyConfig) -> Iterator[None]:
 
 
 def load_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokenizer]:
-    """The policy with float32 master weights, and its tokenizer."""
-    model, tokenizer = load_model(config.model.path, config.model, compute)
+    """The policy with float32 master weights, or a frozen base with an adapter; its tokenizer.
+
+    Raises:
+        ValueError: what `load_model`, `load_base` and `add_adapter` refuse.
+    """
+    lora = config.model.lora
+    if lora.rank == 0:
+        model, tokenizer = load_model(config.model.path, config.model, compute)
+    else:
+        model, tokenizer = load_base(config.model, compute)
+        add_adapter(
+            model,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=lora.targets,
+            use_rslora=lora.use_rslora,
+        )
     return ready_for_training(model, config), tokenizer
 
 
@@ -44,21 +70,64 @@ def load_reward_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, 
         seed=config.run.seed,
         device=compute.device,
         packing=compute.packing,
+        attention_name=compute.attention,
+        compute_dtype=compute.dtype,
         trust_remote_code=trust,
     )
     check_vocabulary(model, tokenizer, config.model.path)
+    print(f"attention of {config.model.path}: {attention_of(model)}", flush=True)
     return ready_for_training(model, config), tokenizer
 
 
 def ready_for_training(model: Any, config: AnyConfig) -> Any:
-    """The model, with activation checkpointing where it is asked for."""
+    """The model with its activations checkpointed and its layers compiled, if that is asked for."""
     if config.train.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()  # dropout is 0; transformers checkpoints only in this mode
+        checkpoint_activations(model)
+    if config.train.compile:
+        compile_layers(model)
     return model
 
 
-def load_model(path: str, config: ModelConfig, compute: Compute) -> tuple[Any, Tokenizer]:
+def checkpoint_activations(model: Any) -> None:
+    """Has each layer's activations computed again in the backward."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()  # dropout is 0; transformers checkpoints only in this mode
+
+
+def load_base(config: ModelConfig, compute: Compute) -> tuple[Any, Tokenizer]:
+    """The base of an adapter in the precision that `lora.base` says, and its tokenizer.
+
+    Raises:
+        ValueError: it is an adapter itself, or its precision does not go with that of the run.
+    """
+    precision = config.lora.base
+    if adapter_base(config.path) is not None:
+        raise ValueError(
+            f"model.path: {config.path} is an adapter, on which peft puts no other; merge it first "
+            "(fastalign merge), and train on the result"
+        )
+    if precision == "bf16" and compute.dtype != torch.bfloat16:
+        raise ValueError(
+            "model.lora.base: a bf16 base computes in bf16; expected --train.precision bf16 with "
+            f"it, got {str(compute.dtype).removeprefix('torch.')}"
+        )
+    return load_model(
+        config.path,
+        config,
+        compute,
+        dtype=torch.float32 if precision == "float32" else compute.dtype,
+        nf4=precision == "nf4",
+    )
+
+
+def load_model(
+    path: str,
+    config: ModelConfig,
+    compute: Compute,
+    *,
+    dtype: torch.dtype = torch.float32,
+    nf4: bool = False,
+) -> tuple[Any, Tokenizer]:
     """A causal model on the device, and the tokenizer beside it.
 
     Raises:
@@ -67,9 +136,17 @@ def load_model(path: str, config: ModelConfig, compute: Compute) -> tuple[Any, T
     trust = config.trust_remote_code
     tokenizer = load_tokenizer(path, trust_remote_code=trust)
     model = load_policy(
-        path, device=compute.device, packing=compute.packing, trust_remote_code=trust
+        path,
+        dtype=dtype,
+        device=compute.device,
+        packing=compute.packing,
+        attention_name=compute.attention,
+        compute_dtype=compute.dtype,
+        trust_remote_code=trust,
+        nf4=nf4,
     )
     check_vocabulary(model, tokenizer, path)
+    print(f"attention of {path}: {attention_of(model)}", flush=True)
     return model, tokenizer
 
 

@@ -10,7 +10,14 @@ from torch import Tensor
 
 from fastalign.batch import Group, PackedBatch
 from fastalign.data import packed_batches, packed_lengths
-from fastalign.models import Head, Packing, find_device, lm_head, predict_hidden
+from fastalign.models import (
+    AttentionChoice,
+    Head,
+    Packing,
+    find_device,
+    lm_head,
+    predict_hidden,
+)
 from fastalign.ops import fused_linear_loss
 from fastalign.ops.fused_linear_loss import LossFunction
 from fastalign.trainers.config import OptimConfig, TrainConfig
@@ -33,6 +40,7 @@ class Compute:
         device: where.
         dtype: of the matrix products; weights are float32 whatever it is.
         packing: see `predict_hidden`.
+        attention: asked for; each model runs what it can of it.
         tokens_per_batch: most packed tokens of a forward.
         max_buffer_bytes: of logits; None: the operation's default.
     """
@@ -40,6 +48,7 @@ class Compute:
     device: torch.device
     dtype: torch.dtype
     packing: Packing
+    attention: AttentionChoice
     tokens_per_batch: int
     max_buffer_bytes: int | None
 
@@ -62,6 +71,7 @@ def make_compute(config: TrainConfig) -> Compute:
         device=device,
         dtype=torch.bfloat16 if bf16 else torch.float32,
         packing=config.packing,
+        attention=config.attention,
         tokens_per_batch=config.tokens_per_batch,
         max_buffer_bytes=config.max_buffer_bytes,
     )
@@ -102,6 +112,7 @@ def policy_loss(
             bias=head.bias,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
+            lora=head.lora,
             compute_dtype=compute.dtype if compute.dtype != torch.float32 else None,
             max_buffer_bytes=compute.max_buffer_bytes,
         )
@@ -124,7 +135,7 @@ def accumulate(
         The loss, the metrics' sums, and the packed tokens computed.
     """
     loss = 0.0
-    sums: dict[str, float] = {}
+    sums: dict[str, float] = {"num_micro_batches": 0}
     num_tokens = 0
     for chosen, on_host in packed_batches(
         examples.groups,
@@ -141,6 +152,7 @@ def accumulate(
         loss += part.item()
         add_sums(sums, {name: value.item() for name, value in metrics.items()})
         num_tokens += batch.num_tokens
+        sums["num_micro_batches"] += 1
     return loss, sums, num_tokens
 
 

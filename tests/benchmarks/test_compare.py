@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import compare, test_heads, tune
+from benchmarks import head_rows, test_heads, tune
 from benchmarks.heads import HeadCase, eager_dpo, fastalign_dpo, make_inputs
 from benchmarks.measure import measure
 from fastalign.ops.triton_table import Configuration, read_table
@@ -22,7 +22,7 @@ def test_a_peer_that_differs_is_named_and_not_timed(capsys: pytest.CaptureFixtur
         "fastalign": fastalign_dpo,
         "wrong": lambda i: 1.01 * eager_dpo(i),
     }
-    assert list(compare.agreeing(CASE, inputs, functions)) == ["eager", "fastalign"]
+    assert list(head_rows.agreeing(CASE, inputs, functions)) == ["eager", "fastalign"]
     assert "not timed: small: wrong differs from eager by 1.00e-02" in capsys.readouterr().out
 
 
@@ -45,13 +45,13 @@ def test_nothing_is_timed_where_fastalign_differs() -> None:
     inputs = make_inputs(CASE, "cpu", torch.float32)
     functions = {"eager": eager_dpo, "fastalign": lambda i: 1.01 * fastalign_dpo(i)}
     with pytest.raises(SystemExit, match="small: fastalign differs from eager"):
-        compare.agreeing(CASE, inputs, functions)
+        head_rows.agreeing(CASE, inputs, functions)
 
 
 def test_a_red_test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare, "TESTS", ["tests/no_such_test.py"])
+    monkeypatch.setattr(head_rows, "TESTS", ["tests/no_such_test.py"])
     with pytest.raises(SystemExit, match="nothing is timed"):
-        compare.refuse_on_a_red_test()
+        head_rows.refuse_on_a_red_test()
 
 
 def test_every_call_is_timed_in_every_round() -> None:

@@ -137,6 +137,29 @@ def test_a_new_model_is_the_same_for_the_same_seed_and_opens(work: Path) -> None
     assert tokenizer.apply_chat_template(turns, tokenize=False).endswith("b</s>\n")
 
 
+def test_an_adapter_is_trained_evaluated_and_merged(work: Path) -> None:
+    new_model()
+    few = ["--train.max-steps", "8", "--train.batch-size", "8", "--optim.lr", "3e-2"]
+    lora = ["--model.lora.rank", "4", "--model.lora.targets", "all-linear", "lm_head"]
+    run = ["--model.path", "base", "--data.train", "pairs.jsonl", "--run.dir", "runs/lora"]
+    fastalign("dpo", *run, *few, *lora, "--model.lora.no-save-merged")
+    assert not (work / "runs/lora/model").exists()
+    fastalign("merge", "--model.path", "runs/lora/adapter", "--out", "merged")
+    sampling = ["--sampling.num-samples", "2", "--sampling.max-new-tokens", "4"]
+    data = ["--data.prompts", "prompts.jsonl", "--data.pairs", "pairs.jsonl"]
+    found = []
+    for path in ("runs/lora/adapter", "merged"):
+        models = ["--model.path", path, "--reference.path", "base"]
+        out = f"{path.replace('/', '-')}.json"
+        fastalign("eval", *models, *data, *sampling, "--out", out)
+        found.append(json.loads((work / out).read_text()))
+    assert found[0]["accuracy"] == 1.0
+    assert found[0]["kl_se"] > 1e-4
+    for name in ("accuracy", "margin", "kl"):
+        assert found[0][name] == found[1][name]  # an adapter is merged when it is opened
+    AutoModelForCausalLM.from_pretrained(work / "merged")
+
+
 def test_training_from_a_file_with_flags_over_it(work: Path) -> None:
     import yaml
 
@@ -211,6 +234,8 @@ def test_labels_count_what_has_no_pair(work: Path, capsys: pytest.CaptureFixture
             ["score", "--model.path", "none", "--data.samples", "pairs.jsonl", "--out", "x"],
             "pairs.jsonl:1: column 'completion': missing",
         ),
+        (["merge", "--model.path", ".", "--out", "x"], "model.path: . is no adapter's folder"),
+        (["merge", "--model.path", "x", "--out", "."], "out: . exists and is not an empty folder"),
         (["report"], "got none"),
         (["report", "nowhere"], "no config.yaml"),
         (["data", "look", "x"], "expected `fastalign data check FILE`"),

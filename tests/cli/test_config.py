@@ -9,7 +9,7 @@ from fastalign.cli.config_parse import parse_config
 from fastalign.cli.dpo import parse_dpo
 from fastalign.cli.main import main
 from fastalign.cli.reward import parse_reward
-from fastalign.trainers import LOSSES, REWARD_LOSSES, SFTConfig
+from fastalign.trainers import LOSSES, REWARD_LOSSES, LoraConfig, SFTConfig
 from fastalign.trainers.config import config_to_dict
 
 BASE = ["--model.path", "m", "--data.train", "d.jsonl", "--run.dir", "r"]
@@ -58,6 +58,35 @@ def test_the_file_gives_defaults_and_flags_override_them(tmp_path: Path) -> None
     assert config.loss.beta == 0.5
 
 
+def test_the_file_has_a_third_level(tmp_path: Path) -> None:
+    text = """
+model:
+  path: m
+  lora:
+    rank: 16
+    targets: [q_proj, lm_head]
+    save_merged: false
+    use_rslora: true
+"""
+    file = write(tmp_path, text)
+    rest = ["--data.train", "d.jsonl", "--run.dir", "r"]
+    lora = parse_dpo(["--config", file, *rest]).model.lora
+    assert lora == LoraConfig(
+        rank=16, targets=("q_proj", "lm_head"), save_merged=False, use_rslora=True
+    )
+    flags = ["--model.lora.rank", "8", "--model.lora.targets", "all-linear"]
+    more = ["--model.lora.no-use-rslora", "--model.lora.base=bf16", "--model.lora.alpha", "4"]
+    config = parse_dpo(["--config", file, *rest, *flags, *more])
+    assert config.model.lora == LoraConfig(8, 4.0, False, ("all-linear",), "bf16", False)
+    values = config_to_dict(config)
+    assert values["model"]["lora"]["targets"] == ["all-linear"]
+    import yaml
+
+    again = parse_dpo(["--config", write(tmp_path, yaml.safe_dump(values))])
+    assert config_to_dict(again) == values
+    assert parse_dpo(BASE).model.lora.rank == 0
+
+
 def test_another_loss_puts_the_files_parameters_aside(tmp_path: Path) -> None:
     config = parse_dpo(["--config", write(tmp_path, YAML), "--loss", "simpo"])
     assert isinstance(config.loss, LOSSES["simpo"])
@@ -92,6 +121,8 @@ def test_every_loss_of_a_reward_model_can_be_chosen_and_read_again(
         parse_reward([*BASE, "--loss", "dpo"])
     with pytest.raises(ValueError, match=r"--loss\.nu"):
         parse_reward([*BASE, "--loss.nu", "2"])
+    with pytest.raises(ValueError, match=r"model\.lora\.rank: expected 0, a reward model"):
+        parse_reward([*BASE, "--model.lora.rank", "8"])
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -116,6 +147,9 @@ def test_every_loss_can_be_chosen(name: str) -> None:
         ([*BASE, "--optim.learning-rate", "1"], "--optim.learning-rate"),
         ([*BASE, "--train.packing", "tight"], "train.packing"),
         ([*BASE, "--train.batch-size", "0"], "train.batch_size: expected at least 1, got 0"),
+        ([*BASE, "--model.lora.rank", "-1"], "model.lora.rank: expected at least 0, got -1"),
+        ([*BASE, "--model.lora.base", "nf4"], "model.lora.base: nf4 is a setting of an adapter"),
+        ([*BASE, "--model.lora.rnk", "4"], "--model.lora.rnk"),
         ([*BASE, "--config", "none.yaml"], "--config: no such file: none.yaml"),
         ([*BASE, "--model.path", "./nowhere"], "nowhere"),
     ],
@@ -145,6 +179,9 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(
         ("optimiser:\n  lr: 1\n", "unknown section 'optimiser'; expected one of model, data"),
         ("optim: 3\n", "optim: expected keys and values, got 3"),
         ("optim:\n  lr: {a: 1}\n", "optim.lr: expected a value, got a mapping"),
+        ("model:\n  lora: 16\n", "model.lora: expected keys and values, got 16"),
+        ("model:\n  lora:\n    r: 1\n", "unknown key model.lora.r; expected one of rank, alpha"),
+        ("model:\n  lora:\n    rank: {a: 1}\n", "model.lora.rank: expected a value, got a mapping"),
         ("- 1\n", "expected sections"),
         ("a: [\n", "not YAML"),
         ("\x00", "not YAML"),

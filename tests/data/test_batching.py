@@ -1,5 +1,7 @@
 """Steps and micro-batches: deterministic, complete, within the budget."""
 
+import random
+
 import pytest
 
 from fastalign.data import indices_of_step, micro_batches
@@ -35,6 +37,47 @@ def test_micro_batches_hold_every_example_within_the_budget(budget: int) -> None
         assert len(batch) == 1 or sum(lengths[i] for i in batch) <= budget
     # Of lengths 9, 8, 8, 5, 5, 3 nothing pairs within 5, and within 9 only a 5 with the 3.
     assert len(batches) == {1: 6, 5: 6, 9: 5, 100: 1}[budget]
+
+
+def first_fit_decreasing(sizes: list[int], budget: int) -> list[int]:
+    """The loads of the batches that the textbook makes."""
+    loads: list[int] = []
+    for size in sorted(sizes, reverse=True):
+        for number, load in enumerate(loads):
+            if load + size <= budget:
+                loads[number] += size
+                break
+        else:
+            loads.append(size)
+    return loads
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_batches_are_as_few_as_first_fit_decreasings_and_no_fuller(seed: int) -> None:
+    draw = random.Random(seed)
+    lengths = [draw.randint(1, draw.choice([20, 300])) for _ in range(50)]
+    indices = [draw.randrange(50) for _ in range(draw.randint(1, 60))]
+    budget = draw.choice([1, 7, 150, 290, 400, 100_000])
+    batches = micro_batches(indices, lengths, tokens_per_batch=budget)
+    assert sorted(i for batch in batches for i in batch) == sorted(indices)
+    loads = [sum(lengths[i] for i in batch) for batch in batches]
+    assert all(
+        load <= budget or len(batch) == 1 for load, batch in zip(loads, batches, strict=True)
+    )
+    textbook = first_fit_decreasing([lengths[i] for i in indices], budget)
+    assert len(batches) == len(textbook)
+    assert max(loads) <= max(textbook)
+    for batch in batches:  # the step's order is kept
+        rest = iter(indices)
+        assert all(i in rest for i in batch)
+
+
+def test_a_step_a_little_over_the_budget_is_halved() -> None:
+    lengths = [2] * 17
+    batches = micro_batches(range(17), lengths, tokens_per_batch=32)
+    assert sorted(len(batch) for batch in batches) == [8, 9]
+    # Longest to the emptiest would overflow here: 3, 2, 2 and 3, 2. First-fit's batches stay.
+    assert micro_batches(range(5), [3, 3, 2, 2, 2], tokens_per_batch=6) == [[0, 1], [2, 3, 4]]
 
 
 @pytest.mark.parametrize(("examples", "batch"), [(0, 1), (1, 0)])

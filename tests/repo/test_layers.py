@@ -16,6 +16,8 @@ HEAVY = {
     "matplotlib": {"evaluation"},
     "jinja2": {"evaluation", "data/tokenizer.py"},
     "tyro": {"cli"},
+    "peft": {"models/lora.py", "models/lora_files.py"},
+    "bitsandbytes": {"models/low_bit.py", "trainers/optimizer.py"},
     "transformers": {"models", "data/tokenizer.py", "rollouts/transformers_sampler.py", "cli"},
 }
 

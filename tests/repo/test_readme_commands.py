@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare
+from benchmarks import compare, head_rows, heads
 from benchmarks.heads import HeadCase
 from fastalign.cli.main import main
 from tests.runs import WORDS, sentence, write_rows
@@ -63,14 +63,14 @@ def test_the_benchmark_prints_a_table_and_writes_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(compare, "CASES", {"small": HeadCase("small", 16, 8, 50, 2)})
-    (line,) = re.findall(r"^python -m benchmarks\.compare (.*)$", README, flags=re.MULTILINE)
+    monkeypatch.setitem(heads.CASES, "small", HeadCase("small", 16, 8, 50, 2))
+    (line,) = re.findall(r"^python -m benchmarks\.compare (head .*)$", README, flags=re.MULTILINE)
     monkeypatch.setattr(sys, "argv", ["compare", *shlex.split(line), "--case=small", "--rounds=2"])
-    monkeypatch.setattr(compare, "TESTS", ["tests/losses/test_segments_and_pairs.py"])
+    monkeypatch.setattr(head_rows, "TESTS", ["tests/losses/test_segments_and_pairs.py"])
     compare.main()
     assert "products ms" in capsys.readouterr().out
     rows = json.loads((tmp_path / "results.json").read_text())
     assert {"eager", "fastalign", "trl", "liger"} <= {row["implementation"] for row in rows}
-    assert {row["pass"] for row in rows} == set(compare.PASSES)
+    assert {row["pass"] for row in rows} == set(head_rows.PASSES)
     names = "case implementation dtype pass milliseconds spread peak_bytes flops device torch"
     assert {*names.split(), "products_milliseconds", "fraction_of_products"} == rows[0].keys()

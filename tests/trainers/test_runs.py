@@ -2,16 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastalign.models import save_model
-from fastalign.trainers import LOSSES, TrainConfig, train_dpo, train_sft
+from fastalign.models import compile_layers, save_model
+from fastalign.trainers import LOSSES, TrainConfig, setup, train_dpo, train_sft
 from fastalign.trainers.config import OptimConfig
 from fastalign.trainers.optimizer import learning_rate
 from fastalign.trainers.step import make_compute
@@ -28,6 +30,31 @@ def test_gradient_checkpointing_changes_nothing(folder: Path) -> None:
     )
     for name, value in first.items():
         torch.testing.assert_close(second[name], value, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_layers_change_nothing_and_resume(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "compile_layers", partial(compile_layers, backend="eager"))
+    torch._dynamo.reset()
+    counters.clear()
+    for run, stop in (("plain", None), ("compiled", None), ("stopped", 1)):
+        compiled = run != "plain"
+        config = sft_config(folder, run, max_steps=3, compile=compiled, stop_at_step=stop)
+        config = replace(config, data=replace(config.data, eval=None))
+        train_sft(config)
+        assert bool(counters["stats"]["unique_graphs"]) is compiled
+    resumed_run, whole = replace(config.run, resume=True), replace(config.train, stop_at_step=None)
+    train_sft(replace(config, run=resumed_run, train=whole))
+    plain, ours, resumed = (
+        load_file(folder / run / "model/model.safetensors")
+        for run in ("plain", "compiled", "stopped")
+    )
+    assert plain.keys() == ours.keys() == resumed.keys()
+    for name, value in plain.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-6)
+        assert torch.equal(ours[name], resumed[name])
 
 
 def test_bf16_trains_with_float32_weights(folder: Path) -> None:
@@ -87,24 +114,6 @@ def test_three_such_steps_in_a_row_end_the_run_without_a_bad_checkpoint(
     assert all(torch.equal(after[name], before[name]) for name in after)
 
 
-def test_reference_log_probs_are_cached_and_a_damaged_cache_is_refused(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    train_dpo(dpo_config(folder, "first", max_steps=2))
-    assert "0 cached, 8 to compute" in capsys.readouterr().out
-    train_dpo(dpo_config(folder, "second", max_steps=2))
-    out = capsys.readouterr().out
-    assert "to compute" in out
-    assert "8 cached, 0 to compute" in out
-    assert read_metrics(folder / "first")[1]["loss"] == read_metrics(folder / "second")[1]["loss"]
-    (file,) = (folder / "reference").iterdir()
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1
-    file.write_bytes(content)
-    with pytest.raises(ValueError, match="damaged cache of reference log-probs"):
-        train_dpo(dpo_config(folder, "third", max_steps=2))
-
-
 def test_losses_without_a_reference_compute_none(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -157,6 +166,16 @@ def test_evaluation_is_logged_when_it_is_due(folder: Path) -> None:
     assert names <= rows[0].keys()
     board = list((folder / "run/tensorboard").iterdir())
     assert len(board) == 1
+
+
+def test_how_full_a_steps_batches_are_is_logged(folder: Path) -> None:
+    train_sft(sft_config(folder, "run", max_steps=2, tokens_per_batch=40))
+    first, second = read_metrics(folder / "run")
+    tokens = second["num_tokens"] - first["num_tokens"]
+    assert second["num_micro_batches"] >= 2
+    assert second["fill_rate"] == tokens / (40 * second["num_micro_batches"])
+    assert 0.5 < second["fill_rate"] <= 1
+    assert second["eval_num_micro_batches"] >= 2
 
 
 def test_a_model_with_another_vocabulary_is_refused(folder: Path) -> None:

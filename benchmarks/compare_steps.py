@@ -1,0 +1,233 @@
+"""Whole steps side by side: who is compared on what, and whether they agree."""
+
+import argparse
+import importlib.util
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.step_cases import (
+    CASES,
+    DEFAULT_CASES,
+    DEFAULT_PAIRS,
+    DEFAULT_SHAPES,
+    SHAPES,
+    ModelShape,
+    make_groups,
+    read_groups,
+    write_model,
+    write_rows,
+)
+from benchmarks.step_rows import (
+    StepRow,
+    Turns,
+    print_like_for_like,
+    print_notes,
+    print_steps,
+    rows_of,
+)
+from benchmarks.step_trainers import TRAINERS, fastalign_answers
+from benchmarks.step_work import TRUTHS, eager_sft, run_products, run_products_without_head
+from benchmarks.step_worker import WARM_UP_TURNS, Job, Trainer, Worker
+from fastalign.batch import Group
+
+ANSWERS = "answers-step"
+NAMES = (*TRAINERS, ANSWERS)
+NUM_ANSWERS = (2, 4, 8)
+PEER = "trl"
+PRODUCTS = "products"
+# |loss - eager loss| / |eager loss| of the first step; the eager one is float32 for all.
+AGREEMENT = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+def usable_trainers(name: str) -> dict[str, Trainer]:
+    """Those whose package is here."""
+    if importlib.util.find_spec("trl") is not None:
+        return dict(TRAINERS[name])
+    print("without trl: it is not installed")
+    return {key: one for key, one in TRAINERS[name].items() if key.startswith("fastalign")}
+
+
+def make_job(
+    name: str, shape: ModelShape, groups: list[Group], folder: Path, arguments: argparse.Namespace
+) -> Job:
+    """Writes models and rows for all trainers of a comparison."""
+    write_model(shape, folder / "policy", 0, reward=name == "reward-step")
+    if name == "dpo-step":
+        write_model(shape, folder / "reference", 1)
+    kind = "preference" if name in ("dpo-step", "reward-step") else "sft"
+    write_rows(groups, folder / "rows.jsonl", kind)
+    return Job(
+        policy=folder / "policy",
+        reference=folder / "reference",
+        rows=folder / "rows.jsonl",
+        groups=groups,
+        shape=shape,
+        scratch=folder,
+        device=arguments.device,
+        dtype=arguments.dtype[0],
+        num_steps=arguments.rounds + WARM_UP_TURNS + 1,
+        num_threads=torch.get_num_threads(),
+    )
+
+
+def disagreement(implementation: str, loss: float, truth: float, dtype: str) -> str | None:
+    """What is wrong with a loss, or None; ours ends the program."""
+    error = abs(loss - truth) / abs(truth)
+    if error <= AGREEMENT[dtype]:
+        return None
+    message = (
+        f"the loss of {implementation} is {loss:.6f}, the eager one {truth:.6f} "
+        f"(relative difference {error:.1e})"
+    )
+    if implementation.startswith("fastalign"):
+        raise SystemExit(message)
+    return message
+
+
+def measure_turns(
+    contestants: Mapping[str, tuple[Trainer, Job]], truths: Mapping[str, float], num_rounds: int
+) -> dict[str, Turns]:
+    """Starts a process for each, refuses those whose loss is wrong, and interleaves the others.
+
+    Args:
+        contestants: by name.
+        truths: the eager loss, by name; without one there is no loss to compare.
+        num_rounds: timed turns of each.
+    """
+    workers: dict[str, Worker] = {}
+    turns: dict[str, Turns] = {}
+    try:
+        for name, (trainer, job) in contestants.items():
+            _say(f"{name} ...")
+            scratch = Path(tempfile.mkdtemp(dir=job.scratch))
+            workers[name] = Worker(name, trainer, replace(job, scratch=scratch))
+            turns[name] = Turns(job, workers[name].loss, workers[name].num_tokens)
+            if name in truths:
+                fault = disagreement(name, turns[name].loss, truths[name], job.dtype)
+                if fault is not None:
+                    print(f"not timed: {fault}")
+                    workers.pop(name).stop()
+                    del turns[name]
+        for number in range(num_rounds):
+            _say(f"round {number + 1} of {num_rounds}")
+            for name, worker in workers.items():
+                seconds, turns[name].peak_bytes = worker.turn()
+                turns[name].seconds.append(seconds)
+    finally:
+        for worker in workers.values():
+            worker.stop()
+    return turns
+
+
+def compare_case(
+    name: str, job: Job, case: str, trainers: Mapping[str, Trainer], num_rounds: int
+) -> list[StepRow]:
+    """Checks agreement, then measures the trainers' steps and the bare products.
+
+    On a CPU one turn of each a round; on a GPU, whose memory would not hold them together, all
+    turns of one after all of another.
+    """
+    _say(f"{case}, {job.shape.name}, {job.dtype}: the eager loss ...")
+    truth = TRUTHS[name](job)
+    if job.device == "cuda":
+        torch.cuda.empty_cache()  # for the trainers
+    head = name != "reward-step"
+    everybody = {PRODUCTS: run_products if head else run_products_without_head, **trainers}
+    together = [[key] for key in everybody] if job.device == "cuda" else [list(everybody)]
+    found: dict[str, Turns] = {}
+    for keys in together:
+        contestants = {key: (everybody[key], job) for key in keys}
+        found |= measure_turns(contestants, dict.fromkeys(trainers, truth), num_rounds)
+    products = dict.fromkeys(trainers, found.pop(PRODUCTS))
+    return rows_of(case, found, products, PEER, head=head)
+
+
+def compare_answers(jobs: Mapping[int, Job], case: str, num_rounds: int) -> list[StepRow]:
+    """Our step by the number of answers to a prompt; the ratio is to the fewest answers' step."""
+    contestants: dict[str, tuple[Trainer, Job]] = {}
+    truths: dict[str, float] = {}
+    for number, job in jobs.items():
+        key = f"fastalign, {number} answers"
+        _say(f"{case}, {number} answers, {job.shape.name}: the eager loss ...")
+        truths[key] = eager_sft(job)
+        contestants[key] = (fastalign_answers, job)
+        contestants[f"{PRODUCTS} {key}"] = (run_products, job)
+    found: dict[str, Turns] = {}
+    one_by_one = [{key: one} for key, one in contestants.items()]
+    cuda = any(job.device == "cuda" for job in jobs.values())
+    for part in one_by_one if cuda else [contestants]:
+        found |= measure_turns(part, truths, num_rounds)
+    products = {key: found.pop(f"{PRODUCTS} {key}") for key in truths}
+    return rows_of(case, found, products, next(iter(truths)), head=True)
+
+
+def groups_of(
+    name: str, case: str, shape: ModelShape, num_answers: int, arguments: argparse.Namespace
+) -> list[Group]:
+    """The rows of a case."""
+    num_pairs = arguments.pairs or DEFAULT_PAIRS[arguments.device]
+    if case == "chat":
+        try:
+            groups = read_groups(arguments.data, shape.vocab_size, num_pairs)
+        except ValueError as error:
+            raise SystemExit(str(error)) from error
+    else:
+        groups = make_groups(CASES[case], shape.vocab_size, num_pairs, num_answers)
+    if name != "sft-step":
+        return groups
+    return [Group(group.prompt_ids, group.response_ids[:1]) for group in groups]
+
+
+def compare_all_steps(arguments: argparse.Namespace) -> list[StepRow]:
+    """Measures every dtype, model and case, and prints the table."""
+    name = arguments.name
+    cases = arguments.case or [*DEFAULT_CASES, *(["chat"] if arguments.data else [])]
+    if name == ANSWERS:
+        cases = arguments.case or ["long-prompts"]
+    elif "chat" not in cases:
+        print("without chat: it takes a file of preference rows (--data)")
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)  # here too: the eager loss, and the table
+    trainers = {} if name == ANSWERS else usable_trainers(name)
+    rows: list[StepRow] = []
+    for model in arguments.model or DEFAULT_SHAPES[arguments.device]:
+        for case in cases:
+            rows += _compare_on(name, case, SHAPES[model], trainers, arguments)
+    print_steps(rows)
+    print_like_for_like(rows)
+    print_notes(rows)
+    return rows
+
+
+def _compare_on(
+    name: str,
+    case: str,
+    shape: ModelShape,
+    trainers: Mapping[str, Trainer],
+    arguments: argparse.Namespace,
+) -> list[StepRow]:
+    with tempfile.TemporaryDirectory() as path:
+        numbers = NUM_ANSWERS if name == ANSWERS else (2,)
+        jobs = {}
+        for number in numbers:
+            folder = Path(path) / str(number)
+            folder.mkdir()
+            groups = groups_of(name, case, shape, number, arguments)
+            jobs[number] = make_job(name, shape, groups, folder, arguments)
+        rows: list[StepRow] = []
+        for dtype in arguments.dtype:
+            in_dtype = {number: replace(job, dtype=dtype) for number, job in jobs.items()}
+            if name == ANSWERS:
+                rows += compare_answers(in_dtype, case, arguments.rounds)
+            else:
+                rows += compare_case(name, in_dtype[2], case, trainers, arguments.rounds)
+        return rows
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,230 @@
+"""The trainers whose steps are compared: each is set up as its users would, and its loop is run.
+
+TRL's trainers keep their defaults but for what makes the comparison one of equals: no gradient
+checkpointing (ours has it off too), the dtype that was asked for, and rows in their order. Both
+sides have AdamW, the same learning rates and schedule, and clip the gradient's norm at 1.
+"""
+
+import json
+from typing import Any
+
+from benchmarks.step_cases import MAX_LENGTH
+from benchmarks.step_worker import Clock, Job, Trainer
+
+
+def fastalign_dpo(job: Job, clock: Clock) -> None:
+    """`train_dpo`: reference log-probs are computed once, before the first step."""
+    from fastalign.trainers import train_dpo
+
+    clock.first_loss = lambda: _logged_loss(job)
+    clock.watch()
+    train_dpo(_dpo_config(job))
+
+
+def fastalign_dpo_reference_in_the_step(job: Job, clock: Clock) -> None:
+    """The same, and in every turn the reference's log-probs of the step's rows once more."""
+    from fastalign.evaluation import sequence_logprobs
+    from fastalign.models import load_policy
+    from fastalign.trainers import train_dpo
+    from fastalign.trainers.step import make_compute
+
+    clock.first_loss = lambda: _logged_loss(job)
+    clock.watch()
+    config = _dpo_config(job)
+    compute = make_compute(config.train)
+    reference = load_policy(job.reference, device=compute.device, packing=compute.packing)
+    clock.prologue = lambda: sequence_logprobs(
+        reference,
+        job.groups,
+        packing=compute.packing,
+        tokens_per_batch=compute.tokens_per_batch,
+        dtype=compute.dtype,
+        max_buffer_bytes=compute.max_buffer_bytes,
+    )
+    train_dpo(config)
+
+
+def _dpo_config(job: Job) -> Any:
+    from fastalign.trainers import (
+        DPOConfig,
+        ModelConfig,
+        PreferenceDataConfig,
+        ReferenceConfig,
+        RunConfig,
+    )
+
+    return DPOConfig(
+        model=ModelConfig(str(job.policy)),
+        data=PreferenceDataConfig(train=str(job.rows), max_length=MAX_LENGTH),
+        run=RunConfig(str(job.scratch / "run")),
+        reference=ReferenceConfig(str(job.reference), str(job.scratch / "cache")),
+        train=_train_config(job),
+    )
+
+
+def fastalign_sft(job: Job, clock: Clock) -> None:
+    """`train_sft`."""
+    from fastalign.trainers import DataConfig, ModelConfig, RunConfig, SFTConfig, train_sft
+
+    config = SFTConfig(
+        model=ModelConfig(str(job.policy)),
+        data=DataConfig(train=str(job.rows), max_length=MAX_LENGTH),
+        run=RunConfig(str(job.scratch / "run")),
+        train=_train_config(job),
+    )
+    clock.first_loss = lambda: _logged_loss(job)
+    clock.watch()
+    train_sft(config)
+
+
+def fastalign_reward(job: Job, clock: Clock) -> None:
+    """`train_reward`."""
+    from fastalign.trainers import (
+        ModelConfig,
+        PreferenceDataConfig,
+        RewardConfig,
+        RunConfig,
+        train_reward,
+    )
+
+    config = RewardConfig(
+        model=ModelConfig(str(job.policy)),
+        data=PreferenceDataConfig(train=str(job.rows), max_length=MAX_LENGTH),
+        run=RunConfig(str(job.scratch / "run")),
+        train=_train_config(job),
+    )
+    clock.first_loss = lambda: _logged_loss(job)
+    clock.watch()
+    train_reward(config)
+
+
+def fastalign_answers(job: Job, clock: Clock) -> None:
+    """The functions of `train_sft` on prompts with any number of responses, all of them trained."""
+    from fastalign.models import load_policy
+    from fastalign.trainers import OptimConfig
+    from fastalign.trainers.optimizer import make_optimizer
+    from fastalign.trainers.sft import sft_step
+    from fastalign.trainers.state import TrainState
+    from fastalign.trainers.step import make_compute, measure_examples, optimiser_step
+
+    losses: list[float] = []
+    clock.first_loss = lambda: losses[0]
+    clock.watch()
+    compute, optim = make_compute(_train_config(job)), OptimConfig()
+    model = load_policy(job.policy, device=compute.device, packing=compute.packing)
+    state = TrainState(model, make_optimizer(model, optim))
+    examples = measure_examples(job.groups, compute.packing)
+    while True:
+        metrics, _ = sft_step(model, examples, range(len(job.groups)), compute)
+        losses.append(float(metrics["loss"]))
+        optimiser_step(state, losses[-1], optim, job.num_steps)
+
+
+def _train_config(job: Job) -> Any:
+    from fastalign.trainers import TrainConfig
+
+    return TrainConfig(
+        max_steps=job.num_steps,
+        batch_size=len(job.groups),
+        precision="bf16" if job.dtype == "bfloat16" else "float32",
+        device=job.device,
+    )
+
+
+def _logged_loss(job: Job) -> float:
+    first, *_ = (job.scratch / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return float(json.loads(first)["loss"])
+
+
+def trl_dpo(job: Job, clock: Clock) -> None:
+    """TRL's DPOTrainer: the reference is a model of its own, and is run in every step."""
+    _trl_dpo(job, clock, precompute_ref_log_probs=False)
+
+
+def trl_dpo_precomputed(job: Job, clock: Clock) -> None:
+    """The same with its option to compute the reference's log-probs before the first step."""
+    _trl_dpo(job, clock, precompute_ref_log_probs=True)
+
+
+def _trl_dpo(job: Job, clock: Clock, *, precompute_ref_log_probs: bool) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+    from trl import DPOConfig, DPOTrainer
+
+    clock.watch()
+    trainer = DPOTrainer(
+        model=str(job.policy),
+        ref_model=AutoModelForCausalLM.from_pretrained(job.reference, dtype=torch.float32),
+        args=DPOConfig(precompute_ref_log_probs=precompute_ref_log_probs, **_trl_options(job)),
+        **_trl_data(job),
+    )
+    if precompute_ref_log_probs:
+        trainer.ref_model = None  # it has done its work; TRL would keep it
+    _run_trl(trainer, clock)
+
+
+def trl_sft(job: Job, clock: Clock) -> None:
+    """TRL's SFTTrainer."""
+    from trl import SFTConfig, SFTTrainer
+
+    clock.watch()
+    _run_trl(
+        SFTTrainer(str(job.policy), args=SFTConfig(**_trl_options(job)), **_trl_data(job)), clock
+    )
+
+
+def trl_reward(job: Job, clock: Clock) -> None:
+    """TRL's RewardTrainer."""
+    from trl import RewardConfig, RewardTrainer
+
+    clock.watch()
+    _run_trl(
+        RewardTrainer(str(job.policy), args=RewardConfig(**_trl_options(job)), **_trl_data(job)),
+        clock,
+    )
+
+
+def _trl_options(job: Job) -> dict[str, Any]:
+    return {
+        "output_dir": str(job.scratch / "run"),
+        "per_device_train_batch_size": len(job.groups),
+        "max_steps": job.num_steps,
+        "max_length": MAX_LENGTH,
+        "bf16": job.dtype == "bfloat16",
+        "use_cpu": job.device == "cpu",
+        "gradient_checkpointing": False,
+        "train_sampling_strategy": "sequential",  # every step takes the same rows
+        "logging_first_step": True,
+        "report_to": "none",
+        "save_strategy": "no",
+    }
+
+
+def _trl_data(job: Job) -> dict[str, Any]:
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+
+    lines = job.rows.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    return {
+        "train_dataset": Dataset.from_list(rows * job.num_steps),  # one epoch
+        "processing_class": AutoTokenizer.from_pretrained(job.policy),
+    }
+
+
+def _run_trl(trainer: Any, clock: Clock) -> None:
+    clock.first_loss = lambda: float(trainer.state.log_history[0]["loss"])
+    trainer.train()
+
+
+# By comparison.
+TRAINERS: dict[str, dict[str, Trainer]] = {
+    "dpo-step": {
+        "trl": trl_dpo,
+        "trl, reference precomputed": trl_dpo_precomputed,
+        "fastalign": fastalign_dpo,
+        "fastalign, reference in the step": fastalign_dpo_reference_in_the_step,
+    },
+    "sft-step": {"trl": trl_sft, "fastalign": fastalign_sft},
+    "reward-step": {"trl": trl_reward, "fastalign": fastalign_reward},
+}

@@ -1,0 +1,189 @@
+"""A process of its own for each trainer: one turn of its training loop whenever it is asked.
+
+A turn is what lies between two ends of `optimizer.step()`, in the trainer's own loop: logging,
+making the next batch, forward, backward, clipping, the step. torch's hook on every optimiser cuts
+all trainers' loops at the same place, and nothing of them is rewritten.
+"""
+
+import multiprocessing
+import os
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from benchmarks.measure import CLEAR_REFS, resident_bytes
+from benchmarks.step_cases import ModelShape
+from fastalign.batch import Group
+
+# Turns before the first timed one: the second is whole, and counts tokens.
+WARM_UP_TURNS = 2
+PRELOADED = ["benchmarks.step_trainers", "fastalign.trainers", "trl.trainer.dpo_trainer"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a trainer is given.
+
+    Attributes:
+        policy: folder of the model to train.
+        reference: folder of the reference; unused without one.
+        rows: JSON Lines.
+        groups: the same rows as token ids.
+        shape: of the models.
+        scratch: folder of the trainer's own.
+        device: `cpu` or `cuda`.
+        dtype: of the products, by torch's name.
+        num_steps: that the learning rate's schedule ends after; never reached.
+        num_threads: of a CPU.
+    """
+
+    policy: Path
+    reference: Path
+    rows: Path
+    groups: list[Group]
+    shape: ModelShape
+    scratch: Path
+    device: str
+    dtype: str
+    num_steps: int
+    num_threads: int
+
+
+class Finished(BaseException):
+    """Leaves a trainer's loop; no trainer catches it."""
+
+
+class Clock:
+    """Ends, times and counts the turns of one trainer's loop.
+
+    Attributes:
+        first_loss: set by whoever builds the trainer: the loss of its first step.
+        prologue: what else a turn does, before the trainer's loop goes on.
+    """
+
+    first_loss: Callable[[], float]
+    prologue: Callable[[], object] | None = None
+
+    def __init__(self, connection: Connection, device: str):
+        self._connection = connection
+        self._device = device
+        self._num_turns = 0
+        self._num_tokens = 0
+        self._start = 0.0
+        self._resident = 0
+
+    def watch(self) -> None:
+        """To be called when everything is imported and nothing is built yet."""
+        register_optimizer_step_post_hook(lambda *_: self.end_turn())
+        forward = torch.nn.Embedding.forward
+
+        def counted(module: torch.nn.Embedding, input: torch.Tensor) -> torch.Tensor:
+            self._num_tokens += input.numel()
+            return forward(module, input)
+
+        torch.nn.Embedding.forward = counted  # type: ignore[assignment, method-assign]
+        if CLEAR_REFS.exists():
+            self._resident = resident_bytes("VmRSS")
+
+    def end_turn(self) -> None:
+        """Says how long the turn was, waits to be asked for another, and begins it."""
+        self._synchronise()
+        seconds = time.perf_counter() - self._start
+        self._num_turns += 1
+        if self._num_turns == WARM_UP_TURNS:
+            self._connection.send((self.first_loss(), self._num_tokens))
+            self._reset_peak()
+        elif self._num_turns > WARM_UP_TURNS:
+            self._connection.send((seconds, self._peak()))
+        if self._num_turns >= WARM_UP_TURNS and not self._connection.recv():
+            raise Finished
+        self._num_tokens = 0
+        self._start = time.perf_counter()
+        if self.prologue is not None:
+            self.prologue()
+
+    def _synchronise(self) -> None:
+        if self._device == "cuda":
+            torch.cuda.synchronize()
+
+    def _reset_peak(self) -> None:
+        if self._device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        elif CLEAR_REFS.exists():
+            CLEAR_REFS.write_text("5", encoding="ascii")
+
+    def _peak(self) -> int | None:
+        if self._device == "cuda":
+            return int(torch.cuda.max_memory_allocated())
+        return resident_bytes("VmHWM") - self._resident if CLEAR_REFS.exists() else None
+
+
+Trainer = Callable[[Job, Clock], None]
+
+
+def serve(trainer: Trainer, job: Job, connection: Connection) -> None:
+    """The process: its output goes to a file, and its turns when they are asked for."""
+    log = os.open(job.scratch / "output.txt", os.O_WRONLY | os.O_CREAT, 0o600)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(job.num_threads)
+    try:
+        trainer(job, Clock(connection, job.device))
+    except Finished:
+        pass
+    except Exception:
+        traceback.print_exc()
+        raise
+    finally:
+        connection.close()
+
+
+class Worker:
+    """A trainer in its process.
+
+    Attributes:
+        loss: of its first step.
+        num_tokens: token ids that went through the blocks in one turn.
+    """
+
+    def __init__(self, name: str, trainer: Trainer, job: Job):
+        # CUDA forbids forks once anything has asked it for a device; a CPU saves the imports.
+        method = "spawn" if job.device == "cuda" else "forkserver"
+        context: Any = multiprocessing.get_context(method)
+        if method == "forkserver":
+            context.set_forkserver_preload(PRELOADED)
+        self._name, self._log = name, job.scratch / "output.txt"
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(trainer, job, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
+        self.loss, self.num_tokens = self._answer()
+
+    def turn(self) -> tuple[float, int | None]:
+        """Seconds of one turn, and the peak of memory in all timed turns so far, in bytes."""
+        self._connection.send(True)
+        seconds, peak = self._answer()
+        return seconds, peak
+
+    def stop(self) -> None:
+        """Ends the process."""
+        if self._process.is_alive():
+            self._connection.send(False)
+        self._process.join()
+        self._connection.close()
+
+    def _answer(self) -> tuple[Any, Any]:
+        try:
+            answer: tuple[Any, Any] = self._connection.recv()
+        except EOFError:
+            self._process.join()
+            output = self._log.read_text(encoding="utf-8", errors="replace")
+            raise SystemExit(f"{self._name} ended early:\n{output[-4000:]}") from None
+        return answer

@@ -1,0 +1,143 @@
+"""`fastalign estimate`: what a run will need in memory, and where it goes, before it is started."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastalign.cli.config_parse import parse_config, read_yaml, take_option
+from fastalign.cli.dpo import parse_dpo
+from fastalign.cli.reward import parse_reward
+from fastalign.trainers import SFTConfig
+from fastalign.trainers.estimate import Estimate, estimate_run
+
+ALGORITHMS: dict[str, Callable[[Sequence[str]], Any]] = {
+    "sft": lambda arguments: parse_config(SFTConfig, arguments, "fastalign sft"),
+    "reward": parse_reward,
+    "dpo": parse_dpo,
+}
+USAGE = """usage: fastalign estimate [sft | reward | dpo] --config FILE [--json FILE] [its flags]
+
+Prints a run's memory by what takes it, and whether it fits; loads no weights, writes no folder.
+Without the word, a configuration with a reference is dpo's; otherwise it has to be said.
+Exit code 0: it fits; 1: it does not."""
+MEBIBYTE = 2**20
+
+
+def algorithm_of(arguments: Sequence[str]) -> str:
+    """Which command a configuration is for, where it can be told.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    path, _ = take_option(arguments, "--config")
+    sections = {} if path is None else read_yaml(Path(path))
+    if "reference" in sections:
+        return "dpo"
+    raise ValueError(
+        f"expected one of {', '.join(ALGORITHMS)} before the flags: {path or 'nothing'} does not "
+        "tell which command it configures (only dpo has a section reference)"
+    )
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """Memory that this process could have: what it has and what is free; None if unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    table, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
+    if not table.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in table.read_text().splitlines())
+    free = int(lines["MemAvailable"].split()[0]) * 1024
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        free = min(free, int(text))
+    return free
+
+
+def table(found: Estimate) -> list[str]:
+    """The estimate by phase, for a person."""
+    names = list(found.phases)
+    lines = [f"{'MiB':34}" + "".join(f"{name:>22}" for name in names)]
+
+    def row(label: str, of: Callable[[str], int]) -> None:
+        lines.append(f"{label:34}" + "".join(f"{of(n) / MEBIBYTE:22,.0f}" for n in names))
+
+    if found.libraries:
+        row("libraries, tokenizer, data", lambda name: found.libraries)
+    row("weights", lambda name: found.phases[name].weights)
+    row("gradients", lambda name: found.phases[name].gradients)
+    row("AdamW's states", lambda name: found.phases[name].states)
+    row("activations, logits, temporary", lambda name: found.phases[name].activations)
+    row("kept by the allocator", lambda name: found.kept[name])
+    row("peak", found.total_of)
+    return lines
+
+
+def remedies(config: Any, found: Estimate) -> list[str]:
+    """Settings that would help, each with what it would save."""
+    train = config.train
+    changes: list[tuple[str, Any]] = []
+    if not train.gradient_checkpointing:
+        changed = replace(config, train=replace(train, gradient_checkpointing=True))
+        changes.append(("--train.gradient-checkpointing", changed))
+    if found.num_tokens > 1:
+        half = max(found.num_tokens // 2, 1)
+        changed = replace(config, train=replace(train, tokens_per_batch=half))
+        changes.append((f"--train.tokens-per-batch {half}", changed))
+    if config.optim.states != "8bit":
+        changed = replace(config, optim=replace(config.optim, states="8bit"))
+        changes.append(("--optim.states 8bit", changed))
+    before = found.total_of(found.largest)
+    lines = []
+    for flag, changed in changes:
+        again = estimate_run(changed)
+        saved = before - again.total_of(again.largest)
+        if saved > 0:
+            lines.append(f"  {flag} would save {saved / MEBIBYTE:,.0f} MiB")
+    return lines
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code 0 if the run fits, 1 if it does not."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if argv else 2
+    output, arguments = take_option(argv, "--json")
+    if arguments and not arguments[0].startswith("-"):
+        name, arguments = arguments[0], arguments[1:]
+        if name not in ALGORITHMS:
+            raise ValueError(f"expected one of {', '.join(ALGORITHMS)}, got {name!r}")
+    else:
+        name = algorithm_of(arguments)
+    config = ALGORITHMS[name](arguments)
+    found = estimate_run(config)
+    peak, free = found.total_of(found.largest), available_bytes(found.device)
+    print(
+        f"{name} of {config.model.path} on {found.device}: {found.num_parameters:,} parameters, "
+        f"{found.num_trained:,} trained; largest batch {found.num_tokens:,} tokens, "
+        f"{found.num_targets:,} predicted; at most {found.num_batches} batches a step"
+    )
+    print("\n".join(table(found)))
+    fits = free is None or peak <= free
+    if free is not None:
+        verdict = "it fits" if fits else "it does not fit"
+        print(f"{free / MEBIBYTE:,.0f} MiB are free on {found.device}: {verdict}")
+    if not fits:
+        print("\n".join(remedies(config, found)))
+    if output is not None:
+        record = {
+            "algorithm": name,
+            "peak_bytes": peak,
+            "available_bytes": free,
+            "libraries_bytes": found.libraries,
+            "phases": {
+                phase: {f"{kind}_bytes": size for kind, size in vars(parts).items()}
+                | {"kept_by_allocator_bytes": found.kept[phase]}
+                for phase, parts in found.phases.items()
+            },
+        }
+        Path(output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    return 0 if fits else 1

@@ -1,0 +1,72 @@
+"""Which implementation of shared-prefix attention runs, or why it cannot."""
+
+from importlib.util import find_spec
+from typing import Any, Literal, get_args
+
+import torch
+
+AttentionName = Literal["sdpa", "flash_attn", "varlen", "flex"]
+AttentionChoice = Literal["auto", "sdpa", "flash_attn", "varlen", "flex"]
+ATTENTIONS: tuple[AttentionName, ...] = get_args(AttentionName)
+# Assumed, not measured: no GPU was at hand.
+ORDER_ON_CUDA: tuple[AttentionName, ...] = ("flash_attn", "varlen", "flex", "sdpa")
+FLASH = ("flash_attn", "varlen")
+MAX_FLASH_HEAD_SIZE = 256
+
+
+def head_size(config: Any) -> int:
+    """The width of an attention head."""
+    size = getattr(config, "head_dim", None)
+    return int(size or config.hidden_size // config.num_attention_heads)
+
+
+def attention_reason(
+    name: AttentionName, device: torch.device, dtype: torch.dtype, config: Any = None
+) -> str | None:
+    """Why an implementation cannot run, with the remedy; None: it can.
+
+    Args:
+        name: of the implementation.
+        device: where the model is.
+        dtype: that attention is computed in.
+        config: the model's; None: any model's.
+    """
+    if name == "sdpa":
+        return None
+    if device.type != "cuda":
+        return f"it needs a GPU, and the device is {device}"
+    if name == "flex":
+        return None
+    if name == "flash_attn" and find_spec("flash_attn") is None:
+        return "the package flash-attn is not installed (pip install flash-attn)"
+    if torch.cuda.get_device_capability(device)[0] < 8:
+        return "it needs a GPU of compute capability 8.0 or newer"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it needs bf16 (--train.precision bf16), and computes in {dtype}"
+    if config is None:
+        return None
+    if head_size(config) > MAX_FLASH_HEAD_SIZE:
+        return f"heads of {head_size(config)} are too wide; at most {MAX_FLASH_HEAD_SIZE}"
+    if name == "varlen" and getattr(config, "attn_logit_softcapping", None) is not None:
+        return f"it has no softcap, which {config.model_type} needs"
+    return None
+
+
+def choose_attention(
+    wanted: AttentionChoice, device: torch.device, dtype: torch.dtype, config: Any
+) -> AttentionName:
+    """The implementation that runs: `auto` may choose, a named one runs or is refused.
+
+    Raises:
+        ValueError: an unknown name, or one that cannot run, with the reason.
+    """
+    if wanted != "auto":
+        if wanted not in ATTENTIONS:
+            known = ", ".join(("auto", *ATTENTIONS))
+            raise ValueError(f"attention: expected one of {known}, got {wanted!r}")
+        reason = attention_reason(wanted, device, dtype, config)
+        if reason is not None:
+            raise ValueError(f"attention: {wanted} cannot run: {reason}")
+        return wanted
+    usable = (n for n in ORDER_ON_CUDA if attention_reason(n, device, dtype, config) is None)
+    return next(usable)

@@ -1,0 +1,82 @@
+"""Rows of a packed tensor gathered for attention, some of them several times, and back.
+
+Legend: T packed tokens, M gathered places, H heads, d head dimension.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
+    """The integers of `[start, start + length)` for each pair, laid end to end; on the host."""
+    ends = lengths.cumsum(0)
+    total = int(ends[-1])
+    first = starts - (ends - lengths)
+    return torch.repeat_interleave(first, lengths, output_size=total) + torch.arange(total)
+
+
+@dataclass(frozen=True)
+class Gather:
+    """Which token stands at each place, and where each token's copies stand.
+
+    A token of a prompt is copied once for each response. Its gradient is the sum of its copies',
+    added copy by copy in float32: the order is fixed, so the sum is repeatable on a GPU too.
+
+    Attributes:
+        index: (M,) int64, the token at each place; padding places repeat some token.
+        places: (T,) int64, the place of each token's first copy.
+        more: for each further copy: the tokens that have one, and its places.
+    """
+
+    index: Tensor
+    places: Tensor
+    more: tuple[tuple[Tensor, Tensor], ...]
+
+    @classmethod
+    def of(cls, index: Tensor, copy: Tensor, device: torch.device) -> Gather:
+        """From host tensors (M,): the token of each place, and which copy of it: 0.., -1 padding.
+
+        Every token must have a copy 0.
+        """
+        parts = []
+        for number in range(int(copy.max()) + 1):
+            places = torch.nonzero(copy == number)[:, 0]
+            tokens = index[places]
+            order = tokens.argsort()
+            parts.append((tokens[order], places[order]))
+        tokens, places = parts[0]
+        assert torch.equal(tokens, torch.arange(len(tokens))), "every token has a first copy"
+        return cls(
+            index.to(device, non_blocking=True),
+            places.to(device, non_blocking=True),
+            tuple((t.to(device), p.to(device)) for t, p in parts[1:]),
+        )
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Rows (T, H, d) to places (M, H, d)."""
+        gathered: Tensor = _Gather.apply(rows, self)  # type: ignore[no-untyped-call]
+        return gathered
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, gather: Gather) -> Tensor:
+        ctx.gather = gather
+        return rows.index_select(0, gather.index)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (gradient,), gather = gradients, ctx.gather
+        first = gradient.index_select(0, gather.places)
+        if not gather.more:
+            return first, None
+        wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+        total = first.to(wide)
+        for tokens, places in gather.more:  # a token occurs once in each: nothing collides
+            total.index_add_(0, tokens, gradient.index_select(0, places).to(wide))
+        return total.to(gradient.dtype), None

@@ -1,0 +1,128 @@
+"""Shared-prefix attention by one variable-length flash call: flash-attn's, or PyTorch's own.
+
+Every segment is a sequence of queries where it lies; its keys are its prompt's, gathered in front
+of its own. Both kernels align causality at the bottom right, which is what a response needs.
+
+Legend: T packed tokens, S segments, M gathered keys, H heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastalign.models.attention.rows import Gather, ranges
+from fastalign.models.attention.segments import Segments
+
+# (query (T, H, d), key (M, H_kv, d), value, bounds of queries and of keys (S + 1,) int32, longest
+# queries and keys, scaling, window, softcap) -> (T, H, d); causal, bottom-right aligned.
+VarlenKernel = Callable[
+    [Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float | None, int | None, float | None],
+    Tensor,
+]
+
+
+def flash_attn_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_bounds: Tensor,
+    key_bounds: Tensor,
+    max_queries: int,
+    max_keys: int,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """The flash-attn package; its deterministic backward, so that a resumed run keeps its bits."""
+    from flash_attn import flash_attn_varlen_func
+
+    output: Tensor = flash_attn_varlen_func(
+        query,
+        key,
+        value,
+        cu_seqlens_q=query_bounds,
+        cu_seqlens_k=key_bounds,
+        max_seqlen_q=max_queries,
+        max_seqlen_k=max_keys,
+        softmax_scale=scaling,
+        causal=True,
+        window_size=(-1, -1) if window is None else (window - 1, 0),
+        softcap=softcap or 0.0,
+        deterministic=True,
+    )
+    return output
+
+
+def torch_kernel(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_bounds: Tensor,
+    key_bounds: Tensor,
+    max_queries: int,
+    max_keys: int,
+    scaling: float | None,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """`torch.nn.attention.varlen`; it has no softcap, and is not chosen where there is one."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert softcap is None
+    output = varlen_attn(
+        query,
+        key,
+        value,
+        query_bounds,
+        key_bounds,
+        max_queries,
+        max_keys,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(output, Tensor)
+    return output
+
+
+KERNELS: dict[str, VarlenKernel] = {"flash_attn": flash_attn_kernel, "varlen": torch_kernel}
+
+
+class Varlen:
+    """The bounds and gathered keys of one batch.
+
+    Args:
+        segments: of the batch's row.
+        device: where attention runs.
+    """
+
+    def __init__(self, segments: Segments, device: torch.device) -> None:
+        starts = torch.stack([segments.prompt_start, segments.start], 1).flatten()
+        lengths = torch.stack([segments.prompt_length, segments.length], 1).flatten()
+        copies = torch.stack([segments.number, torch.zeros_like(segments.number)], 1).flatten()
+        self.keys = Gather.of(
+            ranges(starts, lengths), torch.repeat_interleave(copies, lengths), device
+        )
+        of_keys = segments.prompt_length + segments.length
+        self.max_queries, self.max_keys = int(segments.length.max()), int(of_keys.max())
+        self.query_bounds, self.key_bounds = (
+            torch.nn.functional.pad(each.cumsum(0), (1, 0)).to(torch.int32).to(device)
+            for each in (segments.length, of_keys)
+        )
+
+    def attend(
+        self,
+        kernel: VarlenKernel,
+        query: Tensor,  # (T, H, d)
+        key: Tensor,  # (T, H_kv, d)
+        value: Tensor,  # (T, H_kv, d)
+        scaling: float | None,
+        window: int | None,
+        softcap: float | None,
+    ) -> Tensor:  # (T, H, d)
+        """Attention of a packed row, in one call."""
+        bounds = (self.query_bounds, self.key_bounds, self.max_queries, self.max_keys)
+        return kernel(query, self.keys(key), self.keys(value), *bounds, scaling, window, softcap)

@@ -1,0 +1,182 @@
+"""Low-rank adapters on a frozen causal model, through peft.
+
+A model with an adapter stays a transformers causal model; its linear layers are peft's.
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from fastalign.models.low_bit import dense_layer, is_quantised
+from fastalign.ops import LoraWeights
+
+ADAPTER = "default"  # peft's own name for the only adapter
+ALL_LINEAR = "all-linear"
+
+
+def require_peft(what: str) -> None:
+    """Refuses to go on without peft.
+
+    Raises:
+        ValueError: it is not installed; `what` needs it.
+    """
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise ValueError(f"{what} needs peft: pip install 'fastalign[lora]'") from None
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Without peft's warnings of what is taken care of.
+
+    They are of transposed layers, whose orientation it finds out itself, and of tied heads, which
+    are untied here before anything is merged.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        yield
+
+
+def linear_names(model: Any) -> dict[str, nn.Module]:
+    """Every layer that an adapter may go on, by its full name; the head is the last one."""
+    kinds = (nn.Linear, Conv1D)
+    return {name: part for name, part in model.named_modules() if isinstance(part, kinds)}
+
+
+def target_endings(model: Any, targets: Sequence[str]) -> list[str]:
+    """The endings that peft looks for, `all-linear` spelled out.
+
+    Raises:
+        ValueError: a target that no linear layer's name ends in; says what there is.
+    """
+    head = model.get_output_embeddings()
+    layers = linear_names(model)
+    names = {name.rpartition(".")[2]: part is head for name, part in layers.items()}
+    found: dict[str, None] = {}
+    for target in targets:
+        if target == ALL_LINEAR:
+            found |= dict.fromkeys(name for name, is_head in names.items() if not is_head)
+        elif any(name == target or name.endswith(f".{target}") for name in layers):
+            found[target] = None
+        else:
+            raise ValueError(
+                f"model.lora.targets: no linear layer's name ends in {target!r}; expected "
+                f"{ALL_LINEAR} or among {', '.join(names)}"
+            )
+    return list(found)
+
+
+def add_adapter(
+    model: Any, *, rank: int, alpha: float, targets: Sequence[str], use_rslora: bool = False
+) -> None:
+    """Freezes the model and puts a float32 adapter on it whose B is 0 (arXiv 2106.09685).
+
+    Args:
+        model: a causal model from `load_policy`; changed in place.
+        rank: r of the matrices A (r, D) and B (V, r).
+        alpha: the adapter's product is scaled by alpha / r.
+        targets: `all-linear` (every linear layer but the head), or endings of layers' names.
+        use_rslora: scale by alpha / sqrt(r) (arXiv 2312.03732).
+
+    Raises:
+        ValueError: a target that the model has not, or peft is not installed.
+    """
+    require_peft("model.lora.rank")
+    from peft import LoraConfig
+    from peft.functional import cast_adapter_dtype
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=target_endings(model, targets),
+        use_rslora=use_rslora,
+        task_type="CAUSAL_LM",
+    )
+    with quiet_peft():
+        model.add_adapter(config, ADAPTER)  # which freezes every other parameter
+    cast_adapter_dtype(model, ADAPTER)
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether an adapter is on the model."""
+    return bool(getattr(model, "peft_config", None))
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """The model as if it had no adapter: its frozen base; nothing to do where it has none."""
+    if not has_adapter(model):
+        yield
+        return
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
+
+
+def layer_adapter(layer: Any) -> LoraWeights | None:
+    """The adapter on a linear layer, or None: there is none, or it is off."""
+    if not hasattr(layer, "lora_A") or layer.disable_adapters:
+        return None
+    return LoraWeights(
+        layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
+    )
+
+
+def base_state(model: Any) -> dict[str, Any]:
+    """The state of the model without its adapter, under the names that it had before."""
+    state: dict[str, Any] = model.state_dict()
+    if not has_adapter(model):
+        return state
+    return {
+        name.replace(".base_layer.", "."): value
+        for name, value in state.items()
+        if ".lora_A." not in name and ".lora_B." not in name
+    }
+
+
+def untie_head(model: Any) -> None:
+    """Gives the head a weight of its own if it is the embedding's: the two will differ."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if head.weight is embedding.weight:
+        head = getattr(head, "base_layer", head)
+        head.weight = nn.Parameter(head.weight.detach().clone())
+    model.config.tie_word_embeddings = False
+
+
+@torch.no_grad()
+def merge_adapter(model: Any) -> None:
+    """Adds the adapter's product to each weight, in place; leaves an ordinary model, not frozen.
+
+    A weight keeps its dtype, and the sum is rounded to it, by peft's own merge. Quantised layers
+    become dense ones in the dtype of the other weights: quantising them again would lose more of
+    a small change than it keeps.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if any(isinstance(end, LoraLayer) for end in ends):
+        untie_head(model)
+    layers = {name: part for name, part in model.named_modules() if isinstance(part, LoraLayer)}
+    for name, layer in layers.items():
+        base: nn.Module = layer.get_base_layer()
+        if is_quantised(base):
+            base = dense_layer(base, model.dtype, layer.get_delta_weight(ADAPTER))
+        else:
+            layer.merge(adapter_names=[ADAPTER])
+        model.set_submodule(name, base)
+    for name, part in list(model.named_modules()):
+        if is_quantised(part):
+            model.set_submodule(name, dense_layer(part, model.dtype))
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)
+    model.requires_grad_(True)
+    del model.peft_config
+    model._hf_peft_config_loaded = False  # what transformers' save_pretrained looks at

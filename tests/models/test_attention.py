@@ -1,0 +1,192 @@
+"""Every implementation of shared-prefix attention: what it computes, and which one is chosen."""
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.attention.varlen import varlen_attn
+
+from fastalign.batch import Group, pack
+from fastalign.models import attention, response_logprob
+from fastalign.models.attention import choice, flex, varlen
+from fastalign.models.attention.blocks import assign_blocks
+from fastalign.models.attention.rows import Gather, ranges
+from fastalign.models.attention.segments import segments_of
+from tests.models.attention_reference import flex_reference, varlen_reference
+from tests.models.test_exactness import gradients, random_groups
+from tests.tiny import tiny_model
+
+
+@pytest.fixture
+def on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU's kernels replaced by plain code with the same arguments."""
+    for name in varlen.KERNELS:
+        monkeypatch.setitem(varlen.KERNELS, name, varlen_reference)
+    monkeypatch.setattr(flex, "compiled_flex_attention", lambda: flex_reference)
+
+
+@pytest.mark.parametrize("block_tokens", [128, 8])
+@pytest.mark.parametrize("name", ["flash_attn", "varlen", "flex"])
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gemma3_text", "gpt2"])
+@pytest.mark.usefixtures("on_a_cpu")
+def test_logprobs_and_gradients_are_those_of_sdpa(
+    architecture: str, name: Any, block_tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flex, "BLOCK_TOKENS", block_tokens)
+    model = tiny_model(architecture, dtype=torch.float64)
+    batch = pack(random_groups())
+    expected = response_logprob(model, batch, packing="shared_prefix")
+    expected_gradients = gradients(model, expected)
+    model.set_attn_implementation(attention.registered_name(name))
+    actual = response_logprob(model, batch, packing="shared_prefix")
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+    for parameter, gradient in gradients(model, actual).items():
+        torch.testing.assert_close(
+            gradient, expected_gradients[parameter], rtol=1e-7, atol=1e-8, msg=parameter
+        )
+
+
+def test_the_arguments_of_torchs_kernel_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def record(*arguments: Any, **options: Any) -> torch.Tensor:
+        calls.append(inspect.signature(varlen_attn).bind(*arguments, **options).arguments)
+        return arguments[0]
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", record)
+    rows = torch.zeros(3, 4, 8)
+    keys = torch.zeros(5, 2, 8)
+    for window in (None, 6):
+        varlen.torch_kernel(rows, keys, keys, "cu_q", "cu_k", 3, 5, 0.5, window, None)  # type: ignore[arg-type]
+    assert [call["window_size"] for call in calls] == [(-1, 0), (5, 0)]  # (-1, 0) is its causal
+    assert all(call["enable_gqa"] and call["scale"] == 0.5 for call in calls)
+
+
+def test_flex_visits_each_block_that_it_needs_and_no_other() -> None:
+    segments = segments_of(pack(random_groups()).layout)
+    mask = flex.Flex(segments, torch.device("cpu")).mask(None)
+    place = torch.arange(segments.num_tokens)
+    zero = torch.zeros((), dtype=torch.int64)
+    dense = mask.mask_mod(zero, zero, place[:, None], place)
+    for size in (1, 4, 128):
+        num_blocks = -(-segments.num_tokens // size)
+        needed = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
+        for query, key in torch.nonzero(dense).tolist():
+            needed[query // size, key // size] = True
+        assert torch.equal(flex.visited_blocks(segments, size), needed)
+
+
+def test_a_prompts_gradient_is_the_sum_of_its_copies() -> None:
+    rows = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+    index = torch.tensor([0, 1, 2, 0, 1, 3, 3, 0])
+    copy = torch.tensor([0, 0, 0, 1, 1, 0, -1, 2])
+    weight = torch.randn(8, 2, 3, dtype=torch.float64)
+    gathered = Gather.of(index, copy, torch.device("cpu"))(rows)
+    assert torch.equal(gathered, rows[index])
+    (gathered * weight).sum().backward()
+    expected = torch.zeros(4, 2, 3, dtype=torch.float64)
+    for place, token in enumerate(index.tolist()):
+        if copy[place] >= 0:  # padding's gradient is 0, and is not read
+            expected[token] += weight[place]
+    torch.testing.assert_close(rows.grad, expected)
+
+
+def test_a_bf16_gradient_is_rounded_once() -> None:
+    rows = torch.zeros(1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
+    gather = Gather.of(torch.zeros(4, dtype=torch.int64), torch.arange(4), torch.device("cpu"))
+    parts = torch.tensor([256.0, 1.0, 1.0, 1.0], dtype=torch.bfloat16).view(4, 1, 1)
+    gather(rows).backward(parts)
+    assert rows.grad is not None
+    assert rows.grad.item() == 260.0  # 259 rounded; added up in bf16 it stays at 256
+
+
+def test_ranges() -> None:
+    starts, lengths = torch.tensor([5, 0, 9, 2]), torch.tensor([2, 3, 0, 1])
+    assert ranges(starts, lengths).tolist() == [5, 6, 0, 1, 2, 2]
+
+
+def test_blocks_hold_everything_once_and_are_mostly_full() -> None:
+    sizes = [(3 * n % 41 + 1, 5 * n % 300 + 1) for n in range(60)]
+    blocks = assign_blocks(sizes)
+    assert sorted(number for block in blocks for number in block) == list(range(60))
+    for block in blocks:
+        wide, long = (max(sizes[n][side] for n in block) for side in (0, 1))
+        used = sum(sizes[n][0] * sizes[n][1] for n in block)
+        near = all(wide - sizes[n][0] <= 8 and long - sizes[n][1] <= 8 for n in block)
+        assert used >= 0.75 * len(block) * wide * long or near or len(block) == 1
+    assert len(blocks) < 30
+
+
+def test_a_row_without_gaps_is_expected() -> None:
+    batch = pack([Group([1, 2], [[3], [4, 5]]), Group([6], [[7]])])
+    segments = segments_of(batch.layout)
+    assert segments.start.tolist() == [0, 2, 3, 5, 6]
+    assert segments.prompt_length.tolist() == [0, 2, 2, 0, 1]
+    assert segments.number.tolist() == [0, 1, 2, 0, 1]
+
+
+GPU = torch.device("cuda", 0)
+LLAMA = SimpleNamespace(model_type="llama", head_dim=64)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """A GPU of compute capability 9.0 and whatever packages a test says are installed."""
+    has: dict[str, Any] = {"flash_attn": object(), "capability": (9, 0)}
+    monkeypatch.setattr(choice, "find_spec", has.get)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: has["capability"])
+    return has
+
+
+def test_auto_takes_what_can_run(hopper: dict[str, Any]) -> None:
+    def chosen(config: Any = LLAMA, dtype: torch.dtype = torch.bfloat16) -> str:
+        return choice.choose_attention("auto", GPU, dtype, config)
+
+    gemma = SimpleNamespace(model_type="gemma2", head_dim=256, attn_logit_softcapping=50.0)
+    assert choice.choose_attention("auto", torch.device("cpu"), torch.float32, LLAMA) == "sdpa"
+    assert chosen() == chosen(gemma) == "flash_attn"
+    hopper.clear()
+    hopper["capability"] = (9, 0)
+    assert chosen() == "varlen"
+    assert chosen(gemma) == chosen(dtype=torch.float32) == "flex"
+    hopper["capability"] = (7, 5)
+    assert chosen() == "flex"
+
+
+@pytest.mark.parametrize(
+    ("name", "device", "dtype", "config", "message"),
+    [
+        ("flash_attn", torch.device("cpu"), torch.bfloat16, LLAMA, "needs a GPU"),
+        ("flex", torch.device("cpu"), torch.float32, LLAMA, "needs a GPU"),
+        ("varlen", GPU, torch.float32, LLAMA, r"needs bf16 \(--train.precision bf16\)"),
+        (
+            "varlen",
+            GPU,
+            torch.bfloat16,
+            SimpleNamespace(model_type="gemma2", head_dim=256, attn_logit_softcapping=50.0),
+            "no softcap, which gemma2 needs",
+        ),
+        (
+            "flash_attn",
+            GPU,
+            torch.bfloat16,
+            SimpleNamespace(model_type="llama", head_dim=512),
+            "heads of 512 are too wide; at most 256",
+        ),
+        ("flash", GPU, torch.bfloat16, LLAMA, "expected one of auto, sdpa, flash_attn"),
+    ],
+)
+@pytest.mark.usefixtures("hopper")
+def test_a_named_one_runs_or_is_refused(
+    name: Any, device: torch.device, dtype: torch.dtype, config: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^attention: .*{message}"):
+        choice.choose_attention(name, device, dtype, config)
+
+
+def test_a_package_that_is_missing_is_named(hopper: dict[str, Any]) -> None:
+    hopper["flash_attn"] = None
+    with pytest.raises(ValueError, match=r"pip install flash-attn"):
+        choice.choose_attention("flash_attn", GPU, torch.bfloat16, LLAMA)
