@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -170,6 +171,8 @@ def test_nu_is_learned_at_its_own_rate_and_written_in_the_configuration(folder: 
     assert abs(steps[1] - steps[0]) == pytest.approx(0.025, rel=0.01)
     config = json.loads((folder / "run/model/config.json").read_text())
     assert config["tie_model"] == "rao_kupper"
+    weights = load_file(folder / "run/model/model.safetensors")
+    assert set(weights) == set(load_reward_model(folder / "run/model").state_dict())
     state = torch.load(folder / "run/checkpoints/step-000008/optimizer.pt", weights_only=True)
     scales = sorted({group["lr_scale"] for group in state["optimizer"]["param_groups"]})
     assert scales == pytest.approx([1.0, 50.0])
