@@ -17,10 +17,12 @@ from fastalign.trainers import (
     OptimConfig,
     PreferenceDataConfig,
     ReferenceConfig,
+    RewardConfig,
     RunConfig,
     SFTConfig,
     TrainConfig,
 )
+from fastalign.trainers.reward_losses import RewardRaoKupperLoss
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer
 
@@ -101,6 +103,29 @@ def dpo_config(folder: Path, run: str, **train: Any) -> DPOConfig:
         ),
         run=RunConfig(dir=str(folder / run), resume=train.pop("resume", False)),
         reference=ReferenceConfig(cache_dir=str(folder / "reference")),
+        optim=OPTIM,
+        train=replace(TRAIN, **train),
+    )
+
+
+def reward_config(folder: Path, run: str, **train: Any) -> RewardConfig:
+    """Every part of a checkpoint: a fresh head, ties, and a tie parameter that is learned."""
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    compared = [
+        {
+            "prompt": row["prompt"],
+            "response_a": row["chosen"],
+            "response_b": row["rejected"],
+            "label": "tie" if number % 4 == 3 else "a",
+        }
+        for number, row in enumerate(rows)
+    ]
+    source = str(write_rows(folder / "compared.jsonl", compared))
+    return RewardConfig(
+        model=ModelConfig(path=str(folder / "llama")),
+        data=PreferenceDataConfig(train=source, eval=source),
+        run=RunConfig(dir=str(folder / run), resume=train.pop("resume", False)),
+        loss=RewardRaoKupperLoss(nu_lr=0.05),
         optim=OPTIM,
         train=replace(TRAIN, **train),
     )

@@ -3,7 +3,11 @@
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 
 from fastalign.models import add_adapter, attention
 from fastalign.models.load import disable_dropout
@@ -48,7 +52,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def tiny_model(
-    architecture: str, *, vocab_size: int = 97, seed: int = 0, dtype: torch.dtype = torch.float32
+    architecture: str,
+    *,
+    vocab_size: int = 97,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    kind: Any = AutoModelForCausalLM,
 ) -> Any:
     """A random model of about 20,000 parameters, attention registered, dropout off."""
     attention.register()
@@ -58,9 +67,10 @@ def tiny_model(
         bos_token_id=1,
         eos_token_id=2,
         pad_token_id=0,
+        num_labels=1,
         **SETTINGS[architecture],
     )
-    model = AutoModelForCausalLM.from_config(
+    model = kind.from_config(
         config, attn_implementation=attention.registered_name("sdpa"), dtype=dtype
     )
     for parameter in model.parameters():  # norms and biases too, so that every gradient matters
@@ -77,3 +87,8 @@ def put_adapter(model: Any, *targets: str, rank: int = 3, seed: int = 5) -> Any:
         if parameter.requires_grad:
             parameter.data.normal_(std=0.2)
     return model
+
+
+def tiny_reward_model(architecture: str, **options: Any) -> Any:
+    """The same with a score in place of the language-model head."""
+    return tiny_model(architecture, kind=AutoModelForSequenceClassification, **options)

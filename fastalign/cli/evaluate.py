@@ -71,7 +71,7 @@ class EvalConfig:
     """File (.json) to write."""
     data: EvalData = field(default_factory=EvalData)
     reward: str | None = None
-    """`module:function` (prompts, completions) -> numbers, or the .json of a bag of words."""
+    """`module:function` (prompts, completions) -> numbers, a reward model's folder, or a .json."""
     loss: EvalLoss = field(default_factory=EvalLoss)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     run: SamplingRun = field(default_factory=SamplingRun)
@@ -108,7 +108,9 @@ def judge_samples(
 ) -> tuple[dict[str, float | int], list[dict[str, Any]]]:
     """Reward and KL of fresh samples, and the samples."""
     assert config.data.prompts is not None
-    function = None if config.reward is None else load_reward(config.reward)
+    function = None
+    if config.reward is not None:
+        function = load_reward(config.reward, device=config.model.device)
     prompts = read_prompts(config.data.prompts, policy, tokenizer, config.sampling)
     completions = sample(
         config.model, policy, tokenizer, prompts.prompt_ids, config.sampling, config.run.seed

@@ -27,7 +27,7 @@ class LabelConfig:
 
     data: LabelData
     reward: str
-    """`module:function` (prompts, completions) -> numbers, or the .json of a bag of words."""
+    """`module:function` (prompts, completions) -> numbers, a reward model's folder, or a .json."""
     out: str
     """File (.jsonl) to write."""
 

@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "reward": ("fastalign.cli.reward", "train a reward model on comparisons, ties among them"),
     "estimate": ("fastalign.cli.estimate", "what a run will need in memory, before it is started"),
     "generate": ("fastalign.cli.generate", "sample completions of a file of prompts"),
+    "score": ("fastalign.cli.score", "score a file of answers with a reward model"),
     "label": ("fastalign.cli.label", "turn sampled completions into preference pairs by a reward"),
     "eval": ("fastalign.cli.evaluate", "accuracy on pairs; reward and KL of fresh samples"),
     "report": ("fastalign.cli.report", "write one report.html for one or more run folders"),

@@ -25,7 +25,7 @@ from fastalign.data.load import (
 )
 from fastalign.data.report import DataReport
 from fastalign.data.row import DataFault
-from fastalign.data.samples import load_samples
+from fastalign.data.samples import Sample, load_samples, read_samples
 from fastalign.data.texts import read_texts
 from fastalign.data.tokenise import Encoder
 from fastalign.data.tokenizer import (
@@ -48,6 +48,7 @@ __all__ = [
     "PromptDataset",
     "PromptExample",
     "SFTExample",
+    "Sample",
     "TokenizedDataset",
     "Tokenizer",
     "check_same_vocabulary",
@@ -63,6 +64,7 @@ __all__ = [
     "packed_batches",
     "packed_lengths",
     "read_examples",
+    "read_samples",
     "read_texts",
     "use_distinct_pad",
 ]

@@ -124,6 +124,19 @@ class Encoder:
             raise DataFault(example.source, "the two responses have the same tokens")
         return row
 
+    def answers(self, source: str, prompt: Content, completions: Sequence[str]) -> Group:
+        """A prompt with its sampled answers, each with the end that a response has in training.
+
+        Raises:
+            DataFault: the template refuses the prompt, or a side has no token.
+        """
+        if not prompt:
+            raise DataFault(source, "expected a prompt, got an empty one", "prompt")
+        if isinstance(prompt, str):
+            return self._plain(source, prompt, list(completions)).group
+        turns: list[tuple[Message, ...]] = [(Message("assistant", t),) for t in completions]
+        return self._conversation(source, prompt, turns).group
+
     def _render(self, turns: Sequence[Message], add_generation_prompt: bool) -> str:
         if self._template is None:
             self._template = chat_template(self._tokenizer)

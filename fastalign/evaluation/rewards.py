@@ -1,4 +1,4 @@
-"""Reward functions by name: `module:function`, or the JSON file of a bag of words."""
+"""Reward functions by name: `module:function`, a bag of words, or a trained reward model."""
 
 import importlib
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.data import Content, content_as_json
+from fastalign.evaluation.reward_model import ModelReward
 
 # (prompts, completions) -> one number each; a prompt is text or a list of {role, content}
 RewardFunction = Callable[[list[Any], list[str]], Sequence[float]]
@@ -48,10 +49,10 @@ class BagOfWordsReward:
         ]
 
 
-def load_reward(specification: str) -> RewardFunction:
-    """The function that `module:function` names, or the bag of words of a `.json` file.
+def load_reward(specification: str, *, device: str = "auto") -> RewardFunction:
+    """What `module:function` names, the bag of words of a `.json` file, or a reward model's folder.
 
-    Modules are found as Python finds them, and in the current folder.
+    Modules are found as Python finds them, and in the current folder; a model goes to `device`.
 
     Raises:
         ValueError: there is no such module or function.
@@ -61,9 +62,13 @@ def load_reward(specification: str) -> RewardFunction:
         if not Path(specification).is_file():
             raise FileNotFoundError(f"reward: no such file: {specification}")
         return BagOfWordsReward(specification)
+    if Path(specification).is_dir():
+        return ModelReward(specification, device=device)
     module_name, colon, name = specification.partition(":")
     if not colon or not module_name or not name:
-        raise ValueError(f"reward: expected module:function or a .json file, got {specification!r}")
+        raise ValueError(
+            f"reward: expected module:function, a .json file or a folder, got {specification!r}"
+        )
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:

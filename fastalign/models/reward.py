@@ -55,6 +55,7 @@ def load_reward_model(
     path: str | Path,
     *,
     seed: int = 0,
+    fresh_head: bool = True,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     packing: Packing = "shared_prefix",
@@ -69,6 +70,7 @@ def load_reward_model(
     Args:
         path: folder in transformers' layout, or a hub name.
         seed: of a fresh head.
+        fresh_head: False: a saved head is needed, as for scoring.
         dtype: of the parameters.
         device: where they go.
         packing: what the model will be run with.
@@ -82,6 +84,11 @@ def load_reward_model(
     attention.register()
     config = read_config(path, trust_remote_code=trust_remote_code)
     has_head = is_reward_model(config)
+    if not has_head and not fresh_head:
+        raise ValueError(
+            f"model.path: expected a trained reward model, got {config.architectures or 'none'} in "
+            f"{str(path)!r}; fastalign reward trains one"
+        )
     if packing != "padded":
         check_packable(config)
     chosen = attention.choose_attention(

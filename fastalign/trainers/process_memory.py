@@ -74,5 +74,7 @@ def remedies(config: AnyConfig) -> str:
     ways = [f"lower --train.tokens-per-batch (now {train.tokens_per_batch})"]
     if not train.gradient_checkpointing:
         ways.append("add --train.gradient-checkpointing")
-    ways.append(f"lower --train.max-buffer-bytes (now {'the default' if buffer is None else buffer})")
+    ways.append(
+        f"lower --train.max-buffer-bytes (now {'the default' if buffer is None else buffer})"
+    )
     return ", or ".join(ways)

@@ -40,9 +40,7 @@ def as_yaml(values: dict[str, Any]) -> str:
     return text
 
 
-def changed_settings(
-    saved: dict[str, Any], values: dict[str, Any]
-) -> tuple[list[str], list[str]]:
+def changed_settings(saved: dict[str, Any], values: dict[str, Any]) -> tuple[list[str], list[str]]:
     """What a resumed run changes: `optim.lr (1e-06, now 2e-06)`.
 
     Returns:

@@ -5,7 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 
 from fastalign.cli.main import main
 from fastalign.ops import native_library
@@ -82,6 +86,41 @@ def test_from_nothing_to_a_report(work: Path, capsys: pytest.CaptureFixture[str]
     for word in ("method", "reward", "KL", "accuracy", "seconds", "sft", "dpo", "report.html"):
         assert word in out
     assert (work / "report.html").read_text().count("data:image/png") >= 5
+
+
+def test_a_reward_model_scores_answers_and_stands_in_for_a_reward_function(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new_model()
+    few = ["--train.max-steps", "10", "--train.batch-size", "8", "--optim.lr", "2e-2"]
+    data = ["--data.train", "pairs.jsonl", "--data.eval", "pairs.jsonl"]
+    fastalign("reward", "--model.path", "base", *data, *few, "--run.dir", "runs/rm")
+    rows = [
+        {"prompt": "The menu", "completion": " good", "sample": 0},
+        {"prompt": "The phone", "completion": " good", "sample": 0},
+        {"prompt": "The menu", "completion": " slow and dim", "sample": 1, "note": "kept"},
+        {"prompt": "The menu", "completion": "", "sample": 2},
+    ]
+    write_rows(work / "samples.jsonl", rows)
+    samples = ["--data.samples", "samples.jsonl"]
+    fastalign("score", "--model.path", "runs/rm/model", *samples, "--out", "scored.jsonl")
+    assert "4 answers scored, mean" in capsys.readouterr().out
+    scored = rows_of(work / "scored.jsonl")
+    rewards = [row.pop("reward") for row in scored]
+    assert scored == rows
+    assert rewards[0] - rewards[2] > 1
+    # Each as transformers reads it: a row of its own, the end behind the answer.
+    model = AutoModelForSequenceClassification.from_pretrained("runs/rm/model")
+    tokenizer = AutoTokenizer.from_pretrained("runs/rm/model")
+    for row, reward in zip(rows, rewards, strict=True):
+        text = f"{row['prompt']}{row['completion']}</s>"
+        (ids,) = tokenizer(text, return_tensors="pt")["input_ids"][None]
+        assert model(ids).logits.item() == pytest.approx(reward, rel=1e-4, abs=1e-4)
+    write_rows(work / "samples.jsonl", rows[:3])
+    fastalign("label", *samples, "--reward", "runs/rm/model", "--out", "labelled.jsonl")
+    (pair,) = rows_of(work / "labelled.jsonl")
+    assert (pair["chosen"], pair["rejected"]) == (" good", " slow and dim")
+    assert pair["margin"] == pytest.approx(rewards[0] - rewards[2], rel=1e-4)
 
 
 def test_a_new_model_is_the_same_for_the_same_seed_and_opens(work: Path) -> None:
@@ -193,6 +232,10 @@ def test_labels_count_what_has_no_pair(work: Path, capsys: pytest.CaptureFixture
         ),
         (["merge", "--model.path", ".", "--out", "x"], "model.path: . is no adapter's folder"),
         (["merge", "--model.path", "x", "--out", "."], "out: . exists and is not an empty folder"),
+        (
+            ["score", "--model.path", "none", "--data.samples", "pairs.jsonl", "--out", "x"],
+            "pairs.jsonl:1: column 'completion': missing",
+        ),
         (["report"], "got none"),
         (["report", "nowhere"], "no config.yaml"),
         (["data", "look", "x"], "expected `fastalign data check FILE`"),

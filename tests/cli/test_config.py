@@ -8,7 +8,8 @@ import pytest
 from fastalign.cli.config_parse import parse_config
 from fastalign.cli.dpo import parse_dpo
 from fastalign.cli.main import main
-from fastalign.trainers import LOSSES, LoraConfig, SFTConfig
+from fastalign.cli.reward import parse_reward
+from fastalign.trainers import LOSSES, REWARD_LOSSES, LoraConfig, SFTConfig
 from fastalign.trainers.config import config_to_dict
 
 BASE = ["--model.path", "m", "--data.train", "d.jsonl", "--run.dir", "r"]
@@ -102,6 +103,26 @@ def test_the_saved_configuration_is_one_that_can_be_read(tmp_path: Path) -> None
     assert config_to_dict(again) == values
 
 
+@pytest.mark.parametrize("name", REWARD_LOSSES)
+def test_every_loss_of_a_reward_model_can_be_chosen_and_read_again(
+    name: str, tmp_path: Path
+) -> None:
+    import yaml
+
+    flags = ["--loss", name, "--loss.nu-lr" if name != "bradley_terry" else "--optim.lr", "0.5"]
+    config = parse_reward([*BASE, *flags])
+    assert type(config.loss) is REWARD_LOSSES[name]
+    values = config_to_dict(config)
+    assert values["loss"]["name"] == name
+    again = parse_reward(["--config", write(tmp_path, yaml.safe_dump(values))])
+    assert config_to_dict(again) == values
+    assert parse_reward(BASE).loss == REWARD_LOSSES["bradley_terry"]()
+    with pytest.raises(ValueError, match=r"--loss: expected one of bradley_terry, .*got 'dpo'"):
+        parse_reward([*BASE, "--loss", "dpo"])
+    with pytest.raises(ValueError, match=r"--loss\.nu"):
+        parse_reward([*BASE, "--loss.nu", "2"])
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_can_be_chosen(name: str) -> None:
     loss = parse_dpo([*BASE, "--loss", name]).loss
@@ -186,6 +207,8 @@ def test_the_shipped_recipes_are_read() -> None:
     assert parse_dpo(["--config", str(recipes / "dpo.yaml"), *BASE]).optim.warmup_steps == 20
     config = parse_config(SFTConfig, ["--config", str(recipes / "sft.yaml"), *BASE], "sft")
     assert config.optim.schedule == "cosine"
+    reward = parse_reward(["--config", str(recipes / "reward.yaml"), *BASE])
+    assert reward.loss == REWARD_LOSSES["bradley_terry"](centring_coefficient=0.01)
 
 
 @pytest.mark.parametrize("arguments", [["nonsense"], []])

@@ -12,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastalign.trainers import train_dpo, train_sft
+from fastalign.trainers import train_dpo, train_reward, train_sft
 from fastalign.trainers.checkpoint import list_checkpoints
-from tests.runs import MakeConfig, dpo_config, read_metrics, sft_config
+from tests.runs import MakeConfig, dpo_config, read_metrics, reward_config, sft_config
 
-BOTH = pytest.mark.parametrize(
-    ("make", "train"), [(sft_config, train_sft), (dpo_config, train_dpo)], ids=["sft", "dpo"]
+EACH = pytest.mark.parametrize(
+    ("make", "train"),
+    [(sft_config, train_sft), (dpo_config, train_dpo), (reward_config, train_reward)],
+    ids=["sft", "dpo", "reward"],
 )
 TIMES = ("step_seconds", "tokens_per_second")
 
@@ -41,7 +43,7 @@ def assert_same_run(first: Path, second: Path) -> None:
             assert torch.equal(value, states[1]["state"][index][name])
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("stop", [3, 7])
 def test_a_stopped_and_resumed_run_equals_a_straight_one(
     folder: Path, make: MakeConfig, train: Any, stop: int
@@ -55,7 +57,7 @@ def test_a_stopped_and_resumed_run_equals_a_straight_one(
     assert_same_run(folder / "straight", folder / "stopped")
 
 
-@BOTH
+@EACH
 def test_what_was_logged_after_the_checkpoint_is_logged_once(
     folder: Path, make: MakeConfig, train: Any
 ) -> None:

@@ -1,0 +1,85 @@
+"""A trained reward model as a reward function of texts."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastalign.batch import Group
+from fastalign.data import Content, Encoder, Message, load_tokenizer
+from fastalign.evaluation.logprobs import of_responses
+from fastalign.models import find_device, load_reward_model, response_reward
+
+TOKENS_PER_BATCH = 16384
+
+
+class ModelReward:
+    """The score of each completion behind its prompt, by position.
+
+    A completion is tokenised as a response is in training, with its end behind it: one that was
+    cut is scored as if it ended there.
+
+    Args:
+        path: folder of a saved reward model, or a hub name.
+        device: as for `find_device`.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ValueError: no reward model there; a causal model is none, its head would be random.
+    """
+
+    def __init__(self, path: str | Path, *, device: str = "auto", trust_remote_code: bool = False):
+        self._tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
+        self._encoder = Encoder(self._tokenizer)
+        where = find_device(device, "model.device")
+        self._model = load_reward_model(
+            path,
+            dtype=torch.bfloat16 if where.type == "cuda" else torch.float32,
+            device=where,
+            fresh_head=False,
+            trust_remote_code=trust_remote_code,
+        )
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
+        """Scores in the completions' order; a prompt is text or a list of {role, content}.
+
+        Raises:
+            ValueError: an answer longer than the model's positions.
+        """
+        places: dict[Content, list[int]] = {}
+        for place, prompt in enumerate(prompts):
+            places.setdefault(as_content(prompt), []).append(place)
+        groups = [self._group(prompt, members, completions) for prompt, members in places.items()]
+        rewards = of_responses(
+            lambda batch: response_reward(self._model, batch, packing="shared_prefix"),
+            groups,
+            device=self._model.device,
+            packing="shared_prefix",
+            tokens_per_batch=TOKENS_PER_BATCH,
+            dtype=torch.float32,
+        )
+        found: dict[int, float] = {}
+        for members, values in zip(places.values(), rewards, strict=True):
+            found.update(zip(members, values.tolist(), strict=True))
+        return [found[place] for place in range(len(completions))]
+
+    def _group(self, prompt: Content, members: list[int], completions: Sequence[str]) -> Group:
+        source = f"answer {members[0] + 1}"
+        group = self._encoder.answers(source, prompt, [completions[i] for i in members])
+        limit = getattr(self._model.config, "max_position_embeddings", None) or 2**31
+        for ids, place in zip(group.response_ids, members, strict=True):
+            length = len(group.prompt_ids) + len(ids)
+            if length > limit:
+                raise ValueError(
+                    f"answer {place + 1}: {length} tokens with its prompt, but the reward model "
+                    f"has {limit} positions"
+                )
+        return group
+
+
+def as_content(prompt: Any) -> Content:
+    """Text as it is; a list of {role, content} as messages."""
+    if isinstance(prompt, str):
+        return prompt
+    return tuple(Message(turn["role"], turn["content"]) for turn in prompt)
