@@ -47,7 +47,8 @@ def changed_settings(saved: dict[str, Any], values: dict[str, Any]) -> tuple[lis
         Settings that it may not change, and those that change the rounding only.
     """
     before, now = flat_settings(saved), flat_settings(values)
-    refused, rounding = [], []
+    refused: list[str] = []
+    rounding: list[str] = []
     for name in sorted(before.keys() | now.keys()):
         key = tuple(name.split("."))
         if key in MAY_CHANGE or before.get(name) == now.get(name):

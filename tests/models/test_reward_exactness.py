@@ -33,7 +33,7 @@ def one_at_a_time(model: Any, groups: list[Group]) -> Tensor:
         model.base_model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]
         for ids in sequences(groups)
     ]
-    model.set_attn_implementation("fastalign_shared_prefix")
+    model.set_attn_implementation("fastalign_sdpa")
     return model.score(torch.stack(hidden))[:, 0]
 
 

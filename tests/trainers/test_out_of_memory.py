@@ -82,7 +82,7 @@ def test_other_errors_pass(folder: Path) -> None:
     assert not is_out_of_memory(RuntimeError("shapes differ"))
     config = sft_config(folder, "run")
     with (
-        pytest.raises(RuntimeError, match="^shapes differ$"),
+        pytest.raises(RuntimeError, match=r"^shapes differ$"),
         out_of_memory_in_one_line(config),
         memory_used_in("step 7"),
     ):
