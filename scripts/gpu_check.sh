@@ -3,7 +3,7 @@
 # writes benchmarks/results/<device>/*.json and a readable table beside each.
 # Usage: ./scripts/gpu_check.sh               makes .venv, from the network
 #        FASTALIGN_PYTHON=python3 ./scripts/gpu_check.sh     takes an interpreter that has torch, triton, pytest, pytest-timeout
-#                                             and tyro (trl, liger-kernel and cut-cross-entropy are compared with if there)
+#                                             and tyro (transformers, trl, liger-kernel and cut-cross-entropy too, if there)
 #        ./scripts/gpu_check.sh --dry-run     what can be checked without a GPU: compiled kernels' resources, the tests' collection
 set -euo pipefail
 if [ -n "${FASTALIGN_PYTHON:-}" ]; then
@@ -42,3 +42,7 @@ FASTALIGN_TEST_GPU=1 "$python" -m pytest tests/gpu -q
 for name in operations head; do
     "$python" -m benchmarks.compare "$name" --device cuda --json "$folder/$name.json" | tee "$folder/$name.txt"
 done
+if "$python" -c 'import transformers, datasets, trl' 2>/dev/null; then  # whole steps; the other shapes by hand
+    "$python" -m benchmarks.compare dpo-step --device cuda --model llama-3.2-1b --case long-prompts --rounds 3 \
+        --json "$folder/dpo-step.json" | tee "$folder/dpo-step.txt"
+fi

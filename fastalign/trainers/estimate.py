@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from fastalign.trainers import dpo, reward, sft
 from fastalign.trainers.config import AnyConfig, DPOConfig, RewardConfig, SFTConfig
 from fastalign.trainers.loop import indices_of_run, total_steps
 from fastalign.trainers.memory import Peak, fake_mode, peak_of_forward, peak_of_step
+from fastalign.trainers.process_memory import resident_bytes
 from fastalign.trainers.setup import check_lengths, checkpoint_activations
 from fastalign.trainers.step import Compute, Examples, make_compute, measure_examples
 
@@ -228,13 +228,3 @@ def weight_bytes(model: Any, config: AnyConfig) -> int:
                 if not weight.requires_grad:
                     total -= weight.numel() * (weight.element_size() - NF4_BYTES)
     return int(total)
-
-
-def resident_bytes() -> int:
-    """Memory of this process that is in RAM, on Linux; 0 where the system cannot tell."""
-    table = Path("/proc/self/statm")
-    if not table.exists():
-        return 0
-    import resource
-
-    return int(table.read_text(encoding="ascii").split()[1]) * resource.getpagesize()

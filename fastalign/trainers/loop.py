@@ -20,6 +20,7 @@ from fastalign.trainers.checkpoint import (
 from fastalign.trainers.config import AnyConfig
 from fastalign.trainers.metrics import Metrics, MetricsWriter, ProgressDisplay
 from fastalign.trainers.optimizer import make_optimizer
+from fastalign.trainers.process_memory import memory_used_in, peak_memory_bytes
 from fastalign.trainers.reference_cache import model_fingerprint
 from fastalign.trainers.signals import StopRequest, stop_on_signal
 from fastalign.trainers.state import TrainState
@@ -177,9 +178,10 @@ def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -
     start = time.perf_counter()
     batch_size = config.train.batch_size
     indices = indices_of_step(task.num_examples, batch_size, state.step, seed=config.run.seed)
-    metrics, num_tokens = task.accumulate(indices)
-    state.num_tokens += num_tokens
-    update = optimiser_step(state, float(metrics["loss"]), config.optim, num_steps)
+    with memory_used_in(f"step {state.step + 1}"):
+        metrics, num_tokens = task.accumulate(indices)
+        state.num_tokens += num_tokens
+        update = optimiser_step(state, float(metrics["loss"]), config.optim, num_steps)
     seconds = time.perf_counter() - start
     room = metrics["num_micro_batches"] * config.train.tokens_per_batch
     metrics = {
@@ -189,6 +191,7 @@ def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -
         **update,
         "num_tokens": state.num_tokens,
         "fill_rate": num_tokens / room,
+        "peak_memory_bytes": peak_memory_bytes(next(state.model.parameters()).device),
         "step_seconds": seconds,
         "tokens_per_second": num_tokens / seconds,
     }
@@ -196,7 +199,8 @@ def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -
     if task.evaluate is not None and (
         state.step == num_steps or (every and state.step % every == 0)
     ):
-        metrics |= task.evaluate()
+        with memory_used_in(f"the evaluation of step {state.step}"):
+            metrics |= task.evaluate()
     return metrics
 
 

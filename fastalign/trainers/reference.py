@@ -14,6 +14,7 @@ from fastalign.data import Tokenizer, check_same_vocabulary
 from fastalign.evaluation import sequence_logprobs
 from fastalign.models import adapter_off, find_offload, offload_layers
 from fastalign.trainers.config import DPOConfig
+from fastalign.trainers.process_memory import memory_used_in
 from fastalign.trainers.reference_cache import (
     cache_path,
     merge_into_cache,
@@ -72,7 +73,8 @@ def compute_logprobs(
     reference: Reference, examples: Examples, indices: Sequence[int], compute: Compute
 ) -> Tensor:
     """(number of indices, 2) float32 sequence log-probs on the CPU, without any adapter."""
-    with adapter_off(reference.model):
+    what = f"the reference's log-probs, in batches of at most {compute.tokens_per_batch} tokens"
+    with memory_used_in(what), adapter_off(reference.model):
         logprobs = sequence_logprobs(
             reference.model,
             [examples.groups[i] for i in indices],

@@ -23,6 +23,15 @@ MAY_CHANGE = {
     ("data", "eval"),
     ("model", "lora", "save_merged"),
 }
+# Settings that change nothing but the rounding of sums: a run that ran out of memory goes on with
+# less of it.
+ROUND_DIFFERENTLY = {
+    ("train", "tokens_per_batch"),
+    ("train", "gradient_checkpointing"),
+    ("train", "max_buffer_bytes"),
+    ("train", "compile"),
+    ("train", "attention"),
+}
 
 
 def as_yaml(values: dict[str, Any]) -> str:
@@ -31,14 +40,22 @@ def as_yaml(values: dict[str, Any]) -> str:
     return text
 
 
-def changed_settings(saved: dict[str, Any], values: dict[str, Any]) -> list[str]:
-    """Settings that a resumed run may not change, and did: `optim.lr (1e-06, now 2e-06)`."""
+def changed_settings(saved: dict[str, Any], values: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What a resumed run changes: `optim.lr (1e-06, now 2e-06)`.
+
+    Returns:
+        Settings that it may not change, and those that change the rounding only.
+    """
     before, now = flat_settings(saved), flat_settings(values)
-    return [
-        f"{name} ({before.get(name)}, now {now.get(name)})"
-        for name in sorted(before.keys() | now.keys())
-        if tuple(name.split(".")) not in MAY_CHANGE and before.get(name) != now.get(name)
-    ]
+    refused: list[str] = []
+    rounding: list[str] = []
+    for name in sorted(before.keys() | now.keys()):
+        key = tuple(name.split("."))
+        if key in MAY_CHANGE or before.get(name) == now.get(name):
+            continue
+        change = f"{name} ({before.get(name)}, now {now.get(name)})"
+        (rounding if key in ROUND_DIFFERENTLY else refused).append(change)
+    return refused, rounding
 
 
 def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -66,10 +83,15 @@ def prepare_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) ->
         if not config.is_file():
             raise ValueError(f"run.resume: {folder} holds no run to resume (no config.yaml)")
         saved = yaml.safe_load(config.read_text(encoding="utf-8"))
-        changes = changed_settings(saved, values)
-        if changes:
+        refused, rounding = changed_settings(saved, values)
+        if refused:
             raise ValueError(
-                f"run.resume: these settings differ from the run's: {', '.join(changes)}"
+                f"run.resume: these settings differ from the run's: {', '.join(refused)}"
+            )
+        if rounding:
+            print(
+                f"resumed with other settings, which round differently: {', '.join(rounding)}",
+                flush=True,
             )
     elif (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists():
         raise ValueError(

@@ -18,6 +18,7 @@ from fastalign.models import (
 )
 from fastalign.trainers.config import AnyConfig, ModelConfig, config_to_dict
 from fastalign.trainers.optimizer import adamw
+from fastalign.trainers.process_memory import out_of_memory_in_one_line
 from fastalign.trainers.run_folder import announce, locked, prepare_run_folder
 from fastalign.trainers.state import seed_everything
 from fastalign.trainers.step import Compute
@@ -28,13 +29,14 @@ def opened_run(config: AnyConfig) -> Iterator[None]:
     """Prepares and holds the run's folder, prints the resolved settings, seeds everything.
 
     Raises:
-        ValueError: the folder holds another run, or is in use; or a library is missing.
+        ValueError: the folder holds another run, or is in use; a library is missing; memory did
+            not suffice.
     """
     adamw(config.optim.states)  # what is not installed is said before hours of work
     values = config_to_dict(config)
     folder = Path(config.run.dir)
     prepare_run_folder(folder, values, resume=config.run.resume)
-    with locked(folder):
+    with locked(folder), out_of_memory_in_one_line(config):
         announce(values)
         seed_everything(config.run.seed)
         yield

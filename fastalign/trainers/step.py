@@ -22,6 +22,7 @@ from fastalign.ops import fused_linear_loss
 from fastalign.ops.fused_linear_loss import LossFunction
 from fastalign.trainers.config import OptimConfig, TrainConfig
 from fastalign.trainers.optimizer import clip_gradient, learning_rate
+from fastalign.trainers.process_memory import memory_used_in
 from fastalign.trainers.state import TrainState
 
 # (the batch, which examples it holds) -> the loss's part (), and sums for the metrics
@@ -144,13 +145,14 @@ def accumulate(
         tokens_per_batch=compute.tokens_per_batch,
         share_prompts=compute.packing != "packed",
     ):
-        batch = on_host.to(compute.device)
-        with torch.set_grad_enabled(backward):
-            part, metrics = batch_loss(batch, chosen)
-        if backward:
-            part.backward()  # type: ignore[no-untyped-call]
-        loss += part.item()
-        add_sums(sums, {name: value.item() for name, value in metrics.items()})
+        with memory_used_in(f"a batch of {on_host.num_tokens} tokens"):
+            batch = on_host.to(compute.device)
+            with torch.set_grad_enabled(backward):
+                part, metrics = batch_loss(batch, chosen)
+            if backward:
+                part.backward()  # type: ignore[no-untyped-call]
+            loss += part.item()
+            add_sums(sums, {name: value.item() for name, value in metrics.items()})
         num_tokens += batch.num_tokens
         sums["num_micro_batches"] += 1
     return loss, sums, num_tokens

@@ -1,0 +1,80 @@
+"""What this process holds, and one line where it could not get more."""
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from fastalign.trainers.config import AnyConfig
+
+CPU_ALLOCATOR = "DefaultCPUAllocator"
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM, on Linux; 0 where the system cannot tell."""
+    table = Path("/proc/self/statm")
+    if not table.exists():
+        return 0
+    return int(table.read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that was held so far: by PyTorch on a GPU, or by the process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; PyTorch's on a CPU raises a plain RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
+
+
+@contextmanager
+def memory_used_in(what: str) -> Iterator[None]:
+    """Notes on an error of memory what was being done."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            error.add_note(what)
+        raise
+
+
+@contextmanager
+def out_of_memory_in_one_line(config: AnyConfig) -> Iterator[None]:
+    """Ends an error of memory in one line: where, and which settings to change.
+
+    Raises:
+        ValueError: memory did not suffice.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        where = ", ".join(reversed(getattr(error, "__notes__", [])))
+        raise ValueError(
+            f"out of memory{' in ' if where else ''}{where}; {remedies(config)}; fastalign "
+            "estimate says what each saves. Checkpoints are as they were: the run goes on with "
+            "--run.resume and the changed setting"
+        ) from error
+
+
+def remedies(config: AnyConfig) -> str:
+    """Settings that need less memory, with their present values."""
+    train = config.train
+    buffer = train.max_buffer_bytes
+    ways = [f"lower --train.tokens-per-batch (now {train.tokens_per_batch})"]
+    if not train.gradient_checkpointing:
+        ways.append("add --train.gradient-checkpointing")
+    ways.append(
+        f"lower --train.max-buffer-bytes (now {'the default' if buffer is None else buffer})"
+    )
+    return ", or ".join(ways)

@@ -1,0 +1,160 @@
+"""`fastalign estimate`: its parts are exact, and the whole is near the peak of a real run."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fastalign.cli.main import main
+from fastalign.trainers.estimate import estimate_run
+from tests.runs import dpo_config, sentence, sft_config, write_rows
+from tests.tokenizers import make_tokenizer
+
+ROOT = Path(__file__).parents[2]
+RUN = """
+import sys
+from fastalign.cli.main import main
+code = main(sys.argv[1:])
+print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
+sys.exit(code)
+"""
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and rows beside which the libraries are not everything."""
+    folder = tmp_path_factory.mktemp("large")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=4000,
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    make_tokenizer().save_pretrained(folder / "model")
+    pairs = [
+        {
+            "prompt": "The" + sentence(n, 50 + n % 30),
+            "chosen": sentence(n + 20, 10 + n % 20),
+            "rejected": sentence(n + 41, 12 + n % 20),
+        }
+        for n in range(24)
+    ]
+    write_rows(folder / "pairs.jsonl", pairs)
+    write_rows(folder / "texts.jsonl", [{"text": row["prompt"]} for row in pairs])
+    return folder
+
+
+CONFIGURATIONS = {
+    "dpo": ("dpo", "pairs", ()),
+    "dpo, checkpointed": ("dpo", "pairs", ("--train.gradient-checkpointing",)),
+    "sft, two batches a step": ("sft", "texts", ("--train.tokens-per-batch", "2500")),
+}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_the_estimate_is_near_the_peak(name: str, large: Path, tmp_path: Path) -> None:
+    algorithm, rows, more = CONFIGURATIONS[name]
+    words = [
+        *(algorithm, "--model.path", str(large / "model"), "--data.max-length", "2000"),
+        *("--data.train", str(large / f"{rows}.jsonl"), "--run.dir", str(tmp_path / "run")),
+        *("--train.max-steps", "2", "--train.batch-size", "24", "--train.device", "cpu", *more),
+    ]
+    if algorithm == "dpo":
+        words += ["--reference.cache-dir", str(tmp_path / "cache")]
+    output = tmp_path / "estimate.json"
+
+    def run(code: str, arguments: list[str]) -> str:
+        command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    run(RUN, ["estimate", *words, "--json", str(output)])
+    (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", run(RUN, words))
+    estimated = json.loads(output.read_text())["peak_bytes"]
+    assert estimated == pytest.approx(int(peak) * 1024, rel=0.15)
+
+
+def test_weights_gradients_and_states_are_exact(folder: Path) -> None:
+    from fastalign.models import load_policy
+
+    found = estimate_run(sft_config(folder, "run", tokens_per_batch=20))
+    model = load_policy(folder / "llama")
+    num = sum(p.numel() for p in model.parameters())
+    buffers = sum(b.numel() * b.element_size() for b in model.buffers())
+    peak = found.phases["training step"]
+    assert found.num_parameters == found.num_trained == num
+    assert peak.weights == 4 * num + buffers
+    assert peak.states == 8 * num
+    assert 0 < peak.gradients <= 4 * num
+    assert found.num_batches > 1
+    assert found.largest == "training step"
+
+
+def test_a_frozen_weight_has_no_gradient_and_no_state(folder: Path) -> None:
+    from dataclasses import replace
+
+    from fastalign.trainers import LoraConfig, ModelConfig
+
+    plain = dpo_config(folder, "run")
+    lora = LoraConfig(rank=2, targets=("q_proj",))
+    model = ModelConfig(path=plain.model.path, lora=lora)
+    found = estimate_run(replace(plain, model=model))
+    assert found.num_trained == 2 * (2 * 32 + 2 * 32)  # two layers' A and B
+    peak = found.phases["training step"]
+    assert peak.states == 8 * found.num_trained
+    assert peak.gradients <= 4 * found.num_trained
+    low = replace(plain, model=ModelConfig(plain.model.path, lora=replace(lora, base="nf4")))
+    assert estimate_run(low).phases["training step"].weights < peak.weights
+
+
+def test_checkpointing_and_smaller_batches_take_less(folder: Path) -> None:
+    def activations(**train: Any) -> int:
+        config = dpo_config(folder, "run", batch_size=12, **train)
+        return estimate_run(config).phases["training step"].activations
+
+    whole = activations()
+    assert activations(gradient_checkpointing=True) < 0.8 * whole
+    assert activations(tokens_per_batch=60) < 0.6 * whole
+
+
+def test_nothing_is_written_and_the_command_is_asked_for(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model.path", str(folder / "llama"), "--data.train", str(folder / "texts.jsonl")]
+    words += ["--run.dir", str(folder / "run"), "--train.device", "cpu"]
+    assert main(["estimate", "sft", *words]) == 0
+    assert "it fits" in capsys.readouterr().out
+    assert not (folder / "run").exists()
+    assert main(["estimate", *words]) == 2
+    assert "expected one of sft, reward, dpo before the flags" in capsys.readouterr().err
+    assert main(["estimate", "ppo", *words]) == 2
+    assert "expected one of sft, reward, dpo, got 'ppo'" in capsys.readouterr().err
+    config = folder / "config.yaml"
+    config.write_text("reference: {}\ndata: {ties: drop}\n")
+    rows = [*words[:3], str(folder / "pairs.jsonl"), *words[4:]]
+    assert main(["estimate", "--config", str(config), *rows]) == 0
+    assert capsys.readouterr().out.startswith("dpo of ")
+
+
+def test_what_does_not_fit_says_what_would_help(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastalign.cli.estimate.available_bytes", lambda device: 1000)
+    words = ["--model.path", str(folder / "llama"), "--data.train", str(folder / "texts.jsonl")]
+    assert main(["estimate", "sft", *words, "--run.dir", "x", "--train.device", "cpu"]) == 1
+    text = capsys.readouterr().out
+    assert "it does not fit" in text
+    assert "--train.tokens-per-batch" in text

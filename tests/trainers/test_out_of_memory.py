@@ -1,0 +1,98 @@
+"""A step that does not fit ends in one line, and the run goes on with a smaller one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastalign.cli.main import main
+from fastalign.trainers.process_memory import (
+    is_out_of_memory,
+    memory_used_in,
+    out_of_memory_in_one_line,
+)
+from tests.runs import dpo_config, read_metrics, sft_config
+
+# Everything is imported first, so that the limit is on what the run itself allocates.
+LIMITED = """
+import resource, sys
+import fastalign.trainers, fastalign.cli.dpo, torch.utils.tensorboard
+from fastalign.cli.main import main
+lines = open("/proc/self/status").read().splitlines()
+(size,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSize"))
+resource.setrlimit(resource.RLIMIT_AS, (size + {room}, size + {room}))
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def arguments(folder: Path, tokens: int, *more: str) -> list[str]:
+    return [
+        *("dpo", "--model.path", str(folder / "llama")),
+        *("--data.train", str(folder / "pairs.jsonl"), "--run.dir", str(folder / "run")),
+        *("--train.max-steps", "3", "--train.batch-size", "600", "--train.device", "cpu"),
+        *("--train.tokens-per-batch", str(tokens), *more),
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the address space as Linux does")
+def test_a_step_that_does_not_fit_is_one_line_and_the_run_goes_on(folder: Path) -> None:
+    assert main(arguments(folder, 500, "--train.stop-at-step", "1")) == 0
+    done = subprocess.run(
+        [
+            *(sys.executable, "-c", LIMITED.format(room=100 * 2**20)),
+            *arguments(folder, 100_000, "--run.resume"),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache"), "PATH": "/usr/bin"},
+        cwd=Path(__file__).parents[2],
+    )
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("fastalign dpo: out of memory in step 2, a batch of ")
+    assert "lower --train.tokens-per-batch (now 100000), or add --train.gradient-checkpoint" in line
+    assert "resumed with other settings, which round differently: train.tokens" in done.stdout
+    assert main(arguments(folder, 400, "--run.resume")) == 0
+    assert [row["step"] for row in read_metrics(folder / "run")] == [1, 2, 3]
+
+
+def test_where_it_happened_is_told_from_the_outside_in(folder: Path) -> None:
+    config = dpo_config(folder, "run", gradient_checkpointing=True, max_buffer_bytes=1000)
+    expected = (
+        r"^out of memory in step 7, a batch of 9 tokens; lower --train.tokens-per-batch "
+        r"\(now 16384\), or lower --train.max-buffer-bytes \(now 1000\); "
+    )
+    with (
+        pytest.raises(ValueError, match=expected),
+        out_of_memory_in_one_line(config),
+        memory_used_in("step 7"),
+        memory_used_in("a batch of 9 tokens"),
+    ):
+        torch.empty(2**60, dtype=torch.uint8)
+
+
+def test_other_errors_pass(folder: Path) -> None:
+    assert is_out_of_memory(torch.OutOfMemoryError("CUDA out of memory"))
+    assert is_out_of_memory(MemoryError())
+    assert not is_out_of_memory(RuntimeError("shapes differ"))
+    config = sft_config(folder, "run")
+    with (
+        pytest.raises(RuntimeError, match=r"^shapes differ$"),
+        out_of_memory_in_one_line(config),
+        memory_used_in("step 7"),
+    ):
+        raise RuntimeError("shapes differ")
+
+
+def test_each_step_says_the_most_that_was_held(folder: Path) -> None:
+    from fastalign.trainers import train_sft
+
+    train_sft(sft_config(folder, "run", max_steps=2))
+    first, second = read_metrics(folder / "run")
+    assert 2**26 < first["peak_memory_bytes"] <= second["peak_memory_bytes"]
+    assert json.dumps(first)
