@@ -133,13 +133,20 @@ def load_policy(
         nf4: quantise the weights of every linear layer but the head; such a model is frozen.
 
     Raises:
-        ValueError: no model there, an architecture that cannot be packed, or an unknown head; an
-            adapter that does not fit its base; peft or bitsandbytes is needed and not installed.
+        ValueError: no model there, or a classifier; an architecture that cannot be packed, or an
+            unknown head; an adapter that does not fit its base; peft or bitsandbytes is needed and
+            not installed.
     """
     attention.register()
     base = adapter_base(path)
     source = path if base is None else base
     config = read_config(source, trust_remote_code=trust_remote_code)
+    kind = (config.architectures or [""])[0]
+    if kind.endswith("Classification"):
+        raise ValueError(
+            f"model.path: expected a causal model, got {kind} in {str(source)!r}; a reward model's "
+            "language-model head is gone"
+        )
     options = nf4_options(dtype, device) if nf4 else {}
     if packing != "padded":
         check_packable(config)

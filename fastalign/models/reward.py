@@ -24,6 +24,7 @@ from fastalign.models.load import (
     read_config,
     unreadable_weights,
 )
+from fastalign.models.lora_files import adapter_base
 from fastalign.models.packed import Packing, hidden_at
 
 HEAD = "score.weight"
@@ -82,6 +83,8 @@ def load_reward_model(
         ValueError: no model there, another kind of model, or weights that are missing.
     """
     attention.register()
+    if adapter_base(path) is not None:
+        raise ValueError(f"model.path: {path} is an adapter; merge it first (fastalign merge)")
     config = read_config(path, trust_remote_code=trust_remote_code)
     has_head = is_reward_model(config)
     if not has_head and not fresh_head:

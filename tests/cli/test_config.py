@@ -121,6 +121,8 @@ def test_every_loss_of_a_reward_model_can_be_chosen_and_read_again(
         parse_reward([*BASE, "--loss", "dpo"])
     with pytest.raises(ValueError, match=r"--loss\.nu"):
         parse_reward([*BASE, "--loss.nu", "2"])
+    with pytest.raises(ValueError, match=r"model\.lora\.rank: expected 0, a reward model"):
+        parse_reward([*BASE, "--model.lora.rank", "8"])
 
 
 @pytest.mark.parametrize("name", LOSSES)

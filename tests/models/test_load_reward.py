@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, CohereConfig, LlamaForTokenClassification
 
-from fastalign.models import load_reward_model
+from fastalign.models import load_policy, load_reward_model
 from tests.tiny import tiny_model, tiny_reward_model
 
 
@@ -127,3 +127,21 @@ def test_what_is_no_reward_model_is_refused_in_one_line(
 def test_a_missing_folder_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.path: no model can be loaded from .*nothing"):
         load_reward_model(tmp_path / "nothing")
+
+
+def test_a_reward_model_is_no_policy_and_a_policy_does_not_score(tmp_path: Path) -> None:
+    tiny_reward_model("llama").save_pretrained(tmp_path / "reward")
+    with pytest.raises(ValueError, match="expected a causal model, got LlamaForSequenceClass"):
+        load_policy(tmp_path / "reward")
+    tiny_model("llama").save_pretrained(tmp_path / "policy")
+    with pytest.raises(ValueError, match=r"expected a trained reward model, got .*ForCausalLM"):
+        load_reward_model(tmp_path / "policy", fresh_head=False)
+
+
+def test_an_adapter_is_to_be_merged_first(tmp_path: Path) -> None:
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path)}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"is an adapter; merge it first \(fastalign merge\)"):
+        load_reward_model(tmp_path / "adapter")

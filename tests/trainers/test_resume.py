@@ -16,11 +16,13 @@ from fastalign.trainers import train_dpo, train_reward, train_sft
 from fastalign.trainers.checkpoint import list_checkpoints
 from tests.runs import MakeConfig, dpo_config, read_metrics, reward_config, sft_config
 
-EACH = pytest.mark.parametrize(
-    ("make", "train"),
-    [(sft_config, train_sft), (dpo_config, train_dpo), (reward_config, train_reward)],
-    ids=["sft", "dpo", "reward"],
-)
+POLICIES = [
+    pytest.param(sft_config, train_sft, id="sft"),
+    pytest.param(dpo_config, train_dpo, id="dpo"),
+]
+REWARD = pytest.param(reward_config, train_reward, id="reward")
+BOTH = pytest.mark.parametrize(("make", "train"), POLICIES)
+EACH = pytest.mark.parametrize(("make", "train"), [*POLICIES, REWARD])
 TIMES = ("step_seconds", "tokens_per_second")
 
 
