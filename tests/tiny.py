@@ -79,6 +79,11 @@ def tiny_model(
     return model.eval()
 
 
+def tiny_reward_model(architecture: str, **options: Any) -> Any:
+    """The same with a score in place of the language-model head."""
+    return tiny_model(architecture, kind=AutoModelForSequenceClassification, **options)
+
+
 def put_adapter(model: Any, *targets: str, rank: int = 3, seed: int = 5) -> Any:
     """The model with an adapter that changes it: B is not 0."""
     torch.manual_seed(seed)
@@ -87,8 +92,3 @@ def put_adapter(model: Any, *targets: str, rank: int = 3, seed: int = 5) -> Any:
         if parameter.requires_grad:
             parameter.data.normal_(std=0.2)
     return model
-
-
-def tiny_reward_model(architecture: str, **options: Any) -> Any:
-    """The same with a score in place of the language-model head."""
-    return tiny_model(architecture, kind=AutoModelForSequenceClassification, **options)

@@ -12,6 +12,7 @@ from fastalign.batch import Group, pack
 from fastalign.data import use_distinct_pad
 from fastalign.models import (
     PACKINGS,
+    attention,
     load_reward_model,
     response_reward,
     save_reward_model,
@@ -33,7 +34,7 @@ def one_at_a_time(model: Any, groups: list[Group]) -> Tensor:
         model.base_model(torch.tensor([ids]), use_cache=False).last_hidden_state[0, -1]
         for ids in sequences(groups)
     ]
-    model.set_attn_implementation("fastalign_sdpa")
+    model.set_attn_implementation(attention.registered_name("sdpa"))
     return model.score(torch.stack(hidden))[:, 0]
 
 

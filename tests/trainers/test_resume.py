@@ -23,11 +23,11 @@ POLICIES = [
 REWARD = pytest.param(reward_config, train_reward, id="reward")
 BOTH = pytest.mark.parametrize(("make", "train"), POLICIES)
 EACH = pytest.mark.parametrize(("make", "train"), [*POLICIES, REWARD])
-TIMES = ("step_seconds", "tokens_per_second")
+MEASURED = ("step_seconds", "tokens_per_second", "peak_memory_bytes")
 
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in read_metrics(folder)]
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(folder)]
 
 
 def assert_same_run(first: Path, second: Path) -> None:
