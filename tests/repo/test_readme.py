@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from fastalign.cli.estimate import ALGORITHMS
 from fastalign.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,9 @@ def test_a_command_in_the_readme_has_only_options_that_exist(line: str) -> None:
     command = words[0]
     assert command in COMMANDS
     prefix = f"{command} {words[1]}" if command == "data" else command
+    if command == "estimate":  # it takes the flags of the command that it is asked about
+        prefix = words[1]
+        assert prefix in ALGORITHMS
     for word in words[1:]:
         if word.startswith("--"):
             assert f"{prefix} {word.split('=')[0]}" in OPTIONS, f"no such option: {line}"
