@@ -11,7 +11,13 @@ from fastalign.batch import Group, PackedBatch, pack
 from tests.tolerance import assert_no_worse
 
 pytest.importorskip("transformers")
-from fastalign.models.attention import ATTENTIONS, AttentionPlan, attention_reason
+from fastalign.models.attention import (
+    ATTENTIONS,
+    AttentionName,
+    AttentionPlan,
+    ScoreForm,
+    attention_reason,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,13 +26,13 @@ pytestmark = [
         reason="needs a GPU, and FASTALIGN_TEST_GPU=1 (scripts/gpu_check.sh)",
     ),
 ]
-# heads, key heads, head size, window, softcap
+# heads, key heads, head size, and what becomes of the scores
 FORMS = {
-    "plain": (4, 4, 64, None, None),
-    "grouped": (8, 2, 128, None, None),
-    "windowed": (4, 2, 64, 37, None),
-    "capped": (4, 2, 256, None, 20.0),
-    "windowed and capped": (4, 4, 64, 100, 20.0),
+    "plain": (4, 4, 64, ScoreForm()),
+    "grouped": (8, 2, 128, ScoreForm()),
+    "windowed": (4, 2, 64, ScoreForm(window=37)),
+    "capped": (4, 2, 256, ScoreForm(softcap=20.0)),
+    "windowed and capped": (4, 4, 64, ScoreForm(window=100, softcap=20.0)),
 }
 
 
@@ -40,12 +46,12 @@ def some_batch(longest: int = 300) -> PackedBatch:
 
 
 def attended(
-    name: str, batch: PackedBatch, rows: list[Tensor], window: int | None, softcap: float | None
+    name: AttentionName, batch: PackedBatch, rows: list[Tensor], form: ScoreForm
 ) -> dict[str, Tensor]:
     """Output and gradients, on the CPU."""
     leaves = [row.detach().requires_grad_() for row in rows]
     plan = AttentionPlan(batch.to(rows[0].device))
-    output = plan.attend(name, *leaves, None, window, softcap)  # type: ignore[arg-type]
+    output = plan.attend(name, *leaves, form)
     weight = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).view_as(output)
     output.backward(weight.to(output))
     found = [output.detach(), *(leaf.grad for leaf in leaves)]
@@ -54,20 +60,20 @@ def attended(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", FORMS)
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_attention(name: str, form: str, dtype: torch.dtype) -> None:
-    heads, key_heads, size, window, softcap = FORMS[form]
-    reason = attention_reason(name, torch.device("cuda"), dtype)  # type: ignore[arg-type]
-    if reason is not None or (name == "varlen" and softcap is not None):
+def test_attention(name: AttentionName, kind: str, dtype: torch.dtype) -> None:
+    heads, key_heads, size, form = FORMS[kind]
+    reason = attention_reason(name, torch.device("cuda"), dtype)
+    if reason is not None or (name == "varlen" and form.softcap is not None):
         pytest.skip(reason or "it has no softcap")
     batch = some_batch()
     torch.manual_seed(0)
     rows = [torch.randn(batch.num_tokens, n, size).to(dtype) for n in (heads, *[key_heads] * 2)]
-    truth = attended("sdpa", batch, [row.double() for row in rows], window, softcap)
-    eager = attended("sdpa", batch, rows, window, softcap)
-    found = attended(name, batch, [row.cuda() for row in rows], window, softcap)
-    again = attended(name, batch, [row.cuda() for row in rows], window, softcap)
+    truth = attended("sdpa", batch, [row.double() for row in rows], form)
+    eager = attended("sdpa", batch, rows, form)
+    found = attended(name, batch, [row.cuda() for row in rows], form)
+    again = attended(name, batch, [row.cuda() for row in rows], form)
     for which, true in truth.items():
         assert_no_worse(which, found[which], eager[which], true, dtype=dtype, length=600, scale=4.0)
         if name == "flash_attn":  # the others promise no order of their sums
@@ -75,16 +81,16 @@ def test_attention(name: str, form: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", ["flash_attn", "varlen"])
-def test_the_gpu_is_not_waited_for(name: str) -> None:
-    reason = attention_reason(name, torch.device("cuda"), torch.bfloat16)  # type: ignore[arg-type]
+def test_the_gpu_is_not_waited_for(name: AttentionName) -> None:
+    reason = attention_reason(name, torch.device("cuda"), torch.bfloat16)
     if reason is not None:
         pytest.skip(reason)
     batch = some_batch().to("cuda")
     rows = [torch.randn(batch.num_tokens, 4, 64, device="cuda").bfloat16() for _ in range(3)]
     plan = AttentionPlan(batch)
-    plan.attend(name, *rows, None, None, None)  # type: ignore[arg-type]
+    plan.attend(name, *rows, ScoreForm())
     torch.cuda.set_sync_debug_mode("error")
     try:
-        plan.attend(name, *rows, None, None, None)  # type: ignore[arg-type]
+        plan.attend(name, *rows, ScoreForm())
     finally:
         torch.cuda.set_sync_debug_mode("default")

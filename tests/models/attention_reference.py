@@ -5,53 +5,46 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalign.models.attention import ScoreForm
+from fastalign.models.attention.varlen import Bounds
+
 
 def softmax_attention(
     query: Tensor,  # (H, L, d)
     key: Tensor,  # (H_kv, K, d)
     value: Tensor,
     allowed: Tensor,  # (L, K) bool
-    scaling: float | None,
-    softcap: float | None,
+    form: ScoreForm,
 ) -> Tensor:
     shared = query.shape[0] // key.shape[0]
     key, value = key.repeat_interleave(shared, 0), value.repeat_interleave(shared, 0)
-    scores = query @ key.transpose(1, 2)
-    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
+    scaling = query.shape[-1] ** -0.5 if form.scaling is None else form.scaling
+    scores = query @ key.transpose(1, 2) * scaling
+    if form.softcap is not None:
+        scores = form.softcap * torch.tanh(scores / form.softcap)
     return scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value
 
 
 def varlen_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_bounds: Tensor,
-    key_bounds: Tensor,
-    max_queries: int,
-    max_keys: int,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, form: ScoreForm
 ) -> Tensor:
     """Sequence by sequence; causal, aligned at the bottom right, as flash kernels are."""
-    assert query_bounds.dtype == key_bounds.dtype == torch.int32
+    assert bounds.queries.dtype == bounds.keys.dtype == torch.int32
     outputs = []
-    for number in range(len(query_bounds) - 1):
-        q = query[query_bounds[number] : query_bounds[number + 1]].transpose(0, 1)
+    for number in range(len(bounds.queries) - 1):
+        q = query[bounds.queries[number] : bounds.queries[number + 1]].transpose(0, 1)
         k, v = (
-            rows[key_bounds[number] : key_bounds[number + 1]].transpose(0, 1)
+            rows[bounds.keys[number] : bounds.keys[number + 1]].transpose(0, 1)
             for rows in (key, value)
         )
-        assert q.shape[1] <= max_queries
-        assert k.shape[1] <= max_keys
+        assert q.shape[1] <= bounds.max_queries
+        assert k.shape[1] <= bounds.max_keys
         row = torch.arange(q.shape[1])[:, None] + k.shape[1] - q.shape[1]
         column = torch.arange(k.shape[1])
         allowed = column <= row
-        if window is not None:
-            allowed &= row - column < window
-        outputs.append(softmax_attention(q, k, v, allowed, scaling, softcap).transpose(0, 1))
+        if form.window is not None:
+            allowed &= row - column < form.window
+        outputs.append(softmax_attention(q, k, v, allowed, form).transpose(0, 1))
     return torch.cat(outputs)
 
 

@@ -24,7 +24,7 @@ from fastalign.models.attention.choice import (
     choose_attention,
 )
 from fastalign.models.attention.flex import Flex
-from fastalign.models.attention.segments import segments_of
+from fastalign.models.attention.segments import ScoreForm, segments_of
 from fastalign.models.attention.varlen import KERNELS, Varlen
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "AttentionChoice",
     "AttentionName",
     "AttentionPlan",
+    "ScoreForm",
     "attention_of",
     "attention_reason",
     "choose_attention",
@@ -76,17 +77,14 @@ class AttentionPlan:
         query: Tensor,  # (T, H, d)
         key: Tensor,  # (T, H_kv, d)
         value: Tensor,  # (T, H_kv, d)
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
+        form: ScoreForm,
     ) -> Tensor:  # (T, H, d)
         """Attention of the packed row."""
-        arguments = (query, key, value, scaling, window, softcap)
         if name == "sdpa":
-            return self._blocks.attend(*arguments)
+            return self._blocks.attend(query, key, value, form)
         if name == "flex":
-            return self._flex.attend(*arguments)
-        return self._varlen.attend(KERNELS[name], *arguments)
+            return self._flex.attend(query, key, value, form)
+        return self._varlen.attend(KERNELS[name], query, key, value, form)
 
 
 # Its blocks change with each batch; compiled layers (`--train.compile`) call it as it is.
@@ -120,22 +118,21 @@ def shared_prefix_attention(
             )
     if dropout:
         raise ValueError(f"{type(module).__name__}: expected attention dropout 0, got {dropout}")
+    form = ScoreForm(scaling, sliding_window, softcap)
     if fastalign_plan is None and softcap is None:
         output, _ = sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
         return output, None
     if fastalign_plan is None:
-        output = dot_product_attention(query, key, value, attention_mask, scaling, softcap)
+        output = dot_product_attention(query, key, value, attention_mask, form)
         return output.transpose(1, 2).contiguous(), None
     # Rotary embeddings leave autocast's dtype; SDPA would return to it, other kernels would not.
     if torch.is_autocast_enabled(query.device.type):
         low = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(low), key.to(low), value.to(low)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    options = (scaling, sliding_window, softcap)
-    attended = fastalign_plan.attend(implementation, query, key, value, *options)
-    return attended[None], None
+    return fastalign_plan.attend(implementation, query, key, value, form)[None], None
 
 
 def registered_name(name: AttentionName) -> str:

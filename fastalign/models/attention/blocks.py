@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign.models.attention.rows import Gather
-from fastalign.models.attention.segments import Segments
+from fastalign.models.attention.segments import ScoreForm, Segments
 
 # Of a block's scores at least this share belong to real tokens, unless little is lost.
 MIN_FILL = 0.75
@@ -156,9 +156,7 @@ class Blocks:
         query: Tensor,  # (T, H, d)
         key: Tensor,  # (T, H_kv, d)
         value: Tensor,  # (T, H_kv, d)
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
+        form: ScoreForm,
     ) -> Tensor:  # (T, H, d)
         """Attention of a packed row, block by block."""
         sizes = [(len(b.own_length), b.num_own, b.num_prompt + b.num_own) for b in self.blocks]
@@ -172,9 +170,8 @@ class Blocks:
                 _heads_first(of_queries[number], b, m),
                 _heads_first(of_keys[number], b, k),
                 _heads_first(of_values[number], b, k),
-                block.mask(window),
-                scaling,
-                softcap,
+                block.mask(form.window),
+                form,
             )
             outputs.append(output.transpose(1, 2).reshape(b * m, *query.shape[1:]))
         return torch.cat(outputs).index_select(0, self.queries.places)
@@ -190,10 +187,10 @@ def dot_product_attention(
     key: Tensor,  # (b, H_kv, K, d)
     value: Tensor,  # (b, H_kv, K, d)
     mask: Tensor | None,  # (b or 1, 1, L, K), bool or additive; None: causal, bottom-right aligned
-    scaling: float | None,
-    softcap: float | None,
+    form: ScoreForm,  # its window is in the mask
 ) -> Tensor:  # (b, H, L, d)
     """Scaled dot-product attention; written out where a softcap rules out the fused kernels."""
+    softcap = form.softcap
     num_shared = query.shape[1] // key.shape[1]
     # On a GPU a mask and grouped heads together are left to the slow path that forms the scores.
     if num_shared > 1 and (softcap is not None or query.is_cuda):
@@ -207,11 +204,10 @@ def dot_product_attention(
             value,
             attn_mask=mask,
             is_causal=mask is None,
-            scale=scaling,
+            scale=form.scaling,
             enable_gqa=num_shared > 1,
         )
-    scores = query @ key.transpose(-1, -2)
-    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = query @ key.transpose(-1, -2) * form.scale(query.shape[-1])
     scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
         num_queries, num_keys = scores.shape[-2:]

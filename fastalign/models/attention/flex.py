@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from fastalign.models.attention.segments import Segments
+from fastalign.models.attention.segments import ScoreForm, Segments
 
 BLOCK_TOKENS = 128
 
@@ -94,11 +94,10 @@ class Flex:
         query: Tensor,  # (T, H, d)
         key: Tensor,  # (T, H_kv, d)
         value: Tensor,  # (T, H_kv, d)
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
+        form: ScoreForm,
     ) -> Tensor:  # (T, H, d)
         """Attention of a packed row, in one call."""
+        softcap = form.softcap
 
         def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             assert softcap is not None
@@ -107,8 +106,8 @@ class Flex:
         output: Tensor = compiled_flex_attention()(
             *(rows.transpose(0, 1)[None] for rows in (query, key, value)),
             score_mod=None if softcap is None else capped,
-            block_mask=self.mask(window),
-            scale=scaling,
+            block_mask=self.mask(form.window),
+            scale=form.scaling,
             enable_gqa=query.shape[1] != key.shape[1],
         )
         return output[0].transpose(0, 1)

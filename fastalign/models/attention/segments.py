@@ -1,4 +1,4 @@
-"""Which tokens attend to which in a packed row, as the numbers that every implementation reads.
+"""Which tokens attend to which in a packed row, and how, as every implementation reads it.
 
 A row is a sequence of segments: a prompt, its responses, the next prompt, and so on. A segment
 attends to itself causally; a response also attends to all of its prompt, and never to a sibling.
@@ -12,6 +12,25 @@ import torch
 from torch import Tensor
 
 from fastalign.batch import Layout
+
+
+@dataclass(frozen=True)
+class ScoreForm:
+    """What a layer makes of its scores, whichever implementation computes them.
+
+    Attributes:
+        scaling: of queries times keys; None: 1 / sqrt(head size).
+        window: how many keys back a query sees, itself included; None: all.
+        softcap: c of c * tanh(score / c); None: none.
+    """
+
+    scaling: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+
+    def scale(self, head_size: int) -> float:
+        """The scaling of heads of a size."""
+        return head_size**-0.5 if self.scaling is None else self.scaling
 
 
 @dataclass(frozen=True)

@@ -9,32 +9,38 @@ Legend: T packed tokens, S segments, M gathered keys, H heads, d head size.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastalign.models.attention.rows import Gather, ranges
-from fastalign.models.attention.segments import Segments
+from fastalign.models.attention.segments import ScoreForm, Segments
 
-# (query (T, H, d), key (M, H_kv, d), value, bounds of queries and of keys (S + 1,) int32, longest
-# queries and keys, scaling, window, softcap) -> (T, H, d); causal, bottom-right aligned.
-VarlenKernel = Callable[
-    [Tensor, Tensor, Tensor, Tensor, Tensor, int, int, float | None, int | None, float | None],
-    Tensor,
-]
+
+class Bounds(NamedTuple):
+    """Where sequences begin and end in packed queries and keys, as flash kernels take them.
+
+    Attributes:
+        queries: (S + 1,) int32.
+        keys: (S + 1,) int32.
+        max_queries: of the longest sequence.
+        max_keys: of the longest sequence.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    max_queries: int
+    max_keys: int
+
+
+# (query (T, H, d), key (M, H_kv, d), value (M, H_kv, d), bounds, form) -> (T, H, d); causal,
+# bottom-right aligned.
+VarlenKernel = Callable[[Tensor, Tensor, Tensor, Bounds, ScoreForm], Tensor]
 
 
 def flash_attn_kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_bounds: Tensor,
-    key_bounds: Tensor,
-    max_queries: int,
-    max_keys: int,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, form: ScoreForm
 ) -> Tensor:
     """The flash-attn package; its deterministic backward, so that a resumed run keeps its bits."""
     from flash_attn import flash_attn_varlen_func
@@ -43,45 +49,33 @@ def flash_attn_kernel(
         query,
         key,
         value,
-        cu_seqlens_q=query_bounds,
-        cu_seqlens_k=key_bounds,
-        max_seqlen_q=max_queries,
-        max_seqlen_k=max_keys,
-        softmax_scale=scaling,
+        cu_seqlens_q=bounds.queries,
+        cu_seqlens_k=bounds.keys,
+        max_seqlen_q=bounds.max_queries,
+        max_seqlen_k=bounds.max_keys,
+        softmax_scale=form.scaling,
         causal=True,
-        window_size=(-1, -1) if window is None else (window - 1, 0),
-        softcap=softcap or 0.0,
+        window_size=(-1, -1) if form.window is None else (form.window - 1, 0),
+        softcap=form.softcap or 0.0,
         deterministic=True,
     )
     return output
 
 
 def torch_kernel(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_bounds: Tensor,
-    key_bounds: Tensor,
-    max_queries: int,
-    max_keys: int,
-    scaling: float | None,
-    window: int | None,
-    softcap: float | None,
+    query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, form: ScoreForm
 ) -> Tensor:
     """`torch.nn.attention.varlen`; it has no softcap, and is not chosen where there is one."""
     from torch.nn.attention.varlen import varlen_attn
 
-    assert softcap is None
+    assert form.softcap is None
     output = varlen_attn(
         query,
         key,
         value,
-        query_bounds,
-        key_bounds,
-        max_queries,
-        max_keys,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
+        *bounds,
+        scale=form.scaling,
+        window_size=(-1 if form.window is None else form.window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(output, Tensor)
@@ -107,11 +101,11 @@ class Varlen:
             ranges(starts, lengths), torch.repeat_interleave(copies, lengths), device
         )
         of_keys = segments.prompt_length + segments.length
-        self.max_queries, self.max_keys = int(segments.length.max()), int(of_keys.max())
-        self.query_bounds, self.key_bounds = (
+        queries, keys = (
             torch.nn.functional.pad(each.cumsum(0), (1, 0)).to(torch.int32).to(device)
             for each in (segments.length, of_keys)
         )
+        self.bounds = Bounds(queries, keys, int(segments.length.max()), int(of_keys.max()))
 
     def attend(
         self,
@@ -119,10 +113,7 @@ class Varlen:
         query: Tensor,  # (T, H, d)
         key: Tensor,  # (T, H_kv, d)
         value: Tensor,  # (T, H_kv, d)
-        scaling: float | None,
-        window: int | None,
-        softcap: float | None,
+        form: ScoreForm,
     ) -> Tensor:  # (T, H, d)
         """Attention of a packed row, in one call."""
-        bounds = (self.query_bounds, self.key_bounds, self.max_queries, self.max_keys)
-        return kernel(query, self.keys(key), self.keys(value), *bounds, scaling, window, softcap)
+        return kernel(query, self.keys(key), self.keys(value), self.bounds, form)
