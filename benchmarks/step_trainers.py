@@ -16,8 +16,7 @@ def fastalign_dpo(job: Job, clock: Clock) -> None:
     """`train_dpo`: reference log-probs are computed once, before the first step."""
     from fastalign.trainers import train_dpo
 
-    clock.first_loss = lambda: _logged_loss(job)
-    clock.watch()
+    _watch(job, clock)
     train_dpo(_dpo_config(job))
 
 
@@ -28,8 +27,7 @@ def fastalign_dpo_reference_in_the_step(job: Job, clock: Clock) -> None:
     from fastalign.trainers import train_dpo
     from fastalign.trainers.step import make_compute
 
-    clock.first_loss = lambda: _logged_loss(job)
-    clock.watch()
+    _watch(job, clock)
     config = _dpo_config(job)
     compute = make_compute(config.train)
     reference = load_policy(job.reference, device=compute.device, packing=compute.packing)
@@ -45,57 +43,32 @@ def fastalign_dpo_reference_in_the_step(job: Job, clock: Clock) -> None:
 
 
 def _dpo_config(job: Job) -> Any:
-    from fastalign.trainers import (
-        DPOConfig,
-        ModelConfig,
-        PreferenceDataConfig,
-        ReferenceConfig,
-        RunConfig,
-    )
+    from fastalign.trainers import DPOConfig, PreferenceDataConfig, ReferenceConfig
 
+    reference = ReferenceConfig(str(job.reference), str(job.scratch / "cache"))
     return DPOConfig(
-        model=ModelConfig(str(job.policy)),
         data=PreferenceDataConfig(train=str(job.rows), max_length=MAX_LENGTH),
-        run=RunConfig(str(job.scratch / "run")),
-        reference=ReferenceConfig(str(job.reference), str(job.scratch / "cache")),
-        train=_train_config(job),
+        reference=reference,
+        **_settings(job),
     )
 
 
 def fastalign_sft(job: Job, clock: Clock) -> None:
     """`train_sft`."""
-    from fastalign.trainers import DataConfig, ModelConfig, RunConfig, SFTConfig, train_sft
+    from fastalign.trainers import DataConfig, SFTConfig, train_sft
 
-    config = SFTConfig(
-        model=ModelConfig(str(job.policy)),
-        data=DataConfig(train=str(job.rows), max_length=MAX_LENGTH),
-        run=RunConfig(str(job.scratch / "run")),
-        train=_train_config(job),
-    )
-    clock.first_loss = lambda: _logged_loss(job)
-    clock.watch()
-    train_sft(config)
+    _watch(job, clock)
+    data = DataConfig(train=str(job.rows), max_length=MAX_LENGTH)
+    train_sft(SFTConfig(data=data, **_settings(job)))
 
 
 def fastalign_reward(job: Job, clock: Clock) -> None:
     """`train_reward`."""
-    from fastalign.trainers import (
-        ModelConfig,
-        PreferenceDataConfig,
-        RewardConfig,
-        RunConfig,
-        train_reward,
-    )
+    from fastalign.trainers import PreferenceDataConfig, RewardConfig, train_reward
 
-    config = RewardConfig(
-        model=ModelConfig(str(job.policy)),
-        data=PreferenceDataConfig(train=str(job.rows), max_length=MAX_LENGTH),
-        run=RunConfig(str(job.scratch / "run")),
-        train=_train_config(job),
-    )
-    clock.first_loss = lambda: _logged_loss(job)
-    clock.watch()
-    train_reward(config)
+    _watch(job, clock)
+    data = PreferenceDataConfig(train=str(job.rows), max_length=MAX_LENGTH)
+    train_reward(RewardConfig(data=data, **_settings(job)))
 
 
 def fastalign_answers(job: Job, clock: Clock) -> None:
@@ -129,6 +102,21 @@ def _train_config(job: Job) -> Any:
         precision="bf16" if job.dtype == "bfloat16" else "float32",
         device=job.device,
     )
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    from fastalign.trainers import ModelConfig, RunConfig
+
+    return {
+        "model": ModelConfig(str(job.policy)),
+        "run": RunConfig(str(job.scratch / "run")),
+        "train": _train_config(job),
+    }
+
+
+def _watch(job: Job, clock: Clock) -> None:
+    clock.first_loss = lambda: _logged_loss(job)
+    clock.watch()
 
 
 def _logged_loss(job: Job) -> float:
