@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastalign.trainers.state import TrainState, random_state, restore_random_state
 
+CHECKPOINTS = "checkpoints"  # in a run's folder
 MANIFEST = "manifest.json"
 FORMAT = 1
 

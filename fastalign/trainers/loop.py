@@ -12,6 +12,7 @@ from typing import Any
 from fastalign.data import indices_of_step
 from fastalign.models import has_adapter, merge_adapter, save_adapter, save_model
 from fastalign.trainers.checkpoint import (
+    CHECKPOINTS,
     newest_good_checkpoint,
     read_state,
     restore,
@@ -20,7 +21,7 @@ from fastalign.trainers.checkpoint import (
 from fastalign.trainers.config import AnyConfig
 from fastalign.trainers.metrics import Metrics, MetricsWriter, ProgressDisplay
 from fastalign.trainers.optimizer import make_optimizer
-from fastalign.trainers.process_memory import memory_used_in, peak_memory_bytes
+from fastalign.trainers.process_memory import STEP, memory_used_in, peak_memory_bytes
 from fastalign.trainers.reference_cache import model_fingerprint
 from fastalign.trainers.signals import StopRequest, stop_on_signal
 from fastalign.trainers.state import TrainState
@@ -99,7 +100,7 @@ def resume(folder: Path, state: TrainState, sources: dict[str, Any]) -> dict[str
     Raises:
         ValueError: there is none, or it was made with other data, or on another frozen base.
     """
-    checkpoint, faults = newest_good_checkpoint(folder / "checkpoints")
+    checkpoint, faults = newest_good_checkpoint(folder / CHECKPOINTS)
     for fault in faults:
         print(f"damaged checkpoint passed over: {fault}", flush=True)
     saved = read_state(checkpoint)
@@ -130,7 +131,7 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
 
     def save() -> None:
         extra = {"metrics_bytes": writer.num_bytes(), **sources}
-        save_checkpoint(folder / "checkpoints", state, extra, config.train.keep_checkpoints)
+        save_checkpoint(folder / CHECKPOINTS, state, extra, config.train.keep_checkpoints)
 
     metrics: Metrics = {}
     saved_at = state.step if config.run.resume else -1
@@ -178,7 +179,7 @@ def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -
     start = time.perf_counter()
     batch_size = config.train.batch_size
     indices = indices_of_step(task.num_examples, batch_size, state.step, seed=config.run.seed)
-    with memory_used_in(f"step {state.step + 1}"):
+    with memory_used_in(f"{STEP}{state.step + 1}"):
         metrics, num_tokens = task.accumulate(indices)
         state.num_tokens += num_tokens
         update = optimiser_step(state, float(metrics["loss"]), config.optim, num_steps)

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import torch
 
+from fastalign.trainers.checkpoint import CHECKPOINTS, list_checkpoints
 from fastalign.trainers.config import AnyConfig
+from fastalign.trainers.run_folder import has_steps
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"
+# How the note on an optimiser step begins.
+STEP = "step "
 
 
 def resident_bytes() -> int:
@@ -59,20 +63,31 @@ def out_of_memory_in_one_line(config: AnyConfig) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        where = ", ".join(reversed(getattr(error, "__notes__", [])))
+        notes = list(reversed(getattr(error, "__notes__", [])))
+        where = f" in {', '.join(notes)}" if notes else ""
+        in_a_step = bool(notes) and notes[0].startswith(STEP)
         raise ValueError(
-            f"out of memory{' in ' if where else ''}{where}; {remedies(config)}; fastalign "
-            "estimate says what each saves. Checkpoints are as they were: the run goes on with "
-            "--run.resume and the changed setting"
+            f"out of memory{where}; {remedies(config, in_a_step=in_a_step)}; fastalign estimate "
+            f"shows what takes it. {how_to_go_on(Path(config.run.dir))}"
         ) from error
 
 
-def remedies(config: AnyConfig) -> str:
-    """Settings that need less memory, with their present values."""
+def how_to_go_on(folder: Path) -> str:
+    """What to do after a setting was changed."""
+    checkpoints = list_checkpoints(folder / CHECKPOINTS)
+    if checkpoints:
+        return f"The run goes on from {checkpoints[0].name} with the changed setting, --run.resume"
+    if has_steps(folder):
+        return "No checkpoint was saved: start again with the changed setting, another --run.dir"
+    return "Nothing was trained yet: start again with the changed setting"
+
+
+def remedies(config: AnyConfig, *, in_a_step: bool) -> str:
+    """Settings that need less memory, with their present values; some help in a step alone."""
     train = config.train
     buffer = train.max_buffer_bytes
     ways = [f"lower --train.tokens-per-batch (now {train.tokens_per_batch})"]
-    if not train.gradient_checkpointing:
+    if in_a_step and not train.gradient_checkpointing:
         ways.append("add --train.gradient-checkpointing")
     ways.append(
         f"lower --train.max-buffer-bytes (now {'the default' if buffer is None else buffer})"

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from fastalign.trainers.checkpoint import write_text_atomically
+from fastalign.trainers.checkpoint import CHECKPOINTS, list_checkpoints, write_text_atomically
 
 # Settings that may differ when a run is resumed: they change neither weights nor their order.
 MAY_CHANGE = {
@@ -69,6 +69,13 @@ def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def has_steps(folder: Path) -> bool:
+    """Whether a run took a step there; one that could not may be started again."""
+    metrics = folder / "metrics.jsonl"
+    logged = metrics.exists() and metrics.stat().st_size > 0
+    return logged or bool(list_checkpoints(folder / CHECKPOINTS))
+
+
 def prepare_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
     """Makes the folder, or checks that it holds the run that is to be resumed.
 
@@ -93,7 +100,7 @@ def prepare_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) ->
                 f"resumed with other settings, which round differently: {', '.join(rounding)}",
                 flush=True,
             )
-    elif (folder / "metrics.jsonl").exists() or (folder / "checkpoints").exists():
+    elif has_steps(folder):
         raise ValueError(
             f"run.dir: {folder} holds another run; add --run.resume to go on with it, or choose "
             "another folder"

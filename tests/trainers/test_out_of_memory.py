@@ -1,6 +1,7 @@
 """A step that does not fit ends in one line, and the run goes on with a smaller one."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,7 +66,8 @@ def test_where_it_happened_is_told_from_the_outside_in(folder: Path) -> None:
     config = dpo_config(folder, "run", gradient_checkpointing=True, max_buffer_bytes=1000)
     expected = (
         r"^out of memory in step 7, a batch of 9 tokens; lower --train.tokens-per-batch "
-        r"\(now 16384\), or lower --train.max-buffer-bytes \(now 1000\); "
+        r"\(now 16384\), or lower --train.max-buffer-bytes \(now 1000\); fastalign estimate shows "
+        r"what takes it. Nothing was trained yet: start again with the changed setting$"
     )
     with (
         pytest.raises(ValueError, match=expected),
@@ -74,6 +76,46 @@ def test_where_it_happened_is_told_from_the_outside_in(folder: Path) -> None:
         memory_used_in("a batch of 9 tokens"),
     ):
         torch.empty(2**60, dtype=torch.uint8)
+
+
+def test_what_does_not_help_is_not_said(folder: Path) -> None:
+    config = sft_config(folder, "run")
+    for what, helps in (("step 7", True), ("the evaluation of step 7", False)):
+        with (
+            pytest.raises(ValueError, match=r"^out of memory in ") as caught,
+            out_of_memory_in_one_line(config),
+            memory_used_in(what),
+        ):
+            raise MemoryError
+        assert ("--train.gradient-checkpointing" in str(caught.value)) is helps
+
+
+def test_how_to_go_on_depends_on_what_was_saved(folder: Path) -> None:
+    from fastalign.trainers import train_sft
+
+    def without_memory() -> str:
+        with (
+            pytest.raises(ValueError, match=r"^out of memory") as caught,
+            out_of_memory_in_one_line(config),
+        ):
+            raise MemoryError
+        return str(caught.value)
+
+    config = sft_config(folder, "run", max_steps=2)
+    run = folder / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").touch()  # as the loop leaves it before its first step
+    assert without_memory().endswith(
+        "Nothing was trained yet: start again with the changed setting"
+    )
+    train_sft(config)
+    assert "The run goes on from step-000002 with the changed setting, --run.resume" in (
+        without_memory()
+    )
+    shutil.rmtree(run / "checkpoints")
+    assert without_memory().endswith("start again with the changed setting, another --run.dir")
+    with pytest.raises(ValueError, match=r"run.dir: .* holds another run"):
+        train_sft(config)
 
 
 def test_other_errors_pass(folder: Path) -> None:
