@@ -16,6 +16,7 @@ from datasets import Dataset
 from fastalign.data import load_tokenizer
 from fastalign.models import load_reward_model, save_reward_model
 from fastalign.trainers import REWARD_LOSSES, TrainConfig, reward
+from fastalign.trainers.setup import load_data
 from fastalign.trainers.step import make_compute
 from tests.runs import reward_config, write_rows
 from tests.tiny import tiny_reward_model
@@ -61,7 +62,7 @@ def test_the_same_loss_gradient_and_metrics(margin: bool, tmp_path: Path) -> Non
     config = reward_config_of(tmp_path, rows)
     ours = load_reward_model(tmp_path / "llama")
     compute = make_compute(TrainConfig(device="cpu"))
-    data = reward.load_data(config, config.data.train, load_tokenizer(tmp_path / "llama"))
+    data = load_data(config, config.data.train, load_tokenizer(tmp_path / "llama"))
     in_trl = {tuple(ids[mask.bool()].tolist()) for ids, mask in pairs_of(batch)}
     assert {(*g.prompt_ids, *r) for g in data.groups for r in g.response_ids} == in_trl
     pairs = reward.prepare(config.loss, data, compute)

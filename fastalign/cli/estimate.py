@@ -11,7 +11,7 @@ import torch
 from fastalign.cli.config_parse import parse_config, read_yaml, take_option
 from fastalign.cli.dpo import parse_dpo
 from fastalign.cli.reward import parse_reward
-from fastalign.trainers import SFTConfig
+from fastalign.trainers import LOSSES, REWARD_LOSSES, SFTConfig
 from fastalign.trainers.estimate import Estimate, estimate_run
 
 ALGORITHMS: dict[str, Callable[[Sequence[str]], Any]] = {
@@ -22,25 +22,40 @@ ALGORITHMS: dict[str, Callable[[Sequence[str]], Any]] = {
 USAGE = """usage: fastalign estimate [sft | reward | dpo] --config FILE [--json FILE] [its flags]
 
 Prints a run's memory by what takes it, and whether it fits; loads no weights, writes no folder.
-Without the word, a configuration with a reference is dpo's; otherwise it has to be said.
+Without the word, the command is told by its settings: a reference or a loss for policies is dpo's,
+a loss for reward models reward's, and without any of them it is sft.
 Exit code 0: it fits; 1: it does not."""
 MEBIBYTE = 2**20
 
 
 def algorithm_of(arguments: Sequence[str]) -> str:
-    """Which command a configuration is for, where it can be told.
+    """Which command a configuration is for, told by what only one of them has.
 
     Raises:
-        ValueError: it cannot.
+        ValueError: it cannot be told.
     """
-    path, _ = take_option(arguments, "--config")
+    path, flags = take_option(arguments, "--config")
+    loss, flags = take_option(flags, "--loss")
     sections = {} if path is None else read_yaml(Path(path))
-    if "reference" in sections:
+    written = sections.get("loss")
+    name = loss or (written.get("name") if isinstance(written, dict) else written)
+    if "reference" in sections or any(flag.startswith("--reference.") for flag in flags):
         return "dpo"
-    raise ValueError(
-        f"expected one of {', '.join(ALGORITHMS)} before the flags: {path or 'nothing'} does not "
-        "tell which command it configures (only dpo has a section reference)"
-    )
+    for algorithm, losses in (("dpo", LOSSES), ("reward", REWARD_LOSSES)):
+        if str(name) in losses:
+            return algorithm
+    of_pairs = isinstance(data := sections.get("data"), dict) and "ties" in data
+    if (
+        "loss" in sections
+        or name
+        or of_pairs
+        or any(flag.startswith("--data.ties") for flag in flags)
+    ):
+        raise ValueError(
+            f"expected one of {', '.join(ALGORITHMS)} before the flags: {path or 'the flags'} may "
+            "be dpo's or reward's (a loss with its name, or a section reference, would tell)"
+        )
+    return "sft"
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -112,6 +127,7 @@ def main(argv: Sequence[str]) -> int:
             raise ValueError(f"expected one of {', '.join(ALGORITHMS)}, got {name!r}")
     else:
         name = algorithm_of(arguments)
+        print(f"no command was named: by its settings it is {name}")
     config = ALGORITHMS[name](arguments)
     found = estimate_run(config)
     peak, free = found.total_of(found.largest), available_bytes(found.device)

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fastalign.models import attention
 from fastalign.models.load import PACKABLE, check_packable, disable_dropout, read_config
+from fastalign.models.lora_files import adapter_base
 from fastalign.models.packed import Packing
 from fastalign.models.reward import is_reward_model
 
@@ -31,7 +32,8 @@ def model_without_weights(
         ValueError: no model there, or one that they refuse.
     """
     attention.register()
-    config = read_config(path, trust_remote_code=trust_remote_code)
+    base = None if reward else adapter_base(path)  # a reward model is no adapter
+    config = read_config(base or path, trust_remote_code=trust_remote_code)
     if packing != "padded":
         check_packable(config)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}

@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 from fastalign.batch import PackedBatch
-from fastalign.data import (
-    TokenizedDataset,
-    Tokenizer,
-    load_preferences,
-)
+from fastalign.data import TokenizedDataset, Tokenizer
 from fastalign.fused import preference_loss_fn
 from fastalign.losses import segment_sum
 from fastalign.models import Head
@@ -26,7 +22,7 @@ from fastalign.trainers.metrics import Metrics, mean_metrics
 from fastalign.trainers.preference_losses import PreferenceLoss
 from fastalign.trainers.reference import load_reference, reference_logprobs
 from fastalign.trainers.reference_cache import default_cache_dir
-from fastalign.trainers.setup import check_lengths, load_for_training, opened_run
+from fastalign.trainers.setup import load_for_training, load_sets, opened_run
 from fastalign.trainers.step import (
     Compute,
     Examples,
@@ -63,14 +59,11 @@ def train_dpo(config: DPOConfig) -> RunResult:
     compute = make_compute(config.train)
     with opened_run(config):
         model, tokenizer = load_for_training(config, compute)
-        data = load_data(config, config.data.train, tokenizer)
-        check_lengths(model, data)
+        data, held_out = load_sets(config, model, tokenizer)
         sets: list[tuple[TokenizedDataset, Iterable[int]]] = [
             (data, indices_of_run(config, len(data.groups)))
         ]
-        if config.data.eval is not None:
-            held_out = load_data(config, config.data.eval, tokenizer)
-            check_lengths(model, held_out)
+        if held_out is not None:
             sets.append((held_out, range(len(held_out.groups))))
         pairs, *others = prepare_all(config, model, tokenizer, sets, compute)
         return run_loop(
@@ -89,18 +82,6 @@ def train_dpo(config: DPOConfig) -> RunResult:
                 ),
             ),
         )
-
-
-def load_data(config: DPOConfig, source: str, tokenizer: Tokenizer) -> TokenizedDataset:
-    """The pairs of a source, under the run's rules; a loss with ties keeps them."""
-    return load_preferences(
-        source,
-        tokenizer,
-        max_length=config.data.max_length,
-        on_bad_row=config.data.on_bad_row,
-        on_too_long=config.data.on_too_long,
-        ties="keep" if config.loss.formula().uses_ties else config.data.ties,
-    )
 
 
 def prepare(

@@ -1,27 +1,21 @@
 """What a run will need in memory, phase by phase, from its configuration and its data."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from fastalign.batch import PackedBatch, pack
-from fastalign.data import (
-    TokenizedDataset,
-    indices_of_step,
-    load_tokenizer,
-    micro_batches,
-)
-from fastalign.models import add_adapter, has_adapter
-from fastalign.models.skeleton import model_without_weights
-from fastalign.trainers import dpo, reward, sft
-from fastalign.trainers.config import AnyConfig, DPOConfig, RewardConfig, SFTConfig
+from fastalign.data import indices_of_step, load_tokenizer, micro_batches
+from fastalign.models import has_adapter
+from fastalign.trainers import evaluate, reference
+from fastalign.trainers.config import AnyConfig, DPOConfig
+from fastalign.trainers.estimated_model import reference_model, trained_model, weight_bytes
 from fastalign.trainers.loop import indices_of_run, total_steps
-from fastalign.trainers.memory import Peak, fake_mode, peak_of_forward, peak_of_step
+from fastalign.trainers.memory import Peak, peak_of_forward, peak_of_step, states_bytes
 from fastalign.trainers.process_memory import resident_bytes
-from fastalign.trainers.setup import check_lengths, checkpoint_activations
+from fastalign.trainers.setup import checkpoint_activations, load_sets
 from fastalign.trainers.step import Compute, Examples, make_compute, measure_examples
 
 # Freed pages that the allocator cannot use again at the fullest moment, as a share of activations;
@@ -31,8 +25,6 @@ from fastalign.trainers.step import Compute, Examples, make_compute, measure_exa
 SHARE_KEPT = {"cpu": 0.25, "cuda": 0.05}
 LAYERS_KEPT = {"cpu": 2.0, "cuda": 0.5}
 TIMES_WITH_ADAPTER = {"cpu": 3.0, "cuda": 1.0}
-# A quantised weight: half a byte, and a float32 scale for each 64 of them.
-NF4_BYTES = 0.5 + 4 / 64
 
 
 @dataclass(frozen=True)
@@ -80,21 +72,19 @@ def estimate_run(config: AnyConfig) -> Estimate:
     """
     compute = make_compute(config.train)
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    data = load_data(config, tokenizer)
-    model = build_model(config, compute)
-    check_lengths(model, data)
-    examples = measure_examples(data.groups, compute.packing)
-    batch, num_batches = largest_batch(config, examples, compute)
+    model = trained_model(config, compute)
+    data, held_out = load_sets(config, model, tokenizer)
+    sets = [measure_examples(each.groups, compute.packing) for each in (data, held_out) if each]
+    steps = steps_of_run(config, len(data.groups))
+    batch, num_batches = fullest(sets[0], steps, compute)
     libraries = resident_bytes() if compute.device.type == "cpu" else 0
     peak = peak_of_step(model, batch, compute, states=config.optim.states, several=num_batches > 1)
-    phases = {"training step": replace_weights(peak, model, config)}
+    peak = replace(peak, weights=weight_bytes(model, config))
+    phases = {"training step": peak}
     kept = {"training step": kept_bytes(model, batch, compute, peak.activations)}
-    if isinstance(config, DPOConfig) and config.loss.formula().needs_reference:
-        of_reference = reference_peak(config, model, examples, compute)
-        phases["reference log-probs"] = of_reference
-        kept["reference log-probs"] = int(
-            SHARE_KEPT[compute.device.type] * of_reference.activations
-        )
+    for name, other in forwards(config, model, sets, compute):
+        phases[name] = other
+        kept[name] = int(SHARE_KEPT[compute.device.type] * other.activations)
     return Estimate(
         phases=phases,
         libraries=libraries,
@@ -106,48 +96,6 @@ def estimate_run(config: AnyConfig) -> Estimate:
         num_batches=num_batches,
         device=compute.device,
     )
-
-
-def load_data(config: AnyConfig, tokenizer: Any) -> TokenizedDataset:
-    """The training data, as the run itself reads it."""
-    if isinstance(config, DPOConfig):
-        return dpo.load_data(config, config.data.train, tokenizer)
-    if isinstance(config, RewardConfig):
-        return reward.load_data(config, config.data.train, tokenizer)
-    assert isinstance(config, SFTConfig)
-    return sft.load_data(config, config.data.train, tokenizer)
-
-
-def build_model(config: AnyConfig, compute: Compute, path: str | None = None) -> Any:
-    """The trained model, or with a path the reference, of tensors without data."""
-    lora = config.model.lora
-    trained = path is None
-    low = trained and lora.base == "bf16"
-    with torch.device("meta"):  # peft moves its matrices, which fake tensors do not bear
-        model = model_without_weights(
-            config.model.path if path is None else path,
-            reward=isinstance(config, RewardConfig),
-            dtype=torch.bfloat16 if low else torch.float32,
-            device=compute.device,
-            packing=compute.packing,
-            attention_name=compute.attention,
-            compute_dtype=compute.dtype,
-            trust_remote_code=config.model.trust_remote_code,
-        )
-        if trained and lora.rank:
-            add_adapter(
-                model,
-                rank=lora.rank,
-                alpha=lora.alpha,
-                targets=lora.targets,
-                use_rslora=lora.use_rslora,
-            )
-    with fake_mode(compute.device):
-        model.to_empty(device=compute.device)
-        model.tie_weights()
-    if trained and config.train.gradient_checkpointing:
-        checkpoint_activations(model)
-    return model
 
 
 def kept_bytes(model: Any, batch: PackedBatch, compute: Compute, activations: int) -> int:
@@ -163,68 +111,73 @@ def kept_bytes(model: Any, batch: PackedBatch, compute: Compute, activations: in
     return max(share, int(times * LAYERS_KEPT[compute.device.type] * of_layer))
 
 
-def largest_batch(
-    config: AnyConfig, examples: Examples, compute: Compute
+def steps_of_run(config: AnyConfig, num_examples: int) -> Iterator[list[int]]:
+    """The examples of each step."""
+    for step in range(total_steps(config, num_examples)):
+        yield indices_of_step(num_examples, config.train.batch_size, step, seed=config.run.seed)
+
+
+def pieces(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    """The indices, as many at a time as a forward-only phase cuts into batches together."""
+    return (indices[start : start + size] for start in range(0, len(indices), size))
+
+
+def fullest(
+    examples: Examples, parts: Iterable[Sequence[int]], compute: Compute
 ) -> tuple[PackedBatch, int]:
-    """The run's batch with most tokens, on the device, and the most batches that a step has."""
-    num_examples, lengths = len(examples.groups), examples.lengths
+    """The batch with most tokens, on the device, and the most batches that a part is cut into."""
+    lengths = examples.lengths
     largest: Sequence[int] = ()
     most_tokens = num_batches = 0
-    for step in range(total_steps(config, num_examples)):
-        indices = indices_of_step(num_examples, config.train.batch_size, step, seed=config.run.seed)
+    for indices in parts:
         batches = micro_batches(indices, lengths, tokens_per_batch=compute.tokens_per_batch)
         num_batches = max(num_batches, len(batches))
         for members in batches:
             tokens = sum(lengths[index] for index in members)
             if tokens > most_tokens:
                 largest, most_tokens = members, tokens
-    return packed(examples, largest, compute), num_batches
+    groups = [examples.groups[index] for index in largest]
+    batch = pack(groups, share_prompts=compute.packing != "packed").to(compute.device)
+    return batch, num_batches
 
 
-def packed(examples: Examples, members: Sequence[int], compute: Compute) -> PackedBatch:
-    """Those examples as one batch on the device."""
-    groups = [examples.groups[index] for index in members]
-    return pack(groups, share_prompts=compute.packing != "packed").to(compute.device)
+def forwards(
+    config: AnyConfig, model: Any, sets: Sequence[Examples], compute: Compute
+) -> Iterator[tuple[str, Peak]]:
+    """The fullest moments of what is computed without gradients, by name.
+
+    Args:
+        config: of the run.
+        model: from `trained_model`.
+        sets: training data, and held-out data if there are any.
+        compute: how forwards are run.
+    """
+    if isinstance(config, DPOConfig) and config.loss.formula().needs_reference:
+        used = [sorted(indices_of_run(config, len(sets[0].groups)))]
+        used += [list(range(len(held_out.groups))) for held_out in sets[1:]]
+        of_sets = (
+            fullest(examples, pieces(indices, reference.PIECE), compute)[0]
+            for examples, indices in zip(sets, used, strict=True)
+        )
+        batch = max(of_sets, key=lambda each: each.num_tokens)
+        yield "reference log-probs", reference_peak(config, model, batch, compute)
+    for held_out in sets[1:]:
+        parts = pieces(range(len(held_out.groups)), evaluate.PIECE)
+        peak = peak_of_forward(model, fullest(held_out, parts, compute)[0], compute)
+        states = states_bytes(model, config.optim.states)
+        yield "evaluation", replace(peak, weights=weight_bytes(model, config), states=states)
 
 
-def reference_peak(config: DPOConfig, policy: Any, examples: Examples, compute: Compute) -> Peak:
+def reference_peak(config: DPOConfig, policy: Any, batch: PackedBatch, compute: Compute) -> Peak:
     """The fullest moment of computing the reference's log-probs, the policy beside it."""
-    lengths = examples.lengths
-    used = sorted(indices_of_run(config, len(examples.groups)))
-    batches = micro_batches(used, lengths, tokens_per_batch=compute.tokens_per_batch)
-    largest = max(batches, key=lambda members: sum(lengths[index] for index in members))
-    batch = packed(examples, largest, compute)
+    of_policy = weight_bytes(policy, config)
     path = config.reference.path
     if path is None:
-        return replace_weights(peak_of_forward(policy, batch, compute), policy, config)
-    model = build_model(config, compute, path)
+        return replace(peak_of_forward(policy, batch, compute), weights=of_policy)
+    model = reference_model(config, compute, path)
     peak = peak_of_forward(model, batch, compute)
     held = peak.weights
     if config.reference.offload and compute.device.type == "cuda":
         weight = model.get_output_embeddings().weight
         held = weight.numel() * weight.element_size()
-    return Peak(
-        weights=held + weight_bytes(policy, config),
-        gradients=0,
-        states=0,
-        activations=peak.activations,
-    )
-
-
-def replace_weights(peak: Peak, model: Any, config: AnyConfig) -> Peak:
-    """The peak with the weights as they will be kept: nf4 is not built here."""
-    return Peak(weight_bytes(model, config), peak.gradients, peak.states, peak.activations)
-
-
-def weight_bytes(model: Any, config: AnyConfig) -> int:
-    """Of parameters and buffers, once each."""
-    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
-    total = float(sum(t.numel() * t.element_size() for t in tensors.values()))
-    if config.model.lora.base == "nf4":
-        head = model.get_output_embeddings()
-        for layer in model.modules():
-            if isinstance(layer, nn.Linear) and layer is not head:
-                weight = layer.weight
-                if not weight.requires_grad:
-                    total -= weight.numel() * (weight.element_size() - NF4_BYTES)
-    return int(total)
+    return replace(peak, weights=held + of_policy)

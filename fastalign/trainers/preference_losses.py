@@ -23,6 +23,11 @@ class PreferenceLoss:
         if not 0 < self.beta < float("inf"):
             raise ValueError(f"loss.beta: expected a finite number above 0, got {self.beta!r}")
 
+    @property
+    def uses_ties(self) -> bool:
+        """Whether the loss has a place for ties."""
+        return self.formula().uses_ties
+
     def formula(self) -> PreferenceFormula:
         """The loss, with these fields as its parameters."""
         return losses.formula(type(self).function, **asdict(self))

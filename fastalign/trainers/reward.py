@@ -13,7 +13,6 @@ from fastalign.data import (
     TokenizedDataset,
     Tokenizer,
     eos_token_ids,
-    load_preferences,
     use_distinct_pad,
 )
 from fastalign.models import response_reward, save_reward_model, set_pad_token
@@ -22,7 +21,7 @@ from fastalign.trainers.evaluate import evaluate_by_loss
 from fastalign.trainers.loop import RunResult, Task, run_loop
 from fastalign.trainers.metrics import Metrics, mean_metrics
 from fastalign.trainers.reward_losses import RewardLoss, TieLoss
-from fastalign.trainers.setup import check_lengths, load_reward_for_training, opened_run
+from fastalign.trainers.setup import load_reward_for_training, load_sets, opened_run
 from fastalign.trainers.step import (
     BatchLoss,
     Compute,
@@ -61,17 +60,14 @@ def train_reward(config: RewardConfig) -> RunResult:
     compute = make_compute(config.train)
     with opened_run(config):
         model, tokenizer = load_reward_for_training(config, compute)
-        data = load_data(config, config.data.train, tokenizer)
-        check_lengths(model, data)
+        data, held_out = load_sets(config, model, tokenizer)
         pairs = prepare(config.loss, data, compute)
         ends = {ids[-1] for group in data.groups for ids in group.response_ids}
         stops = eos_token_ids(tokenizer, config.model.path)
         set_pad_token(model, use_distinct_pad(tokenizer, ends.union(stops)))
         add_nu(model, config)
         evaluate = None
-        if config.data.eval is not None:
-            held_out = load_data(config, config.data.eval, tokenizer)
-            check_lengths(model, held_out)
+        if held_out is not None:
             evaluate = make_evaluate(model, config, held_out, compute)
         return run_loop(
             config,
@@ -86,18 +82,6 @@ def train_reward(config: RewardConfig) -> RunResult:
                 save_model=partial(save_with_nu, loss=config.loss),
             ),
         )
-
-
-def load_data(config: RewardConfig, source: str, tokenizer: Tokenizer) -> TokenizedDataset:
-    """The pairs of a source, under the run's rules; a loss with ties keeps them."""
-    return load_preferences(
-        source,
-        tokenizer,
-        max_length=config.data.max_length,
-        on_bad_row=config.data.on_bad_row,
-        on_too_long=config.data.on_too_long,
-        ties="keep" if config.loss.uses_ties else config.data.ties,
-    )
 
 
 def prepare(loss: RewardLoss, data: TokenizedDataset, compute: Compute) -> Comparisons:

@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 
-from fastalign.data import TokenizedDataset, Tokenizer, load_tokenizer
+from fastalign.data import (
+    TokenizedDataset,
+    Tokenizer,
+    load_preferences,
+    load_sft,
+    load_tokenizer,
+)
 from fastalign.models import (
     adapter_base,
     add_adapter,
@@ -16,7 +22,7 @@ from fastalign.models import (
     load_policy,
     load_reward_model,
 )
-from fastalign.trainers.config import AnyConfig, ModelConfig, config_to_dict
+from fastalign.trainers.config import AnyConfig, ModelConfig, SFTConfig, config_to_dict
 from fastalign.trainers.optimizer import adamw
 from fastalign.trainers.process_memory import out_of_memory_in_one_line
 from fastalign.trainers.run_folder import announce, locked, prepare_run_folder
@@ -46,20 +52,16 @@ def load_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokeniz
     """The policy with float32 master weights, or a frozen base with an adapter; its tokenizer.
 
     Raises:
-        ValueError: what `load_model`, `load_base` and `add_adapter` refuse.
+        ValueError: what `base_dtype`, `load_model` and `add_adapter` refuse.
     """
-    lora = config.model.lora
-    if lora.rank == 0:
-        model, tokenizer = load_model(config.model.path, config.model, compute)
-    else:
-        model, tokenizer = load_base(config.model, compute)
-        add_adapter(
-            model,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            targets=lora.targets,
-            use_rslora=lora.use_rslora,
-        )
+    model, tokenizer = load_model(
+        config.model.path,
+        config.model,
+        compute,
+        dtype=base_dtype(config.model, compute),
+        nf4=config.model.lora.base == "nf4",
+    )
+    add_new_adapter(model, config.model)
     return ready_for_training(model, config), tokenizer
 
 
@@ -96,30 +98,37 @@ def checkpoint_activations(model: Any) -> None:
     model.train()  # dropout is 0; transformers checkpoints only in this mode
 
 
-def load_base(config: ModelConfig, compute: Compute) -> tuple[Any, Tokenizer]:
-    """The base of an adapter in the precision that `lora.base` says, and its tokenizer.
+def base_dtype(config: ModelConfig, compute: Compute) -> torch.dtype:
+    """Of the weights under an adapter; where all are trained they are float32.
 
     Raises:
-        ValueError: it is an adapter itself, or its precision does not go with that of the run.
+        ValueError: an adapter on an adapter, or a precision that does not go with the run's.
     """
-    precision = config.lora.base
-    if adapter_base(config.path) is not None:
+    lora = config.lora
+    if lora.rank and adapter_base(config.path) is not None:
         raise ValueError(
             f"model.path: {config.path} is an adapter, on which peft puts no other; merge it first "
             "(fastalign merge), and train on the result"
         )
-    if precision == "bf16" and compute.dtype != torch.bfloat16:
+    if lora.base == "bf16" and compute.dtype != torch.bfloat16:
         raise ValueError(
             "model.lora.base: a bf16 base computes in bf16; expected --train.precision bf16 with "
             f"it, got {str(compute.dtype).removeprefix('torch.')}"
         )
-    return load_model(
-        config.path,
-        config,
-        compute,
-        dtype=torch.float32 if precision == "float32" else compute.dtype,
-        nf4=precision == "nf4",
-    )
+    return torch.float32 if lora.base == "float32" else compute.dtype
+
+
+def add_new_adapter(model: Any, config: ModelConfig) -> None:
+    """Puts the adapter that the settings describe on a model, if they do."""
+    lora = config.lora
+    if lora.rank:
+        add_adapter(
+            model,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=lora.targets,
+            use_rslora=lora.use_rslora,
+        )
 
 
 def load_model(
@@ -186,3 +195,40 @@ def check_lengths(model: Any, data: TokenizedDataset) -> None:
                 f"{source}: {longest} tokens, but the model has {limit} positions; lower "
                 "--data.max-length and say what to do with such rows (--data.on-too-long)"
             )
+
+
+def load_data(config: AnyConfig, source: str, tokenizer: Tokenizer) -> TokenizedDataset:
+    """A source under the run's rules: demonstrations, or pairs; a loss with ties keeps them."""
+    data = config.data
+    if isinstance(config, SFTConfig):
+        return load_sft(
+            source,
+            tokenizer,
+            max_length=data.max_length,
+            on_bad_row=data.on_bad_row,
+            on_too_long=data.on_too_long,
+        )
+    return load_preferences(
+        source,
+        tokenizer,
+        max_length=data.max_length,
+        on_bad_row=data.on_bad_row,
+        on_too_long=data.on_too_long,
+        ties="keep" if config.loss.uses_ties else config.data.ties,
+    )
+
+
+def load_sets(
+    config: AnyConfig, model: Any, tokenizer: Tokenizer
+) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """Training data, and held-out data if there are any, none longer than the model's positions.
+
+    Raises:
+        ValueError: whatever is wrong with a source, naming file and row.
+        FileNotFoundError: a file that is not there.
+    """
+    sources = [config.data.train, *([] if config.data.eval is None else [config.data.eval])]
+    sets = [load_data(config, source, tokenizer) for source in sources]
+    for data in sets:
+        check_lengths(model, data)
+    return sets[0], sets[1] if len(sets) > 1 else None

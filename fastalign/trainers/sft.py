@@ -4,14 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastalign.batch import PackedBatch
-from fastalign.data import TokenizedDataset, Tokenizer, load_sft
 from fastalign.fused import sft_loss_fn
 from fastalign.ops.fused_linear_loss import LossFunction
 from fastalign.trainers.config import SFTConfig
 from fastalign.trainers.evaluate import evaluate_by_loss
 from fastalign.trainers.loop import RunResult, Task, run_loop
 from fastalign.trainers.metrics import Metrics, mean_metrics
-from fastalign.trainers.setup import check_lengths, load_for_training, opened_run
+from fastalign.trainers.setup import load_for_training, load_sets, opened_run
 from fastalign.trainers.step import (
     Compute,
     Examples,
@@ -33,13 +32,10 @@ def train_sft(config: SFTConfig) -> RunResult:
     compute = make_compute(config.train)
     with opened_run(config):
         model, tokenizer = load_for_training(config, compute)
-        data = load_data(config, config.data.train, tokenizer)
-        check_lengths(model, data)
+        data, held_out = load_sets(config, model, tokenizer)
         examples = measure_examples(data.groups, compute.packing)
         evaluate = None
-        if config.data.eval is not None:
-            held_out = load_data(config, config.data.eval, tokenizer)
-            check_lengths(model, held_out)
+        if held_out is not None:
             measured = measure_examples(held_out.groups, compute.packing)
 
             def evaluate() -> Metrics:
@@ -58,17 +54,6 @@ def train_sft(config: SFTConfig) -> RunResult:
                 evaluate=evaluate,
             ),
         )
-
-
-def load_data(config: SFTConfig, source: str, tokenizer: Tokenizer) -> TokenizedDataset:
-    """The demonstrations of a source, under the run's rules."""
-    return load_sft(
-        source,
-        tokenizer,
-        max_length=config.data.max_length,
-        on_bad_row=config.data.on_bad_row,
-        on_too_long=config.data.on_too_long,
-    )
 
 
 def num_targets(examples: Examples, indices: Sequence[int]) -> int:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastalign.data import load_tokenizer
 from fastalign.models import load_policy
 from fastalign.trainers import LOSSES, TrainConfig, dpo
+from fastalign.trainers.setup import load_data
 from fastalign.trainers.step import make_compute
 from tests.runs import dpo_config
 
@@ -34,7 +35,7 @@ def dpo_gradient(
     compute = make_compute(train)
     model = load_policy(folder / "llama", packing=packing)  # type: ignore[arg-type]
     tokenizer = load_tokenizer(folder / "llama")
-    data = dpo.load_data(config, config.data.train, tokenizer)
+    data = load_data(config, config.data.train, tokenizer)
     pairs = dpo.prepare(config, model, tokenizer, data, range(12), compute)
     metrics, _ = dpo.dpo_step(model, config.loss, pairs, [3, 1, 4, 5, 9, 2, 6], compute)
     return float(metrics["loss"]), gradients(model)

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fastalign.cli.main import main
 from fastalign.trainers.estimate import estimate_run
 from tests.runs import dpo_config, sentence, sft_config, write_rows
+from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -138,15 +139,120 @@ def test_nothing_is_written_and_the_command_is_asked_for(
     assert main(["estimate", "sft", *words]) == 0
     assert "it fits" in capsys.readouterr().out
     assert not (folder / "run").exists()
-    assert main(["estimate", *words]) == 2
-    assert "expected one of sft, reward, dpo before the flags" in capsys.readouterr().err
     assert main(["estimate", "ppo", *words]) == 2
     assert "expected one of sft, reward, dpo, got 'ppo'" in capsys.readouterr().err
+
+
+SETTINGS = {
+    "optim: {lr: 1.0e-5}": "sft",
+    "loss: hinge": "dpo",
+    "loss: {name: davidson}": "reward",
+    "reference: {}\ndata: {ties: drop}": "dpo",
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+def test_the_command_is_told_by_its_settings(
+    settings: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = SETTINGS[settings]
     config = folder / "config.yaml"
-    config.write_text("reference: {}\ndata: {ties: drop}\n")
-    rows = [*words[:3], str(folder / "pairs.jsonl"), *words[4:]]
-    assert main(["estimate", "--config", str(config), *rows]) == 0
-    assert capsys.readouterr().out.startswith("dpo of ")
+    config.write_text(settings)
+    rows = folder / ("texts.jsonl" if name == "sft" else "pairs.jsonl")
+    words = ["--model.path", str(folder / "llama"), "--data.train", str(rows)]
+    words += ["--run.dir", str(folder / "run"), "--train.device", "cpu"]
+    assert main(["estimate", "--config", str(config), *words]) == 0
+    first, second, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"no command was named: by its settings it is {name}"
+    assert second.startswith(f"{name} of ")
+
+
+def test_recipes_and_flags_tell_the_command(folder: Path) -> None:
+    from fastalign.cli.estimate import algorithm_of
+
+    for path in (ROOT / "scripts" / "recipes").glob("*.yaml"):
+        assert algorithm_of(["--config", str(path)]) == path.stem
+    assert algorithm_of(["--reference.path", "x"]) == "dpo"
+    assert algorithm_of(["--loss=rao_kupper"]) == "reward"
+    config = folder / "config.yaml"
+    for text in ("data: {ties: drop}", "loss: {beta: 0.3}", "loss: no-such", "loss: [1]"):
+        config.write_text(text)
+        with pytest.raises(ValueError, match=r"before the flags: .* may be dpo's or reward's"):
+            algorithm_of(["--config", str(config)])
+    with pytest.raises(ValueError, match="may be dpo's or reward's"):
+        algorithm_of(["--data.ties=drop"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_nf4_takes_what_bitsandbytes_allocates(kind: str, folder: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    from dataclasses import replace
+
+    from fastalign.models import save_model
+    from fastalign.trainers import LoraConfig, ModelConfig
+    from fastalign.trainers.setup import load_for_training
+    from fastalign.trainers.step import make_compute
+
+    save_model(tiny_model(kind, vocab_size=320), make_tokenizer(), folder / kind)
+    config = dpo_config(folder, "run")
+    lora = LoraConfig(rank=2, targets=("all-linear", "lm_head"), base="nf4")
+    config = replace(config, model=ModelConfig(str(folder / kind), lora=lora))
+    model, _ = load_for_training(config, make_compute(config.train))
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        if state is not None:
+            for scale in (state.absmax, state.state2.absmax):
+                tensors[id(scale)] = scale
+    expected = sum(t.numel() * t.element_size() for t in tensors.values())
+    estimated = estimate_run(config).phases["training step"].weights
+    assert estimated == pytest.approx(expected, rel=0.02)
+
+
+def test_the_evaluation_is_a_phase_and_counts_for_the_reference(folder: Path) -> None:
+    from dataclasses import replace
+
+    config = dpo_config(folder, "run", batch_size=2, tokens_per_batch=1000)
+    alone = estimate_run(config)
+    assert list(alone.phases) == ["training step", "reference log-probs"]
+    held_out = folder / "held_out.jsonl"
+    long = "The" + sentence(3, 110)
+    write_rows(held_out, [{"prompt": long, "chosen": " cat", "rejected": " dog"}] * 9)
+    found = estimate_run(replace(config, data=replace(config.data, eval=str(held_out))))
+    assert list(found.phases) == ["training step", "reference log-probs", "evaluation"]
+    step, evaluation = found.phases["training step"], found.phases["evaluation"]
+    assert (evaluation.weights, evaluation.states) == (step.weights, step.states)
+    assert evaluation.gradients == 0
+    assert evaluation.activations > 0
+    of_reference = found.phases["reference log-probs"].activations
+    assert of_reference > alone.phases["reference log-probs"].activations
+    assert found.phases["training step"] == alone.phases["training step"]
+
+
+def test_what_a_run_refuses_of_precisions_is_refused(folder: Path) -> None:
+    from dataclasses import replace
+
+    from fastalign.trainers import LoraConfig, ModelConfig
+
+    config = sft_config(folder, "run", precision="float32")
+    model = ModelConfig(config.model.path, lora=LoraConfig(rank=2, base="bf16"))
+    with pytest.raises(ValueError, match=r"^model.lora.base: a bf16 base computes in bf16"):
+        estimate_run(replace(config, model=model))
+
+
+def test_full_training_from_an_adapter_is_that_of_its_base(folder: Path) -> None:
+    from dataclasses import replace
+
+    from fastalign.models import add_adapter, load_policy, save_adapter
+    from fastalign.trainers import ModelConfig
+
+    config = sft_config(folder, "run")
+    model = load_policy(folder / "llama")
+    add_adapter(model, rank=2, alpha=4, targets=("q_proj",))
+    save_adapter(model, folder / "adapter")
+    make_tokenizer().save_pretrained(folder / "adapter")
+    found = estimate_run(replace(config, model=ModelConfig(str(folder / "adapter"))))
+    assert found == replace(estimate_run(config), libraries=found.libraries)
 
 
 def test_what_does_not_fit_says_what_would_help(

@@ -24,6 +24,7 @@ from fastalign.trainers import (
     train_dpo,
     train_sft,
 )
+from fastalign.trainers.setup import load_data
 from fastalign.trainers.sft import make_sft_loss
 from fastalign.trainers.step import make_compute, policy_loss
 from tests.models.test_exactness import random_groups
@@ -92,7 +93,7 @@ def test_the_reference_is_the_base(folder: Path, base: str) -> None:
 def test_an_adapter_that_has_learned_is_off_in_the_reference(folder: Path) -> None:
     config = dpo_config(folder, "unused")
     tokenizer = load_tokenizer(folder / "llama")
-    data = dpo.load_data(config, config.data.train, tokenizer)
+    data = load_data(config, config.data.train, tokenizer)
     compute = make_compute(TrainConfig(device="cpu"))
     found = []
     for number, adapted in enumerate((False, True)):

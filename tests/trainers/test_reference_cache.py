@@ -21,6 +21,7 @@ from fastalign.data import load_tokenizer
 from fastalign.models import load_policy, save_model
 from fastalign.trainers import LOSSES, TrainConfig, dpo, reference, train_dpo
 from fastalign.trainers.reference_cache import digest_of, merge_into_cache, read_cache
+from fastalign.trainers.setup import load_data
 from fastalign.trainers.step import make_compute
 from tests.runs import dpo_config, read_metrics, write_rows
 from tests.tiny import tiny_model
@@ -37,7 +38,7 @@ def logprobs(folder: Path, used: Any = range(12), **train: Any) -> Tensor:
     compute = make_compute(TrainConfig(device="cpu", **train))
     model = load_policy(folder / "llama", packing=compute.packing)
     tokenizer = load_tokenizer(folder / "llama")
-    data = dpo.load_data(config, config.data.train, tokenizer)
+    data = load_data(config, config.data.train, tokenizer)
     values = dpo.prepare(config, model, tokenizer, data, used, compute).reference
     assert values is not None
     return values

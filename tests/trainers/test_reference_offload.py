@@ -12,6 +12,7 @@ import torch
 from fastalign.data import load_tokenizer
 from fastalign.models import load_policy, offload_layers, save_model
 from fastalign.trainers import DPOConfig, ReferenceConfig, TrainConfig, dpo, reference, train_dpo
+from fastalign.trainers.setup import load_data
 from fastalign.trainers.step import make_compute
 from tests.runs import dpo_config, read_metrics
 from tests.tiny import tiny_model
@@ -41,7 +42,7 @@ def test_an_offloaded_reference_has_the_same_log_probs(
     for offload in (False, True):
         name = f"offload-{offload}"
         config = config_with_reference(folder, name, architecture, offload=offload)
-        data = dpo.load_data(config, config.data.train, tokenizer)
+        data = load_data(config, config.data.train, tokenizer)
         found.append(dpo.prepare(config, policy, tokenizer, data, range(12), compute).reference)
     # The same file's name: the fingerprint is taken while the weights are there.
     (first,), (second,) = (

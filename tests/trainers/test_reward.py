@@ -16,6 +16,7 @@ from fastalign.batch import pack
 from fastalign.data import load_tokenizer
 from fastalign.models import hidden_at, load_reward_model, save_model
 from fastalign.trainers import REWARD_LOSSES, RewardConfig, TrainConfig, reward, train_reward
+from fastalign.trainers.setup import load_data
 from fastalign.trainers.step import Compute, make_compute
 from tests.runs import read_metrics, reward_config, write_rows
 from tests.tiny import tiny_model
@@ -43,7 +44,7 @@ def make_step(
     compute = make_compute(train)
     model = load_reward_model(config.model.path, packing=packing)  # type: ignore[arg-type]
     model.score.weight.data *= 3  # rewards far enough apart for the loss to bend
-    data = reward.load_data(config, config.data.train, load_tokenizer(config.model.path))
+    data = load_data(config, config.data.train, load_tokenizer(config.model.path))
     reward.add_nu(model, config)
     return model, reward.prepare(config.loss, data, compute), compute
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastalign.data import load_tokenizer
 from fastalign.models import load_policy
 from fastalign.trainers import TrainConfig, dpo, sft
+from fastalign.trainers.setup import load_data
 from fastalign.trainers.step import make_compute, measure_examples
 from tests.runs import dpo_config, sft_config
 from tests.tolerance import assert_no_worse
@@ -60,7 +61,7 @@ def sft_gradient(folder: Path, packing: str, tokens: int) -> tuple[float, dict[s
     compute = make_compute(train)
     model = load_policy(folder / "llama", packing=packing)  # type: ignore[arg-type]
     config = sft_config(folder, "unused")
-    data = sft.load_data(config, config.data.train, load_tokenizer(folder / "llama"))
+    data = load_data(config, config.data.train, load_tokenizer(folder / "llama"))
     examples = measure_examples(data.groups, compute.packing)
     metrics, _ = sft.sft_step(model, examples, [0, 7, 3, 3, 11], compute)
     return float(metrics["loss"]), gradients(model)
@@ -92,7 +93,7 @@ def test_the_metrics_are_trls(folder: Path) -> None:
     config = dpo_config(folder, "unused")
     model, tokenizer = load_policy(folder / "llama"), load_tokenizer(folder / "llama")
     compute = make_compute(TrainConfig(device="cpu", tokens_per_batch=30))
-    data = dpo.load_data(config, config.data.train, tokenizer)
+    data = load_data(config, config.data.train, tokenizer)
     pairs = dpo.prepare(config, model, tokenizer, data, range(12), compute)
     indices = [3, 1, 4]
     metrics, _ = dpo.dpo_step(model, config.loss, pairs, indices, compute)

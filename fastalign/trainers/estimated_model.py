@@ -1,0 +1,70 @@
+"""The model of a run on tensors without data, and what its weights take."""
+
+from typing import Any
+
+import torch
+
+from fastalign.models import linear_names
+from fastalign.models.skeleton import model_without_weights
+from fastalign.trainers.config import AnyConfig, RewardConfig
+from fastalign.trainers.memory import fake_mode
+from fastalign.trainers.setup import add_new_adapter, base_dtype, checkpoint_activations
+from fastalign.trainers.step import Compute
+
+# A weight of bitsandbytes' doubly quantised NF4: half a byte, a byte of scale for each 64 of them,
+# and a float32 for each 256 of those.
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+
+
+def trained_model(config: AnyConfig, compute: Compute) -> Any:
+    """What the run trains, adapter included; weights of NF4 are in the dtype of its products.
+
+    Raises:
+        ValueError: whatever the run would refuse of it.
+    """
+    dtype = base_dtype(config.model, compute)
+    model = build(config, compute, config.model.path, dtype=dtype, trained=True)
+    if config.train.gradient_checkpointing:
+        checkpoint_activations(model)
+    return model
+
+
+def reference_model(config: AnyConfig, compute: Compute, path: str) -> Any:
+    """Another model in float32, frozen."""
+    return build(config, compute, path, dtype=torch.float32, trained=False)
+
+
+def build(
+    config: AnyConfig, compute: Compute, path: str, *, dtype: torch.dtype, trained: bool
+) -> Any:
+    """A model of the run, the new adapter on it if it is the trained one."""
+    with torch.device("meta"):  # peft moves its matrices, which fake tensors do not bear
+        model = model_without_weights(
+            path,
+            reward=isinstance(config, RewardConfig),
+            dtype=dtype,
+            device=compute.device,
+            packing=compute.packing,
+            attention_name=compute.attention,
+            compute_dtype=compute.dtype,
+            trust_remote_code=config.model.trust_remote_code,
+        )
+        if trained:
+            add_new_adapter(model, config.model)
+    with fake_mode(compute.device):
+        model.to_empty(device=compute.device)
+        model.tie_weights()
+    return model
+
+
+def weight_bytes(model: Any, config: AnyConfig) -> int:
+    """Of the trained model's parameters and buffers, once each, as they will be kept."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
+    total = float(sum(t.numel() * t.element_size() for t in tensors.values()))
+    if config.model.lora.base == "nf4":
+        head = model.get_output_embeddings()
+        for layer in linear_names(model).values():
+            weight: Any = layer.weight
+            if weight is not head.weight and not weight.requires_grad:
+                total -= weight.numel() * (weight.element_size() - NF4_BYTES)
+    return int(total)
