@@ -91,6 +91,7 @@ def fastalign_answers(job: Job, clock: Clock) -> None:
         metrics, _ = sft_step(model, examples, range(len(job.groups)), compute)
         losses.append(float(metrics["loss"]))
         optimiser_step(state, losses[-1], optim, job.num_steps)
+        state.step += 1
 
 
 def _train_config(job: Job) -> Any:

@@ -31,6 +31,7 @@ from fastalign.trainers.step import (
     make_compute,
     measure_examples,
     policy_loss,
+    supervised,
 )
 
 
@@ -74,7 +75,10 @@ def train_dpo(config: DPOConfig) -> RunResult:
                 num_examples=len(data.groups),
                 data_fingerprint=data.fingerprint,
                 tokenizer=tokenizer,
-                accumulate=lambda indices: dpo_step(model, config.loss, pairs, indices, compute),
+                take_step=supervised(
+                    lambda indices: dpo_step(model, config.loss, pairs, indices, compute),
+                    config.optim,
+                ),
                 evaluate=(
                     (lambda: evaluate_pairs(model, config.loss, others[0], compute))
                     if others

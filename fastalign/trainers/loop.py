@@ -25,7 +25,7 @@ from fastalign.trainers.process_memory import STEP, memory_used_in, peak_memory_
 from fastalign.trainers.reference_cache import model_fingerprint
 from fastalign.trainers.signals import StopRequest, stop_on_signal
 from fastalign.trainers.state import TrainState
-from fastalign.trainers.step import optimiser_step
+from fastalign.trainers.step import TakeStep
 
 MAX_SKIPPED_IN_A_ROW = 3
 # What training begins from and a checkpoint does not hold: it holds their fingerprints.
@@ -58,8 +58,8 @@ class Task:
         num_examples: of the training data.
         data_fingerprint: of the training data's token ids.
         tokenizer: saved with the model.
-        accumulate: adds the gradient of these examples; returns the step's metrics (`loss` and
-            `num_micro_batches` among them) and the packed tokens computed.
+        take_step: changes the model by these examples; returns the step's metrics (`loss`,
+            `num_micro_batches`, `skipped` and others) and the packed tokens computed.
         evaluate: metrics on the held-out data, names beginning with `eval_`; None without data.
         save_model: writes (model, tokenizer, folder) in transformers' layout.
     """
@@ -68,7 +68,7 @@ class Task:
     num_examples: int
     data_fingerprint: str
     tokenizer: Any
-    accumulate: Callable[[list[int]], tuple[Metrics, int]]
+    take_step: TakeStep
     evaluate: Callable[[], Metrics] | None
     save_model: Callable[[Any, Any, Path], None] = save_model
 
@@ -180,16 +180,16 @@ def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -
     batch_size = config.train.batch_size
     indices = indices_of_step(task.num_examples, batch_size, state.step, seed=config.run.seed)
     with memory_used_in(f"{STEP}{state.step + 1}"):
-        metrics, num_tokens = task.accumulate(indices)
-        state.num_tokens += num_tokens
-        update = optimiser_step(state, float(metrics["loss"]), config.optim, num_steps)
+        metrics, num_tokens = task.take_step(state, indices, num_steps)
+    state.step += 1
+    state.num_tokens += num_tokens
+    state.num_skipped_in_a_row = state.num_skipped_in_a_row + 1 if metrics["skipped"] else 0
     seconds = time.perf_counter() - start
     room = metrics["num_micro_batches"] * config.train.tokens_per_batch
     metrics = {
         "step": state.step,
         "epoch": state.step * batch_size / task.num_examples,
         **metrics,
-        **update,
         "num_tokens": state.num_tokens,
         "fill_rate": num_tokens / room,
         "peak_memory_bytes": peak_memory_bytes(next(state.model.parameters()).device),

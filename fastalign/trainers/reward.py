@@ -29,6 +29,7 @@ from fastalign.trainers.step import (
     accumulate,
     make_compute,
     measure_examples,
+    supervised,
 )
 
 # The name of the learned tie parameter on the model; the saved model's config holds its nu.
@@ -77,7 +78,10 @@ def train_reward(config: RewardConfig) -> RunResult:
                 num_examples=len(data.groups),
                 data_fingerprint=data.fingerprint,
                 tokenizer=tokenizer,
-                accumulate=lambda indices: reward_step(model, config.loss, pairs, indices, compute),
+                take_step=supervised(
+                    lambda indices: reward_step(model, config.loss, pairs, indices, compute),
+                    config.optim,
+                ),
                 evaluate=evaluate,
                 save_model=partial(save_with_nu, loss=config.loss),
             ),

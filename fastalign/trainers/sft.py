@@ -19,6 +19,7 @@ from fastalign.trainers.step import (
     make_compute,
     measure_examples,
     policy_loss,
+    supervised,
 )
 
 
@@ -50,7 +51,10 @@ def train_sft(config: SFTConfig) -> RunResult:
                 num_examples=len(data.groups),
                 data_fingerprint=data.fingerprint,
                 tokenizer=tokenizer,
-                accumulate=lambda indices: sft_step(model, examples, indices, compute),
+                take_step=supervised(
+                    lambda indices: sft_step(model, examples, indices, compute),
+                    config.optim,
+                ),
                 evaluate=evaluate,
             ),
         )

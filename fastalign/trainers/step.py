@@ -21,6 +21,7 @@ from fastalign.models import (
 from fastalign.ops import fused_linear_loss
 from fastalign.ops.fused_linear_loss import LossFunction
 from fastalign.trainers.config import OptimConfig, TrainConfig
+from fastalign.trainers.metrics import Metrics
 from fastalign.trainers.optimizer import clip_gradient, learning_rate
 from fastalign.trainers.process_memory import memory_used_in
 from fastalign.trainers.state import TrainState
@@ -31,6 +32,8 @@ BatchLoss = Callable[[PackedBatch, list[int]], tuple[Tensor, dict[str, Tensor]]]
 MakeLoss = Callable[[PackedBatch, list[int]], tuple[LossFunction, Sequence[int] | None]]
 # (hidden states (N, D), the head, the batch) -> more sums for the metrics
 MeasureHidden = Callable[[Tensor, Head, PackedBatch], dict[str, Tensor]]
+# (what the run changes, the step's examples, steps of the run) -> metrics, packed tokens computed
+TakeStep = Callable[[TrainState, list[int], int], tuple[Metrics, int]]
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ def add_sums(sums: dict[str, float], more: dict[str, float]) -> None:
 def optimiser_step(
     state: TrainState, loss: float, config: OptimConfig, num_steps: int
 ) -> dict[str, float | int]:
-    """Applies the gradient, unless it or the loss is not finite; counts the step either way.
+    """Applies the gradient, unless it or the loss is not finite; the caller counts the step.
 
     Returns:
         `learning_rate`, `grad_norm` and `skipped` (1 where no weight was changed).
@@ -185,6 +188,23 @@ def optimiser_step(
             group["lr"] = rate * group.get("lr_scale", 1.0)
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    state.step += 1
-    state.num_skipped_in_a_row = 0 if finite else state.num_skipped_in_a_row + 1
     return {"learning_rate": rate, "grad_norm": norm, "skipped": int(not finite)}
+
+
+def supervised(
+    accumulate_step: Callable[[list[int]], tuple[Metrics, int]], config: OptimConfig
+) -> TakeStep:
+    """The step of an algorithm that computes one gradient of its examples, and applies it.
+
+    Args:
+        accumulate_step: adds the gradient of these examples; returns metrics (`loss` and
+            `num_micro_batches` among them) and the packed tokens computed.
+        config: of the optimiser.
+    """
+
+    def take_step(state: TrainState, indices: list[int], num_steps: int) -> tuple[Metrics, int]:
+        metrics, num_tokens = accumulate_step(indices)
+        update = optimiser_step(state, float(metrics["loss"]), config, num_steps)
+        return {**metrics, **update}, num_tokens
+
+    return take_step

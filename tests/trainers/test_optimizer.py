@@ -35,6 +35,7 @@ def train(model: nn.Module, config: OptimConfig, num_steps: int) -> TrainState:
     for _ in range(num_steps):
         model(torch.randn(16, 80, generator=draw)).square().sum().backward()
         optimiser_step(state, 0.0, replace(config, warmup_steps=100), 1000)
+        state.step += 1
     return state
 
 
