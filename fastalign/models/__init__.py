@@ -15,6 +15,7 @@ from fastalign.models.lora import (
     add_adapter,
     base_state,
     has_adapter,
+    linear_names,
     merge_adapter,
 )
 from fastalign.models.lora_files import adapter_base, save_adapter
@@ -45,6 +46,7 @@ __all__ = [
     "find_offload",
     "has_adapter",
     "hidden_at",
+    "linear_names",
     "lm_head",
     "load_policy",
     "load_reward_model",

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from fastalign.models import linear_names
 from fastalign.models.skeleton import model_without_weights
@@ -51,10 +52,21 @@ def build(
         )
         if trained:
             add_new_adapter(model, config.model)
-    with fake_mode(compute.device):
-        model.to_empty(device=compute.device)
-        model.tie_weights()
+    move_to_fake(model, compute.device)
     return model
+
+
+def move_to_fake(model: nn.Module, device: torch.device) -> None:
+    """Gives parameters and buffers a device, and no data; those that were tied stay so."""
+    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    for part in model.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            places.setdefault(id(parameter), []).append((part, name))
+    with fake_mode(device):
+        model.to_empty(device=device)
+    for (first, name), *others in places.values():
+        for part, its_name in others:
+            setattr(part, its_name, getattr(first, name))
 
 
 def weight_bytes(model: Any, config: AnyConfig) -> int:

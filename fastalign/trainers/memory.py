@@ -140,6 +140,7 @@ def _peak(model: Any, batch: PackedBatch, compute: Compute, states: int, backwar
                     del loss
                 tracker.reset_mod_stats()
         snapshot = tracker.get_tracker_snapshot("peak")
+    model.zero_grad(set_to_none=True)  # as a step does: what is asked next begins without
     (kinds,) = (v for device, v in snapshot.items() if device.type == compute.device.type)
     found = {getattr(kind, "name", str(kind)): size for kind, size in kinds.items()}
     return Peak(

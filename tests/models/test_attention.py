@@ -10,7 +10,7 @@ from torch.nn.attention.varlen import varlen_attn
 
 from fastalign.batch import Group, pack
 from fastalign.models import attention, response_logprob
-from fastalign.models.attention import choice, flex, varlen
+from fastalign.models.attention import ScoreForm, choice, flex, varlen
 from fastalign.models.attention.blocks import assign_blocks
 from fastalign.models.attention.rows import Gather, ranges
 from fastalign.models.attention.segments import segments_of
@@ -59,7 +59,8 @@ def test_the_arguments_of_torchs_kernel_are_its_own(monkeypatch: pytest.MonkeyPa
     rows = torch.zeros(3, 4, 8)
     keys = torch.zeros(5, 2, 8)
     for window in (None, 6):
-        varlen.torch_kernel(rows, keys, keys, "cu_q", "cu_k", 3, 5, 0.5, window, None)  # type: ignore[arg-type]
+        bounds = varlen.Bounds("cu_q", "cu_k", 3, 5)  # type: ignore[arg-type]
+        varlen.torch_kernel(rows, keys, keys, bounds, ScoreForm(0.5, window))
     assert [call["window_size"] for call in calls] == [(-1, 0), (5, 0)]  # (-1, 0) is its causal
     assert all(call["enable_gqa"] and call["scale"] == 0.5 for call in calls)
 

@@ -213,11 +213,11 @@ def test_the_evaluation_is_a_phase_and_counts_for_the_reference(folder: Path) ->
     from dataclasses import replace
 
     config = dpo_config(folder, "run", batch_size=2, tokens_per_batch=1000)
-    alone = estimate_run(config)
+    alone = estimate_run(replace(config, data=replace(config.data, eval=None)))
     assert list(alone.phases) == ["training step", "reference log-probs"]
     held_out = folder / "held_out.jsonl"
-    long = "The" + sentence(3, 110)
-    write_rows(held_out, [{"prompt": long, "chosen": " cat", "rejected": " dog"}] * 9)
+    long = "The" + sentence(3, 9)
+    write_rows(held_out, [{"prompt": long, "chosen": " slow", "rejected": " dim"}] * 12)
     found = estimate_run(replace(config, data=replace(config.data, eval=str(held_out))))
     assert list(found.phases) == ["training step", "reference log-probs", "evaluation"]
     step, evaluation = found.phases["training step"], found.phases["evaluation"]
