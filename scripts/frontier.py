@@ -1,0 +1,207 @@
+"""Reward against KL of every method at several strengths and seeds, all from one SFT model.
+
+`./scripts/frontier.sh` calls it. What is finished is not run again, so an interrupted call goes on.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "scripts" / "recipes" / "frontier"
+SAMPLES = ROOT / "fastalign" / "samples" / "pros_cons"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run and its evaluation.
+
+    Attributes:
+        folder: of the run.
+        commands: `fastalign`'s arguments, one list after the other.
+        result: a file that is there when it is done.
+    """
+
+    folder: Path
+    commands: tuple[tuple[str, ...], ...]
+    result: Path
+
+
+@dataclass(frozen=True)
+class LabelledJob:
+    """A job, and the points of the picture that it gives: method, strength, seed."""
+
+    job: Job
+    labels: list[dict[str, Any]]
+
+
+def use_one_thread() -> None:
+    """Each worker has a core of its own; libraries read this when they are imported."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def execute(job: Job) -> tuple[Job, float, str | None]:
+    """Runs a job's commands; returns its seconds, and how it failed, if it did."""
+    from fastalign.cli.main import main
+
+    start = time.perf_counter()
+    job.folder.mkdir(parents=True, exist_ok=True)
+    log = job.folder / "log.txt"
+    with (
+        log.open("a", encoding="utf-8") as file,
+        contextlib.redirect_stdout(file),
+        contextlib.redirect_stderr(file),
+    ):
+        for command in job.commands:
+            print("$ fastalign", *command, flush=True)
+            if main(command):
+                last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
+                return job, time.perf_counter() - start, last
+    return job, time.perf_counter() - start, None
+
+
+def run_all(jobs: Sequence[Job], num_workers: int) -> None:
+    """Runs what is not done yet, as many at a time as there are workers.
+
+    Raises:
+        SystemExit: a job failed; the others were run.
+    """
+    waiting = [job for job in jobs if not job.result.exists()]
+    print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done before", flush=True)
+    failed = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(num_workers, context, initializer=use_one_thread) as pool:
+        for count, future in enumerate(as_completed(pool.submit(execute, j) for j in waiting), 1):
+            job, seconds, fault = future.result()
+            print(
+                f"{count}/{len(waiting)}  {job.folder}  {seconds:.0f} s  {fault or ''}", flush=True
+            )
+            if fault is not None:
+                failed.append(job.folder)
+    if failed:
+        sys.exit(
+            f"frontier: {len(failed)} runs failed; see log.txt in {', '.join(map(str, failed))}"
+        )
+
+
+def write_preferred(pairs: Path, out: Path) -> None:
+    """The preferred answer of each pair that is no tie, as demonstrations."""
+    lines = []
+    for line in pairs.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["label"] != "tie":
+            completion = row[f"response_{row['label']}"]
+            lines.append(json.dumps({"prompt": row["prompt"], "completion": completion}) + "\n")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(lines), encoding="utf-8")
+
+
+def evaluation(model: Path, run: Path, folder: Path, seed: int, *more: str) -> tuple[str, ...]:
+    """The command that measures a model against the SFT model."""
+    return (
+        *("eval", "--model.path", str(model), "--reference.path", str(folder / "sft" / "model")),
+        *("--reward", str(SAMPLES / "reward.json"), "--sampling.max-new-tokens", "40"),
+        *("--data.prompts", str(SAMPLES / "prompts_eval.jsonl"), "--run.seed", str(seed)),
+        *("--out", str(run / "eval" / "eval.json"), *more),
+    )
+
+
+def shared_jobs(folder: Path, quick: bool) -> list[Job]:
+    """The SFT model, and the learned reward from it: one after the other."""
+    base, sft, reward = folder / "base", folder / "sft", folder / "reward"
+    texts = ("--data.train", str(SAMPLES / "texts_train.jsonl.gz"))
+    shape = ("--vocab-size", "768", "--hidden-size", "128", "--layers", "4", "--heads", "4")
+    begin = ("new-model", *texts, *shape, "--max-positions", "256", "--out", str(base))
+    tune = (
+        *("sft", "--config", str(RECIPES / "sft.yaml"), "--model.path", str(base), *texts),
+        *("--train.max-steps", "400" if quick else "1000", "--run.dir", str(sft)),
+    )
+    learn = (
+        *("reward", "--config", str(RECIPES / "reward.yaml"), "--model.path", str(sft / "model")),
+        *("--data.train", str(SAMPLES / "pairs_train.jsonl"), "--run.dir", str(reward)),
+        *("--data.eval", str(SAMPLES / "pairs_eval.jsonl")),
+    )
+    return [Job(sft, (begin, tune), sft / "model"), Job(reward, (learn,), reward / "model")]
+
+
+def method_jobs(experiment: dict[str, Any], folder: Path, quick: bool) -> Iterator[LabelledJob]:
+    """The runs of the experiment's methods, and the best of n of the SFT model."""
+    sft, reward = folder / "sft" / "model", folder / "reward" / "model"
+    made = {
+        "reward": reward,
+        "truth": SAMPLES / "reward.json",
+        "pairs": SAMPLES / "pairs_train.jsonl",
+        "prompts": SAMPLES / "prompts_train.jsonl",
+        "preferred": folder / "preferred.jsonl",
+        "cache": folder / "cache",
+    }
+    seeds = experiment["quick_seeds" if quick else "seeds"]
+    best = ("--best-of", *map(str, experiment["best_of"]), "--best-of-reward", str(reward))
+    for seed in seeds:
+        run = folder / "runs" / "best-of-n" / f"seed-{seed}"
+        job = Job(run, (evaluation(sft, run, folder, seed, *best),), run / "eval" / "eval.json")
+        labels = [{"method": "sft", "seed": seed}]
+        labels += [
+            {"method": "best of n, learned reward", "strength": n, "seed": seed, "best_of": n}
+            for n in experiment["best_of"]
+        ]
+        yield LabelledJob(job, labels)
+    for method in experiment["methods"]:
+        places = experiment["quick_values"] if quick else range(len(method["values"]))
+        for value, seed in ((method["values"][place], seed) for place in places for seed in seeds):
+            name = method["name"].replace(",", "").replace(" ", "-")
+            run = folder / "runs" / name / str(value) / f"seed-{seed}"
+            train = (
+                *(method["command"], "--config", str(RECIPES / method["config"])),
+                *("--model.path", str(sft), "--run.dir", str(run), "--run.seed", str(seed)),
+                *(method["flag"], str(value), *(word.format(**made) for word in method["more"])),
+            )
+            commands = (train, evaluation(run / "model", run, folder, seed))
+            job = Job(run, commands, run / "eval" / "eval.json")
+            labels = [{"method": method["name"], "strength": value, "seed": seed}]
+            yield LabelledJob(job, labels)
+
+
+def main() -> None:
+    """Everything, into one folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="where everything is written")
+    parser.add_argument("--quick", action="store_true", help="two strengths, one seed")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
+    options = parser.parse_args()
+    folder: Path = options.folder
+    experiment = yaml.safe_load((RECIPES / "experiment.yaml").read_text(encoding="utf-8"))
+    begin = time.perf_counter()
+    write_preferred(SAMPLES / "pairs_train.jsonl", folder / "preferred.jsonl")
+    for job in shared_jobs(folder, options.quick):
+        run_all([job], 1)
+    labelled = list(method_jobs(experiment, folder, options.quick))
+    run_all([each.job for each in labelled], options.workers)
+    entries = [
+        {**labels, "run": str(each.job.folder.relative_to(folder))}
+        for each in labelled
+        for labels in each.labels
+    ]
+    text = "".join(json.dumps(entry) + "\n" for entry in entries)
+    (folder / "runs.jsonl").write_text(text, encoding="utf-8")
+    from fastalign.cli.main import main as fastalign
+
+    for name in ("frontier.html", "frontier.png"):
+        if fastalign(["frontier", str(folder / "runs.jsonl"), "--out", str(folder / name)]):
+            sys.exit(2)
+    print(f"Finished in {time.perf_counter() - begin:.0f} seconds.")
+
+
+if __name__ == "__main__":
+    main()
