@@ -183,6 +183,6 @@ def restore(checkpoint: Path, state: TrainState) -> dict[str, Any]:
     content = torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)
     state.optimizer.load_state_dict(content["optimizer"])
     restore_random_state({name: value.cpu() for name, value in content["random"].items()})
-    for name in state.counters():
-        setattr(state, name, saved[name])
+    for name, initial in state.counters().items():  # older checkpoints know fewer of them
+        setattr(state, name, saved.get(name, initial))
     return saved
