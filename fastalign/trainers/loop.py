@@ -191,7 +191,7 @@ def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -
         "epoch": state.step * batch_size / task.num_examples,
         **metrics,
         "num_tokens": state.num_tokens,
-        "fill_rate": num_tokens / room,
+        "fill_rate": num_tokens / room if room else 0.0,
         "peak_memory_bytes": peak_memory_bytes(next(state.model.parameters()).device),
         "step_seconds": seconds,
         "tokens_per_second": num_tokens / seconds,
