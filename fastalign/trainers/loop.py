@@ -11,6 +11,7 @@ from typing import Any
 
 from fastalign.data import indices_of_step
 from fastalign.models import has_adapter, merge_adapter, save_adapter, save_model
+from fastalign.trainers.any_config import AnyConfig
 from fastalign.trainers.checkpoint import (
     CHECKPOINTS,
     newest_good_checkpoint,
@@ -18,7 +19,6 @@ from fastalign.trainers.checkpoint import (
     restore,
     save_checkpoint,
 )
-from fastalign.trainers.config import AnyConfig
 from fastalign.trainers.metrics import Metrics, MetricsWriter, ProgressDisplay
 from fastalign.trainers.optimizer import make_optimizer
 from fastalign.trainers.process_memory import STEP, memory_used_in, peak_memory_bytes
