@@ -37,13 +37,13 @@ class FreshPairsConfig:
     ties: Literal["drop", "use"] = "drop"
     """Prompts whose samples all have one score: drop and count, or use as ties (by a loss that has
     a place for them)."""
-    num_epochs: int = 1
+    epochs: int = 1
     """Passes over a step's pairs."""
-    num_mini_batches: int = 1
+    mini_batches: int = 1
     """Updates of a pass; each has its share of the pairs."""
 
     def __post_init__(self) -> None:
-        for name in ("num_epochs", "num_mini_batches"):
+        for name in ("epochs", "mini_batches"):
             value = getattr(self, name)
             if value < 1:
                 raise ValueError(f"pairs.{name}: expected at least 1, got {value}")
@@ -83,8 +83,14 @@ class OnlineDPOConfig:
                 "pairs.ties: expected drop, for this loss has no place for ties (dpo_rao_kupper "
                 "and dpo_davidson have), got 'use'"
             )
-        if self.reference.path is not None and not self.loss.formula().needs_reference:
-            raise ValueError(
-                "reference.path: expected none, for this loss has no reference, got "
-                f"{self.reference.path!r}"
-            )
+        if not self.loss.formula().needs_reference:
+            self._refuse_a_reference()
+
+    def _refuse_a_reference(self) -> None:
+        for name, none in (("path", None), ("refresh_every", 0)):
+            value = getattr(self.reference, name)
+            if value != none:
+                raise ValueError(
+                    f"reference.{name}: expected {'none' if none is None else none}, for this loss "
+                    f"has no reference, got {value!r}"
+                )

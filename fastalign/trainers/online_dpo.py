@@ -6,39 +6,22 @@ the judge; with `reference.refresh_every` the rounds of Llama 3, arXiv 2407.2178
 """
 
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
-from torch import Tensor
 
-from fastalign.data import PromptDataset, Tokenizer
-from fastalign.rollouts import Sampler, SamplingParams
 from fastalign.trainers.dpo import Pairs, logit_sums, make_preference_loss
 from fastalign.trainers.loop import RunResult, Task, run_loop
 from fastalign.trainers.metrics import Metrics, mean_metrics
 from fastalign.trainers.online_config import OnlineDPOConfig
 from fastalign.trainers.online_pairs import choose_pairs
-from fastalign.trainers.online_reference import OnlineReference, response_logprobs
-from fastalign.trainers.reward_sources import (
-    RewardSources,
-    ScoreScale,
-    final_scores,
-    load_sources,
-)
-from fastalign.trainers.rollout import (
-    PolicySampler,
-    Rollouts,
-    load_prompt_sets,
-    roll_out,
-    rollout_seed,
-    scale_of_policy,
-)
+from fastalign.trainers.online_samples import Online, evaluate_samples, prepare, score_samples
+from fastalign.trainers.optimizer import learning_rate
+from fastalign.trainers.reward_sources import load_sources
+from fastalign.trainers.rollout import load_prompt_sets, rollout_seed
 from fastalign.trainers.setup import load_for_training, opened_run
 from fastalign.trainers.state import TrainState
 from fastalign.trainers.step import (
-    Compute,
     accumulate,
     add_sums,
     make_compute,
@@ -46,37 +29,6 @@ from fastalign.trainers.step import (
     optimiser_step,
     policy_loss,
 )
-
-
-@dataclass(frozen=True)
-class Online:
-    """What a step uses and does not change; `reference` is None for a loss without."""
-
-    config: OnlineDPOConfig
-    model: Any
-    tokenizer: Tokenizer
-    compute: Compute
-    sampler: Sampler
-    sources: RewardSources
-    scale: ScoreScale | None
-    reference: OnlineReference | None
-
-
-@dataclass(frozen=True)
-class Scored:
-    """Rollouts with what is known of their R responses.
-
-    Attributes:
-        rollouts: of some prompts.
-        scores: (R,) float32, what pairs are ordered by.
-        reference_logprob: (R,) float32, or None without a reference.
-        metrics: TRL's `objective/...`, and those of the rollouts.
-    """
-
-    rollouts: Rollouts
-    scores: Tensor
-    reference_logprob: Tensor | None
-    metrics: Metrics
 
 
 def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
@@ -92,10 +44,6 @@ def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
         model, tokenizer = load_for_training(config, compute)
         prompts, held_out = load_prompt_sets(config.data, config.sampling, model, tokenizer)
         online = prepare(config, model, tokenizer, prompts, sources, compute)
-
-        def take_step(state: TrainState, indices: list[int], num_steps: int) -> tuple[Metrics, int]:
-            return online_step(online, prompts, state, indices, num_steps)
-
         return run_loop(
             config,
             model,
@@ -104,72 +52,21 @@ def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
                 num_examples=len(prompts.prompts),
                 data_fingerprint=prompts.fingerprint,
                 tokenizer=tokenizer,
-                take_step=take_step,
+                take_step=partial(online_step, online),
                 evaluate=None if held_out is None else lambda: evaluate_samples(online, held_out),
             ),
         )
 
 
-def prepare(
-    config: OnlineDPOConfig,
-    model: Any,
-    tokenizer: Tokenizer,
-    prompts: PromptDataset,
-    sources: RewardSources,
-    compute: Compute,
-) -> Online:
-    """The sampler, the reference and the scale of scores, from a policy before its first step."""
-    sampler = PolicySampler(model, tokenizer, config.model.path, compute)
-    reference, scale = None, None
-    if config.loss.formula().needs_reference:
-        reference = OnlineReference(config, model, tokenizer, compute)
-    if config.reward.normalise:
-        scale = scale_of_policy(
-            sampler, prompts, config.sampling, tokenizer, sources, run_seed=config.run.seed
-        )
-    return Online(config, model, tokenizer, compute, sampler, sources, scale, reference)
-
-
-def score_samples(
-    online: Online,
-    prompts: PromptDataset,
-    indices: Sequence[int],
-    params: SamplingParams,
-    seed: int,
-) -> Scored:
-    """Samples the policy as it stands, and scores what it says."""
-    rollouts = roll_out(
-        online.sampler, prompts, indices, params, online.tokenizer, online.sources, seed=seed
-    )
-    scores = final_scores(online.config.reward, rollouts.rewards, rollouts.ended, online.scale)
-    logprob = response_logprobs(online.model, rollouts.groups, online.compute)
-    mean_score = scores.mean().item()
-    metrics = rollouts.metrics | {
-        "objective/scores": mean_score,
-        "objective/entropy": -logprob.mean().item(),
-    }
-    if online.reference is None:
-        return Scored(rollouts, scores, None, metrics)
-    reference_logprob = online.reference.logprobs(rollouts.groups)
-    kl = (logprob - reference_logprob).mean().item()
-    penalty = -online.config.loss.beta * kl
-    metrics |= {
-        "objective/kl": kl,
-        "objective/non_score_reward": penalty,
-        "objective/rlhf_reward": mean_score + penalty,
-    }
-    return Scored(rollouts, scores, reference_logprob, metrics)
-
-
 def online_step(
-    online: Online, prompts: PromptDataset, state: TrainState, indices: list[int], num_steps: int
+    online: Online, state: TrainState, indices: list[int], num_steps: int
 ) -> tuple[Metrics, int]:
     """Samples, pairs, updates; returns the step's metrics and the packed tokens of the updates."""
     config = online.config
     if online.reference is not None:
         online.reference.before_step(state)
     seed = rollout_seed(config.run.seed, "rollouts", state.step)
-    scored = score_samples(online, prompts, indices, config.sampling, seed)
+    scored = score_samples(online, online.prompts, indices, config.sampling, seed)
     fresh = choose_pairs(scored.rollouts.groups, scored.scores, config.pairs.ties)
     counts = {
         "num_pairs": len(fresh.groups),
@@ -178,8 +75,9 @@ def online_step(
     }
     if not fresh.groups:
         say_that_all_are_tied(state, len(indices))
-        nothing = {"loss": 0.0, "grad_norm": 0.0, "skipped": 0, "num_micro_batches": 0}
-        return {**nothing, **scored.metrics, **counts}, 0
+        rate = learning_rate(config.optim, state.step, num_steps)
+        nothing = {"loss": 0.0, "learning_rate": rate, "grad_norm": 0.0, "skipped": 0}
+        return {**nothing, **scored.metrics, **counts, "num_updates": 0, "num_micro_batches": 0}, 0
     places = torch.tensor(fresh.places)
     margin = (scored.scores[places[:, 0]] - scored.scores[places[:, 1]]).mean().item()
     reference = scored.reference_logprob
@@ -236,22 +134,11 @@ def update_on(
 def mini_batches(config: OnlineDPOConfig, num_pairs: int, step: int) -> list[list[int]]:
     """Which pairs each update takes: a pure function of seed and step."""
     batches = []
-    for epoch in range(config.pairs.num_epochs):
+    for epoch in range(config.pairs.epochs):
         order = list(range(num_pairs))
         # A string is hashed with SHA-512, so neighbouring steps and epochs are unrelated.
         random.Random(f"{config.run.seed}/pairs/{step}/{epoch}").shuffle(order)
-        count = min(config.pairs.num_mini_batches, num_pairs)
+        count = min(config.pairs.mini_batches, num_pairs)
         bounds = [number * num_pairs // count for number in range(count + 1)]
         batches += [order[bounds[i] : bounds[i + 1]] for i in range(count)]
     return batches
-
-
-def evaluate_samples(online: Online, held_out: PromptDataset) -> Metrics:
-    """Metrics named `eval_...` of one sample of each held-out prompt: the same noise every time."""
-    params = online.config.sampling
-    single = SamplingParams(
-        params.max_new_tokens, params.temperature, params.top_p, params.top_k, num_samples=1
-    )
-    seed = rollout_seed(online.config.run.seed, "eval", 0)
-    scored = score_samples(online, held_out, range(len(held_out.prompts)), single, seed)
-    return {f"eval_{name}": value for name, value in scored.metrics.items()}
