@@ -53,6 +53,7 @@ def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
                 data_fingerprint=prompts.fingerprint,
                 tokenizer=tokenizer,
                 take_step=partial(online_step, online),
+                reference=None if online.reference is None else online.reference.began_as,
                 evaluate=None if held_out is None else lambda: evaluate_samples(online, held_out),
             ),
         )

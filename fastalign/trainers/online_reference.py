@@ -45,6 +45,16 @@ class OnlineReference:
         elif not self._every and not has_adapter(policy):
             self._weights = copy_weights(policy)
 
+    @property
+    def began_as(self) -> Any:
+        """The model whose weights a checkpoint does not hold and a resumed run must find again.
+
+        None where there is no such: the policy's frozen base is watched by itself, and a renewed
+        reference is in the checkpoint.
+        """
+        fixed = self._weights is not None and not self._every
+        return self._policy if fixed else self._other
+
     def before_step(self, state: TrainState) -> None:
         """Renews the reference when it is due; what a checkpoint must hold of it is in `state`."""
         if self._every:

@@ -201,6 +201,19 @@ def test_with_an_adapter_the_reference_is_its_base_or_an_earlier_adapter(
     assert adapter_of(folder / "straight")
 
 
+@pytest.mark.parametrize("other", [False, True])
+def test_a_resumed_run_finds_its_reference_again_or_says_that_it_is_another(
+    folder: Path, other: bool
+) -> None:
+    name = "other" if other else "llama"
+    save_model(tiny_model("llama", vocab_size=320, seed=1), make_tokenizer(), folder / "other")
+    changes = {"reference": OnlineReferenceConfig(str(folder / "other"))} if other else {}
+    train_online_dpo(online_config(folder, "run", **changes, stop_at_step=2))
+    save_model(tiny_model("llama", vocab_size=320, seed=7), make_tokenizer(), folder / name)
+    with pytest.raises(ValueError, match=r"the frozen reference is not what .* was trained on"):
+        train_online_dpo(online_config(folder, "run", **changes, resume=True))
+
+
 def weights(folder: Path, run: str) -> dict[str, torch.Tensor]:
     return dict(load_file(folder / run / "model/model.safetensors"))
 
