@@ -91,6 +91,16 @@ def test_two_runs_of_one_seed_are_the_same_and_another_seed_is_another(folder: P
     assert rows[0][0]["reward"] != rows[1][0]["reward"]
 
 
+def test_samples_are_fresh_in_every_step_and_the_same_in_every_evaluation(folder: Path) -> None:
+    still = replace(OPTIM, lr=0.0)
+    all_prompts = {"batch_size": len(WORDS), "eval": str(folder / "prompts.jsonl")}
+    config = online_config(folder, "run", optim=still, max_steps=3, eval_every=1, **all_prompts)
+    train_online_dpo(config)
+    rows = read_metrics(folder / "run")
+    assert len({row["reward"] for row in rows}) == 3
+    assert len({row["eval_reward"] for row in rows}) == 1
+
+
 def test_a_pair_is_the_best_and_the_worst_of_a_prompt() -> None:
     groups = [
         Group([1], [[10], [11], [12]]),
