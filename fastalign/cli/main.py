@@ -13,6 +13,7 @@ from collections.abc import Sequence
 COMMANDS: dict[str, tuple[str, str]] = {
     "sft": ("fastalign.cli.sft", "fine-tune a model on demonstrations"),
     "dpo": ("fastalign.cli.dpo", "align a model with preference pairs (DPO and its relatives)"),
+    "online-dpo": ("fastalign.cli.online_dpo", "DPO on fresh samples, ordered by a reward"),
     "reward": ("fastalign.cli.reward", "train a reward model on comparisons, ties among them"),
     "estimate": ("fastalign.cli.estimate", "what a run will need in memory, before it is started"),
     "generate": ("fastalign.cli.generate", "sample completions of a file of prompts"),

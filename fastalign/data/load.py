@@ -62,6 +62,12 @@ class PromptDataset:
     sources: list[str]
     report: DataReport
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the prompts and their token ids."""
+        rows = list(zip(self.prompt_ids, self.prompts, strict=True))
+        return hashlib.sha256(repr(rows).encode()).hexdigest()
+
 
 def load_sft(
     source: str | Path,

@@ -1,7 +1,8 @@
 """Losses: one pure function a formula, per item and unreduced, torch only."""
 
+from fastalign.losses.advantage import grpo_advantage, rloo_advantage, whiten
 from fastalign.losses.formulas import formula
-from fastalign.losses.policy import ppo_clip
+from fastalign.losses.policy import importance_weight, ppo_clip, value_clipped
 from fastalign.losses.preference import (
     dpo,
     dpo_davidson,
@@ -34,13 +35,18 @@ __all__ = [
     "dpo_rao_kupper",
     "dpo_robust",
     "formula",
+    "grpo_advantage",
     "hinge",
+    "importance_weight",
     "ipo_mean",
     "ipo_sum",
     "negative_logprob",
     "orpo",
     "ppo_clip",
     "rao_kupper",
+    "rloo_advantage",
     "segment_sum",
     "simpo",
+    "value_clipped",
+    "whiten",
 ]

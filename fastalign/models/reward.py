@@ -164,7 +164,30 @@ def response_reward(model: Any, batch: PackedBatch, *, packing: Packing) -> Tens
     Returns:
         (R,) float32 (float64 for a float64 model), under autocast too.
     """
-    hidden = hidden_at(model, batch, batch.response_bounds[:, 1] - 1, packing=packing)
+    return score_at(model, batch, batch.response_bounds[:, 1] - 1, packing=packing)
+
+
+def score_at(
+    model: Any,
+    batch: PackedBatch,
+    positions: Tensor,
+    *,
+    packing: Packing,
+    plan: attention.AttentionPlan | None = None,
+) -> Tensor:
+    """The score at K positions of the packed row: a reward, or a value of what stands there.
+
+    Args:
+        model: from `load_reward_model`.
+        batch: on the model's device.
+        positions: (K,) int64.
+        packing: see `hidden_at`.
+        plan: see `hidden_at`.
+
+    Returns:
+        (K,) float32 (float64 for a float64 model), under autocast too.
+    """
+    hidden = hidden_at(model, batch, positions, packing=packing, plan=plan)
     weight = model.score.weight[0]
     wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):

@@ -22,12 +22,16 @@ from fastalign.models import (
     load_policy,
     load_reward_model,
 )
-from fastalign.trainers.config import AnyConfig, ModelConfig, SFTConfig, config_to_dict
+from fastalign.trainers.any_config import AnyConfig, config_to_dict
+from fastalign.trainers.config import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 from fastalign.trainers.optimizer import adamw
 from fastalign.trainers.process_memory import out_of_memory_in_one_line
 from fastalign.trainers.run_folder import announce, locked, prepare_run_folder
 from fastalign.trainers.state import seed_everything
 from fastalign.trainers.step import Compute
+
+# What trains on rows that are there before the run, responses and all.
+OnRows = SFTConfig | DPOConfig | RewardConfig
 
 
 @contextmanager
@@ -197,7 +201,7 @@ def check_lengths(model: Any, data: TokenizedDataset) -> None:
             )
 
 
-def load_data(config: AnyConfig, source: str, tokenizer: Tokenizer) -> TokenizedDataset:
+def load_data(config: OnRows, source: str, tokenizer: Tokenizer) -> TokenizedDataset:
     """A source under the run's rules: demonstrations, or pairs; a loss with ties keeps them."""
     data = config.data
     if isinstance(config, SFTConfig):
@@ -219,7 +223,7 @@ def load_data(config: AnyConfig, source: str, tokenizer: Tokenizer) -> Tokenized
 
 
 def load_sets(
-    config: AnyConfig, model: Any, tokenizer: Tokenizer
+    config: OnRows, model: Any, tokenizer: Tokenizer
 ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """Training data, and held-out data if there are any, none longer than the model's positions.
 

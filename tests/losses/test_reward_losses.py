@@ -26,6 +26,16 @@ def test_bradley_terry_by_hand() -> None:
     assert centred.item() == pytest.approx(0.3132616875 + 0.09)
 
 
+def test_bradley_terrys_gradient_in_closed_form() -> None:
+    chosen, rejected = rewards()
+    margin = torch.linspace(-1, 1, 6, dtype=torch.float64)
+    losses.bradley_terry(chosen, rejected, margin=margin).sum().backward()
+    d = (chosen - rejected - margin).detach()
+    expected = -(1 - 1 / (1 + (-d).exp()))
+    torch.testing.assert_close(chosen.grad, expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(rejected.grad, -expected, rtol=1e-12, atol=0)
+
+
 def test_gradients_by_finite_differences() -> None:
     chosen, rejected = rewards()
     margin = torch.full((6,), 0.3, dtype=torch.float64)
