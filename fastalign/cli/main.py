@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "sft": ("fastalign.cli.sft", "fine-tune a model on demonstrations"),
     "dpo": ("fastalign.cli.dpo", "align a model with preference pairs (DPO and its relatives)"),
     "reward": ("fastalign.cli.reward", "train a reward model on comparisons, ties among them"),
+    "ppo": ("fastalign.cli.ppo", "align a model with a reward (PPO, or without a critic)"),
     "estimate": ("fastalign.cli.estimate", "what a run will need in memory, before it is started"),
     "generate": ("fastalign.cli.generate", "sample completions of a file of prompts"),
     "score": ("fastalign.cli.score", "score a file of answers with a reward model"),
