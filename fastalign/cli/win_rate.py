@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -119,8 +120,8 @@ def write_verdicts(
     path: Path, pairs: Sequence[AnswerPair], judged: Iterator[Judged]
 ) -> list[Judged]:
     """A row a pair, written as it comes: what a judge was asked and paid for is never lost."""
-    kept = []
-    with path.open("w", encoding="utf-8") as file:
+    kept: list[Judged] = []
+    with removed_if_empty(path), path.open("w", encoding="utf-8") as file:
         for pair, found in zip(pairs, judged, strict=True):
             kept.append(found)
             row = {
@@ -134,6 +135,19 @@ def write_verdicts(
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
     return kept
+
+
+@contextmanager
+def removed_if_empty(path: Path) -> Iterator[None]:
+    """A failure before the first verdict leaves no file that the next try would stumble over."""
+    try:
+        yield
+    except BaseException:
+        if path.stat().st_size == 0:
+            path.unlink()
+        else:
+            print(f"what was judged until here is in {path}", flush=True)
+        raise
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -176,9 +190,10 @@ def main(argv: Sequence[str]) -> int:
         judged = write_verdicts(verdicts, pairs, progress(asked, len(pairs)))
         result = {**judge_statistics(judged), "num_retries": endpoint.num_retries}
         result["template"] = template
+    print(f"each pair and its verdict written to {verdicts}")
     result = {**win_rate(pairs, judged), **result, "seconds": time.perf_counter() - start}
     result["config"] = asdict(config)
     out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     print(summary(result))
-    print(f"written to {out}, each pair to {verdicts}")
+    print(f"written to {out}")
     return 0

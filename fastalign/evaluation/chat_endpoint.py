@@ -80,6 +80,7 @@ class ChatEndpoint:
         self._closed = threading.Event()
         self._lock = threading.Lock()
         self._reached = False
+        self._fault = ""
         self.num_retries = 0
 
     def ask(self, question: str) -> str:
@@ -96,6 +97,8 @@ class ChatEndpoint:
         if self._config.temperature is not None:
             body["temperature"] = self._config.temperature
         for attempt in range(self._config.retries + 1):
+            if self._closed.is_set():
+                raise ValueError(self._fault or f"judge.endpoint: {self._url}: closed")
             wait = self._config.backoff_seconds * 2**attempt * random.uniform(0.75, 1.25)
             try:
                 status, text, asked_wait = self._post(body)
@@ -111,12 +114,10 @@ class ChatEndpoint:
                 final = status not in RETRIED
                 wait = max(wait, asked_wait)
             if final or attempt == self._config.retries:
-                tries = f" after {attempt + 1} requests" if attempt else ""
-                raise ValueError(self._redact(f"judge.endpoint: {self._url}{tries}: {fault}"))
+                raise ValueError(self._give_up(attempt + 1, fault))
             with self._lock:
                 self.num_retries += 1
-            if self._closed.wait(min(wait, LONGEST_WAIT_SECONDS)):
-                raise ValueError(f"judge.endpoint: {self._url}: closed while it was asked")
+            self._closed.wait(min(wait, LONGEST_WAIT_SECONDS))
         raise AssertionError("the last attempt returns or raises")
 
     def close(self) -> None:
@@ -138,8 +139,14 @@ class ChatEndpoint:
         text = b"".join(parts).decode("utf-8", errors="replace")
         return response.status_code, text, float(asked) if asked.isdecimal() else 0.0
 
-    def _redact(self, text: str) -> str:
-        return text.replace(self._key, "[key]") if self._key else text
+    def _give_up(self, requests: int, fault: str) -> str:
+        """Why; whoever else asks or waits gets the same, instead of trying on."""
+        tries = f" after {requests} requests" if requests > 1 else ""
+        text = f"judge.endpoint: {self._url}{tries}: {fault}"
+        with self._lock:
+            self._fault = self._fault or (text.replace(self._key, "[key]") if self._key else text)
+        self._closed.set()
+        return self._fault
 
 
 def chat_url(endpoint: str | None) -> str:

@@ -57,7 +57,7 @@ class FrontierPoint:
 
 
 def frontier_points(runs: Sequence[FrontierRun]) -> list[FrontierPoint]:
-    """Averages over seeds: a point a method and strength, methods as they came, strengths rising."""
+    """A point a method and strength, averaged over seeds; methods as they came, strengths rise."""
     gathered: dict[str, dict[Strength, list[FrontierRun]]] = {}
     for run in runs:
         gathered.setdefault(run.method, {}).setdefault(run.strength, []).append(run)
@@ -87,6 +87,7 @@ def average(runs: Sequence[FrontierRun]) -> FrontierPoint:
             error = values[0][1]
         means[name] = None if over_runs is None else over_runs.mean
         means[f"{name}_se"] = error if error is not None and math.isfinite(error) else None
+    is_bound = any(run.kl_is_bound for run in runs)
     num_collapsed = sum(run.collapsed for run in runs)
     return FrontierPoint(
         method=runs[0].method,
@@ -94,8 +95,8 @@ def average(runs: Sequence[FrontierRun]) -> FrontierPoint:
         reward=means["reward"],
         reward_se=means["reward_se"],
         kl=means["kl"],
-        kl_se=means["kl_se"],
-        kl_is_bound=any(run.kl_is_bound for run in runs),
+        kl_se=None if is_bound else means["kl_se"],  # a bound is no measurement
+        kl_is_bound=is_bound,
         error_over={0: None, 1: "prompts"}.get(len(found), "runs"),
         num_runs=len(runs),
         num_measured=len(found),

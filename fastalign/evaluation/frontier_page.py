@@ -12,7 +12,7 @@ from fastalign.evaluation.report import with_error
 
 COLUMNS = ("method", "strength", "reward", "KL", "runs", "collapsed")
 PICTURES = (".png", ".svg", ".pdf")
-# Curves differ in mark as well as colour: ten colours are soon used up, and not everybody sees them.
+# Curves differ in mark as well as colour: not everybody sees colours, and ten are soon used up.
 MARKS = "osD^vP*X<>"
 
 
@@ -59,12 +59,16 @@ def draw_frontier(points: Sequence[FrontierPoint], origin: FrontierPoint | None)
         curve = [p for p in points if p.method == method and p is not origin and p.kl is not None]
         if not curve:
             continue
+        if origin is not None and distance(origin, curve[0]) > distance(origin, curve[-1]):
+            curve.reverse()  # the line leaves the origin for the end that is nearer
         colour, mark = f"C{number % 10}", MARKS[number % len(MARKS)]
         start = [] if origin is None else [origin]
         axes.plot(
             [point.kl for point in (*start, *curve)],
             [point.reward for point in (*start, *curve)],
-            **{"color": colour, "linewidth": 1, "alpha": 0.6},
+            color=colour,
+            linewidth=1,
+            alpha=0.6,
             linestyle="--" if any(point.kl_is_bound for point in curve) else "-",
         )
         for point in curve:
@@ -81,18 +85,31 @@ def draw_frontier(points: Sequence[FrontierPoint], origin: FrontierPoint | None)
     return figure
 
 
+def distance(one: FrontierPoint, other: FrontierPoint) -> float:
+    """Between the KLs of two measured points."""
+    return abs((one.kl or 0.0) - (other.kl or 0.0))
+
+
 def draw_point(axes: Any, point: FrontierPoint, colour: str, mark: str) -> None:
     """A mark with its error bars, and its strength beside it."""
     axes.errorbar(
-        *(point.kl, point.reward),
-        **{"xerr": bar(point.kl_se), "yerr": bar(point.reward_se)},
-        **{"fmt": mark, "color": colour, "capsize": 2, "elinewidth": 0.8, "markersize": 6},
+        point.kl,
+        point.reward,
+        xerr=bar(point.kl_se),
+        yerr=bar(point.reward_se),
+        fmt=mark,
+        color=colour,
+        capsize=2,
+        elinewidth=0.8,
         markerfacecolor="white" if point.num_collapsed else colour,
     )
     axes.annotate(
         plain(strength_text(point.strength)),
         (point.kl, point.reward),
-        **{"xytext": (5, 4), "textcoords": "offset points", "fontsize": 7, "color": colour},
+        xytext=(5, 4),
+        textcoords="offset points",
+        fontsize=7,
+        color=colour,
     )
 
 

@@ -1,4 +1,4 @@
-"""A language model as judge: every pair is asked in both orders, and a verdict must survive both."""
+"""A language model as judge: every pair in both orders, and a verdict must survive both."""
 
 import re
 from collections.abc import Iterator, Sequence

@@ -111,9 +111,13 @@ def reward_against_kl(runs: Sequence[RunRecord]) -> str | None:
         if kl is None or reward is None:
             continue
         axes.errorbar(
-            *(kl[0], reward[0]),
-            **{"xerr": bar(kl[1]), "yerr": bar(reward[1])},
-            **{"fmt": "o", "capsize": 3, "label": plain(name)},
+            kl[0],
+            reward[0],
+            xerr=bar(kl[1]),
+            yerr=bar(reward[1]),
+            fmt="o",
+            capsize=3,
+            label=plain(name),
         )
     for run in runs:
         rows = best_of_rows(run.evaluation)
