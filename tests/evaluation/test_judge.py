@@ -182,6 +182,14 @@ def test_a_refusal_is_not_asked_again_and_never_shows_the_key(
     assert served.requests[0][1]["Authorization"] == "Bearer sk-secret"
 
 
+def test_all_threads_give_up_for_the_one_reason() -> None:
+    def reply(question: str, number: int) -> Reply:
+        return (429, "", {}) if number < 3 else (403, "not yours", {})
+
+    with judge_server(reply) as served, pytest.raises(ValueError, match="status 403: not yours"):
+        judge(served.url, PAIRS, concurrency=4, retries=1000)
+
+
 def test_no_key_is_sent_unless_its_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     with judge_server(likes_good) as served:
