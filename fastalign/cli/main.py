@@ -21,6 +21,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "score": ("fastalign.cli.score", "score a file of answers with a reward model"),
     "label": ("fastalign.cli.label", "turn sampled completions into preference pairs by a reward"),
     "eval": ("fastalign.cli.evaluate", "accuracy on pairs; reward and KL of fresh samples"),
+    "win-rate": ("fastalign.cli.win_rate", "how often one model's answers beat another's"),
+    "frontier": ("fastalign.cli.frontier", "reward against KL of many runs: a picture, a table"),
     "report": ("fastalign.cli.report", "write one report.html for one or more run folders"),
     "data": ("fastalign.cli.data", "check a data file: counts, lengths, every fault by line"),
     "merge": ("fastalign.cli.merge", "make one model of an adapter and its base"),

@@ -26,15 +26,15 @@ def main(argv: Sequence[str]) -> int:
     from rich.table import Table
 
     from fastalign.evaluation.report import COLUMNS, render, table
-    from fastalign.evaluation.runs import read_run
+    from fastalign.evaluation.runs import read_runs
 
     config = parse_flags(ReportConfig, argv, "fastalign report")
     if not config.runs:
         raise ValueError("expected one run's folder or more, got none")
-    runs = [read_run(folder) for folder in config.runs]
+    runs = read_runs(config.runs)
     shown = Table()
     for number, column in enumerate(COLUMNS):
-        shown.add_column(column, justify="right" if number else "left", no_wrap=True)
+        shown.add_column(column, justify="right" if number > 1 else "left", no_wrap=True)
     for row in table(runs):
         shown.add_row(*row)
     Console(markup=False).print(shown)
