@@ -35,6 +35,7 @@ from fastalign.data.tokenizer import (
     load_tokenizer,
     use_distinct_pad,
 )
+from fastalign.data.votes import Votes
 
 __all__ = [
     "Content",
@@ -51,6 +52,7 @@ __all__ = [
     "Sample",
     "TokenizedDataset",
     "Tokenizer",
+    "Votes",
     "check_same_vocabulary",
     "content_as_json",
     "eos_token_ids",

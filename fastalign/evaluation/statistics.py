@@ -33,3 +33,8 @@ def estimate(values: Sequence[float]) -> Estimate:
 def estimate_of_groups(groups: Sequence[Sequence[float]]) -> Estimate:
     """The mean of values that are independent between groups only (samples of one prompt)."""
     return estimate([math.fsum(group) / len(group) for group in groups])
+
+
+def summary(name: str, value: Estimate) -> dict[str, float | int]:
+    """`name`, `name_se` and `name_count`, as the JSON of an evaluation holds them."""
+    return {name: value.mean, f"{name}_se": value.standard_error, f"{name}_count": value.count}

@@ -22,10 +22,13 @@ from fastalign.models.lora_files import adapter_base, save_adapter
 from fastalign.models.offload import find_offload, offload_layers
 from fastalign.models.packed import PACKINGS, Packing, hidden_at, predict_hidden
 from fastalign.models.reward import (
+    RewardScale,
     load_reward_model,
     response_reward,
+    reward_scale,
     save_reward_model,
     set_pad_token,
+    set_reward_scale,
 )
 
 __all__ = [
@@ -34,6 +37,7 @@ __all__ = [
     "AttentionChoice",
     "Head",
     "Packing",
+    "RewardScale",
     "adapter_base",
     "adapter_off",
     "add_adapter",
@@ -55,8 +59,10 @@ __all__ = [
     "predict_hidden",
     "response_logprob",
     "response_reward",
+    "reward_scale",
     "save_adapter",
     "save_model",
     "save_reward_model",
     "set_pad_token",
+    "set_reward_scale",
 ]
