@@ -12,6 +12,8 @@ CURVES = (
     ("loss", "loss"),
     ("rewards/margins", "implicit reward margin"),
     ("rewards/accuracies", "implicit reward accuracy"),
+    ("margin", "margin of the rewards"),
+    ("accuracy", "accuracy of the reward model"),
     ("entropy", "entropy (nats a token)"),
     ("grad_norm", "gradient norm"),
     ("tokens_per_second", "tokens a second"),

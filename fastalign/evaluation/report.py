@@ -7,6 +7,8 @@ from typing import Any
 import yaml
 
 from fastalign.evaluation.pictures import CURVES, curve, reward_against_kl
+from fastalign.evaluation.reward_pictures import accuracy_by_length, reliability
+from fastalign.evaluation.reward_table import REWARD_COLUMNS, reward_table
 from fastalign.evaluation.runs import RunRecord
 
 NUM_SAMPLES_SHOWN = 24
@@ -67,6 +69,10 @@ def render(runs: Sequence[RunRecord]) -> str:
     return environment.from_string(source).render(
         columns=COLUMNS,
         table=table(runs),
+        reward_columns=REWARD_COLUMNS,
+        reward_table=reward_table(runs),
+        reliability=reliability(runs),
+        accuracy_by_length=accuracy_by_length(runs),
         frontier=reward_against_kl(runs),
         curves=[(label, picture) for label, picture in curves if picture is not None],
         names=[run.name for run in runs],
