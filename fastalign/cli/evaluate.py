@@ -20,7 +20,6 @@ from fastalign.cli.sampling import (
 )
 from fastalign.data import Tokenizer, check_same_vocabulary, load_preferences
 from fastalign.evaluation import (
-    Estimate,
     apply_reward,
     best_of_n,
     best_of_n_kl_bound,
@@ -30,6 +29,7 @@ from fastalign.evaluation import (
     preference_accuracy,
     sampled_kl,
     sequence_logprobs,
+    summary,
 )
 from fastalign.models import Packing
 from fastalign.rollouts import SamplingParams
@@ -83,11 +83,6 @@ class EvalConfig:
     run: SamplingRun = field(default_factory=SamplingRun)
     packing: Packing = "shared_prefix"
     """How log-probs are computed; padded for architectures that cannot be packed."""
-
-
-def summary(name: str, value: Estimate) -> dict[str, float | int]:
-    """`name`, `name_se` and `name_count`, as the JSON holds them."""
-    return {name: value.mean, f"{name}_se": value.standard_error, f"{name}_count": value.count}
 
 
 def judge_pairs(

@@ -36,6 +36,7 @@ from fastalign.data.tokenizer import (
     load_tokenizer,
     use_distinct_pad,
 )
+from fastalign.data.votes import Votes
 
 __all__ = [
     "Content",
@@ -52,6 +53,7 @@ __all__ = [
     "Sample",
     "TokenizedDataset",
     "Tokenizer",
+    "Votes",
     "check_same_vocabulary",
     "check_token_meanings",
     "content_as_json",

@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 from fastalign.evaluation.pictures import SECTIONS, curve, reward_against_kl
+from fastalign.evaluation.reward_pictures import accuracy_by_length, reliability
+from fastalign.evaluation.reward_table import REWARD_COLUMNS, reward_table
 from fastalign.evaluation.runs import RunRecord, labels_of
 
 NUM_SAMPLES_SHOWN = 24
@@ -98,6 +100,10 @@ def render(runs: Sequence[RunRecord]) -> str:
     return environment.from_string(source).render(
         columns=COLUMNS,
         table=table(runs),
+        reward_columns=REWARD_COLUMNS,
+        reward_table=reward_table(runs),
+        reliability=reliability(runs),
+        accuracy_by_length=accuracy_by_length(runs),
         frontier=reward_against_kl(runs),
         sections=[(title, curves) for title, curves in drawn if curves],
         names=[run.name for run in runs],

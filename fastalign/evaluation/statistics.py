@@ -93,3 +93,8 @@ def share_interval(groups: Sequence[Sequence[float]]) -> Interval:
     if max(means) - min(means) < 1e-12:
         return Interval(*wilson_interval(means[0], len(means)), "wilson over prompts")
     return Interval(*bootstrap_interval(filled), "bootstrap over prompts")
+
+
+def summary(name: str, value: Estimate) -> dict[str, float | int]:
+    """`name`, `name_se` and `name_count`, as the JSON of an evaluation holds them."""
+    return {name: value.mean, f"{name}_se": value.standard_error, f"{name}_count": value.count}

@@ -18,7 +18,16 @@ from fastalign.losses.preference_length import (
     ipo_mean,
 )
 from fastalign.losses.preference_reference_free import orpo, simpo
-from fastalign.losses.reward import bradley_terry, davidson, rao_kupper
+from fastalign.losses.reward import (
+    bradley_terry,
+    bradley_terry_votes,
+    davidson,
+    davidson_outcomes,
+    davidson_votes,
+    rao_kupper,
+    rao_kupper_outcomes,
+    rao_kupper_votes,
+)
 from fastalign.losses.sft import negative_logprob
 from fastalign.ops.preference_loss import PairLogprobs
 from fastalign.ops.segments import segment_sum
@@ -26,7 +35,10 @@ from fastalign.ops.segments import segment_sum
 __all__ = [
     "PairLogprobs",
     "bradley_terry",
+    "bradley_terry_votes",
     "davidson",
+    "davidson_outcomes",
+    "davidson_votes",
     "dpo",
     "dpo_davidson",
     "dpo_label_smoothed",
@@ -44,6 +56,8 @@ __all__ = [
     "orpo",
     "ppo_clip",
     "rao_kupper",
+    "rao_kupper_outcomes",
+    "rao_kupper_votes",
     "rloo_advantage",
     "segment_sum",
     "simpo",

@@ -29,12 +29,15 @@ from fastalign.models.lora_files import adapter_base, save_adapter
 from fastalign.models.offload import find_offload, offload_layers
 from fastalign.models.packed import PACKINGS, Packing, hidden_at, predict_hidden
 from fastalign.models.reward import (
+    RewardScale,
     is_reward_model,
     load_reward_model,
     response_reward,
+    reward_scale,
     save_reward_model,
     score_at,
     set_pad_token,
+    set_reward_scale,
 )
 
 __all__ = [
@@ -44,6 +47,7 @@ __all__ = [
     "AttentionPlan",
     "Head",
     "Packing",
+    "RewardScale",
     "adapter_base",
     "adapter_off",
     "add_adapter",
@@ -67,9 +71,11 @@ __all__ = [
     "read_config",
     "response_logprob",
     "response_reward",
+    "reward_scale",
     "save_adapter",
     "save_model",
     "save_reward_model",
     "score_at",
     "set_pad_token",
+    "set_reward_scale",
 ]

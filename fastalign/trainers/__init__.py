@@ -29,6 +29,7 @@ from fastalign.trainers.ppo_config import (
     PPOSettings,
     ValueConfig,
     WatchConfig,
+)
 from fastalign.trainers.preference_losses import LOSSES, PreferenceLoss
 from fastalign.trainers.reward import train_reward
 from fastalign.trainers.reward_losses import REWARD_LOSSES, RewardLoss

@@ -182,13 +182,22 @@ def check_lengths(model: Any, data: TokenizedDataset) -> None:
     """Refuses data longer than the model's positions; says what was left out of the data.
 
     Raises:
-        ValueError: naming the first row that is too long.
+        ValueError: see `check_positions`.
     """
     line = data.report.losses_line()
     if line is not None:
         print(line, flush=True)
     for fault in data.report.faults[:5]:
         print(f"skipped: {fault}", flush=True)
+    check_positions(model, data)
+
+
+def check_positions(model: Any, data: TokenizedDataset) -> None:
+    """Refuses data longer than the model's positions.
+
+    Raises:
+        ValueError: naming the first row that is too long.
+    """
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is None:
         return
@@ -201,7 +210,9 @@ def check_lengths(model: Any, data: TokenizedDataset) -> None:
             )
 
 
-def load_data(config: OnRows, source: str, tokenizer: Tokenizer) -> TokenizedDataset:
+def load_data(
+    config: OnRows, source: str, tokenizer: Tokenizer, *, keep_ties: bool = False
+) -> TokenizedDataset:
     """A source under the run's rules: demonstrations, or pairs; a loss with ties keeps them."""
     data = config.data
     if isinstance(config, SFTConfig):
@@ -218,7 +229,7 @@ def load_data(config: OnRows, source: str, tokenizer: Tokenizer) -> TokenizedDat
         max_length=data.max_length,
         on_bad_row=data.on_bad_row,
         on_too_long=data.on_too_long,
-        ties="keep" if config.loss.uses_ties else config.data.ties,
+        ties="keep" if keep_ties or config.loss.uses_ties else config.data.ties,
     )
 
 
