@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from fastalign import fused_linear_ppo_loss, sequence_logprob
+from fastalign.fused import ppo_loss_fn
 from fastalign.losses import ppo_clip
+from fastalign.ops import fused_linear_loss
 
 ROWS, VOCABULARY, WIDTH = 23, 41, 8
 BOUNDS = [0, 5, 5, 14, 23]
@@ -151,3 +153,55 @@ def test_sequence_logprob_names_wrong_bounds() -> None:
     hidden, weight, _, targets, *_ = inputs(torch.float32)
     with pytest.raises(ValueError, match="cu_seqlens: expected integers that rise from 0 to 23"):
         sequence_logprob(hidden, weight, targets, [0, 22])
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+@pytest.mark.parametrize("budget", [2_000, None])
+def test_a_kl_in_the_loss_and_weights_of_tokens(budget: int | None, estimator: Any) -> None:
+    hidden, weight, bias, targets, old, advantage = inputs(torch.float64)
+    reference, weights = old.flip(0), torch.linspace(0.5, 1.5, ROWS, dtype=torch.float64)
+    target = targets != -100
+    loss_fn = ppo_loss_fn(
+        old,
+        advantage,
+        weight=weights,
+        reference_logprob=reference,
+        kl_coefficient=0.4,
+        estimator=estimator,
+        normaliser=20,
+    )
+    loss, sums = fused_linear_loss(
+        hidden,
+        weight,
+        targets,
+        None,
+        loss_fn,
+        bias=bias,
+        temperature=0.7,
+        max_buffer_bytes=budget,
+    )
+    loss.backward()
+    found = [leaf.grad.clone() for leaf in (hidden, weight, bias) if leaf.grad is not None]
+    for leaf in (hidden, weight, bias):
+        leaf.grad = None
+    logprob, _ = eager(hidden, weight, bias, targets)
+    x = (logprob - reference)[target]
+    kl = (x.square() / 2 if estimator == "k2" else (-x).exp() - 1 + x).sum()
+    clipped = ppo_clip(logprob, old, advantage)[target] * weights[target]
+    expected = clipped.sum() / 20 + 0.4 * kl / 20
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(sums["policy/kl_avg"], kl.detach())
+    for ours, leaf in zip(found, (hidden, weight, bias), strict=True):
+        torch.testing.assert_close(ours, leaf.grad)
+
+
+def test_k1_is_no_loss() -> None:
+    with pytest.raises(ValueError, match=r"estimator: expected 'k2' or 'k3' .* got 'k1'"):
+        ppo_loss_fn(
+            torch.zeros(1),
+            torch.zeros(1),
+            reference_logprob=torch.zeros(1),
+            estimator="k1",
+            normaliser=1,
+        )

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +20,16 @@ from fastalign.cli.sampling import (
 )
 from fastalign.data import Tokenizer, check_same_vocabulary, load_preferences
 from fastalign.evaluation import (
-    Estimate,
     apply_reward,
+    best_of_n,
+    best_of_n_kl_bound,
     estimate_of_groups,
     load_reward,
     mean_margin,
     preference_accuracy,
     sampled_kl,
     sequence_logprobs,
+    summary,
 )
 from fastalign.models import Packing
 from fastalign.rollouts import SamplingParams
@@ -72,16 +74,15 @@ class EvalConfig:
     data: EvalData = field(default_factory=EvalData)
     reward: str | None = None
     """`module:function` (prompts, completions) -> numbers, a reward model's folder, or a .json."""
+    best_of: tuple[int, ...] = ()
+    """Reward of the best of so many answers (1 2 4 8 16); at least the largest number are drawn."""
+    best_of_reward: str | None = None
+    """What chooses the best, as for `reward`; None: the reward itself."""
     loss: EvalLoss = field(default_factory=EvalLoss)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     run: SamplingRun = field(default_factory=SamplingRun)
     packing: Packing = "shared_prefix"
     """How log-probs are computed; padded for architectures that cannot be packed."""
-
-
-def summary(name: str, value: Estimate) -> dict[str, float | int]:
-    """`name`, `name_se` and `name_count`, as the JSON holds them."""
-    return {name: value.mean, f"{name}_se": value.standard_error, f"{name}_count": value.count}
 
 
 def judge_pairs(
@@ -105,7 +106,7 @@ def judge_pairs(
 
 def judge_samples(
     config: EvalConfig, policy: Any, reference: Any, tokenizer: Tokenizer
-) -> tuple[dict[str, float | int], list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Reward and KL of fresh samples, and the samples."""
     assert config.data.prompts is not None
     function = None
@@ -125,7 +126,8 @@ def judge_samples(
         sequence_logprobs(reference, groups, packing=config.packing),
     )
     lengths = [[float(len(ids)) for ids in group.response_ids] for group in groups]
-    result = {**summary("kl", kl), **summary("completion_tokens", estimate_of_groups(lengths))}
+    result: dict[str, Any] = {**summary("kl", kl)}
+    result |= summary("completion_tokens", estimate_of_groups(lengths))
     if function is not None:
         n = config.sampling.num_samples
         repeated = [prompt for prompt in prompts.prompts for _ in range(n)]
@@ -134,8 +136,30 @@ def judge_samples(
             row["reward"] = reward
         by_prompt = [rewards[start : start + n] for start in range(0, len(rewards), n)]
         result |= summary("reward", estimate_of_groups(by_prompt))
+        result |= judge_best_of(config, repeated, rows, by_prompt)
     result["share_unfinished"] = sum(r["finish_reason"] == "length" for r in rows) / len(rows)
     return result, rows
+
+
+def judge_best_of(
+    config: EvalConfig, prompts: list[Any], rows: list[dict[str, Any]], rewards: list[list[float]]
+) -> dict[str, Any]:
+    """`best_of_n`: for each n the reward of the best of n, and the bound of its KL."""
+    if not config.best_of:
+        return {}
+    scores = None
+    if config.best_of_reward is not None:
+        function = load_reward(config.best_of_reward, device=config.model.device)
+        flat = apply_reward(function, prompts, [row["completion"] for row in rows])
+        for row, score in zip(rows, flat, strict=True):
+            row["best_of_score"] = score
+        n = config.sampling.num_samples
+        scores = [flat[start : start + n] for start in range(0, len(flat), n)]
+    found = []
+    for n in config.best_of:
+        value = best_of_n(rewards, n, scores)
+        found.append({"n": n, **summary("reward", value), "kl_bound": best_of_n_kl_bound(n)})
+    return {"best_of_n": found}
 
 
 def check(config: EvalConfig) -> None:
@@ -148,6 +172,12 @@ def check(config: EvalConfig) -> None:
         raise ValueError("data: expected data.prompts or data.pairs, got neither")
     if config.reward is not None and config.data.prompts is None:
         raise ValueError("data.prompts: the reward needs prompts to sample from, got none")
+    if config.best_of and config.reward is None:
+        raise ValueError("reward: the best of n needs a reward, got none")
+    if config.best_of and min(config.best_of) < 1:
+        raise ValueError(f"best_of: expected numbers of at least 1, got {min(config.best_of)}")
+    if config.best_of_reward is not None and not config.best_of:
+        raise ValueError("best_of_reward: expected best_of beside it, got none")
     exact = (config.sampling.temperature, config.sampling.top_p, config.sampling.top_k)
     if config.data.prompts is not None and exact != (1.0, 1.0, 0):
         raise ValueError(
@@ -160,6 +190,8 @@ def main(argv: Sequence[str]) -> int:
     """Exit code 0: the JSON is written."""
     config = parse_flags(EvalConfig, argv, "fastalign eval")
     check(config)
+    most = max(config.sampling.num_samples, *config.best_of, 1)
+    config = replace(config, sampling=replace(config.sampling, num_samples=most))
     out = new_file(config.out)
     start = time.perf_counter()
     policy, tokenizer = load_sampled(config.model)
@@ -181,5 +213,10 @@ def main(argv: Sequence[str]) -> int:
     for name in ("reward", "kl", "accuracy"):
         if name in result:
             print(f"{name} {result[name]:.3f} +- {result[f'{name}_se']:.3f}")
+    for row in result.get("best_of_n", ()):
+        print(
+            f"best of {row['n']}: reward {row['reward']:.3f} +- {row['reward_se']:.3f}, "
+            f"KL to the model at most {row['kl_bound']:.3f}"
+        )
     print(f"written to {out}")
     return 0

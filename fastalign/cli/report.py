@@ -20,24 +20,33 @@ class ReportConfig:
     """Page to write; an older one is replaced."""
 
 
-def main(argv: Sequence[str]) -> int:
-    """Exit code 0: the page is written."""
+def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int = 1) -> None:
+    """Prints a table: `num_left` columns of words, then numbers, which stand right."""
     from rich.console import Console
     from rich.table import Table
 
+    shown = Table()
+    for number, column in enumerate(columns):
+        shown.add_column(column, justify="left" if number < num_left else "right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*row)
+    Console(markup=False).print(shown)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code 0: the page is written."""
     from fastalign.evaluation.report import COLUMNS, render, table
-    from fastalign.evaluation.runs import read_run
+    from fastalign.evaluation.reward_table import REWARD_COLUMNS, reward_table
+    from fastalign.evaluation.runs import read_runs
 
     config = parse_flags(ReportConfig, argv, "fastalign report")
     if not config.runs:
         raise ValueError("expected one run's folder or more, got none")
-    runs = [read_run(folder) for folder in config.runs]
-    shown = Table()
-    for number, column in enumerate(COLUMNS):
-        shown.add_column(column, justify="right" if number else "left", no_wrap=True)
-    for row in table(runs):
-        shown.add_row(*row)
-    Console(markup=False).print(shown)
+    runs = read_runs(config.runs)
+    show(COLUMNS, table(runs), num_left=2)
+    rewards = reward_table(runs)
+    if rewards:
+        show(REWARD_COLUMNS, rewards)
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(render(runs), encoding="utf-8")

@@ -32,6 +32,8 @@ class ScoreConfig:
     data: ScoreData
     out: str
     """File (.jsonl) to write."""
+    raw: bool = False
+    """Scores as transformers serves them, not normalised by the model's reward_mean, reward_std."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -42,6 +44,7 @@ def main(argv: Sequence[str]) -> int:
     model = ModelReward(
         config.model.path,
         device=config.model.device,
+        raw=config.raw,
         trust_remote_code=config.model.trust_remote_code,
     )
     rewards = apply_reward(

@@ -31,10 +31,12 @@ from fastalign.data.tokenise import Encoder
 from fastalign.data.tokenizer import (
     Tokenizer,
     check_same_vocabulary,
+    check_token_meanings,
     eos_token_ids,
     load_tokenizer,
     use_distinct_pad,
 )
+from fastalign.data.votes import Votes
 
 __all__ = [
     "Content",
@@ -51,7 +53,9 @@ __all__ = [
     "Sample",
     "TokenizedDataset",
     "Tokenizer",
+    "Votes",
     "check_same_vocabulary",
+    "check_token_meanings",
     "content_as_json",
     "eos_token_ids",
     "indices_of_step",

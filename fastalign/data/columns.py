@@ -1,6 +1,6 @@
 """The columns that rows may have, and which are asked for when one is missing.
 
-The names are TRL's; `response_a`, `response_b` and `label` (`a`, `b` or `tie`) are ours.
+The names are TRL's; `response_a`, `response_b`, `label` (`a`, `b` or `tie`) and `votes` are ours.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ Kind = Literal["sft", "preference", "prompt"]
 COLUMNS = frozenset(
     [
         *("text", "messages", "prompt", "completion", "chosen", "rejected"),
-        *("response_a", "response_b", "label", "margin"),
+        *("response_a", "response_b", "label", "votes", "margin"),
         *("tools", "images", "image", "chat_template_kwargs"),
     ]
 )

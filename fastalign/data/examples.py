@@ -8,6 +8,7 @@ from fastalign.data.columns import UNSUPPORTED, Kind, missing, present
 from fastalign.data.conversation import Message, check_order, content, messages
 from fastalign.data.implicit_prompt import split_messages, split_text
 from fastalign.data.row import DataFault, Row, show
+from fastalign.data.votes import Votes, votes_of
 
 Content = str | tuple[Message, ...]
 
@@ -27,13 +28,17 @@ class SFTExample:
 
 @dataclass(frozen=True)
 class PreferenceExample:
-    """A comparison. Of a tie, `chosen` is response a and `rejected` is response b."""
+    """A comparison. Of a tie, `chosen` is response a and `rejected` is response b.
+
+    `votes.a` are those for `chosen`, whichever response that was in the file.
+    """
 
     prompt: Content
     chosen: Content
     rejected: Content
     tie: bool
     margin: float | None
+    votes: Votes | None
     source: str
     form: str
 
@@ -116,10 +121,14 @@ def _preference(row: Row) -> PreferenceExample:
     prompt, first, second, explicit = _with_prompt(row, names, first, second)
     _check_pair(row, prompt, {names[0]: first, names[1]: second})
     label = _label(row, compared=bool(compared))
+    # Of chosen and rejected nobody can say which was a: such a row's votes are not looked at.
+    votes = votes_of(row) if compared else None
     if label == "b":
         first, second = second, first
+        votes = votes and votes.swapped()
     form = " + ".join((("prompt",) if explicit else ()) + names) + f", {_style(prompt)}"
-    return PreferenceExample(prompt, first, second, label == "tie", _margin(row), row.where, form)
+    tie, margin = label == "tie", _margin(row)
+    return PreferenceExample(prompt, first, second, tie, margin, votes, row.where, form)
 
 
 def _with_prompt(

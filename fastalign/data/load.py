@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,6 +21,7 @@ from fastalign.data.report import DataReport
 from fastalign.data.row import DataFault
 from fastalign.data.tokenise import Encoder, TokenisedRow
 from fastalign.data.tokenizer import Tokenizer
+from fastalign.data.votes import Votes
 
 Ties = Literal["error", "keep", "drop"]
 
@@ -33,14 +34,16 @@ class TokenizedDataset:
         groups: one for each row: SFT one response, preferences chosen and rejected (a tie: a, b).
         ties: whether the row is a tie.
         margins: its margin, or None.
+        votes: its votes, those for the first response as `a`, or None.
         sources: its place, `file.jsonl:12`.
         report: what was read and left out.
-        fingerprint: SHA-256 of the groups, ties and margins.
+        fingerprint: SHA-256 of the groups, ties, margins and votes.
     """
 
     groups: list[Group]
     ties: list[bool]
     margins: list[float | None]
+    votes: list[Votes | None]
     sources: list[str]
     report: DataReport
     fingerprint: str
@@ -61,6 +64,12 @@ class PromptDataset:
     prompts: list[Content]
     sources: list[str]
     report: DataReport
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the prompts and their token ids."""
+        rows = list(zip(self.prompt_ids, self.prompts, strict=True))
+        return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
 def load_sft(
@@ -176,7 +185,7 @@ def _load(
     ties: Ties,
 ) -> TokenizedDataset:
     report = DataReport(str(source))
-    data = TokenizedDataset([], [], [], [], report, "")
+    data = TokenizedDataset([], [], [], [], [], report, "")
     digest = hashlib.sha256()
     seen: set[bytes] = set()
     for example in read_examples(source, kind, report, on_bad_row=on_bad_row):
@@ -200,22 +209,23 @@ def _load(
         group = fit(row.group, example.source, report, max_length, on_too_long)
         if group is None:
             continue
-        margin = example.margin if isinstance(example, PreferenceExample) else None
+        compared = example if isinstance(example, PreferenceExample) else None
+        margin, votes = (compared.margin, compared.votes) if compared else (None, None)
         data.groups.append(group)
         data.ties.append(tie)
         data.margins.append(margin)
+        data.votes.append(votes)
         data.sources.append(example.source)
         _count(report, example, row, group)
-        key = hashlib.sha256(repr((group, tie, margin)).encode()).digest()
+        marks = (tie, margin) if votes is None else (tie, margin, votes.shares())
+        key = hashlib.sha256(repr((group, *marks)).encode()).digest()
         report.num_duplicates += key in seen
         seen.add(key)
         digest.update(key)
     report.num_used = len(data.groups)
     report.num_ties = sum(data.ties)
     require_rows(report)
-    return TokenizedDataset(
-        data.groups, data.ties, data.margins, data.sources, report, digest.hexdigest()
-    )
+    return replace(data, fingerprint=digest.hexdigest())
 
 
 def _count(report: DataReport, example: Example, row: TokenisedRow, group: Group) -> None:

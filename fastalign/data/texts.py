@@ -7,7 +7,7 @@ from fastalign.data.columns import COLUMNS
 from fastalign.data.row import DataFault
 from fastalign.data.rows import read_rows
 
-_NO_TEXT = {"label", "margin"}
+_NO_TEXT = {"label", "votes", "margin"}
 
 
 def read_texts(source: str | Path) -> Iterator[str | DataFault]:

@@ -2,19 +2,50 @@
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from typing import Any
 
-from fastalign.evaluation.runs import RunRecord
+from fastalign.evaluation.runs import RunRecord, best_of_rows
 
-# Metrics that are drawn where a run has them: (name, label of the axis).
-CURVES = (
-    ("loss", "loss"),
-    ("rewards/margins", "implicit reward margin"),
-    ("rewards/accuracies", "implicit reward accuracy"),
-    ("entropy", "entropy (nats a token)"),
-    ("grad_norm", "gradient norm"),
-    ("tokens_per_second", "tokens a second"),
+# Metrics that are drawn where a run has them: heading, and (name, label of the axis) below it.
+SECTIONS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
+    (
+        "Training",
+        (
+            ("loss", "loss"),
+            ("rewards/margins", "implicit reward margin"),
+            ("rewards/accuracies", "implicit reward accuracy"),
+            ("entropy", "entropy (nats a token)"),
+            ("grad_norm", "gradient norm"),
+            ("tokens_per_second", "tokens a second"),
+        ),
+    ),
+    (
+        "Reward models",
+        (
+            ("accuracy", "accuracy of the scores"),
+            ("margin", "margin of the scores"),
+            ("mean_reward", "mean score"),
+        ),
+    ),
+    (
+        "PPO",
+        (
+            ("objective/scores", "score of the answers"),
+            ("objective/rlhf_reward", "score less the KL's penalty"),
+            ("objective/kl", "KL to the reference (nats an answer)"),
+            ("objective/entropy", "entropy of the answers"),
+            ("policy/entropy_avg", "entropy (nats a token)"),
+            ("policy/approxkl_avg", "KL of an update"),
+            ("policy/clipfrac_avg", "share of clipped ratios"),
+            ("val/ratio", "mean ratio"),
+            ("loss/policy_avg", "policy loss"),
+            ("loss/value_avg", "value loss"),
+            ("critic/explained_var", "variance that the critic explains"),
+            ("completions/mean_length", "tokens of an answer"),
+        ),
+    ),
 )
 
 
@@ -35,6 +66,11 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     return figure, axes
+
+
+def bar(error: float | None) -> float:
+    """The length of an error bar; of an unknown error, none."""
+    return error if error is not None and math.isfinite(error) else 0.0
 
 
 def plain(text: str) -> str:
@@ -63,7 +99,10 @@ def curve(runs: Sequence[RunRecord], name: str, label: str) -> str | None:
 
 
 def reward_against_kl(runs: Sequence[RunRecord]) -> str | None:
-    """Mean reward against KL to the reference, with one standard error each way; or None."""
+    """Mean reward against KL to the reference, with one standard error each way; or None.
+
+    The best of n of a run that is its own reference is a dashed line, its KL the bound.
+    """
     points = [(run.name, run.measure("kl"), run.measure("reward")) for run in runs]
     if not any(kl and reward for _, kl, reward in points):
         return None
@@ -72,8 +111,20 @@ def reward_against_kl(runs: Sequence[RunRecord]) -> str | None:
         if kl is None or reward is None:
             continue
         axes.errorbar(
-            kl[0], reward[0], xerr=kl[1], yerr=reward[1], fmt="o", capsize=3, label=plain(name)
+            kl[0],
+            reward[0],
+            xerr=bar(kl[1]),
+            yerr=bar(reward[1]),
+            fmt="o",
+            capsize=3,
+            label=plain(name),
         )
+    for run in runs:
+        rows = best_of_rows(run.evaluation)
+        if rows:
+            places = [(row["kl_bound"], row["reward"]) for row in rows]
+            label = f"{plain(run.name)}, best of {', '.join(str(row['n']) for row in rows)} (bound)"
+            axes.plot(*zip(*places, strict=True), "x--", color="0.45", linewidth=1, label=label)
     axes.set_xlabel("KL to the reference (nats a sequence)")
     axes.set_ylabel("mean reward")
     axes.legend(fontsize=8, frameon=False)

@@ -9,7 +9,13 @@ import torch
 from fastalign.batch import Group
 from fastalign.data import Content, Encoder, Message, load_tokenizer
 from fastalign.evaluation.logprobs import of_responses
-from fastalign.models import find_device, load_reward_model, response_reward
+from fastalign.models import (
+    RewardScale,
+    find_device,
+    load_reward_model,
+    response_reward,
+    reward_scale,
+)
 
 TOKENS_PER_BATCH = 16384
 
@@ -18,18 +24,27 @@ class ModelReward:
     """The score of each completion behind its prompt, by position.
 
     A completion is tokenised as a response is in training, with its end behind it: one that was
-    cut is scored as if it ended there.
+    cut is scored as if it ended there. Scores are normalised by the model's own `reward_mean` and
+    `reward_std`, which `fastalign reward` measures; a model of others' has none, and stays raw.
 
     Args:
         path: folder of a saved reward model, or a hub name.
         device: as for `find_device`.
+        raw: the score as transformers serves it.
         trust_remote_code: run code that comes with the model.
 
     Raises:
         ValueError: no reward model there; a causal model is none, its head would be random.
     """
 
-    def __init__(self, path: str | Path, *, device: str = "auto", trust_remote_code: bool = False):
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        device: str = "auto",
+        raw: bool = False,
+        trust_remote_code: bool = False,
+    ):
         self._tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         self._encoder = Encoder(self._tokenizer)
         where = find_device(device, "model.device")
@@ -40,6 +55,7 @@ class ModelReward:
             fresh_head=False,
             trust_remote_code=trust_remote_code,
         )
+        self._scale = RewardScale() if raw else reward_scale(self._model)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
         """Scores in the completions' order; a prompt is text or a list of {role, content}.
@@ -61,7 +77,8 @@ class ModelReward:
         )
         found: dict[int, float] = {}
         for members, values in zip(places.values(), rewards, strict=True):
-            found.update(zip(members, values.tolist(), strict=True))
+            scores = self._scale.normalise(values.double())
+            found.update(zip(members, scores.tolist(), strict=True))
         return [found[place] for place in range(len(completions))]
 
     def _group(self, prompt: Content, members: list[int], completions: Sequence[str]) -> Group:

@@ -1,13 +1,18 @@
 """A run's folder as the report reads it: settings, metrics, evaluation, samples."""
 
 import json
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 Row = dict[str, Any]
+# What only a run of PPO logs, and what its KL's coefficient may be called in its settings.
+PPO_METRICS = {"objective/kl", "policy/approxkl_avg", "val/ratio"}
+KL_COEFFICIENTS = ("kl_coef", "kl_coefficient", "init_kl_coef", "beta")
 
 
 @dataclass(frozen=True)
@@ -31,23 +36,109 @@ class RunRecord:
     @property
     def seconds(self) -> float:
         """Time spent in steps."""
-        return float(sum(number(row.get("step_seconds", 0.0)) for row in self.metrics))
+        return math.fsum(number(row.get("step_seconds")) or 0.0 for row in self.metrics)
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the run or its evaluation said so."""
+        return is_collapsed(self.evaluation, self.metrics)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of a metric, where it was logged."""
-        rows = [row for row in self.metrics if name in row]
-        return [int(row["step"]) for row in rows], [number(row[name]) for row in rows]
+        found = [(row.get("step"), number(row.get(name))) for row in self.metrics]
+        kept = [(step, value) for step, value in found if type(step) is int and value is not None]
+        return [step for step, _ in kept], [value for _, value in kept]
 
     def measure(self, name: str) -> tuple[float, float] | None:
-        """A measure of the evaluation and its standard error, or None."""
-        if self.evaluation is None or name not in self.evaluation:
-            return None
-        return float(self.evaluation[name]), float(self.evaluation[f"{name}_se"])
+        """A measure of the evaluation and its standard error (NaN if unknown), or None."""
+        return finite(self.evaluation or {}, name)
+
+    def last(self, name: str) -> float | None:
+        """The last finite value of a metric, or None."""
+        values = [value for value in self.series(name)[1] if math.isfinite(value)]
+        return values[-1] if values else None
 
 
-def number(value: Any) -> float:
+def number(value: Any) -> float | None:
     """A logged number; one that JSON could not hold was written as text (`nan`, `inf`)."""
-    return float(value)
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return None
+
+
+def finite(values: Row, name: str) -> tuple[float, float] | None:
+    """`name` and its standard error `name_se`, NaN where there is none; None: no finite number."""
+    value, error = number(values.get(name)), number(values.get(f"{name}_se"))
+    if value is None or not math.isfinite(value):
+        return None
+    return value, math.nan if error is None else error
+
+
+def is_collapsed(evaluation: Row | None, metrics: Sequence[Row]) -> bool:
+    """Whether `collapsed` is said (true, a number other than 0, or a reason in words)."""
+    return any(
+        row.get("collapsed") not in (None, False, 0, "", "0", "0.0", "false")
+        for row in (evaluation or {}, *metrics)
+    )
+
+
+def best_of_rows(evaluation: Row | None) -> list[Row]:
+    """The best of n, where the model that was sampled from is the reference."""
+    config = (evaluation or {}).get("config") or {}
+    paths = [(config.get(name) or {}).get("path") for name in ("model", "reference")]
+    if evaluation is None or paths[0] is None or paths[0] != paths[1]:
+        return []
+    return list(evaluation.get("best_of_n") or [])
+
+
+def labels_of(run: RunRecord) -> tuple[str, float | None, int | None]:
+    """Method, strength and seed as the settings tell them.
+
+    The method is the loss's name; ppo where PPO's metrics were logged; else reward or sft. The
+    strength is the loss's beta, or the KL's coefficient; sft and reward models have none.
+    """
+    logged = {name for row in run.metrics for name in row}
+    loss = run.config.get("loss")
+    loss = loss if isinstance(loss, dict) else {}
+    settings = run.config.get("run")
+    seed = settings.get("seed") if isinstance(settings, dict) else None
+    if logged & PPO_METRICS and "rewards/margins" not in logged:
+        strength = find_setting(run.config, KL_COEFFICIENTS)
+        return "ppo", strength, seed
+    method = str(loss.get("name", "sft"))
+    return method, number(loss.get("beta")), seed
+
+
+def find_setting(settings: Row, names: Sequence[str]) -> float | None:
+    """The first number under one of these names, however deep."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            found = find_setting(value, names)
+            if found is not None:
+                return found
+        elif name in names and number(value) is not None:
+            return number(value)
+    return None
+
+
+def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
+    """Reads each; runs whose folders have one name are told apart by the folders above.
+
+    Raises:
+        ValueError: a file is damaged.
+        FileNotFoundError: a folder is no run's.
+    """
+    runs = [read_run(folder) for folder in folders]
+    parts = [Path(folder).resolve().parts for folder in folders]
+    named = []
+    for run, own in zip(runs, parts, strict=True):
+        alike = [other for other in parts if other != own]
+        depth = 1
+        while depth < len(own) and any(own[-depth:] == other[-depth:] for other in alike):
+            depth += 1
+        named.append(replace(run, name="/".join(own[-depth:])))
+    return named
 
 
 def read_run(folder: str | Path) -> RunRecord:
@@ -64,22 +155,44 @@ def read_run(folder: str | Path) -> RunRecord:
     evaluation = path / "eval" / "eval.json"
     samples = path / "eval" / "samples.jsonl"
     try:
-        return RunRecord(
-            name=path.resolve().name,
-            config=yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")),
-            metrics=read_lines(path / "metrics.jsonl"),
-            evaluation=json.loads(evaluation.read_text("utf-8")) if evaluation.is_file() else None,
-            samples=read_lines(samples) if samples.is_file() else [],
-        )
-    except (json.JSONDecodeError, yaml.YAMLError, UnicodeDecodeError) as error:
+        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        metrics = read_lines(path / "metrics.jsonl")
+        rows = read_lines(samples) if samples.is_file() else []
+    except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: a file of the run is damaged: {error}") from None
+    return RunRecord(
+        name=path.resolve().name,
+        config=config if isinstance(config, dict) else {},
+        metrics=metrics,
+        evaluation=read_evaluation(evaluation) if evaluation.is_file() else None,
+        samples=rows,
+    )
+
+
+def read_evaluation(file: Path) -> Row:
+    """The measures that `fastalign eval` wrote.
+
+    Raises:
+        ValueError: no JSON object.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file}: a file of the run is damaged: {error}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def read_lines(path: Path) -> list[Row]:
     """The objects of a JSON Lines file; a last line that is being written is left out.
 
     Raises:
-        ValueError: a line is no JSON.
+        ValueError: a line is no JSON object.
     """
     text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
+    rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
+    for place, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: object {place}: expected a JSON object, got {row!r:.60}")
+    return rows

@@ -1,10 +1,12 @@
-"""Means with their standard errors."""
+"""Means with their standard errors, and shares with their confidence intervals."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+NORMAL_QUANTILE = 1.959963984540054  # 97.5 % of a normal variable lies below
 
 
 @dataclass(frozen=True)
@@ -33,3 +35,66 @@ def estimate(values: Sequence[float]) -> Estimate:
 def estimate_of_groups(groups: Sequence[Sequence[float]]) -> Estimate:
     """The mean of values that are independent between groups only (samples of one prompt)."""
     return estimate([math.fsum(group) / len(group) for group in groups])
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A confidence interval of 95 %, and how it was found."""
+
+    low: float
+    high: float
+    method: str
+
+
+def wilson_interval(share: float, count: int) -> tuple[float, float]:
+    """Of a share of `count` independent cases (Wilson 1927, score interval); within [0, 1].
+
+    A case that counts one half makes the interval a little too wide, never too narrow.
+    """
+    spread = NORMAL_QUANTILE**2 / count
+    centre = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(spread * (share * (1 - share) + spread / 4)) / (1 + spread)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap_interval(
+    groups: Sequence[Sequence[float]], *, num_resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Of the mean over all values, by resampling whole groups (percentile bootstrap)."""
+    sums = torch.tensor([math.fsum(group) for group in groups], dtype=torch.float64)
+    counts = torch.tensor([len(group) for group in groups], dtype=torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    means, at_once = [], max(1, 2**22 // len(groups))  # resamples that fit 32 MiB of indices
+    for start in range(0, num_resamples, at_once):
+        rows = min(at_once, num_resamples - start)
+        drawn = torch.randint(len(groups), (rows, len(groups)), generator=generator)
+        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
+    tails = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    low, high = torch.cat(means).quantile(tails).tolist()
+    return low, high
+
+
+def share_interval(groups: Sequence[Sequence[float]]) -> Interval:
+    """Of the mean of values in [0, 1]; values of one group (a prompt's) may depend on each other.
+
+    With one value a group the values are independent: Wilson. With several, groups are resampled;
+    where all have the same mean resampling would find no spread at all, and Wilson takes each
+    group as one case.
+
+    Raises:
+        ValueError: no values.
+    """
+    filled = [group for group in groups if group]
+    if not filled:
+        raise ValueError("interval: expected at least one value, got none")
+    means = [math.fsum(group) / len(group) for group in filled]
+    if max(len(group) for group in filled) == 1:
+        return Interval(*wilson_interval(math.fsum(means) / len(means), len(means)), "wilson")
+    if max(means) - min(means) < 1e-12:
+        return Interval(*wilson_interval(means[0], len(means)), "wilson over prompts")
+    return Interval(*bootstrap_interval(filled), "bootstrap over prompts")
+
+
+def summary(name: str, value: Estimate) -> dict[str, float | int]:
+    """`name`, `name_se` and `name_count`, as the JSON of an evaluation holds them."""
+    return {name: value.mean, f"{name}_se": value.standard_error, f"{name}_count": value.count}

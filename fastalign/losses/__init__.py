@@ -1,7 +1,8 @@
 """Losses: one pure function a formula, per item and unreduced, torch only."""
 
+from fastalign.losses.advantage import grpo_advantage, rloo_advantage, whiten
 from fastalign.losses.formulas import formula
-from fastalign.losses.policy import ppo_clip
+from fastalign.losses.policy import importance_weight, ppo_clip, value_clipped
 from fastalign.losses.preference import (
     dpo,
     dpo_davidson,
@@ -17,7 +18,16 @@ from fastalign.losses.preference_length import (
     ipo_mean,
 )
 from fastalign.losses.preference_reference_free import orpo, simpo
-from fastalign.losses.reward import bradley_terry, davidson, rao_kupper
+from fastalign.losses.reward import (
+    bradley_terry,
+    bradley_terry_votes,
+    davidson,
+    davidson_outcomes,
+    davidson_votes,
+    rao_kupper,
+    rao_kupper_outcomes,
+    rao_kupper_votes,
+)
 from fastalign.losses.sft import negative_logprob
 from fastalign.ops.preference_loss import PairLogprobs
 from fastalign.ops.segments import segment_sum
@@ -25,7 +35,10 @@ from fastalign.ops.segments import segment_sum
 __all__ = [
     "PairLogprobs",
     "bradley_terry",
+    "bradley_terry_votes",
     "davidson",
+    "davidson_outcomes",
+    "davidson_votes",
     "dpo",
     "dpo_davidson",
     "dpo_label_smoothed",
@@ -34,13 +47,20 @@ __all__ = [
     "dpo_rao_kupper",
     "dpo_robust",
     "formula",
+    "grpo_advantage",
     "hinge",
+    "importance_weight",
     "ipo_mean",
     "ipo_sum",
     "negative_logprob",
     "orpo",
     "ppo_clip",
     "rao_kupper",
+    "rao_kupper_outcomes",
+    "rao_kupper_votes",
+    "rloo_advantage",
     "segment_sum",
     "simpo",
+    "value_clipped",
+    "whiten",
 ]

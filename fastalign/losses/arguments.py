@@ -39,3 +39,14 @@ def check_label_smoothing(label_smoothing: float) -> None:
         raise ValueError(
             f"label_smoothing: expected 0 <= label_smoothing < 0.5, got {label_smoothing}"
         )
+
+
+def check_shares(shares: Tensor, of_pairs: Tensor) -> None:
+    """Checks that there are three shares for each pair; `of_pairs` is (B,).
+
+    Raises:
+        ValueError: It is not so.
+    """
+    expected = (*of_pairs.shape, 3)
+    if shares.shape != expected:
+        raise ValueError(f"shares: expected {expected}, got {tuple(shares.shape)}")

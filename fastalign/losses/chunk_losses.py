@@ -11,6 +11,8 @@ from torch import Tensor
 from fastalign.losses.policy import ppo_clip
 from fastalign.losses.sft import negative_logprob
 from fastalign.ops.fused_linear_loss import LossFunction, TokenChunk
+from fastalign.ops.kl_penalty import kl_penalty
+from fastalign.ops.kl_penalty.api import Estimator
 from fastalign.ops.preference_loss import PairLogprobs, PreferenceFormula, preference_loss
 from fastalign.ops.segments import segment_sum
 
@@ -109,42 +111,81 @@ def ppo_loss_fn(
     *,
     clip_range: float = 0.2,
     entropy_coefficient: float = 0.0,
+    weight: Tensor | None = None,  # (T,)
+    reference_logprob: Tensor | None = None,  # (T,)
+    kl_coefficient: float = 0.0,
+    estimator: Estimator = "k3",
     normaliser: float | Tensor,
 ) -> LossFunction:
     """PPO's clipped loss less an entropy bonus over `normaliser`, for `fused_linear_loss`.
+
+    With a `reference_logprob`, also the KL to the reference as a loss: `kl_coefficient` times the
+    estimate of `ops.kl_penalty`.
 
     Args:
         old_logprob: Log-probs of the policy that sampled, for all rows of the call.
         advantage: Advantages, for all rows of the call.
         clip_range: As in `ppo_clip`.
         entropy_coefficient: The weight of the entropy bonus.
+        weight: Of each token's clipped loss (`importance_weight`), for all rows; None: 1.
+        reference_logprob: Of the tokens under the reference, for all rows; None: no KL here.
+        kl_coefficient: The weight of the KL.
+        estimator: `k2` or `k3`; the gradient of `k1` is zero in expectation.
         normaliser: The number of target tokens of the *whole* step.
 
     Returns:
         The loss function. Its metrics are sums over target tokens: `policy/approxkl_avg`,
-        `policy/clipfrac_avg`, `policy/entropy_avg`, `val/ratio`, and those of `sft_loss_fn`.
+        `policy/clipfrac_avg`, `policy/entropy_avg`, `val/ratio`, with a reference `policy/kl_avg`,
+        and those of `sft_loss_fn`.
+
+    Raises:
+        ValueError: `k1` as a loss.
     """
+    if reference_logprob is not None and estimator == "k1":
+        raise ValueError("estimator: expected 'k2' or 'k3' for a KL in the loss, got 'k1'")
 
     def loss_fn(chunk: TokenChunk) -> tuple[Tensor, dict[str, Tensor]]:
         rows, target = slice(chunk.row_start, chunk.row_stop), chunk.is_target
         old = torch.where(target, old_logprob[rows].to(chunk.logprob), 0.0)
         advantages = torch.where(target, advantage[rows].to(chunk.logprob), 0.0)
         losses = ppo_clip(chunk.logprob, old, advantages, clip_range=clip_range)
-        loss = losses.sum() / normaliser
+        weighted = losses if weight is None else losses * weight[rows].to(losses)
+        loss = weighted.sum() / normaliser
         if entropy_coefficient:
             loss = loss - entropy_coefficient * chunk.entropy.sum() / normaliser
         change = (chunk.logprob - old).detach()
         ratio = change.exp()
         clipped = (losses.detach() > -ratio * advantages) & target
+        more = {}
+        if reference_logprob is not None:
+            kl = _kl_of_chunk(chunk, reference_logprob[rows], estimator)
+            loss = loss + kl_coefficient * kl / normaliser
+            more["policy/kl_avg"] = kl.detach()
         return loss, {
             "policy/approxkl_avg": 0.5 * change.square().sum(),
             "policy/clipfrac_avg": clipped.to(ratio.dtype).sum(),
             "policy/entropy_avg": chunk.entropy.sum(),
             "val/ratio": (ratio * target).sum(),
+            **more,
             **_token_metrics(chunk),
         }
 
     return loss_fn
+
+
+def _kl_of_chunk(chunk: TokenChunk, reference_logprob: Tensor, estimator: Estimator) -> Tensor:
+    """The summed estimate of the chunk's targets, ()."""
+    reference = reference_logprob.to(chunk.logprob)
+    bounds = torch.tensor([0, chunk.logprob.numel()], device=reference.device)
+    found = kl_penalty(
+        chunk.logprob,
+        reference,
+        bounds,
+        coefficient=0.0,
+        estimator=estimator,
+        mask=chunk.is_target,
+    )
+    return found.sequence_kl[0]
 
 
 def _check_length(name: str, value: Tensor | None, length: int) -> None:

@@ -1,7 +1,9 @@
-"""Policy-gradient losses, per token."""
+"""Losses of a policy and of its value function, per token."""
 
 import torch
 from torch import Tensor
+
+from fastalign.losses.arguments import check_positive, check_same_shape
 
 
 def ppo_clip(
@@ -36,3 +38,57 @@ def ppo_clip(
     advantage = advantage.detach()
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return -torch.minimum(ratio * advantage, clipped * advantage)
+
+
+def value_clipped(
+    value: Tensor,  # (T,)
+    old_value: Tensor,  # (T,)
+    returns: Tensor,  # (T,)
+    *,
+    clip_range: float = 0.2,
+) -> Tensor:
+    """PPO's clipped value loss, (T,), as in openai/lm-human-preferences (arXiv 1909.08593).
+
+    max((v - R)^2, (clip(v, v_old - clip_range, v_old + clip_range) - R)^2) / 2.
+
+    Args:
+        value: Of each token's state.
+        old_value: When the advantages were computed; no gradient flows.
+        returns: What the value should be; no gradient flows.
+        clip_range: Above 0; infinite: not clipped.
+
+    Returns:
+        One loss a token.
+
+    Raises:
+        ValueError: Shapes that differ, or a clip range that is not positive.
+    """
+    check_same_shape(value=value, old_value=old_value, returns=returns)
+    check_positive(clip_range=clip_range)
+    old_value, returns = old_value.detach(), returns.detach()
+    near = value.clamp(old_value - clip_range, old_value + clip_range)
+    return torch.maximum((value - returns).square(), (near - returns).square()) / 2
+
+
+def importance_weight(
+    logprob: Tensor,  # (T,)
+    sampler_logprob: Tensor,  # (T,)
+    *,
+    max_weight: float,
+) -> Tensor:
+    """Truncated importance weights (Ionides 2008, "Truncated importance sampling"), (T,), detached.
+
+    min(exp(logprob - sampler_logprob), max_weight): what the losses of tokens are multiplied by
+    that were drawn with other log-probs than the trainer's.
+
+    Args:
+        logprob: Of the tokens under the trainer's policy, before its update.
+        sampler_logprob: Under the distribution that they were drawn from.
+        max_weight: Above 0.
+
+    Raises:
+        ValueError: Shapes that differ, or a weight that is not positive.
+    """
+    check_same_shape(logprob=logprob, sampler_logprob=sampler_logprob)
+    check_positive(max_weight=max_weight)
+    return (logprob - sampler_logprob).detach().exp().clamp(max=max_weight)

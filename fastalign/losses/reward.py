@@ -2,6 +2,9 @@
 
 The probabilities of winning and tying depend on the difference of two rewards only, so adding a
 constant to every reward changes nothing (but for the centring term).
+
+`rao_kupper_outcomes` and `davidson_outcomes` are the two models of ties; the losses with a label
+and the losses with vote shares both read them.
 """
 
 import math
@@ -10,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalign.losses.arguments import check_positive, check_same_shape
+from fastalign.losses.arguments import check_positive, check_same_shape, check_shares
 
 
 def bradley_terry(
@@ -39,51 +42,147 @@ def bradley_terry(
     return loss
 
 
-def rao_kupper(difference: Tensor, tie: Tensor, *, nu: float | Tensor) -> Tensor:
-    """Negative log-likelihood (B,) of a win, or of a tie where `tie`, under Rao and Kupper's model.
+def bradley_terry_votes(
+    first_reward: Tensor,  # (B,)
+    second_reward: Tensor,  # (B,)
+    shares: Tensor,  # (B, 3)
+    *,
+    margin: Tensor | None = None,  # (B,)
+    centring_coefficient: float = 0.0,
+) -> Tensor:
+    """Cross-entropy (B,) of vote shares with Bradley and Terry's probabilities, and centring.
 
-    Rao and Kupper (1967), as used by Chen et al. (arXiv 2409.17431). With difference d = r_c - r_r:
+    A vote for a tie is half a vote for each side: with w = shares_first + shares_tie / 2 and
+    d = r_1 - r_2 - margin, the loss is -w log sigmoid(d) - (1 - w) log sigmoid(-d). All votes for
+    the first give `bradley_terry`.
+
+    Args:
+        first_reward: (B,).
+        second_reward: (B,).
+        shares: (B, 3) of the votes for the first, the second, and a tie; each row sums to 1.
+        margin: (B,) as in `bradley_terry`.
+        centring_coefficient: as in `bradley_terry`.
+
+    Raises:
+        ValueError: Shapes differ.
+    """
+    check_same_shape(first_reward=first_reward, second_reward=second_reward, margin=margin)
+    check_shares(shares, first_reward)
+    difference = first_reward - second_reward
+    if margin is not None:
+        difference = difference - margin
+    win = shares[:, 0] + shares[:, 2] / 2
+    loss = -win * F.logsigmoid(difference) - (1.0 - win) * F.logsigmoid(-difference)
+    if centring_coefficient:
+        loss = loss + centring_coefficient * (first_reward + second_reward).square()
+    return loss
+
+
+def rao_kupper_outcomes(difference: Tensor, *, nu: float | Tensor) -> Tensor:
+    """Log-probabilities (B, 3) of a win, a loss and a tie under Rao and Kupper's model.
+
+    Rao and Kupper (1967), as used by Chen et al. (arXiv 2409.17431). With difference d = r_1 - r_2:
     p(win) = sigmoid(d - ln nu); p(tie) = (nu^2 - 1) sigmoid(d - ln nu) sigmoid(-d - ln nu).
 
     Args:
-        difference: (B,) reward of the chosen minus that of the rejected.
-        tie: (B,) bool.
+        difference: (B,) reward of the first minus that of the second.
         nu: Above 1; at d = 0, p(tie) = (nu - 1) / (nu + 1), so nu = 3 ties with one half. A tensor
             () may be learned.
 
     Raises:
-        ValueError: nu <= 1, or shapes differ.
+        ValueError: nu <= 1.
     """
     if not nu > 1.0:
         raise ValueError(f"nu: expected a number above 1, got {nu}")
-    check_same_shape(difference=difference, tie=tie)
     threshold = _log(nu)
     win = F.logsigmoid(difference - threshold)
-    loss_or_win = F.logsigmoid(-difference - threshold)
-    return -torch.where(tie, _log(nu * nu - 1.0) + win + loss_or_win, win)
+    loss = F.logsigmoid(-difference - threshold)
+    return torch.stack((win, loss, _log(nu * nu - 1.0) + win + loss), dim=-1)
 
 
-def davidson(difference: Tensor, tie: Tensor, *, nu: float | Tensor) -> Tensor:
-    """Negative log-likelihood (B,) of a win, or of a tie where `tie`, under Davidson's model.
+def davidson_outcomes(difference: Tensor, *, nu: float | Tensor) -> Tensor:
+    """Log-probabilities (B, 3) of a win, a loss and a tie under Davidson's model.
 
-    Davidson (1970), as used by Chen et al. (arXiv 2409.17431). With difference d = r_c - r_r:
+    Davidson (1970), as used by Chen et al. (arXiv 2409.17431). With difference d = r_1 - r_2:
     p(win) = 1 / (1 + e^-d + 2 nu e^(-d/2)); p(tie) = 2 nu e^(-d/2) over the same denominator.
 
     Args:
-        difference: (B,) reward of the chosen minus that of the rejected.
-        tie: (B,) bool.
+        difference: (B,) reward of the first minus that of the second.
         nu: Above 0; at d = 0, p(tie) = nu / (nu + 1), so nu = 1 ties with one half. A tensor ()
             may be learned.
 
     Raises:
-        ValueError: nu <= 0, or shapes differ.
+        ValueError: nu <= 0.
     """
     check_positive(nu=nu)
+    weights = torch.stack(
+        (torch.zeros_like(difference), -difference, _log(2.0 * nu) - difference / 2), dim=-1
+    )
+    return weights - torch.logsumexp(weights, dim=-1, keepdim=True)
+
+
+def rao_kupper(difference: Tensor, tie: Tensor, *, nu: float | Tensor) -> Tensor:
+    """Negative log-likelihood (B,) of a win, or of a tie where `tie`: see `rao_kupper_outcomes`.
+
+    Args:
+        difference: (B,) reward of the chosen minus that of the rejected.
+        tie: (B,) bool.
+        nu: Above 1; may be a tensor ().
+
+    Raises:
+        ValueError: nu <= 1, or shapes differ.
+    """
     check_same_shape(difference=difference, tie=tie)
-    log_tie_weight = _log(2.0 * nu) - difference / 2
-    terms = torch.stack((torch.zeros_like(difference), -difference, log_tie_weight))
-    log_denominator = torch.logsumexp(terms, dim=0)
-    return log_denominator - torch.where(tie, log_tie_weight, 0.0)
+    return _of_label(rao_kupper_outcomes(difference, nu=nu), tie)
+
+
+def davidson(difference: Tensor, tie: Tensor, *, nu: float | Tensor) -> Tensor:
+    """Negative log-likelihood (B,) of a win, or of a tie where `tie`: see `davidson_outcomes`.
+
+    Args:
+        difference: (B,) reward of the chosen minus that of the rejected.
+        tie: (B,) bool.
+        nu: Above 0; may be a tensor ().
+
+    Raises:
+        ValueError: nu <= 0, or shapes differ.
+    """
+    check_same_shape(difference=difference, tie=tie)
+    return _of_label(davidson_outcomes(difference, nu=nu), tie)
+
+
+def rao_kupper_votes(difference: Tensor, shares: Tensor, *, nu: float | Tensor) -> Tensor:
+    """Cross-entropy (B,) of vote shares with the probabilities of `rao_kupper_outcomes`.
+
+    Args:
+        difference: (B,) reward of the first minus that of the second.
+        shares: (B, 3) of the votes for the first, the second, and a tie; each row sums to 1.
+        nu: Above 1; may be a tensor ().
+
+    Raises:
+        ValueError: nu <= 1, or shapes differ.
+    """
+    check_shares(shares, difference)
+    return -(shares * rao_kupper_outcomes(difference, nu=nu)).sum(-1)
+
+
+def davidson_votes(difference: Tensor, shares: Tensor, *, nu: float | Tensor) -> Tensor:
+    """Cross-entropy (B,) of vote shares with the probabilities of `davidson_outcomes`.
+
+    Args:
+        difference: (B,) reward of the first minus that of the second.
+        shares: (B, 3) of the votes for the first, the second, and a tie; each row sums to 1.
+        nu: Above 0; may be a tensor ().
+
+    Raises:
+        ValueError: nu <= 0, or shapes differ.
+    """
+    check_shares(shares, difference)
+    return -(shares * davidson_outcomes(difference, nu=nu)).sum(-1)
+
+
+def _of_label(outcomes: Tensor, tie: Tensor) -> Tensor:
+    return -torch.where(tie, outcomes[:, 2], outcomes[:, 0])
 
 
 def _log(value: float | Tensor) -> float | Tensor:

@@ -3,12 +3,19 @@
 from fastalign.models.attention import (
     ATTENTIONS,
     AttentionChoice,
+    AttentionPlan,
     attention_of,
     attention_reason,
 )
 from fastalign.models.compiled import compile_layers
 from fastalign.models.head import Head, lm_head
-from fastalign.models.load import check_packable, find_device, load_policy, save_model
+from fastalign.models.load import (
+    check_packable,
+    find_device,
+    load_policy,
+    read_config,
+    save_model,
+)
 from fastalign.models.logprob import response_logprob
 from fastalign.models.lora import (
     adapter_off,
@@ -22,18 +29,25 @@ from fastalign.models.lora_files import adapter_base, save_adapter
 from fastalign.models.offload import find_offload, offload_layers
 from fastalign.models.packed import PACKINGS, Packing, hidden_at, predict_hidden
 from fastalign.models.reward import (
+    RewardScale,
+    is_reward_model,
     load_reward_model,
     response_reward,
+    reward_scale,
     save_reward_model,
+    score_at,
     set_pad_token,
+    set_reward_scale,
 )
 
 __all__ = [
     "ATTENTIONS",
     "PACKINGS",
     "AttentionChoice",
+    "AttentionPlan",
     "Head",
     "Packing",
+    "RewardScale",
     "adapter_base",
     "adapter_off",
     "add_adapter",
@@ -46,6 +60,7 @@ __all__ = [
     "find_offload",
     "has_adapter",
     "hidden_at",
+    "is_reward_model",
     "linear_names",
     "lm_head",
     "load_policy",
@@ -53,10 +68,14 @@ __all__ = [
     "merge_adapter",
     "offload_layers",
     "predict_hidden",
+    "read_config",
     "response_logprob",
     "response_reward",
+    "reward_scale",
     "save_adapter",
     "save_model",
     "save_reward_model",
+    "score_at",
     "set_pad_token",
+    "set_reward_scale",
 ]

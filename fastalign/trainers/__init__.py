@@ -15,9 +15,25 @@ from fastalign.trainers.config import (
 from fastalign.trainers.dpo import train_dpo
 from fastalign.trainers.loop import RunResult
 from fastalign.trainers.lora_config import LoraConfig
+from fastalign.trainers.online_config import (
+    FreshPairsConfig,
+    OnlineDPOConfig,
+    OnlineReferenceConfig,
+)
+from fastalign.trainers.online_dpo import train_online_dpo
+from fastalign.trainers.ppo import train_ppo
+from fastalign.trainers.ppo_config import (
+    FrozenReferenceConfig,
+    KLConfig,
+    PPOConfig,
+    PPOSettings,
+    ValueConfig,
+    WatchConfig,
+)
 from fastalign.trainers.preference_losses import LOSSES, PreferenceLoss
 from fastalign.trainers.reward import train_reward
 from fastalign.trainers.reward_losses import REWARD_LOSSES, RewardLoss
+from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig
 from fastalign.trainers.sft import train_sft
 
 __all__ = [
@@ -25,19 +41,32 @@ __all__ = [
     "REWARD_LOSSES",
     "DPOConfig",
     "DataConfig",
+    "FreshPairsConfig",
+    "FrozenReferenceConfig",
+    "KLConfig",
     "LoraConfig",
     "ModelConfig",
+    "OnlineDPOConfig",
+    "OnlineReferenceConfig",
     "OptimConfig",
+    "PPOConfig",
+    "PPOSettings",
     "PreferenceDataConfig",
     "PreferenceLoss",
+    "PromptDataConfig",
     "ReferenceConfig",
     "RewardConfig",
     "RewardLoss",
+    "RewardSourceConfig",
     "RunConfig",
     "RunResult",
     "SFTConfig",
     "TrainConfig",
+    "ValueConfig",
+    "WatchConfig",
     "train_dpo",
+    "train_online_dpo",
+    "train_ppo",
     "train_reward",
     "train_sft",
 ]

@@ -1,8 +1,9 @@
 """Checkpoints: written aside, synced, hashed, renamed; a damaged one is named and passed over.
 
 A checkpoint is a folder `step-000100` with `model.safetensors` (of a frozen base with an adapter:
-the adapter alone), `optimizer.pt`, `state.json` and `manifest.json` (size and SHA-256 of the
-others). Nothing in it executes code when it is loaded.
+the adapter alone), `optimizer.pt`, `state.json`, where the reference is renewed as the run goes
+`reference.safetensors`, and `manifest.json` (size and SHA-256 of the others). Nothing in it
+executes code when it is loaded.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from fastalign.trainers.state import TrainState, random_state, restore_random_st
 
 CHECKPOINTS = "checkpoints"  # in a run's folder
 MANIFEST = "manifest.json"
+REFERENCE = "reference.safetensors"
 FORMAT = 1
 
 
@@ -89,6 +91,8 @@ def save_checkpoint(folder: Path, state: TrainState, extra: dict[str, Any], keep
         save_model(state.model, str(aside / "model.safetensors"))
     else:
         save_file(trainable, aside / "model.safetensors")
+    if state.reference:
+        save_file(state.reference, aside / REFERENCE)
     torch.save(
         {"optimizer": state.optimizer.state_dict(), "random": random_state()},
         aside / "optimizer.pt",
@@ -180,9 +184,11 @@ def restore(checkpoint: Path, state: TrainState) -> dict[str, Any]:
         for name, value in trainable.items():
             value.copy_(weights[name])
     device = next(state.model.parameters()).device
+    if (checkpoint / REFERENCE).exists():
+        state.reference = load_file(checkpoint / REFERENCE, device=str(device))
     content = torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)
     state.optimizer.load_state_dict(content["optimizer"])
     restore_random_state({name: value.cpu() for name, value in content["random"].items()})
-    for name in state.counters():
-        setattr(state, name, saved[name])
+    for name, initial in state.counters().items():  # older checkpoints know fewer of them
+        setattr(state, name, saved.get(name, initial))
     return saved

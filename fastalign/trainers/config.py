@@ -3,13 +3,13 @@
 An attribute's docstring is the flag's help text.
 """
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from fastalign.models import AttentionChoice, Packing
 from fastalign.trainers.lora_config import LoraConfig
-from fastalign.trainers.preference_losses import LOSSES, DPOLoss, PreferenceLoss
-from fastalign.trainers.reward_losses import REWARD_LOSSES, BradleyTerryLoss, RewardLoss
+from fastalign.trainers.preference_losses import DPOLoss, PreferenceLoss
+from fastalign.trainers.reward_losses import BradleyTerryLoss, RewardLoss
 
 Precision = Literal["auto", "bf16", "float32"]
 Schedule = Literal["constant", "linear", "cosine"]
@@ -216,21 +216,3 @@ class RewardConfig:
     def __post_init__(self) -> None:
         rank = self.model.lora.rank
         _require(rank == 0, "model.lora.rank", "0, a reward model being trained whole", rank)
-
-
-# Whatever the loop can run: each has model, data, run, optim and train.
-AnyConfig = SFTConfig | DPOConfig | RewardConfig
-
-
-def config_to_dict(config: AnyConfig) -> dict[str, Any]:
-    """The settings as nested dictionaries, as `config.yaml` holds them; a loss has its `name`."""
-    values = asdict(config, dict_factory=_with_lists)
-    if not isinstance(config, SFTConfig):
-        names = {cls: name for table in (LOSSES, REWARD_LOSSES) for name, cls in table.items()}
-        values["loss"] = {"name": names[type(config.loss)], **values["loss"]}
-    return values
-
-
-def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A dictionary with lists for tuples, which YAML has not."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in items}

@@ -10,12 +10,13 @@ from fastalign.batch import PackedBatch, pack
 from fastalign.data import indices_of_step, load_tokenizer, micro_batches
 from fastalign.models import has_adapter
 from fastalign.trainers import evaluate, reference
-from fastalign.trainers.config import AnyConfig, DPOConfig
+from fastalign.trainers.any_config import AnyConfig
+from fastalign.trainers.config import DPOConfig
 from fastalign.trainers.estimated_model import reference_model, trained_model, weight_bytes
 from fastalign.trainers.loop import indices_of_run, total_steps
 from fastalign.trainers.memory import Peak, peak_of_forward, peak_of_step, states_bytes
 from fastalign.trainers.process_memory import resident_bytes
-from fastalign.trainers.setup import checkpoint_activations, load_sets
+from fastalign.trainers.setup import OnRows, checkpoint_activations, load_sets
 from fastalign.trainers.step import Compute, Examples, make_compute, measure_examples
 
 # Freed pages that the allocator cannot use again at the fullest moment, as a share of activations;
@@ -63,7 +64,7 @@ class Estimate:
         return max(self.phases, key=self.total_of)
 
 
-def estimate_run(config: AnyConfig) -> Estimate:
+def estimate_run(config: OnRows) -> Estimate:
     """Estimates a run's memory without loading weights or writing anything.
 
     Raises:

@@ -7,7 +7,8 @@ from torch import nn
 
 from fastalign.models import linear_names
 from fastalign.models.skeleton import model_without_weights
-from fastalign.trainers.config import AnyConfig, RewardConfig
+from fastalign.trainers.any_config import AnyConfig
+from fastalign.trainers.config import RewardConfig
 from fastalign.trainers.memory import fake_mode
 from fastalign.trainers.setup import add_new_adapter, base_dtype, checkpoint_activations
 from fastalign.trainers.step import Compute

@@ -1,16 +1,15 @@
 """The flat loop that every trainer runs: step, log, evaluate, save, stop when asked."""
 
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fastalign.data import indices_of_step
-from fastalign.models import has_adapter, merge_adapter, save_adapter, save_model
+from fastalign.models import has_adapter, save_model
+from fastalign.trainers.any_config import AnyConfig
 from fastalign.trainers.checkpoint import (
     CHECKPOINTS,
     newest_good_checkpoint,
@@ -18,7 +17,7 @@ from fastalign.trainers.checkpoint import (
     restore,
     save_checkpoint,
 )
-from fastalign.trainers.config import AnyConfig
+from fastalign.trainers.final_model import save_final_model
 from fastalign.trainers.metrics import Metrics, MetricsWriter, ProgressDisplay
 from fastalign.trainers.optimizer import make_optimizer
 from fastalign.trainers.process_memory import STEP, memory_used_in, peak_memory_bytes
@@ -29,7 +28,12 @@ from fastalign.trainers.step import TakeStep
 
 MAX_SKIPPED_IN_A_ROW = 3
 # What training begins from and a checkpoint does not hold: it holds their fingerprints.
-SOURCES = {"data_fingerprint": "training data", "base_fingerprint": "frozen base in model.path"}
+SOURCES = {
+    "data_fingerprint": "training data",
+    "base_fingerprint": "frozen base in model.path",
+    "reference_fingerprint": "frozen reference",
+}
+COLLAPSED = 3  # exit code of a run that its own algorithm ended early
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class RunResult:
     Attributes:
         step: optimiser steps taken.
         finished: all steps are done and `model/` (or `adapter/`) is written.
-        exit_code: 0, or 130 after SIGINT.
+        exit_code: 0, 130 after SIGINT, or 3 where `Task.stop_reason` ended it.
         metrics: the last step's.
     """
 
@@ -62,6 +66,10 @@ class Task:
             `num_micro_batches`, `skipped` and others) and the packed tokens computed.
         evaluate: metrics on the held-out data, names beginning with `eval_`; None without data.
         save_model: writes (model, tokenizer, folder) in transformers' layout.
+        policy: what is saved as `model/`, where it is a part of what is trained; None: all of it.
+        reference: a frozen model that the run began with and a checkpoint does not hold, or None.
+        other_folders: more that is written at the end: the folder's name to what writes it.
+        stop_reason: why the run should end after a step with these metrics, or None.
     """
 
     title: str
@@ -71,6 +79,10 @@ class Task:
     take_step: TakeStep
     evaluate: Callable[[], Metrics] | None
     save_model: Callable[[Any, Any, Path], None] = save_model
+    policy: Any = None
+    reference: Any = None
+    other_folders: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
+    stop_reason: Callable[[Metrics], str | None] = lambda metrics: None
 
 
 def total_steps(config: AnyConfig, num_examples: int) -> int:
@@ -122,9 +134,12 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     folder = Path(config.run.dir)
     state = TrainState(model, make_optimizer(model, config.optim))
     num_steps = total_steps(config, task.num_examples)
+    policy = model if task.policy is None else task.policy
+    reference = task.reference
     sources = {
         "data_fingerprint": task.data_fingerprint,
-        "base_fingerprint": model_fingerprint(model) if has_adapter(model) else None,
+        "base_fingerprint": model_fingerprint(policy) if has_adapter(policy) else None,
+        "reference_fingerprint": None if reference is None else model_fingerprint(reference),
     }
     num_bytes = resume(folder, state, sources)["metrics_bytes"] if config.run.resume else 0
     writer = MetricsWriter(folder, num_bytes=num_bytes, step=state.step)
@@ -134,6 +149,7 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
         save_checkpoint(folder / CHECKPOINTS, state, extra, config.train.keep_checkpoints)
 
     metrics: Metrics = {}
+    reason: str | None = None
     saved_at = state.step if config.run.resume else -1
     try:
         with stop_on_signal() as stop, ProgressDisplay(task.title, num_steps, state.step) as shown:
@@ -144,9 +160,10 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
                 if metrics["skipped"]:
                     shown.say(
                         f"step {state.step} skipped: loss {metrics['loss']}, gradient norm "
-                        f"{metrics['grad_norm']}; no weight was changed"
+                        f"{metrics['grad_norm']}; no weight was changed by it"
                     )
-                stopping = should_stop(config, state, stop)
+                reason = task.stop_reason(metrics)
+                stopping = should_stop(config, state, stop) or reason is not None
                 due = config.train.save_every and state.step % config.train.save_every == 0
                 if due or stopping or state.step == num_steps:
                     save()
@@ -162,11 +179,13 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
         writer.close()
     finished = state.step >= num_steps
     if finished:
-        save_final_model(config, model, task)
+        save_final_model(config, policy, task.tokenizer, task.save_model, task.other_folders)
     else:
-        print(f"stopped at step {state.step}; saved; go on with --run.resume", flush=True)
+        why = "" if reason is None else f" ({reason})"
+        print(f"stopped at step {state.step}{why}; saved; go on with --run.resume", flush=True)
     assert saved_at == state.step
-    return RunResult(state.step, finished, stop.exit_code, metrics)
+    early = reason is not None and not finished
+    return RunResult(state.step, finished, COLLAPSED if early else stop.exit_code, metrics)
 
 
 def should_stop(config: AnyConfig, state: TrainState, stop: StopRequest) -> bool:
@@ -191,7 +210,7 @@ def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -
         "epoch": state.step * batch_size / task.num_examples,
         **metrics,
         "num_tokens": state.num_tokens,
-        "fill_rate": num_tokens / room,
+        "fill_rate": num_tokens / room if room else 0.0,
         "peak_memory_bytes": peak_memory_bytes(next(state.model.parameters()).device),
         "step_seconds": seconds,
         "tokens_per_second": num_tokens / seconds,
@@ -203,30 +222,3 @@ def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -
         with memory_used_in(f"the evaluation of step {state.step}"):
             metrics |= task.evaluate()
     return metrics
-
-
-def save_final_model(config: AnyConfig, model: Any, task: Task) -> None:
-    """Writes `model/`; of an adapter also `adapter/`, which is merged into the model after that."""
-    folder = Path(config.run.dir)
-    if has_adapter(model):
-        with written(folder / "adapter") as aside:
-            save_adapter(model, aside)
-            task.tokenizer.save_pretrained(aside)
-        if not config.model.lora.save_merged:
-            return
-        merge_adapter(model)
-    with written(folder / "model") as aside:
-        task.save_model(model, task.tokenizer, aside)
-
-
-@contextmanager
-def written(final: Path) -> Iterator[Path]:
-    """A folder to write into: complete under another name first, then renamed."""
-    aside = final.with_name(f".writing-{final.name}")
-    if aside.exists():  # left behind by a run that was killed
-        shutil.rmtree(aside)
-    yield aside
-    if final.exists():
-        shutil.rmtree(final)
-    aside.rename(final)
-    print(f"{final.name} written to {final}", flush=True)

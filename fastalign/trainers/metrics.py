@@ -117,6 +117,9 @@ class ProgressDisplay:
         for name in ("rewards/accuracies", "accuracy"):
             if name in metrics:
                 numbers += f"  accuracy {metrics[name]:.2f}"
+        for name, short in (("reward", "reward"), ("objective/kl", "KL")):
+            if name in metrics:
+                numbers += f"  {short} {metrics[name]:.3f}"
         if self._bar is not None:
             self._bar.update(self._task, completed=step, numbers=numbers)
             return

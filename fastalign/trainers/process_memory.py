@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from fastalign.trainers.any_config import AnyConfig
 from fastalign.trainers.checkpoint import CHECKPOINTS, list_checkpoints
-from fastalign.trainers.config import AnyConfig
 from fastalign.trainers.run_folder import has_steps
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"

@@ -2,26 +2,42 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastalign.batch import PackedBatch
 from fastalign.data import (
+    DataFault,
     TokenizedDataset,
     Tokenizer,
     eos_token_ids,
     use_distinct_pad,
 )
-from fastalign.models import response_reward, save_reward_model, set_pad_token
+from fastalign.evaluation import pair_measures
+from fastalign.models import response_reward, set_pad_token
 from fastalign.trainers.config import RewardConfig
 from fastalign.trainers.evaluate import evaluate_by_loss
 from fastalign.trainers.loop import RunResult, Task, run_loop
 from fastalign.trainers.metrics import Metrics, mean_metrics
-from fastalign.trainers.reward_losses import RewardLoss, TieLoss
-from fastalign.trainers.setup import load_reward_for_training, load_sets, opened_run
+from fastalign.trainers.reward_evaluation import (
+    baseline_measures,
+    judge_pairs,
+    measure_scale,
+    pair_rows,
+    tie_rate,
+    write_evaluation,
+)
+from fastalign.trainers.reward_losses import Labels, RewardLoss
+from fastalign.trainers.setup import (
+    check_positions,
+    load_data,
+    load_reward_for_training,
+    load_sets,
+    opened_run,
+)
 from fastalign.trainers.step import (
     BatchLoss,
     Compute,
@@ -31,9 +47,7 @@ from fastalign.trainers.step import (
     measure_examples,
     supervised,
 )
-
-# The name of the learned tie parameter on the model; the saved model's config holds its nu.
-LOG_NU = "log_nu"
+from fastalign.trainers.tie_parameter import add_nu, learned_nu, save_with_nu
 
 
 @dataclass(frozen=True)
@@ -42,13 +56,11 @@ class Comparisons:
 
     Attributes:
         examples: groups of two responses, chosen first.
-        ties: (number of pairs,) bool.
-        margins: (number of pairs,) float32; 0 where the row has none.
+        labels: what people said of them.
     """
 
     examples: Examples
-    ties: Tensor
-    margins: Tensor
+    labels: Labels
 
 
 def train_reward(config: RewardConfig) -> RunResult:
@@ -62,6 +74,7 @@ def train_reward(config: RewardConfig) -> RunResult:
     with opened_run(config):
         model, tokenizer = load_reward_for_training(config, compute)
         data, held_out = load_sets(config, model, tokenizer)
+        judged = held_out and with_ties(config, held_out, model, tokenizer)
         pairs = prepare(config.loss, data, compute)
         ends = {ids[-1] for group in data.groups for ids in group.response_ids}
         stops = eos_token_ids(tokenizer, config.model.path)
@@ -70,7 +83,12 @@ def train_reward(config: RewardConfig) -> RunResult:
         evaluate = None
         if held_out is not None:
             evaluate = make_evaluate(model, config, held_out, compute)
-        return run_loop(
+
+        def save_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
+            measure_scale(model, data, compute, config.run.seed)
+            save_with_nu(model, tokenizer, folder, loss=config.loss)
+
+        result = run_loop(
             config,
             model,
             Task(
@@ -83,21 +101,63 @@ def train_reward(config: RewardConfig) -> RunResult:
                     config.optim,
                 ),
                 evaluate=evaluate,
-                save_model=partial(save_with_nu, loss=config.loss),
+                save_model=save_model,
             ),
         )
+        if result.finished and judged is not None:
+            judge(model, config, data, judged, tokenizer, compute)
+        return result
+
+
+def with_ties(
+    config: RewardConfig, held_out: TokenizedDataset, model: Any, tokenizer: Tokenizer
+) -> TokenizedDataset:
+    """The held-out pairs that a finished model is judged on: ties, too, if any were dropped."""
+    if not held_out.report.num_ties_dropped:
+        return held_out
+    assert config.data.eval is not None
+    data = load_data(config, config.data.eval, tokenizer, keep_ties=True)
+    check_positions(model, data)
+    return data
 
 
 def prepare(loss: RewardLoss, data: TokenizedDataset, compute: Compute) -> Comparisons:
-    """Measures the pairs; says where rows have margins that the loss has no place for."""
+    """Measures the pairs; says where rows have what the loss has no place for.
+
+    Raises:
+        DataFault: a row without the votes that the loss is to use.
+    """
     num_margins = sum(margin is not None for margin in data.margins)
     if num_margins and not loss.uses_margins:
         print(f"margins of {num_margins} rows are not used by this loss", flush=True)
-    return Comparisons(
-        measure_examples(data.groups, compute.packing),
+    num_votes = sum(votes is not None for votes in data.votes)
+    if num_votes and not loss.votes:
+        print(f"votes of {num_votes} rows are not used; --loss.votes trains on them", flush=True)
+    labels = Labels(
         torch.tensor(data.ties),
         torch.tensor([margin or 0.0 for margin in data.margins]),
+        vote_shares(data) if loss.votes else None,
     )
+    return Comparisons(measure_examples(data.groups, compute.packing), labels)
+
+
+def vote_shares(data: TokenizedDataset) -> Tensor:
+    """Shares (number of pairs, 3) of the votes for the first response, the second, and a tie.
+
+    Raises:
+        DataFault: the first row without votes.
+    """
+    shares = []
+    for votes, source in zip(data.votes, data.sources, strict=True):
+        if votes is None:
+            raise DataFault(
+                source,
+                "missing; --loss.votes trains on the votes {a, b, tie} of every row, beside "
+                "response_a and response_b",
+                "votes",
+            )
+        shares.append(votes.shares())
+    return torch.tensor(shares)
 
 
 def make_evaluate(
@@ -109,35 +169,28 @@ def make_evaluate(
     return lambda: evaluate_by_loss(pairs.examples, batch_loss, compute)
 
 
-def add_nu(model: Any, config: RewardConfig) -> None:
-    """Gives the model the parameter that the loss learns, so that checkpoints hold it.
-
-    Raises:
-        ValueError: the weights' learning rate is 0, so there is no schedule to follow.
-    """
-    loss = config.loss
-    if not isinstance(loss, TieLoss) or not loss.nu_lr:
-        return
-    if not config.optim.lr:
-        raise ValueError(f"optim.lr: expected more than 0 where loss.nu_lr is {loss.nu_lr}, got 0")
-    parameter = nn.Parameter(torch.tensor(loss.log_nu, device=model.device))
-    parameter.lr_scale = loss.nu_lr / config.optim.lr  # type: ignore[attr-defined]
-    model.register_parameter(LOG_NU, parameter)
-
-
-def learned_nu(model: Any, loss: RewardLoss) -> Tensor | None:
-    """Nu () as it stands, or None where it is not learned."""
-    log_nu = getattr(model, LOG_NU, None)
-    return None if log_nu is None or not isinstance(loss, TieLoss) else loss.nu_of(log_nu)
-
-
-def save_with_nu(model: Any, tokenizer: Tokenizer, folder: Any, *, loss: RewardLoss) -> None:
-    """Writes the reward model; its configuration says how likely ties are (`tie_nu`)."""
-    nu = learned_nu(model, loss)
-    if isinstance(loss, TieLoss):
-        model.config.tie_model = type(loss).function.__name__
-        model.config.tie_nu = loss.nu if nu is None else nu.item()
-    save_reward_model(model, tokenizer, folder, leave_out=(LOG_NU,))
+def judge(
+    model: Any,
+    config: RewardConfig,
+    train: TokenizedDataset,
+    held_out: TokenizedDataset,
+    tokenizer: Tokenizer,
+    compute: Compute,
+) -> None:
+    """Writes what the trained model is worth into the run's `eval/`, and prints the best of it."""
+    nu = learned_nu(model, config.loss)
+    nu = None if nu is None else nu.detach().cpu()
+    rate = None if config.loss.has_ties else tie_rate(train, needed=any(held_out.ties))
+    pairs = judge_pairs(model, config.loss, nu, rate, held_out, compute)
+    measures = pair_measures(pairs) | baseline_measures(train, held_out, tokenizer)
+    if rate is not None:
+        measures["tie_rate"] = rate
+    folder = Path(config.run.dir) / "eval"
+    write_evaluation(folder, measures, pair_rows(pairs, held_out.sources))
+    for name in ("accuracy", "longer_wins_accuracy", "bag_of_words_accuracy", "log_likelihood"):
+        if name in measures:
+            print(f"{name} {measures[name]:.3f} +- {measures[f'{name}_se']:.3f}", flush=True)
+    print(f"evaluation written to {folder}", flush=True)
 
 
 def make_reward_loss(
@@ -148,11 +201,9 @@ def make_reward_loss(
     def batch_loss(batch: PackedBatch, chosen: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         with compute.autocast():
             reward = response_reward(model, batch, packing=compute.packing)
-        tie = pairs.ties[chosen].to(reward.device)
-        margin = pairs.margins[chosen].to(reward.device)
-        nu = learned_nu(model, loss)
-        each = loss.of_pairs(reward[0::2], reward[1::2], tie, margin, nu)
-        return each.sum() / normaliser, reward_sums(reward.detach(), tie)
+        labels = pairs.labels.at(chosen, reward.device)
+        each = loss.of_pairs(reward.view(-1, 2), labels, learned_nu(model, loss))
+        return each.sum() / normaliser, reward_sums(reward.detach(), labels.tie)
 
     return batch_loss
 

@@ -22,12 +22,16 @@ from fastalign.models import (
     load_policy,
     load_reward_model,
 )
-from fastalign.trainers.config import AnyConfig, ModelConfig, SFTConfig, config_to_dict
+from fastalign.trainers.any_config import AnyConfig, config_to_dict
+from fastalign.trainers.config import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 from fastalign.trainers.optimizer import adamw
 from fastalign.trainers.process_memory import out_of_memory_in_one_line
 from fastalign.trainers.run_folder import announce, locked, prepare_run_folder
 from fastalign.trainers.state import seed_everything
 from fastalign.trainers.step import Compute
+
+# What trains on rows that are there before the run, responses and all.
+OnRows = SFTConfig | DPOConfig | RewardConfig
 
 
 @contextmanager
@@ -178,13 +182,22 @@ def check_lengths(model: Any, data: TokenizedDataset) -> None:
     """Refuses data longer than the model's positions; says what was left out of the data.
 
     Raises:
-        ValueError: naming the first row that is too long.
+        ValueError: see `check_positions`.
     """
     line = data.report.losses_line()
     if line is not None:
         print(line, flush=True)
     for fault in data.report.faults[:5]:
         print(f"skipped: {fault}", flush=True)
+    check_positions(model, data)
+
+
+def check_positions(model: Any, data: TokenizedDataset) -> None:
+    """Refuses data longer than the model's positions.
+
+    Raises:
+        ValueError: naming the first row that is too long.
+    """
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is None:
         return
@@ -197,7 +210,9 @@ def check_lengths(model: Any, data: TokenizedDataset) -> None:
             )
 
 
-def load_data(config: AnyConfig, source: str, tokenizer: Tokenizer) -> TokenizedDataset:
+def load_data(
+    config: OnRows, source: str, tokenizer: Tokenizer, *, keep_ties: bool = False
+) -> TokenizedDataset:
     """A source under the run's rules: demonstrations, or pairs; a loss with ties keeps them."""
     data = config.data
     if isinstance(config, SFTConfig):
@@ -214,12 +229,12 @@ def load_data(config: AnyConfig, source: str, tokenizer: Tokenizer) -> Tokenized
         max_length=data.max_length,
         on_bad_row=data.on_bad_row,
         on_too_long=data.on_too_long,
-        ties="keep" if config.loss.uses_ties else config.data.ties,
+        ties="keep" if keep_ties or config.loss.uses_ties else config.data.ties,
     )
 
 
 def load_sets(
-    config: AnyConfig, model: Any, tokenizer: Tokenizer
+    config: OnRows, model: Any, tokenizer: Tokenizer
 ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
     """Training data, and held-out data if there are any, none longer than the model's positions.
 

@@ -1,7 +1,7 @@
 """Everything that a run changes as it goes: what a checkpoint must hold."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ class TrainState:
         step: optimiser steps taken, skipped ones included.
         num_skipped_in_a_row: latest steps that were skipped as non-finite.
         num_tokens: packed tokens computed so far.
+        kept: an algorithm's own numbers, by name; a checkpoint holds them to the last bit.
+        reference: weights of a reference that is renewed as the run goes, by the model's names;
+            empty where there is none.
     """
 
     model: Any
@@ -24,13 +27,16 @@ class TrainState:
     step: int = 0
     num_skipped_in_a_row: int = 0
     num_tokens: int = 0
+    kept: dict[str, float] = field(default_factory=dict)
+    reference: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def counters(self) -> dict[str, int]:
+    def counters(self) -> dict[str, Any]:
         """The numbers, as JSON holds them."""
         return {
             "step": self.step,
             "num_skipped_in_a_row": self.num_skipped_in_a_row,
             "num_tokens": self.num_tokens,
+            "kept": self.kept,
         }
 
 

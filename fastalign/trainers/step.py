@@ -95,11 +95,16 @@ def measure_examples(groups: Sequence[Group], packing: Packing) -> Examples:
 
 
 def policy_loss(
-    model: Any, make_loss: MakeLoss, compute: Compute, measure: MeasureHidden | None = None
+    model: Any,
+    make_loss: MakeLoss,
+    compute: Compute,
+    measure: MeasureHidden | None = None,
+    *,
+    temperature: float = 1.0,
 ) -> BatchLoss:
     """The loss of a causal model's log-probs; its backward holds the head's part already.
 
-    `measure` adds sums that only hidden states tell.
+    `measure` adds sums that only hidden states tell; `temperature` divides the logits.
     """
 
     def batch_loss(batch: PackedBatch, chosen: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -114,6 +119,7 @@ def policy_loss(
             bounds,
             loss_fn,
             bias=head.bias,
+            temperature=temperature,
             softcap=head.softcap,
             logit_scale=head.logit_scale,
             lora=head.lora,

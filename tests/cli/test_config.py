@@ -10,7 +10,7 @@ from fastalign.cli.dpo import parse_dpo
 from fastalign.cli.main import main
 from fastalign.cli.reward import parse_reward
 from fastalign.trainers import LOSSES, REWARD_LOSSES, LoraConfig, SFTConfig
-from fastalign.trainers.config import config_to_dict
+from fastalign.trainers.any_config import config_to_dict
 
 BASE = ["--model.path", "m", "--data.train", "d.jsonl", "--run.dir", "r"]
 YAML = """

@@ -16,6 +16,7 @@ HEAVY = {
     "matplotlib": {"evaluation"},
     "jinja2": {"evaluation", "data/tokenizer.py"},
     "tyro": {"cli"},
+    "httpx2": {"evaluation/chat_endpoint.py"},
     "peft": {"models/lora.py", "models/lora_files.py"},
     "bitsandbytes": {"models/low_bit.py", "trainers/optimizer.py"},
     "transformers": {"models", "data/tokenizer.py", "rollouts/transformers_sampler.py", "cli"},

@@ -145,7 +145,7 @@ def test_a_rows_margin_is_used_by_bradley_terry_and_named_by_the_others(
     config = plain_config(folder, "unused")
     with_margin, _ = step(config)
     model, pairs, _ = make_step(config)
-    assert pairs.margins.tolist() == [0, 0, 0, 2.0, *[0] * 8]
+    assert pairs.labels.margin.tolist() == [0, 0, 0, 2.0, *[0] * 8]
     batch = pack([pairs.examples.groups[3]])
     chosen, rejected = reward.response_reward(model, batch, packing="shared_prefix").tolist()
     rise = math.log1p(math.exp(2 - chosen + rejected)) - math.log1p(math.exp(rejected - chosen))

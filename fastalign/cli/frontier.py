@@ -1,0 +1,63 @@
+"""`fastalign frontier RUN...`: reward against KL of many runs, as a picture and a table."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fastalign.cli.flags import parse_flags
+
+
+@dataclass(frozen=True)
+class FrontierConfig:
+    """Averages runs over their seeds; writes OUT and, beside it, OUT.table.json."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
+    """Folders of runs or eval.json files in them (labelled by config.yaml), or lists (.yaml, .json,
+    .jsonl) of `method`, `strength`, `seed`, `run` (its folder or eval.json), `best_of`."""
+    out: str = "frontier.html"
+    """Page (.html) or picture (.png, .svg, .pdf) to write; an older one is replaced."""
+    origin: str = "sft"
+    """Method whose point all curves start at, if it is there."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code 0: page or picture and table are written."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fastalign.evaluation.frontier import frontier_points
+    from fastalign.evaluation.frontier_files import read_frontier
+    from fastalign.evaluation.frontier_page import (
+        COLUMNS,
+        PICTURES,
+        find_origin,
+        frontier_table,
+        write_frontier,
+    )
+
+    config = parse_flags(FrontierConfig, argv, "fastalign frontier")
+    if not config.runs:
+        raise ValueError("expected runs, eval.json files or lists of them, got none")
+    out = Path(config.out)
+    if out.suffix not in (".html", *PICTURES):
+        raise ValueError(f"out: expected .html, {', '.join(PICTURES)}, got {out}")
+    points = frontier_points(read_frontier(config.runs))
+    shown = Table()
+    for number, column in enumerate(COLUMNS):
+        shown.add_column(column, justify="right" if number > 1 else "left", no_wrap=True)
+    for row in frontier_table(points):
+        shown.add_row(*row)
+    Console(markup=False).print(shown)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_frontier(points, find_origin(points, config.origin), out)
+    table = out.with_suffix(".table.json")
+    table.write_text(
+        json.dumps([asdict(point) for point in points], indent=1, ensure_ascii=False) + "\n",
+        encoding="utf-8",
+    )
+    print(f"written to {out} and {table}")
+    return 0

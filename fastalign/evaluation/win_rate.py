@@ -1,0 +1,121 @@
+"""Win rate of one model's answers against another's: pairs of answers, verdicts, the share won."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastalign.data import Content, content_as_json
+from fastalign.evaluation.rewards import RewardFunction, apply_reward
+from fastalign.evaluation.statistics import share_interval
+
+# What a verdict counts for the model that is judged.
+SCORES = {"win": 1.0, "tie": 0.5, "loss": 0.0}
+Groups = Sequence[tuple[Content, list[str]]]
+
+
+@dataclass(frozen=True)
+class AnswerPair:
+    """Two answers to one prompt.
+
+    Attributes:
+        prompt: plain text, or the messages.
+        model: the answer that is judged.
+        baseline: the answer it stands against.
+        sample: its number among the prompt's.
+    """
+
+    prompt: Content
+    model: str
+    baseline: str
+    sample: int
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What was said of a pair.
+
+    Attributes:
+        verdict: `win`, `tie` or `loss` of the model; None: none could be read.
+        details: the raw material, as it is written beside the result.
+    """
+
+    verdict: str | None
+    details: dict[str, Any]
+
+
+def pair_answers(model: Groups, baseline: Groups) -> list[AnswerPair]:
+    """The k-th answer of one to each prompt with the k-th of the other, in the model's order.
+
+    Raises:
+        ValueError: they answer other prompts, or one of them answers a prompt more often.
+    """
+    others = dict(baseline)
+    missing = [prompt for prompt, _ in model if prompt not in others]
+    missing += [prompt for prompt in others if prompt not in dict(model)]
+    if missing:
+        raise ValueError(
+            f"baseline: expected answers to the model's prompts; {len(missing)} prompts have "
+            f"answers of one side only, the first is {shorten(missing[0])}"
+        )
+    pairs = []
+    for prompt, answers in model:
+        if len(answers) != len(others[prompt]):
+            raise ValueError(
+                f"baseline: expected {len(answers)} answers to {shorten(prompt)}, as many as the "
+                f"model's, got {len(others[prompt])}"
+            )
+        for number, sides in enumerate(zip(answers, others[prompt], strict=True)):
+            pairs.append(AnswerPair(prompt, *sides, number))
+    return pairs
+
+
+def shorten(prompt: Content) -> str:
+    """The beginning of a prompt, quoted."""
+    text = repr(content_as_json(prompt))
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def judge_by_reward(function: RewardFunction, pairs: Sequence[AnswerPair]) -> list[Judged]:
+    """The answer with the larger reward wins; equal rewards are a tie."""
+    prompts = [pair.prompt for pair in pairs]
+    ours = apply_reward(function, prompts, [pair.model for pair in pairs])
+    theirs = apply_reward(function, prompts, [pair.baseline for pair in pairs])
+    return [
+        Judged(
+            "tie" if own == other else "win" if own > other else "loss",
+            {"model_reward": own, "baseline_reward": other},
+        )
+        for own, other in zip(ours, theirs, strict=True)
+    ]
+
+
+def win_rate(pairs: Sequence[AnswerPair], judged: Sequence[Judged]) -> dict[str, Any]:
+    """Share of pairs that the model won, ties counted one half, with its interval of 95 %.
+
+    Pairs without a verdict are counted, and left out of the share.
+
+    Raises:
+        ValueError: no pair has a verdict.
+    """
+    by_prompt: dict[Content, list[float]] = {}
+    for pair, found in zip(pairs, judged, strict=True):
+        scores = by_prompt.setdefault(pair.prompt, [])
+        if found.verdict is not None:
+            scores.append(SCORES[found.verdict])
+    decided = [score for scores in by_prompt.values() for score in scores]
+    if not decided:
+        raise ValueError(f"judge: expected a verdict, none of {len(pairs)} pairs has one")
+    interval = share_interval(list(by_prompt.values()))
+    return {
+        "win_rate": math.fsum(decided) / len(decided),
+        "win_rate_low": interval.low,
+        "win_rate_high": interval.high,
+        "interval": f"95 %, {interval.method}",
+        "num_wins": decided.count(1.0),
+        "num_ties": decided.count(0.5),
+        "num_losses": decided.count(0.0),
+        "num_undecided": len(pairs) - len(decided),
+        "num_pairs": len(pairs),
+        "num_prompts": len(by_prompt),
+    }

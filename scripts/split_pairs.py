@@ -1,0 +1,68 @@
+"""Splits a file of comparisons into training and held-out pairs, the same way every time.
+
+A pair goes where a hash of its prompt and its two responses says, whichever of them comes first: so
+neither the order of the rows nor a seed matters, and a pair that occurs twice is on one side. The
+two files have single responses in common, as comparisons of one collection do.
+
+    python scripts/split_pairs.py pairs.jsonl.gz --train train.jsonl --held-out held_out.jsonl
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from fastalign.data import DataFault
+from fastalign.data.rows import read_rows
+
+COLUMNS = ("prompt", "response_a", "response_b", "chosen", "rejected", "label", "votes", "margin")
+SIDES = (("response_a", "response_b"), ("chosen", "rejected"))
+
+
+def place_of(where: str, row: Mapping[str, object]) -> float:
+    """A number in [0, 1) that depends on the pair alone.
+
+    Raises:
+        DataFault: the row holds no pair.
+    """
+    found = next((sides for sides in SIDES if all(side in row for side in sides)), None)
+    if found is None:
+        raise DataFault(where, "expected response_a and response_b, or chosen and rejected")
+    responses = sorted(json.dumps(row[side]) for side in found)
+    text = "\0".join([json.dumps(row.get("prompt")), *responses])
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def main() -> int:
+    """Exit code 0: both files are written; 2: the caller's mistake, in one line."""
+    parser = argparse.ArgumentParser(description="Splits comparisons by pairs, by a hash.")
+    parser.add_argument("pairs", help="file, folder or hub name")
+    parser.add_argument("--train", required=True, help="file (.jsonl) to write")
+    parser.add_argument("--held-out", required=True, help="file (.jsonl) to write")
+    parser.add_argument("--share", type=float, default=0.1, help="of the held-out pairs")
+    options = parser.parse_args()
+    try:
+        if not 0 < options.share < 1:
+            raise ValueError(f"--share: expected a number between 0 and 1, got {options.share}")
+        parts: dict[bool, list[str]] = {True: [], False: []}
+        for row in read_rows(options.pairs, COLUMNS):
+            if isinstance(row, DataFault):
+                raise row
+            held_out = place_of(row.where, row.values) < options.share
+            parts[held_out].append(json.dumps(row.values, ensure_ascii=False) + "\n")
+        for held_out, path in ((False, Path(options.train)), (True, Path(options.held_out))):
+            if path.exists():
+                raise ValueError(f"{path} exists; remove it or choose another name")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(parts[held_out]), encoding="utf-8")
+            print(f"{len(parts[held_out])} pairs written to {path}")
+    except (ValueError, OSError) as error:
+        print(f"split_pairs: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

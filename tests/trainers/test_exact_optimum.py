@@ -1,0 +1,136 @@
+"""Algorithms find the best policy of a problem whose best policy is known exactly."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastalign import losses
+from fastalign.batch import PackedBatch, pack
+from fastalign.losses import segment_sum
+from fastalign.ops import LossFunction, TokenChunk
+from fastalign.trainers import TrainConfig
+from fastalign.trainers.step import MakeLoss, make_compute, policy_loss
+from tests.exact_optimum import (
+    BETA,
+    answer_groups,
+    answer_logprobs,
+    answer_rewards,
+    best_logprobs,
+    make_policy,
+    objective,
+    total_variation,
+)
+
+NEAR, FAR = 0.05, 0.2  # total variation
+
+# Each model of comparisons by its own formula, not by the losses that are tested:
+# r(first) - r(second) -> P(the first wins), P(a tie)
+Comparisons = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def bradley_terry(difference: Tensor) -> tuple[Tensor, Tensor]:
+    return difference.sigmoid(), torch.zeros_like(difference)
+
+
+def rao_kupper(difference: Tensor) -> tuple[Tensor, Tensor]:
+    """nu = 3."""
+    win, lose = 1 / (1 + 3 * (-difference).exp()), 1 / (1 + 3 * difference.exp())
+    return win, 8 * win * lose
+
+
+def davidson(difference: Tensor) -> tuple[Tensor, Tensor]:
+    """nu = 1."""
+    tie = 2 * (-difference / 2).exp()
+    denominator = 1 + (-difference).exp() + tie
+    return 1 / denominator, tie / denominator
+
+
+def expected_loss(
+    loss: Callable[..., Tensor], comparisons: Comparisons, reference: Tensor, rewards: Tensor
+) -> MakeLoss:
+    """The mean over all pairs that the reference draws and a judge compares.
+
+    That is, the loss of infinitely many sampled comparisons: each pair of answers in both orders
+    and as a tie, weighted by how often it is drawn and so judged.
+    """
+    num_prompts, num_answers = reference.shape
+    first, second = torch.triu_indices(num_answers, num_answers, offset=1)
+    difference = rewards[:, first] - rewards[:, second]
+    win, tie = comparisons(difference)
+    lose, _ = comparisons(-difference)
+    torch.testing.assert_close(win + tie + lose, torch.ones_like(win))
+    drawn = 2 * (reference[:, first] + reference[:, second]).exp() / num_prompts
+    cases = [(first, second, win, False), (second, first, lose, False)]
+    if bool(tie.any()):
+        cases.append((first, second, tie, True))
+
+    def make_loss(batch: PackedBatch, _: list[int]) -> tuple[LossFunction, tuple[int, ...]]:
+        def loss_fn(chunk: TokenChunk) -> tuple[Tensor, dict[str, Tensor]]:
+            logprob = segment_sum(chunk.logprob, batch.target_bounds).view(reference.shape)
+            total = torch.zeros(())
+            for a, b, probability, is_tie in cases:
+                sides = [
+                    table[:, side].flatten() for table in (logprob, reference) for side in (a, b)
+                ]
+                ties = [torch.full(sides[0].shape, is_tie)] if len(cases) > 2 else []
+                losses_of_pairs = loss(*sides, *ties, beta=BETA)
+                total = total + (drawn * probability).flatten() @ losses_of_pairs.double()
+            return total, {}
+
+        return loss_fn, (0, batch.num_targets)
+
+    return make_loss
+
+
+def train(model: Any, make_loss: MakeLoss, num_steps: int) -> None:
+    """Adam, annealed, on the whole problem at once: the batch has every answer to every prompt."""
+    batch = pack(answer_groups())
+    batch_loss = policy_loss(model, make_loss, make_compute(TrainConfig(device="cpu")))
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, num_steps)
+    for _ in range(num_steps):
+        loss, _ = batch_loss(batch, [])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+
+
+def test_the_exact_optimum_is_one() -> None:
+    reference, rewards = answer_logprobs(make_policy()), answer_rewards()
+    best = best_logprobs(reference, rewards, BETA)
+    ones = torch.ones(len(best), dtype=torch.float64)
+    torch.testing.assert_close(reference.exp().sum(-1), ones, rtol=1e-5, atol=0)  # all answers
+    highest = objective(best, reference, rewards, BETA)
+    # beta log Z, and less for any other policy, however near
+    torch.testing.assert_close(
+        highest, BETA * (reference + rewards / BETA).logsumexp(-1), rtol=1e-5, atol=1e-5
+    )
+    torch.manual_seed(0)
+    for scale in (1e-2, 0.1, 1.0):
+        other = (best + scale * torch.randn_like(best)).log_softmax(-1)
+        assert bool((objective(other, reference, rewards, BETA) < highest).all())
+    assert bool((total_variation(reference, best) > FAR).all())
+
+
+@pytest.mark.parametrize(
+    ("loss", "comparisons"),
+    [
+        pytest.param(losses.dpo, bradley_terry, id="dpo"),
+        pytest.param(losses.dpo_rao_kupper, rao_kupper, id="dpo_rao_kupper"),
+        pytest.param(losses.dpo_davidson, davidson, id="dpo_davidson"),
+    ],
+)
+def test_dpo_finds_the_optimum_from_its_own_comparisons(
+    loss: Callable[..., Tensor], comparisons: Comparisons
+) -> None:
+    model = make_policy()
+    reference, rewards = answer_logprobs(model), answer_rewards()
+    best = best_logprobs(reference, rewards, BETA)
+    assert bool((total_variation(reference, best) > FAR).all())
+    train(model, expected_loss(loss, comparisons, reference, rewards), num_steps=200)
+    distance = total_variation(answer_logprobs(model), best)
+    assert bool((distance <= NEAR).all()), distance
