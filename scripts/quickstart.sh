@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # From nothing to an aligned model on a CPU, on shipped real data: a tokenizer and a small model from scratch, supervised
-# fine-tuning, DPO at two betas on human comparisons, evaluation on fresh prompts, a table and a report.
+# fine-tuning, DPO at two betas on human comparisons, a reward model from the same comparisons and PPO under it, evaluation
+# on fresh prompts, a table and a report.
 # Usage: ./scripts/quickstart.sh [FOLDER]     (default runs/quickstart; FASTALIGN_SEED, default 0)
 set -euo pipefail
 folder=$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../runs/quickstart}")
@@ -31,10 +32,16 @@ for beta in 0.1 0.5; do
         --data.ties drop --loss.beta "$beta" --train.epochs 2 --train.eval-every 10 --train.batch-size 64 --optim.lr 5e-4 --optim.warmup-steps 5 \
         --reference.cache-dir "$folder/cache" --run.dir "$folder/dpo-beta-$beta" --run.seed "$seed"
 done
-for name in sft dpo-beta-0.1 dpo-beta-0.5; do
+run fastalign reward --model.path "$folder/sft/model" --data.train "$samples/pairs_train.jsonl" --data.eval "$samples/pairs_eval.jsonl" \
+    --loss rao_kupper --loss.nu-lr 0.05 --train.epochs 2 --train.eval-every 20 --train.batch-size 64 --optim.lr 5e-4 --optim.warmup-steps 5 \
+    --run.dir "$folder/reward" --run.seed "$seed"
+run fastalign ppo --model.path "$folder/sft/model" --reward.sources "$folder/reward/model" --data.train "$samples/prompts_train.jsonl" \
+    --kl.coefficient 0.2 --sampling.max-new-tokens 40 --train.max-steps 30 --train.batch-size 64 --optim.lr 3e-4 --value.lr 1e-3 \
+    --run.dir "$folder/ppo" --run.seed "$seed"
+for name in sft dpo-beta-0.1 dpo-beta-0.5 ppo; do
     run fastalign eval --model.path "$folder/$name/model" --reference.path "$folder/sft/model" \
         --data.prompts "$samples/prompts_eval.jsonl" --data.pairs "$samples/pairs_eval.jsonl" --reward "$samples/reward.json" \
         --sampling.max-new-tokens 40 --run.seed "$seed" --out "$folder/$name/eval/eval.json"
 done
-run fastalign report "$folder/sft" "$folder/dpo-beta-0.1" "$folder/dpo-beta-0.5" --out "$folder/report.html"
+run fastalign report "$folder/sft" "$folder/dpo-beta-0.5" "$folder/dpo-beta-0.1" "$folder/ppo" "$folder/reward" --out "$folder/report.html"
 echo "Finished in $((SECONDS - begin)) seconds."
