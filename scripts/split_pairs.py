@@ -15,9 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from fastalign.data import DataFault
+from fastalign.data.columns import COLUMNS
 from fastalign.data.rows import read_rows
 
-COLUMNS = ("prompt", "response_a", "response_b", "chosen", "rejected", "label", "votes", "margin")
 SIDES = (("response_a", "response_b"), ("chosen", "rejected"))
 
 

@@ -1,5 +1,6 @@
 """`fastalign report RUN...`: a table, and one self-contained page with pictures."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,10 @@ class ReportConfig:
 
 
 def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int = 1) -> None:
-    """Prints a table: `num_left` columns of words, then numbers, which stand right."""
+    """Prints a table: `num_left` columns of words, then numbers, which stand right.
+
+    Where there is no terminal to fit, it is not cut.
+    """
     from rich.console import Console
     from rich.table import Table
 
@@ -30,7 +34,7 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int
         shown.add_column(column, justify="left" if number < num_left else "right", no_wrap=True)
     for row in rows:
         shown.add_row(*row)
-    Console(markup=False).print(shown)
+    Console(markup=False, width=None if sys.stdout.isatty() else 140).print(shown)
 
 
 def main(argv: Sequence[str]) -> int:

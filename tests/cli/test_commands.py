@@ -103,11 +103,16 @@ def test_a_reward_model_scores_answers_and_stands_in_for_a_reward_function(
     ]
     write_rows(work / "samples.jsonl", rows)
     samples = ["--data.samples", "samples.jsonl"]
+    fastalign("score", "--model.path", "runs/rm/model", *samples, "--raw", "--out", "raw.jsonl")
     fastalign("score", "--model.path", "runs/rm/model", *samples, "--out", "scored.jsonl")
     assert "4 answers scored, mean" in capsys.readouterr().out
-    scored = rows_of(work / "scored.jsonl")
+    scored = rows_of(work / "raw.jsonl")
     rewards = [row.pop("reward") for row in scored]
     assert scored == rows
+    scale = json.loads((work / "runs/rm/model/config.json").read_text())
+    normalised = [row["reward"] for row in rows_of(work / "scored.jsonl")]
+    mean, std = scale["reward_mean"], scale["reward_std"]
+    assert normalised == pytest.approx([(reward - mean) / std for reward in rewards], rel=1e-5)
     assert rewards[0] - rewards[2] > 1
     # Each as transformers reads it: a row of its own, the end behind the answer.
     model = AutoModelForSequenceClassification.from_pretrained("runs/rm/model")
@@ -120,7 +125,12 @@ def test_a_reward_model_scores_answers_and_stands_in_for_a_reward_function(
     fastalign("label", *samples, "--reward", "runs/rm/model", "--out", "labelled.jsonl")
     (pair,) = rows_of(work / "labelled.jsonl")
     assert (pair["chosen"], pair["rejected"]) == (" good", " slow and dim")
-    assert pair["margin"] == pytest.approx(rewards[0] - rewards[2], rel=1e-4)
+    assert pair["margin"] == pytest.approx((rewards[0] - rewards[2]) / std, rel=1e-4)
+    fastalign("report", "runs/rm", "--out", "report.html")
+    out = capsys.readouterr().out
+    for word in ("reward model", "longer wins", "bag of words", "log-likelihood"):
+        assert word in out
+    assert (work / "report.html").read_text().count("data:image/png") >= 6
 
 
 def test_a_new_model_is_the_same_for_the_same_seed_and_opens(work: Path) -> None:

@@ -1,0 +1,121 @@
+"""Reward models in the report: their table with baselines, and two pictures."""
+
+import base64
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from matplotlib.figure import Figure
+
+from fastalign.evaluation import reward_pictures
+from fastalign.evaluation.report import render
+from fastalign.evaluation.reward_pictures import accuracy_by_length, reliability
+from fastalign.evaluation.reward_table import REWARD_COLUMNS, reward_table
+from fastalign.evaluation.runs import RunRecord, read_run
+
+
+def make_run(folder: Path, name: str, measures: dict[str, Any]) -> RunRecord:
+    run = folder / name
+    (run / "eval").mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump({"run": {"dir": name}}))
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5, "step_seconds": 2.0}\n')
+    (run / "eval/eval.json").write_text(json.dumps(measures))
+    return read_run(run)
+
+
+def estimates(**values: float) -> dict[str, float]:
+    return {k: v for name, value in values.items() for k, v in ((name, value), (f"{name}_se", 0.5))}
+
+
+def length_bin(low: int, high: int, longer: tuple[Any, int], shorter: tuple[Any, int]) -> Any:
+    return {
+        "low": low,
+        "high": high,
+        "accuracy_longer_won": longer[0],
+        "count_longer_won": longer[1],
+        "accuracy_shorter_won": shorter[0],
+        "count_shorter_won": shorter[1],
+    }
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[RunRecord]:
+    judged = {
+        **estimates(accuracy=0.875, log_likelihood=-0.5, log_likelihood_untied=-0.25),
+        **estimates(accuracy_longer_won=0.9375, longer_wins_accuracy=0.75),
+        **estimates(bag_of_words_accuracy=0.8125),
+        "calibration_error": 0.0625,
+        "calibration_bins": [
+            {"low": 0.5, "high": 0.55, "count": 4, "confidence": 0.53, "accuracy": 0.5},
+            {"low": 0.95, "high": 1.0, "count": 16, "confidence": 0.97, "accuracy": 0.75},
+        ],
+        "length_bins": [
+            length_bin(0, 0, (None, 0), (None, 0)),
+            length_bin(1, 9, (0.9, 10), (0.2, 5)),
+            length_bin(10, 30, (1.0, 4), (None, 0)),
+        ],
+    }
+    policy = estimates(accuracy=0.5, reward=1.0, kl=2.0)
+    return [make_run(tmp_path, "rm$_", judged), make_run(tmp_path, "policy", policy)]
+
+
+def test_the_table_has_the_run_and_its_baselines_and_no_policy(runs: list[RunRecord]) -> None:
+    rows = reward_table(runs)
+    assert rows == [
+        (
+            "rm$_",
+            "0.875 ± 0.500",
+            "0.938 ± 0.500",
+            "",
+            "-0.500 ± 0.500",
+            "-0.250 ± 0.500",
+            "0.062",
+        ),
+        ("rm$_: the longer wins", "0.750 ± 0.500", "", "", "", "", ""),
+        ("rm$_: a bag of words", "0.812 ± 0.500", "", "", "", "", ""),
+    ]
+    assert {len(row) for row in rows} == {len(REWARD_COLUMNS)}
+    assert reward_table(runs[1:]) == []
+
+
+def test_the_page_shows_them_and_only_where_there_are_any(runs: list[RunRecord]) -> None:
+    text = render(runs)
+    assert "<h2>Reward models</h2>" in text
+    assert "rm$_: a bag of words" in text
+    assert text.count("data:image/png") == 4  # two of the reward model, reward against KL, loss
+    assert "Reward models</h2>" not in render(runs[1:])
+    assert reliability(runs[1:]) is None
+    assert accuracy_by_length(runs[1:]) is None
+
+
+def lines_of(picture: Any, runs: list[RunRecord], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The points of each line that a picture draws: (label, x, y)."""
+    drawn: list[Figure] = []
+
+    def keep(figure: Figure) -> str:
+        drawn.append(figure)
+        figure.savefig(stream := io.BytesIO(), format="png")
+        return base64.b64encode(stream.getvalue()).decode()
+
+    monkeypatch.setattr(reward_pictures, "as_data_uri", keep)
+    picture(runs)
+    (axes,) = drawn[0].axes
+    labels = axes.get_legend_handles_labels()[1]
+    lines = [container.lines[0] for container in axes.containers]
+    return {
+        label: (list(line.get_xdata()), list(line.get_ydata()))
+        for label, line in zip(labels, lines, strict=True)
+    }
+
+
+def test_what_is_drawn_is_what_was_measured(
+    runs: list[RunRecord], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert lines_of(reliability, runs, monkeypatch) == {r"rm\$_": ([0.53, 0.97], [0.5, 0.75])}
+    assert lines_of(accuracy_by_length, runs, monkeypatch) == {
+        r"rm\$_, the longer won": ([5.0, 20.0], [0.9, 1.0]),
+        r"rm\$_, the shorter won": ([5.0], [0.2]),
+    }
