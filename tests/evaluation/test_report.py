@@ -5,12 +5,14 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from fastalign.evaluation import pictures
 from fastalign.evaluation.report import render, table
-from fastalign.evaluation.runs import read_run
+from fastalign.evaluation.runs import read_run, read_runs
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -77,8 +79,8 @@ def test_the_table(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path, "a")), read_run(make_run(tmp_path, "b", evaluated=False))]
     dash = "\u2013"
     assert table(runs) == [
-        ("a", "1.25 ± 0.12", "3.00 ± 0.50", dash, "10"),
-        ("b", dash, dash, dash, "10"),
+        ("a", "sft", "1.25 ± 0.12", "3.00 ± 0.50", dash, "10"),
+        ("b", "sft", dash, dash, dash, "10"),
     ]
     assert "Samples</h2>" in render(runs)
     assert "Samples</h2>" not in render(runs[1:])
@@ -95,4 +97,142 @@ def test_a_folder_that_is_no_run_or_damaged_is_named(tmp_path: Path) -> None:
     run = make_run(tmp_path, "a")
     (run / "eval/eval.json").write_text("{")
     with pytest.raises(ValueError, match="a file of the run is damaged"):
+        read_run(run)
+
+
+PPO_NAMES = (
+    *("objective/kl", "objective/entropy", "objective/non_score_reward"),
+    *("objective/rlhf_reward", "objective/scores", "policy/approxkl_avg", "policy/clipfrac_avg"),
+    *("policy/entropy_avg", "loss/policy_avg", "loss/value_avg", "val/clipfrac_avg", "val/ratio"),
+    *("val/ratio_var", "val/num_eos_tokens", "lr", "episode", "eps", "completions/mean_length"),
+)
+
+
+def write_run(
+    folder: Path,
+    name: str,
+    config: dict[str, Any],
+    rows: list[dict[str, Any]],
+    evaluation: dict[str, Any] | None = None,
+) -> Path:
+    run = folder / name
+    (run / "eval").mkdir(parents=True)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if evaluation is not None:
+        (run / "eval/eval.json").write_text(json.dumps(evaluation))
+    return run
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> list[Path]:
+    """One run of each kind, as a whole pipeline leaves them, with what goes wrong in such files."""
+
+    def steps(*names: str, **last: Any) -> list[dict[str, Any]]:
+        rows = [{"step": n, "step_seconds": 1.5, **dict.fromkeys(names, 0.1 * n)} for n in (1, 2)]
+        rows[-1] |= last
+        return rows
+
+    found = {
+        "reward": 6.0,
+        "reward_se": 0.2,
+        "kl": 7.0,
+        "kl_se": 0.3,
+        "accuracy": 0.8,
+        "accuracy_se": 0.02,
+    }
+    reference = {"model": {"path": "sft"}, "reference": {"path": "sft"}}
+    best_of = [{"n": n, "reward": float(n), "kl_bound": 0.1 * n} for n in (1, 4)]
+    base = {"reward": -1.0, "kl": 0.0, "best_of_n": best_of, "config": reference}
+    loss = {"name": "dpo", "beta": 0.1}
+    ppo = steps(*PPO_NAMES, **{"objective/scores": "nan", "val/ratio": None})
+    ppo.append({"step": 3, "collapsed": True})
+    return [
+        write_run(tmp_path, "sft", {"run": {"seed": 0}}, steps("loss", eval_loss=2.0), base),
+        write_run(tmp_path, "dpo", {"loss": loss}, steps("loss", "rewards/margins"), found),
+        write_run(
+            tmp_path,
+            "reward-model",
+            {"loss": {"name": "rao_kupper", "nu": 1.5}},
+            steps("loss", "accuracy", "margin", "mean_reward", eval_accuracy=0.91),
+        ),
+        write_run(
+            tmp_path,
+            "ppo",
+            {"ppo": {"kl_coef": 0.05}},
+            ppo,
+            {**found, "accuracy": None, "kl": "inf"},
+        ),
+    ]
+
+
+def test_a_whole_pipeline_stands_in_one_table(pipeline: list[Path]) -> None:
+    dash = "\u2013"
+    assert table([read_run(run) for run in pipeline]) == [
+        ("sft", "sft", "-1.00", "0.00", dash, "3"),
+        ("dpo", "dpo, 0.1", "6.00 ± 0.20", "7.00 ± 0.30", "0.80 ± 0.02", "3"),
+        ("reward-model", "reward: rao_kupper", dash, dash, "0.91", "3"),
+        ("ppo", "ppo, 0.05, collapsed", "6.00 ± 0.20", dash, dash, "3"),
+    ]
+
+
+def test_a_whole_pipeline_stands_on_one_page(pipeline: list[Path]) -> None:
+    text = render([read_run(run) for run in pipeline])
+    headings = re.findall("<h2>(.*?)</h2>", text)
+    assert headings == ["Reward against KL", "Training", "Reward models", "PPO", "Settings"]
+    drawn = re.findall('alt="(.*?) against the step"', text)
+    assert drawn[:4] == [
+        "loss",
+        "implicit reward margin",
+        "accuracy of the scores",
+        "margin of the scores",
+    ]
+    ppo = text[text.index("<h2>PPO</h2>") :]
+    assert ppo.count("<img") == 11  # all that are named there but the critic's, which is not logged
+    only_ppo = render([read_run(pipeline[3])])
+    assert re.findall("<h2>(.*?)</h2>", only_ppo) == ["PPO", "Settings"]
+
+
+def test_the_reference_s_best_of_n_is_a_curve(
+    pipeline: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(pictures, "as_data_uri", lambda figure: figures.append(figure) or "data:,")
+    pictures.reward_against_kl([read_run(run) for run in pipeline])
+    (axes,) = figures[0].axes
+    (best,) = [line for line in axes.lines if "best of 1, 4" in str(line.get_label())]
+    assert list(zip(*best.get_data(), strict=True)) == [(0.1, 1.0), (0.4, 4.0)]
+
+
+def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    names = ("seed0/ppo", "seed1/ppo", "seed1/dpo")
+    folders = [write_run(tmp_path, name, {}, [{"step": 1}]) for name in names]
+    assert [run.name for run in read_runs(folders)] == ["seed0/ppo", "seed1/ppo", "dpo"]
+    assert [run.name for run in read_runs([folders[0], folders[0]])] == ["ppo", "ppo"]
+
+
+def test_rows_and_samples_of_another_shape_do_not_stop_the_page(tmp_path: Path) -> None:
+    rows = [
+        {"loss": 1.0},
+        {"step": 2, "loss": None},
+        {"step": 3, "loss": "what"},
+        {"step": 4, "loss": 0.5},
+    ]
+    run = write_run(tmp_path, "a", {}, rows)
+    (run / "config.yaml").write_text("")
+    samples = [{"completion": "no prompt"}, {"prompt": "p", "completion": "c", "reward": "nan"}]
+    (run / "eval/samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in samples))
+    record = read_run(run)
+    assert record.series("loss") == ([4], [0.5])
+    page = render([record])
+    assert "<td>p</td><td>c</td>" in page
+    assert "no prompt" not in page
+    (run / "metrics.jsonl").write_text("3\n")
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl: object 1: expected a JSON object, got 3"
+    ):
+        read_run(run)
+    (run / "metrics.jsonl").write_text("")
+    (run / "eval/eval.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"eval\.json: expected a JSON object, got list"):
         read_run(run)
