@@ -29,16 +29,14 @@ from fastalign.models.lora_files import adapter_base, save_adapter
 from fastalign.models.offload import find_offload, offload_layers
 from fastalign.models.packed import PACKINGS, Packing, hidden_at, predict_hidden
 from fastalign.models.reward import (
-    RewardScale,
     is_reward_model,
     load_reward_model,
     response_reward,
-    reward_scale,
     save_reward_model,
     score_at,
     set_pad_token,
-    set_reward_scale,
 )
+from fastalign.models.reward_scale import RewardScale, reward_scale, set_reward_scale
 
 __all__ = [
     "ATTENTIONS",

@@ -125,6 +125,16 @@ def resume(folder: Path, state: TrainState, sources: dict[str, Any]) -> dict[str
     return saved
 
 
+def sources_of(task: Task, policy: Any) -> dict[str, Any]:
+    """The fingerprints of what training begins from."""
+    reference = task.reference
+    return {
+        "data_fingerprint": task.data_fingerprint,
+        "base_fingerprint": model_fingerprint(policy) if has_adapter(policy) else None,
+        "reference_fingerprint": None if reference is None else model_fingerprint(reference),
+    }
+
+
 def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     """Trains until the last step, a signal, `stop_at_step`, or too many skipped steps.
 
@@ -135,12 +145,7 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     state = TrainState(model, make_optimizer(model, config.optim))
     num_steps = total_steps(config, task.num_examples)
     policy = model if task.policy is None else task.policy
-    reference = task.reference
-    sources = {
-        "data_fingerprint": task.data_fingerprint,
-        "base_fingerprint": model_fingerprint(policy) if has_adapter(policy) else None,
-        "reference_fingerprint": None if reference is None else model_fingerprint(reference),
-    }
+    sources = sources_of(task, policy)
     num_bytes = resume(folder, state, sources)["metrics_bytes"] if config.run.resume else 0
     writer = MetricsWriter(folder, num_bytes=num_bytes, step=state.step)
 
@@ -158,10 +163,7 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
                 writer.write(metrics)
                 shown.update(metrics)
                 if metrics["skipped"]:
-                    shown.say(
-                        f"step {state.step} skipped: loss {metrics['loss']}, gradient norm "
-                        f"{metrics['grad_norm']}; no weight was changed by it"
-                    )
+                    shown.say(skipped_line(metrics))
                 reason = task.stop_reason(metrics)
                 stopping = should_stop(config, state, stop) or reason is not None
                 due = config.train.save_every and state.step % config.train.save_every == 0
@@ -186,6 +188,14 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     assert saved_at == state.step
     early = reason is not None and not finished
     return RunResult(state.step, finished, COLLAPSED if early else stop.exit_code, metrics)
+
+
+def skipped_line(metrics: Metrics) -> str:
+    """What is said of a step whose gradient was not applied."""
+    return (
+        f"step {metrics['step']} skipped: loss {metrics['loss']}, gradient norm "
+        f"{metrics['grad_norm']}; no weight was changed by it"
+    )
 
 
 def should_stop(config: AnyConfig, state: TrainState, stop: StopRequest) -> bool:

@@ -8,11 +8,11 @@ from torch import Tensor
 from fastalign.batch import PackedBatch
 from fastalign.fused import ppo_loss_fn
 from fastalign.losses import importance_weight, value_clipped
-from fastalign.models import adapter_off, score_at
+from fastalign.models import adapter_off
 from fastalign.ops import TokenChunk, linear_kl
 from fastalign.ops.fused_linear_loss import LossFunction
 from fastalign.trainers.ppo_config import PPOConfig
-from fastalign.trainers.ppo_models import PPOModels
+from fastalign.trainers.ppo_models import PPOModels, token_values
 from fastalign.trainers.ppo_tokens import TokenRecord, head_options, hidden_and_head, shared_plan
 from fastalign.trainers.step import BatchLoss, Compute, Examples, MakeLoss, policy_loss
 
@@ -126,10 +126,7 @@ def value_batch_loss(update: Update, normaliser: int) -> BatchLoss:
 
     def batch_loss(batch: PackedBatch, chosen: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         rows = record.rows_of(chosen)
-        with update.compute.autocast():
-            value = score_at(
-                update.models.value, batch, batch.predict_index, packing=update.compute.packing
-            )
+        value = token_values(update.models.value, batch, update.compute, None)
         before, target = old[rows].to(value), returns[rows].to(value)
         losses = value_clipped(value, before, target, clip_range=settings.clip_range)
         clipped = losses.detach() > (value.detach() - target).square() / 2

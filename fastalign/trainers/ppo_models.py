@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fastalign.batch import PackedBatch
 from fastalign.data import (
     Tokenizer,
     check_same_vocabulary,
@@ -17,6 +18,7 @@ from fastalign.data import (
     use_distinct_pad,
 )
 from fastalign.models import (
+    AttentionPlan,
     adapter_base,
     attention_of,
     has_adapter,
@@ -24,7 +26,9 @@ from fastalign.models import (
     lm_head,
     load_reward_model,
     read_config,
+    reward_scale,
     save_reward_model,
+    score_at,
     set_pad_token,
 )
 from fastalign.trainers.ppo_config import PPOConfig
@@ -124,6 +128,19 @@ def check_full_kl(policy: Any, reference: Any) -> None:
             "kl.estimator: expected k1, k2 or k3 where policy and reference cap or scale their "
             "logits differently, got full"
         )
+
+
+def token_values(
+    value: Any, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None
+) -> Tensor:
+    """The value (N,) of the state that each token was drawn in.
+
+    On the scale of the rewards: a reward model's scores are normalised by its `reward_mean` and
+    `reward_std`, and so are the values that begin as its scores.
+    """
+    with compute.autocast():
+        raw = score_at(value, batch, batch.predict_index, packing=compute.packing, plan=plan)
+    return reward_scale(value).normalise(raw)
 
 
 def value_source(config: PPOConfig) -> str:

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from fastalign.batch import PackedBatch
 from fastalign.data import packed_batches
-from fastalign.models import AttentionPlan, Head, adapter_off, hidden_at, lm_head, score_at
+from fastalign.models import AttentionPlan, Head, adapter_off, hidden_at, lm_head
 from fastalign.ops import linear_kl, linear_logprob
 from fastalign.trainers.metrics import Metrics
-from fastalign.trainers.ppo_models import PPOModels
+from fastalign.trainers.ppo_models import PPOModels, token_values
 from fastalign.trainers.process_memory import memory_used_in
 from fastalign.trainers.rollout import Rollouts
 from fastalign.trainers.step import Compute, Examples
@@ -125,10 +125,7 @@ def numbers_of_batch(
             **options,
         )
     if models.value is not None:
-        with compute.autocast():
-            found["value"] = score_at(
-                models.value, batch, batch.predict_index, packing=compute.packing, plan=plan
-            )
+        found["value"] = token_values(models.value, batch, compute, plan)
     return found
 
 
