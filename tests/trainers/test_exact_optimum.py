@@ -1,6 +1,8 @@
 """Algorithms find the best policy of a problem whose best policy is known exactly."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,16 +12,33 @@ from torch import Tensor
 from fastalign import losses
 from fastalign.batch import PackedBatch, pack
 from fastalign.losses import segment_sum
+from fastalign.models import load_policy, save_model
 from fastalign.ops import LossFunction, TokenChunk
-from fastalign.trainers import TrainConfig
+from fastalign.rollouts import SamplingParams
+from fastalign.trainers import (
+    KLConfig,
+    ModelConfig,
+    OptimConfig,
+    PPOConfig,
+    PPOSettings,
+    PromptDataConfig,
+    RewardSourceConfig,
+    RunConfig,
+    TrainConfig,
+    ValueConfig,
+    train_ppo,
+)
 from fastalign.trainers.step import MakeLoss, make_compute, policy_loss
 from tests.exact_optimum import (
     BETA,
+    MAX_NEW_TOKENS,
+    PROMPTS,
     answer_groups,
     answer_logprobs,
     answer_rewards,
     best_logprobs,
     make_policy,
+    make_tokenizer,
     objective,
     total_variation,
 )
@@ -133,4 +152,39 @@ def test_dpo_finds_the_optimum_from_its_own_comparisons(
     assert bool((total_variation(reference, best) > FAR).all())
     train(model, expected_loss(loss, comparisons, reference, rewards), num_steps=200)
     distance = total_variation(answer_logprobs(model), best)
+    assert bool((distance <= NEAR).all()), distance
+
+
+@pytest.mark.parametrize("advantage", ["gae", "rloo"])
+def test_ppo_finds_the_optimum_from_its_own_samples(advantage: str, tmp_path: Path) -> None:
+    save_model(make_policy(), make_tokenizer(), tmp_path / "policy")
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    reference = answer_logprobs(make_policy())
+    best = best_logprobs(reference, answer_rewards(), BETA)
+    assert bool((total_variation(reference, best) > FAR).all())
+    critic = advantage == "gae"
+    result = train_ppo(
+        PPOConfig(
+            model=ModelConfig(str(tmp_path / "policy")),
+            data=PromptDataConfig(train=str(prompts)),
+            reward=RewardSourceConfig(("tests.exact_optimum:reward",)),
+            run=RunConfig(str(tmp_path / "run")),
+            sampling=SamplingParams(max_new_tokens=MAX_NEW_TOKENS, num_samples=128),
+            ppo=PPOSettings(
+                advantage=advantage,  # type: ignore[arg-type]
+                epochs=2,
+                gae_lambda=1.0 if critic else 0.95,
+                whiten="none",  # a scale of its own would be another beta
+            ),
+            kl=KLConfig(coefficient=BETA),
+            value=ValueConfig(lr=1e-2, coefficient=1.0, clip_range=1.0)
+            if critic
+            else ValueConfig(),
+            optim=OptimConfig(lr=3e-3, schedule="linear"),
+            train=TrainConfig(max_steps=70, batch_size=len(PROMPTS), device="cpu"),
+        )
+    )
+    assert result.finished
+    distance = total_variation(answer_logprobs(load_policy(tmp_path / "run" / "model")), best)
     assert bool((distance <= NEAR).all()), distance
