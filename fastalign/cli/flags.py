@@ -10,6 +10,7 @@ import tyro
 
 Config = TypeVar("Config")
 _FRAME = re.compile("[│╭╮╰╯─]+")
+_OF_VALUE = re.compile(r"^Value error Error parsing [^:]*: (?=\S+: )")
 
 
 def parse_flags(
@@ -35,4 +36,5 @@ def one_line(text: str) -> str:
     """Tyro's framed message without its frame, its lines joined."""
     plain: Any = re.sub(r"\x1b\[[0-9;]*m", "", text)
     words = " ".join(_FRAME.sub(" ", plain).split())
-    return words.removeprefix("Parsing error ").removeprefix("Unrecognized options ")
+    words = words.removeprefix("Parsing error ").removeprefix("Unrecognized options ")
+    return _OF_VALUE.sub("", words)  # our own messages name the argument themselves

@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from fastalign.cli.flags import parse_flags
+from fastalign.cli.tables import show
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,6 @@ class FrontierConfig:
 
 def main(argv: Sequence[str]) -> int:
     """Exit code 0: page or picture and table are written."""
-    from rich.console import Console
-    from rich.table import Table
-
     from fastalign.evaluation.frontier import frontier_points
     from fastalign.evaluation.frontier_files import read_frontier
     from fastalign.evaluation.frontier_page import (
@@ -46,12 +44,7 @@ def main(argv: Sequence[str]) -> int:
     if out.suffix not in (".html", *PICTURES):
         raise ValueError(f"out: expected .html, {', '.join(PICTURES)}, got {out}")
     points = frontier_points(read_frontier(config.runs))
-    shown = Table()
-    for number, column in enumerate(COLUMNS):
-        shown.add_column(column, justify="right" if number > 1 else "left", no_wrap=True)
-    for row in frontier_table(points):
-        shown.add_row(*row)
-    Console(markup=False).print(shown)
+    show(COLUMNS, frontier_table(points), num_left=2)
     out.parent.mkdir(parents=True, exist_ok=True)
     write_frontier(points, find_origin(points, config.origin), out)
     table = out.with_suffix(".table.json")

@@ -1,6 +1,5 @@
 """`fastalign report RUN...`: a table, and one self-contained page with pictures."""
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from fastalign.cli.flags import parse_flags
+from fastalign.cli.tables import show
 
 
 @dataclass(frozen=True)
@@ -19,22 +19,6 @@ class ReportConfig:
     """Folders of runs (--run.dir)."""
     out: str = "report.html"
     """Page to write; an older one is replaced."""
-
-
-def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int = 1) -> None:
-    """Prints a table: `num_left` columns of words, then numbers, which stand right.
-
-    Where there is no terminal to fit, it is not cut.
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    shown = Table()
-    for number, column in enumerate(columns):
-        shown.add_column(column, justify="left" if number < num_left else "right", no_wrap=True)
-    for row in rows:
-        shown.add_row(*row)
-    Console(markup=False, width=None if sys.stdout.isatty() else 140).print(shown)
 
 
 def main(argv: Sequence[str]) -> int:
