@@ -22,6 +22,7 @@ ALGORITHMS: dict[str, Callable[[Sequence[str]], Any]] = {
 USAGE = """usage: fastalign estimate [sft | reward | dpo] --config FILE [--json FILE] [its flags]
 
 Prints a run's memory by what takes it, and whether it fits; loads no weights, writes no folder.
+Runs that sample (ppo, online-dpo) are not estimated.
 Without the word, the command is told by its settings: a reference or a loss for policies is dpo's,
 a loss for reward models reward's, and without any of them it is sft.
 Exit code 0: it fits; 1: it does not."""
@@ -37,6 +38,12 @@ def algorithm_of(arguments: Sequence[str]) -> str:
     path, flags = take_option(arguments, "--config")
     loss, flags = take_option(flags, "--loss")
     sections = {} if path is None else read_yaml(Path(path))
+    sampling = [name for name in ("ppo", "pairs", "sampling") if name in sections]
+    if sampling:
+        raise ValueError(
+            f"{path}: expected a configuration of {', '.join(ALGORITHMS)}, got one with a section "
+            f"{sampling[0]}: runs that sample are not estimated"
+        )
     written = sections.get("loss")
     name = loss or (written.get("name") if isinstance(written, dict) else written)
     if "reference" in sections or any(flag.startswith("--reference.") for flag in flags):

@@ -170,8 +170,15 @@ def test_the_command_is_told_by_its_settings(
 def test_recipes_and_flags_tell_the_command(folder: Path) -> None:
     from fastalign.cli.estimate import algorithm_of
 
+    told = {}
     for path in (ROOT / "scripts" / "recipes").glob("*.yaml"):
-        assert algorithm_of(["--config", str(path)]) == path.stem
+        try:
+            told[path.stem] = algorithm_of(["--config", str(path)])
+        except ValueError as error:
+            told[path.stem] = str(error)
+    sampling = {name: told.pop(name) for name in ("ppo", "online-dpo")}
+    assert told == {name: name.partition("_")[0] for name in told}
+    assert all("runs that sample are not estimated" in line for line in sampling.values())
     assert algorithm_of(["--reference.path", "x"]) == "dpo"
     assert algorithm_of(["--loss=rao_kupper"]) == "reward"
     config = folder / "config.yaml"
@@ -181,6 +188,9 @@ def test_recipes_and_flags_tell_the_command(folder: Path) -> None:
             algorithm_of(["--config", str(config)])
     with pytest.raises(ValueError, match="may be dpo's or reward's"):
         algorithm_of(["--data.ties=drop"])
+    config.write_text("reference: {}\nppo: {epochs: 4}")
+    with pytest.raises(ValueError, match="a section ppo: runs that sample are not estimated"):
+        algorithm_of(["--config", str(config)])
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
