@@ -159,7 +159,7 @@ def pipeline(tmp_path: Path) -> list[Path]:
         write_run(
             tmp_path,
             "ppo",
-            {"ppo": {"kl_coef": 0.05}},
+            {"ppo": {}, "kl": {"coefficient": 0.05}},
             ppo,
             {**found, "accuracy": None, "kl": "inf"},
         ),
