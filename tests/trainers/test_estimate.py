@@ -170,7 +170,7 @@ def test_the_command_is_told_by_its_settings(
 def test_recipes_and_flags_tell_the_command(folder: Path) -> None:
     from fastalign.cli.estimate import algorithm_of
 
-    for path in (ROOT / "scripts" / "recipes").glob("*.yaml"):  # named `command.yaml`, `command_...`
+    for path in (ROOT / "scripts" / "recipes").glob("*.yaml"):
         assert algorithm_of(["--config", str(path)]) == path.stem.partition("_")[0]
     assert algorithm_of(["--reference.path", "x"]) == "dpo"
     assert algorithm_of(["--loss=rao_kupper"]) == "reward"
