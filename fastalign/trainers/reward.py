@@ -152,8 +152,8 @@ def vote_shares(data: TokenizedDataset) -> Tensor:
         if votes is None:
             raise DataFault(
                 source,
-                "missing; --loss.votes trains on the votes {a, b, tie} of every row, beside "
-                "response_a and response_b",
+                "--loss.votes: expected an object of counts {a, b, tie} in a row with response_a "
+                "and response_b (of chosen and rejected nobody can say which was a), got none",
                 "votes",
             )
         shares.append(votes.shares())

@@ -10,7 +10,9 @@ import pytest
 
 from tests.runs import write_rows
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "split_pairs.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "split_pairs.py"
+ENVIRONMENT = {"PYTHONPATH": str(ROOT)}
 
 
 def split(folder: Path, rows: list[dict[str, Any]], name: str, *options: str) -> list[set[str]]:
@@ -20,6 +22,7 @@ def split(folder: Path, rows: list[dict[str, Any]], name: str, *options: str) ->
     command = [sys.executable, str(SCRIPT), str(source)]
     found = subprocess.run(
         [*command, "--train", str(sides[0]), "--held-out", str(sides[1]), *options],
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,
@@ -61,7 +64,12 @@ def test_a_mistake_is_one_line(
     write_rows(tmp_path / "bad.jsonl", rows)
     command = [sys.executable, str(SCRIPT), "bad.jsonl", "--train", "t.jsonl", "--held-out"]
     found = subprocess.run(
-        [*command, "h.jsonl", *options], cwd=tmp_path, capture_output=True, text=True, check=False
+        [*command, "h.jsonl", *options],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert found.returncode == 2
     assert expected in found.stderr

@@ -78,10 +78,10 @@ def test_a_row_without_votes_is_named(folder: Path) -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     del rows[4]["votes"]
     write_rows(path, rows)
-    with pytest.raises(ValueError, match=r"compared\.jsonl:5: column 'votes': missing; --loss\.vo"):
+    with pytest.raises(ValueError, match=r"compared\.jsonl:5: column 'votes': --loss\.votes: ex"):
         train_reward(config)
     judged = replace(config.data, train=str(folder / "pairs.jsonl"))
-    with pytest.raises(ValueError, match=r"pairs\.jsonl:1: column 'votes': missing.*response_a"):
+    with pytest.raises(ValueError, match=r"pairs\.jsonl:1: column 'votes': .*response_a.*got none"):
         train_reward(replace(config, data=judged))
 
 
