@@ -29,6 +29,7 @@ from fastalign.trainers import (
     PPOSettings,
     ValueConfig,
     WatchConfig,
+    ppo,
     train_ppo,
 )
 from fastalign.trainers.collapse import is_repetitive, signs_of_collapse, watch
@@ -208,20 +209,39 @@ def test_the_reference_may_be_another_model_and_must_stay_the_same(folder: Path)
         train_ppo(replace(config, run=replace(config.run, resume=True)))
 
 
-def test_the_reward_rises(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = plain_config(folder, ppo={"epochs": 4}, sampling={"num_samples": 4})
-    optim = replace(config.optim, lr=3e-3, schedule="constant")
-    train = replace(config.train, max_steps=15, eval_every=5)
-    train_ppo(replace(config, optim=optim, train=train))
+@pytest.mark.parametrize("method", ["gae", "rloo", "grpo"])
+def test_the_reward_rises(folder: Path, method: Any) -> None:
+    config = plain_config(
+        folder,
+        ppo={"advantage": method, "epochs": 4},
+        sampling={"num_samples": 4},
+        reward={"normalise": True},
+        optim={"lr": 1e-2, "schedule": "constant"},
+        train={"max_steps": 12, "eval_every": 4, "batch_size": 13},
+    )
+    train_ppo(config)
     rows = read_metrics(folder / "run")
-    assert rows[-1]["reward"] > rows[0]["reward"] + 3
-    assert "reward.normalise brings scores to 1" in capsys.readouterr().out
-    assert [row["step"] for row in rows if "eval_reward" in row] == [5, 10, 15]
-    assert rows[-1]["eval_reward"] > rows[4]["eval_reward"] > rows[0]["reward"]
+    standard_error = rows[0]["reward_std"] / 52**0.5
+    assert rows[-1]["reward"] > rows[0]["reward"] + max(1, 3 * standard_error)
+    assert rows[-1]["objective/scores"] > rows[0]["objective/scores"] + 0.3
+    assert [row["step"] for row in rows if "eval_reward" in row] == [4, 8, 12]
+    assert rows[-1]["eval_reward"] > rows[0]["reward"] + 0.5
     assert rows[-1]["eval_objective/kl"] > 0
     assert 0 < rows[-1]["eval_completions/mean_length"] <= 7
-    assert rows[-1]["episode"] == 15 * 16
-    assert rows[-1]["lr"] == rows[-1]["learning_rate"] == 3e-3
+    assert rows[-1]["episode"] == 12 * 52
+    assert rows[-1]["lr"] == rows[-1]["learning_rate"] == 1e-2
+
+
+def test_scores_far_beyond_a_values_steps_are_said(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = plain_config(folder)
+    scores = torch.tensor([0.0, 8.0])
+    ppo.advise_on_scale(config, scores)
+    assert "standard deviation of 4, and a value moves by at most 0.2" in capsys.readouterr().out
+    ppo.advise_on_scale(config, scores / 4)
+    ppo.advise_on_scale(plain_config(folder, ppo={"advantage": "rloo"}), scores)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize("packing", ["shared_prefix", "padded"])
@@ -237,7 +257,7 @@ def test_bf16_and_gradient_checkpointing(folder: Path, packing: Any) -> None:
         found.append(read_metrics(folder / run)[0])
     assert found[1]["objective/kl"] == pytest.approx(0, abs=1e-6)
     assert found[1]["val/ratio"] == pytest.approx(1, abs=0.02)
-    assert found[1]["entropy"] == pytest.approx(found[0]["entropy"], rel=0.02)
+    assert found[1]["entropy"] == pytest.approx(found[0]["entropy"], rel=0.1)
     assert found[1]["entropy"] != found[0]["entropy"]
 
 
