@@ -89,12 +89,12 @@ def test_the_ratio_is_one_however_the_tokens_are_batched_later(folder: Path) -> 
     rollouts = rollouts_of(run)
     update, _ = update_of(run, rollouts)
     for packing in PACKINGS:
-        other = make_run(plain_config(folder), packing=packing, tokens_per_batch=25)
+        other = make_run(plain_config(folder), packing=packing, tokens_per_batch=60)
         examples = measure_examples(rollouts.groups, other.compute.packing)
         again = replace(
             update, models=other.models, compute=other.compute, examples=examples, config=run.config
         )
-        metrics = one_update(again, state_of(other), range(5), 0, 8)
+        metrics = one_update(again, state_of(other), [3, 0, 4, 2, 1], 0, 8)
         assert metrics["num_micro_batches"] > 2
         assert metrics["val/ratio"] == pytest.approx(1.0, abs=1e-5)
         assert metrics["policy/clipfrac_avg"] == 0
@@ -252,7 +252,8 @@ def test_one_update_that_is_not_finite_is_skipped_and_counted(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(plain_config(folder, ppo={"epochs": 3}))
-    plain, calls = ppo_update.value_batch_loss, []
+    plain = ppo_update.value_batch_loss
+    calls: list[int] = []
 
     def broken(update: Any, normaliser: int) -> Any:
         calls.append(normaliser)
@@ -262,7 +263,8 @@ def test_one_update_that_is_not_finite_is_skipped_and_counted(
         return lambda *batch: (batch_loss(*batch)[0] * math.nan, batch_loss(*batch)[1])
 
     monkeypatch.setattr(ppo_update, "value_batch_loss", broken)
-    state, seen = state_of(run), []
+    state = state_of(run)
+    seen: list[tuple[int, bool]] = []
     step = ppo_update.optimiser_step
 
     def noted(*arguments: Any) -> Any:
@@ -296,8 +298,13 @@ def test_demonstrations_are_learned_beside_the_reward(folder: Path) -> None:
         losses.append(-log_p.gather(1, ids[0, 1:, None])[len(group.prompt_ids) - 1 :, 0])
     expected = torch.cat(losses).mean().item()
     assert value == pytest.approx(3 * expected, rel=1e-4)
+    later = [part for part in loss_parts(update, range(5), 1) if part.name == "ptx"]
+    assert later[0].indices != part.indices
     gradients(run.models.trained)
     found = one_update(update, state_of(run), range(5), 0, 8)
     assert found["loss/ptx_avg"] == pytest.approx(expected, rel=1e-4)
+    still = replace(config, optim=replace(config.optim, lr=0.0), ppo=replace(config.ppo, epochs=2))
+    updates = all_updates(replace(update, config=still), state_of(run), 8)
+    assert updates[0]["loss/ptx_avg"] != updates[1]["loss/ptx_avg"], "each update has its own"
     parts = found["loss/policy_avg"] + 0.1 * found["loss/value_avg"] + 3 * found["loss/ptx_avg"]
     assert found["loss"] == pytest.approx(parts)

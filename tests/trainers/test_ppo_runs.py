@@ -36,7 +36,7 @@ from fastalign.trainers.collapse import is_repetitive, signs_of_collapse, watch
 from fastalign.trainers.optimizer import clip_gradient
 from fastalign.trainers.ppo_advantages import adapted_coefficient
 from fastalign.trainers.ppo_models import ActorCritic, value_source
-from tests.runs import ppo_config, read_metrics
+from tests.runs import ppo_config, read_metrics, write_rows
 from tests.tiny import tiny_model, tiny_reward_model
 from tests.tokenizers import make_tokenizer
 from tests.trainers.ppo_cases import make_run, plain_config, rollouts_of, update_of
@@ -230,6 +230,15 @@ def test_the_reward_rises(folder: Path, method: Any) -> None:
     assert 0 < rows[-1]["eval_completions/mean_length"] <= 7
     assert rows[-1]["episode"] == 12 * 52
     assert rows[-1]["lr"] == rows[-1]["learning_rate"] == 1e-2
+
+
+def test_without_a_learning_rate_nothing_drifts_and_each_step_samples_anew(folder: Path) -> None:
+    source = str(write_rows(folder / "one.jsonl", [{"prompt": "The menu"}]))
+    train_ppo(plain_config(folder, data={"train": source}, optim={"lr": 0.0}))
+    rows = read_metrics(folder / "run")
+    assert [row["objective/kl"] for row in rows] == [0] * 8
+    assert len({row["objective/entropy"] for row in rows}) == 8
+    assert max(abs(row["val/ratio"] - 1) for row in rows) < 1e-5
 
 
 def test_scores_far_beyond_a_values_steps_are_said(
