@@ -75,6 +75,8 @@ def ppo_step(
         run.sampler, run.prompts, indices, config.sampling, run.tokenizer, run.sources, seed=seed
     )
     score = final_scores(config.reward, rollouts.rewards, rollouts.ended, scale)
+    if state.step == 0:
+        advise_on_scale(config, score)
     coefficient = state.kept.get(KL_COEFFICIENT, config.kl.coefficient)
     update, measured = prepare_update(run, rollouts, score, coefficient)
     updates = mean_of_updates(all_updates(update, state, num_steps))
@@ -98,6 +100,17 @@ def ppo_step(
     metrics |= watch(metrics, config.watch, state.kept)
     metrics["eps"] = len(score) / (time.perf_counter() - start)
     return metrics, int(counts["num_packed_tokens"])
+
+
+def advise_on_scale(config: PPOConfig, score: Tensor) -> None:
+    """Says it where values, which are clipped to small steps, could never reach such scores."""
+    spread, step = score.std(correction=0).item(), config.value.clip_range
+    if config.ppo.advantage == "gae" and spread > 10 * step:
+        print(
+            f"scores have a standard deviation of {spread:.3g}, and a value moves by at most "
+            f"{step:g} a step (value.clip_range); --reward.normalise brings scores to 1",
+            flush=True,
+        )
 
 
 def prepare_update(

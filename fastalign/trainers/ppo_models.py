@@ -37,7 +37,7 @@ from fastalign.trainers.step import Compute
 
 
 class ActorCritic(nn.Module):
-    """Policy and value model as one thing that is trained, saved and clipped.
+    """Policy and value model as one thing that is trained and saved.
 
     Args:
         policy: a causal model, or a frozen base with an adapter.
@@ -48,6 +48,11 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.policy = policy
         self.value = value
+
+    @property
+    def clipped_apart(self) -> tuple[nn.Module, nn.Module]:
+        """The parts whose gradients are clipped by norms of their own."""
+        return self.policy, self.value
 
 
 @dataclass(frozen=True)
