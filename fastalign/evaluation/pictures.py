@@ -12,6 +12,8 @@ CURVES = (
     ("loss", "loss"),
     ("rewards/margins", "implicit reward margin"),
     ("rewards/accuracies", "implicit reward accuracy"),
+    ("reward", "reward of the samples"),
+    ("objective/kl", "KL to the reference (nats a sequence)"),
     ("entropy", "entropy (nats a token)"),
     ("grad_norm", "gradient norm"),
     ("tokens_per_second", "tokens a second"),

@@ -104,6 +104,16 @@ def indices_of_run(config: AnyConfig, num_examples: int) -> set[int]:
     return used
 
 
+def sources_of(policy: Any, task: Task) -> dict[str, str | None]:
+    """The fingerprints of what a run begins with and its checkpoints do not hold."""
+    reference = task.reference
+    return {
+        "data_fingerprint": task.data_fingerprint,
+        "base_fingerprint": model_fingerprint(policy) if has_adapter(policy) else None,
+        "reference_fingerprint": None if reference is None else model_fingerprint(reference),
+    }
+
+
 def resume(folder: Path, state: TrainState, sources: dict[str, Any]) -> dict[str, Any]:
     """Restores the newest good checkpoint; says which newer ones are damaged.
 
@@ -135,12 +145,7 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     state = TrainState(model, make_optimizer(model, config.optim))
     num_steps = total_steps(config, task.num_examples)
     policy = model if task.policy is None else task.policy
-    reference = task.reference
-    sources = {
-        "data_fingerprint": task.data_fingerprint,
-        "base_fingerprint": model_fingerprint(policy) if has_adapter(policy) else None,
-        "reference_fingerprint": None if reference is None else model_fingerprint(reference),
-    }
+    sources = sources_of(policy, task)
     num_bytes = resume(folder, state, sources)["metrics_bytes"] if config.run.resume else 0
     writer = MetricsWriter(folder, num_bytes=num_bytes, step=state.step)
 
