@@ -10,14 +10,20 @@ import pytest
 import torch
 
 from fastalign.models import save_model
+from fastalign.rollouts import SamplingParams
 from fastalign.trainers import (
     DataConfig,
     DPOConfig,
+    KLConfig,
     ModelConfig,
     OptimConfig,
+    PPOConfig,
+    PPOSettings,
     PreferenceDataConfig,
+    PromptDataConfig,
     ReferenceConfig,
     RewardConfig,
+    RewardSourceConfig,
     RunConfig,
     SFTConfig,
     TrainConfig,
@@ -126,6 +132,34 @@ def reward_config(folder: Path, run: str, **train: Any) -> RewardConfig:
         data=PreferenceDataConfig(train=source, eval=source),
         run=RunConfig(dir=str(folder / run), resume=train.pop("resume", False)),
         loss=RewardRaoKupperLoss(nu_lr=0.05),
+        optim=OPTIM,
+        train=replace(TRAIN, **train),
+    )
+
+
+def prompts_file(folder: Path) -> str:
+    rows = [{"prompt": f"The {word}", "completion": "unused"} for word in WORDS]
+    return str(write_rows(folder / "prompts.jsonl", rows))
+
+
+def words_reward(folder: Path) -> str:
+    """A bag of words with the bias 0.5, in which word number n weighs n."""
+    words = {word: float(place) for place, word in enumerate(WORDS)}
+    (folder / "words.json").write_text(json.dumps({"bias": 0.5, "weights": words}))
+    return str(folder / "words.json")
+
+
+def ppo_config(folder: Path, run: str, **train: Any) -> PPOConfig:
+    """Every part of a checkpoint: a value model, an adapted coefficient, a scale of scores."""
+    source = prompts_file(folder)
+    return PPOConfig(
+        model=ModelConfig(path=str(folder / "llama")),
+        data=PromptDataConfig(train=source, eval=source),
+        reward=RewardSourceConfig((words_reward(folder),), normalise=True, missing_eos_penalty=0.5),
+        run=RunConfig(dir=str(folder / run), resume=train.pop("resume", False)),
+        sampling=SamplingParams(max_new_tokens=5, num_samples=2),
+        ppo=PPOSettings(epochs=2, mini_batches=2, ptx_data=str(folder / "texts.jsonl")),
+        kl=KLConfig(target=1.0, horizon=100),
         optim=OPTIM,
         train=replace(TRAIN, **train),
     )

@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "dpo": ("fastalign.cli.dpo", "align a model with preference pairs (DPO and its relatives)"),
     "online-dpo": ("fastalign.cli.online_dpo", "DPO on fresh samples, ordered by a reward"),
     "reward": ("fastalign.cli.reward", "train a reward model on comparisons, ties among them"),
+    "ppo": ("fastalign.cli.ppo", "align a model with a reward (PPO, or without a critic)"),
     "estimate": ("fastalign.cli.estimate", "what a run will need in memory, before it is started"),
     "generate": ("fastalign.cli.generate", "sample completions of a file of prompts"),
     "score": ("fastalign.cli.score", "score a file of answers with a reward model"),

@@ -31,6 +31,7 @@ from fastalign.data.tokenise import Encoder
 from fastalign.data.tokenizer import (
     Tokenizer,
     check_same_vocabulary,
+    check_token_meanings,
     eos_token_ids,
     load_tokenizer,
     use_distinct_pad,
@@ -52,6 +53,7 @@ __all__ = [
     "TokenizedDataset",
     "Tokenizer",
     "check_same_vocabulary",
+    "check_token_meanings",
     "content_as_json",
     "eos_token_ids",
     "indices_of_step",

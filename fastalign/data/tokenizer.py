@@ -98,6 +98,24 @@ def check_same_vocabulary(policy: Tokenizer, reference: Tokenizer) -> None:
     )
 
 
+def check_token_meanings(policy: Tokenizer, other: Tokenizer, name: str) -> None:
+    """Refuses a model that would read the policy's tokens as others; it may have more of them.
+
+    A reward model whose pad token had to be told from its end token has one more.
+
+    Raises:
+        ValueError: naming the argument `name` and a token that differs.
+    """
+    ours, theirs = policy.get_vocab(), other.get_vocab()
+    different = [token for token, number in ours.items() if theirs.get(token) != number]
+    if different:
+        token = min(different)
+        raise ValueError(
+            f"{name}: expected the policy's tokens, but token {token!r} is {ours[token]} in "
+            f"{policy.name_or_path} and {theirs.get(token)} in {other.name_or_path}"
+        )
+
+
 def use_distinct_pad(tokenizer: Tokenizer, ends: Collection[int]) -> int:
     """A pad token that no response ends with; the tokenizer is given one if its own is not.
 

@@ -21,6 +21,15 @@ from fastalign.trainers.online_config import (
     OnlineReferenceConfig,
 )
 from fastalign.trainers.online_dpo import train_online_dpo
+from fastalign.trainers.ppo import train_ppo
+from fastalign.trainers.ppo_config import (
+    FrozenReferenceConfig,
+    KLConfig,
+    PPOConfig,
+    PPOSettings,
+    ValueConfig,
+    WatchConfig,
+)
 from fastalign.trainers.preference_losses import LOSSES, PreferenceLoss
 from fastalign.trainers.reward import train_reward
 from fastalign.trainers.reward_losses import REWARD_LOSSES, RewardLoss
@@ -33,11 +42,15 @@ __all__ = [
     "DPOConfig",
     "DataConfig",
     "FreshPairsConfig",
+    "FrozenReferenceConfig",
+    "KLConfig",
     "LoraConfig",
     "ModelConfig",
     "OnlineDPOConfig",
     "OnlineReferenceConfig",
     "OptimConfig",
+    "PPOConfig",
+    "PPOSettings",
     "PreferenceDataConfig",
     "PreferenceLoss",
     "PromptDataConfig",
@@ -49,8 +62,11 @@ __all__ = [
     "RunResult",
     "SFTConfig",
     "TrainConfig",
+    "ValueConfig",
+    "WatchConfig",
     "train_dpo",
     "train_online_dpo",
+    "train_ppo",
     "train_reward",
     "train_sft",
 ]

@@ -72,10 +72,15 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
 def clip_gradient(model: nn.Module, max_norm: float) -> torch.Tensor:
     """The norm of the whole gradient before clipping, (); scales the gradient where it is larger.
 
-    A non-finite gradient gives a non-finite norm.
+    A model with an attribute `clipped_apart` has each of these parts scaled by its own norm, so
+    that a value model far from its targets does not take the policy's step. A non-finite gradient
+    gives a non-finite norm.
     """
-    parameters = [p for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    if max_norm > 0:
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
-    return norm
+    norms = []
+    for part in getattr(model, "clipped_apart", (model,)):
+        parameters = [p for p in part.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        norms.append(norm)
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()

@@ -127,6 +127,8 @@ class KLConfig:
             raise ValueError(
                 "kl.coefficient: expected more than 0 where kl.target adapts it, got 0"
             )
+        if self.target is None and self.horizon != 10000:
+            raise ValueError(f"kl.horizon: {self.horizon} is a setting of kl.target; got no target")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,13 @@ MAY_CHANGE = {
     ("reference", "offload"),
     ("data", "eval"),
     ("model", "lora", "save_merged"),
+    ("watch", "stop"),
+    ("watch", "patience"),
+    ("watch", "min_entropy"),
+    ("watch", "min_length"),
+    ("watch", "max_unfinished"),
+    ("watch", "max_repeated"),
+    ("watch", "max_kl"),
 }
 # Settings that change nothing but the rounding of sums: a run that ran out of memory goes on with
 # less of it.

@@ -69,7 +69,7 @@ def num_targets(examples: Examples, indices: Sequence[int]) -> int:
     )
 
 
-def make_sft_loss(normaliser: int) -> MakeLoss:
+def make_sft_loss(normaliser: float) -> MakeLoss:
     """The loss function of each micro-batch; tokens need no company, so there are no segments."""
 
     def make_loss(batch: PackedBatch, chosen: list[int]) -> tuple[LossFunction, None]:

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,16 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastalign.trainers import train_dpo, train_reward, train_sft
+from fastalign.trainers import train_dpo, train_ppo, train_reward, train_sft
 from fastalign.trainers.checkpoint import list_checkpoints
-from tests.runs import MakeConfig, dpo_config, read_metrics, reward_config, sft_config
+from tests.runs import (
+    MakeConfig,
+    dpo_config,
+    ppo_config,
+    read_metrics,
+    reward_config,
+    sft_config,
+)
 
 POLICIES = [
     pytest.param(sft_config, train_sft, id="sft"),
@@ -22,8 +30,9 @@ POLICIES = [
 ]
 REWARD = pytest.param(reward_config, train_reward, id="reward")
 BOTH = pytest.mark.parametrize(("make", "train"), POLICIES)
-EACH = pytest.mark.parametrize(("make", "train"), [*POLICIES, REWARD])
-MEASURED = ("step_seconds", "tokens_per_second", "peak_memory_bytes")
+PPO = pytest.param(ppo_config, train_ppo, id="ppo")
+EACH = pytest.mark.parametrize(("make", "train"), [*POLICIES, REWARD, PPO])
+MEASURED = ("step_seconds", "tokens_per_second", "peak_memory_bytes", "eps")
 
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
@@ -32,9 +41,10 @@ def numbers(folder: Path) -> list[dict[str, Any]]:
 
 def assert_same_run(first: Path, second: Path) -> None:
     assert numbers(first) == numbers(second)
-    weights = [load_file(run / "model" / "model.safetensors") for run in (first, second)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    for part in ("model", "value") if (first / "value").exists() else ("model",):
+        weights = [load_file(run / part / "model.safetensors") for run in (first, second)]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     states = [
         torch.load(run / "checkpoints/step-000008/optimizer.pt", weights_only=True)["optimizer"]
         for run in (first, second)
@@ -57,6 +67,15 @@ def test_a_stopped_and_resumed_run_equals_a_straight_one(
     assert not (folder / "stopped" / "model").exists()
     train(make(folder, "stopped", resume=True))
     assert_same_run(folder / "straight", folder / "stopped")
+
+
+def test_two_runs_of_one_seed_are_the_same_and_another_seed_is_not(folder: Path) -> None:
+    for run in ("first", "second"):
+        train_ppo(ppo_config(folder, run))
+    assert_same_run(folder / "first", folder / "second")
+    config = ppo_config(folder, "other")
+    train_ppo(replace(config, run=replace(config.run, seed=1)))
+    assert numbers(folder / "first")[0]["reward"] != numbers(folder / "other")[0]["reward"]
 
 
 @EACH

@@ -1,6 +1,5 @@
 """Prompts, samples of the live policy, and scores from several sources."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from fastalign.trainers.rollout import (
 )
 from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig
 from fastalign.trainers.step import make_compute
-from tests.runs import WORDS, write_rows
+from tests.runs import WORDS, prompts_file, words_reward, write_rows
 from tests.tiny import put_adapter, tiny_reward_model
 from tests.tokenizers import CHATML, make_tokenizer
 
@@ -38,17 +37,6 @@ PARAMS = SamplingParams(max_new_tokens=6, num_samples=3)
 
 def letters(prompts: list[Any], completions: list[str]) -> list[float]:
     return [float(len(text)) for text in completions]
-
-
-def prompts_file(folder: Path) -> str:
-    rows = [{"prompt": f"The {word}", "completion": "unused"} for word in WORDS]
-    return str(write_rows(folder / "prompts.jsonl", rows))
-
-
-def reward_file(folder: Path) -> str:
-    words = {word: float(place) for place, word in enumerate(WORDS)}
-    (folder / "words.json").write_text(json.dumps({"bias": 0.5, "weights": words}))
-    return str(folder / "words.json")
 
 
 def rolled(folder: Path, *, adapted: bool = False, **options: Any) -> Rollouts:
@@ -63,7 +51,7 @@ def rolled(folder: Path, *, adapted: bool = False, **options: Any) -> Rollouts:
     data = PromptDataConfig(train=prompts_file(folder))
     prompts, _ = load_prompt_sets(data, PARAMS, model, tokenizer)
     sampler = PolicySampler(model, tokenizer, str(folder / "llama"), compute)
-    config = RewardSourceConfig(sources=(reward_file(folder),), **options)
+    config = RewardSourceConfig(sources=(words_reward(folder),), **options)
     indices, training = [3, 0, 3], model.training
     found = roll_out(
         sampler, prompts, indices, PARAMS, tokenizer, load_sources(config, "cpu"), seed=7
@@ -132,7 +120,7 @@ def test_several_sources_are_a_weighted_sum(folder: Path) -> None:
     model = tiny_reward_model("llama", vocab_size=320)
     set_pad_token(model, 0)
     save_reward_model(model, make_tokenizer(), folder / "rm" / "model")
-    sources = (reward_file(folder), "tests.trainers.test_rollouts:letters", f"{folder}/rm/model")
+    sources = (words_reward(folder), "tests.trainers.test_rollouts:letters", f"{folder}/rm/model")
     both = load_sources(RewardSourceConfig(sources, weights=(2.0, -0.5, 1.0)), "cpu")
     assert both.names == ("words", "tests.trainers.test_rollouts:letters", "rm")
     prompts, texts = ["The menu", "The screen"], [" best", ""]

@@ -1,0 +1,185 @@
+"""PPO: rollouts, scores, a KL penalty, advantages, then epochs of clipped updates.
+
+A step is one iteration: `train.batch_size` prompts are sampled and scored, and all the updates on
+them follow.
+"""
+
+import time
+from dataclasses import replace
+
+from torch import Tensor
+
+from fastalign.trainers.collapse import reason_to_stop, repeated_ratio, watch
+from fastalign.trainers.loop import RunResult, Task, run_loop
+from fastalign.trainers.metrics import Metrics
+from fastalign.trainers.ppo_advantages import (
+    adapted_coefficient,
+    advantages_and_returns,
+    objective_metrics,
+    penalise,
+    sampling_metrics,
+    value_metrics,
+)
+from fastalign.trainers.ppo_config import PPOConfig
+from fastalign.trainers.ppo_losses import Update
+from fastalign.trainers.ppo_run import PPORun, prepare, scale_of_scores
+from fastalign.trainers.ppo_tokens import record_tokens
+from fastalign.trainers.ppo_update import all_updates, mean_of_updates
+from fastalign.trainers.reward_sources import final_scores
+from fastalign.trainers.rollout import Rollouts, roll_out, rollout_seed
+from fastalign.trainers.setup import opened_run
+from fastalign.trainers.state import TrainState
+from fastalign.trainers.step import make_compute, measure_examples
+
+KL_COEFFICIENT = "kl_coefficient"  # among the numbers that a checkpoint keeps
+
+
+def train_ppo(config: PPOConfig) -> RunResult:
+    """Runs PPO to its end, or until it is stopped.
+
+    Raises:
+        ValueError: in one line, whatever of the caller's is wrong.
+        FileNotFoundError: a file that is not there.
+    """
+    compute = make_compute(config.train)
+    with opened_run(config):
+        run = prepare(config, compute)
+        evaluate = None if run.held_out is None else (lambda: evaluate_prompts(run))
+        models = run.models
+        return run_loop(
+            config,
+            models.trained,
+            Task(
+                title="ppo",
+                num_examples=len(run.prompts.prompts),
+                data_fingerprint=run.prompts.fingerprint,
+                tokenizer=run.tokenizer,
+                take_step=lambda *step: ppo_step(run, *step),
+                evaluate=evaluate,
+                policy=models.policy,
+                reference=models.frozen,
+                other_folders={} if models.value is None else {"value": models.save_value},
+                stop_reason=lambda metrics: reason_to_stop(metrics, config.watch),
+            ),
+        )
+
+
+def ppo_step(
+    run: PPORun, state: TrainState, indices: list[int], num_steps: int
+) -> tuple[Metrics, int]:
+    """Rollouts of these prompts and all updates on them; metrics and packed tokens computed."""
+    config, start = run.config, time.perf_counter()
+    scale = scale_of_scores(run, state)
+    seed = rollout_seed(config.run.seed, "rollouts", state.step)
+    rollouts = roll_out(
+        run.sampler, run.prompts, indices, config.sampling, run.tokenizer, run.sources, seed=seed
+    )
+    score = final_scores(config.reward, rollouts.rewards, rollouts.ended, scale)
+    if state.step == 0:
+        advise_on_scale(config, score)
+    coefficient = state.kept.get(KL_COEFFICIENT, config.kl.coefficient)
+    update, measured = prepare_update(run, rollouts, score, coefficient)
+    updates = mean_of_updates(all_updates(update, state, num_steps))
+    state.kept[KL_COEFFICIENT] = adapted_coefficient(
+        coefficient, float(measured["objective/kl"]), config.kl, len(score)
+    )
+    counts = {
+        name: measured.pop(name) + updates.pop(name)
+        for name in ("num_packed_tokens", "num_micro_batches")
+    }
+    episode = (state.step + 1) * len(score)
+    metrics = {
+        **updates,
+        **rollouts.metrics,
+        **measured,
+        "val/num_eos_tokens": int(rollouts.ended.sum()),
+        "num_micro_batches": counts["num_micro_batches"],
+        "lr": updates["learning_rate"],
+        "episode": episode,
+    }
+    metrics |= watch(metrics, config.watch, state.kept)
+    metrics["eps"] = len(score) / (time.perf_counter() - start)
+    return metrics, int(counts["num_packed_tokens"])
+
+
+def advise_on_scale(config: PPOConfig, score: Tensor) -> None:
+    """Says it where values, which are clipped to small steps, could never reach such scores."""
+    spread, step = score.std(correction=0).item(), config.value.clip_range
+    if config.ppo.advantage == "gae" and spread > 10 * step:
+        print(
+            f"scores have a standard deviation of {spread:.3g}, and a value moves by at most "
+            f"{step:g} a step (value.clip_range); --reward.normalise brings scores to 1",
+            flush=True,
+        )
+
+
+def prepare_update(
+    run: PPORun, rollouts: Rollouts, score: Tensor, coefficient: float
+) -> tuple[Update, Metrics]:
+    """Log-probs, values, rewards and advantages of the rollouts, and what they measure."""
+    config = run.config
+    examples = measure_examples(rollouts.groups, run.compute.packing)
+    record, counts = record_tokens(
+        run.models,
+        rollouts,
+        examples,
+        run.compute,
+        temperature=config.sampling.temperature,
+        full_kl=config.kl.estimator == "full",
+    )
+    found = penalise(record, score, config.kl, coefficient)
+    advantage, returns = advantages_and_returns(
+        record, found.reward, config.ppo, config.sampling.num_samples
+    )
+    update = Update(
+        config=config,
+        compute=run.compute,
+        models=run.models,
+        examples=examples,
+        record=record,
+        advantage=advantage,
+        returns=returns,
+        kl_coefficient=coefficient,
+        ptx=run.ptx,
+    )
+    responses = [ids for group in examples.groups for ids in group.response_ids]
+    return update, {
+        **counts,
+        **objective_metrics(record, found, score, config.kl, coefficient),
+        **sampling_metrics(record),
+        **value_metrics(record, returns),
+        "completions/repeated_ratio": repeated_ratio(responses),
+    }
+
+
+def evaluate_prompts(run: PPORun) -> Metrics:
+    """Reward, KL, entropy and lengths of one sample of each held-out prompt, named `eval_...`.
+
+    The seed is the same at every step, so that evaluations differ by the policy alone.
+    """
+    assert run.held_out is not None
+    config = run.config
+    rollouts = roll_out(
+        run.sampler,
+        run.held_out,
+        range(len(run.held_out.prompts)),
+        replace(config.sampling, num_samples=1),
+        run.tokenizer,
+        run.sources,
+        seed=rollout_seed(config.run.seed, "eval", 0),
+    )
+    record, _ = record_tokens(
+        replace(run.models, value=None),
+        rollouts,
+        measure_examples(rollouts.groups, run.compute.packing),
+        run.compute,
+        temperature=config.sampling.temperature,
+        full_kl=config.kl.estimator == "full",
+    )
+    found = penalise(record, rollouts.rewards.float(), config.kl, 0.0)
+    metrics = {
+        **rollouts.metrics,
+        "objective/kl": found.sequence_kl.mean().item(),
+        "entropy": record.entropy.mean().item(),
+    }
+    return {f"eval_{name}": value for name, value in metrics.items()}

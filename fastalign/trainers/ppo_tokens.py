@@ -1,0 +1,190 @@
+"""What is known of each sampled token before the updates: log-probs, KL, value, entropy.
+
+N tokens of R responses, in the rollouts' order. All passes run the same packed batch, so a prompt
+is computed once for its responses in each of them.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from fastalign.batch import PackedBatch
+from fastalign.data import packed_batches
+from fastalign.models import AttentionPlan, Head, adapter_off, hidden_at, lm_head, score_at
+from fastalign.ops import linear_kl, linear_logprob
+from fastalign.trainers.metrics import Metrics
+from fastalign.trainers.ppo_models import PPOModels
+from fastalign.trainers.process_memory import memory_used_in
+from fastalign.trainers.rollout import Rollouts
+from fastalign.trainers.step import Compute, Examples
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """Numbers of every sampled token, on the CPU.
+
+    Attributes:
+        bounds: (R + 1,) int64, response r owns the tokens [r] to [r + 1] of the N.
+        group_bounds: of each prompt's responses together, G + 1 numbers.
+        logprob: (N,) under the policy before the updates, by the trainer.
+        reference_logprob: (N,) under the reference.
+        sampler_logprob: (N,) under what the token was drawn from.
+        entropy: (N,) of the policy.
+        full_kl: (N,) KL(policy || reference) over the vocabulary; None where not asked for.
+        value: (N,) of the state that the token was drawn in; None without a value model.
+    """
+
+    bounds: Tensor
+    group_bounds: tuple[int, ...]
+    logprob: Tensor
+    reference_logprob: Tensor
+    sampler_logprob: Tensor
+    entropy: Tensor
+    full_kl: Tensor | None
+    value: Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.group_bounds[-1]
+
+    def rows_of(self, groups: Sequence[int]) -> Tensor:
+        """The places of these groups' tokens among the N, in the groups' order."""
+        bounds = self.group_bounds
+        return torch.cat([torch.arange(bounds[g], bounds[g + 1]) for g in groups])
+
+
+def head_options(head: Head, compute: Compute, temperature: float) -> dict[str, object]:
+    """What the operations on heads take besides hidden states and weights."""
+    return {
+        "temperature": temperature,
+        "softcap": head.softcap,
+        "logit_scale": head.logit_scale,
+        "compute_dtype": compute.dtype if compute.dtype != torch.float32 else None,
+        "max_buffer_bytes": compute.max_buffer_bytes,
+    }
+
+
+def hidden_and_head(
+    model: object, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None
+) -> tuple[Tensor, Head]:
+    """Hidden states (N, D) that predict the sampled tokens, and the head that reads them."""
+    with compute.autocast():
+        hidden = hidden_at(model, batch, batch.predict_index, packing=compute.packing, plan=plan)
+    return hidden, lm_head(model)
+
+
+def shared_plan(batch: PackedBatch, compute: Compute) -> AttentionPlan | None:
+    """One plan of the batch's attention for every model; padded batches have none."""
+    return None if compute.packing == "padded" else AttentionPlan(batch)
+
+
+@torch.no_grad()
+def numbers_of_batch(
+    models: PPOModels, batch: PackedBatch, compute: Compute, temperature: float, full_kl: bool
+) -> dict[str, Tensor]:
+    """The numbers of one batch's tokens, each (N,)."""
+    plan = shared_plan(batch, compute)
+    hidden, head = hidden_and_head(models.policy, batch, compute, plan)
+    with adapter_off(models.reference):
+        reference_hidden, reference_head = hidden_and_head(models.reference, batch, compute, plan)
+    options = head_options(head, compute, temperature)
+    found: dict[str, Tensor] = {}
+    if full_kl:
+        both = linear_kl(
+            hidden,
+            head.weight,
+            reference_hidden,
+            reference_head.weight,
+            batch.targets,
+            bias=head.bias,
+            reference_bias=reference_head.bias,
+            **options,  # type: ignore[arg-type]
+        )
+        found = both._asdict()
+        found["full_kl"] = found.pop("kl")
+    else:
+        found["logprob"], found["entropy"] = linear_logprob(  # type: ignore[call-overload]
+            hidden,
+            head.weight,
+            batch.targets,
+            bias=head.bias,
+            lora=head.lora,
+            return_entropy=True,
+            **options,
+        )
+        options = head_options(reference_head, compute, temperature)
+        found["reference_logprob"] = linear_logprob(  # type: ignore[call-overload]
+            reference_hidden,
+            reference_head.weight,
+            batch.targets,
+            bias=reference_head.bias,
+            **options,
+        )
+    if models.value is not None:
+        with compute.autocast():
+            found["value"] = score_at(
+                models.value, batch, batch.predict_index, packing=compute.packing, plan=plan
+            )
+    return found
+
+
+def record_tokens(
+    models: PPOModels,
+    rollouts: Rollouts,
+    examples: Examples,
+    compute: Compute,
+    *,
+    temperature: float,
+    full_kl: bool,
+) -> tuple[TokenRecord, Metrics]:
+    """Runs the policy, the reference and the value model on the rollouts.
+
+    Args:
+        models: of the run.
+        rollouts: what was sampled.
+        examples: its groups, measured.
+        compute: how forwards are run.
+        temperature: that the samples were drawn at; the policy is the model at that temperature.
+        full_kl: also compute the KL over the vocabulary.
+
+    Returns:
+        The record, and `num_micro_batches` and `num_packed_tokens`.
+    """
+    sizes = [sum(len(ids) for ids in group.response_ids) for group in examples.groups]
+    parts: dict[str, list[Tensor]] = {}
+    num_batches, num_packed = 0, 0
+    for chosen, on_host in packed_batches(
+        examples.groups,
+        range(len(examples.groups)),
+        examples.lengths,
+        tokens_per_batch=compute.tokens_per_batch,
+        share_prompts=compute.packing != "packed",
+    ):
+        with memory_used_in(f"log-probs and values of a batch of {on_host.num_tokens} tokens"):
+            batch = on_host.to(compute.device)
+            found = numbers_of_batch(models, batch, compute, temperature, full_kl)
+        for name, values in found.items():
+            split = torch.split(values.cpu(), [sizes[g] for g in chosen])
+            places = parts.setdefault(name, [torch.empty(0)] * len(sizes))
+            for group, part in zip(chosen, split, strict=True):
+                places[group] = part
+        num_batches += 1
+        num_packed += on_host.num_tokens
+    lengths = [len(ids) for group in examples.groups for ids in group.response_ids]
+    sampler = [p for answers in rollouts.completions for a in answers for p in a.logprobs]
+    joined = {name: torch.cat(each) for name, each in parts.items()}
+    record = TokenRecord(
+        bounds=torch.tensor([0, *accumulate(lengths)]),
+        group_bounds=(0, *accumulate(sizes)),
+        logprob=joined["logprob"],
+        reference_logprob=joined["reference_logprob"],
+        sampler_logprob=torch.tensor(sampler),
+        entropy=joined["entropy"],
+        full_kl=joined.get("full_kl"),
+        value=joined.get("value"),
+    )
+    return record, {"num_micro_batches": num_batches, "num_packed_tokens": num_packed}

@@ -1,0 +1,111 @@
+"""`fastalign ppo` as it is typed: settings, a run, and what is refused in one line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fastalign.cli.config_parse import parse_config
+from fastalign.cli.main import main
+from fastalign.trainers import PPOConfig
+from fastalign.trainers.any_config import config_to_dict
+from tests.runs import _one_thread, folder, prompts_file, words_reward
+
+__all__ = ["_one_thread", "folder"]
+
+BASE = [
+    *("--model.path", "m", "--data.train", "p.jsonl", "--run.dir", "r"),
+    *("--reward.sources", "a.json", "my:function"),
+]
+
+
+def parse(arguments: list[str]) -> PPOConfig:
+    return parse_config(PPOConfig, arguments, "fastalign ppo")
+
+
+def flags_of(folder: Path, run: str = "run") -> list[str]:
+    return [
+        *("ppo", "--model.path", str(folder / "llama"), "--data.train", prompts_file(folder)),
+        *("--reward.sources", words_reward(folder), "--run.dir", str(folder / run)),
+        *("--sampling.max-new-tokens", "4", "--train.batch-size", "4", "--train.max-steps", "2"),
+        *("--train.device", "cpu"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--reward.weights", "1", "-0.5", "--kl.target", "6", "--ppo.whiten", "both"],
+        ["--ppo.advantage", "grpo", "--sampling.num-samples", "4", "--watch.stop"],
+        ["--value.path", "v", "--value.lr", "1e-5", "--ppo.ptx-data", "texts.jsonl"],
+    ],
+)
+def test_the_saved_configuration_is_one_that_can_be_read(flags: list[str], tmp_path: Path) -> None:
+    values = config_to_dict(parse([*BASE, *flags]))
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(values))
+    assert config_to_dict(parse(["--config", str(file)])) == values
+    assert values["reward"]["sources"] == ["a.json", "my:function"]
+
+
+def test_the_defaults_are_the_published_ones() -> None:
+    config = parse(BASE)
+    assert (config.ppo.epochs, config.ppo.mini_batches, config.ppo.clip_range) == (4, 1, 0.2)
+    assert (config.ppo.gamma, config.ppo.gae_lambda, config.value.coefficient) == (1.0, 0.95, 0.1)
+    assert (config.kl.coefficient, config.kl.estimator, config.optim.eps) == (0.05, "k1", 1e-5)
+    assert config.ppo.whitens_advantages
+    assert not config.ppo.whitens_rewards
+
+
+def test_a_run_and_one_that_collapses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(flags_of(folder)) == 0
+    assert (folder / "run/model/model.safetensors").exists()
+    assert "value model: " in capsys.readouterr().out
+    collapsing = ["--watch.stop", "--watch.patience", "1", "--watch.min-length", "10"]
+    assert main([*flags_of(folder, "collapsed"), *collapsing]) == 3
+    out = capsys.readouterr().out
+    assert "stopped at step 1 (collapsed for 1 steps: mean length" in out
+    assert "go on with --run.resume" in out
+    assert json.loads((folder / "collapsed/metrics.jsonl").read_text())["collapsed"] == 1
+    assert main([*flags_of(folder, "collapsed"), "--run.resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--reward.sources", "no.json"], "reward: no such file: no.json"),
+        (["--reward.sources", "no_module:f"], "cannot import 'no_module'"),
+        (["--reward.sources", "json:nothing"], "'json' has no function 'nothing'"),
+        (["--reward.weights", "1", "2"], "reward.weights: expected 1"),
+        (["--data.train", "no.jsonl"], "no.jsonl"),
+        (["--ppo.clip-range", "2"], "ppo.clip_range: expected a number in (0, 1), got 2.0"),
+        (["--ppo.advantage", "a2c"], "a2c"),
+        (["--loss.beta", "0.1"], "--loss.beta"),
+        (["--sampling.top-p", "0.9"], "sampling: expected samples of the policy itself"),
+        (["--sampling.max-new-tokens", "64"], "expected less than the model's 64 positions"),
+        (["--value.path", "nowhere/at/all"], "value.path: no model can be loaded"),
+        (["--reference.path", "nowhere/at/all"], "nowhere/at/all"),
+    ],
+)
+def test_what_is_wrong_is_one_line_and_exit_code_2(
+    folder: Path, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*flags_of(folder), *flags]) == 2
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("fastalign ppo: ")]
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_bad_prompts_are_named_by_row(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = flags_of(folder)
+    file = folder / "prompts.jsonl"
+    rows = file.read_text().splitlines()
+    rows[3] = '{"prompt": ""}'
+    file.write_text("\n".join(rows) + "\n")
+    assert main(flags) == 2
+    assert "prompts.jsonl:4: column 'prompt': expected text" in capsys.readouterr().err
+    assert main([*flags, "--data.on-bad-row", "skip"]) == 0
+    assert "skipped: " in capsys.readouterr().out
