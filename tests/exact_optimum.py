@@ -7,6 +7,7 @@ Legend: P prompts, A answers of each; log-probs and rewards are (P, A) float64.
 """
 
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from fastalign.batch import Group
 from fastalign.evaluation import sequence_logprobs
+from fastalign.models import save_model
+from tests.runs import write_rows
 from tests.tiny import tiny_model
 
 WORDS = {"a": 0, "b": 1, "c": 3}
@@ -72,6 +75,13 @@ def answer_rewards() -> Tensor:
 def make_policy() -> Any:
     """A tiny Llama over the four tokens."""
     return tiny_model("llama", vocab_size=len(WORDS) + 1)
+
+
+def save_problem(folder: Path) -> tuple[str, str]:
+    """Writes the policy and the prompts, for trainers that take files; returns their paths."""
+    save_model(make_policy(), make_tokenizer(), folder / "policy")
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    return str(folder / "policy"), str(write_rows(folder / "prompts.jsonl", rows))
 
 
 def answer_logprobs(model: Any) -> Tensor:

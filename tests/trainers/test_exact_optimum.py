@@ -1,6 +1,7 @@
 """Algorithms find the best policy of a problem whose best policy is known exactly."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,17 +11,33 @@ from torch import Tensor
 from fastalign import losses
 from fastalign.batch import PackedBatch, pack
 from fastalign.losses import segment_sum
+from fastalign.models import load_policy
 from fastalign.ops import LossFunction, TokenChunk
-from fastalign.trainers import TrainConfig
+from fastalign.rollouts import SamplingParams
+from fastalign.trainers import (
+    KLConfig,
+    ModelConfig,
+    OptimConfig,
+    PPOConfig,
+    PPOSettings,
+    PromptDataConfig,
+    RewardSourceConfig,
+    RunConfig,
+    TrainConfig,
+    train_ppo,
+)
 from fastalign.trainers.step import MakeLoss, make_compute, policy_loss
 from tests.exact_optimum import (
     BETA,
+    MAX_NEW_TOKENS,
+    PROMPTS,
     answer_groups,
     answer_logprobs,
     answer_rewards,
     best_logprobs,
     make_policy,
     objective,
+    save_problem,
     total_variation,
 )
 
@@ -133,4 +150,29 @@ def test_dpo_finds_the_optimum_from_its_own_comparisons(
     assert bool((total_variation(reference, best) > FAR).all())
     train(model, expected_loss(loss, comparisons, reference, rewards), num_steps=200)
     distance = total_variation(answer_logprobs(model), best)
+    assert bool((distance <= NEAR).all()), distance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("advantage", ["gae", "rloo"])
+def test_ppo_finds_the_optimum_by_sampling(tmp_path: Path, advantage: Any) -> None:
+    """Annealed, the KL in the reward by k1; 128 answers to each prompt in each of 70 steps."""
+    model, prompts = save_problem(tmp_path)
+    train_ppo(
+        PPOConfig(
+            model=ModelConfig(path=model),
+            data=PromptDataConfig(train=prompts),
+            reward=RewardSourceConfig(("tests.exact_optimum:reward",)),
+            run=RunConfig(dir=str(tmp_path / "run")),
+            sampling=SamplingParams(max_new_tokens=MAX_NEW_TOKENS, num_samples=128),
+            ppo=PPOSettings(advantage=advantage, epochs=2),
+            kl=KLConfig(coefficient=BETA),
+            optim=OptimConfig(lr=1e-3, schedule="linear", eps=1e-5),
+            train=TrainConfig(max_steps=70, batch_size=len(PROMPTS), device="cpu"),
+        )
+    )
+    reference = answer_logprobs(load_policy(model))
+    best = best_logprobs(reference, answer_rewards(), BETA)
+    assert bool((total_variation(reference, best) > FAR).all())
+    distance = total_variation(answer_logprobs(load_policy(tmp_path / "run/model")), best)
     assert bool((distance <= NEAR).all()), distance
