@@ -5,6 +5,7 @@ from typing import Literal
 
 from fastalign.rollouts import SamplingParams
 from fastalign.trainers.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from fastalign.trainers.ppo_config import WatchConfig
 from fastalign.trainers.preference_losses import DPOLoss, PreferenceLoss
 from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig
 
@@ -53,7 +54,9 @@ class FreshPairsConfig:
 class OnlineDPOConfig:
     """Online DPO: preference pairs of the policy's own samples, ordered by a reward.
 
-    A step samples answers to train.batch_size prompts.
+    A step is the samples of train.batch_size prompts and the updates on their pairs. Exit code 0,
+    130 after SIGINT, or 3 where --watch.stop ended the run; either way the run is saved and can be
+    resumed.
     """
 
     model: ModelConfig
@@ -64,6 +67,7 @@ class OnlineDPOConfig:
     reference: OnlineReferenceConfig = field(default_factory=OnlineReferenceConfig)
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(num_samples=4))
     pairs: FreshPairsConfig = field(default_factory=FreshPairsConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 

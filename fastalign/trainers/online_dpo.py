@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 
+from fastalign.trainers.collapse import reason_to_stop, watch
 from fastalign.trainers.dpo import Pairs, logit_sums, make_preference_loss
 from fastalign.trainers.loop import RunResult, Task, run_loop
 from fastalign.trainers.metrics import Metrics, mean_metrics
@@ -17,9 +18,8 @@ from fastalign.trainers.online_config import OnlineDPOConfig
 from fastalign.trainers.online_pairs import choose_pairs
 from fastalign.trainers.online_samples import Online, evaluate_samples, prepare, score_samples
 from fastalign.trainers.optimizer import learning_rate
-from fastalign.trainers.reward_sources import load_sources
-from fastalign.trainers.rollout import load_prompt_sets, rollout_seed
-from fastalign.trainers.setup import load_for_training, opened_run
+from fastalign.trainers.rollout import rollout_seed
+from fastalign.trainers.setup import opened_run
 from fastalign.trainers.state import TrainState
 from fastalign.trainers.step import (
     accumulate,
@@ -40,21 +40,20 @@ def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
     """
     compute = make_compute(config.train)
     with opened_run(config):
-        sources = load_sources(config.reward, str(compute.device))
-        model, tokenizer = load_for_training(config, compute)
-        prompts, held_out = load_prompt_sets(config.data, config.sampling, model, tokenizer)
-        online = prepare(config, model, tokenizer, prompts, sources, compute)
+        online = prepare(config, compute)
+        reference = online.reference
         return run_loop(
             config,
-            model,
+            online.model,
             Task(
                 title="online-dpo",
-                num_examples=len(prompts.prompts),
-                data_fingerprint=prompts.fingerprint,
-                tokenizer=tokenizer,
+                num_examples=len(online.prompts.prompts),
+                data_fingerprint=online.prompts.fingerprint,
+                tokenizer=online.tokenizer,
                 take_step=partial(online_step, online),
-                reference=None if online.reference is None else online.reference.began_as,
-                evaluate=None if held_out is None else lambda: evaluate_samples(online, held_out),
+                evaluate=None if online.held_out is None else partial(evaluate_samples, online),
+                reference=None if reference is None else reference.began_as,
+                stop_reason=lambda metrics: reason_to_stop(watched(metrics), config.watch),
             ),
         )
 
@@ -69,11 +68,12 @@ def online_step(
     seed = rollout_seed(config.run.seed, "rollouts", state.step)
     scored = score_samples(online, online.prompts, indices, config.sampling, seed)
     fresh = choose_pairs(scored.rollouts.groups, scored.scores, config.pairs.ties)
-    counts = {
+    counts: Metrics = {
         "num_pairs": len(fresh.groups),
         "num_ties": sum(fresh.ties),
         "num_ties_dropped": fresh.num_ties_dropped,
     }
+    counts |= watch(watched(scored.metrics), config.watch, state.kept)
     if not fresh.groups:
         say_that_all_are_tied(state, len(indices))
         rate = learning_rate(config.optim, state.step, num_steps)
@@ -89,6 +89,11 @@ def online_step(
     )
     metrics, num_tokens = update_on(online, pairs, state, num_steps)
     return {**metrics, **scored.metrics, "objective/scores_margin": margin, **counts}, num_tokens
+
+
+def watched(metrics: Metrics) -> Metrics:
+    """What a collapse is told by; a loss without a reference has no KL to watch."""
+    return {"objective/kl": 0.0, **metrics}
 
 
 def say_that_all_are_tied(state: TrainState, num_prompts: int) -> None:

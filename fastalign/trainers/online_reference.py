@@ -55,6 +55,13 @@ class OnlineReference:
         fixed = self._weights is not None and not self._every
         return self._policy if fixed else self._other
 
+    def with_fewest_positions(self) -> Any:
+        """The model that decides how long a prompt with its answer may be."""
+        models = [self._policy] if self._other is None else [self._policy, self._other]
+        return min(
+            models, key=lambda m: getattr(m.config, "max_position_embeddings", None) or 2**31
+        )
+
     def before_step(self, state: TrainState) -> None:
         """Renews the reference when it is due; what a checkpoint must hold of it is in `state`."""
         if self._every:

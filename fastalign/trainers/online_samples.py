@@ -8,33 +8,50 @@ from torch import Tensor
 
 from fastalign.data import PromptDataset, Tokenizer
 from fastalign.rollouts import Sampler, SamplingParams
+from fastalign.trainers.collapse import repeated_ratio
 from fastalign.trainers.metrics import Metrics
 from fastalign.trainers.online_config import OnlineDPOConfig
 from fastalign.trainers.online_reference import OnlineReference, response_logprobs
-from fastalign.trainers.reward_sources import RewardSources, ScoreScale, final_scores
+from fastalign.trainers.reward_sources import RewardSources, ScoreScale, final_scores, load_sources
 from fastalign.trainers.rollout import (
     PolicySampler,
     Rollouts,
+    load_prompt_sets,
     roll_out,
     rollout_seed,
     scale_of_policy,
 )
+from fastalign.trainers.setup import load_for_training
 from fastalign.trainers.step import Compute
 
 
 @dataclass(frozen=True)
 class Online:
-    """What a step uses; `reference` is None for a loss without."""
+    """What every step of a run uses.
+
+    Attributes:
+        config: of the run.
+        compute: how forwards are run.
+        model: the policy.
+        tokenizer: of the policy.
+        reference: what the policy is held near; None for a loss without.
+        sampler: draws from the policy.
+        sources: of the rewards.
+        scale: of the scores, measured on the starting policy, or None.
+        prompts: to be answered.
+        held_out: prompts for the evaluation, or None.
+    """
 
     config: OnlineDPOConfig
+    compute: Compute
     model: Any
     tokenizer: Tokenizer
-    compute: Compute
-    prompts: PromptDataset
+    reference: OnlineReference | None
     sampler: Sampler
     sources: RewardSources
     scale: ScoreScale | None
-    reference: OnlineReference | None
+    prompts: PromptDataset
+    held_out: PromptDataset | None
 
 
 @dataclass(frozen=True)
@@ -45,7 +62,8 @@ class Scored:
         rollouts: of some prompts.
         scores: (R,) float32, what pairs are ordered by.
         reference_logprob: (R,) float32, or None without a reference.
-        metrics: TRL's `objective/...`, and those of the rollouts.
+        metrics: TRL's `objective/...`, and those of the rollouts; `entropy` is a token's, estimated
+            by what was sampled.
     """
 
     rollouts: Rollouts
@@ -54,24 +72,37 @@ class Scored:
     metrics: Metrics
 
 
-def prepare(
-    config: OnlineDPOConfig,
-    model: Any,
-    tokenizer: Tokenizer,
-    prompts: PromptDataset,
-    sources: RewardSources,
-    compute: Compute,
-) -> Online:
-    """The sampler, the reference and the scale of scores, from a policy before its first step."""
+def prepare(config: OnlineDPOConfig, compute: Compute) -> Online:
+    """Loads the models, the reward sources and the prompts; measures the scale of scores.
+
+    Raises:
+        ValueError: in one line, whatever of the caller's is wrong.
+        FileNotFoundError: a file that is not there.
+    """
+    sources = load_sources(config.reward, config.train.device)
+    model, tokenizer = load_for_training(config, compute)
     sampler = PolicySampler(model, tokenizer, config.model.path, compute)
-    reference, scale = None, None
+    reference, fewest, scale = None, model, None
     if config.loss.formula().needs_reference:
         reference = OnlineReference(config, model, tokenizer, compute)
+        fewest = reference.with_fewest_positions()
+    prompts, held_out = load_prompt_sets(config.data, config.sampling, fewest, tokenizer)
     if config.reward.normalise:
         scale = scale_of_policy(
             sampler, prompts, config.sampling, tokenizer, sources, run_seed=config.run.seed
         )
-    return Online(config, model, tokenizer, compute, prompts, sampler, sources, scale, reference)
+    return Online(
+        config=config,
+        compute=compute,
+        model=model,
+        tokenizer=tokenizer,
+        reference=reference,
+        sampler=sampler,
+        sources=sources,
+        scale=scale,
+        prompts=prompts,
+        held_out=held_out,
+    )
 
 
 def score_samples(
@@ -88,7 +119,10 @@ def score_samples(
     scores = final_scores(online.config.reward, rollouts.rewards, rollouts.ended, online.scale)
     logprob = response_logprobs(online.model, rollouts.groups, online.compute)
     mean_score = scores.mean().item()
+    responses = [ids for group in rollouts.groups for ids in group.response_ids]
     metrics = rollouts.metrics | {
+        "completions/repeated_ratio": repeated_ratio(responses),
+        "entropy": -logprob.sum().item() / sum(len(ids) for ids in responses),
         "objective/scores": mean_score,
         "objective/entropy": -logprob.mean().item(),
     }
@@ -105,9 +139,11 @@ def score_samples(
     return Scored(rollouts, scores, reference_logprob, metrics)
 
 
-def evaluate_samples(online: Online, held_out: PromptDataset) -> Metrics:
+def evaluate_samples(online: Online) -> Metrics:
     """Metrics named `eval_...` of one sample of each held-out prompt: the same noise every time."""
     single = replace(online.config.sampling, num_samples=1)
+    prompts = online.held_out
+    assert prompts is not None
     seed = rollout_seed(online.config.run.seed, "eval", 0)
-    scored = score_samples(online, held_out, range(len(held_out.prompts)), single, seed)
+    scored = score_samples(online, prompts, range(len(prompts.prompts)), single, seed)
     return {f"eval_{name}": value for name, value in scored.metrics.items()}

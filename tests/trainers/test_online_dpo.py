@@ -22,6 +22,7 @@ from fastalign.trainers import (
     PromptDataConfig,
     RewardSourceConfig,
     RunConfig,
+    WatchConfig,
     online_dpo,
     train_online_dpo,
 )
@@ -48,9 +49,8 @@ def constant(prompts: list[Any], completions: list[str]) -> list[float]:
 def online_config(folder: Path, run: str, reward: str = "vowels", **changes: Any) -> Any:
     """Sections by name (`pairs`, `reference`, ...); anything else is of `train`."""
     prompts = str(write_rows(folder / "prompts.jsonl", [{"prompt": f"The {w}"} for w in WORDS]))
-    sections = {
-        name: changes.pop(name) for name in ("pairs", "reference", "loss") if name in changes
-    }
+    names = ("pairs", "reference", "loss", "watch")
+    sections = {name: changes.pop(name) for name in names if name in changes}
     return OnlineDPOConfig(
         model=ModelConfig(path=str(folder / "llama")),
         data=PromptDataConfig(train=prompts, eval=changes.pop("eval", None)),
@@ -222,6 +222,29 @@ def test_a_resumed_run_finds_its_reference_again_or_says_that_it_is_another(
     save_model(tiny_model("llama", vocab_size=320, seed=7), make_tokenizer(), folder / name)
     with pytest.raises(ValueError, match=r"the frozen reference is not what .* was trained on"):
         train_online_dpo(online_config(folder, "run", **changes, resume=True))
+
+
+def test_prompts_leave_room_in_the_reference_too(folder: Path) -> None:
+    short = tiny_model("llama", vocab_size=320)
+    short.config.max_position_embeddings = 8
+    save_model(short, make_tokenizer(), folder / "short")
+    reference = OnlineReferenceConfig(path=str(folder / "short"))
+    with pytest.raises(ValueError, match=r"prompts\.jsonl:1: expected at most 2 tokens"):
+        train_online_dpo(online_config(folder, "run", reference=reference))
+
+
+@pytest.mark.parametrize("name", ["dpo", "simpo"])
+def test_a_collapsed_run_says_so_and_is_ended(
+    folder: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    watch = WatchConfig(stop=True, patience=2, max_unfinished=0.0)
+    config = online_config(folder, "run", watch=watch, loss=LOSSES[name]())
+    result = train_online_dpo(config)
+    assert (result.step, result.finished, result.exit_code) == (2, False, 3)
+    out = capsys.readouterr().out
+    assert out.count("the policy looks collapsed: share without an end 1 above 0") == 1
+    assert "stopped at step 2 (collapsed for 2 steps: share without an end 1 above 0)" in out
+    assert [row["collapsed"] for row in read_metrics(folder / "run")] == [1, 2]
 
 
 def weights(folder: Path, run: str) -> dict[str, torch.Tensor]:
