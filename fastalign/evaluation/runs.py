@@ -11,8 +11,6 @@ import yaml
 
 Row = dict[str, Any]
 # What only a run of PPO logs, and what its KL's coefficient may be called in its settings.
-PPO_METRICS = {"objective/kl", "policy/approxkl_avg", "val/ratio"}
-KL_COEFFICIENTS = ("kl_coef", "kl_coefficient", "init_kl_coef", "beta")
 
 
 @dataclass(frozen=True)
@@ -76,11 +74,13 @@ def finite(values: Row, name: str) -> tuple[float, float] | None:
 
 
 def is_collapsed(evaluation: Row | None, metrics: Sequence[Row]) -> bool:
-    """Whether `collapsed` is said (true, a number other than 0, or a reason in words)."""
-    return any(
-        row.get("collapsed") not in (None, False, 0, "", "0", "0.0", "false")
-        for row in (evaluation or {}, *metrics)
-    )
+    """Whether the evaluation says `collapsed`, or the last step that says anything of it.
+
+    That is true, a number other than 0, or a reason in words; a policy may recover.
+    """
+    of_steps = [row["collapsed"] for row in metrics if "collapsed" in row]
+    said = [(evaluation or {}).get("collapsed"), *of_steps[-1:]]
+    return any(value not in (None, False, 0, "", "0", "0.0", "false") for value in said)
 
 
 def best_of_rows(evaluation: Row | None) -> list[Row]:
@@ -95,31 +95,21 @@ def best_of_rows(evaluation: Row | None) -> list[Row]:
 def labels_of(run: RunRecord) -> tuple[str, float | None, int | None]:
     """Method, strength and seed as the settings tell them.
 
-    The method is the loss's name; ppo where PPO's metrics were logged; else reward or sft. The
-    strength is the loss's beta, or the KL's coefficient; sft and reward models have none.
+    The method is ppo, or the loss's name (of fresh pairs: `online dpo`), or sft. The strength is
+    the KL's coefficient, or the loss's beta; sft and reward models have none.
     """
-    logged = {name for row in run.metrics for name in row}
-    loss = run.config.get("loss")
-    loss = loss if isinstance(loss, dict) else {}
-    settings = run.config.get("run")
-    seed = settings.get("seed") if isinstance(settings, dict) else None
-    if logged & PPO_METRICS and "rewards/margins" not in logged:
-        strength = find_setting(run.config, KL_COEFFICIENTS)
-        return "ppo", strength, seed
-    method = str(loss.get("name", "sft"))
-    return method, number(loss.get("beta")), seed
 
+    def section(name: str) -> Row:
+        value = run.config.get(name)
+        return value if isinstance(value, dict) else {}
 
-def find_setting(settings: Row, names: Sequence[str]) -> float | None:
-    """The first number under one of these names, however deep."""
-    for name, value in settings.items():
-        if isinstance(value, dict):
-            found = find_setting(value, names)
-            if found is not None:
-                return found
-        elif name in names and number(value) is not None:
-            return number(value)
-    return None
+    seed = section("run").get("seed")
+    if "ppo" in run.config:
+        return "ppo", number(section("kl").get("coefficient")), seed
+    method = str(section("loss").get("name", "sft"))
+    if "pairs" in run.config:
+        method = f"online {method}"
+    return method, number(section("loss").get("beta")), seed
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:

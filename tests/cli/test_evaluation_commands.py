@@ -16,8 +16,6 @@ from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer
 
 JUDGE = ["--judge.model", "judge-7b", "--judge.backoff-seconds", "0"]
-EVAL = ["eval", "--model.path", "m", "--reference.path", "r", "--out", "x"]
-EVAL += ["--data.prompts", "prompts.jsonl"]
 SIDES = ["--model.samples", "ours.jsonl", "--baseline.samples", "theirs.jsonl"]
 
 
@@ -173,7 +171,7 @@ def test_best_of_n_is_told_for_every_n(work: Path, capsys: pytest.CaptureFixture
     [
         (
             ["win-rate", "--out", "x.json"],
-            "expected model.path or model.samples, got neither",
+            "model: expected model.path or model.samples, got neither",
         ),
         (
             ["win-rate", *SIDES, "--baseline.path", "m", "--out", "x"],
@@ -194,6 +192,10 @@ def test_best_of_n_is_told_for_every_n(work: Path, capsys: pytest.CaptureFixture
         ),
         (["win-rate", *SIDES, "--reward", "bag.json", "--out", "bag.json"], "bag.json exists"),
         (
+            ["win-rate", *SIDES[:2], "--baseline.samples", "bag.json", "--reward", "bag.json"],
+            "out",
+        ),
+        (
             ["win-rate", *SIDES, "--judge.endpoint", "http://h/v1", "--out", "x"],
             "judge.model: expected the judge's name",
         ),
@@ -206,15 +208,55 @@ def test_best_of_n_is_told_for_every_n(work: Path, capsys: pytest.CaptureFixture
             "judge.concurrency: expected at least 1, got 0",
         ),
         (
-            [*EVAL, "--best-of", "2"],
+            [
+                "eval",
+                "--model.path",
+                "m",
+                "--reference.path",
+                "r",
+                "--out",
+                "x",
+                "--data.prompts",
+                "prompts.jsonl",
+                "--best-of",
+                "2",
+            ],
             "reward: the best of n needs a reward",
         ),
         (
-            [*EVAL, "--best-of", "0", "--reward", "bag.json"],
+            [
+                "eval",
+                "--model.path",
+                "m",
+                "--reference.path",
+                "r",
+                "--out",
+                "x",
+                "--best-of",
+                "0",
+                "--data.prompts",
+                "prompts.jsonl",
+                "--reward",
+                "bag.json",
+            ],
             "best_of: expected numbers of at least 1, got 0",
         ),
         (
-            [*EVAL, "--reward", "b", "--best-of-reward", "b"],
+            [
+                "eval",
+                "--model.path",
+                "m",
+                "--reference.path",
+                "r",
+                "--out",
+                "x",
+                "--data.prompts",
+                "prompts.jsonl",
+                "--reward",
+                "b",
+                "--best-of-reward",
+                "b",
+            ],
             "best_of_reward: expected best_of beside it",
         ),
     ],

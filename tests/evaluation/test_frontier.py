@@ -115,15 +115,19 @@ def test_folders_are_labelled_by_their_settings(tmp_path: Path) -> None:
     put(tmp_path, "a", measures(-1.0, 0.0, **BEST_OF), {"run": {"seed": 3}})
     ipo = {"loss": {"name": "ipo_sum", "beta": 0.05}, "run": {"seed": 1}}
     put(tmp_path, "b", measures(1.0, 2.0), ipo)
-    settings = {"ppo": {"kl_coef": 0.2}, "run": {"seed": 2}}
+    settings = {"ppo": {"epochs": 4}, "kl": {"coefficient": 0.2}, "run": {"seed": 2}}
     ppo = put(tmp_path, "c", measures(3.0, 4.0), settings)
-    (ppo / "metrics.jsonl").write_text('{"step": 1, "objective/kl": 0.5}\n')
-    found = read_frontier([tmp_path / "a", tmp_path / "b/eval/eval.json", tmp_path / "c"])
+    (ppo / "metrics.jsonl").write_text('{"collapsed": 2}\n{"collapsed": 0}\n{"step": 3}\n')
+    put(tmp_path, "d", measures(3.0, 4.0), {"pairs": {}, "loss": {"name": "dpo", "beta": 0.1}})
+    sources = ["a", "b/eval/eval.json", "c", "d"]
+    found = read_frontier([tmp_path / source for source in sources])
+    assert not any(run.collapsed for run in found), "the policy recovered"
     assert [(run.method, run.strength, run.seed, run.kl_is_bound) for run in found] == [
         ("sft", None, 3, False),
         ("best of n", 4.0, 3, True),
         ("ipo_sum", 0.05, 1, False),
         ("ppo", 0.2, 2, False),
+        ("online dpo", 0.1, None, False),
     ]
     assert found[2].reward == (1.0, 0.25)
 

@@ -159,7 +159,7 @@ def pipeline(tmp_path: Path) -> list[Path]:
         write_run(
             tmp_path,
             "ppo",
-            {"ppo": {"kl_coef": 0.05}},
+            {"ppo": {}, "kl": {"coefficient": 0.05}},
             ppo,
             {**found, "accuracy": None, "kl": "inf"},
         ),
@@ -228,7 +228,9 @@ def test_rows_and_samples_of_another_shape_do_not_stop_the_page(tmp_path: Path) 
     assert "<td>p</td><td>c</td>" in page
     assert "no prompt" not in page
     (run / "metrics.jsonl").write_text("3\n")
-    with pytest.raises(ValueError, match="object 1: expected a JSON object, got 3"):
+    with pytest.raises(
+        ValueError, match=r"metrics\.jsonl: object 1: expected a JSON object, got 3"
+    ):
         read_run(run)
     (run / "metrics.jsonl").write_text("")
     (run / "eval/eval.json").write_text("[]")
