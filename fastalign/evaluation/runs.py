@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 Row = dict[str, Any]
-# What only a run of PPO logs, and what its KL's coefficient may be called in its settings.
 
 
 @dataclass(frozen=True)
