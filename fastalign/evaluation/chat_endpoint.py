@@ -120,8 +120,15 @@ class ChatEndpoint:
             self._closed.wait(min(wait, LONGEST_WAIT_SECONDS))
         raise AssertionError("the last attempt returns or raises")
 
+    def stop(self) -> None:
+        """Ends waits; no thread sends another request, and those under way get their answers."""
+        self._closed.set()
+
     def close(self) -> None:
-        """Ends waits and connections."""
+        """Ends waits and connections; for when no request is under way.
+
+        A thread would wait for the answer on a closed connection until its time is over.
+        """
         self._closed.set()
         self._client.close()
 

@@ -89,14 +89,16 @@ def judge_by_endpoint(
     in the second, and what was `read` in them.
 
     Raises:
-        ValueError: the endpoint refuses, or fails for good; pairs not yet begun are given up.
+        ValueError: the endpoint refuses, or fails for good; what is not yet asked is given up.
     """
-    with ThreadPoolExecutor(concurrency) as threads:
-        try:
-            yield from threads.map(lambda pair: judge_pair(endpoint, template, pair), pairs)
-        finally:
-            # On a failure the others must not wait out their retries.
-            endpoint.close()
+    threads = ThreadPoolExecutor(concurrency)
+    try:
+        yield from threads.map(lambda pair: judge_pair(endpoint, template, pair), pairs)
+    finally:
+        # On a failure the others must not wait out their retries.
+        endpoint.stop()
+        threads.shutdown(cancel_futures=True)
+        endpoint.close()
 
 
 def judge_statistics(judged: Sequence[Judged]) -> dict[str, Any]:

@@ -190,6 +190,26 @@ def test_all_threads_give_up_for_the_one_reason() -> None:
         judge(served.url, PAIRS, concurrency=4, retries=1000)
 
 
+def test_a_request_under_way_gets_its_answer_when_another_is_refused() -> None:
+    both_asked, stopped = threading.Barrier(2), threading.Event()
+
+    def reply(question: str, number: int) -> Reply:
+        both_asked.wait()
+        if answers(question) == (PAIRS[0].model, PAIRS[0].baseline):
+            return 403, "not yours", {}
+        stopped.wait()
+        return chat("[[tie]]")
+
+    with judge_server(reply) as served:
+        endpoint = ChatEndpoint(settings(served.url, timeout_seconds=2.0))
+        stop, close = endpoint.stop, endpoint.close
+        endpoint.stop = lambda: (stop(), stopped.set())  # type: ignore[assignment, func-returns-value]
+        endpoint.close = lambda: (stopped.set(), close())  # type: ignore[assignment, func-returns-value]
+        with pytest.raises(ValueError, match="status 403: not yours"):
+            list(judge_by_endpoint(endpoint, read_template(None), PAIRS[:2], concurrency=2))
+    assert endpoint.num_retries == 0, "nobody waited until its time was over"
+
+
 def test_no_key_is_sent_unless_its_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     with judge_server(likes_good) as served:
