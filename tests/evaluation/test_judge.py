@@ -182,6 +182,16 @@ def test_a_refusal_is_not_asked_again_and_never_shows_the_key(
     assert served.requests[0][1]["Authorization"] == "Bearer sk-secret"
 
 
+def test_after_a_refusal_nothing_more_is_sent() -> None:
+    with judge_server(lambda question, number: (403, "not yours", {})) as served:
+        endpoint = ChatEndpoint(settings(served.url))
+        for _ in range(2):
+            with pytest.raises(ValueError, match="status 403: not yours"):
+                endpoint.ask("?")
+        endpoint.close()
+    assert len(served.requests) == 1
+
+
 def test_all_threads_give_up_for_the_one_reason() -> None:
     def reply(question: str, number: int) -> Reply:
         return (429, "", {}) if number < 3 else (403, "not yours", {})
