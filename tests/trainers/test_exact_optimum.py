@@ -175,7 +175,7 @@ def test_ppo_finds_the_optimum_from_its_own_samples(advantage: str, tmp_path: Pa
                 advantage=advantage,  # type: ignore[arg-type]
                 epochs=2,
                 gae_lambda=1.0 if critic else 0.95,
-                whiten="none",  # a scale of its own would be another beta
+                whiten="none",
             ),
             kl=KLConfig(coefficient=BETA),
             value=ValueConfig(lr=1e-2, coefficient=1.0, clip_range=1.0)
