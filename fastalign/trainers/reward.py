@@ -74,7 +74,7 @@ def train_reward(config: RewardConfig) -> RunResult:
     with opened_run(config):
         model, tokenizer = load_reward_for_training(config, compute)
         data, held_out = load_sets(config, model, tokenizer)
-        judged = held_out and with_ties(config, held_out, model, tokenizer)
+        judged = held_out and to_judge(config, held_out, model, tokenizer)
         pairs = prepare(config.loss, data, compute)
         ends = {ids[-1] for group in data.groups for ids in group.response_ids}
         stops = eos_token_ids(tokenizer, config.model.path)
@@ -109,10 +109,18 @@ def train_reward(config: RewardConfig) -> RunResult:
         return result
 
 
-def with_ties(
+def to_judge(
     config: RewardConfig, held_out: TokenizedDataset, model: Any, tokenizer: Tokenizer
 ) -> TokenizedDataset:
-    """The held-out pairs that a finished model is judged on: ties, too, if any were dropped."""
+    """The held-out pairs that a finished model is judged on: ties, too, if any were dropped.
+
+    Raises:
+        ValueError: all are ties, so that nothing can be right or wrong.
+    """
+    if all(held_out.ties):
+        raise ValueError(
+            f"data.eval: expected at least one pair that is no tie, got {len(held_out.ties)} ties"
+        )
     if not held_out.report.num_ties_dropped:
         return held_out
     assert config.data.eval is not None

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from fastalign.evaluation import ModelReward
 from fastalign.models import reward_scale
 from fastalign.trainers import REWARD_LOSSES, RewardConfig, train_reward
-from tests.runs import reward_config
+from tests.runs import reward_config, write_rows
 
 
 def rows_of(path: str | Path) -> list[dict[str, Any]]:
@@ -114,6 +114,16 @@ def test_without_held_out_pairs_nothing_is_judged(folder: Path) -> None:
     train_reward(replace(config, data=replace(config.data, eval=None)))
     assert (folder / "run/model").exists()
     assert not (folder / "run/eval").exists()
+
+
+def test_held_out_ties_alone_are_refused_before_the_first_step(folder: Path) -> None:
+    config = reward_config(folder, "run", max_steps=1)
+    ties = [row for row in rows_of(config.data.train) if row["label"] == "tie"]
+    only = str(write_rows(folder / "ties.jsonl", ties))
+    with pytest.raises(ValueError, match=r"data\.eval: expected .* no tie, got 3 ties"):
+        train_reward(replace(config, data=replace(config.data, eval=only)))
+    assert not (folder / "run/model").exists()
+    assert not (folder / "run/metrics.jsonl").exists()
 
 
 def test_normalised_rewards_have_mean_0_and_deviation_1_and_raw_ones_are_served(
