@@ -50,11 +50,12 @@ def read_frontier(sources: Sequence[str | Path]) -> list[FrontierRun]:
     seen: dict[tuple[Any, ...], str] = {}
     for run in runs:
         key = (run.method, run.strength, run.seed)
-        if run.seed is not None and seen.setdefault(key, run.source) != run.source:
+        if run.seed is not None and key in seen:
             raise ValueError(
                 f"{run.source}: method {run.method}, strength {run.strength}, seed {run.seed} is "
                 f"there already ({seen[key]}); tell them apart in a list"
             )
+        seen[key] = run.source
     return runs
 
 

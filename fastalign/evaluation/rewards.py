@@ -55,7 +55,7 @@ def load_reward(specification: str, *, device: str = "auto") -> RewardFunction:
     Modules are found as Python finds them, and in the current folder; a model goes to `device`.
 
     Raises:
-        ValueError: there is no such module or function.
+        ValueError: there is no such module or function, or the folder holds no reward model.
         FileNotFoundError: there is no such file.
     """
     if specification.endswith(".json"):
@@ -63,7 +63,10 @@ def load_reward(specification: str, *, device: str = "auto") -> RewardFunction:
             raise FileNotFoundError(f"reward: no such file: {specification}")
         return BagOfWordsReward(specification)
     if Path(specification).is_dir():
-        return ModelReward(specification, device=device)
+        try:
+            return ModelReward(specification, device=device)
+        except ValueError as error:  # whoever gave a reward must not look for it at the model
+            raise ValueError(f"reward: {str(error).removeprefix('model.path: ')}") from error
     module_name, colon, name = specification.partition(":")
     if not colon or not module_name or not name:
         raise ValueError(

@@ -177,6 +177,12 @@ def test_a_list_that_cannot_be_read_is_one_line(
     assert message in err
 
 
+def test_a_run_that_is_named_twice_is_refused(tmp_path: Path) -> None:
+    run = put(tmp_path, "a", measures(1.0, 2.0), {"run": {"seed": 0}})
+    with pytest.raises(ValueError, match=r"method sft, strength None, seed 0 is there already"):
+        read_frontier([run, run])
+
+
 def test_the_command_writes_page_picture_and_table(
     runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,7 +19,9 @@ from fastalign.evaluation import (
     sampled_kl,
     sequence_logprobs,
 )
+from fastalign.models import save_model
 from tests.tiny import tiny_model
+from tests.tokenizers import make_tokenizer
 
 
 def test_estimates() -> None:
@@ -113,6 +115,12 @@ def test_the_shipped_reward_likes_what_people_liked() -> None:
 def test_a_reward_that_is_not_there_is_named(name: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         load_reward(name)
+
+
+def test_a_folder_of_another_model_is_no_reward(tmp_path: Path) -> None:
+    save_model(tiny_model("llama", vocab_size=320), make_tokenizer(), tmp_path / "sft")
+    with pytest.raises(ValueError, match=r"^reward: expected a trained reward model, .*sft"):
+        load_reward(str(tmp_path / "sft"))
 
 
 def test_a_damaged_bag_is_named(tmp_path: Path) -> None:
