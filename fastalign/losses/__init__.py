@@ -1,6 +1,11 @@
 """Losses: one pure function a formula, per item and unreduced, torch only."""
 
-from fastalign.losses.advantage import grpo_advantage, rloo_advantage, whiten
+from fastalign.losses.advantage import (
+    grpo_advantage,
+    rloo_advantage,
+    whiten,
+    whitening_scale,
+)
 from fastalign.losses.formulas import formula
 from fastalign.losses.policy import importance_weight, ppo_clip, value_clipped
 from fastalign.losses.preference import (
@@ -63,4 +68,5 @@ __all__ = [
     "simpo",
     "value_clipped",
     "whiten",
+    "whitening_scale",
 ]

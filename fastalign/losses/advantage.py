@@ -1,6 +1,5 @@
 """Advantages of whole responses from the scores of a prompt's n samples, and whitening."""
 
-import torch
 from torch import Tensor
 
 
@@ -53,9 +52,14 @@ def whiten(values: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Ten
     (x - mean) / sqrt(var + eps) [+ mean], as in openai/lm-human-preferences, the code of
     arXiv 1909.08593, which shifts advantages and leaves rewards their mean.
     """
-    variance, mean = torch.var_mean(values.double(), correction=0)
-    white = (values - mean) * (variance + eps).rsqrt()
+    mean = values.double().mean()
+    white = (values - mean) * whitening_scale(values, eps=eps)
     return (white if shift_mean else white + mean).to(values.dtype)
+
+
+def whitening_scale(values: Tensor, *, eps: float = 1e-8) -> Tensor:
+    """What `whiten` multiplies by: 1 / sqrt(var + eps), () float64."""
+    return (values.double().var(correction=0) + eps).rsqrt()
 
 
 def _grouped(score: Tensor, num_samples: int) -> Tensor:

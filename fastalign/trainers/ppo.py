@@ -14,14 +14,14 @@ from fastalign.trainers.loop import RunResult, Task, run_loop
 from fastalign.trainers.metrics import Metrics
 from fastalign.trainers.ppo_advantages import (
     adapted_coefficient,
-    advantages_and_returns,
+    find_advantages,
     objective_metrics,
     penalise,
     sampling_metrics,
     value_metrics,
 )
 from fastalign.trainers.ppo_config import PPOConfig
-from fastalign.trainers.ppo_losses import Update
+from fastalign.trainers.ppo_losses import Update, find_exact_kl_coefficient
 from fastalign.trainers.ppo_run import PPORun, prepare, scale_of_scores
 from fastalign.trainers.ppo_tokens import record_tokens
 from fastalign.trainers.ppo_update import all_updates, mean_of_updates
@@ -43,6 +43,7 @@ def train_ppo(config: PPOConfig) -> RunResult:
     """
     compute = make_compute(config.train)
     with opened_run(config):
+        advise_on_estimator(config)
         run = prepare(config, compute)
         evaluate = None if run.held_out is None else (lambda: evaluate_prompts(run))
         models = run.models
@@ -113,6 +114,17 @@ def advise_on_scale(config: PPOConfig, score: Tensor) -> None:
         )
 
 
+def advise_on_estimator(config: PPOConfig) -> None:
+    """Says it where a penalty is not what holds the policy near the reference."""
+    kl = config.kl
+    if kl.place == "reward" and kl.estimator in ("k2", "k3") and kl.coefficient:
+        print(
+            f"{kl.estimator} in the reward has not the KL's gradient and may not hold the policy; "
+            "k1 and full have it (--kl.estimator), or put it into the loss (--kl.place loss)",
+            flush=True,
+        )
+
+
 def prepare_update(
     run: PPORun, rollouts: Rollouts, score: Tensor, coefficient: float
 ) -> tuple[Update, Metrics]:
@@ -128,18 +140,17 @@ def prepare_update(
         full_kl=config.kl.estimator == "full",
     )
     found = penalise(record, score, config.kl, coefficient)
-    advantage, returns = advantages_and_returns(
-        record, found.reward, config.ppo, config.sampling.num_samples
-    )
+    aims = find_advantages(record, found.reward, config.ppo, config.sampling.num_samples)
     update = Update(
         config=config,
         compute=run.compute,
         models=run.models,
         examples=examples,
         record=record,
-        advantage=advantage,
-        returns=returns,
+        advantage=aims.advantage,
+        returns=aims.returns,
         kl_coefficient=coefficient,
+        exact_kl_coefficient=find_exact_kl_coefficient(config.kl, coefficient, aims.scale),
         ptx=run.ptx,
     )
     responses = [ids for group in examples.groups for ids in group.response_ids]
@@ -147,7 +158,7 @@ def prepare_update(
         **counts,
         **objective_metrics(record, found, score, config.kl, coefficient),
         **sampling_metrics(record),
-        **value_metrics(record, returns),
+        **value_metrics(record, aims.returns),
         "completions/repeated_ratio": repeated_ratio(responses),
     }
 

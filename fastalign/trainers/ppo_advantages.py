@@ -5,7 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastalign.losses import grpo_advantage, rloo_advantage, segment_sum, whiten
+from fastalign.losses import (
+    grpo_advantage,
+    rloo_advantage,
+    segment_sum,
+    whiten,
+    whitening_scale,
+)
 from fastalign.ops import gae, kl_penalty
 from fastalign.trainers.metrics import Metrics
 from fastalign.trainers.ppo_config import KLConfig, PPOSettings
@@ -52,10 +58,25 @@ def penalise(
     return Penalised(record.full_kl, segment_sum(record.full_kl, record.bounds), reward)
 
 
-def advantages_and_returns(
+@dataclass(frozen=True)
+class Advantages:
+    """What the updates go by.
+
+    Attributes:
+        advantage: (N,).
+        returns: (N,), what values should be; None without a value model.
+        scale: what whitening multiplied rewards by on their way into the advantage.
+    """
+
+    advantage: Tensor
+    returns: Tensor | None
+    scale: float
+
+
+def find_advantages(
     record: TokenRecord, reward: Tensor, settings: PPOSettings, num_samples: int
-) -> tuple[Tensor, Tensor | None]:
-    """The advantage of every token (N,), and what its value should be, (N,) or None.
+) -> Advantages:
+    """The advantage of every token, and the returns where there is a value model.
 
     A response that was cut off ends there: what stands behind it is not bootstrapped, as its score
     was given for what there is of it.
@@ -66,10 +87,11 @@ def advantages_and_returns(
         settings: which advantage, and what is whitened.
         num_samples: responses of each prompt.
     """
-    returns = None
+    returns, scale = None, 1.0
     if settings.advantage == "gae":
         assert record.value is not None
         if settings.whitens_rewards:
+            scale = whitening_scale(reward).item()
             reward = whiten(reward, shift_mean=False)
         advantage, returns = gae(
             reward,
@@ -84,8 +106,9 @@ def advantages_and_returns(
         lengths = record.bounds.diff()
         advantage = of_response.repeat_interleave(lengths, output_size=record.num_tokens)
     if settings.whitens_advantages:
+        scale *= whitening_scale(advantage).item()
         advantage = whiten(advantage)
-    return advantage, returns
+    return Advantages(advantage, returns, scale)
 
 
 def objective_metrics(

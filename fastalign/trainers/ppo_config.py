@@ -106,7 +106,8 @@ class KLConfig:
     """Weight of the KL; with a target, where it begins."""
     estimator: KLEstimator = "k1"
     """Of a token's KL: the log-ratio (k1), half its square (k2), exp(-x) - 1 + x (k3), or the exact
-    KL over the vocabulary (full)."""
+    KL over the vocabulary (full); in the reward, k1 and full have the KL's gradient, k2 and k3 have
+    not."""
     place: Literal["reward", "loss"] = "reward"
     """Taken from each token's reward, or added to the loss (k2, k3, full)."""
     target: float | None = None
@@ -206,6 +207,11 @@ class PPOConfig:
                 "sampling: expected samples of the policy itself: top_p 1, top_k 0 and a "
                 f"temperature above 0, got {samples.top_p}, {samples.top_k} and "
                 f"{samples.temperature}"
+            )
+        if method == "grpo" and (self.kl.estimator, self.kl.place) == ("full", "reward"):
+            raise ValueError(
+                "kl.place: expected loss for the exact KL under --ppo.advantage grpo, which scales "
+                "each prompt's rewards by itself, got reward"
             )
         if method != "gae" and samples.num_samples < 2:
             raise ValueError(

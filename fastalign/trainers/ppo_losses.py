@@ -11,7 +11,7 @@ from fastalign.losses import importance_weight, value_clipped
 from fastalign.models import adapter_off
 from fastalign.ops import TokenChunk, linear_kl
 from fastalign.ops.fused_linear_loss import LossFunction
-from fastalign.trainers.ppo_config import PPOConfig
+from fastalign.trainers.ppo_config import KLConfig, PPOConfig
 from fastalign.trainers.ppo_models import PPOModels, token_values
 from fastalign.trainers.ppo_tokens import TokenRecord, head_options, hidden_and_head, shared_plan
 from fastalign.trainers.step import BatchLoss, Compute, Examples, MakeLoss, policy_loss
@@ -30,6 +30,7 @@ class Update:
         advantage: (N,).
         returns: (N,), what values should be; None without a value model.
         kl_coefficient: of this step.
+        exact_kl_coefficient: of the exact KL in the loss (`find_exact_kl_coefficient`); 0: none.
         ptx: demonstrations, or None.
     """
 
@@ -41,6 +42,7 @@ class Update:
     advantage: Tensor
     returns: Tensor | None
     kl_coefficient: float
+    exact_kl_coefficient: float
     ptx: Examples | None
 
     @property
@@ -77,11 +79,24 @@ def make_ppo_loss(update: Update, normaliser: int) -> MakeLoss:
     return make_loss
 
 
+def find_exact_kl_coefficient(config: KLConfig, coefficient: float, scale: float) -> float:
+    """The weight of the exact KL in the loss, which it needs where it is in the reward too.
+
+    -KL_t as a reward is the same whatever token is drawn at t: a policy gradient sees what a token
+    does to the KL of later states, and misses the derivative of KL_t itself. That derivative, in
+    the advantage's scale, makes it the gradient of the whole KL (arXiv 2504.10637). k1 has no need
+    of it: its derivative has the mean 0.
+    """
+    if config.estimator != "full":
+        return 0.0
+    return coefficient if config.place == "loss" else coefficient * scale
+
+
 def policy_batch_loss(update: Update, normaliser: int) -> BatchLoss:
     """The policy's loss, fused with its head."""
     make_loss = make_ppo_loss(update, normaliser)
     temperature = update.config.sampling.temperature
-    if update.config.kl.place == "reward" or update.config.kl.estimator != "full":
+    if not update.exact_kl_coefficient:
         return policy_loss(update.models.policy, make_loss, update.compute, temperature=temperature)
     return full_kl_batch_loss(update, make_loss, normaliser)
 
@@ -112,7 +127,8 @@ def full_kl_batch_loss(update: Update, make_loss: MakeLoss, normaliser: int) -> 
         kl = found.kl.sum()
         sums = {name: value.detach() for name, value in sums.items()}
         del sums["mean_token_accuracy"]  # this pass does not compare logits
-        return loss + update.kl_coefficient * kl / normaliser, sums | {"policy/kl_avg": kl.detach()}
+        sums["policy/kl_avg"] = kl.detach()
+        return loss + update.exact_kl_coefficient * kl / normaliser, sums
 
     return batch_loss
 

@@ -142,8 +142,10 @@ def eager_loss(run: PPORun, rollouts: Rollouts, scores: Sequence[float]) -> Tens
     logprob, value, kl, log_p = (torch.cat([row[i] for row in rows]) for i in range(4))
     advantage = torch.tensor([a for row in rows for a in row[4]], dtype=torch.float64)
     returns = torch.tensor([r for row in rows for r in row[5]], dtype=torch.float64)
+    scale = 1.0
     if config.ppo.whitens_advantages:
-        advantage = (advantage - advantage.mean()) / advantage.std(correction=0)
+        scale = 1 / advantage.std(correction=0).item()
+        advantage = (advantage - advantage.mean()) * scale
     ratio = (logprob - logprob.detach()).exp()
     loss = -(ratio * advantage).mean()
     loss = loss + config.value.coefficient * (value - returns).square().mean() / 2
@@ -151,4 +153,6 @@ def eager_loss(run: PPORun, rollouts: Rollouts, scores: Sequence[float]) -> Tens
     loss = loss - config.ppo.entropy_coefficient * entropy.mean()
     if config.kl.place == "loss":
         loss = loss + config.kl.coefficient * kl.mean()
+    elif config.kl.estimator == "full":  # the derivative of a state's own KL
+        loss = loss + config.kl.coefficient * scale * kl.mean()
     return loss

@@ -155,8 +155,16 @@ def test_dpo_finds_the_optimum_from_its_own_comparisons(
     assert bool((distance <= NEAR).all()), distance
 
 
-@pytest.mark.parametrize("advantage", ["gae", "rloo"])
-def test_ppo_finds_the_optimum_from_its_own_samples(advantage: str, tmp_path: Path) -> None:
+# At the optimum r - beta log(pi / rho) is the same for every answer, so k1's gradients have no
+# noise there; those of the exact KL have, and want more samples to come as near. With the exact KL
+# as a reward alone (without its derivative in the loss) the distances were 0.76, 0.22 and 0.96.
+@pytest.mark.parametrize(
+    ("advantage", "estimator", "num_samples", "near"),
+    [("gae", "k1", 128, NEAR), ("rloo", "k1", 128, NEAR), ("rloo", "full", 256, 2 * NEAR)],
+)
+def test_ppo_finds_the_optimum_from_its_own_samples(
+    advantage: Any, estimator: Any, num_samples: int, near: float, tmp_path: Path
+) -> None:
     save_model(make_policy(), make_tokenizer(), tmp_path / "policy")
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
@@ -170,14 +178,14 @@ def test_ppo_finds_the_optimum_from_its_own_samples(advantage: str, tmp_path: Pa
             data=PromptDataConfig(train=str(prompts)),
             reward=RewardSourceConfig(("tests.exact_optimum:reward",)),
             run=RunConfig(str(tmp_path / "run")),
-            sampling=SamplingParams(max_new_tokens=MAX_NEW_TOKENS, num_samples=128),
+            sampling=SamplingParams(max_new_tokens=MAX_NEW_TOKENS, num_samples=num_samples),
             ppo=PPOSettings(
-                advantage=advantage,  # type: ignore[arg-type]
+                advantage=advantage,
                 epochs=2,
                 gae_lambda=1.0 if critic else 0.95,
                 whiten="none",
             ),
-            kl=KLConfig(coefficient=BETA),
+            kl=KLConfig(coefficient=BETA, estimator=estimator),
             value=ValueConfig(lr=1e-2, coefficient=1.0, clip_range=1.0)
             if critic
             else ValueConfig(),
@@ -187,4 +195,4 @@ def test_ppo_finds_the_optimum_from_its_own_samples(advantage: str, tmp_path: Pa
     )
     assert result.finished
     distance = total_variation(answer_logprobs(load_policy(tmp_path / "run" / "model")), best)
-    assert bool((distance <= NEAR).all()), distance
+    assert bool((distance <= near).all()), distance

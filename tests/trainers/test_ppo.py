@@ -28,6 +28,10 @@ FORMS: dict[str, dict[str, Any]] = {
     "k1": {"kl": {"coefficient": 0.3}},
     "k3": {"kl": {"coefficient": 0.3, "estimator": "k3"}, "ppo": {"gae_lambda": 0.8, "gamma": 0.9}},
     "full": {"kl": {"coefficient": 0.3, "estimator": "full"}},
+    "full-unwhitened": {
+        "kl": {"coefficient": 0.3, "estimator": "full"},
+        "ppo": {"whiten": "none"},
+    },
     "k2-loss": {"kl": {"coefficient": 0.3, "estimator": "k2", "place": "loss"}},
     "full-loss": {
         "kl": {"coefficient": 0.3, "estimator": "full", "place": "loss"},

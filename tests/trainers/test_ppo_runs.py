@@ -241,6 +241,17 @@ def test_without_a_learning_rate_nothing_drifts_and_each_step_samples_anew(folde
     assert max(abs(row["val/ratio"] - 1) for row in rows) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("estimator", "place", "said"),
+    [("k1", "reward", False), ("k3", "reward", True), ("k3", "loss", False)],
+)
+def test_a_penalty_without_the_kls_gradient_is_said(
+    folder: Path, estimator: str, place: str, said: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ppo.advise_on_estimator(plain_config(folder, kl={"estimator": estimator, "place": place}))
+    assert ("k3 in the reward has not the KL's gradient" in capsys.readouterr().out) == said
+
+
 def test_scores_far_beyond_a_values_steps_are_said(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -345,6 +356,10 @@ def test_a_collapsed_run_is_ended_early_and_can_go_on(folder: Path) -> None:
         ({"ppo": {"clip_range": 1.0}}, r"ppo\.clip_range: expected a number in \(0, 1\), got 1"),
         ({"ppo": {"ptx_coefficient": 2.0}}, r"ppo\.ptx_coefficient: 2.0 is a setting of ppo\.ptx"),
         ({"kl": {"place": "loss"}}, r"kl\.estimator: expected k2, k3 or full .*, got k1"),
+        (
+            {"ppo": {"advantage": "grpo"}, "kl": {"estimator": "full"}},
+            r"kl\.place: expected loss for the exact KL under --ppo\.advantage grpo",
+        ),
         ({"kl": {"horizon": 5}}, r"kl\.horizon: 5 is a setting of kl\.target"),
         ({"kl": {"target": 1.0, "coefficient": 0.0}}, r"kl\.coefficient: expected more than 0"),
         ({"value": {"clip_range": 0.0}}, r"value\.clip_range: expected a finite number above 0"),
