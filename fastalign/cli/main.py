@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "reward": ("fastalign.cli.reward", "train a reward model on comparisons, ties among them"),
     "ppo": ("fastalign.cli.ppo", "align a model with a reward (PPO, or without a critic)"),
     "estimate": ("fastalign.cli.estimate", "what a run will need in memory, before it is started"),
+    "vllm-server": ("fastalign.cli.vllm_server", "start a vLLM server that training samples from"),
     "generate": ("fastalign.cli.generate", "sample completions of a file of prompts"),
     "score": ("fastalign.cli.score", "score a file of answers with a reward model"),
     "label": ("fastalign.cli.label", "turn sampled completions into preference pairs by a reward"),

@@ -10,6 +10,8 @@ from typing import Any
 
 import httpx2
 
+from fastalign.rollouts import shorten
+
 # Answers of a server that may do better later: time-outs, conflicts, too many requests, overload.
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 LONGEST_WAIT_SECONDS = 60.0
@@ -202,14 +204,3 @@ def answer_text(body: str) -> str:
     except (ValueError, KeyError, IndexError, TypeError):
         return body
     return content if isinstance(content, str) else body
-
-
-def shorten(text: str) -> str:
-    """What an endpoint said of a failure, in few words."""
-    try:
-        found = json.loads(text)["error"]
-        text = str(found["message"] if isinstance(found, dict) else found)
-    except (ValueError, KeyError, TypeError):
-        pass
-    words = " ".join(text.split()) or "no text"
-    return words if len(words) <= 200 else words[:197] + "..."

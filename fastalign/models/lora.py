@@ -108,6 +108,11 @@ def has_adapter(model: Any) -> bool:
     return bool(getattr(model, "peft_config", None))
 
 
+def adapter_rank(model: Any) -> int:
+    """Of the adapter on the model; 0: there is none."""
+    return int(model.peft_config[ADAPTER].r) if has_adapter(model) else 0
+
+
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
     """The model as if it had no adapter: its frozen base; nothing to do where it has none."""
@@ -140,6 +145,18 @@ def base_state(model: Any) -> dict[str, Any]:
         for name, value in state.items()
         if ".lora_A." not in name and ".lora_B." not in name
     }
+
+
+def dense_state(model: Any) -> Iterator[tuple[str, Any]]:
+    """`base_state` with each quantised weight as the dense one that the model computes with."""
+    layers = {name.replace(".base_layer", ""): part for name, part in model.named_modules()}
+    for name, value in base_state(model).items():
+        layer_name, _, rest = name.partition(".weight")
+        layer = layers.get(layer_name)
+        if layer is None or not is_quantised(layer):
+            yield name, value
+        elif not rest:  # what follows `.weight.` are bitsandbytes' scales
+            yield name, dense_layer(layer, model.dtype).weight
 
 
 def untie_head(model: Any) -> None:

@@ -1,6 +1,33 @@
 """Rollouts: samplers behind one protocol."""
 
-from fastalign.rollouts.sampler import Completion, Sampler, SamplingParams
+from fastalign.rollouts.distribution import recompute_logprobs, sampling_logprobs
+from fastalign.rollouts.engine_spec import EngineSpec
+from fastalign.rollouts.sampler import Completion, Sampler, SamplerFailed, SamplingParams
+from fastalign.rollouts.server_fault import shorten
+from fastalign.rollouts.synced import SyncedSampler, open_engine
 from fastalign.rollouts.transformers_sampler import TransformersSampler
+from fastalign.rollouts.vllm_options import SamplerName, VllmOptions
+from fastalign.rollouts.vllm_process import VllmProcessSampler
+from fastalign.rollouts.vllm_sampler import VllmSampler
+from fastalign.rollouts.vllm_server import VllmServerSampler
+from fastalign.rollouts.weights import policy_tensors
 
-__all__ = ["Completion", "Sampler", "SamplingParams", "TransformersSampler"]
+__all__ = [
+    "Completion",
+    "EngineSpec",
+    "Sampler",
+    "SamplerFailed",
+    "SamplerName",
+    "SamplingParams",
+    "SyncedSampler",
+    "TransformersSampler",
+    "VllmOptions",
+    "VllmProcessSampler",
+    "VllmSampler",
+    "VllmServerSampler",
+    "open_engine",
+    "policy_tensors",
+    "recompute_logprobs",
+    "sampling_logprobs",
+    "shorten",
+]

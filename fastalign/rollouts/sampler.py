@@ -46,11 +46,17 @@ class Completion:
         token_ids: with the EOS, where there is one.
         logprobs: of each token under the distribution it was drawn from, nats.
         finish_reason: `stop` at an EOS, `length` at `max_new_tokens`.
+        version: of the weights that it was drawn from, as `sync_weights` was told.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
+    version: int = 0
+
+
+class SamplerFailed(ConnectionError):
+    """The sampler's engine is dead, silent or no longer to be trusted; it may be built anew."""
 
 
 class Sampler(Protocol):
@@ -66,3 +72,39 @@ class Sampler(Protocol):
 
     def close(self) -> None:
         """Gives back what the sampler holds."""
+
+
+def sample_seed(seed: int, prompt: int, sample: int) -> int:
+    """Of one completion's random numbers: a pure function, in [0, 2**63)."""
+    # Python's hash of integers is fixed, and mixes the three well enough to seed a generator from.
+    return hash((seed, prompt, sample)) & (2**63 - 1)
+
+
+def check_prompts(
+    prompt_ids: Sequence[Sequence[int]], params: SamplingParams, limit: int | None, num_tokens: int
+) -> None:
+    """Refuses prompts that cannot be answered in full.
+
+    Args:
+        prompt_ids: token ids of each prompt.
+        params: how completions are drawn.
+        limit: positions of the model; None: no end.
+        num_tokens: of the model's vocabulary.
+
+    Raises:
+        ValueError: an empty prompt, one that leaves no room for the answer, or a token that the
+            model has not.
+    """
+    for number, ids in enumerate(prompt_ids):
+        if not ids:
+            raise ValueError(f"prompt {number}: expected at least one token, got none")
+        if limit is not None and len(ids) + params.max_new_tokens > limit:
+            raise ValueError(
+                f"prompt {number}: {len(ids)} tokens and {params.max_new_tokens} new ones "
+                f"are more than the model's {limit} positions"
+            )
+        if not 0 <= min(ids) <= max(ids) < num_tokens:
+            foreign = min(ids) if min(ids) < 0 else max(ids)
+            raise ValueError(
+                f"prompt {number}: expected tokens from 0 to {num_tokens - 1}, got {foreign}"
+            )

@@ -5,16 +5,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
-    LogitsProcessorList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from fastalign.rollouts.sampler import Completion, SamplingParams
+from fastalign.rollouts.distribution import sampling_logprobs
+from fastalign.rollouts.sampler import Completion, SamplingParams, check_prompts, sample_seed
 
 
 class _Draw(LogitsProcessor):  # type: ignore[misc]
@@ -26,30 +20,19 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
     """
 
     def __init__(self, params: SamplingParams, uniforms: Tensor):
-        self._greedy = params.temperature == 0
+        self._params = params
         self._uniforms = uniforms  # (rows, max_new_tokens) float64
-        self._warpers: list[Any] = []
-        if not self._greedy and params.temperature != 1.0:
-            self._warpers.append(TemperatureLogitsWarper(params.temperature))
-        if params.top_k:
-            self._warpers.append(TopKLogitsWarper(params.top_k))
-        if params.top_p < 1.0:
-            self._warpers.append(TopPLogitsWarper(params.top_p))
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        warped = scores.float()
-        for warper in self._warpers:
-            warped = warper(input_ids, warped)
-        logprob = warped.log_softmax(-1)
-        if self._greedy:
-            token = warped.argmax(-1, keepdim=True)
-            logprob = torch.where(warped == warped.amax(-1, keepdim=True), 0.0, logprob)
+        logprob = sampling_logprobs(scores, self._params)
+        if self._params.temperature == 0:
+            token = logprob.argmax(-1, keepdim=True)
         else:
             cumulative = logprob.double().exp().cumsum(-1)
             place = self._uniforms[:, len(self.logprobs), None] * cumulative[:, -1:]
             token = torch.searchsorted(cumulative, place, right=True)
-            token = token.clamp_(max=warped.shape[-1] - 1)
+            token = token.clamp_(max=logprob.shape[-1] - 1)
         self.logprobs.append(logprob.gather(1, token)[:, 0])
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
@@ -91,7 +74,8 @@ class TransformersSampler:
         Raises:
             ValueError: an empty prompt, or one that leaves no room for the answer.
         """
-        self._check(prompt_ids, params)
+        limit = getattr(self._model.config, "max_position_embeddings", None)
+        check_prompts(prompt_ids, params, limit, self._model.config.vocab_size)
         rows = [(p, s) for p in range(len(prompt_ids)) for s in range(params.num_samples)]
         # Like lengths together, so that little is padded.
         rows.sort(key=lambda row: (len(prompt_ids[row[0]]), row))
@@ -122,17 +106,6 @@ class TransformersSampler:
     def close(self) -> None:
         """Lets go of the model."""
         self._model = None
-
-    def _check(self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams) -> None:
-        limit = getattr(self._model.config, "max_position_embeddings", None)
-        for number, ids in enumerate(prompt_ids):
-            if not ids:
-                raise ValueError(f"prompt {number}: expected at least one token, got none")
-            if limit is not None and len(ids) + params.max_new_tokens > limit:
-                raise ValueError(
-                    f"prompt {number}: {len(ids)} tokens and {params.max_new_tokens} new ones "
-                    f"are more than the model's {limit} positions"
-                )
 
     @torch.no_grad()
     def _batch(
@@ -166,13 +139,12 @@ class TransformersSampler:
     def _cut(self, tokens: list[int], logprobs: list[float]) -> Completion:
         for place, token in enumerate(tokens):
             if token in self._eos:
-                return Completion(tokens[: place + 1], logprobs[: place + 1], "stop")
-        return Completion(tokens, logprobs, "length")
+                return Completion(tokens[: place + 1], logprobs[: place + 1], "stop", self.version)
+        return Completion(tokens, logprobs, "length", self.version)
 
 
 def _stream(seed: int, prompt: int, sample: int, length: int) -> Tensor:
     """Uniform numbers of one completion, (length,) float64."""
     generator = torch.Generator()
-    # Python's hash of integers is fixed, and mixes the three well enough for torch to seed from.
-    generator.manual_seed(hash((seed, prompt, sample)) & (2**63 - 1))
+    generator.manual_seed(sample_seed(seed, prompt, sample))
     return torch.rand(length, generator=generator, dtype=torch.float64)

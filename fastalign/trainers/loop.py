@@ -9,6 +9,7 @@ from typing import Any
 
 from fastalign.data import indices_of_step
 from fastalign.models import has_adapter, save_model
+from fastalign.rollouts import SamplerFailed
 from fastalign.trainers.any_config import AnyConfig
 from fastalign.trainers.checkpoint import (
     CHECKPOINTS,
@@ -140,6 +141,7 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
 
     Raises:
         ValueError: three steps in a row had a non-finite loss or gradient.
+        SamplerFailed: the sampler failed for good; the run is saved.
     """
     folder = Path(config.run.dir)
     state = TrainState(model, make_optimizer(model, config.optim))
@@ -159,7 +161,16 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     try:
         with stop_on_signal() as stop, ProgressDisplay(task.title, num_steps, state.step) as shown:
             while state.step < num_steps:
-                metrics = one_step(config, state, task, num_steps)
+                try:
+                    metrics = one_step(config, state, task, num_steps)
+                except SamplerFailed as failure:  # which came before any weight was changed
+                    save()
+                    raise stopped_sampling(failure, state.step) from failure
+                unmeasured: SamplerFailed | None = None
+                try:
+                    metrics |= evaluation(config, state, task, num_steps)
+                except SamplerFailed as failure:
+                    unmeasured = failure
                 writer.write(metrics)
                 shown.update(metrics)
                 if metrics["skipped"]:
@@ -167,9 +178,11 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
                 reason = task.stop_reason(metrics)
                 stopping = should_stop(config, state, stop) or reason is not None
                 due = config.train.save_every and state.step % config.train.save_every == 0
-                if due or stopping or state.step == num_steps:
+                if due or stopping or unmeasured or state.step == num_steps:
                     save()
                     saved_at = state.step
+                if unmeasured is not None:
+                    raise stopped_sampling(unmeasured, state.step) from unmeasured
                 if stopping:
                     break
                 if state.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
@@ -198,13 +211,18 @@ def skipped_line(metrics: Metrics) -> str:
     )
 
 
+def stopped_sampling(failure: SamplerFailed, step: int) -> SamplerFailed:
+    """What is said where a sampler failed for good; nothing of the run is lost."""
+    return SamplerFailed(f"{failure}; step {step} is saved, go on with --run.resume")
+
+
 def should_stop(config: AnyConfig, state: TrainState, stop: StopRequest) -> bool:
     """Whether a signal came or `stop_at_step` is reached."""
     return stop.received is not None or state.step == config.train.stop_at_step
 
 
 def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -> Metrics:
-    """Takes one optimiser step, evaluates when it is due; returns what is logged."""
+    """Takes one optimiser step; returns what is logged of it."""
     start = time.perf_counter()
     batch_size = config.train.batch_size
     indices = indices_of_step(task.num_examples, batch_size, state.step, seed=config.run.seed)
@@ -225,10 +243,15 @@ def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -
         "step_seconds": seconds,
         "tokens_per_second": num_tokens / seconds,
     }
+    return metrics
+
+
+def evaluation(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -> Metrics:
+    """The metrics on held-out data, where they are due."""
     every = config.train.eval_every
     if task.evaluate is not None and (
         state.step == num_steps or (every and state.step % every == 0)
     ):
         with memory_used_in(f"the evaluation of step {state.step}"):
-            metrics |= task.evaluate()
-    return metrics
+            return task.evaluate()
+    return {}

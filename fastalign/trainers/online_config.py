@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastalign.rollouts import SamplingParams
+from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions
 from fastalign.trainers.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from fastalign.trainers.ppo_config import WatchConfig
 from fastalign.trainers.preference_losses import DPOLoss, PreferenceLoss
-from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig
+from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig, check_sampler
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,17 @@ class OnlineDPOConfig:
     loss: PreferenceLoss = field(default_factory=DPOLoss)
     reference: OnlineReferenceConfig = field(default_factory=OnlineReferenceConfig)
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(num_samples=4))
+    sampler: SamplerName = "transformers"
+    """What draws completions: the policy in this process, vLLM in it, in a process of its own, or a
+    server that `fastalign vllm-server` started."""
+    vllm: VllmOptions = field(default_factory=VllmOptions)
     pairs: FreshPairsConfig = field(default_factory=FreshPairsConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
     def __post_init__(self) -> None:
+        check_sampler(self.sampler, self.vllm)
         if self.sampling.num_samples < 2:
             raise ValueError(
                 "sampling.num_samples: expected at least 2, of which the best and the worst are a "

@@ -6,6 +6,7 @@ the judge; with `reference.refresh_every` the rounds of Llama 3, arXiv 2407.2178
 """
 
 import random
+from contextlib import closing
 from functools import partial
 
 import torch
@@ -42,20 +43,22 @@ def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
     with opened_run(config):
         online = prepare(config, compute)
         reference = online.reference
-        return run_loop(
-            config,
-            online.model,
-            Task(
-                title="online-dpo",
-                num_examples=len(online.prompts.prompts),
-                data_fingerprint=online.prompts.fingerprint,
-                tokenizer=online.tokenizer,
-                take_step=partial(online_step, online),
-                evaluate=None if online.held_out is None else partial(evaluate_samples, online),
-                reference=None if reference is None else reference.began_as,
-                stop_reason=lambda metrics: reason_to_stop(watched(metrics), config.watch),
-            ),
-        )
+        evaluate = None if online.held_out is None else partial(evaluate_samples, online)
+        with closing(online.sampler):
+            return run_loop(
+                config,
+                online.model,
+                Task(
+                    title="online-dpo",
+                    num_examples=len(online.prompts.prompts),
+                    data_fingerprint=online.prompts.fingerprint,
+                    tokenizer=online.tokenizer,
+                    take_step=partial(online_step, online),
+                    evaluate=evaluate,
+                    reference=None if reference is None else reference.began_as,
+                    stop_reason=lambda metrics: reason_to_stop(watched(metrics), config.watch),
+                ),
+            )
 
 
 def online_step(
@@ -65,6 +68,7 @@ def online_step(
     config = online.config
     if online.reference is not None:
         online.reference.before_step(state)
+    online.sampler.version = state.step
     seed = rollout_seed(config.run.seed, "rollouts", state.step)
     scored = score_samples(online, online.prompts, indices, config.sampling, seed)
     fresh = choose_pairs(scored.rollouts.groups, scored.scores, config.pairs.ties)
@@ -73,6 +77,7 @@ def online_step(
         "num_ties": sum(fresh.ties),
         "num_ties_dropped": fresh.num_ties_dropped,
     }
+    counts |= online.sampler.metrics()
     counts |= watch(watched(scored.metrics), config.watch, state.kept)
     if not fresh.groups:
         say_that_all_are_tied(state, len(indices))
@@ -88,6 +93,7 @@ def online_step(
         torch.tensor(fresh.ties),
     )
     metrics, num_tokens = update_on(online, pairs, state, num_steps)
+    online.sampler.version = state.step + 1
     return {**metrics, **scored.metrics, "objective/scores_margin": margin, **counts}, num_tokens
 
 

@@ -7,14 +7,14 @@ from typing import Any
 from torch import Tensor
 
 from fastalign.data import PromptDataset, Tokenizer
-from fastalign.rollouts import Sampler, SamplingParams
+from fastalign.rollouts import SamplingParams
 from fastalign.trainers.collapse import repeated_ratio
 from fastalign.trainers.metrics import Metrics
 from fastalign.trainers.online_config import OnlineDPOConfig
 from fastalign.trainers.online_reference import OnlineReference, response_logprobs
+from fastalign.trainers.policy_sampler import AnySampler, open_policy_sampler
 from fastalign.trainers.reward_sources import RewardSources, ScoreScale, final_scores, load_sources
 from fastalign.trainers.rollout import (
-    PolicySampler,
     Rollouts,
     load_prompt_sets,
     roll_out,
@@ -47,7 +47,7 @@ class Online:
     model: Any
     tokenizer: Tokenizer
     reference: OnlineReference | None
-    sampler: Sampler
+    sampler: AnySampler
     sources: RewardSources
     scale: ScoreScale | None
     prompts: PromptDataset
@@ -81,12 +81,12 @@ def prepare(config: OnlineDPOConfig, compute: Compute) -> Online:
     """
     sources = load_sources(config.reward, config.train.device)
     model, tokenizer = load_for_training(config, compute)
-    sampler = PolicySampler(model, tokenizer, config.model.path, compute)
     reference, fewest, scale = None, model, None
     if config.loss.formula().needs_reference:
         reference = OnlineReference(config, model, tokenizer, compute)
         fewest = reference.with_fewest_positions()
     prompts, held_out = load_prompt_sets(config.data, config.sampling, fewest, tokenizer)
+    sampler = open_policy_sampler(config, model, tokenizer, compute)
     if config.reward.normalise:
         scale = scale_of_policy(
             sampler, prompts, config.sampling, tokenizer, sources, run_seed=config.run.seed

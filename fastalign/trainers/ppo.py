@@ -5,6 +5,7 @@ them follow.
 """
 
 import time
+from contextlib import closing
 from dataclasses import replace
 
 from torch import Tensor
@@ -47,22 +48,23 @@ def train_ppo(config: PPOConfig) -> RunResult:
         run = prepare(config, compute)
         evaluate = None if run.held_out is None else (lambda: evaluate_prompts(run))
         models = run.models
-        return run_loop(
-            config,
-            models.trained,
-            Task(
-                title="ppo",
-                num_examples=len(run.prompts.prompts),
-                data_fingerprint=run.prompts.fingerprint,
-                tokenizer=run.tokenizer,
-                take_step=lambda *step: ppo_step(run, *step),
-                evaluate=evaluate,
-                policy=models.policy,
-                reference=models.frozen,
-                other_folders={} if models.value is None else {"value": models.save_value},
-                stop_reason=lambda metrics: reason_to_stop(metrics, config.watch),
-            ),
-        )
+        with closing(run.sampler):
+            return run_loop(
+                config,
+                models.trained,
+                Task(
+                    title="ppo",
+                    num_examples=len(run.prompts.prompts),
+                    data_fingerprint=run.prompts.fingerprint,
+                    tokenizer=run.tokenizer,
+                    take_step=lambda *step: ppo_step(run, *step),
+                    evaluate=evaluate,
+                    policy=models.policy,
+                    reference=models.frozen,
+                    other_folders={} if models.value is None else {"value": models.save_value},
+                    stop_reason=lambda metrics: reason_to_stop(metrics, config.watch),
+                ),
+            )
 
 
 def ppo_step(
@@ -70,6 +72,7 @@ def ppo_step(
 ) -> tuple[Metrics, int]:
     """Rollouts of these prompts and all updates on them; metrics and packed tokens computed."""
     config, start = run.config, time.perf_counter()
+    run.sampler.version = state.step
     scale = scale_of_scores(run, state)
     seed = rollout_seed(config.run.seed, "rollouts", state.step)
     rollouts = roll_out(
@@ -79,8 +82,11 @@ def ppo_step(
     if state.step == 0:
         advise_on_scale(config, score)
     coefficient = state.kept.get(KL_COEFFICIENT, config.kl.coefficient)
+    scored = time.perf_counter()
     update, measured = prepare_update(run, rollouts, score, coefficient)
+    prepared = time.perf_counter()
     updates = mean_of_updates(all_updates(update, state, num_steps))
+    run.sampler.version = state.step + 1
     state.kept[KL_COEFFICIENT] = adapted_coefficient(
         coefficient, float(measured["objective/kl"]), config.kl, len(score)
     )
@@ -92,7 +98,10 @@ def ppo_step(
     metrics = {
         **updates,
         **rollouts.metrics,
+        **run.sampler.metrics(),
         **measured,
+        "time/prepare_seconds": prepared - scored,
+        "time/update_seconds": time.perf_counter() - prepared,
         "val/num_eos_tokens": int(rollouts.ended.sum()),
         "num_micro_batches": counts["num_micro_batches"],
         "lr": updates["learning_rate"],

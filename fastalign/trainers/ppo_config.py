@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from fastalign.rollouts import SamplingParams
+from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions
 from fastalign.trainers.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
-from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig
+from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig, check_sampler
 
 Advantage = Literal["gae", "rloo", "grpo"]
 Whitening = Literal["auto", "none", "advantages", "rewards", "both"]
@@ -192,6 +192,10 @@ class PPOConfig:
     reward: RewardSourceConfig
     run: RunConfig
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    sampler: SamplerName = "transformers"
+    """What draws completions: the policy in this process, vLLM in it, in a process of its own, or a
+    server that `fastalign vllm-server` started."""
+    vllm: VllmOptions = field(default_factory=VllmOptions)
     ppo: PPOSettings = field(default_factory=PPOSettings)
     kl: KLConfig = field(default_factory=KLConfig)
     value: ValueConfig = field(default_factory=ValueConfig)
@@ -202,6 +206,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         method, samples = self.ppo.advantage, self.sampling
+        check_sampler(self.sampler, self.vllm)
         if (samples.top_p, samples.top_k) != (1.0, 0) or samples.temperature == 0:
             raise ValueError(
                 "sampling: expected samples of the policy itself: top_p 1, top_k 0 and a "

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 
 from fastalign.data import PromptDataset, Tokenizer, load_sft
-from fastalign.rollouts import Sampler
+from fastalign.trainers.policy_sampler import AnySampler, open_policy_sampler
 from fastalign.trainers.ppo_config import PPOConfig
 from fastalign.trainers.ppo_models import PPOModels, load_ppo_models
 from fastalign.trainers.reward_sources import RewardSources, ScoreScale, load_sources
-from fastalign.trainers.rollout import PolicySampler, load_prompt_sets, scale_of_policy
+from fastalign.trainers.rollout import load_prompt_sets, scale_of_policy
 from fastalign.trainers.state import TrainState
 from fastalign.trainers.step import Compute, Examples, measure_examples
 
@@ -35,7 +35,7 @@ class PPORun:
     compute: Compute
     models: PPOModels
     tokenizer: Tokenizer
-    sampler: Sampler
+    sampler: AnySampler
     sources: RewardSources
     prompts: PromptDataset
     held_out: PromptDataset | None
@@ -53,16 +53,17 @@ def prepare(config: PPOConfig, compute: Compute) -> PPORun:
     models, tokenizer = load_ppo_models(config, compute)
     fewest = models.with_fewest_positions()
     prompts, held_out = load_prompt_sets(config.data, config.sampling, fewest, tokenizer)
+    ptx = load_ptx(config, tokenizer, compute)
     return PPORun(
         config=config,
         compute=compute,
         models=models,
         tokenizer=tokenizer,
-        sampler=PolicySampler(models.policy, tokenizer, config.model.path, compute),
+        sampler=open_policy_sampler(config, models.policy, tokenizer, compute),
         sources=sources,
         prompts=prompts,
         held_out=held_out,
-        ptx=load_ptx(config, tokenizer, compute),
+        ptx=ptx,
     )
 
 

@@ -1,8 +1,8 @@
 """Rollouts: prompts, completions of the policy as it stands, and their rewards."""
 
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,15 +14,13 @@ from fastalign.data import (
     Content,
     PromptDataset,
     Tokenizer,
-    eos_token_ids,
     indices_of_step,
     load_prompts,
 )
-from fastalign.rollouts import Completion, Sampler, SamplingParams, TransformersSampler
+from fastalign.rollouts import Completion, Sampler, SamplingParams
 from fastalign.trainers.metrics import Metrics
 from fastalign.trainers.reward_sources import RewardSources, ScoreScale, measure_scale
 from fastalign.trainers.rollout_config import PromptDataConfig
-from fastalign.trainers.step import Compute
 
 # Prompts that the scale of scores is measured on, as openai/lm-human-preferences has them.
 NUM_SCALE_SAMPLES = 256
@@ -41,7 +39,7 @@ class Rollouts:
         texts: for each prompt, its completions without special tokens.
         rewards: (R,) float64, the sources' weighted sum.
         ended: (R,) bool, whether there is an EOS.
-        metrics: `reward`, `rewards/...`, `completions/...`.
+        metrics: `reward`, `rewards/...`, `completions/...`, `time/...`.
     """
 
     groups: list[Group]
@@ -93,55 +91,6 @@ def rollout_seed(run_seed: int, purpose: str, step: int) -> int:
     return random.Random(f"{run_seed}/{purpose}/{step}").getrandbits(60)
 
 
-@contextmanager
-def sampling_mode(model: Any, compute: Compute) -> Iterator[None]:
-    """The model as it is sampled from: in eval mode, its products in the run's dtype.
-
-    Gradient checkpointing, which forbids a cache of keys and values, is off in eval mode; compiled
-    layers run as they were, since a cache of another length would compile them anew.
-    """
-    training = model.training
-    model.eval()
-    try:
-        with compute.autocast(), torch.compiler.set_stance("force_eager"):
-            yield
-    finally:
-        model.train(training)
-
-
-class PolicySampler:
-    """The embedded sampler on the policy that is being trained; its weights are always the newest.
-
-    Args:
-        model: the policy.
-        tokenizer: of the policy.
-        path: what it was loaded from: its generation settings may list more ends of a completion.
-        compute: how forwards are run.
-    """
-
-    def __init__(self, model: Any, tokenizer: Tokenizer, path: str, compute: Compute):
-        stops = eos_token_ids(tokenizer, path)
-        pad = tokenizer.pad_token_id
-        self._model, self._compute = model, compute
-        self._sampler = TransformersSampler(
-            model, eos_token_ids=stops, pad_token_id=stops[0] if pad is None else pad
-        )
-
-    def generate(
-        self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
-    ) -> list[list[Completion]]:
-        """See `Sampler`."""
-        with sampling_mode(self._model, self._compute):
-            return self._sampler.generate(prompt_ids, params, seed=seed)
-
-    def sync_weights(self, named_tensors: Any, version: int) -> None:
-        """Nothing to do: the weights are the policy's own."""
-
-    def close(self) -> None:
-        """Lets go of the model."""
-        self._sampler.close()
-
-
 def roll_out(
     sampler: Sampler,
     prompts: PromptDataset,
@@ -168,13 +117,19 @@ def roll_out(
     """
     prompt_ids = [prompts.prompt_ids[i] for i in indices]
     contents = [prompts.prompts[i] for i in indices]
+    start = time.perf_counter()
     completions = sampler.generate(prompt_ids, params, seed=seed)
+    sampled = time.perf_counter()
     texts = [
         [tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
         for answers in completions
     ]
     repeated = [content for content in contents for _ in range(params.num_samples)]
     rewards, metrics = sources.score(repeated, [text for answers in texts for text in answers])
+    seconds = {
+        "time/generate_seconds": sampled - start,
+        "time/score_seconds": time.perf_counter() - sampled,
+    }
     flat = [answer for answers in completions for answer in answers]
     return Rollouts(
         groups=[
@@ -186,7 +141,7 @@ def roll_out(
         texts=texts,
         rewards=rewards,
         ended=torch.tensor([answer.finish_reason == "stop" for answer in flat]),
-        metrics=metrics | length_metrics(flat),
+        metrics=metrics | length_metrics(flat) | seconds,
     )
 
 

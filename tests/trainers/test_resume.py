@@ -36,7 +36,10 @@ MEASURED = ("step_seconds", "tokens_per_second", "peak_memory_bytes", "eps")
 
 
 def numbers(folder: Path) -> list[dict[str, Any]]:
-    return [{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(folder)]
+    return [
+        {k: v for k, v in row.items() if k not in MEASURED and "time/" not in k}
+        for row in read_metrics(folder)
+    ]
 
 
 def assert_same_run(first: Path, second: Path) -> None:

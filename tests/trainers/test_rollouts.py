@@ -18,8 +18,8 @@ from fastalign.trainers.reward_sources import (
     measure_scale,
     source_names,
 )
+from fastalign.trainers.policy_sampler import PolicySampler
 from fastalign.trainers.rollout import (
-    PolicySampler,
     Rollouts,
     load_prompt_sets,
     roll_out,

@@ -1,0 +1,54 @@
+"""The settings of vLLM as a sampler: `--vllm.*`."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+SamplerName = Literal["transformers", "vllm", "vllm-process", "vllm-server"]
+
+
+@dataclass(frozen=True)
+class VllmOptions:
+    """vLLM as the sampler (`--sampler vllm`, `vllm-process`, `vllm-server`)."""
+
+    url: str = "http://127.0.0.1:8000"
+    """Of a server that `fastalign vllm-server` started (vllm-server)."""
+    gpu_memory: float = 0.3
+    """Share of the GPU's memory for the engine: weights, keys and values, CUDA graphs."""
+    kv_cache_gib: float = 0.5
+    """Memory for keys and values on a CPU."""
+    max_sequences: int = 256
+    """Completions that are drawn at a time."""
+    tensor_parallel: int = 1
+    """GPUs that an engine of its own process is split over (vllm-process)."""
+    eager: bool = False
+    """No CUDA graphs: an earlier start, slower steps; on a CPU there are none."""
+    sleep: bool = True
+    """Give the engine's GPU memory back while the policy trains (vllm)."""
+    start_seconds: float = 600.0
+    """Most time for the engine to start, or for a server to come back."""
+    silence_seconds: float = 300.0
+    """An engine that shows no progress for so long counts as dead."""
+    num_rebuilds: int = 2
+    """Times in a row that a dead engine is built anew and its work repeated."""
+    max_difference: float | None = None
+    """Largest mean difference between the engine's log-probs and the trainer's, in nats, at which a
+    run goes on; default: 0.001 in float32, 0.1 in bf16."""
+    sync_folder: str | None = None
+    """Where weights are laid down for a server; a folder that it can read too. Default: memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("kv_cache_gib", "start_seconds", "silence_seconds"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise ValueError(f"vllm.{name}: expected a finite number above 0, got {value}")
+        if not 0 < self.gpu_memory <= 1:
+            raise ValueError(f"vllm.gpu_memory: expected a share in (0, 1], got {self.gpu_memory}")
+        for name, least in (("max_sequences", 1), ("tensor_parallel", 1), ("num_rebuilds", 0)):
+            if getattr(self, name) < least:
+                got = getattr(self, name)
+                raise ValueError(f"vllm.{name}: expected at least {least}, got {got}")
+        if self.max_difference is not None and not 0 < self.max_difference < math.inf:
+            raise ValueError(
+                f"vllm.max_difference: expected a finite number above 0, got {self.max_difference}"
+            )

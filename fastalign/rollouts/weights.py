@@ -1,0 +1,188 @@
+"""A policy's weights on their way to another engine: which there are, and whether they are fit."""
+
+import copy
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from fastalign.models import dense_state
+
+NamedTensors = Iterable[tuple[str, Tensor]]
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes_of_config(config: Any) -> Shapes:
+    """Name to shape of a causal model's tensors, from its configuration alone."""
+    return {name: tuple(tensor.shape) for name, tensor in _skeleton(config).state_dict().items()}
+
+
+def write_config(config: Any, folder: str | Path) -> None:
+    """Writes `config.json` for an engine that reads a causal model's architecture there."""
+    described = copy.deepcopy(config)
+    # A configuration may name the class of a base model, or none: engines go by this.
+    described.architectures = [type(_skeleton(config)).__name__]
+    described.save_pretrained(folder)
+
+
+def _skeleton(config: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """How far a layer's answers may be off in this dtype, as a share of the largest."""
+    return 2**-10 if dtype == torch.float32 else 2**-4
+
+
+def policy_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by its name in a checkpoint; an adapter is left out, sharded ones are sharded.
+
+    A tied head is there under its own name too: engines that keep a head of their own need it.
+    """
+    return ((name, tensor.detach()) for name, tensor in dense_state(model))
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, which every rank must ask for alike; others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def fit_tensors(named_tensors: NamedTensors, expected: Shapes) -> dict[str, Tensor]:
+    """All tensors, none of them copied or gathered, if an engine may be given them.
+
+    Raises:
+        ValueError: naming the first that is missing, foreign, of another shape, or not finite.
+    """
+    tensors = dict(named_tensors)
+    check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(whole(torch.isfinite(tensor).all())):
+            raise ValueError(f"sync_weights: {name} holds a non-finite weight")
+    return tensors
+
+
+def check_shapes(got: Mapping[str, tuple[int, ...]], expected: Shapes) -> None:
+    """Refuses weights that an engine with these shapes must not be given.
+
+    Raises:
+        ValueError: naming the first tensor that is missing, foreign or of another shape.
+    """
+    for name in sorted(expected.keys() | got.keys()):
+        if name not in got:
+            raise ValueError(f"sync_weights: {name} is missing")
+        if name not in expected:
+            raise ValueError(f"sync_weights: the engine's model has no tensor {name}")
+        if got[name] != expected[name]:
+            raise ValueError(
+                f"sync_weights: {name}: expected shape {expected[name]}, got {got[name]}"
+            )
+
+
+def sync_folder(parent: str | None) -> "tempfile.TemporaryDirectory[str]":
+    """A new folder for `write_tensors`: in `parent`, or in memory (/dev/shm) if there is such."""
+    memory = Path("/dev/shm")
+    chosen = parent or (str(memory) if memory.is_dir() else None)
+    return tempfile.TemporaryDirectory(prefix="fastalign-sync-", dir=chosen)
+
+
+def write_tensors(tensors: NamedTensors, folder: Path, *, part_bytes: int = 2**28) -> None:
+    """Writes safetensors files of about `part_bytes`, so that no more is held at a time."""
+    part: dict[str, Tensor] = {}
+    size = number = 0
+    for name, tensor in tensors:
+        # Copied: tied tensors share storage, which safetensors refuses to write.
+        part[name] = whole(tensor).to("cpu", copy=True).contiguous()
+        size += tensor.numel() * tensor.element_size()
+        if size >= part_bytes:
+            save_file(part, folder / f"part-{number:05d}.safetensors")
+            part, size, number = {}, 0, number + 1
+    if part:
+        save_file(part, folder / f"part-{number:05d}.safetensors")
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """What `write_tensors` wrote, in its order of files; memory is mapped, not copied."""
+    for path in sorted(folder.glob("part-*.safetensors")):
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for name in file.keys():  # noqa: SIM118 (no dictionary)
+                yield name, file.get_tensor(name)
+
+
+def differing_tensors(
+    engine_model: Any, tensors: NamedTensors, *, tolerance: float
+) -> tuple[list[str], int]:
+    """Which weights an engine's model does not compute with, found by what its layers return.
+
+    An engine may keep a linear layer's weight in a form of its own, and several in one; so each
+    linear layer is given a vector, and its answer is compared with the product. Embeddings and
+    norms are compared as they are.
+
+    Args:
+        engine_model: vLLM's, whose layers have the names of the checkpoint, or
+            `packed_modules_mapping` says what they hold; not split over ranks.
+        tensors: what it should compute with.
+        tolerance: largest difference, as a share of the largest entry.
+
+    Returns:
+        Names that differ, in the order of the tensors; and how many were compared.
+    """
+    expected = {name: whole(tensor).cpu() for name, tensor in tensors}
+    packed: dict[str, Sequence[str]] = getattr(engine_model, "packed_modules_mapping", {})
+    differing: set[str] = set()
+    num_compared = 0
+    for wrapped_name, module in engine_model.named_modules():
+        if hasattr(module, "base_layer"):  # an adapter's wrapper; what it wraps comes next
+            continue
+        name = wrapped_name.replace(".base_layer", "")
+        parent, _, leaf = name.rpartition(".")
+        names = [".".join(filter(None, (parent, part))) for part in packed.get(leaf, [leaf])]
+        weights = [expected.get(f"{part}.weight") for part in names]
+        if any(weight is None for weight in weights):
+            continue
+        found = [weight for weight in weights if weight is not None]
+        got = _answer(module, found)
+        if got is None:
+            continue
+        num_compared += len(found)
+        parts = torch.split(got, [len(weight) for weight in found])
+        for part, weight, answer in zip(names, found, parts, strict=True):
+            wanted = weight.float() if weight.ndim == 1 else weight.float() @ _probe(weight)
+            spread = wanted.abs().max().clamp_min(1e-6)
+            if not bool((answer - wanted).abs().max() <= tolerance * spread):
+                differing.add(f"{part}.weight")
+    return [name for name in expected if name in differing], num_compared
+
+
+def _probe(weight: Tensor) -> Tensor:
+    """(D,) float32 of +-1, the same for the same width on every machine."""
+    generator = torch.Generator().manual_seed(zlib.crc32(str(weight.shape[1]).encode()))
+    return torch.randint(0, 2, (weight.shape[1],), generator=generator).float() * 2 - 1
+
+
+@torch.no_grad()
+def _answer(module: Any, weights: Sequence[Tensor]) -> Tensor | None:
+    """What a layer makes of the probe, or its weight if that is a vector; None: cannot be told."""
+    own = getattr(module, "weight", None)
+    if weights[0].ndim == 1:
+        return own.detach().float().cpu() if own is not None and own.ndim == 1 else None
+    method = getattr(module, "quant_method", None)
+    if method is None or weights[0].ndim != 2:
+        return None
+    rows = sum(len(weight) for weight in weights)
+    # A layer with `cpu_linear` computes with a packed copy, whatever its weight is.
+    if own is not None and own.ndim == 2 and not hasattr(module, "cpu_linear"):
+        fits = own.shape[0] >= rows and own.shape[1] == weights[0].shape[1]
+        weight = own.detach()[:rows].float().cpu()
+        return weight @ _probe(weight) if fits else None
+    device = next((p.device for p in module.parameters() if p.device.type != "meta"), "cpu")
+    probe = _probe(weights[0])[None].to(device, getattr(module, "params_dtype", weights[0].dtype))
+    answer: Tensor = method.apply(module, probe, bias=None)[0, :rows]
+    return answer.float().cpu()

