@@ -11,6 +11,7 @@ import torch
 
 from fastalign.cli.flags import parse_flags
 from fastalign.models import adapter_base
+from fastalign.rollouts.process_end import supervise
 from fastalign.rollouts.vllm_params import lora_room, require_vllm
 
 EXTENSION = "fastalign.rollouts.vllm_worker.WorkerExtension"
@@ -98,7 +99,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Becomes the server; its exit code is vLLM's."""
+    """Runs the server until it ends, and nothing of it longer; its exit code is vLLM's."""
     config = parse_flags(VllmServerConfig, argv, "fastalign vllm-server")
     require_vllm()
     check_port(config.host, config.port)
@@ -109,6 +110,5 @@ def main(argv: Sequence[str]) -> int:
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if config.model.lora_rank:
         os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
-    command = server_command(config)
     print(f"vLLM at http://{config.host}:{config.port}", flush=True)
-    os.execv(command[0], command)
+    return supervise(server_command(config))

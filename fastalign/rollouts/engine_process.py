@@ -5,7 +5,6 @@ file descriptors, a folder with `config.json` and `engine.json`, the trainer's p
 Messages are JSON; weights come through the shared memory, a bucket at a time.
 """
 
-import ctypes
 import json
 import mmap
 import os
@@ -22,19 +21,10 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from fastalign.rollouts.engine_spec import EngineSpec
+from fastalign.rollouts.process_end import end_with_parent
 from fastalign.rollouts.sampler import SamplerFailed, SamplingParams
 from fastalign.rollouts.vllm_options import VllmOptions
 from fastalign.rollouts.vllm_sampler import VllmSampler
-
-PR_SET_PDEATHSIG = 1  # of Linux: a signal for the end of the parent
-
-
-def end_with_parent(parent: int) -> None:
-    """Has this process killed when its parent is gone, however that ended."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before
-        os._exit(1)
 
 
 def send(pipe: Connection, **message: Any) -> None:

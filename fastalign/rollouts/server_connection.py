@@ -38,7 +38,7 @@ class ServerConnection:
         return self._answer(lambda: self._client.get(self.url + path), path)
 
     def post(self, path: str, body: Any) -> Any:
-        """The JSON that comes back, {} for none; raises as `checked`."""
+        """The JSON that comes back, {} for other text; raises as `checked`."""
         return self._answer(lambda: self._client.post(self.url + path, json=body), path)
 
     def call(self, method: str, *arguments: str) -> str:
@@ -140,7 +140,7 @@ class ServerConnection:
         return self._checked(response, path)
 
     def _checked(self, response: httpx2.Response, path: str) -> Any:
-        """The answer's JSON, {} for none.
+        """The answer's JSON, {} for other text.
 
         Raises:
             ValueError: the server refuses, or is no server of ours.
@@ -158,7 +158,8 @@ class ServerConnection:
         if status >= 400:
             fault = shorten(response.text)
             raise ValueError(f"sampler: the server at {self.url} refuses {path}: {fault}")
-        return response.json() if response.content else {}
+        is_json = "json" in response.headers.get("content-type", "")
+        return response.json() if is_json else {}  # some answers are a sentence
 
     def _lost(self, error: Exception) -> SamplerFailed:
         what = f"{type(error).__name__}: {error}".rstrip(": ")

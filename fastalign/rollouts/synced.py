@@ -119,6 +119,7 @@ class SyncedSampler:
                 print(f"{failure}; it is built anew and its work repeated", flush=True)
                 self._count("sampling/num_rebuilds", 1)
                 self._engine.rebuild()
+        self._metrics["sampling/policy_version"] = self.version
         if not self._checked:
             self._check(prompt_ids, found, params)
         self._engine.sleep()
@@ -131,7 +132,6 @@ class SyncedSampler:
     def metrics(self) -> dict[str, float | int]:
         """Of what was done since the last call: differences, seconds, rebuilds."""
         found = {"sampling/num_rebuilds": 0, "time/sync_seconds": 0.0, **self._metrics}
-        found["sampling/policy_version"] = self.version
         self._metrics = {}
         return found
 

@@ -38,11 +38,15 @@ class VllmServerSampler:
         self._adapter: str | None = None
         self.version: int | None = None
         self._connect()
-        model = self._server.get("/v1/models")["data"][0]
+        try:
+            self._check_model()
+            model = self._server.get("/v1/models")["data"][0]
+        except BaseException:
+            self.close()
+            raise
         self._model: str = model["id"]
-        if model.get("max_model_len", spec.limit) < spec.limit:
+        if model["max_model_len"] < spec.limit:
             self._spec = replace(spec, max_length=model["max_model_len"])
-        self._check_model()
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int

@@ -1,0 +1,230 @@
+"""vLLM behind HTTP: weights, answers, and servers that are gone, stopped, restarted or foreign."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from fastalign.cli.vllm_server import main
+from fastalign.models import save_adapter, save_model
+from fastalign.rollouts import (
+    SamplerFailed,
+    SyncedSampler,
+    VllmServerSampler,
+    policy_tensors,
+)
+from tests.rollouts.vllm_cases import (
+    OPTIONS,
+    PARAMS,
+    TRUNCATED,
+    assert_a_sync_counts,
+    largest_difference,
+    make_policy,
+    make_prompts,
+    make_spec,
+    needs_vllm,
+    shared_memory,
+    train_a_little,
+)
+from tests.tiny import put_adapter
+from tests.tokenizers import make_tokenizer
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Server:
+    """A server in a process group of its own, as `fastalign vllm-server` starts it."""
+
+    def __init__(self, folder: Path, port: int):
+        self.folder, self.port = folder, port
+        self.url = f"http://127.0.0.1:{port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [
+            *(sys.executable, "-m", "fastalign", "vllm-server", "--model.path", str(self.folder)),
+            *("--port", str(self.port), "--kv-cache-gib", "0.125", "--model.lora-rank", "3"),
+        ]
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def api(self) -> psutil.Process:
+        return psutil.Process(self.process.pid).children()[0]
+
+    def engine(self) -> psutil.Process:
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return next(c for c in children if "EngineCore" in " ".join([c.name(), *c.cmdline()]))
+
+    def stop(self) -> None:
+        """As a user does, with Ctrl-C; all of it is gone then."""
+        processes = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(timeout=60)
+        assert psutil.wait_procs(processes, timeout=5)[1] == []
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("served")
+    save_model(make_policy(tied=True), make_tokenizer(), folder)
+    before = shared_memory()
+    running = Server(folder, free_port())
+    yield running
+    running.stop()
+    assert shared_memory() == before
+
+
+def open_sampler(server: Server, policy: Any = None, **options: Any) -> VllmServerSampler:
+    spec = make_spec(make_policy(tied=True) if policy is None else policy)
+    return VllmServerSampler(replace(spec, options=replace(OPTIONS, url=server.url, **options)))
+
+
+@needs_vllm
+def test_a_sync_counts(server: Server) -> None:
+    sampler = open_sampler(server)
+    assert_a_sync_counts(sampler, make_policy(tied=True))
+    assert not [name for name in shared_memory() if "fastalign" in name]
+    policy = make_policy(tied=True)
+    sampler.sync_weights(policy_tensors(policy), 3)
+    found = sampler.generate(make_prompts(), TRUNCATED, seed=2)
+    assert largest_difference(policy, found, TRUNCATED) < 1e-4
+    assert found == sampler.generate(make_prompts(), TRUNCATED, seed=2)
+    assert len({tuple(answer.token_ids) for answers in found for answer in answers}) == 8
+    assert sampler.differing_tensors(policy_tensors(policy)) == ([], len(policy.state_dict()))
+    with torch.no_grad():
+        policy.model.layers[0].mlp.gate_proj.weight.mul_(1.2)
+    names, _ = sampler.differing_tensors(policy_tensors(policy))
+    assert names == ["model.layers.0.mlp.gate_proj.weight"]
+    sampler.close()
+
+
+@needs_vllm
+def test_adapters_are_synced_alone(server: Server, tmp_path: Path) -> None:
+    policy = put_adapter(make_policy(tied=True), "all-linear", rank=3)
+    sampler = open_sampler(server, make_policy(tied=True))
+    sampler.sync_weights(policy_tensors(policy), 0)
+    for version in (1, 2):
+        train_a_little(policy, seed=version)
+        save_adapter(policy, tmp_path / str(version))
+        sampler.sync_adapter(tmp_path / str(version), version)
+        found = sampler.generate(make_prompts(), PARAMS, seed=1)
+        assert largest_difference(policy, found) < 1e-4
+        assert found[0][0].version == version
+    sampler.close()
+
+
+@needs_vllm
+def test_another_run_at_the_same_server_is_noticed(server: Server) -> None:
+    first, second = open_sampler(server), open_sampler(server)
+    first.sync_weights(policy_tensors(make_policy(tied=True)), 1)
+    second.sync_weights(policy_tensors(make_policy(tied=True, seed=1)), 1)
+    with pytest.raises(SamplerFailed, match="started again, or is used by another run"):
+        first.generate(make_prompts(), PARAMS, seed=0)
+    first.close()
+    second.close()
+
+
+@needs_vllm
+def test_another_model_is_refused(server: Server) -> None:
+    policy = make_policy(tied=True)
+    policy.config.num_hidden_layers = 3
+    with pytest.raises(ValueError, match="another model: expected num_hidden_layers 3, got 2"):
+        open_sampler(server, policy)
+
+
+@needs_vllm
+def test_a_port_in_use_is_said_before_anything_is_loaded(server: Server) -> None:
+    open_sampler(server).close()  # it listens
+    with pytest.raises(ValueError, match=f"listen at 127.0.0.1:{server.port} .*in use"):
+        main(["--model.path", str(server.folder), "--port", str(server.port)])
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("kind", "who"),
+    [(signal.SIGKILL, "server"), (signal.SIGKILL, "engine"), (signal.SIGSTOP, "engine")],
+)
+def test_a_killed_or_stopped_server_is_told_in_time_and_comes_back(
+    server: Server, kind: signal.Signals, who: str
+) -> None:
+    policy = make_policy(tied=True)
+    inner = open_sampler(server, silence_seconds=8)
+    sampler = SyncedSampler(policy, inner, num_rebuilds=2, max_difference=1e-3)
+    expected = sampler.generate(make_prompts(), PARAMS, seed=0)
+    victim = server.engine() if who == "engine" else server.api()
+
+    def hit(count: int) -> None:
+        if victim.is_running() and victim.status() not in ("stopped", "zombie"):
+            os.kill(victim.pid, kind)
+
+    inner._on_progress = hit
+    start = time.monotonic()
+    with pytest.raises(SamplerFailed, match=f"the server at {server.url}"):
+        inner.generate(make_prompts() * 40, replace(PARAMS, max_new_tokens=50), seed=0)
+    assert time.monotonic() - start < 60
+    inner._on_progress = None
+    if kind == signal.SIGKILL:  # of one of its processes: the rest ends by itself
+        server.process.wait(timeout=60)
+    else:
+        server.stop()
+    server.start()
+    # The step that failed is repeated, with the policy's weights, on the server that is new.
+    assert sampler.generate(make_prompts(), PARAMS, seed=0) == expected
+    assert sampler.metrics()["sampling/num_rebuilds"] >= 1
+    sampler.close()
+
+
+def test_no_server_is_said_in_time() -> None:
+    spec = make_spec(make_policy())
+    options = replace(OPTIONS, url=f"http://127.0.0.1:{free_port()}", start_seconds=0.5)
+    with pytest.raises(SamplerFailed, match=r"no vLLM server .* in 0\.5 seconds .*vllm-server"):
+        VllmServerSampler(replace(spec, options=options))
+
+
+class Foreign(BaseHTTPRequestHandler):
+    """A vLLM server that somebody started without the way to its weights."""
+
+    def do_GET(self) -> None:
+        body = json.dumps({"data": [{"id": "m", "max_model_len": 64}]}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["content-length"]))
+        self.send_response(404)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+def test_a_server_that_takes_no_weights_is_refused() -> None:
+    with HTTPServer(("127.0.0.1", 0), Foreign) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        spec = make_spec(make_policy())
+        options = replace(OPTIONS, url=f"http://127.0.0.1:{other.server_port}")
+        with pytest.raises(ValueError, match=r"takes no weights; .*`fastalign vllm-server`"):
+            VllmServerSampler(replace(spec, options=options))
+        other.shutdown()

@@ -1,0 +1,142 @@
+"""Runs that sample by an engine of their own: exact, resumable, and repeated where it died."""
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastalign.models import save_model
+from fastalign.rollouts import (
+    SamplerFailed,
+    SamplerName,
+    SamplingParams,
+    SyncedSampler,
+    VllmProcessSampler,
+    policy_tensors,
+)
+from fastalign.trainers import OnlineDPOConfig, PPOConfig, train_online_dpo, train_ppo
+from fastalign.trainers import policy_sampler as policy_sampler_module
+from tests.rollouts.test_synced import FakeEngine
+from tests.rollouts.vllm_cases import OPTIONS, make_policy, needs_vllm
+from tests.runs import OPTIM, ppo_config, read_metrics
+from tests.tokenizers import make_tokenizer
+from tests.trainers.test_resume import assert_same_run
+
+DIFFERENCE = "sampling/sampling_logp_difference/max"
+
+
+def vllm_config(
+    folder: Path, run: str, sampler: SamplerName = "vllm-process", **train: Any
+) -> PPOConfig:
+    """PPO on a model that vLLM's attention takes."""
+    save_model(make_policy(), make_tokenizer(), folder / "llama")
+    config = ppo_config(folder, run, **({"max_steps": 8} | train))
+    return replace(config, sampler=sampler, vllm=OPTIONS)
+
+
+@needs_vllm
+def test_ppo_samples_from_the_weights_of_each_step_and_resumes_to_the_bit(folder: Path) -> None:
+    train_ppo(vllm_config(folder, "straight"))
+    rows = read_metrics(folder / "straight")
+    assert [row["sampling/policy_version"] for row in rows] == list(range(8))
+    assert max(row[DIFFERENCE] for row in rows) < 1e-4
+    assert all(row["time/sync_seconds"] > 0 for row in rows)
+    train_ppo(vllm_config(folder, "resumed", stop_at_step=3))
+    train_ppo(vllm_config(folder, "resumed", resume=True))
+    assert_same_run(folder / "straight", folder / "resumed")
+
+
+@needs_vllm
+@pytest.mark.parametrize("kind", [signal.SIGKILL])
+def test_a_step_whose_engine_is_killed_is_repeated(
+    folder: Path, kind: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_ppo(vllm_config(folder, "undisturbed", max_steps=2))
+    generate, calls = VllmProcessSampler.generate, []
+
+    def disturbed(self: VllmProcessSampler, *args: Any, **kwargs: Any) -> Any:
+        calls.append(self.process_id)
+        if len(calls) == 3:  # the scale of scores, the first step, the second
+            os.kill(self.process_id, kind)
+        return generate(self, *args, **kwargs)
+
+    monkeypatch.setattr(VllmProcessSampler, "generate", disturbed)
+    train_ppo(vllm_config(folder, "disturbed", max_steps=2))
+    first, second = (read_metrics(folder / name) for name in ("undisturbed", "disturbed"))
+    assert [row["sampling/num_rebuilds"] for row in second] == [0, 1]
+    for before, after in zip(first, second, strict=True):
+        for name in ("loss", "objective/kl", "objective/scores", "grad_norm"):
+            assert before[name] == after[name]
+
+
+def with_fake_engine(
+    monkeypatch: pytest.MonkeyPatch, fail_at: list[str]
+) -> Callable[..., SyncedSampler]:
+    def open_fake(name: str, model: Any, **_: Any) -> SyncedSampler:
+        engine = FakeEngine(fail_at)
+        engine.model = type(model)(model.config).eval()
+        engine.sync_weights(policy_tensors(model), 0)
+        engine.calls.clear()
+        return SyncedSampler(model, engine, num_rebuilds=0, max_difference=1e-3)
+
+    monkeypatch.setattr(policy_sampler_module, "open_engine", open_fake)
+    return open_fake
+
+
+@pytest.mark.parametrize("moment", ["rollouts", "evaluation"])
+def test_a_sampler_that_fails_for_good_ends_a_run_that_is_saved(
+    folder: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(run: str, **options: Any) -> PPOConfig:
+        made = replace(ppo_config(folder, run, **options), sampler="vllm")
+        return replace(made, reward=replace(made.reward, normalise=False))
+
+    with_fake_engine(monkeypatch, [])
+    train_ppo(config("straight"))
+    calls = 0
+
+    def fail(self: FakeEngine, name: str) -> None:
+        nonlocal calls
+        calls += name == "generate"
+        if name == "generate" and calls == (4 if moment == "rollouts" else 9):
+            raise SamplerFailed("sampler: it is gone")
+
+    monkeypatch.setattr(FakeEngine, "_call", fail)
+    step = 3 if moment == "rollouts" else 8
+    with pytest.raises(SamplerFailed, match=rf"it is gone; step {step} is saved, go on with"):
+        train_ppo(config("failed"))
+    rows = read_metrics(folder / "failed")
+    assert [row["step"] for row in rows] == list(range(1, step + 1))
+    if moment == "rollouts":
+        train_ppo(config("failed", resume=True))
+        assert_same_run(folder / "straight", folder / "failed")
+
+
+@needs_vllm
+def test_online_dpo_checks_what_it_samples(folder: Path) -> None:
+    base = vllm_config(folder, "unused")
+    config = OnlineDPOConfig(
+        model=base.model,
+        data=base.data,
+        reward=base.reward,
+        run=replace(base.run, dir=str(folder / "online")),
+        sampling=SamplingParams(max_new_tokens=6, num_samples=3, temperature=0.7, top_p=0.9),
+        sampler="vllm-process",
+        vllm=OPTIONS,
+        optim=OPTIM,
+        train=replace(base.train, max_steps=2),
+    )
+    train_online_dpo(config)
+    rows = read_metrics(folder / "online")
+    assert [row["sampling/policy_version"] for row in rows] == [0, 1]
+    assert max(row[DIFFERENCE] for row in rows) < 1e-4
+
+
+@pytest.mark.parametrize("make", [ppo_config])
+def test_settings_of_an_engine_that_is_not_asked_for_are_refused(folder: Path, make: Any) -> None:
+    with pytest.raises(ValueError, match=r"vllm\.eager: True is a setting of vLLM; expected"):
+        replace(make(folder, "run"), vllm=replace(OPTIONS, kv_cache_gib=0.5, eager=True))
