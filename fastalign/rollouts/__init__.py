@@ -2,6 +2,7 @@
 
 from fastalign.rollouts.distribution import recompute_logprobs, sampling_logprobs
 from fastalign.rollouts.engine_spec import EngineSpec
+from fastalign.rollouts.overlapped import OverlappedSampler
 from fastalign.rollouts.sampler import Completion, Sampler, SamplerFailed, SamplingParams
 from fastalign.rollouts.server_fault import shorten
 from fastalign.rollouts.synced import SyncedSampler, open_engine
@@ -15,6 +16,7 @@ from fastalign.rollouts.weights import policy_tensors
 __all__ = [
     "Completion",
     "EngineSpec",
+    "OverlappedSampler",
     "Sampler",
     "SamplerFailed",
     "SamplerName",

@@ -88,7 +88,7 @@ class SyncedSampler:
         adapter_folder: str | None = None,
         mode: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
-        self._model, self._engine, self._mode = model, engine, mode
+        self._model, self.engine, self._mode = model, engine, mode
         self._num_rebuilds, self._max_difference = num_rebuilds, max_difference
         self._folder_for_adapters = adapter_folder
         self._adapter_folder: TemporaryDirectory[str] | None = None
@@ -110,7 +110,7 @@ class SyncedSampler:
             try:
                 self._sync()
                 start = time.perf_counter()
-                found = self._engine.generate(prompt_ids, params, seed=seed)
+                found = self.engine.generate(prompt_ids, params, seed=seed)
                 self._count("time/generate_seconds", time.perf_counter() - start)
                 break
             except SamplerFailed as failure:
@@ -118,11 +118,10 @@ class SyncedSampler:
                     raise
                 print(f"{failure}; it is built anew and its work repeated", flush=True)
                 self._count("sampling/num_rebuilds", 1)
-                self._engine.rebuild()
-        self._metrics["sampling/policy_version"] = self.version
+                self.engine.rebuild()
         if not self._checked:
             self._check(prompt_ids, found, params)
-        self._engine.sleep()
+        self.engine.sleep()
         return found
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -137,7 +136,7 @@ class SyncedSampler:
 
     def close(self) -> None:
         """Ends the engine."""
-        self._engine.close()
+        self.engine.close()
         if self._adapter_folder is not None:
             self._adapter_folder.cleanup()
 
@@ -145,16 +144,16 @@ class SyncedSampler:
         self._metrics[name] = self._metrics.get(name, 0) + value
 
     def _sync(self) -> None:
-        if self._engine.version == self.version:
+        if self.engine.version == self.version:
             return
         start = time.perf_counter()
         has_adapter = adapter_rank(self._model) > 0
-        if not has_adapter or self._engine.version is None:
-            self._engine.sync_weights(policy_tensors(self._model), self.version)
+        if not has_adapter or self.engine.version is None:
+            self.engine.sync_weights(policy_tensors(self._model), self.version)
         if has_adapter:
             folder = sync_folder(self._folder_for_adapters)
             save_adapter(self._model, folder.name)
-            self._engine.sync_adapter(folder.name, self.version)
+            self.engine.sync_adapter(folder.name, self.version)
             if self._adapter_folder is not None:
                 self._adapter_folder.cleanup()
             self._adapter_folder = folder  # the engine may read it again
@@ -191,7 +190,7 @@ class SyncedSampler:
         self._checked = True
 
     def _describe(self, mean: float) -> str:
-        names, num_compared = self._engine.differing_tensors(policy_tensors(self._model))
+        names, num_compared = self.engine.differing_tensors(policy_tensors(self._model))
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         return (
             f"sampler: its log-probs are {mean:.3g} nats a token off the policy's on average, "

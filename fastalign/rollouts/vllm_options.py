@@ -23,6 +23,9 @@ class VllmOptions:
     """GPUs that an engine of its own process is split over (vllm-process)."""
     eager: bool = False
     """No CUDA graphs: an earlier start, slower steps; on a CPU there are none."""
+    overlap: bool = False
+    """Draw the next step's completions while this one's are trained on: one step off-policy
+    (vllm-process, vllm-server)."""
     sleep: bool = True
     """Give the engine's GPU memory back while the policy trains (vllm)."""
     start_seconds: float = 600.0

@@ -22,6 +22,7 @@ from fastalign.trainers.state import TrainState, random_state, restore_random_st
 CHECKPOINTS = "checkpoints"  # in a run's folder
 MANIFEST = "manifest.json"
 REFERENCE = "reference.safetensors"
+ROLLOUTS = "rollouts.json"
 FORMAT = 1
 
 
@@ -93,6 +94,8 @@ def save_checkpoint(folder: Path, state: TrainState, extra: dict[str, Any], keep
         save_file(trainable, aside / "model.safetensors")
     if state.reference:
         save_file(state.reference, aside / REFERENCE)
+    if state.rollouts:
+        (aside / ROLLOUTS).write_text(json.dumps(state.rollouts), encoding="utf-8")
     torch.save(
         {"optimizer": state.optimizer.state_dict(), "random": random_state()},
         aside / "optimizer.pt",
@@ -186,6 +189,8 @@ def restore(checkpoint: Path, state: TrainState) -> dict[str, Any]:
     device = next(state.model.parameters()).device
     if (checkpoint / REFERENCE).exists():
         state.reference = load_file(checkpoint / REFERENCE, device=str(device))
+    if (checkpoint / ROLLOUTS).exists():
+        state.rollouts = json.loads((checkpoint / ROLLOUTS).read_text(encoding="utf-8"))
     content = torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)
     state.optimizer.load_state_dict(content["optimizer"])
     restore_random_state({name: value.cpu() for name, value in content["random"].items()})

@@ -71,6 +71,7 @@ class Task:
         reference: a frozen model that the run began with and a checkpoint does not hold, or None.
         other_folders: more that is written at the end: the folder's name to what writes it.
         stop_reason: why the run should end after a step with these metrics, or None.
+        before_save: puts into the state what a checkpoint needs of what is under way.
     """
 
     title: str
@@ -84,6 +85,7 @@ class Task:
     reference: Any = None
     other_folders: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
     stop_reason: Callable[[Metrics], str | None] = lambda metrics: None
+    before_save: Callable[[TrainState], None] = lambda state: None
 
 
 def total_steps(config: AnyConfig, num_examples: int) -> int:
@@ -152,6 +154,7 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     writer = MetricsWriter(folder, num_bytes=num_bytes, step=state.step)
 
     def save() -> None:
+        task.before_save(state)
         extra = {"metrics_bytes": writer.num_bytes(), **sources}
         save_checkpoint(folder / CHECKPOINTS, state, extra, config.train.keep_checkpoints)
 

@@ -77,6 +77,8 @@ class OnlineDPOConfig:
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler, self.vllm)
+        if self.vllm.overlap:
+            raise ValueError("vllm.overlap: a setting of fastalign ppo, which weights old samples")
         if self.sampling.num_samples < 2:
             raise ValueError(
                 "sampling.num_samples: expected at least 2, of which the best and the worst are a "

@@ -10,6 +10,7 @@ import torch
 from fastalign.data import Tokenizer, eos_token_ids
 from fastalign.rollouts import (
     Completion,
+    OverlappedSampler,
     SamplerName,
     SamplingParams,
     SyncedSampler,
@@ -103,7 +104,7 @@ class PolicySampler:
         self._sampler.close()
 
 
-AnySampler = PolicySampler | SyncedSampler
+AnySampler = PolicySampler | SyncedSampler | OverlappedSampler
 
 
 def open_policy_sampler(
@@ -118,7 +119,7 @@ def open_policy_sampler(
     path = config.model.path
     if config.sampler == "transformers":
         return PolicySampler(model, tokenizer, path, compute)
-    return open_engine(
+    sampler = open_engine(
         config.sampler,
         model,
         eos_token_ids=eos_token_ids(tokenizer, path),
@@ -127,3 +128,4 @@ def open_policy_sampler(
         options=config.vllm,
         mode=partial(sampling_mode, model, compute),
     )
+    return OverlappedSampler(sampler) if config.vllm.overlap else sampler

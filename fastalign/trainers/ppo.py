@@ -10,6 +10,8 @@ from dataclasses import replace
 
 from torch import Tensor
 
+from fastalign.data import indices_of_step
+from fastalign.rollouts import OverlappedSampler
 from fastalign.trainers.collapse import reason_to_stop, repeated_ratio, watch
 from fastalign.trainers.loop import RunResult, Task, run_loop
 from fastalign.trainers.metrics import Metrics
@@ -63,6 +65,7 @@ def train_ppo(config: PPOConfig) -> RunResult:
                     reference=models.frozen,
                     other_folders={} if models.value is None else {"value": models.save_value},
                     stop_reason=lambda metrics: reason_to_stop(metrics, config.watch),
+                    before_save=lambda state: keep_rollouts(run, state),
                 ),
             )
 
@@ -73,11 +76,16 @@ def ppo_step(
     """Rollouts of these prompts and all updates on them; metrics and packed tokens computed."""
     config, start = run.config, time.perf_counter()
     run.sampler.version = state.step
+    if isinstance(run.sampler, OverlappedSampler) and state.rollouts:
+        run.sampler.restore(state.rollouts)
+        state.rollouts = {}
     scale = scale_of_scores(run, state)
     seed = rollout_seed(config.run.seed, "rollouts", state.step)
     rollouts = roll_out(
         run.sampler, run.prompts, indices, config.sampling, run.tokenizer, run.sources, seed=seed
     )
+    if isinstance(run.sampler, OverlappedSampler) and state.step + 1 < num_steps:
+        begin_next_step(run, run.sampler, state.step + 1)
     score = final_scores(config.reward, rollouts.rewards, rollouts.ended, scale)
     if state.step == 0:
         advise_on_scale(config, score)
@@ -110,6 +118,20 @@ def ppo_step(
     metrics |= watch(metrics, config.watch, state.kept)
     metrics["eps"] = len(score) / (time.perf_counter() - start)
     return metrics, int(counts["num_packed_tokens"])
+
+
+def begin_next_step(run: PPORun, sampler: OverlappedSampler, step: int) -> None:
+    """Has a step's prompts answered by the policy as it is, while it trains on others."""
+    config, prompts = run.config, run.prompts.prompt_ids
+    indices = indices_of_step(len(prompts), config.train.batch_size, step, seed=config.run.seed)
+    seed = rollout_seed(config.run.seed, "rollouts", step)
+    sampler.begin([prompts[i] for i in indices], config.sampling, seed=seed)
+
+
+def keep_rollouts(run: PPORun, state: TrainState) -> None:
+    """What was begun for the next step belongs to a checkpoint."""
+    if isinstance(run.sampler, OverlappedSampler):
+        state.rollouts = run.sampler.state()
 
 
 def advise_on_scale(config: PPOConfig, score: Tensor) -> None:

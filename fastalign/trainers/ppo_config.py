@@ -207,6 +207,11 @@ class PPOConfig:
     def __post_init__(self) -> None:
         method, samples = self.ppo.advantage, self.sampling
         check_sampler(self.sampler, self.vllm)
+        if self.vllm.overlap and self.ppo.max_importance_weight is None:
+            raise ValueError(
+                "ppo.max_importance_weight: expected a number (2, say) with --vllm.overlap, whose "
+                "samples are one step old and have to be weighted, got none"
+            )
         if (samples.top_p, samples.top_k) != (1.0, 0) or samples.temperature == 0:
             raise ValueError(
                 "sampling: expected samples of the policy itself: top_p 1, top_k 0 and a "

@@ -39,7 +39,8 @@ class Rollouts:
         texts: for each prompt, its completions without special tokens.
         rewards: (R,) float64, the sources' weighted sum.
         ended: (R,) bool, whether there is an EOS.
-        metrics: `reward`, `rewards/...`, `completions/...`, `time/...`.
+        metrics: `reward`, `rewards/...`, `completions/...`, `time/...`,
+            and the version of the policy that they are of.
     """
 
     groups: list[Group]
@@ -131,6 +132,7 @@ def roll_out(
         "time/score_seconds": time.perf_counter() - sampled,
     }
     flat = [answer for answers in completions for answer in answers]
+    version = {"sampling/policy_version": flat[0].version}
     return Rollouts(
         groups=[
             Group(ids, [answer.token_ids for answer in answers])
@@ -141,7 +143,7 @@ def roll_out(
         texts=texts,
         rewards=rewards,
         ended=torch.tensor([answer.finish_reason == "stop" for answer in flat]),
-        metrics=metrics | length_metrics(flat) | seconds,
+        metrics=metrics | length_metrics(flat) | version | seconds,
     )
 
 

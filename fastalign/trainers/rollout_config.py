@@ -42,6 +42,11 @@ def check_sampler(sampler: SamplerName, options: VllmOptions) -> None:
                 f"vllm.{entry.name}: {value} is a setting of vLLM; expected --sampler vllm, "
                 "vllm-process or vllm-server with it, got transformers"
             )
+    if options.overlap and sampler == "vllm":
+        raise ValueError(
+            "vllm.overlap: an engine in the trainer's process cannot work beside it; expected "
+            "--sampler vllm-process or vllm-server, got vllm"
+        )
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ class TrainState:
         num_skipped_in_a_row: latest steps that were skipped as non-finite.
         num_tokens: packed tokens computed so far.
         kept: an algorithm's own numbers, by name; a checkpoint holds them to the last bit.
+        rollouts: completions that were begun for the next step, as JSON holds them.
         reference: weights of a reference that is renewed as the run goes, by the model's names;
             empty where there is none.
     """
@@ -28,6 +29,7 @@ class TrainState:
     num_skipped_in_a_row: int = 0
     num_tokens: int = 0
     kept: dict[str, float] = field(default_factory=dict)
+    rollouts: dict[str, Any] = field(default_factory=dict)
     reference: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def counters(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +74,55 @@ def test_a_step_whose_engine_is_killed_is_repeated(
             assert before[name] == after[name]
 
 
+@needs_vllm
+def test_rollouts_that_overlap_are_one_step_old_weighted_and_resumed_to_the_bit(
+    folder: Path,
+) -> None:
+    def config(run: str, **train: Any) -> PPOConfig:
+        made = vllm_config(folder, run, eval_every=3, **train)
+        ppo = replace(made.ppo, max_importance_weight=2.0)
+        return replace(made, ppo=ppo, vllm=replace(OPTIONS, overlap=True))
+
+    train_ppo(config("straight"))
+    rows = read_metrics(folder / "straight")
+    assert [row["sampling/policy_version"] for row in rows] == [0, *range(7)]
+    assert rows[0]["sampling/importance_sampling_ratio/max"] < 1.001
+    assert min(row["sampling/importance_sampling_ratio/max"] for row in rows[1:]) > 1.01
+    assert all(row["val/ratio"] != 1 for row in rows)
+    train_ppo(config("resumed", stop_at_step=4))
+    assert (folder / "resumed/checkpoints/step-000004/rollouts.json").is_file()
+    train_ppo(config("resumed", resume=True))
+    assert_same_run(folder / "straight", folder / "resumed")
+
+
+@needs_vllm
+def test_an_engine_that_is_killed_in_the_background_costs_no_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = vllm_config(folder, "killed", max_steps=3)
+    config = replace(
+        made,
+        ppo=replace(made.ppo, max_importance_weight=2.0),
+        vllm=replace(OPTIONS, overlap=True),
+    )
+    generate = VllmProcessSampler.generate
+
+    def disturbed(self: VllmProcessSampler, *args: Any, **kwargs: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread() and not killed:
+            killed.append(self.process_id)
+            os.kill(self.process_id, signal.SIGKILL)
+        return generate(self, *args, **kwargs)
+
+    killed: list[int] = []
+    monkeypatch.setattr(VllmProcessSampler, "generate", disturbed)
+    train_ppo(config)
+    assert len(killed) == 1
+    rows = read_metrics(folder / "killed")
+    # The second step's were drawn anew, from the policy as it was then.
+    assert [row["sampling/policy_version"] for row in rows] == [0, 1, 1]
+    assert [row["sampling/num_rebuilds"] for row in rows] == [0, 1, 0]
+
+
 def with_fake_engine(
     monkeypatch: pytest.MonkeyPatch, fail_at: list[str]
 ) -> Callable[..., SyncedSampler]:
@@ -140,3 +190,11 @@ def test_online_dpo_checks_what_it_samples(folder: Path) -> None:
 def test_settings_of_an_engine_that_is_not_asked_for_are_refused(folder: Path, make: Any) -> None:
     with pytest.raises(ValueError, match=r"vllm\.eager: True is a setting of vLLM; expected"):
         replace(make(folder, "run"), vllm=replace(OPTIONS, kv_cache_gib=0.5, eager=True))
+
+
+def test_overlap_is_for_ppo_with_an_engine_outside_of_the_trainer(folder: Path) -> None:
+    config, overlap = ppo_config(folder, "run"), replace(OPTIONS, overlap=True)
+    with pytest.raises(ValueError, match=r"vllm\.overlap: an engine in the trainer's process"):
+        replace(config, sampler="vllm", vllm=overlap)
+    with pytest.raises(ValueError, match=r"ppo\.max_importance_weight: expected a number"):
+        replace(config, sampler="vllm-process", vllm=overlap)
