@@ -1,7 +1,7 @@
 """The settings of vLLM as a sampler: `--vllm.*`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 SamplerName = Literal["transformers", "vllm", "vllm-process", "vllm-server"]
@@ -51,4 +51,19 @@ class VllmOptions:
         if self.max_difference is not None and not 0 < self.max_difference < math.inf:
             raise ValueError(
                 f"vllm.max_difference: expected a finite number above 0, got {self.max_difference}"
+            )
+
+
+def check_sampler(sampler: SamplerName, options: VllmOptions) -> None:
+    """Refuses settings of an engine that is not asked for.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for entry in fields(VllmOptions):
+        value = getattr(options, entry.name)
+        if sampler == "transformers" and value != entry.default:
+            raise ValueError(
+                f"vllm.{entry.name}: {value} is a setting of vLLM; expected --sampler vllm, "
+                "vllm-process or vllm-server with it, got transformers"
             )

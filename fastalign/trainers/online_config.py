@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions
+from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
 from fastalign.trainers.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from fastalign.trainers.ppo_config import WatchConfig
 from fastalign.trainers.preference_losses import DPOLoss, PreferenceLoss
-from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig, check_sampler
+from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig
 
 
 @dataclass(frozen=True)

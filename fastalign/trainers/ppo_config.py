@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions
+from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
 from fastalign.trainers.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
-from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig, check_sampler
+from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig
 
 Advantage = Literal["gae", "rloo", "grpo"]
 Whitening = Literal["auto", "none", "advantages", "rewards", "both"]

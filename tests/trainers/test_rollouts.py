@@ -11,6 +11,7 @@ from fastalign.data import load_tokenizer
 from fastalign.models import load_policy, save_reward_model, set_pad_token
 from fastalign.rollouts import SamplingParams
 from fastalign.trainers import TrainConfig
+from fastalign.trainers.policy_sampler import PolicySampler
 from fastalign.trainers.reward_sources import (
     ScoreScale,
     final_scores,
@@ -18,7 +19,6 @@ from fastalign.trainers.reward_sources import (
     measure_scale,
     source_names,
 )
-from fastalign.trainers.policy_sampler import PolicySampler
 from fastalign.trainers.rollout import (
     Rollouts,
     load_prompt_sets,
