@@ -75,7 +75,7 @@ class SyncedSampler:
         num_rebuilds: times in a row that a failed engine is built anew.
         max_difference: largest mean difference of log-probs, nats, at which a run goes on.
         adapter_folder: where adapters are laid down; default: memory.
-        on_rebuild: is called where the work begins again.
+        on_rebuild: is called before a failed engine is built anew and its work begins again.
         mode: entered around the policy's own forwards.
     """
 
@@ -120,9 +120,9 @@ class SyncedSampler:
                 if num_failures == self._num_rebuilds:
                     raise
                 print(f"{failure}; it is built anew and its work repeated", flush=True)
+                self._on_rebuild()
                 self._count("sampling/num_rebuilds", 1)
                 self._engine.rebuild()
-                self._on_rebuild()
         if not self._checked:
             self._check(prompt_ids, found, params)
         self._engine.sleep()

@@ -20,7 +20,7 @@ HEAVY = {
     "vllm": {"rollouts"},
     "peft": {"models/lora.py", "models/lora_files.py"},
     "bitsandbytes": {"models/low_bit.py", "trainers/optimizer.py"},
-    "transformers": {"models", "data/tokenizer.py", "rollouts/transformers_sampler.py", "cli"},
+    "transformers": {"models", "data/tokenizer.py", "rollouts", "cli"},
 }
 
 
