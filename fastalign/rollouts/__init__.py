@@ -7,7 +7,7 @@ from fastalign.rollouts.sampler import Completion, Sampler, SamplerFailed, Sampl
 from fastalign.rollouts.server_fault import shorten
 from fastalign.rollouts.synced import SyncedSampler, open_engine
 from fastalign.rollouts.transformers_sampler import TransformersSampler
-from fastalign.rollouts.vllm_options import SamplerName, VllmOptions
+from fastalign.rollouts.vllm_options import SamplerName, VllmOptions, check_sampler
 from fastalign.rollouts.vllm_process import VllmProcessSampler
 from fastalign.rollouts.vllm_sampler import VllmSampler
 from fastalign.rollouts.vllm_server import VllmServerSampler
@@ -27,6 +27,7 @@ __all__ = [
     "VllmProcessSampler",
     "VllmSampler",
     "VllmServerSampler",
+    "check_sampler",
     "open_engine",
     "policy_tensors",
     "recompute_logprobs",

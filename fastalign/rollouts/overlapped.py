@@ -44,6 +44,7 @@ class OverlappedSampler:
 
     @version.setter
     def version(self, version: int) -> None:
+        """Says that the policy has changed."""
         self._sampler.version = version
 
     def begin(

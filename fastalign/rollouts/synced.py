@@ -75,6 +75,7 @@ class SyncedSampler:
         num_rebuilds: times in a row that a failed engine is built anew.
         max_difference: largest mean difference of log-probs, nats, at which a run goes on.
         adapter_folder: where adapters are laid down; default: memory.
+        on_rebuild: is called before a failed engine is built anew and its work begins again.
         mode: entered around the policy's own forwards.
     """
 
@@ -86,9 +87,11 @@ class SyncedSampler:
         num_rebuilds: int,
         max_difference: float,
         adapter_folder: str | None = None,
+        on_rebuild: Callable[[], None] = lambda: None,
         mode: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
         self._model, self.engine, self._mode = model, engine, mode
+        self._on_rebuild = on_rebuild
         self._num_rebuilds, self._max_difference = num_rebuilds, max_difference
         self._folder_for_adapters = adapter_folder
         self._adapter_folder: TemporaryDirectory[str] | None = None
@@ -117,6 +120,7 @@ class SyncedSampler:
                 if num_failures == self._num_rebuilds:
                     raise
                 print(f"{failure}; it is built anew and its work repeated", flush=True)
+                self._on_rebuild()
                 self._count("sampling/num_rebuilds", 1)
                 self.engine.rebuild()
         if not self._checked:
@@ -208,6 +212,7 @@ def open_engine(
     max_length: int | None,
     options: VllmOptions,
     on_progress: Callable[[int], None] | None = None,
+    on_rebuild: Callable[[], None] = lambda: None,
     mode: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> SyncedSampler:
     """The engine that `--sampler` names, for a policy; see `EngineSpec` for the arguments.
@@ -234,5 +239,6 @@ def open_engine(
         num_rebuilds=options.num_rebuilds,
         max_difference=limit,
         adapter_folder=options.sync_folder,
+        on_rebuild=on_rebuild,
         mode=mode,
     )

@@ -1,7 +1,7 @@
 """The settings of vLLM as a sampler: `--vllm.*`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 SamplerName = Literal["transformers", "vllm", "vllm-process", "vllm-server"]
@@ -55,3 +55,25 @@ class VllmOptions:
             raise ValueError(
                 f"vllm.max_difference: expected a finite number above 0, got {self.max_difference}"
             )
+
+
+def check_sampler(sampler: SamplerName, options: VllmOptions, *, may_overlap: bool = False) -> None:
+    """Refuses settings of an engine that is not asked for, or that have no sense there.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for entry in fields(VllmOptions):
+        value = getattr(options, entry.name)
+        if sampler == "transformers" and value != entry.default:
+            raise ValueError(
+                f"vllm.{entry.name}: {value} is a setting of vLLM; expected --sampler vllm, "
+                "vllm-process or vllm-server with it, got transformers"
+            )
+    if options.overlap and not may_overlap:
+        raise ValueError("vllm.overlap: expected fastalign ppo, which weights old samples")
+    if options.overlap and sampler == "vllm":
+        raise ValueError(
+            "vllm.overlap: an engine in the trainer's process cannot work beside it; expected "
+            "--sampler vllm-process or vllm-server, got vllm"
+        )

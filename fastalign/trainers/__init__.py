@@ -13,7 +13,6 @@ from fastalign.trainers.config import (
     TrainConfig,
 )
 from fastalign.trainers.dpo import train_dpo
-from fastalign.trainers.loop import RunResult
 from fastalign.trainers.lora_config import LoraConfig
 from fastalign.trainers.online_config import (
     FreshPairsConfig,
@@ -35,6 +34,7 @@ from fastalign.trainers.reward import train_reward
 from fastalign.trainers.reward_losses import REWARD_LOSSES, RewardLoss
 from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig
 from fastalign.trainers.sft import train_sft
+from fastalign.trainers.task import RunResult
 
 __all__ = [
     "LOSSES",

@@ -17,7 +17,7 @@ from fastalign.models import Head
 from fastalign.ops.fused_linear_loss import LossFunction
 from fastalign.trainers.config import DPOConfig
 from fastalign.trainers.evaluate import evaluate_by_loss
-from fastalign.trainers.loop import RunResult, Task, indices_of_run, run_loop
+from fastalign.trainers.loop import indices_of_run, run_loop
 from fastalign.trainers.metrics import Metrics, mean_metrics
 from fastalign.trainers.preference_losses import PreferenceLoss
 from fastalign.trainers.reference import load_reference, reference_logprobs
@@ -33,6 +33,7 @@ from fastalign.trainers.step import (
     policy_loss,
     supervised,
 )
+from fastalign.trainers.task import RunResult, Task
 
 
 @dataclass(frozen=True)

@@ -2,13 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fastalign.data import indices_of_step
-from fastalign.models import has_adapter, save_model
+from fastalign.models import has_adapter
 from fastalign.rollouts import SamplerFailed
 from fastalign.trainers.any_config import AnyConfig
 from fastalign.trainers.checkpoint import (
@@ -25,7 +24,7 @@ from fastalign.trainers.process_memory import STEP, memory_used_in, peak_memory_
 from fastalign.trainers.reference_cache import model_fingerprint
 from fastalign.trainers.signals import StopRequest, stop_on_signal
 from fastalign.trainers.state import TrainState
-from fastalign.trainers.step import TakeStep
+from fastalign.trainers.task import RunResult, Task
 
 MAX_SKIPPED_IN_A_ROW = 3
 # What training begins from and a checkpoint does not hold: it holds their fingerprints.
@@ -35,57 +34,6 @@ SOURCES = {
     "reference_fingerprint": "frozen reference",
 }
 COLLAPSED = 3  # exit code of a run that its own algorithm ended early
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """How a run ended.
-
-    Attributes:
-        step: optimiser steps taken.
-        finished: all steps are done and `model/` (or `adapter/`) is written.
-        exit_code: 0, 130 after SIGINT, or 3 where `Task.stop_reason` ended it.
-        metrics: the last step's.
-    """
-
-    step: int
-    finished: bool
-    exit_code: int
-    metrics: Metrics
-
-
-@dataclass(frozen=True)
-class Task:
-    """What an algorithm gives the loop.
-
-    Attributes:
-        title: in front of the progress bar.
-        num_examples: of the training data.
-        data_fingerprint: of the training data's token ids.
-        tokenizer: saved with the model.
-        take_step: changes the model by these examples; returns the step's metrics (`loss`,
-            `num_micro_batches`, `skipped` and others) and the packed tokens computed.
-        evaluate: metrics on the held-out data, names beginning with `eval_`; None without data.
-        save_model: writes (model, tokenizer, folder) in transformers' layout.
-        policy: what is saved as `model/`, where it is a part of what is trained; None: all of it.
-        reference: a frozen model that the run began with and a checkpoint does not hold, or None.
-        other_folders: more that is written at the end: the folder's name to what writes it.
-        stop_reason: why the run should end after a step with these metrics, or None.
-        before_save: puts into the state what a checkpoint needs of what is under way.
-    """
-
-    title: str
-    num_examples: int
-    data_fingerprint: str
-    tokenizer: Any
-    take_step: TakeStep
-    evaluate: Callable[[], Metrics] | None
-    save_model: Callable[[Any, Any, Path], None] = save_model
-    policy: Any = None
-    reference: Any = None
-    other_folders: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
-    stop_reason: Callable[[Metrics], str | None] = lambda metrics: None
-    before_save: Callable[[TrainState], None] = lambda state: None
 
 
 def total_steps(config: AnyConfig, num_examples: int) -> int:
@@ -164,16 +112,7 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     try:
         with stop_on_signal() as stop, ProgressDisplay(task.title, num_steps, state.step) as shown:
             while state.step < num_steps:
-                try:
-                    metrics = one_step(config, state, task, num_steps)
-                except SamplerFailed as failure:  # which came before any weight was changed
-                    save()
-                    raise stopped_sampling(failure, state.step) from failure
-                unmeasured: SamplerFailed | None = None
-                try:
-                    metrics |= evaluation(config, state, task, num_steps)
-                except SamplerFailed as failure:
-                    unmeasured = failure
+                metrics, unmeasured = next_metrics(config, state, task, num_steps, save)
                 writer.write(metrics)
                 shown.update(metrics)
                 if metrics["skipped"]:
@@ -212,6 +151,25 @@ def skipped_line(metrics: Metrics) -> str:
         f"step {metrics['step']} skipped: loss {metrics['loss']}, gradient norm "
         f"{metrics['grad_norm']}; no weight was changed by it"
     )
+
+
+def next_metrics(
+    config: AnyConfig, state: TrainState, task: Task, num_steps: int, save: Callable[[], None]
+) -> tuple[Metrics, SamplerFailed | None]:
+    """Of one step and the evaluation that is due behind it, or why that could not be made.
+
+    Raises:
+        SamplerFailed: there is nothing to take the step with; the run is saved.
+    """
+    try:
+        metrics = one_step(config, state, task, num_steps)
+    except SamplerFailed as failure:  # which came before any weight was changed
+        save()
+        raise stopped_sampling(failure, state.step) from failure
+    try:
+        return metrics | evaluation(config, state, task, num_steps), None
+    except SamplerFailed as failure:
+        return metrics, failure
 
 
 def stopped_sampling(failure: SamplerFailed, step: int) -> SamplerFailed:

@@ -3,11 +3,11 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions
+from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
 from fastalign.trainers.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from fastalign.trainers.ppo_config import WatchConfig
 from fastalign.trainers.preference_losses import DPOLoss, PreferenceLoss
-from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig, check_sampler
+from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,6 @@ class OnlineDPOConfig:
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler, self.vllm)
-        if self.vllm.overlap:
-            raise ValueError("vllm.overlap: a setting of fastalign ppo, which weights old samples")
         if self.sampling.num_samples < 2:
             raise ValueError(
                 "sampling.num_samples: expected at least 2, of which the best and the worst are a "

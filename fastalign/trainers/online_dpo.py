@@ -13,7 +13,7 @@ import torch
 
 from fastalign.trainers.collapse import reason_to_stop, watch
 from fastalign.trainers.dpo import Pairs, logit_sums, make_preference_loss
-from fastalign.trainers.loop import RunResult, Task, run_loop
+from fastalign.trainers.loop import run_loop
 from fastalign.trainers.metrics import Metrics, mean_metrics
 from fastalign.trainers.online_config import OnlineDPOConfig
 from fastalign.trainers.online_pairs import choose_pairs
@@ -30,6 +30,7 @@ from fastalign.trainers.step import (
     optimiser_step,
     policy_loss,
 )
+from fastalign.trainers.task import RunResult, Task
 
 
 def train_online_dpo(config: OnlineDPOConfig) -> RunResult:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastalign.data import indices_of_step
 from fastalign.rollouts import OverlappedSampler
 from fastalign.trainers.collapse import reason_to_stop, repeated_ratio, watch
-from fastalign.trainers.loop import RunResult, Task, run_loop
+from fastalign.trainers.loop import run_loop
 from fastalign.trainers.metrics import Metrics
 from fastalign.trainers.ppo_advantages import (
     adapted_coefficient,
@@ -33,6 +33,7 @@ from fastalign.trainers.rollout import Rollouts, roll_out, rollout_seed
 from fastalign.trainers.setup import opened_run
 from fastalign.trainers.state import TrainState
 from fastalign.trainers.step import make_compute, measure_examples
+from fastalign.trainers.task import RunResult, Task
 
 KL_COEFFICIENT = "kl_coefficient"  # among the numbers that a checkpoint keeps
 

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions
+from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
 from fastalign.trainers.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
-from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig, check_sampler
+from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig
 
 Advantage = Literal["gae", "rloo", "grpo"]
 Whitening = Literal["auto", "none", "advantages", "rewards", "both"]
@@ -206,7 +206,7 @@ class PPOConfig:
 
     def __post_init__(self) -> None:
         method, samples = self.ppo.advantage, self.sampling
-        check_sampler(self.sampler, self.vllm)
+        check_sampler(self.sampler, self.vllm, may_overlap=True)
         if self.vllm.overlap and self.ppo.max_importance_weight is None:
             raise ValueError(
                 "ppo.max_importance_weight: expected a number (2, say) with --vllm.overlap, whose "

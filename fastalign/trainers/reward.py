@@ -20,7 +20,7 @@ from fastalign.evaluation import pair_measures
 from fastalign.models import response_reward, set_pad_token
 from fastalign.trainers.config import RewardConfig
 from fastalign.trainers.evaluate import evaluate_by_loss
-from fastalign.trainers.loop import RunResult, Task, run_loop
+from fastalign.trainers.loop import run_loop
 from fastalign.trainers.metrics import Metrics, mean_metrics
 from fastalign.trainers.reward_evaluation import (
     baseline_measures,
@@ -47,6 +47,7 @@ from fastalign.trainers.step import (
     measure_examples,
     supervised,
 )
+from fastalign.trainers.task import RunResult, Task
 from fastalign.trainers.tie_parameter import add_nu, learned_nu, save_with_nu
 
 

@@ -1,10 +1,8 @@
 """The settings of algorithms that sample: prompts (`--data.*`) and scores (`--reward.*`)."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Literal
-
-from fastalign.rollouts import SamplerName, VllmOptions
 
 
 @dataclass(frozen=True)
@@ -27,26 +25,6 @@ class PromptDataConfig:
             raise ValueError(f"data.train: expected a file, folder or hub name, got {self.train!r}")
         if self.max_length < 1:
             raise ValueError(f"data.max_length: expected at least 1, got {self.max_length}")
-
-
-def check_sampler(sampler: SamplerName, options: VllmOptions) -> None:
-    """Refuses settings of an engine that is not asked for.
-
-    Raises:
-        ValueError: naming the setting.
-    """
-    for entry in fields(VllmOptions):
-        value = getattr(options, entry.name)
-        if sampler == "transformers" and value != entry.default:
-            raise ValueError(
-                f"vllm.{entry.name}: {value} is a setting of vLLM; expected --sampler vllm, "
-                "vllm-process or vllm-server with it, got transformers"
-            )
-    if options.overlap and sampler == "vllm":
-        raise ValueError(
-            "vllm.overlap: an engine in the trainer's process cannot work beside it; expected "
-            "--sampler vllm-process or vllm-server, got vllm"
-        )
 
 
 @dataclass(frozen=True)

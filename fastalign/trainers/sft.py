@@ -8,7 +8,7 @@ from fastalign.fused import sft_loss_fn
 from fastalign.ops.fused_linear_loss import LossFunction
 from fastalign.trainers.config import SFTConfig
 from fastalign.trainers.evaluate import evaluate_by_loss
-from fastalign.trainers.loop import RunResult, Task, run_loop
+from fastalign.trainers.loop import run_loop
 from fastalign.trainers.metrics import Metrics, mean_metrics
 from fastalign.trainers.setup import load_for_training, load_sets, opened_run
 from fastalign.trainers.step import (
@@ -21,6 +21,7 @@ from fastalign.trainers.step import (
     policy_loss,
     supervised,
 )
+from fastalign.trainers.task import RunResult, Task
 
 
 def train_sft(config: SFTConfig) -> RunResult:

