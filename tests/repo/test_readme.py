@@ -37,7 +37,7 @@ def test_the_readme_shows_python_and_commands() -> None:
     assert len([line for line in commands() if "fastalign" in line]) >= 6
 
 
-@pytest.mark.parametrize("line", [*commands(), *commands(VLLM_PAGE)])
+@pytest.mark.parametrize("line", dict.fromkeys(commands() + commands(VLLM_PAGE)))
 def test_a_command_in_the_readme_has_only_options_that_exist(line: str) -> None:
     words = shlex.split(line, comments=True)
     if words[0].startswith("./scripts/"):
