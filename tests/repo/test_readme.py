@@ -11,6 +11,7 @@ from fastalign.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+VLLM_PAGE = (ROOT / "docs/vllm.md").read_text(encoding="utf-8")
 OPTIONS = (Path(__file__).parent / "command_line_options.txt").read_text().splitlines()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -19,8 +20,8 @@ def blocks(language: str, text: str = README) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[str]:
-    joined = "\n".join(blocks("bash")).replace("\\\n", " ")
+def commands(text: str = README) -> list[str]:
+    joined = "\n".join(blocks("bash", text)).replace("\\\n", " ")
     return [line for line in joined.splitlines() if line and not line.startswith("#")]
 
 
@@ -36,7 +37,7 @@ def test_the_readme_shows_python_and_commands() -> None:
     assert len([line for line in commands() if "fastalign" in line]) >= 6
 
 
-@pytest.mark.parametrize("line", commands())
+@pytest.mark.parametrize("line", dict.fromkeys(commands() + commands(VLLM_PAGE)))
 def test_a_command_in_the_readme_has_only_options_that_exist(line: str) -> None:
     words = shlex.split(line, comments=True)
     if words[0].startswith("./scripts/"):

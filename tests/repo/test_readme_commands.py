@@ -21,7 +21,8 @@ COMMANDS = [
     shlex.split(line)[1:]
     for block in BLOCKS
     for line in block.replace("\\\n", " ").splitlines()
-    if line.startswith("fastalign ")
+    # vLLM takes no model as small as these; tests/cli and tests/trainers have what runs by it.
+    if line.startswith("fastalign ") and "vllm" not in line
 ]
 
 
