@@ -33,7 +33,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class VllmServerConfig:
-    """Starts vLLM's HTTP server for `--sampler vllm-server`; the trainer's weights replace its own.
+    """Starts vLLM's HTTP server for runs that sample by one; the trainer's weights replace its own.
 
     Whoever reaches it can change its weights and have files read: it listens to this machine only,
     unless another address is named.

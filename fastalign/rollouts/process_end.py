@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 PR_SET_PDEATHSIG = 1  # of Linux: a signal for the end of the parent
 GRACE_SECONDS = 15.0
 POLL_SECONDS = 0.2
+POLL_MEMORY_SECONDS = 2.0
+OURS = ("psm_", "sem.mp-")
 
 
 def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
@@ -25,7 +28,7 @@ def supervise(command: Sequence[str]) -> int:
     """Runs a command and all that it starts, and ends it all when it, or this process, ends.
 
     SIGINT and SIGTERM are passed on; what has not ended after a while, or after the second of
-    them, is killed. Python's own trackers of shared memory are left to remove what is theirs.
+    them, is killed. Shared memory and semaphores that Python made for them are removed.
 
     Returns:
         The command's exit code.
@@ -43,32 +46,60 @@ def supervise(command: Sequence[str]) -> int:
         process.send_signal(number)
 
     before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
+    memory: set[Path] = set()
+    looked = -POLL_MEMORY_SECONDS
     try:
         while process.poll() is None:
             if asked and (len(asked) > 1 or time.monotonic() > asked[0] + GRACE_SECONDS):
                 process.kill()
+            if time.monotonic() > looked + POLL_MEMORY_SECONDS:
+                memory |= shared_memory_of(processes_of(process.pid))
+                looked = time.monotonic()
             time.sleep(POLL_SECONDS)
     finally:
-        end_session(process.pid)
+        end_session(process.pid, memory)
         for number, handler in before.items():
             signal.signal(number, handler)
     return process.returncode
 
 
-def end_session(session: int) -> None:
-    """Kills what is left of a session; its trackers of shared memory have time to clean up."""
-    import psutil
-
-    left = []
-    for process in psutil.process_iter():
+def processes_of(session: int) -> list[int]:
+    """Numbers of the processes that are left of a session."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
         try:
-            if os.getsid(process.pid) == session:
-                left.append((process, "resource_tracker" in " ".join(process.cmdline())))
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            continue
-    for process, is_tracker in left:
-        if not is_tracker:
-            process.kill()
-    _, alive = psutil.wait_procs([process for process, _ in left], timeout=GRACE_SECONDS)
-    for process in alive:
-        process.kill()
+            if os.getsid(int(entry.name)) == session:
+                found.append(int(entry.name))
+        except (ProcessLookupError, PermissionError):
+            continue  # it has just ended, or is another user's
+    return found
+
+
+def shared_memory_of(processes: Sequence[int]) -> set[Path]:
+    """Files of shared memory and semaphores, by the names that Python gives them."""
+    found: set[Path] = set()
+    for process in processes:
+        try:
+            lines = Path(f"/proc/{process}/maps").read_text(encoding="utf-8").splitlines()
+        except OSError:
+            continue  # it has just ended
+        names = [line.rpartition(" ")[2] for line in lines if "/dev/shm/" in line]
+        found |= {Path(name) for name in names if Path(name).name.startswith(OURS)}
+    return found
+
+
+def end_session(session: int, memory: set[Path]) -> None:
+    """Kills what is left of a session, and removes its shared memory."""
+    processes = processes_of(session)
+    memory = memory | shared_memory_of(processes)
+    deadline = time.monotonic() + GRACE_SECONDS
+    while processes and time.monotonic() < deadline:
+        for process in processes:
+            try:
+                os.kill(process, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(POLL_SECONDS)
+        processes = processes_of(session)
+    for path in memory:
+        path.unlink(missing_ok=True)

@@ -112,9 +112,7 @@ class SyncedSampler:
         for num_failures in range(self._num_rebuilds + 1):
             try:
                 self._sync()
-                start = time.perf_counter()
                 found = self.engine.generate(prompt_ids, params, seed=seed)
-                self._count("time/generate_seconds", time.perf_counter() - start)
                 break
             except SamplerFailed as failure:
                 if num_failures == self._num_rebuilds:

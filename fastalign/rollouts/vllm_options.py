@@ -37,6 +37,10 @@ class VllmOptions:
     max_difference: float | None = None
     """Largest mean difference between the engine's log-probs and the trainer's, in nats, at which a
     run goes on; default: 0.001 in float32, 0.1 in bf16."""
+    transport: Literal["files", "network"] = "files"
+    """How weights reach a server: through a folder, or over the network (NCCL between GPUs)."""
+    trainer_host: str | None = None
+    """Address of this machine as the server sees it, for the network; default: found out."""
     sync_folder: str | None = None
     """Where weights are laid down for a server; a folder that it can read too. Default: memory."""
 
@@ -70,6 +74,11 @@ def check_sampler(sampler: SamplerName, options: VllmOptions, *, may_overlap: bo
                 f"vllm.{entry.name}: {value} is a setting of vLLM; expected --sampler vllm, "
                 "vllm-process or vllm-server with it, got transformers"
             )
+    if options.tensor_parallel > 1 and sampler == "vllm":
+        raise ValueError(
+            "vllm.tensor_parallel: an engine in the trainer's process has one GPU; expected "
+            f"--sampler vllm-process, or a server, got vllm with {options.tensor_parallel}"
+        )
     if options.overlap and not may_overlap:
         raise ValueError("vllm.overlap: expected fastalign ppo, which weights old samples")
     if options.overlap and sampler == "vllm":

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fastalign.rollouts.broadcast import Broadcaster
 from fastalign.rollouts.engine_spec import EngineSpec, read_completion
 from fastalign.rollouts.sampler import Completion, SamplerFailed, SamplingParams, sample_seed
 from fastalign.rollouts.server_connection import ServerConnection
@@ -36,6 +37,7 @@ class VllmServerSampler:
         self._trainer, self._num_syncs = uuid.uuid4().hex[:12], 0
         self._name = ""  # of the weights that the server should have
         self._adapter: str | None = None
+        self._broadcaster: Broadcaster | None = None
         self.version: int | None = None
         self._connect()
         try:
@@ -75,13 +77,16 @@ class VllmServerSampler:
         return [[found[p, s] for s in range(params.num_samples)] for p in range(len(prompt_ids))]
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See `VllmSampler.sync_weights`; weights go through a folder, a part at a time."""
+        """See `VllmSampler.sync_weights`; weights go a part or a tensor at a time."""
         tensors = fit_tensors(named_tensors, self._spec.shapes)
         self.version, self._adapter = None, None
-        with sync_folder(self._options.sync_folder) as folder:
-            write_tensors(tensors.items(), Path(folder))
-            self._name = self._next_name(version)
-            self._server.call("fastalign_load", folder, self._name)
+        self._name = self._next_name(version)
+        if self._options.transport == "network":
+            self._broadcast(tensors)
+        else:
+            with sync_folder(self._options.sync_folder) as folder:
+                write_tensors(tensors.items(), Path(folder))
+                self._server.call("fastalign_load", folder, self._name)
         self._forget_prefixes()
         self.version = version
 
@@ -116,12 +121,14 @@ class VllmServerSampler:
     def rebuild(self) -> None:
         """Waits for the server to be there again; it has other weights then."""
         self.version, self._adapter, self._name = None, None, ""
+        self._leave_group()
         self._server.close()
         self._connect()
         self._check_model()
 
     def close(self) -> None:
         """Ends the connections; the server goes on."""
+        self._leave_group()
         self._server.close()
         self.version = None
 
@@ -133,6 +140,22 @@ class VllmServerSampler:
             max_connections=options.max_sequences,
         )
         self._server.wait(options.start_seconds)
+
+    def _broadcast(self, tensors: dict[str, Tensor]) -> None:
+        if self._broadcaster is None:
+            host, seconds = self._options.trainer_host, self._options.silence_seconds
+            device = next(iter(tensors.values())).device
+            self._broadcaster = Broadcaster(self._server, host, device, seconds)
+        try:
+            self._broadcaster.send(tensors, self._name)
+        except SamplerFailed:
+            self._leave_group()
+            raise
+
+    def _leave_group(self) -> None:
+        if self._broadcaster is not None:
+            self._broadcaster.close()
+            self._broadcaster = None
 
     def _next_name(self, version: int) -> str:
         self._num_syncs += 1

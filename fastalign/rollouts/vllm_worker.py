@@ -7,6 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from fastalign.rollouts.broadcast import join_group, receive
 from fastalign.rollouts.weights import differing_tensors, read_tensors
 
 
@@ -14,6 +17,8 @@ class WorkerExtension:
     """Mixed into vLLM's worker, which has `reload_weights`, `get_model` and `model_config`."""
 
     _fastalign_version = ""
+    _group: Any = None
+    _device: Any = None
 
     def fastalign_state(self) -> str:
         """As JSON: `version`, what the last sync called the weights; `config`, of the model."""
@@ -26,6 +31,30 @@ class WorkerExtension:
         worker: Any = self
         self._fastalign_version = ""
         worker.reload_weights(weights_iterator=read_tensors(Path(folder)))
+        self._fastalign_version = version
+        return version
+
+    def fastalign_workers(self) -> str:
+        """As JSON: `number` of workers, and the type of their `device`."""
+        worker: Any = self
+        number = worker.parallel_config.world_size
+        return json.dumps({"number": number, "device": worker.device.type})
+
+    def fastalign_join(
+        self, host: str, port: str, size: str, device_type: str, seconds: str
+    ) -> str:
+        """Becomes a rank of the trainer's group."""
+        worker: Any = self
+        self._device = worker.device if device_type == "cuda" else torch.device("cpu")
+        rank = 1 + worker.rank
+        self._group = join_group(host, int(port), rank, int(size), self._device, float(seconds))
+        return str(rank)
+
+    def fastalign_receive(self, description: str, version: str) -> str:
+        """Takes the tensors that the trainer sends to its group."""
+        worker: Any = self
+        self._fastalign_version = ""
+        worker.reload_weights(weights_iterator=receive(self._group, description, self._device))
         self._fastalign_version = version
         return version
 

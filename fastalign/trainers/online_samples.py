@@ -146,4 +146,5 @@ def evaluate_samples(online: Online) -> Metrics:
     assert prompts is not None
     seed = rollout_seed(online.config.run.seed, "eval", 0)
     scored = score_samples(online, prompts, range(len(prompts.prompts)), single, seed)
-    return {f"eval_{name}": value for name, value in scored.metrics.items()}
+    metrics = scored.metrics | online.sampler.metrics()
+    return {f"eval_{name}": value for name, value in metrics.items()}

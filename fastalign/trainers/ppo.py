@@ -85,8 +85,10 @@ def ppo_step(
     rollouts = roll_out(
         run.sampler, run.prompts, indices, config.sampling, run.tokenizer, run.sources, seed=seed
     )
+    generated = time.perf_counter()
     if isinstance(run.sampler, OverlappedSampler) and state.step + 1 < num_steps:
         begin_next_step(run, run.sampler, state.step + 1)
+    begun = time.perf_counter() - generated
     score = final_scores(config.reward, rollouts.rewards, rollouts.ended, scale)
     if state.step == 0:
         advise_on_scale(config, score)
@@ -109,6 +111,7 @@ def ppo_step(
         **rollouts.metrics,
         **run.sampler.metrics(),
         **measured,
+        "time/generate_seconds": rollouts.metrics["time/generate_seconds"] + begun,
         "time/prepare_seconds": prepared - scored,
         "time/update_seconds": time.perf_counter() - prepared,
         "val/num_eos_tokens": int(rollouts.ended.sum()),
@@ -222,6 +225,7 @@ def evaluate_prompts(run: PPORun) -> Metrics:
     found = penalise(record, rollouts.rewards.float(), config.kl, 0.0)
     metrics = {
         **rollouts.metrics,
+        **run.sampler.metrics(),
         "objective/kl": found.sequence_kl.mean().item(),
         "entropy": record.entropy.mean().item(),
     }

