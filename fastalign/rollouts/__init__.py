@@ -3,6 +3,7 @@
 from fastalign.rollouts.distribution import recompute_logprobs, sampling_logprobs
 from fastalign.rollouts.engine_spec import EngineSpec
 from fastalign.rollouts.overlapped import OverlappedSampler
+from fastalign.rollouts.rank_zero import RankZeroSampler
 from fastalign.rollouts.sampler import Completion, Sampler, SamplerFailed, SamplingParams
 from fastalign.rollouts.server_fault import shorten
 from fastalign.rollouts.synced import SyncedSampler, open_engine
@@ -17,6 +18,7 @@ __all__ = [
     "Completion",
     "EngineSpec",
     "OverlappedSampler",
+    "RankZeroSampler",
     "Sampler",
     "SamplerFailed",
     "SamplerName",
