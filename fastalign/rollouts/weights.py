@@ -1,6 +1,9 @@
 """A policy's weights on their way to another engine: which there are, and whether they are fit."""
 
 import copy
+import os
+import shutil
+import socket
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from fastalign.models import dense_state
 
+PREFIX = "fastalign-sync-"  # of folders, then the machine and the process that made them
 NamedTensors = Iterable[tuple[str, Tensor]]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -87,10 +91,17 @@ def check_shapes(got: Mapping[str, tuple[int, ...]], expected: Shapes) -> None:
 
 
 def sync_folder(parent: str | None) -> "tempfile.TemporaryDirectory[str]":
-    """A new folder for `write_tensors`: in `parent`, or in memory (/dev/shm) if there is such."""
-    memory = Path("/dev/shm")
-    chosen = parent or (str(memory) if memory.is_dir() else None)
-    return tempfile.TemporaryDirectory(prefix="fastalign-sync-", dir=chosen)
+    """A new folder for `write_tensors`: in `parent`, or in memory (/dev/shm) if there is such.
+
+    Those that killed processes of this machine left there are removed.
+    """
+    chosen = Path(parent or ("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()))
+    here = f"{PREFIX}{socket.gethostname()}-"
+    for left in chosen.glob(f"{here}*"):
+        process = left.name.removeprefix(here).partition("-")[0]
+        if not Path(f"/proc/{process}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"{here}{os.getpid()}-", dir=chosen)
 
 
 def write_tensors(tensors: NamedTensors, folder: Path, *, part_bytes: int = 2**28) -> None:

@@ -1,5 +1,8 @@
 """A sampler that is kept at a policy's weights: synced when they change, checked, rebuilt."""
 
+import os
+import socket
+import subprocess
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +18,12 @@ from fastalign.rollouts import (
     SamplingParams,
     SyncedSampler,
     TransformersSampler,
+)
+from fastalign.rollouts.weights import (
+    fit_tensors,
+    policy_tensors,
+    shapes_of_config,
+    sync_folder,
 )
 from tests.tiny import put_adapter, tiny_model
 
@@ -198,11 +207,25 @@ def test_an_adapter_alone_is_synced_and_its_folder_is_left_until_the_next(tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+def test_folders_that_a_killed_process_left_are_removed(tmp_path: Path) -> None:
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    left = tmp_path / f"fastalign-sync-{socket.gethostname()}-{dead.pid}-abc"
+    others = tmp_path / f"fastalign-sync-elsewhere-{dead.pid}-abc"
+    mine = tmp_path / f"fastalign-sync-{socket.gethostname()}-{os.getpid()}-abc"
+    for folder in (left, others, mine):
+        folder.mkdir()
+    with sync_folder(str(tmp_path)) as made:
+        assert {path.name for path in tmp_path.iterdir()} == {
+            *(others.name, mine.name),
+            Path(made).name,
+        }
+    assert not left.exists()
+
+
 def test_a_nan_in_the_policy_never_reaches_an_engine() -> None:
     model = tiny_model("llama")
     with torch.no_grad():
         model.lm_head.weight[3, 4] = torch.nan
-    from fastalign.rollouts.weights import fit_tensors, policy_tensors, shapes_of_config
-
     with pytest.raises(ValueError, match=r"lm_head\.weight holds a non-finite weight"):
         fit_tensors(policy_tensors(model), shapes_of_config(model.config))
