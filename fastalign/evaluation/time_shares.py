@@ -76,6 +76,7 @@ def time_picture(runs: Sequence[RunRecord]) -> str | None:
         axes.barh(places, widths, left=start, label=phase, color=color, height=0.6)
         start = [left + width for left, width in zip(start, widths, strict=True)]
     axes.set_yticks(places, names)
+    axes.set_axisbelow(True)
     axes.invert_yaxis()  # in the table's order
     axes.set_xlim(0, 1)
     axes.set_xlabel("share of an iteration's time")
