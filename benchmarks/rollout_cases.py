@@ -10,7 +10,8 @@ from torch import Tensor
 
 from benchmarks.step_cases import EOS, FIRST_WORD, SHAPES, ModelShape, make_tokenizer
 
-END_FACTOR = 1000.0  # how much further EOS lies on the other side of what all tokens share
+LAYER_FACTOR = 4.0
+END_FACTOR = 1e5  # how much further EOS lies on the other side of what all tokens share
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ def write_policy(shape: ModelShape, folder: Path) -> None:
 
     Every embedding has the same positive first entry, which no layer writes to, but EOS's, which
     has a large negative one. The head is tied: EOS is never drawn, others' logits move alike.
+    Layers count for more than embeddings do: otherwise a tied head repeats its input, whatever the
+    weights are, and no answer would show them.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -71,6 +74,8 @@ def write_policy(shape: ModelShape, folder: Path) -> None:
         embedding[:, 0] = shared
         embedding[EOS, 0] = -END_FACTOR * shared
         for layer in model.model.layers:
+            for matrix in (weight for weight in layer.parameters() if weight.ndim == 2):
+                matrix.mul_(LAYER_FACTOR)
             layer.self_attn.o_proj.weight[0] = 0.0
             layer.mlp.down_proj.weight[0] = 0.0
     model.save_pretrained(folder)
@@ -78,9 +83,9 @@ def write_policy(shape: ModelShape, folder: Path) -> None:
 
 
 def disturb(parameters: Iterable[Tensor], seed: int) -> None:
-    """Other weights, as after an update, by a tenth each."""
+    """Other weights, whose answers are others: by half at most, so that no sign is another."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters:
-            noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-            parameter.mul_(1 + 0.1 * noise)
+            factors = 0.5 + torch.rand(parameter.shape, generator=generator)
+            parameter.mul_(factors.to(parameter))

@@ -63,7 +63,7 @@ def test_the_policy_never_ends_an_answer(job: RolloutJob) -> None:
             probabilities = model(torch.tensor(CASE.prompts())).logits.softmax(-1)
         assert probabilities[..., EOS].max() < 1e-20
         # nor is it sure of anything: a sampler with other weights is found out
-        assert probabilities.max() < 0.9
+        assert probabilities.max() < 0.5
         disturb(model.parameters(), seed)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.rollouts.test_synced import FakeEngine
 
 from fastalign.evaluation import time_shares
 from fastalign.evaluation.report import render
@@ -15,6 +14,7 @@ from fastalign.evaluation.runs import RunRecord, read_run
 from fastalign.evaluation.time_shares import phase_seconds, time_table
 from fastalign.rollouts import SyncedSampler, policy_tensors
 from fastalign.trainers import policy_sampler, train_ppo
+from tests.rollouts.test_synced import FakeEngine
 from tests.runs import _one_thread, folder, ppo_config
 
 __all__ = ["_one_thread", "folder"]
