@@ -165,8 +165,12 @@ def open_server(job: RolloutJob, model: Any) -> Contestant:
     server = subprocess.Popen(command, start_new_session=True)  # its log is this process's
 
     def close() -> None:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
 
     try:
         options = replace(spec.options, url=f"http://127.0.0.1:{port}")
