@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from fastalign.evaluation.pictures import as_data_uri, new_figure, plain
 from fastalign.evaluation.runs import Row, RunRecord, number
 
-# Label and metric. What the sampler logs as generating has no sync in it.
+# Label and metric; the sync is logged as a part of generating too, and is shown apart.
 PHASES = {
     "generate": "time/generate_seconds",
     "sync": "time/sync_seconds",
@@ -39,6 +39,7 @@ def phases_of(row: Row) -> dict[str, float] | None:
         return None
     if not all(math.isfinite(value) and value >= 0 for value in (total, *phases.values())):
         return None
+    phases["generate"] = max(0.0, phases["generate"] - phases["sync"])
     return {**phases, OTHER: max(0.0, total - math.fsum(phases.values()))}
 
 
