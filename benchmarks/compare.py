@@ -2,8 +2,8 @@
 
 A head's loss and gradient (`head`, `dpo-loss`, `orpo`, `linear-logprob`), every operation's
 backends (`operations`), or whole optimiser steps beside TRL's trainers (`dpo-step`, `sft-step`,
-`reward-step`) and by the number of answers to a prompt (`answers-step`). Nothing whose result
-differs from the eager one's is timed.
+`reward-step`) and by the number of answers to a prompt (`answers-step`), or samplers (`rollout`).
+Nothing whose result differs from the eager one's is timed.
 """
 
 import argparse
@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import heads, step_cases
+from benchmarks import heads, rollout_cases, step_cases
+from benchmarks.compare_rollouts import ROLLOUT, compare_all_rollouts
 from benchmarks.compare_steps import NAMES, compare_all_steps
 from benchmarks.head_rows import DTYPES, compare_heads
 from benchmarks.operations import compare_operations, print_operations
@@ -30,17 +31,19 @@ def make_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", choices=[*sorted(heads.IMPLEMENTATIONS), OPERATIONS, *NAMES])
+    parser.add_argument(
+        "name", choices=[*sorted(heads.IMPLEMENTATIONS), OPERATIONS, *NAMES, ROLLOUT]
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
         "--dtype",
         choices=list(DTYPES),
         action="append",
-        help="may be repeated; default: both on a CPU (a step: float32), bfloat16 on a GPU",
+        help="may be repeated; default: both on a CPU (steps, rollout: float32), bfloat16 on a GPU",
     )
     parser.add_argument(
         "--case",
-        choices=[*heads.CASES, *step_cases.CASES],
+        choices=[*heads.CASES, *step_cases.CASES, *rollout_cases.CASES],
         action="append",
         help="may be repeated",
     )
@@ -55,9 +58,18 @@ def make_parser() -> argparse.ArgumentParser:
         "--model", choices=list(step_cases.SHAPES), action="append", help="may be repeated"
     )
     steps.add_argument("--pairs", type=int, help="rows of a step; default: 8, on a GPU 16")
-    steps.add_argument("--threads", type=int, help="of a CPU; default: torch's")
+    steps.add_argument("--threads", type=int, help="of a CPU (samplers too); default: torch's")
     steps.add_argument("--data", type=Path, help="preference rows of the case `chat`")
     return parser
+
+
+def cases_of(name: str) -> set[str]:
+    """The cases that a comparison has."""
+    if name == OPERATIONS:
+        return set()
+    if name == ROLLOUT:
+        return set(rollout_cases.CASES)
+    return set(step_cases.CASES if name in NAMES else heads.CASES)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -71,15 +83,15 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"--{flag}: expected at least 1, got {value}")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no CUDA device here")
-    known = {} if name == OPERATIONS else step_cases.CASES if name in NAMES else heads.CASES
     for case in arguments.case or []:
-        if case not in known:
+        if case not in cases_of(name):
             parser.error(f"--case: {name} has no {case!r}")
     for peer in arguments.peer or []:
         if peer not in PEERS.get(name, {}):
             parser.error(f"--peer: {name} has no {peer!r}")
     for flag in ("model", "pairs", "threads", "data"):
-        if getattr(arguments, flag) is not None and name not in NAMES:
+        allowed = name in NAMES or (name == ROLLOUT and flag == "threads")
+        if getattr(arguments, flag) is not None and not allowed:
             parser.error(f"--{flag}: {name} is no step")
     if name == "answers-step" and "chat" in (arguments.case or []):
         parser.error("--case: its rows have two answers each, and answers-step takes up to 8")
@@ -94,7 +106,7 @@ def parse_arguments() -> argparse.Namespace:
         except OSError as error:
             parser.error(f"--json: {error}")
     if arguments.dtype is None:
-        on_cpu = ["float32"] if name in NAMES else list(DTYPES)
+        on_cpu = ["float32"] if name in (*NAMES, ROLLOUT) else list(DTYPES)
         arguments.dtype = on_cpu if arguments.device == "cpu" else ["bfloat16"]
     return arguments
 
@@ -102,6 +114,8 @@ def parse_arguments() -> argparse.Namespace:
 def compare(arguments: argparse.Namespace) -> list[Any]:
     """Runs every case and prints the table."""
     name, device, rounds = arguments.name, arguments.device, arguments.rounds
+    if name == ROLLOUT:
+        return list(compare_all_rollouts(arguments))
     if name in NAMES:
         return list(compare_all_steps(arguments))
     if name == OPERATIONS:

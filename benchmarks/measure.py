@@ -49,12 +49,12 @@ def device_name(device: str) -> str:
     return f"{names[0] if names else 'CPU'}, {torch.get_num_threads()} threads"
 
 
-def resident_bytes(field: str) -> int:
-    """`VmRSS` (now) or `VmHWM` (peak since the last reset) of this process, on Linux."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+def resident_bytes(field: str, process: Path = Path("/proc/self")) -> int:
+    """`VmRSS` (now) or `VmHWM` (peak since the last reset) of a process, on Linux."""
+    for line in (process / "status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
-    raise AssertionError(f"/proc/self/status has no {field}")
+    raise AssertionError(f"{process}/status has no {field}")
 
 
 def peak_bytes(call: Prepared, device: str) -> int | None:
