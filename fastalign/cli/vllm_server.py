@@ -111,4 +111,4 @@ def main(argv: Sequence[str]) -> int:
     if config.model.lora_rank:
         os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     print(f"vLLM at http://{config.host}:{config.port}", flush=True)
-    return supervise(server_command(config))
+    return supervise(server_command(config), heart="EngineCore")

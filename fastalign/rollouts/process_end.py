@@ -12,7 +12,7 @@ from pathlib import Path
 PR_SET_PDEATHSIG = 1  # of Linux: a signal for the end of the parent
 GRACE_SECONDS = 15.0
 POLL_SECONDS = 0.2
-POLL_MEMORY_SECONDS = 2.0
+LOOK_SECONDS = 2.0
 OURS = ("psm_", "sem.mp-")
 
 
@@ -24,11 +24,16 @@ def end_with_parent(parent: int, number: int = signal.SIGKILL) -> None:
         os._exit(1)
 
 
-def supervise(command: Sequence[str]) -> int:
+def supervise(command: Sequence[str], *, heart: str) -> int:
     """Runs a command and all that it starts, and ends it all when it, or this process, ends.
 
     SIGINT and SIGTERM are passed on; what has not ended after a while, or after the second of
     them, is killed. Shared memory and semaphores that Python made for them are removed.
+
+    Args:
+        command: to run.
+        heart: in the command line of a process without which the others are of no use: when it
+            has been there and is gone for a while, they are killed.
 
     Returns:
         The command's exit code.
@@ -47,14 +52,18 @@ def supervise(command: Sequence[str]) -> int:
 
     before = {n: signal.signal(n, pass_on) for n in (signal.SIGINT, signal.SIGTERM)}
     memory: set[Path] = set()
-    looked = -POLL_MEMORY_SECONDS
+    beat: float | None = None  # when the heart was seen last
+    looked = -LOOK_SECONDS
     try:
         while process.poll() is None:
-            if asked and (len(asked) > 1 or time.monotonic() > asked[0] + GRACE_SECONDS):
+            now = time.monotonic()
+            if now > looked + LOOK_SECONDS:
+                looked, processes = now, processes_of(process.pid)
+                memory |= shared_memory_of(processes)
+                beat = now if any(heart in command_line(p) for p in processes) else beat
+            dead = beat is not None and now > beat + GRACE_SECONDS
+            if dead or (asked and (len(asked) > 1 or now > asked[0] + GRACE_SECONDS)):
                 process.kill()
-            if time.monotonic() > looked + POLL_MEMORY_SECONDS:
-                memory |= shared_memory_of(processes_of(process.pid))
-                looked = time.monotonic()
             time.sleep(POLL_SECONDS)
     finally:
         end_session(process.pid, memory)
@@ -73,6 +82,14 @@ def processes_of(session: int) -> list[int]:
         except (ProcessLookupError, PermissionError):
             continue  # it has just ended, or is another user's
     return found
+
+
+def command_line(process: int) -> str:
+    """As the system shows it; nothing of a process that has just ended."""
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def shared_memory_of(processes: Sequence[int]) -> set[Path]:

@@ -67,6 +67,7 @@ class VllmSampler:
         """
         self._spec.check(prompt_ids, params)
         version = self._check_usable()
+        self._wake("weights", "kv_cache")
         rows = [(p, s) for p in range(len(prompt_ids)) for s in range(params.num_samples)]
         seeds = {row: sample_seed(seed, *row) for row in rows}
         try:
@@ -152,10 +153,7 @@ class VllmSampler:
         return found
 
     def sleep(self) -> None:
-        """Gives GPU memory back until the next sync: with an adapter the weights wait on the host.
-
-        On a CPU there is nothing to give back.
-        """
+        """Gives GPU memory back until the next sync; under adapters the base waits on the host."""
         if self._sleeps and self._llm is not None and self._fault is None:
             self._llm.sleep(level=1 if self._spec.lora_rank else 2)
             self._asleep |= {"weights", "kv_cache"}

@@ -239,6 +239,35 @@ def test_log_probs_that_are_not_finite_are_a_failure(sampler: VllmSampler) -> No
     assert largest_difference(make_policy(), found) < 1e-4
 
 
+def test_it_sleeps_until_the_next_sync_and_wakes_part_by_part(
+    sampler: VllmSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU; here only what is asked of vLLM is seen."""
+    policy, asked = make_policy(), []
+    llm = sampler._llm
+    rpc = llm.collective_rpc
+    monkeypatch.setattr(sampler, "_sleeps", True)
+    monkeypatch.setattr(llm, "sleep", lambda level: asked.append(f"sleep {level}"))
+    monkeypatch.setattr(llm, "wake_up", lambda tags: asked.extend(f"wake {tag}" for tag in tags))
+    monkeypatch.setattr(
+        llm, "collective_rpc", lambda *a, **k: (asked.append(a[0]), rpc(*a, **k))[1]
+    )
+    sampler.generate(make_prompts(), PARAMS, seed=1)
+    sampler.sleep()
+    assert sampler.version is None  # its weights are gone
+    with pytest.raises(SamplerFailed, match="no weights"):
+        sampler.generate(make_prompts(), PARAMS, seed=1)
+    sampler.sync_weights(policy_tensors(policy), 7)
+    assert asked == ["sleep 2", "wake weights", "reload_weights", "wake kv_cache"]
+    asked.clear()
+    monkeypatch.setattr(sampler, "_spec", replace(sampler._spec, lora_rank=3))
+    sampler.sleep()
+    assert sampler.version == 7  # under adapters the base waits on the host
+    sampler.generate(make_prompts(), PARAMS, seed=1)
+    assert asked[0] == "sleep 1"
+    assert sorted(asked[1:]) == ["wake kv_cache", "wake weights"]
+
+
 def test_tensors_that_differ_are_named(sampler: VllmSampler) -> None:
     policy = make_policy()
     names, num_compared = sampler.differing_tensors(policy_tensors(policy))

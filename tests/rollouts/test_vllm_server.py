@@ -197,7 +197,7 @@ def test_an_engine_that_is_killed_while_it_takes_weights_from_the_network(
     monkeypatch.setattr(broadcast, "whole", hit)
     with pytest.raises(SamplerFailed, match=r"sampler: .*(gone|failed)"):
         inner.sync_weights(policy_tensors(policy), 1)
-    server.stop()
+    server.process.wait(timeout=60)  # which does not end by itself
     server.start()
     assert sampler.generate(make_prompts(), PARAMS, seed=0) == expected
     sampler.close()
