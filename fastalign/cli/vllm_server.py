@@ -105,6 +105,7 @@ def main(argv: Sequence[str]) -> int:
     check_port(config.host, config.port)
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # without it there is no way to weights
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave others the cores
     if not torch.cuda.is_available():
         # Its one compiled helper would keep the first request waiting for a compiler.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")

@@ -125,6 +125,8 @@ class VllmProcessSampler:
                 ],
                 pass_fds=(theirs.fileno(), memory_number),
                 stdin=subprocess.DEVNULL,
+                # Threads that wait by spinning would take the trainer's cores.
+                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
             )
             theirs.close()
             os.close(memory_number)
@@ -212,7 +214,10 @@ class VllmProcessSampler:
             deadline = time.monotonic() + seconds
 
     def _failure(self, what: str) -> SamplerFailed:
+        """An engine that failed once is used no more: a late answer would be taken for another."""
         assert self._process is not None
+        self._process.kill()
+        self.version = None
         return SamplerFailed(f"sampler: the engine's process {self._process.pid} {what}")
 
     def _how_it_ended(self) -> str:
