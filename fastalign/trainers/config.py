@@ -102,11 +102,15 @@ class OptimConfig:
     """AdamW's two averages: 8 bytes a weight, or about 2 (8bit, through bitsandbytes)."""
     grad_clip: float = 1.0
     """Most norm of the whole gradient; 0: not clipped."""
+    skip_sigma: float = 0.0
+    """Skip a step whose gradient's norm is so many standard deviations above the mean of the last
+    128 (from 32 on); 0: never."""
 
     def __post_init__(self) -> None:
         _require(0 <= self.lr < float("inf"), "optim.lr", "a finite number of at least 0", self.lr)
         _require(self.warmup_steps >= 0, "optim.warmup_steps", "at least 0", self.warmup_steps)
         _require(self.grad_clip >= 0, "optim.grad_clip", "at least 0", self.grad_clip)
+        _require(self.skip_sigma >= 0, "optim.skip_sigma", "at least 0", self.skip_sigma)
         _require(self.weight_decay >= 0, "optim.weight_decay", "at least 0", self.weight_decay)
         _require(self.eps > 0, "optim.eps", "more than 0", self.eps)
         inside = all(0 <= beta < 1 for beta in self.betas)
@@ -147,6 +151,10 @@ class TrainConfig:
     """Steps between checkpoints; 0: at the end, and when the run is stopped."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    profile_step: int = 0
+    """Write a trace of this step to profile/ (Chrome, Perfetto); 0: none."""
+    stall_seconds: float = 1800.0
+    """Write every thread's stack to stalls.txt when a step takes longer; 0: never."""
     stop_at_step: int | None = None
     """Save and leave after this step, as if stopped there; --run.resume goes on."""
 
@@ -157,7 +165,7 @@ class TrainConfig:
         for name in ("batch_size", "tokens_per_batch", "keep_checkpoints"):
             value = getattr(self, name)
             _require(value >= 1, f"train.{name}", "at least 1", value)
-        for name in ("eval_every", "save_every"):
+        for name in ("eval_every", "save_every", "profile_step", "stall_seconds"):
             value = getattr(self, name)
             _require(value >= 0, f"train.{name}", "at least 0", value)
         _require(0 < self.epochs < float("inf"), "train.epochs", "more than 0", self.epochs)

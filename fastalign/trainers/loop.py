@@ -19,6 +19,7 @@ from fastalign.trainers.checkpoint import (
 )
 from fastalign.trainers.final_model import save_final_model
 from fastalign.trainers.metrics import Metrics, MetricsWriter, ProgressDisplay
+from fastalign.trainers.observe import StallWatch, traced
 from fastalign.trainers.optimizer import make_optimizer
 from fastalign.trainers.process_memory import STEP, memory_used_in, peak_memory_bytes
 from fastalign.trainers.reference_cache import model_fingerprint
@@ -33,6 +34,7 @@ SOURCES = {
     "base_fingerprint": "frozen base in model.path",
     "reference_fingerprint": "frozen reference",
 }
+SKIPPED = "a non-finite loss or gradient, or a spike (optim.skip_sigma)"
 COLLAPSED = 3  # exit code of a run that its own algorithm ended early
 
 
@@ -90,7 +92,7 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     """Trains until the last step, a signal, `stop_at_step`, or too many skipped steps.
 
     Raises:
-        ValueError: three steps in a row had a non-finite loss or gradient.
+        ValueError: three steps in a row were skipped.
         SamplerFailed: the sampler failed for good; the run is saved.
     """
     folder = Path(config.run.dir)
@@ -100,6 +102,7 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     sources = sources_of(task, policy)
     num_bytes = resume(folder, state, sources)["metrics_bytes"] if config.run.resume else 0
     writer = MetricsWriter(folder, num_bytes=num_bytes, step=state.step)
+    watch = StallWatch(folder, config.train.stall_seconds)
 
     def save() -> None:
         task.before_save(state)
@@ -112,7 +115,8 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     try:
         with stop_on_signal() as stop, ProgressDisplay(task.title, num_steps, state.step) as shown:
             while state.step < num_steps:
-                metrics, unmeasured = next_metrics(config, state, task, num_steps, save)
+                with watch.step(state.step + 1):
+                    metrics, unmeasured = next_metrics(config, state, task, num_steps, save)
                 writer.write(metrics)
                 shown.update(metrics)
                 if metrics["skipped"]:
@@ -127,13 +131,10 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
                     raise stopped_sampling(unmeasured, state.step) from unmeasured
                 if stopping:
                     break
-                if state.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-                    raise ValueError(
-                        f"stopped at step {state.step}: {MAX_SKIPPED_IN_A_ROW} steps in a row had "
-                        "a non-finite loss or gradient; no weight was changed by them"
-                    )
+                check_skipped(state)
     finally:
         writer.close()
+        watch.close()
     finished = state.step >= num_steps
     if finished:
         save_final_model(config, policy, task.tokenizer, task.save_model, task.other_folders)
@@ -143,6 +144,19 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     assert saved_at == state.step
     early = reason is not None and not finished
     return RunResult(state.step, finished, COLLAPSED if early else stop.exit_code, metrics)
+
+
+def check_skipped(state: TrainState) -> None:
+    """Ends a run that takes no steps any more.
+
+    Raises:
+        ValueError: the latest ones were skipped.
+    """
+    if state.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+        raise ValueError(
+            f"stopped at step {state.step}: {MAX_SKIPPED_IN_A_ROW} steps in a row had {SKIPPED}; "
+            "no weight was changed by them"
+        )
 
 
 def skipped_line(metrics: Metrics) -> str:
@@ -187,7 +201,9 @@ def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -
     start = time.perf_counter()
     batch_size = config.train.batch_size
     indices = indices_of_step(task.num_examples, batch_size, state.step, seed=config.run.seed)
-    with memory_used_in(f"{STEP}{state.step + 1}"):
+    folder, step = Path(config.run.dir), state.step + 1
+    profiled = traced(folder, wanted=step == config.train.profile_step, step=step)
+    with memory_used_in(f"{STEP}{step}"), profiled:
         metrics, num_tokens = task.take_step(state, indices, num_steps)
     state.step += 1
     state.num_tokens += num_tokens

@@ -18,6 +18,8 @@ MAY_CHANGE = {
     ("train", "save_every"),
     ("train", "eval_every"),
     ("train", "keep_checkpoints"),
+    ("train", "profile_step"),
+    ("train", "stall_seconds"),
     ("reference", "cache_dir"),
     ("reference", "offload"),
     ("data", "eval"),
@@ -30,9 +32,10 @@ MAY_CHANGE = {
     ("watch", "max_repeated"),
     ("watch", "max_kl"),
 }
-# Settings that change nothing but the rounding of sums: a run that ran out of memory goes on with
-# less of it.
-ROUND_DIFFERENTLY = {
+# Settings with which a run goes on, if not to the bit: one that ran out of memory needs less of
+# it, one whose engine is gone samples by another.
+GO_ON_DIFFERENTLY = {
+    ("sampler",),
     ("train", "tokens_per_batch"),
     ("train", "gradient_checkpointing"),
     ("train", "max_buffer_bytes"),
@@ -51,18 +54,19 @@ def changed_settings(saved: dict[str, Any], values: dict[str, Any]) -> tuple[lis
     """What a resumed run changes: `optim.lr (1e-06, now 2e-06)`.
 
     Returns:
-        Settings that it may not change, and those that change the rounding only.
+        Settings that it may not change, and those with which it goes on, if not to the bit.
     """
     before, now = flat_settings(saved), flat_settings(values)
     refused: list[str] = []
-    rounding: list[str] = []
+    differently: list[str] = []
     for name in sorted(before.keys() | now.keys()):
         key = tuple(name.split("."))
-        if key in MAY_CHANGE or before.get(name) == now.get(name):
+        of_engine = key[0] == "vllm" and key[1] != "overlap"  # where it is, how long it may take
+        if key in MAY_CHANGE or of_engine or before.get(name) == now.get(name):
             continue
         change = f"{name} ({before.get(name)}, now {now.get(name)})"
-        (rounding if key in ROUND_DIFFERENTLY else refused).append(change)
-    return refused, rounding
+        (differently if key in GO_ON_DIFFERENTLY else refused).append(change)
+    return refused, differently
 
 
 def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -97,14 +101,15 @@ def prepare_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) ->
         if not config.is_file():
             raise ValueError(f"run.resume: {folder} holds no run to resume (no config.yaml)")
         saved = yaml.safe_load(config.read_text(encoding="utf-8"))
-        refused, rounding = changed_settings(saved, values)
+        refused, differently = changed_settings(saved, values)
         if refused:
             raise ValueError(
                 f"run.resume: these settings differ from the run's: {', '.join(refused)}"
             )
-        if rounding:
+        if differently:
             print(
-                f"resumed with other settings, which round differently: {', '.join(rounding)}",
+                "resumed with other settings, with which it does not end with the bits of a run "
+                f"without a stop: {', '.join(differently)}",
                 flush=True,
             )
     elif has_steps(folder):

@@ -18,6 +18,7 @@ class TrainState:
         num_skipped_in_a_row: latest steps that were skipped as non-finite.
         num_tokens: packed tokens computed so far.
         kept: an algorithm's own numbers, by name; a checkpoint holds them to the last bit.
+        grad_norms: of the latest steps that were taken, oldest first.
         rollouts: completions that were begun for the next step, as JSON holds them.
         reference: weights of a reference that is renewed as the run goes, by the model's names;
             empty where there is none.
@@ -29,6 +30,7 @@ class TrainState:
     num_skipped_in_a_row: int = 0
     num_tokens: int = 0
     kept: dict[str, float] = field(default_factory=dict)
+    grad_norms: list[float] = field(default_factory=list)
     rollouts: dict[str, Any] = field(default_factory=dict)
     reference: dict[str, torch.Tensor] = field(default_factory=dict)
 
@@ -39,6 +41,7 @@ class TrainState:
             "num_skipped_in_a_row": self.num_skipped_in_a_row,
             "num_tokens": self.num_tokens,
             "kept": self.kept,
+            "grad_norms": self.grad_norms,
         }
 
 

@@ -1,8 +1,9 @@
-"""One optimiser step: micro-batches into one gradient; a non-finite step changes no weight."""
+"""One optimiser step: micro-batches into one gradient; some steps change no weight."""
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from fastalign.trainers.optimizer import clip_gradient, learning_rate
 from fastalign.trainers.process_memory import memory_used_in
 from fastalign.trainers.state import TrainState
 
+NUM_NORMS = 128  # of gradients, by which a spike is told
+FEWEST_NORMS = 32
 # (the batch, which examples it holds) -> the loss's part (), and sums for the metrics
 BatchLoss = Callable[[PackedBatch, list[int]], tuple[Tensor, dict[str, Tensor]]]
 # (the batch, which examples it holds) -> the loss function, and its groups' bounds
@@ -181,7 +184,9 @@ def add_sums(sums: dict[str, float], more: dict[str, float]) -> None:
 def optimiser_step(
     state: TrainState, loss: float, config: OptimConfig, num_steps: int
 ) -> dict[str, float | int]:
-    """Applies the gradient, unless it or the loss is not finite; the caller counts the step.
+    """Applies the gradient, unless it or the loss is not finite, or it is a spike.
+
+    The caller counts the step.
 
     Returns:
         `learning_rate`, `grad_norm` and `skipped` (1 where no weight was changed).
@@ -189,12 +194,24 @@ def optimiser_step(
     rate = learning_rate(config, state.step, num_steps)
     norm = float(clip_gradient(state.model, config.grad_clip))
     finite = bool(torch.isfinite(torch.tensor([loss, norm])).all())
-    if finite:
+    taken = finite and not is_spike(norm, state.grad_norms, config.skip_sigma)
+    if taken:
+        state.grad_norms = [*state.grad_norms, norm][-NUM_NORMS:]
         for group in state.optimizer.param_groups:
             group["lr"] = rate * group.get("lr_scale", 1.0)
         state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    return {"learning_rate": rate, "grad_norm": norm, "skipped": int(not finite)}
+    return {"learning_rate": rate, "grad_norm": norm, "skipped": int(not taken)}
+
+
+def is_spike(norm: float, earlier: Sequence[float], sigma: float) -> bool:
+    """Whether a norm is `sigma` standard deviations above the mean of the earlier ones.
+
+    With fewer than `FEWEST_NORMS` of them nothing is; nor with a `sigma` of 0.
+    """
+    if not sigma or len(earlier) < FEWEST_NORMS:
+        return False
+    return norm > fmean(earlier) + sigma * pstdev(earlier)
 
 
 def supervised(

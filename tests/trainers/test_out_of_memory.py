@@ -57,7 +57,7 @@ def test_a_step_that_does_not_fit_is_one_line_and_the_run_goes_on(folder: Path) 
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("fastalign dpo: out of memory in step 2, a batch of ")
     assert "lower --train.tokens-per-batch (now 100000), or add --train.gradient-checkpoint" in line
-    assert "resumed with other settings, which round differently: train.tokens" in done.stdout
+    assert "the bits of a run without a stop: train.tokens" in done.stdout
     assert main(arguments(folder, 400, "--run.resume")) == 0
     assert [row["step"] for row in read_metrics(folder / "run")] == [1, 2, 3]
 
