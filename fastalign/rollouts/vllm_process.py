@@ -41,6 +41,8 @@ class VllmProcessSampler:
 
     def __init__(self, spec: EngineSpec, *, on_progress: Callable[[int], None] | None = None):
         require_vllm()
+        if sys.platform != "linux":
+            raise ValueError(f"sampler: vllm-process needs Linux, got {sys.platform}")
         self._spec, self._on_progress = spec, on_progress
         self._options = spec.options
         largest = max(torch.Size(shape).numel() for shape in spec.shapes.values())
