@@ -13,6 +13,7 @@ PR_SET_PDEATHSIG = 1  # of Linux: a signal for the end of the parent
 GRACE_SECONDS = 15.0
 POLL_SECONDS = 0.2
 LOOK_SECONDS = 2.0
+TRACKER_SECONDS = 5.0
 OURS = ("psm_", "sem.mp-")
 
 
@@ -106,12 +107,18 @@ def shared_memory_of(processes: Sequence[int]) -> set[Path]:
 
 
 def end_session(session: int, memory: set[Path]) -> None:
-    """Kills what is left of a session, and removes its shared memory."""
+    """Kills what is left of a session, and removes its shared memory.
+
+    Python's trackers of shared memory remove what they know of when the others are gone.
+    """
     processes = processes_of(session)
     memory = memory | shared_memory_of(processes)
-    deadline = time.monotonic() + GRACE_SECONDS
-    while processes and time.monotonic() < deadline:
+    start = time.monotonic()
+    while processes and time.monotonic() < start + GRACE_SECONDS:
         for process in processes:
+            is_tracker = "resource_tracker" in command_line(process)
+            if is_tracker and time.monotonic() < start + TRACKER_SECONDS:
+                continue
             try:
                 os.kill(process, signal.SIGKILL)
             except ProcessLookupError:

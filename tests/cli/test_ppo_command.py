@@ -59,7 +59,9 @@ def test_a_runs_own_file_with_an_engine_in_it_starts_another(tmp_path: Path) -> 
     again = parse(["--config", str(file), "--run.dir", "other"])
     assert config_to_dict(again) == {**saved, "run": {**saved["run"], "dir": "other"}}
     assert (again.vllm.tensor_parallel, again.vllm.sleep, again.vllm.sync_folder) == (2, False, "w")
-    assert parse(["--config", str(file), "--sampler", "vllm"]).sampler == "vllm"
+    assert parse(["--config", str(file), "--sampler", "vllm-server"]).sampler == "vllm-server"
+    with pytest.raises(ValueError, match=r"vllm\.tensor_parallel: .* one GPU; expected --sampler"):
+        parse(["--config", str(file), "--sampler", "vllm"])
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from tests.rollouts.vllm_cases import (
     PARAMS,
     TRUNCATED,
     assert_a_sync_counts,
+    assert_same_answers,
     largest_difference,
     make_policy,
     make_prompts,
@@ -108,7 +109,7 @@ def test_a_sync_counts(server: Server) -> None:
     sampler.sync_weights(policy_tensors(policy), 3)
     found = sampler.generate(make_prompts(), TRUNCATED, seed=2)
     assert largest_difference(policy, found, TRUNCATED) < 1e-4
-    assert found == sampler.generate(make_prompts(), TRUNCATED, seed=2)
+    assert_same_answers(found, sampler.generate(make_prompts(), TRUNCATED, seed=2))
     assert len({tuple(answer.token_ids) for answers in found for answer in answers}) == 8
     assert sampler.differing_tensors(policy_tensors(policy)) == ([], len(policy.state_dict()))
     with torch.no_grad():
@@ -199,14 +200,14 @@ def test_an_engine_that_is_killed_while_it_takes_weights_from_the_network(
         inner.sync_weights(policy_tensors(policy), 1)
     server.process.wait(timeout=60)  # which does not end by itself
     server.start()
-    assert sampler.generate(make_prompts(), PARAMS, seed=0) == expected
+    assert_same_answers(sampler.generate(make_prompts(), PARAMS, seed=0), expected)
     sampler.close()
 
 
 @needs_vllm
 @pytest.mark.parametrize(
     ("kind", "who"),
-    [(signal.SIGKILL, "server"), (signal.SIGKILL, "engine"), (signal.SIGSTOP, "engine")],
+    [(signal.SIGKILL, "server"), (signal.SIGSTOP, "engine")],  # and the engine killed: above
 )
 def test_a_killed_or_stopped_server_is_told_in_time_and_comes_back(
     server: Server, kind: signal.Signals, who: str
@@ -233,7 +234,7 @@ def test_a_killed_or_stopped_server_is_told_in_time_and_comes_back(
         server.stop()
     server.start()
     # The step that failed is repeated, with the policy's weights, on the server that is new.
-    assert sampler.generate(make_prompts(), PARAMS, seed=0) == expected
+    assert_same_answers(sampler.generate(make_prompts(), PARAMS, seed=0), expected)
     assert sampler.metrics()["sampling/num_rebuilds"] >= 1
     sampler.close()
 

@@ -113,3 +113,17 @@ def shared_memory() -> set[str]:
     folder = Path("/dev/shm")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     return names - {path.name for path in used}
+
+
+def assert_same_answers(
+    first: Sequence[Sequence[Completion]], second: Sequence[Sequence[Completion]]
+) -> None:
+    """The same tokens; log-probs to rounding, which depends on what shares a batch."""
+    for before, after in zip(first, second, strict=True):
+        for a, b in zip(before, after, strict=True):
+            assert (a.token_ids, a.finish_reason, a.version) == (
+                *(b.token_ids, b.finish_reason, b.version),
+            )
+            torch.testing.assert_close(
+                torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-4
+            )

@@ -28,6 +28,10 @@ class FixedSampler:
     """Returns the same completions for every prompt, as if they had these log-probs."""
 
     answers: list[Completion]
+    version: int = 0
+
+    def metrics(self) -> dict[str, float]:
+        return {}
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
