@@ -55,7 +55,7 @@ class EngineSpec:
         Raises:
             ValueError: see `check_prompts` and `check_params`.
         """
-        check_prompts(prompt_ids, params, self.limit, self.config.vocab_size)
+        check_prompts(prompt_ids, params, self.limit, self.config.get_text_config().vocab_size)
         check_params(params)
 
 

@@ -75,7 +75,7 @@ class TransformersSampler:
             ValueError: an empty prompt, or one that leaves no room for the answer.
         """
         limit = getattr(self._model.config, "max_position_embeddings", None)
-        check_prompts(prompt_ids, params, limit, self._model.config.vocab_size)
+        check_prompts(prompt_ids, params, limit, self._model.config.get_text_config().vocab_size)
         rows = [(p, s) for p in range(len(prompt_ids)) for s in range(params.num_samples)]
         # Like lengths together, so that little is padded.
         rows.sort(key=lambda row: (len(prompt_ids[row[0]]), row))
