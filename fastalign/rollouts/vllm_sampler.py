@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from fastalign.rollouts import vllm_library
 from fastalign.rollouts.engine_spec import EngineSpec, read_completion
 from fastalign.rollouts.sampler import Completion, SamplerFailed, SamplingParams, sample_seed
 from fastalign.rollouts.shared_process import (
@@ -22,8 +23,10 @@ from fastalign.rollouts.shared_process import (
     run_requests,
     settings_of_vllm,
 )
-from fastalign.rollouts.vllm_params import engine_arguments, request_fields, require_vllm
+from fastalign.rollouts.vllm_params import request_fields, require_vllm
 from fastalign.rollouts.weights import (
+    accepted_by,
+    architecture_of,
     differing_tensors,
     fit_tensors,
     tolerance_of,
@@ -38,15 +41,23 @@ class VllmSampler:
     Args:
         spec: of the model and the engine.
         on_progress: is told how many completions are done, and 0 now and then.
+        alone: there is no policy in this process, whose classes vLLM must leave as they are.
 
     Raises:
         ValueError: vLLM is not installed, or has not this architecture or these settings.
         SamplerFailed: the engine could not be built.
     """
 
-    def __init__(self, spec: EngineSpec, *, on_progress: Callable[[int], None] | None = None):
+    def __init__(
+        self,
+        spec: EngineSpec,
+        *,
+        on_progress: Callable[[int], None] | None = None,
+        alone: bool = False,
+    ):
         require_vllm()
-        self._spec, self._on_progress = spec, on_progress
+        self._spec, self._on_progress, self._alone = spec, on_progress, alone
+        self._spec.shapes  # noqa: B018 (vLLM may change the class that tells them)
         self._random = OwnRandomNumbers()
         self._llm: Any = None
         self._fault: str | None = None
@@ -104,9 +115,8 @@ class VllmSampler:
         try:
             with self._random.apart():
                 # A half-loaded engine cannot be healed by loading again.
-                self._llm.collective_rpc(
-                    "reload_weights", kwargs={"weights_iterator": named_tensors}
-                )
+                taken = self._llm.apply_model(partial(accepted_by, tensors=named_tensors))[0]
+                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": taken})
         except BaseException as error:
             self._break(f"the engine took not all weights: {error}")
             if isinstance(error, Exception):
@@ -125,13 +135,11 @@ class VllmSampler:
             ValueError: vLLM cannot use it.
             SamplerFailed: the engine has no weights, or broke.
         """
-        from vllm.lora.request import LoRARequest
-
         self._check_usable()
         self._wake("weights", "kv_cache")
         engine, last = self._llm.llm_engine, self._adapter
         self._num_adapters += 1  # a name of its own: of files under a known one none is read again
-        request = LoRARequest(f"policy-{self._num_adapters}", self._num_adapters, str(folder))
+        request = vllm_library.adapter_request(self._num_adapters, str(folder))
         try:
             with self._random.apart():
                 if last is not None:
@@ -177,21 +185,16 @@ class VllmSampler:
         spec = self._spec
         self._in_group = dist.is_available() and dist.is_initialized()
         with settings_of_vllm(), self._random.apart(), tempfile.TemporaryDirectory() as folder:
-            from vllm import LLM
-            from vllm.platforms import current_platform
-
-            self._on_cpu = current_platform.is_cpu()
+            if not self._alone:
+                vllm_library.check_native(architecture_of(spec.config))
             # The configuration is all that vLLM reads: weights come by the first sync.
             write_config(spec.config, folder)
             try:
-                arguments = engine_arguments(
-                    spec.dtype, spec.limit, spec.options, spec.lora_rank, self._on_cpu
-                )
-                self._llm = LLM(model=folder, **arguments)
+                self._llm = vllm_library.build_llm(folder, spec)
             except (RuntimeError, OSError, MemoryError) as error:
                 first = str(error).strip().splitlines()[-1]
                 raise SamplerFailed(f"sampler: vLLM's engine did not start: {first}") from error
-        self._sleeps = spec.options.sleep and not self._on_cpu
+        self._sleeps = spec.options.sleep and not vllm_library.on_cpu()
         self._asleep: set[str] = set()
         self._fault, self.version, self._adapter = None, None, None
 
@@ -199,17 +202,12 @@ class VllmSampler:
         self, rows: Sequence[tuple[Any, Sequence[int], int]], params: SamplingParams
     ) -> dict[Any, Output]:
         """The engine's outputs by row."""
-        from vllm import SamplingParams as EngineParams
-        from vllm.sampling_params import RequestOutputKind
-
         requests = {}
         for row, ids, seed in rows:
             self._num_requests += 1
             fields = request_fields(params, self._spec.eos_token_ids, seed)
-            kind = RequestOutputKind.FINAL_ONLY
-            engine_params = EngineParams(**fields, logprobs=0, detokenize=False, output_kind=kind)
             prompt = {"prompt_token_ids": list(ids)}
-            requests[str(self._num_requests)] = (row, prompt, engine_params)
+            requests[str(self._num_requests)] = (row, prompt, vllm_library.request_params(fields))
         outputs = run_requests(
             self._llm.llm_engine,
             {name: request[1:] for name, request in requests.items()},

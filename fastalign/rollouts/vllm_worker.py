@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastalign.rollouts.broadcast import join_group, receive
-from fastalign.rollouts.weights import differing_tensors, read_tensors
+from fastalign.rollouts.weights import accepted_by, differing_tensors, read_tensors
 
 
 class WorkerExtension:
@@ -30,7 +30,9 @@ class WorkerExtension:
         """Takes the tensors that lie in a folder; with an error the weights count as none."""
         worker: Any = self
         self._fastalign_version = ""
-        worker.reload_weights(weights_iterator=read_tensors(Path(folder)))
+        worker.reload_weights(
+            weights_iterator=accepted_by(worker.get_model(), read_tensors(Path(folder)))
+        )
         self._fastalign_version = version
         return version
 
@@ -54,7 +56,8 @@ class WorkerExtension:
         """Takes the tensors that the trainer sends to its group."""
         worker: Any = self
         self._fastalign_version = ""
-        worker.reload_weights(weights_iterator=receive(self._group, description, self._device))
+        tensors = receive(self._group, description, self._device)
+        worker.reload_weights(weights_iterator=accepted_by(worker.get_model(), tensors))
         self._fastalign_version = version
         return version
 

@@ -32,8 +32,13 @@ def write_config(config: Any, folder: str | Path) -> None:
     """Writes `config.json` for an engine that reads a causal model's architecture there."""
     described = copy.deepcopy(config)
     # A configuration may name the class of a base model, or none: engines go by this.
-    described.architectures = [type(_skeleton(config)).__name__]
+    described.architectures = [architecture_of(config)]
     described.save_pretrained(folder)
+
+
+def architecture_of(config: Any) -> str:
+    """The class of a causal model with this configuration."""
+    return type(_skeleton(config)).__name__
 
 
 def _skeleton(config: Any) -> Any:
@@ -88,6 +93,12 @@ def check_shapes(got: Mapping[str, tuple[int, ...]], expected: Shapes) -> None:
             raise ValueError(
                 f"sync_weights: {name}: expected shape {expected[name]}, got {got[name]}"
             )
+
+
+def accepted_by(engine_model: Any, tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+    """The tensors without a head that the engine's model has not, where it is the embedding."""
+    has_head = any(name.endswith("lm_head") for name, _ in engine_model.named_modules())
+    return (pair for pair in tensors if has_head or not pair[0].startswith("lm_head."))
 
 
 def sync_folder(parent: str | None) -> "tempfile.TemporaryDirectory[str]":
@@ -152,30 +163,58 @@ def differing_tensors(
     for wrapped_name, module in engine_model.named_modules():
         if hasattr(module, "base_layer"):  # an adapter's wrapper; what it wraps comes next
             continue
-        name = wrapped_name.replace(".base_layer", "")
-        parent, _, leaf = name.rpartition(".")
+        parent, _, leaf = wrapped_name.replace(".base_layer", "").rpartition(".")
         names = [".".join(filter(None, (parent, part))) for part in packed.get(leaf, [leaf])]
-        weights = [expected.get(f"{part}.weight") for part in names]
-        if any(weight is None for weight in weights):
+        weights = [expected[f"{n}.weight"] for n in names if f"{n}.weight" in expected]
+        if len(weights) < len(names):
             continue
-        found = [weight for weight in weights if weight is not None]
-        got = _answer(module, found)
-        if got is None:
+        wanted, got = _products(module, weights), _answer(module, weights)
+        if not wanted or got is None:
             continue
-        num_compared += len(found)
-        parts = torch.split(got, [len(weight) for weight in found])
-        for part, weight, answer in zip(names, found, parts, strict=True):
-            wanted = weight.float() if weight.ndim == 1 else weight.float() @ _probe(weight)
-            spread = wanted.abs().max().clamp_min(1e-6)
-            if not bool((answer - wanted).abs().max() <= tolerance * spread):
+        num_compared += len(weights)
+        for part, answer, possible in zip(
+            names, torch.split(got, [len(each[0]) for each in wanted]), wanted, strict=True
+        ):
+            if not any(_near(answer, product, tolerance) for product in possible):
                 differing.add(f"{part}.weight")
     return [name for name in expected if name in differing], num_compared
 
 
-def _probe(weight: Tensor) -> Tensor:
+def _near(answer: Tensor, product: Tensor, tolerance: float) -> bool:
+    spread = product.abs().max().clamp_min(1e-6)
+    return bool((answer - product).abs().max() <= tolerance * spread)
+
+
+def _width(module: Any) -> int | None:
+    """How many numbers a layer takes, if it says so."""
+    for name in ("input_size_per_partition", "input_size", "embedding_dim"):
+        found = getattr(module, name, None)
+        if isinstance(found, int):
+            return found
+    return None
+
+
+def _products(module: Any, weights: Sequence[Tensor]) -> list[list[Tensor]]:
+    """What the layer should answer for each weight; nothing where it does not fit the layer.
+
+    Some architectures keep their weights transposed; of a square one it cannot be told.
+    """
+    if weights[0].ndim == 1:
+        return [[weight.float()] for weight in weights]
+    width = _width(module)
+    if width is None or any(weight.ndim != 2 for weight in weights):
+        return []
+    probe, found = _probe(width), []
+    for weight in weights:
+        oriented = [w.float() for w in (weight, weight.T) if w.shape[1] == width]
+        found.append([w @ probe for w in oriented])
+    return found if all(found) else []
+
+
+def _probe(width: int) -> Tensor:
     """(D,) float32 of +-1, the same for the same width on every machine."""
-    generator = torch.Generator().manual_seed(zlib.crc32(str(weight.shape[1]).encode()))
-    return torch.randint(0, 2, (weight.shape[1],), generator=generator).float() * 2 - 1
+    generator = torch.Generator().manual_seed(zlib.crc32(str(width).encode()))
+    return torch.randint(0, 2, (width,), generator=generator).float() * 2 - 1
 
 
 @torch.no_grad()
@@ -184,16 +223,15 @@ def _answer(module: Any, weights: Sequence[Tensor]) -> Tensor | None:
     own = getattr(module, "weight", None)
     if weights[0].ndim == 1:
         return own.detach().float().cpu() if own is not None and own.ndim == 1 else None
-    method = getattr(module, "quant_method", None)
-    if method is None or weights[0].ndim != 2:
+    method, width = getattr(module, "quant_method", None), _width(module)
+    if method is None or width is None:
         return None
-    rows = sum(len(weight) for weight in weights)
+    rows = sum(weight.numel() // width for weight in weights)
     # A layer with `cpu_linear` computes with a packed copy, whatever its weight is.
     if own is not None and own.ndim == 2 and not hasattr(module, "cpu_linear"):
-        fits = own.shape[0] >= rows and own.shape[1] == weights[0].shape[1]
-        weight = own.detach()[:rows].float().cpu()
-        return weight @ _probe(weight) if fits else None
+        fits = own.shape[0] >= rows and own.shape[1] == width
+        return own.detach()[:rows].float().cpu() @ _probe(width) if fits else None
     device = next((p.device for p in module.parameters() if p.device.type != "meta"), "cpu")
-    probe = _probe(weights[0])[None].to(device, getattr(module, "params_dtype", weights[0].dtype))
+    probe = _probe(width)[None].to(device, getattr(module, "params_dtype", weights[0].dtype))
     answer: Tensor = method.apply(module, probe, bias=None)[0, :rows]
     return answer.float().cpu()

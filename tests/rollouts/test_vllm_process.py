@@ -57,6 +57,15 @@ def test_a_sync_counts(sampler: VllmProcessSampler, monkeypatch: pytest.MonkeyPa
     assert_a_sync_counts(sampler, make_policy(tied=True))
 
 
+def test_an_architecture_that_the_trainers_process_could_not_share() -> None:
+    policy = make_policy("gpt_neox")
+    alone = VllmProcessSampler(make_spec(policy))
+    try:
+        assert_a_sync_counts(alone, policy)
+    finally:
+        alone.close()
+
+
 def test_tensors_that_differ_are_named(sampler: VllmProcessSampler) -> None:
     policy = make_policy(tied=True)
     sampler.sync_weights(policy_tensors(policy), 1)

@@ -281,7 +281,11 @@ def test_tensors_that_differ_are_named(sampler: VllmSampler) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "tied"), [("llama", True), ("qwen3", False), ("qwen3", True)]
+    ("architecture", "tied"),
+    [
+        *(("llama", True), ("qwen3", False), ("qwen3", True)),
+        *(("gpt2", True), ("gemma2", True)),  # transposed weights; no head to be given
+    ],
 )
 def test_other_architectures_and_tied_heads(
     engine: VllmSampler, architecture: str, tied: bool
@@ -291,7 +295,10 @@ def test_other_architectures_and_tied_heads(
     other = open_sampler(policy)
     try:
         assert_a_sync_counts(other, policy)
-        if tied:  # what vLLM would keep without a word
+        names, num_compared = other.differing_tensors(policy_tensors(policy))
+        assert names == []
+        assert num_compared > 10
+        if tied and architecture in ("llama", "qwen3"):  # what vLLM would keep without a word
             tensors = dict(policy_tensors(policy))
             with torch.no_grad():
                 tensors["lm_head.weight"] = tensors["lm_head.weight"] * 1.1
@@ -320,6 +327,13 @@ def test_adapters_are_synced_alone(engine: VllmSampler, tmp_path: Path) -> None:
     finally:
         other.close()
         engine.rebuild()
+
+
+def test_classes_that_vllm_would_change_under_the_policy_are_refused() -> None:
+    policy = make_policy("gpt_neox")
+    with pytest.raises(ValueError, match=r"no GPTNeoXForCausalLM of its own .* vllm-process"):
+        open_sampler(policy)
+    policy(torch.tensor([[1, 2]]))  # which still runs
 
 
 def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

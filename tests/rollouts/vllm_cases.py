@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from fastalign.rollouts import (
     Completion,
@@ -40,16 +40,36 @@ SIZES: dict[str, Any] = {
     "eos_token_id": EOS,
 }
 
+# Architectures that call these sizes otherwise, or lack some of them.
+OTHER_NAMES: dict[str, dict[str, Any]] = {
+    "gpt2": {
+        "vocab_size": 320,
+        "n_embd": 64,
+        "n_layer": 2,
+        "n_head": 2,
+        "n_positions": 256,
+        "bos_token_id": 1,
+        "eos_token_id": EOS,
+    },
+    "gpt_neox": {
+        "vocab_size": 320,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": 1,
+        "eos_token_id": EOS,
+    },
+}
+
 
 def make_policy(architecture: str = "llama", *, tied: bool = False, seed: int = 0) -> Any:
     """A tiny model whose distributions are far from uniform."""
     torch.manual_seed(seed)
-    kinds = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }
-    config, model = kinds[architecture]
-    policy = model(config(**SIZES, tie_word_embeddings=tied)).eval()
+    settings = OTHER_NAMES.get(architecture, SIZES)
+    config = CONFIG_MAPPING[architecture](**settings, tie_word_embeddings=tied)
+    policy = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in policy.parameters():
             parameter.mul_(4.0 if parameter.ndim == 2 else 1.0)
