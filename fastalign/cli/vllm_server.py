@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from fastalign.cli.flags import parse_flags
-from fastalign.models import adapter_base
+from fastalign.models import adapter_base, read_config
 from fastalign.rollouts.process_end import supervise
 from fastalign.rollouts.vllm_params import lora_room, require_vllm
 
@@ -103,6 +103,9 @@ def main(argv: Sequence[str]) -> int:
     config = parse_flags(VllmServerConfig, argv, "fastalign vllm-server")
     require_vllm()
     check_port(config.host, config.port)
+    # What is no model is said before the server tries a hub, again and again.
+    path, trust = config.model.path, config.model.trust_remote_code
+    read_config(adapter_base(path) or path, trust_remote_code=trust)
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # without it there is no way to weights
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave others the cores

@@ -21,7 +21,15 @@ def build_llm(folder: str, spec: EngineSpec) -> Any:
     """
     from vllm import LLM
 
-    return LLM(model=folder, **engine_arguments(spec))
+    arguments = engine_arguments(spec)
+    try:
+        return LLM(model=folder, **arguments)
+    except ValueError as error:
+        why = " ".join(str(error).split())
+        hint = " (--vllm.gpu-memory, on a CPU --vllm.kv-cache-gib)" if "memory" in why else ""
+        raise ValueError(
+            f"sampler: vLLM refuses this model or these settings{hint}: {why}"
+        ) from error
 
 
 def engine_arguments(spec: EngineSpec) -> dict[str, Any]:

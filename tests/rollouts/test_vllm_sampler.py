@@ -329,6 +329,13 @@ def test_adapters_are_synced_alone(engine: VllmSampler, tmp_path: Path) -> None:
         engine.rebuild()
 
 
+def test_what_vllm_refuses_is_said_with_our_settings() -> None:
+    spec = make_spec(make_policy())
+    small = replace(spec, options=replace(spec.options, kv_cache_gib=1e-4))
+    with pytest.raises(ValueError, match=r"sampler: vLLM refuses .*--vllm\.kv-cache-gib"):
+        VllmSampler(small)
+
+
 def test_classes_that_vllm_would_change_under_the_policy_are_refused() -> None:
     policy = make_policy("gpt_neox")
     with pytest.raises(ValueError, match=r"no GPTNeoXForCausalLM of its own .* vllm-process"):

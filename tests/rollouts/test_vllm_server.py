@@ -239,6 +239,12 @@ def test_a_killed_or_stopped_server_is_told_in_time_and_comes_back(
     sampler.close()
 
 
+@needs_vllm
+def test_a_folder_without_a_model_is_said_before_a_server_is_started(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.path: no model can be loaded from"):
+        main(["--model.path", str(tmp_path), "--port", str(free_port())])
+
+
 def test_no_server_is_said_in_time() -> None:
     spec = make_spec(make_policy())
     options = replace(OPTIONS, url=f"http://127.0.0.1:{free_port()}", start_seconds=0.5)
