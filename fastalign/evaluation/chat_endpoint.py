@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx2
 
-from fastalign.rollouts import shorten
+from fastalign.rollouts.server_fault import shorten
 
 # Answers of a server that may do better later: time-outs, conflicts, too many requests, overload.
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}

@@ -5,7 +5,6 @@ from fastalign.rollouts.engine_spec import EngineSpec
 from fastalign.rollouts.overlapped import OverlappedSampler
 from fastalign.rollouts.rank_zero import RankZeroSampler
 from fastalign.rollouts.sampler import Completion, Sampler, SamplerFailed, SamplingParams
-from fastalign.rollouts.server_fault import shorten
 from fastalign.rollouts.synced import SyncedSampler, open_engine
 from fastalign.rollouts.transformers_sampler import TransformersSampler
 from fastalign.rollouts.vllm_options import SamplerName, VllmOptions, check_sampler
@@ -34,5 +33,4 @@ __all__ = [
     "policy_tensors",
     "recompute_logprobs",
     "sampling_logprobs",
-    "shorten",
 ]

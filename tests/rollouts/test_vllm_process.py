@@ -182,9 +182,19 @@ def test_a_killed_trainer_leaves_no_process_and_no_memory_behind() -> None:
     assert shared_memory() == before
 
 
-def test_an_engine_that_does_not_start_is_told_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vllm_process.sys, "executable", "/bin/sleep")  # which says nothing
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [("exec sleep 600", r"did not start for 0\.5 seconds"), ("exit 7", r"is gone \(exit code 7\)")],
+)
+def test_an_engine_that_does_not_start_is_told_in_time(
+    what: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\n{what}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(vllm_process.sys, "executable", str(python))
     spec = make_spec(make_policy())
-    silent = replace(spec, options=replace(spec.options, start_seconds=0.5))
-    with pytest.raises(SamplerFailed, match=r"exit code 1|did not start for 0\.5 seconds"):
+    seconds = 0.5 if "sleep" in what else 60.0
+    silent = replace(spec, options=replace(spec.options, start_seconds=seconds))
+    with pytest.raises(SamplerFailed, match=said):
         VllmProcessSampler(silent)

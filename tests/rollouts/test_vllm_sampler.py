@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastalign.models import merge_adapter, save_adapter
+from fastalign.models import merge_adapter
 from fastalign.rollouts import (
     SamplerFailed,
     SamplingParams,
@@ -24,6 +24,7 @@ from tests.rollouts.vllm_cases import (
     PARAMS,
     TRUNCATED,
     assert_a_sync_counts,
+    assert_adapters_count,
     largest_difference,
     make_policy,
     make_prompts,
@@ -313,15 +314,9 @@ def test_adapters_are_synced_alone(engine: VllmSampler, tmp_path: Path) -> None:
     policy = put_adapter(make_policy(), "all-linear", rank=3)
     other = open_sampler(policy, lora_rank=3)
     try:
-        other.sync_weights(policy_tensors(policy), 0)
-        for version in (1, 2):
-            train_a_little(policy, seed=version)
-            save_adapter(policy, tmp_path / str(version))
-            other.sync_adapter(tmp_path / str(version), version)
-            found = other.generate(make_prompts(), PARAMS, seed=1)
-            assert largest_difference(policy, found) < 1e-4
-            assert largest_difference(make_policy(), found) > 0.01
-            assert other.differing_tensors(policy_tensors(policy))[0] == []
+        found = assert_adapters_count(other, policy, tmp_path)
+        assert largest_difference(make_policy(), found) > 0.01
+        assert other.differing_tensors(policy_tensors(policy))[0] == []
         merge_adapter(policy)
         assert largest_difference(policy, found) < 1e-4
     finally:

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from fastalign.cli.vllm_server import main
-from fastalign.models import save_adapter, save_model
+from fastalign.models import save_model
 from fastalign.rollouts import (
     SamplerFailed,
     SyncedSampler,
@@ -32,6 +32,7 @@ from tests.rollouts.vllm_cases import (
     PARAMS,
     TRUNCATED,
     assert_a_sync_counts,
+    assert_adapters_count,
     assert_same_answers,
     largest_difference,
     make_policy,
@@ -39,7 +40,6 @@ from tests.rollouts.vllm_cases import (
     make_spec,
     needs_vllm,
     shared_memory,
-    train_a_little,
 )
 from tests.tiny import put_adapter
 from tests.tokenizers import make_tokenizer
@@ -142,14 +142,7 @@ def test_a_sync_over_the_network_counts(server: Server) -> None:
 def test_adapters_are_synced_alone(server: Server, tmp_path: Path) -> None:
     policy = put_adapter(make_policy(tied=True), "all-linear", rank=3)
     sampler = open_sampler(server, make_policy(tied=True))
-    sampler.sync_weights(policy_tensors(policy), 0)
-    for version in (1, 2):
-        train_a_little(policy, seed=version)
-        save_adapter(policy, tmp_path / str(version))
-        sampler.sync_adapter(tmp_path / str(version), version)
-        found = sampler.generate(make_prompts(), PARAMS, seed=1)
-        assert largest_difference(policy, found) < 1e-4
-        assert found[0][0].version == version
+    assert_adapters_count(sampler, policy, tmp_path)
     sampler.close()
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from fastalign.models import save_adapter
 from fastalign.rollouts import (
     Completion,
     EngineSpec,
@@ -125,6 +126,19 @@ def assert_a_sync_counts(sampler: Any, policy: Any) -> None:
     assert largest_difference(policy, fresh) < 1e-4
     assert {answer.version for answers in fresh for answer in answers} == {2}
     assert {answer.version for answers in stale for answer in answers} == {1}
+
+
+def assert_adapters_count(sampler: Any, policy: Any, folder: Path) -> list[list[Completion]]:
+    """Two adapters, one after the other, on a base that is sent once; what the second drew."""
+    sampler.sync_weights(policy_tensors(policy), 0)
+    for version in (1, 2):
+        train_a_little(policy, seed=version)
+        save_adapter(policy, folder / str(version))
+        sampler.sync_adapter(folder / str(version), version)
+        found: list[list[Completion]] = sampler.generate(make_prompts(), PARAMS, seed=1)
+        assert largest_difference(policy, found) < 1e-4
+        assert found[0][0].version == version
+    return found
 
 
 def shared_memory() -> set[str]:

@@ -75,6 +75,28 @@ def test_a_step_whose_engine_is_killed_is_repeated(
 
 
 @needs_vllm
+def test_a_run_whose_engine_keeps_an_old_tensor_stops_and_names_it(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, first = VllmProcessSampler.sync_weights, {}
+
+    def forgetful(self: VllmProcessSampler, named_tensors: Any, version: int) -> None:
+        tensors = {name: tensor.clone() for name, tensor in named_tensors}
+        name = "model.layers.1.mlp.down_proj.weight"
+        tensors[name] = first.setdefault(name, tensors[name])
+        sync(self, tensors.items(), version)
+
+    monkeypatch.setattr(VllmProcessSampler, "sync_weights", forgetful)
+    config = vllm_config(folder, "run")
+    with pytest.raises(
+        SamplerFailed,
+        match=r"nats a token off .* it does not compute with: "
+        r"model\.layers\.1\.mlp\.down_proj\.weight; step \d is saved",
+    ):
+        train_ppo(replace(config, optim=replace(config.optim, lr=3e-2, warmup_steps=0)))
+
+
+@needs_vllm
 def test_rollouts_that_overlap_are_one_step_old_weighted_and_resumed_to_the_bit(
     folder: Path,
 ) -> None:
