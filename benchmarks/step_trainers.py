@@ -25,7 +25,7 @@ def fastalign_dpo_reference_in_the_step(job: Job, clock: Clock) -> None:
     from fastalign.evaluation import sequence_logprobs
     from fastalign.models import load_policy
     from fastalign.trainers import train_dpo
-    from fastalign.trainers.step import make_compute
+    from fastalign.trainers.compute import make_compute
 
     _watch(job, clock)
     config = _dpo_config(job)

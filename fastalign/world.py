@@ -5,7 +5,7 @@ A run of one process needs no process group; every method is then the identity.
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -55,30 +55,40 @@ class World:
         dist.broadcast_object_list(found)
         return found[0]
 
-    def sum(self, values: Sequence[float]) -> list[float]:
-        """Sums over the ranks, float64, the same bits on every rank."""
-        return self._reduced(values, dist.ReduceOp.SUM)
+    def first_does(
+        self, work: Callable[[], T], errors: tuple[type[Exception], ...] = (ValueError, OSError)
+    ) -> T:
+        """What the work returns on rank 0, on every rank; what it raises there is raised on all.
 
-    def maximum(self, value: float) -> float:
-        """The largest of the ranks' values."""
-        return self._reduced([value], dist.ReduceOp.MAX)[0]
+        Args:
+            work: is done on rank 0 alone.
+            errors: that it may raise; others end rank 0 only.
+        """
+        if self.size == 1:
+            return work()
+        outcome: tuple[int | None, Any] = (None, None)
+        raised: Exception | None = None
+        if self.is_first:
+            try:
+                outcome = (None, work())
+            except errors as error:
+                raised = error
+                kind = next(place for place, cls in enumerate(errors) if isinstance(error, cls))
+                outcome = (kind, str(error))
+        number, value = self.of_first(outcome)
+        if raised is not None:
+            raise raised
+        if number is not None:
+            raise errors[number](value)
+        return value  # type: ignore[no-any-return]
 
     def barrier(self) -> None:
         """Returns when every rank has come here."""
-        if self.size > 1:
-            self.gather(None)
+        self.gather(None)
 
     def part_of(self, count: int) -> range:
         """This rank's share of `count` things in a row; shares differ by one at most."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
-
-    def _reduced(self, values: Sequence[float], operation: Any) -> list[float]:
-        if self.size == 1:
-            return list(values)
-        total = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(total, operation)
-        found: list[float] = total.tolist()
-        return found
 
 
 ALONE = World()

@@ -4,8 +4,10 @@ import random
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from heapq import heappop, heappush
+from typing import NamedTuple
 
 from fastalign.batch import Group, PackedBatch, pack, ungroup
+from fastalign.world import ALONE, World
 
 
 @lru_cache(maxsize=2)
@@ -41,19 +43,21 @@ def indices_of_step(num_examples: int, batch_size: int, step: int, *, seed: int)
 
 
 def micro_batches(
-    indices: Sequence[int], lengths: Sequence[int], *, tokens_per_batch: int
+    indices: Sequence[int], lengths: Sequence[int], *, tokens_per_batch: int, num_ranks: int = 1
 ) -> list[list[int]]:
     """Cuts a step's examples into batches of at most `tokens_per_batch` tokens.
 
     As few batches as first-fit decreasing finds, then filled evenly: a step a little over the
     budget makes two halves, and not a full batch and a crumb, which would take as long and need
     the memory of the full one. An example longer than the budget travels alone. Within a batch the
-    step's order is kept.
+    step's order is kept. Several ranks take turns, so that each has as many batches as the others;
+    the last ones are empty where there are too few examples.
 
     Args:
         indices: the step's examples; one may occur twice.
         lengths: packed tokens of every example of the data set, by index.
         tokens_per_batch: the budget.
+        num_ranks: the number of batches is a multiple of it.
 
     Raises:
         ValueError: a budget below 1.
@@ -65,6 +69,7 @@ def micro_batches(
     alone = [[place] for place in places if sizes[place] > tokens_per_batch]
     fitting = places[len(alone) :]
     batches = _first_fit(fitting, sizes, tokens_per_batch)
+    batches += [[] for _ in range(-(len(alone) + len(batches)) % num_ranks)]
     even = _spread(fitting, sizes, len(batches))
     if all(sum(sizes[place] for place in batch) <= tokens_per_batch for batch in even):
         batches = even
@@ -104,6 +109,20 @@ def packed_lengths(groups: Sequence[Group], *, repeat_prompts: bool) -> list[int
     return [sum(single.num_tokens for single in ungroup([group])) for group in groups]
 
 
+class Piece(NamedTuple):
+    """A part of what is computed together.
+
+    Attributes:
+        indices: of its groups.
+        batch: the groups.
+        counts: whether they are this rank's; if not, it only keeps the other ranks company.
+    """
+
+    indices: list[int]
+    batch: PackedBatch
+    counts: bool
+
+
 def packed_batches(
     groups: Sequence[Group],
     indices: Sequence[int],
@@ -111,8 +130,12 @@ def packed_batches(
     *,
     tokens_per_batch: int,
     share_prompts: bool,
-) -> Iterator[tuple[list[int], PackedBatch]]:
-    """Yields the groups at `indices` as batches within the budget, each with its indices.
+    world: World = ALONE,
+) -> Iterator[Piece]:
+    """Yields this rank's share of the groups at `indices` as batches within the budget.
+
+    Every rank gets as many as the others, since each must take part in every forward of a model
+    that they share: one for which nothing is left gets the shortest group, which does not count.
 
     Args:
         groups: the whole data set.
@@ -120,6 +143,12 @@ def packed_batches(
         lengths: of every group, from `packed_lengths`.
         tokens_per_batch: the budget.
         share_prompts: as for `pack`.
+        world: the ranks that share them.
     """
-    for chosen in micro_batches(indices, lengths, tokens_per_batch=tokens_per_batch):
-        yield chosen, pack([groups[i] for i in chosen], share_prompts=share_prompts)
+    batches = micro_batches(
+        indices, lengths, tokens_per_batch=tokens_per_batch, num_ranks=world.size
+    )
+    for chosen in batches[world.rank :: world.size]:
+        there = chosen or [min(indices, key=lambda index: lengths[index])]
+        batch = pack([groups[i] for i in there], share_prompts=share_prompts)
+        yield Piece(there, batch, counts=bool(chosen))

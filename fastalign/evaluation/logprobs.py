@@ -10,7 +10,8 @@ from torch import Tensor
 from fastalign.batch import Group, PackedBatch
 from fastalign.data import packed_batches, packed_lengths
 from fastalign.losses import segment_sum
-from fastalign.models import Packing, lm_head, response_logprob
+from fastalign.models import Packing, enter, lm_head, response_logprob
+from fastalign.world import ALONE, World
 
 
 @torch.no_grad()
@@ -22,8 +23,9 @@ def of_responses(
     packing: Packing,
     tokens_per_batch: int,
     dtype: torch.dtype,
+    world: World = ALONE,
 ) -> list[Tensor]:
-    """A number for each response, computed batch by batch.
+    """A number for each response, computed batch by batch, shared by the ranks.
 
     Args:
         of_batch: (R,) numbers of a batch's responses.
@@ -32,9 +34,10 @@ def of_responses(
         packing: see `hidden_at`.
         tokens_per_batch: most packed tokens of a forward.
         dtype: of the matrix products: float32, or bfloat16 by autocast.
+        world: the ranks, all of which call this with the same groups.
 
     Returns:
-        For each group (number of responses,) on the CPU.
+        For each group (number of responses,) on the CPU, on every rank.
     """
     results: dict[int, Tensor] = {}
     lengths = packed_lengths(groups, repeat_prompts=packing != "shared_prefix")
@@ -44,14 +47,17 @@ def of_responses(
         lengths,
         tokens_per_batch=tokens_per_batch,
         share_prompts=packing != "packed",
+        world=world,
     )
     low = dtype != torch.float32
-    for chosen, on_host in batches:
+    for chosen, on_host, counts in batches:
         with torch.autocast(device.type, dtype=dtype) if low else nullcontext():
             values = of_batch(on_host.to(device)).cpu()
-        counts = [len(groups[i].response_ids) for i in chosen]
-        results.update(zip(chosen, torch.split(values, counts), strict=True))
-    return [results[i] for i in range(len(groups))]
+        if counts:
+            sizes = [len(groups[i].response_ids) for i in chosen]
+            results.update(zip(chosen, torch.split(values, sizes), strict=True))
+    found = {i: values for part in world.gather(results) for i, values in part.items()}
+    return [found[i] for i in range(len(groups))]
 
 
 def sequence_logprobs(
@@ -62,6 +68,7 @@ def sequence_logprobs(
     tokens_per_batch: int = 16384,
     dtype: torch.dtype = torch.float32,
     max_buffer_bytes: int | None = None,
+    world: World = ALONE,
 ) -> list[Tensor]:
     """Log-prob of each response, summed over its trained tokens.
 
@@ -72,18 +79,22 @@ def sequence_logprobs(
         tokens_per_batch: most packed tokens of a forward.
         dtype: of the matrix products: float32, or bfloat16 by autocast.
         max_buffer_bytes: most bytes of logits at a time; None: the operation's default.
+        world: the ranks, all of which call this with the same groups.
 
     Returns:
         For each group (number of responses,) float32 on the CPU.
     """
 
     def of_batch(batch: PackedBatch) -> Tensor:
-        logprob = response_logprob(
+        logprob = enter(
             model,
-            batch,
-            packing=packing,
-            compute_dtype=dtype if dtype != torch.float32 else None,
-            max_buffer_bytes=max_buffer_bytes,
+            lambda: response_logprob(
+                model,
+                batch,
+                packing=packing,
+                compute_dtype=dtype if dtype != torch.float32 else None,
+                max_buffer_bytes=max_buffer_bytes,
+            ),
         )
         return segment_sum(logprob, batch.target_bounds)
 
@@ -94,4 +105,5 @@ def sequence_logprobs(
         packing=packing,
         tokens_per_batch=tokens_per_batch,
         dtype=dtype,
+        world=world,
     )

@@ -30,6 +30,16 @@ from fastalign.models.lora import (
 from fastalign.models.lora_files import adapter_base, save_adapter
 from fastalign.models.offload import find_offload, offload_layers
 from fastalign.models.packed import PACKINGS, Packing, hidden_at, predict_hidden
+from fastalign.models.parallel import (
+    Strategy,
+    enter,
+    is_sharded,
+    share_by_ddp,
+    share_by_fsdp,
+    whole,
+    whole_state,
+    with_whole_weights,
+)
 from fastalign.models.reward import (
     is_reward_model,
     load_reward_model,
@@ -48,6 +58,7 @@ __all__ = [
     "Head",
     "Packing",
     "RewardScale",
+    "Strategy",
     "adapter_base",
     "adapter_off",
     "adapter_rank",
@@ -58,11 +69,13 @@ __all__ = [
     "check_packable",
     "compile_layers",
     "dense_state",
+    "enter",
     "find_device",
     "find_offload",
     "has_adapter",
     "hidden_at",
     "is_reward_model",
+    "is_sharded",
     "linear_names",
     "lm_head",
     "load_policy",
@@ -80,4 +93,9 @@ __all__ = [
     "score_at",
     "set_pad_token",
     "set_reward_scale",
+    "share_by_ddp",
+    "share_by_fsdp",
+    "whole",
+    "whole_state",
+    "with_whole_weights",
 ]

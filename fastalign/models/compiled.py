@@ -4,6 +4,8 @@ import os
 import shutil
 from typing import Any
 
+from fastalign.models.layers import decoder_layers
+
 
 def compile_layers(model: Any, *, backend: str = "inductor") -> None:
     """Compiles each decoder layer in place; parameters keep their names.
@@ -19,13 +21,7 @@ def compile_layers(model: Any, *, backend: str = "inductor") -> None:
         ValueError: the model has no layers that transformers marks as such, or there is no
             compiler for a CPU.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
-    if not layers:
-        raise ValueError(
-            f"train.compile: {type(model).__name__} has no decoder layers that transformers marks"
-        )
+    layers = decoder_layers(model, "train.compile")
     compiler = os.environ.get("CXX", "g++")
     if backend == "inductor" and model.device.type == "cpu" and shutil.which(compiler) is None:
         raise ValueError(

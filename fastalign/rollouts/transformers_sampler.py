@@ -129,6 +129,7 @@ class TransformersSampler:
                 torch.tensor(padded, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 logits_processor=LogitsProcessorList([draw]),
+                synced_gpus=False,  # whoever shards the model has gathered it
             )
         finally:
             self._model.generation_config = saved

@@ -15,6 +15,8 @@ from fastalign.fused import preference_loss_fn
 from fastalign.losses import segment_sum
 from fastalign.models import Head
 from fastalign.ops.fused_linear_loss import LossFunction
+from fastalign.trainers.accumulate import Examples, accumulate, measure_examples
+from fastalign.trainers.compute import Compute, make_compute
 from fastalign.trainers.config import DPOConfig
 from fastalign.trainers.evaluate import evaluate_by_loss
 from fastalign.trainers.loop import indices_of_run, run_loop
@@ -23,16 +25,7 @@ from fastalign.trainers.preference_losses import PreferenceLoss
 from fastalign.trainers.reference import load_reference, reference_logprobs
 from fastalign.trainers.reference_cache import default_cache_dir
 from fastalign.trainers.setup import load_for_training, load_sets, opened_run
-from fastalign.trainers.step import (
-    Compute,
-    Examples,
-    MakeLoss,
-    accumulate,
-    make_compute,
-    measure_examples,
-    policy_loss,
-    supervised,
-)
+from fastalign.trainers.step import MakeLoss, policy_loss, supervised
 from fastalign.trainers.task import RunResult, Task
 
 

@@ -10,14 +10,15 @@ from fastalign.batch import PackedBatch, pack
 from fastalign.data import indices_of_step, load_tokenizer, micro_batches
 from fastalign.models import has_adapter
 from fastalign.trainers import evaluate, reference
+from fastalign.trainers.accumulate import Examples, measure_examples
 from fastalign.trainers.any_config import AnyConfig
+from fastalign.trainers.compute import Compute, make_compute
 from fastalign.trainers.config import DPOConfig
 from fastalign.trainers.estimated_model import reference_model, trained_model, weight_bytes
 from fastalign.trainers.loop import indices_of_run, total_steps
 from fastalign.trainers.memory import Peak, peak_of_forward, peak_of_step, states_bytes
 from fastalign.trainers.process_memory import resident_bytes
 from fastalign.trainers.setup import OnRows, checkpoint_activations, load_sets
-from fastalign.trainers.step import Compute, Examples, make_compute, measure_examples
 
 # Freed pages that the allocator cannot use again at the fullest moment, as a share of activations;
 # and where they are checkpointed, in activations of a layer, each layer's being made and freed in

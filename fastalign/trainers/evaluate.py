@@ -1,7 +1,8 @@
 """The training loss and its metrics on held-out data, while training."""
 
+from fastalign.trainers.accumulate import BatchLoss, Examples, accumulate, add_sums
+from fastalign.trainers.compute import Compute
 from fastalign.trainers.metrics import Metrics, mean_metrics
-from fastalign.trainers.step import BatchLoss, Compute, Examples, accumulate, add_sums
 
 # Examples that are cut into batches together; bounds the work of cutting, not the result.
 PIECE = 1024

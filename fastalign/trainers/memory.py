@@ -19,7 +19,7 @@ from fastalign.batch import PackedBatch
 from fastalign.models import attention_of, hidden_at
 from fastalign.models.attention import ATTENTIONS, AttentionPlan
 from fastalign.ops.linear_buffers import default_budget
-from fastalign.trainers.step import Compute
+from fastalign.trainers.compute import Compute
 
 # bitsandbytes: a byte for each of two averages and a float32 scale for each 256 of them.
 BYTES_OF_8BIT_STATES = 2 + 2 * 4 / 256

@@ -11,7 +11,9 @@ from functools import partial
 
 import torch
 
+from fastalign.trainers.accumulate import accumulate, add_sums, measure_examples
 from fastalign.trainers.collapse import reason_to_stop, watch
+from fastalign.trainers.compute import make_compute
 from fastalign.trainers.dpo import Pairs, logit_sums, make_preference_loss
 from fastalign.trainers.loop import run_loop
 from fastalign.trainers.metrics import Metrics, mean_metrics
@@ -22,14 +24,7 @@ from fastalign.trainers.optimizer import learning_rate
 from fastalign.trainers.rollout import rollout_seed
 from fastalign.trainers.setup import opened_run
 from fastalign.trainers.state import TrainState
-from fastalign.trainers.step import (
-    accumulate,
-    add_sums,
-    make_compute,
-    measure_examples,
-    optimiser_step,
-    policy_loss,
-)
+from fastalign.trainers.step import optimiser_step, policy_loss
 from fastalign.trainers.task import RunResult, Task
 
 

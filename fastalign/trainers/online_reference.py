@@ -12,11 +12,11 @@ from fastalign.data import Tokenizer, check_same_vocabulary
 from fastalign.evaluation import sequence_logprobs
 from fastalign.models import adapter_off, has_adapter
 from fastalign.trainers.checkpoint import trainable_parameters
+from fastalign.trainers.compute import Compute
 from fastalign.trainers.online_config import OnlineDPOConfig
 from fastalign.trainers.process_memory import memory_used_in
 from fastalign.trainers.setup import load_model
 from fastalign.trainers.state import TrainState
-from fastalign.trainers.step import Compute
 
 
 class OnlineReference:

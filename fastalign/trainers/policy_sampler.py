@@ -18,10 +18,10 @@ from fastalign.rollouts import (
     VllmOptions,
     open_engine,
 )
+from fastalign.trainers.compute import Compute
 from fastalign.trainers.config import ModelConfig
 from fastalign.trainers.metrics import Metrics
 from fastalign.trainers.rollout_config import PromptDataConfig
-from fastalign.trainers.step import Compute
 
 
 class SamplingConfig(Protocol):

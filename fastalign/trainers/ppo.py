@@ -12,7 +12,9 @@ from torch import Tensor
 
 from fastalign.data import indices_of_step
 from fastalign.rollouts import OverlappedSampler
+from fastalign.trainers.accumulate import measure_examples
 from fastalign.trainers.collapse import reason_to_stop, repeated_ratio, watch
+from fastalign.trainers.compute import make_compute
 from fastalign.trainers.loop import run_loop
 from fastalign.trainers.metrics import Metrics
 from fastalign.trainers.ppo_advantages import (
@@ -32,7 +34,6 @@ from fastalign.trainers.reward_sources import final_scores
 from fastalign.trainers.rollout import Rollouts, roll_out, rollout_seed
 from fastalign.trainers.setup import opened_run
 from fastalign.trainers.state import TrainState
-from fastalign.trainers.step import make_compute, measure_examples
 from fastalign.trainers.task import RunResult, Task
 
 KL_COEFFICIENT = "kl_coefficient"  # among the numbers that a checkpoint keeps

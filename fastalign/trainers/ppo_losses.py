@@ -8,13 +8,14 @@ from torch import Tensor
 from fastalign.batch import PackedBatch
 from fastalign.fused import ppo_loss_fn
 from fastalign.losses import importance_weight, value_clipped
-from fastalign.models import adapter_off
 from fastalign.ops import TokenChunk, linear_kl
 from fastalign.ops.fused_linear_loss import LossFunction
+from fastalign.trainers.accumulate import BatchLoss, Examples
+from fastalign.trainers.compute import Compute
 from fastalign.trainers.ppo_config import KLConfig, PPOConfig
 from fastalign.trainers.ppo_models import PPOModels, token_values
-from fastalign.trainers.ppo_tokens import TokenRecord, head_options, hidden_and_head, shared_plan
-from fastalign.trainers.step import BatchLoss, Compute, Examples, MakeLoss, policy_loss
+from fastalign.trainers.ppo_tokens import TokenRecord, head_options, hidden_and_head, reference_head, shared_plan
+from fastalign.trainers.step import MakeLoss, policy_loss
 
 
 @dataclass(frozen=True)
@@ -105,19 +106,18 @@ def full_kl_batch_loss(update: Update, make_loss: MakeLoss, normaliser: int) -> 
     """The same plus the exact KL over the vocabulary, which needs the reference's hidden states."""
     models, compute = update.models, update.compute
 
-    def batch_loss(batch: PackedBatch, chosen: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def of_batch(batch: PackedBatch, chosen: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         plan = shared_plan(batch, compute)
+        reference, of_reference = reference_head(models.reference, batch, compute, plan)
         hidden, head = hidden_and_head(models.policy, batch, compute, plan)
-        with torch.no_grad(), adapter_off(models.reference):
-            reference = hidden_and_head(models.reference, batch, compute, plan)
         found = linear_kl(
             hidden,
             head.weight,
-            reference[0],
-            reference[1].weight,
+            reference,
+            of_reference.weight,
             batch.targets,
             bias=head.bias,
-            reference_bias=reference[1].bias,
+            reference_bias=of_reference.bias,
             **head_options(head, compute, update.config.sampling.temperature),  # type: ignore[arg-type]
         )
         of_all = torch.ones_like(batch.targets, dtype=torch.bool)
@@ -130,7 +130,7 @@ def full_kl_batch_loss(update: Update, make_loss: MakeLoss, normaliser: int) -> 
         sums["policy/kl_avg"] = kl.detach()
         return loss + update.exact_kl_coefficient * kl / normaliser, sums
 
-    return batch_loss
+    return BatchLoss(models.policy, of_batch)
 
 
 def value_batch_loss(update: Update, normaliser: int) -> BatchLoss:
@@ -140,7 +140,7 @@ def value_batch_loss(update: Update, normaliser: int) -> BatchLoss:
     assert old is not None
     assert returns is not None
 
-    def batch_loss(batch: PackedBatch, chosen: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def of_batch(batch: PackedBatch, chosen: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         rows = record.rows_of(chosen)
         value = token_values(update.models.value, batch, update.compute, None)
         before, target = old[rows].to(value), returns[rows].to(value)
@@ -151,4 +151,4 @@ def value_batch_loss(update: Update, normaliser: int) -> BatchLoss:
             "num_target_tokens": torch.tensor(len(rows)),
         }
 
-    return batch_loss
+    return BatchLoss(update.models.value, of_batch)

@@ -31,9 +31,9 @@ from fastalign.models import (
     score_at,
     set_pad_token,
 )
+from fastalign.trainers.compute import Compute
 from fastalign.trainers.ppo_config import PPOConfig
 from fastalign.trainers.setup import load_for_training, load_model, ready_for_training
-from fastalign.trainers.step import Compute
 
 
 class ActorCritic(nn.Module):

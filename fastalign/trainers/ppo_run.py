@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 
 from fastalign.data import PromptDataset, Tokenizer, load_sft
+from fastalign.trainers.accumulate import Examples, measure_examples
+from fastalign.trainers.compute import Compute
 from fastalign.trainers.policy_sampler import AnySampler, open_policy_sampler
 from fastalign.trainers.ppo_config import PPOConfig
 from fastalign.trainers.ppo_models import PPOModels, load_ppo_models
 from fastalign.trainers.reward_sources import RewardSources, ScoreScale, load_sources
 from fastalign.trainers.rollout import load_prompt_sets, scale_of_policy
 from fastalign.trainers.state import TrainState
-from fastalign.trainers.step import Compute, Examples, measure_examples
 
 # Numbers that a checkpoint keeps.
 SCORE_MEAN, SCORE_STD = "score_mean", "score_std"

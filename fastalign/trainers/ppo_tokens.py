@@ -5,7 +5,7 @@ is computed once for its responses in each of them.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -13,13 +13,22 @@ from torch import Tensor
 
 from fastalign.batch import PackedBatch
 from fastalign.data import packed_batches
-from fastalign.models import AttentionPlan, Head, adapter_off, hidden_at, lm_head
+from fastalign.models import (
+    AttentionPlan,
+    Head,
+    adapter_off,
+    enter,
+    hidden_at,
+    is_sharded,
+    lm_head,
+)
 from fastalign.ops import linear_kl, linear_logprob
+from fastalign.trainers.accumulate import Examples
+from fastalign.trainers.compute import Compute
 from fastalign.trainers.metrics import Metrics
 from fastalign.trainers.ppo_models import PPOModels, token_values
 from fastalign.trainers.process_memory import memory_used_in
 from fastalign.trainers.rollout import Rollouts
-from fastalign.trainers.step import Compute, Examples
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,23 @@ def hidden_and_head(
     return hidden, lm_head(model)
 
 
+@torch.no_grad()
+def reference_head(
+    reference: object, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None
+) -> tuple[Tensor, Head]:
+    """`hidden_and_head` of the frozen model; of a sharded one the head is a copy that stays."""
+
+    def of_reference() -> tuple[Tensor, Head]:
+        hidden, head = hidden_and_head(reference, batch, compute, plan)
+        if not is_sharded(reference):
+            return hidden, head
+        bias = None if head.bias is None else head.bias.clone()
+        return hidden, replace(head, weight=head.weight.clone(), bias=bias)
+
+    with adapter_off(reference):
+        return enter(reference, of_reference)
+
+
 def shared_plan(batch: PackedBatch, compute: Compute) -> AttentionPlan | None:
     """One plan of the batch's attention for every model; padded batches have none."""
     return None if compute.packing == "padded" else AttentionPlan(batch)
@@ -88,45 +114,65 @@ def numbers_of_batch(
 ) -> dict[str, Tensor]:
     """The numbers of one batch's tokens, each (N,)."""
     plan = shared_plan(batch, compute)
-    hidden, head = hidden_and_head(models.policy, batch, compute, plan)
-    with adapter_off(models.reference):
-        reference_hidden, reference_head = hidden_and_head(models.reference, batch, compute, plan)
-    options = head_options(head, compute, temperature)
-    found: dict[str, Tensor] = {}
-    if full_kl:
-        both = linear_kl(
-            hidden,
-            head.weight,
-            reference_hidden,
-            reference_head.weight,
-            batch.targets,
-            bias=head.bias,
-            reference_bias=reference_head.bias,
-            **options,  # type: ignore[arg-type]
-        )
-        found = both._asdict()
-        found["full_kl"] = found.pop("kl")
-    else:
-        found["logprob"], found["entropy"] = linear_logprob(  # type: ignore[call-overload]
+
+    def of_policy() -> dict[str, Tensor]:
+        hidden, head = hidden_and_head(models.policy, batch, compute, plan)
+        if reference is not None:
+            return both_heads(hidden, head, *reference, batch.targets, compute, temperature)
+        logprob, entropy = linear_logprob(  # type: ignore[call-overload]
             hidden,
             head.weight,
             batch.targets,
             bias=head.bias,
             lora=head.lora,
             return_entropy=True,
-            **options,
+            **head_options(head, compute, temperature),
         )
-        options = head_options(reference_head, compute, temperature)
-        found["reference_logprob"] = linear_logprob(  # type: ignore[call-overload]
-            reference_hidden,
-            reference_head.weight,
+        return {"logprob": logprob, "entropy": entropy}
+
+    def of_reference() -> Tensor:
+        hidden, head = hidden_and_head(models.reference, batch, compute, plan)
+        return linear_logprob(  # type: ignore[call-overload,no-any-return]
+            hidden,
+            head.weight,
             batch.targets,
-            bias=reference_head.bias,
-            **options,
+            bias=head.bias,
+            **head_options(head, compute, temperature),
         )
-    if models.value is not None:
-        found["value"] = token_values(models.value, batch, compute, plan)
+
+    reference = reference_head(models.reference, batch, compute, plan) if full_kl else None
+    found = enter(models.policy, of_policy)
+    if not full_kl:
+        with adapter_off(models.reference):
+            found["reference_logprob"] = enter(models.reference, of_reference)
+    value = models.value
+    if value is not None:
+        found["value"] = enter(value, lambda: token_values(value, batch, compute, plan))
     return found
+
+
+def both_heads(
+    hidden: Tensor,
+    head: Head,
+    reference: Tensor,
+    of_reference: Head,
+    targets: Tensor,
+    compute: Compute,
+    temperature: float,
+) -> dict[str, Tensor]:
+    """Log-probs, entropy and the KL over the vocabulary, each (N,), in one pass over both heads."""
+    both = linear_kl(
+        hidden,
+        head.weight,
+        reference,
+        of_reference.weight,
+        targets,
+        bias=head.bias,
+        reference_bias=of_reference.bias,
+        **head_options(head, compute, temperature),  # type: ignore[arg-type]
+    )._asdict()
+    both["full_kl"] = both.pop("kl")
+    return both
 
 
 def record_tokens(
@@ -154,12 +200,13 @@ def record_tokens(
     sizes = [sum(len(ids) for ids in group.response_ids) for group in examples.groups]
     parts: dict[str, list[Tensor]] = {}
     num_batches, num_packed = 0, 0
-    for chosen, on_host in packed_batches(
+    for chosen, on_host, counts in packed_batches(
         examples.groups,
         range(len(examples.groups)),
         examples.lengths,
         tokens_per_batch=compute.tokens_per_batch,
         share_prompts=compute.packing != "packed",
+        world=compute.world,
     ):
         with memory_used_in(f"log-probs and values of a batch of {on_host.num_tokens} tokens"):
             batch = on_host.to(compute.device)

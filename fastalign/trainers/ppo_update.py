@@ -8,11 +8,12 @@ from statistics import fmean, pvariance
 from typing import Any
 
 from fastalign.data import indices_of_step
+from fastalign.trainers.accumulate import BatchLoss, Examples, accumulate
 from fastalign.trainers.metrics import Metrics, mean_metrics
 from fastalign.trainers.ppo_losses import Update, policy_batch_loss, value_batch_loss
 from fastalign.trainers.sft import make_sft_loss, num_targets
 from fastalign.trainers.state import TrainState
-from fastalign.trainers.step import BatchLoss, Examples, accumulate, optimiser_step, policy_loss
+from fastalign.trainers.step import optimiser_step, policy_loss
 
 
 def mini_batches(num_groups: int, count: int, seed: int, step: int, epoch: int) -> list[list[int]]:

@@ -13,6 +13,8 @@ from torch import Tensor
 from fastalign.data import Tokenizer, check_same_vocabulary
 from fastalign.evaluation import sequence_logprobs
 from fastalign.models import adapter_off, find_offload, offload_layers
+from fastalign.trainers.accumulate import Examples
+from fastalign.trainers.compute import Compute
 from fastalign.trainers.config import DPOConfig
 from fastalign.trainers.process_memory import memory_used_in
 from fastalign.trainers.reference_cache import (
@@ -23,7 +25,6 @@ from fastalign.trainers.reference_cache import (
     read_cache,
 )
 from fastalign.trainers.setup import load_model
-from fastalign.trainers.step import Compute, Examples
 
 # Examples between two writes: what was computed is kept even if the run is stopped in between.
 PIECE = 4096

@@ -18,6 +18,8 @@ from fastalign.data import (
 )
 from fastalign.evaluation import pair_measures
 from fastalign.models import response_reward, set_pad_token
+from fastalign.trainers.accumulate import BatchLoss, Examples, accumulate, measure_examples
+from fastalign.trainers.compute import Compute, make_compute
 from fastalign.trainers.config import RewardConfig
 from fastalign.trainers.evaluate import evaluate_by_loss
 from fastalign.trainers.loop import run_loop
@@ -38,15 +40,7 @@ from fastalign.trainers.setup import (
     load_sets,
     opened_run,
 )
-from fastalign.trainers.step import (
-    BatchLoss,
-    Compute,
-    Examples,
-    accumulate,
-    make_compute,
-    measure_examples,
-    supervised,
-)
+from fastalign.trainers.step import supervised
 from fastalign.trainers.task import RunResult, Task
 from fastalign.trainers.tie_parameter import add_nu, learned_nu, save_with_nu
 
@@ -207,14 +201,14 @@ def make_reward_loss(
 ) -> BatchLoss:
     """The loss of each micro-batch; the two responses of a pair stay together."""
 
-    def batch_loss(batch: PackedBatch, chosen: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def of_batch(batch: PackedBatch, chosen: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         with compute.autocast():
             reward = response_reward(model, batch, packing=compute.packing)
         labels = pairs.labels.at(chosen, reward.device)
         each = loss.of_pairs(reward.view(-1, 2), labels, learned_nu(model, loss))
         return each.sum() / normaliser, reward_sums(reward.detach(), labels.tie)
 
-    return batch_loss
+    return BatchLoss(model, of_batch)
 
 
 def reward_sums(reward: Tensor, tie: Tensor) -> dict[str, Tensor]:

@@ -22,8 +22,8 @@ from fastalign.evaluation import (
 )
 from fastalign.models import response_reward, set_reward_scale
 from fastalign.trainers.checkpoint import write_text_atomically
+from fastalign.trainers.compute import Compute
 from fastalign.trainers.reward_losses import RewardLoss
-from fastalign.trainers.step import Compute
 
 # Pairs whose responses' scores have mean 0 and standard deviation 1 once they are normalised.
 NUM_SCALE_PAIRS = 512

@@ -23,12 +23,12 @@ from fastalign.models import (
     load_reward_model,
 )
 from fastalign.trainers.any_config import AnyConfig, config_to_dict
+from fastalign.trainers.compute import Compute
 from fastalign.trainers.config import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 from fastalign.trainers.optimizer import adamw
 from fastalign.trainers.process_memory import out_of_memory_in_one_line
 from fastalign.trainers.run_folder import announce, locked, prepare_run_folder
 from fastalign.trainers.state import seed_everything
-from fastalign.trainers.step import Compute
 
 # What trains on rows that are there before the run, responses and all.
 OnRows = SFTConfig | DPOConfig | RewardConfig

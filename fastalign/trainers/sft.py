@@ -6,21 +6,14 @@ from typing import Any
 from fastalign.batch import PackedBatch
 from fastalign.fused import sft_loss_fn
 from fastalign.ops.fused_linear_loss import LossFunction
+from fastalign.trainers.accumulate import Examples, accumulate, measure_examples
+from fastalign.trainers.compute import Compute, make_compute
 from fastalign.trainers.config import SFTConfig
 from fastalign.trainers.evaluate import evaluate_by_loss
 from fastalign.trainers.loop import run_loop
 from fastalign.trainers.metrics import Metrics, mean_metrics
 from fastalign.trainers.setup import load_for_training, load_sets, opened_run
-from fastalign.trainers.step import (
-    Compute,
-    Examples,
-    MakeLoss,
-    accumulate,
-    make_compute,
-    measure_examples,
-    policy_loss,
-    supervised,
-)
+from fastalign.trainers.step import MakeLoss, policy_loss, supervised
 from fastalign.trainers.task import RunResult, Task
 
 

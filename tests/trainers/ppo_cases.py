@@ -11,13 +11,13 @@ from torch import Tensor
 from fastalign.models import load_policy
 from fastalign.rollouts import Completion, SamplingParams
 from fastalign.trainers import PPOConfig, TrainConfig, ppo
+from fastalign.trainers.compute import make_compute
 from fastalign.trainers.optimizer import make_optimizer
 from fastalign.trainers.ppo_losses import Update
 from fastalign.trainers.ppo_run import PPORun, prepare
 from fastalign.trainers.reward_sources import final_scores
 from fastalign.trainers.rollout import Rollouts, roll_out
 from fastalign.trainers.state import TrainState
-from fastalign.trainers.step import make_compute
 from tests.runs import ppo_config
 
 INDICES = [3, 1, 4, 1, 5]

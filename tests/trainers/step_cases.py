@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastalign.data import load_tokenizer
 from fastalign.models import load_policy
 from fastalign.trainers import LOSSES, TrainConfig, dpo
+from fastalign.trainers.compute import make_compute
 from fastalign.trainers.setup import load_data
-from fastalign.trainers.step import make_compute
 from tests.runs import dpo_config
 
 PACKINGS = ["shared_prefix", "packed", "padded"]

@@ -28,7 +28,8 @@ from fastalign.trainers import (
     ValueConfig,
     train_ppo,
 )
-from fastalign.trainers.step import MakeLoss, make_compute, policy_loss
+from fastalign.trainers.compute import make_compute
+from fastalign.trainers.step import MakeLoss, policy_loss
 from tests.exact_optimum import (
     BETA,
     MAX_NEW_TOKENS,

@@ -24,9 +24,10 @@ from fastalign.trainers import (
     train_dpo,
     train_sft,
 )
+from fastalign.trainers.compute import make_compute
 from fastalign.trainers.setup import load_data
 from fastalign.trainers.sft import make_sft_loss
-from fastalign.trainers.step import make_compute, policy_loss
+from fastalign.trainers.step import policy_loss
 from tests.models.test_exactness import random_groups
 from tests.products import recorded
 from tests.runs import MakeConfig, dpo_config, read_metrics, sft_config

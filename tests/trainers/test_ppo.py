@@ -10,8 +10,8 @@ import torch
 
 from fastalign.rollouts import Completion
 from fastalign.trainers import ppo, ppo_update
+from fastalign.trainers.accumulate import accumulate, measure_examples
 from fastalign.trainers.ppo_update import all_updates, loss_parts, mini_batches, one_update
-from fastalign.trainers.step import accumulate, measure_examples
 from tests.runs import WORDS, write_rows
 from tests.trainers.ppo_cases import (
     FixedSampler,

@@ -17,12 +17,12 @@ from fastalign.trainers import (
     RewardSourceConfig,
     train_ppo,
 )
+from fastalign.trainers.compute import make_compute
 from fastalign.trainers.ppo import prepare_update
 from fastalign.trainers.ppo_models import token_values
 from fastalign.trainers.ppo_run import PPORun, prepare
 from fastalign.trainers.rollout import Rollouts, roll_out
 from fastalign.trainers.setup import seed_everything
-from fastalign.trainers.step import make_compute
 from tests.runs import ppo_config, read_metrics, words_reward
 from tests.tiny import tiny_reward_model
 from tests.tokenizers import make_tokenizer

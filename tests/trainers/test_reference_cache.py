@@ -20,9 +20,9 @@ from torch import Tensor
 from fastalign.data import load_tokenizer
 from fastalign.models import load_policy, save_model
 from fastalign.trainers import LOSSES, TrainConfig, dpo, reference, train_dpo
+from fastalign.trainers.compute import make_compute
 from fastalign.trainers.reference_cache import digest_of, merge_into_cache, read_cache
 from fastalign.trainers.setup import load_data
-from fastalign.trainers.step import make_compute
 from tests.runs import dpo_config, read_metrics, write_rows
 from tests.tiny import tiny_model
 from tests.tokenizers import CHATML, WITHOUT_END, make_tokenizer

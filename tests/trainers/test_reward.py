@@ -16,8 +16,8 @@ from fastalign.batch import pack
 from fastalign.data import load_tokenizer
 from fastalign.models import hidden_at, load_reward_model, save_model
 from fastalign.trainers import REWARD_LOSSES, RewardConfig, TrainConfig, reward, train_reward
+from fastalign.trainers.compute import Compute, make_compute
 from fastalign.trainers.setup import load_data
-from fastalign.trainers.step import Compute, make_compute
 from tests.runs import read_metrics, reward_config, write_rows
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer

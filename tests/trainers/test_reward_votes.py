@@ -11,8 +11,8 @@ from fastalign.batch import pack
 from fastalign.data import load_tokenizer
 from fastalign.models import load_reward_model
 from fastalign.trainers import REWARD_LOSSES, RewardConfig, TrainConfig, reward, train_reward
+from fastalign.trainers.compute import make_compute
 from fastalign.trainers.setup import load_data
-from fastalign.trainers.step import make_compute
 from tests.runs import read_metrics, reward_config, write_rows
 
 

@@ -11,6 +11,7 @@ from fastalign.data import load_tokenizer
 from fastalign.models import load_policy, save_reward_model, set_pad_token
 from fastalign.rollouts import SamplingParams
 from fastalign.trainers import TrainConfig
+from fastalign.trainers.compute import make_compute
 from fastalign.trainers.policy_sampler import PolicySampler
 from fastalign.trainers.reward_sources import (
     ScoreScale,
@@ -27,7 +28,6 @@ from fastalign.trainers.rollout import (
     scale_of_policy,
 )
 from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig
-from fastalign.trainers.step import make_compute
 from tests.runs import WORDS, prompts_file, words_reward, write_rows
 from tests.tiny import put_adapter, tiny_reward_model
 from tests.tokenizers import CHATML, make_tokenizer

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastalign.models import compile_layers, save_model
 from fastalign.trainers import LOSSES, TrainConfig, setup, train_dpo, train_sft
+from fastalign.trainers.compute import make_compute
 from fastalign.trainers.config import OptimConfig
 from fastalign.trainers.optimizer import learning_rate
-from fastalign.trainers.step import make_compute
 from tests.runs import dpo_config, read_metrics, sft_config, write_rows
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer

@@ -13,8 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastalign.data import load_tokenizer
 from fastalign.models import load_policy
 from fastalign.trainers import TrainConfig, dpo, sft
+from fastalign.trainers.accumulate import measure_examples
+from fastalign.trainers.compute import make_compute
 from fastalign.trainers.setup import load_data
-from fastalign.trainers.step import make_compute, measure_examples
 from tests.runs import dpo_config, sft_config
 from tests.tolerance import assert_no_worse
 from tests.trainers.step_cases import PACKINGS, dpo_gradient, eager_dpo_gradient, gradients

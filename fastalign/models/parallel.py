@@ -1,0 +1,223 @@
+"""A model among several ranks: DDP, or FSDP2's shards, by one door that computations enter.
+
+Both act where a module's forward begins and ends. A computation here is more than that forward:
+the head's weight is read by a fused loss behind it. So the whole computation is run as the forward
+of an `Entry` around the model, and FSDP2 keeps what is outside of the layers (embedding, final norm
+and head) gathered until it is done: the head is whole through all chunks of a loss.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+from fastalign.models.layers import decoder_layers
+
+T = TypeVar("T")
+Strategy = Literal["ddp", "fsdp"]
+
+
+class Entry(nn.Module):
+    """The door of a model.
+
+    Args:
+        model: whose parameters it holds.
+        lets_go: whether, sharded, layers are let go of behind a forward, and whether the rest is.
+    """
+
+    def __init__(self, model: nn.Module, lets_go: tuple[bool, bool] = (True, True)):
+        super().__init__()
+        self.model = model
+        self.lets_go = lets_go
+
+    def forward(self, computation: Callable[[], Any]) -> Any:
+        """What the computation returns: a tensor, or tuples and dictionaries of them."""
+        return computation()
+
+
+# Of models that several ranks share; the others have no entry.
+_ENTRIES: "WeakKeyDictionary[nn.Module, Entry | DistributedDataParallel]" = WeakKeyDictionary()
+
+
+def enter(model: Any, computation: Callable[[], T], *, sync: bool = True) -> T:
+    """Runs a computation with the model; every rank must, as often as the others.
+
+    Args:
+        model: shared by ranks or not.
+        computation: its result holds every tensor that a backward will begin from.
+        sync: whether the ranks' gradients are added up in that backward; those of earlier
+            computations without it are added then.
+    """
+    entry = _ENTRIES.get(model)
+    if entry is None:
+        return computation()
+    if isinstance(entry, DistributedDataParallel):
+        if not torch.is_grad_enabled():
+            return computation()
+        if not sync:
+            with entry.no_sync():
+                return entry(computation)  # type: ignore[no-any-return]
+    elif isinstance(entry, FSDPModule):
+        entry.set_requires_gradient_sync(sync)
+    return entry(computation)  # type: ignore[no-any-return]
+
+
+def is_sharded(model: Any) -> bool:
+    """Whether each rank holds a part of the model's weights only."""
+    return isinstance(_ENTRIES.get(model), FSDPModule)
+
+
+def share_by_ddp(model: Any) -> None:
+    """Every rank holds the model, rank 0's at first; gradients are summed over the ranks."""
+    with warnings.catch_warnings():
+        # Its successor is not in every torch that is supported; buffers are constants here.
+        warnings.simplefilter("ignore", FutureWarning)
+        entry = DistributedDataParallel(Entry(model), broadcast_buffers=False)
+    entry.register_comm_hook(None, _summed)
+    _ENTRIES[model] = entry
+
+
+def _summed(_: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """Losses are divided by counts of the whole step: gradients are summed, not averaged."""
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    assert work is not None
+    return work.get_future().then(lambda future: future.value()[0])  # type: ignore[no-any-return]
+
+
+def share_by_fsdp(
+    model: Any,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    reshard_after_forward: bool = True,
+    offload: bool = False,
+) -> None:
+    """Each rank holds a part of every weight (FSDP2), which are rank 0's at first.
+
+    Layers are gathered when they compute; what is outside of them while a computation lasts.
+    Parameters become other objects, which keep their names and `lr_scale`.
+
+    Args:
+        model: on rank 0 with its weights; on other ranks it may be on the `meta` device.
+        dtype: that layers compute in: gathered weights have it; gradients are summed in float32.
+        device: where the shards go, and where the model computes.
+        reshard_after_forward: let go of a layer's weights between its forward and its backward.
+        offload: keep shards, gradients and optimiser states in host memory.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    whole = _whole_state_of_first(model)
+    scales = {name: p.lr_scale for name, p in model.named_parameters() if hasattr(p, "lr_scale")}
+    low = dtype != torch.float32
+    pin = device.type == "cuda"
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=dtype if low else None,
+            reduce_dtype=torch.float32 if low else None,
+            cast_forward_inputs=False,
+        ),
+        "offload_policy": CPUOffloadPolicy(pin_memory=pin) if offload else OffloadPolicy(),
+    }
+    for layer in decoder_layers(model, "parallel.strategy"):
+        fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
+    # Of a frozen model the head is let go of too: no backward will.
+    trained = any(p.requires_grad for p in model.parameters())
+    entry = Entry(model, (reshard_after_forward, not trained))
+    fully_shard(entry, reshard_after_forward=not trained, **options)
+    assert isinstance(entry, FSDPModule)
+    for part in entry.modules():
+        if isinstance(part, FSDPModule):
+            part.set_gradient_divide_factor(1.0)  # as in `_summed`
+            part.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+    _receive(model, whole, torch.device("cpu") if offload else device, device)
+    for name, parameter in model.named_parameters():
+        if name in scales:
+            parameter.lr_scale = scales[name]
+    _ENTRIES[model] = entry
+
+
+def _whole_state_of_first(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Weights by name, on rank 0 alone, and buffers, on every rank."""
+    buffers = dict(model.named_buffers())
+    if dist.get_rank():
+        return {}, buffers
+    return {name: value.detach() for name, value in model.state_dict().items()}, buffers
+
+
+def _receive(
+    model: Any,
+    whole: tuple[dict[str, Tensor], dict[str, Tensor]],
+    shards_on: torch.device,
+    device: torch.device,
+) -> None:
+    """Gives every rank its shards of rank 0's weights, and rank 0's buffers."""
+    weights, _ = whole
+    if any(p.is_meta for p in model.parameters()):
+        model.to_empty(device=shards_on)
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(model, cast(dict[str, Any], weights), options=options)
+    for name, buffer in model.named_buffers():
+        parent, _, leaf = name.rpartition(".")
+        value = buffer.to(device)
+        dist.broadcast(value, 0)
+        setattr(model.get_submodule(parent), leaf, value)
+
+
+def whole_state(model: Any) -> dict[str, Tensor] | None:
+    """Every tensor whole, by name; None on the ranks that have none to write.
+
+    Of a sharded model they are gathered into rank 0's host memory, which all ranks must ask for.
+    """
+    if is_sharded(model):
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        gathered: dict[str, Any] = get_model_state_dict(model, options=options)
+        return gathered if dist.get_rank() == 0 else None
+    if model in _ENTRIES and dist.get_rank():
+        return None
+    state: dict[str, Tensor] = model.state_dict()
+    return state
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A sharded tensor gathered, which every rank must ask for alike; others as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def with_whole_weights(model: Any, computation: Callable[[], T]) -> T:
+    """Runs what ranks do unequally often, such as sampling: each holds the whole model meanwhile.
+
+    Every rank must call it.
+    """
+    entry = _ENTRIES.get(model)
+    if not isinstance(entry, FSDPModule):
+        return computation()
+    parts = [part for part in entry.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.unshard()
+        part.set_reshard_after_forward(False, recurse=False)
+    try:
+        found: T = entry(computation)
+        return found
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(entry.lets_go[part is entry], recurse=False)
+            part.reshard()
