@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 T = TypeVar("T")
 
@@ -115,22 +116,28 @@ def world_of_environment() -> World:
 
 
 @contextmanager
-def open_world(world: World, *, timeout_seconds: float) -> Iterator[None]:
+def open_world(world: World, *, timeout_seconds: float, always: bool = False) -> Iterator[None]:
     """Joins the ranks in a process group: gloo for host memory, NCCL for GPUs.
 
     Args:
         world: of this process.
         timeout_seconds: that a rank waits for the others before it gives up.
+        always: a run of one process gets a group too.
 
     Raises:
         ValueError: the ranks do not meet in time.
     """
-    if world.size == 1:
+    if world.size == 1 and not always:
         yield
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    alone: dict[str, Any] = {"store": HashStore(), "rank": 0, "world_size": 1}
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        dist.init_process_group(
+            backend,
+            timeout=timedelta(seconds=timeout_seconds),
+            **(alone if world.size == 1 else {}),
+        )
     except (dist.DistError, RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         first = str(error).strip().splitlines()[0]
@@ -138,7 +145,5 @@ def open_world(world: World, *, timeout_seconds: float) -> Iterator[None]:
             f"rank {world.rank} of {world.size} on {socket.gethostname()}: the ranks did not meet "
             f"at {address}: {first}"
         ) from error
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield  # on an error the process ends; taking leave then would wait for the others
+    dist.destroy_process_group()

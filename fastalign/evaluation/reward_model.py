@@ -5,17 +5,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastalign.batch import Group
+from fastalign.batch import Group, PackedBatch
 from fastalign.data import Content, Encoder, Message, load_tokenizer
 from fastalign.evaluation.logprobs import of_responses
 from fastalign.models import (
     RewardScale,
+    enter,
     find_device,
+    load_on_first,
     load_reward_model,
+    model_without_weights,
     response_reward,
     reward_scale,
+    share_by_fsdp,
 )
+from fastalign.world import ALONE, World
 
 TOKENS_PER_BATCH = 16384
 
@@ -32,6 +38,8 @@ class ModelReward:
         device: as for `find_device`.
         raw: the score as transformers serves it.
         trust_remote_code: run code that comes with the model.
+        world: the ranks that share the work, all of which call this with the same texts.
+        sharded: each rank holds a part of the weights only (FSDP2).
 
     Raises:
         ValueError: no reward model there; a causal model is none, its head would be random.
@@ -44,17 +52,26 @@ class ModelReward:
         device: str = "auto",
         raw: bool = False,
         trust_remote_code: bool = False,
+        world: World = ALONE,
+        sharded: bool = False,
     ):
+        self._world = world
         self._tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         self._encoder = Encoder(self._tokenizer)
         where = find_device(device, "model.device")
-        self._model = load_reward_model(
-            path,
-            dtype=torch.bfloat16 if where.type == "cuda" else torch.float32,
-            device=where,
-            fresh_head=False,
-            trust_remote_code=trust_remote_code,
-        )
+        dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        if sharded:
+            self._model = load_on_first(
+                world,
+                lambda: load_reward_model(path, device="cpu", fresh_head=False, **options),
+                lambda: model_without_weights(path, reward=True, device=where, **options),
+            )
+            self._model.requires_grad_(False)
+            share_by_fsdp(self._model, dtype=dtype, device=where)
+        else:
+            self._model = load_reward_model(path, device=where, fresh_head=False, **options)
+        self._device = where
         self._scale = RewardScale() if raw else reward_scale(self._model)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
@@ -68,18 +85,23 @@ class ModelReward:
             places.setdefault(as_content(prompt), []).append(place)
         groups = [self._group(prompt, members, completions) for prompt, members in places.items()]
         rewards = of_responses(
-            lambda batch: response_reward(self._model, batch, packing="shared_prefix"),
+            self._of_batch,
             groups,
-            device=self._model.device,
+            device=self._device,
             packing="shared_prefix",
             tokens_per_batch=TOKENS_PER_BATCH,
             dtype=torch.float32,
+            world=self._world,
         )
         found: dict[int, float] = {}
         for members, values in zip(places.values(), rewards, strict=True):
             scores = self._scale.normalise(values.double())
             found.update(zip(members, scores.tolist(), strict=True))
         return [found[place] for place in range(len(completions))]
+
+    def _of_batch(self, batch: PackedBatch) -> Tensor:
+        model = self._model
+        return enter(model, lambda: response_reward(model, batch, packing="shared_prefix"))
 
     def _group(self, prompt: Content, members: list[int], completions: Sequence[str]) -> Group:
         source = f"answer {members[0] + 1}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastalign.data import Content, content_as_json
 from fastalign.evaluation.reward_model import ModelReward
+from fastalign.world import ALONE, World
 
 # (prompts, completions) -> one number each; a prompt is text or a list of {role, content}
 RewardFunction = Callable[[list[Any], list[str]], Sequence[float]]
@@ -49,10 +50,13 @@ class BagOfWordsReward:
         ]
 
 
-def load_reward(specification: str, *, device: str = "auto") -> RewardFunction:
+def load_reward(
+    specification: str, *, device: str = "auto", world: World = ALONE, sharded: bool = False
+) -> RewardFunction:
     """What `module:function` names, the bag of words of a `.json` file, or a reward model's folder.
 
-    Modules are found as Python finds them, and in the current folder; a model goes to `device`.
+    Modules are found as Python finds them, and in the current folder; a model goes to `device`, and
+    several ranks share its work (`world` and `sharded` as `ModelReward` has them).
 
     Raises:
         ValueError: there is no such module or function, or the folder holds no reward model.
@@ -64,7 +68,7 @@ def load_reward(specification: str, *, device: str = "auto") -> RewardFunction:
         return BagOfWordsReward(specification)
     if Path(specification).is_dir():
         try:
-            return ModelReward(specification, device=device)
+            return ModelReward(specification, device=device, world=world, sharded=sharded)
         except ValueError as error:  # whoever gave a reward must not look for it at the model
             raise ValueError(f"reward: {str(error).removeprefix('model.path: ')}") from error
     module_name, colon, name = specification.partition(":")

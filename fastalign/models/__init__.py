@@ -34,6 +34,8 @@ from fastalign.models.parallel import (
     Strategy,
     enter,
     is_sharded,
+    load_on_first,
+    part_from_ranks,
     share_by_ddp,
     share_by_fsdp,
     whole,
@@ -49,6 +51,7 @@ from fastalign.models.reward import (
     set_pad_token,
 )
 from fastalign.models.reward_scale import RewardScale, reward_scale, set_reward_scale
+from fastalign.models.skeleton import model_without_weights
 
 __all__ = [
     "ATTENTIONS",
@@ -78,10 +81,13 @@ __all__ = [
     "is_sharded",
     "linear_names",
     "lm_head",
+    "load_on_first",
     "load_policy",
     "load_reward_model",
     "merge_adapter",
+    "model_without_weights",
     "offload_layers",
+    "part_from_ranks",
     "predict_hidden",
     "read_config",
     "response_logprob",

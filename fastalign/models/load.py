@@ -13,6 +13,7 @@ from fastalign.models.lora import merge_adapter
 from fastalign.models.lora_files import CONFIG_FILE, adapter_base, open_adapter
 from fastalign.models.low_bit import keep_differentiable, nf4_options
 from fastalign.models.packed import Packing
+from fastalign.models.parallel import whole_state
 
 # Tested: packed log-probs and every gradient equal those of one sequence at a time.
 PACKABLE = (
@@ -174,6 +175,11 @@ def load_policy(
 
 
 def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
-    """Writes weights, configuration and tokenizer in transformers' layout."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    """Writes weights, configuration and tokenizer in transformers' layout.
+
+    Of a model that ranks share, all call this, and rank 0 writes.
+    """
+    state = None if model is None else whole_state(model)
+    if state is not None:
+        model.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fastalign.models.lora import ADAPTER, quiet_peft, require_peft
+from fastalign.models.parallel import whole, writes
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -16,10 +17,16 @@ PREFIX = "base_model.model."  # of names in peft's files
 
 
 def save_adapter(model: Any, folder: str | Path) -> None:
-    """Writes the adapter in peft's layout; `PeftModel.from_pretrained(base, folder)` opens it."""
+    """Writes the adapter in peft's layout; `PeftModel.from_pretrained(base, folder)` opens it.
+
+    Of a model that ranks share, all call this, and rank 0 writes.
+    """
     from peft.functional import get_peft_model_state_dict
 
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+    state = {name: whole(value) for name, value in state.items()}
+    if not writes(model):
+        return
     Path(folder).mkdir(parents=True, exist_ok=True)
     tensors = {PREFIX + name: value.contiguous() for name, value in state.items()}
     save_file(tensors, Path(folder) / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -6,6 +6,7 @@ of an `Entry` around the model, and FSDP2 keeps what is outside of the layers (e
 and head) gathered until it is done: the head is whole through all chunks of a loss.
 """
 
+import gc
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
@@ -14,12 +15,12 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     set_model_state_dict,
 )
-from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -31,6 +32,7 @@ from torch.distributed.fsdp import (
 from torch.nn.parallel import DistributedDataParallel
 
 from fastalign.models.layers import decoder_layers
+from fastalign.world import World
 
 T = TypeVar("T")
 Strategy = Literal["ddp", "fsdp"]
@@ -84,6 +86,39 @@ def enter(model: Any, computation: Callable[[], T], *, sync: bool = True) -> T:
 def is_sharded(model: Any) -> bool:
     """Whether each rank holds a part of the model's weights only."""
     return isinstance(_ENTRIES.get(model), FSDPModule)
+
+
+def part_from_ranks() -> None:
+    """Models are this process's alone again, before the ranks' process group is closed.
+
+    What reduces gradients has threads that must end first.
+    """
+    _ENTRIES.clear()
+    gc.collect()
+
+
+def load_on_first(world: World, load: Callable[[], Any], skeleton: Callable[[], Any]) -> Any:
+    """A model that is to be sharded: rank 0's with its weights, the others' on the meta device.
+
+    Args:
+        world: the ranks, all of which call this.
+        load: reads the weights into host memory.
+        skeleton: makes the same model without them.
+
+    Raises:
+        ValueError: what loading it raised on rank 0, on every rank.
+    """
+    model = None
+
+    def loaded() -> None:
+        nonlocal model
+        model = load()
+
+    world.first_does(loaded)
+    if model is None:
+        with torch.device("meta"):
+            model = skeleton()
+    return model
 
 
 def share_by_ddp(model: Any) -> None:
@@ -191,10 +226,15 @@ def whole_state(model: Any) -> dict[str, Tensor] | None:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         gathered: dict[str, Any] = get_model_state_dict(model, options=options)
         return gathered if dist.get_rank() == 0 else None
-    if model in _ENTRIES and dist.get_rank():
+    if not writes(model):
         return None
     state: dict[str, Tensor] = model.state_dict()
     return state
+
+
+def writes(model: Any) -> bool:
+    """Whether it is for this rank to write the model to disk."""
+    return model not in _ENTRIES or dist.get_rank() == 0
 
 
 def whole(tensor: Tensor) -> Tensor:

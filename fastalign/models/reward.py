@@ -26,6 +26,7 @@ from fastalign.models.load import (
 )
 from fastalign.models.lora_files import adapter_base
 from fastalign.models.packed import Packing, hidden_at
+from fastalign.models.parallel import whole_state
 
 HEAD = "score.weight"
 
@@ -199,6 +200,8 @@ def save_reward_model(
 ) -> None:
     """Writes what `AutoModelForSequenceClassification` opens, and the tokenizer beside it.
 
+    Of a model that ranks share, all call this, and rank 0 writes.
+
     Args:
         model: a reward model whose pad token is set.
         tokenizer: with the same pad token.
@@ -206,6 +209,9 @@ def save_reward_model(
         leave_out: parameters that are not the classifier's own.
     """
     assert model.config.pad_token_id == tokenizer.pad_token_id, "the served score depends on it"
-    weights = {k: v for k, v in model.state_dict().items() if k not in leave_out}
+    state = whole_state(model)
+    if state is None:
+        return
+    weights = {k: v for k, v in state.items() if k not in leave_out}
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)

@@ -19,14 +19,14 @@ def model_without_weights(
     reward: bool,
     dtype: torch.dtype,
     device: torch.device,
-    packing: Packing,
-    attention_name: attention.AttentionChoice,
-    compute_dtype: torch.dtype,
+    packing: Packing = "shared_prefix",
+    attention_name: attention.AttentionChoice = "auto",
+    compute_dtype: torch.dtype | None = None,
     trust_remote_code: bool,
 ) -> Any:
     """What `load_policy` or `load_reward_model` would load, freshly initialised.
 
-    To be called under a mode that makes fake tensors; arguments as those of `load_policy`.
+    To be called where tensors have no data, fake or meta; arguments as those of `load_policy`.
 
     Raises:
         ValueError: no model there, or one that they refuse.
@@ -38,12 +38,13 @@ def model_without_weights(
         check_packable(config)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if config.model_type in PACKABLE:
-        chosen = attention.choose_attention(attention_name, device, compute_dtype, config)
+        chosen = attention.choose_attention(attention_name, device, compute_dtype or dtype, config)
         options["attn_implementation"] = attention.registered_name(chosen)
     if reward:
         is_reward_model(config)
         config.num_labels = 1
         model = AutoModelForSequenceClassification.from_config(config, **options)
+        model.get_input_embeddings().padding_idx = None  # as `load_reward_model` has it
     else:
         model = AutoModelForCausalLM.from_config(config, **options)
     disable_dropout(model)

@@ -67,9 +67,17 @@ class TransformersSampler:
         self.version = 0
 
     def generate(
-        self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        seed: int,
+        first_prompt: int = 0,
     ) -> list[list[Completion]]:
         """`params.num_samples` completions of each prompt, in the prompts' order.
+
+        `first_prompt` is the number of the first among the prompts that several ranks share: the
+        same tokens are drawn however many they are.
 
         Raises:
             ValueError: an empty prompt, or one that leaves no room for the answer.
@@ -83,8 +91,9 @@ class TransformersSampler:
         for start in range(0, len(rows), self._rows_per_batch):
             part = rows[start : start + self._rows_per_batch]
             prompts = [prompt_ids[p] for p, _ in part]
-            uniforms = torch.stack([_stream(seed, p, s, params.max_new_tokens) for p, s in part])
-            results.update(zip(part, self._batch(prompts, params, uniforms), strict=True))
+            length = params.max_new_tokens
+            streams = torch.stack([_stream(seed, first_prompt + p, s, length) for p, s in part])
+            results.update(zip(part, self._batch(prompts, params, streams), strict=True))
             if self._on_progress is not None:
                 self._on_progress(len(part))
         return [[results[p, s] for s in range(params.num_samples)] for p in range(len(prompt_ids))]

@@ -4,6 +4,7 @@ from dataclasses import asdict
 from typing import Any, ClassVar, Protocol
 
 from fastalign.trainers.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from fastalign.trainers.parallel_config import ParallelConfig
 from fastalign.trainers.preference_losses import LOSSES
 from fastalign.trainers.reward_losses import REWARD_LOSSES
 
@@ -32,6 +33,10 @@ class AnyConfig(Protocol):
     @property
     def train(self) -> TrainConfig:
         """How long, in what pieces, with what precision."""
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        """How several ranks share models and work."""
 
 
 def config_to_dict(config: AnyConfig) -> dict[str, Any]:

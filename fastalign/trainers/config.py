@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 from fastalign.models import AttentionChoice, Packing
 from fastalign.trainers.lora_config import LoraConfig
+from fastalign.trainers.parallel_config import ParallelConfig
 from fastalign.trainers.preference_losses import DPOLoss, PreferenceLoss
 from fastalign.trainers.reward_losses import BradleyTerryLoss, RewardLoss
 
@@ -195,6 +196,7 @@ class SFTConfig:
     run: RunConfig
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,7 @@ class DPOConfig:
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,7 @@ class RewardConfig:
     loss: RewardLoss = field(default_factory=BradleyTerryLoss)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         rank = self.model.lora.rank

@@ -16,7 +16,7 @@ from fastalign.losses import segment_sum
 from fastalign.models import Head
 from fastalign.ops.fused_linear_loss import LossFunction
 from fastalign.trainers.accumulate import Examples, accumulate, measure_examples
-from fastalign.trainers.compute import Compute, make_compute
+from fastalign.trainers.compute import Compute
 from fastalign.trainers.config import DPOConfig
 from fastalign.trainers.evaluate import evaluate_by_loss
 from fastalign.trainers.loop import indices_of_run, run_loop
@@ -51,8 +51,7 @@ def train_dpo(config: DPOConfig) -> RunResult:
         ValueError: in one line, whatever of the caller's is wrong.
         FileNotFoundError: a file that is not there.
     """
-    compute = make_compute(config.train)
-    with opened_run(config):
+    with opened_run(config) as compute:
         model, tokenizer = load_for_training(config, compute)
         data, held_out = load_sets(config, model, tokenizer)
         sets: list[tuple[TokenizedDataset, Iterable[int]]] = [
@@ -63,6 +62,7 @@ def train_dpo(config: DPOConfig) -> RunResult:
         pairs, *others = prepare_all(config, model, tokenizer, sets, compute)
         return run_loop(
             config,
+            compute.world,
             model,
             Task(
                 title="dpo",

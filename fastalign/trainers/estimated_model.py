@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastalign.models import linear_names
-from fastalign.models.skeleton import model_without_weights
+from fastalign.models import linear_names, model_without_weights
 from fastalign.trainers.any_config import AnyConfig
 from fastalign.trainers.compute import Compute
 from fastalign.trainers.config import RewardConfig

@@ -6,24 +6,29 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fastalign.data import Tokenizer
-from fastalign.models import has_adapter, merge_adapter, save_adapter
+from fastalign.models import has_adapter, is_sharded, load_policy, merge_adapter, save_adapter
 from fastalign.trainers.any_config import AnyConfig
+from fastalign.world import World
 
 
 def save_final_model(
     config: AnyConfig,
+    world: World,
     model: Any,
     tokenizer: Tokenizer,
     save: Callable[[Any, Any, Path], None],
     others: Mapping[str, Callable[[Path], None]],
 ) -> None:
-    """Writes the run's folders.
+    """Writes the run's folders, on rank 0; the others give it their parts of the weights.
 
     Of an adapter `adapter/` comes first, which is merged into the model after that.
 
     Args:
         config: of the run.
+        world: the ranks, all of which call this.
         model: what was trained, or the policy among it.
         tokenizer: of the model.
         save: writes (model, tokenizer, folder) in transformers' layout.
@@ -31,27 +36,51 @@ def save_final_model(
     """
     folder = Path(config.run.dir)
     for name, write in others.items():
-        with written(folder / name) as aside:
+        with written(folder / name, world) as aside:
             write(aside)
     if has_adapter(model):
-        with written(folder / "adapter") as aside:
+        with written(folder / "adapter", world) as aside:
             save_adapter(model, aside)
-            tokenizer.save_pretrained(aside)
+            if world.is_first:
+                tokenizer.save_pretrained(aside)
         if not config.model.lora.save_merged:
             return
-        merge_adapter(model)
-    with written(folder / "model") as aside:
+        model = merged(model, folder / "adapter", config, world)
+    with written(folder / "model", world) as aside:
         save(model, tokenizer, aside)
 
 
+def merged(model: Any, adapter: Path, config: AnyConfig, world: World) -> Any:
+    """The model with its adapter merged; of a sharded one, rank 0 reads the whole of it again."""
+    if not is_sharded(model):
+        merge_adapter(model)
+        return model
+    if not world.is_first:
+        return None
+    lora = config.model.lora
+    return load_policy(
+        adapter,
+        dtype=torch.float32 if lora.base == "float32" else torch.bfloat16,
+        packing="padded",
+        trust_remote_code=config.model.trust_remote_code,
+    )
+
+
 @contextmanager
-def written(final: Path) -> Iterator[Path]:
-    """A folder to write into: complete under another name first, then renamed."""
+def written(final: Path, world: World) -> Iterator[Path]:
+    """A folder for rank 0 to write into: complete under another name first, then renamed."""
     aside = final.with_name(f".writing-{final.name}")
-    if aside.exists():  # left behind by a run that was killed
-        shutil.rmtree(aside)
+
+    def prepare() -> None:
+        if aside.exists():  # left behind by a run that was killed
+            shutil.rmtree(aside)
+
+    def finish() -> None:
+        if final.exists():
+            shutil.rmtree(final)
+        aside.rename(final)
+
+    world.first_does(prepare)
     yield aside
-    if final.exists():
-        shutil.rmtree(final)
-    aside.rename(final)
+    world.first_does(finish)
     print(f"{final.name} written to {final}", flush=True)

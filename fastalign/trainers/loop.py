@@ -18,7 +18,13 @@ from fastalign.trainers.checkpoint import (
     save_checkpoint,
 )
 from fastalign.trainers.final_model import save_final_model
-from fastalign.trainers.metrics import Metrics, MetricsWriter, ProgressDisplay
+from fastalign.trainers.metrics import (
+    AnyWriter,
+    Metrics,
+    MetricsWriter,
+    NoWriter,
+    ProgressDisplay,
+)
 from fastalign.trainers.observe import StallWatch, traced
 from fastalign.trainers.optimizer import make_optimizer
 from fastalign.trainers.process_memory import STEP, memory_used_in, peak_memory_bytes
@@ -26,6 +32,7 @@ from fastalign.trainers.reference_cache import model_fingerprint
 from fastalign.trainers.signals import StopRequest, stop_on_signal
 from fastalign.trainers.state import TrainState
 from fastalign.trainers.task import RunResult, Task
+from fastalign.world import World
 
 MAX_SKIPPED_IN_A_ROW = 3
 # What training begins from and a checkpoint does not hold: it holds their fingerprints.
@@ -88,8 +95,10 @@ def sources_of(task: Task, policy: Any) -> dict[str, Any]:
     }
 
 
-def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
+def run_loop(config: AnyConfig, world: World, model: Any, task: Task) -> RunResult:
     """Trains until the last step, a signal, `stop_at_step`, or too many skipped steps.
+
+    Every rank runs it; rank 0 writes what the run says.
 
     Raises:
         ValueError: three steps in a row were skipped.
@@ -101,13 +110,15 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     policy = model if task.policy is None else task.policy
     sources = sources_of(task, policy)
     num_bytes = resume(folder, state, sources)["metrics_bytes"] if config.run.resume else 0
-    writer = MetricsWriter(folder, num_bytes=num_bytes, step=state.step)
-    watch = StallWatch(folder, config.train.stall_seconds)
+    writer = metrics_writer(folder, world, num_bytes=num_bytes, step=state.step)
+    watch = StallWatch(folder, config.train.stall_seconds, world)
 
     def save() -> None:
         task.before_save(state)
         extra = {"metrics_bytes": writer.num_bytes(), **sources}
-        save_checkpoint(folder / CHECKPOINTS, state, extra, config.train.keep_checkpoints)
+        if world.is_first:
+            save_checkpoint(folder / CHECKPOINTS, state, extra, config.train.keep_checkpoints)
+        world.barrier()
 
     metrics: Metrics = {}
     reason: str | None = None
@@ -117,6 +128,7 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
             while state.step < num_steps:
                 with watch.step(state.step + 1):
                     metrics, unmeasured = next_metrics(config, state, task, num_steps, save)
+                metrics = agreed(world, metrics, stop)
                 writer.write(metrics)
                 shown.update(metrics)
                 if metrics["skipped"]:
@@ -137,13 +149,32 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
         watch.close()
     finished = state.step >= num_steps
     if finished:
-        save_final_model(config, policy, task.tokenizer, task.save_model, task.other_folders)
+        save_final_model(config, world, policy, task.tokenizer, task.save_model, task.other_folders)
     else:
         why = "" if reason is None else f" ({reason})"
         print(f"stopped at step {state.step}{why}; saved; go on with --run.resume", flush=True)
     assert saved_at == state.step
     early = reason is not None and not finished
     return RunResult(state.step, finished, COLLAPSED if early else stop.exit_code, metrics)
+
+
+def metrics_writer(folder: Path, world: World, *, num_bytes: int, step: int) -> AnyWriter:
+    """Rank 0's writer; another rank's does nothing.
+
+    Raises:
+        ValueError: the file holds less than the checkpoint knows.
+    """
+    writer: list[MetricsWriter] = []
+    world.first_does(lambda: writer.append(MetricsWriter(folder, num_bytes=num_bytes, step=step)))
+    return writer[0] if writer else NoWriter()
+
+
+def agreed(world: World, metrics: Metrics, stop: StopRequest) -> Metrics:
+    """What every rank goes by: a signal that any of them got, rank 0's times, the most memory."""
+    ranks = world.gather((stop.received, metrics))
+    stop.agreed = next((signal for signal, _ in ranks if signal is not None), None)
+    most = max(of_rank["peak_memory_bytes"] for _, of_rank in ranks)
+    return {**ranks[0][1], "peak_memory_bytes": most}
 
 
 def check_skipped(state: TrainState) -> None:
@@ -192,8 +223,8 @@ def stopped_sampling(failure: SamplerFailed, step: int) -> SamplerFailed:
 
 
 def should_stop(config: AnyConfig, state: TrainState, stop: StopRequest) -> bool:
-    """Whether a signal came or `stop_at_step` is reached."""
-    return stop.received is not None or state.step == config.train.stop_at_step
+    """Whether the ranks agreed to stop for a signal, or `stop_at_step` is reached."""
+    return stop.agreed is not None or state.step == config.train.stop_at_step
 
 
 def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -> Metrics:

@@ -64,6 +64,23 @@ class MetricsWriter:
         self._board.close()
 
 
+class NoWriter:
+    """What a rank writes to that does not speak for the run."""
+
+    def write(self, metrics: Metrics) -> None:
+        """Nothing."""
+
+    def num_bytes(self) -> int:
+        """None."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+AnyWriter = MetricsWriter | NoWriter
+
+
 class ProgressDisplay:
     """A bar on a terminal, about twenty plain lines elsewhere: loss, tokens a second, time left.
 

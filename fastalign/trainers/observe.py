@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from fastalign.world import ALONE, World
+
 TRACES = "profile"
 STALLS = "stalls.txt"
 
@@ -38,11 +40,12 @@ class StallWatch:
     Args:
         folder: of the run.
         seconds: that a step may take; 0: any.
+        world: the ranks, each with a file of its own.
     """
 
-    def __init__(self, folder: Path, seconds: float):
+    def __init__(self, folder: Path, seconds: float, world: World = ALONE):
         self._seconds = seconds
-        self._path = folder / STALLS
+        self._path = folder / (STALLS if world.is_first else f"stalls-rank{world.rank:05d}.txt")
         self._file = self._path.open("ab") if seconds else None
 
     @contextmanager

@@ -5,6 +5,7 @@ from typing import Literal
 
 from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
 from fastalign.trainers.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from fastalign.trainers.parallel_config import ParallelConfig
 from fastalign.trainers.ppo_config import WatchConfig
 from fastalign.trainers.preference_losses import DPOLoss, PreferenceLoss
 from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig
@@ -74,6 +75,7 @@ class OnlineDPOConfig:
     watch: WatchConfig = field(default_factory=WatchConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler, self.vllm)

@@ -13,7 +13,6 @@ import torch
 
 from fastalign.trainers.accumulate import accumulate, add_sums, measure_examples
 from fastalign.trainers.collapse import reason_to_stop, watch
-from fastalign.trainers.compute import make_compute
 from fastalign.trainers.dpo import Pairs, logit_sums, make_preference_loss
 from fastalign.trainers.loop import run_loop
 from fastalign.trainers.metrics import Metrics, mean_metrics
@@ -35,14 +34,14 @@ def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
         ValueError: in one line, whatever of the caller's is wrong.
         FileNotFoundError: a file that is not there.
     """
-    compute = make_compute(config.train)
-    with opened_run(config):
+    with opened_run(config) as compute:
         online = prepare(config, compute)
         reference = online.reference
         evaluate = None if online.held_out is None else partial(evaluate_samples, online)
         with closing(online.sampler):
             return run_loop(
                 config,
+                compute.world,
                 online.model,
                 Task(
                     title="online-dpo",

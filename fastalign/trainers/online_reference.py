@@ -10,12 +10,13 @@ from torch import Tensor
 from fastalign.batch import Group
 from fastalign.data import Tokenizer, check_same_vocabulary
 from fastalign.evaluation import sequence_logprobs
-from fastalign.models import adapter_off, has_adapter
+from fastalign.models import adapter_off, has_adapter, is_sharded
 from fastalign.trainers.checkpoint import trainable_parameters
 from fastalign.trainers.compute import Compute
 from fastalign.trainers.online_config import OnlineDPOConfig
 from fastalign.trainers.process_memory import memory_used_in
 from fastalign.trainers.setup import load_model
+from fastalign.trainers.sharing import share
 from fastalign.trainers.state import TrainState
 
 
@@ -42,6 +43,7 @@ class OnlineReference:
         if config.reference.path is not None:
             self._other, its_own = load_model(config.reference.path, config.model, compute)
             check_same_vocabulary(tokenizer, its_own)
+            share(self._other.requires_grad_(False), compute)
         elif not self._every and not has_adapter(policy):
             self._weights = copy_weights(policy)
 
@@ -89,6 +91,7 @@ def response_logprobs(model: Any, groups: Sequence[Group], compute: Compute) -> 
             tokens_per_batch=compute.tokens_per_batch,
             dtype=compute.dtype,
             max_buffer_bytes=compute.max_buffer_bytes,
+            world=compute.world,
         )
     return torch.cat(found)
 
@@ -103,11 +106,20 @@ def put_in(model: Any, weights: dict[str, Tensor]) -> Iterator[None]:
     """The model with other weights; its parameters are the same objects, and get theirs back."""
     parameters = {name: p for name, p in model.named_parameters() if name in weights}
     assert parameters.keys() == weights.keys()
-    own = {name: p.data for name, p in parameters.items()}
+    # Sharded parameters are gathered from where they lie: those are written over and restored.
+    own = copy_weights(model) if is_sharded(model) else {k: p.data for k, p in parameters.items()}
     try:
-        for name, parameter in parameters.items():
-            parameter.data = weights[name]
+        put(parameters, weights, copy=is_sharded(model))
         yield
     finally:
-        for name, parameter in parameters.items():
-            parameter.data = own[name]
+        put(parameters, own, copy=is_sharded(model))
+
+
+@torch.no_grad()
+def put(parameters: dict[str, Tensor], values: dict[str, Tensor], *, copy: bool) -> None:
+    """Gives parameters these values: their bytes, or themselves."""
+    for name, parameter in parameters.items():
+        if copy:
+            parameter.copy_(values[name])
+        else:
+            parameter.data = values[name]

@@ -79,7 +79,7 @@ def prepare(config: OnlineDPOConfig, compute: Compute) -> Online:
         ValueError: in one line, whatever of the caller's is wrong.
         FileNotFoundError: a file that is not there.
     """
-    sources = load_sources(config.reward, config.train.device)
+    sources = load_sources(config.reward, compute)
     model, tokenizer = load_for_training(config, compute)
     reference, fewest, scale = None, model, None
     if config.loss.formula().needs_reference:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from fastalign.data import Tokenizer, eos_token_ids
+from fastalign.models import with_whole_weights
 from fastalign.rollouts import (
     Completion,
     OverlappedSampler,
@@ -86,10 +87,19 @@ class PolicySampler:
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
     ) -> list[list[Completion]]:
-        """See `Sampler`."""
+        """See `Sampler`; several ranks share the prompts, and each gets all completions."""
         self._sampler.version = self.version
+        world = self._compute.world
+        mine = world.part_of(len(prompt_ids))
+
+        def sample() -> list[list[Completion]]:
+            return self._sampler.generate(
+                prompt_ids[mine.start : mine.stop], params, seed=seed, first_prompt=mine.start
+            )
+
         with sampling_mode(self._model, self._compute):
-            return self._sampler.generate(prompt_ids, params, seed=seed)
+            found = with_whole_weights(self._model, sample)
+        return [answers for of_rank in world.gather(found) for answers in of_rank]
 
     def sync_weights(self, named_tensors: Any, version: int) -> None:
         """Nothing is copied: the weights are the policy's own."""

@@ -14,7 +14,6 @@ from fastalign.data import indices_of_step
 from fastalign.rollouts import OverlappedSampler
 from fastalign.trainers.accumulate import measure_examples
 from fastalign.trainers.collapse import reason_to_stop, repeated_ratio, watch
-from fastalign.trainers.compute import make_compute
 from fastalign.trainers.loop import run_loop
 from fastalign.trainers.metrics import Metrics
 from fastalign.trainers.ppo_advantages import (
@@ -46,8 +45,7 @@ def train_ppo(config: PPOConfig) -> RunResult:
         ValueError: in one line, whatever of the caller's is wrong.
         FileNotFoundError: a file that is not there.
     """
-    compute = make_compute(config.train)
-    with opened_run(config):
+    with opened_run(config) as compute:
         advise_on_estimator(config)
         run = prepare(config, compute)
         evaluate = None if run.held_out is None else (lambda: evaluate_prompts(run))
@@ -55,6 +53,7 @@ def train_ppo(config: PPOConfig) -> RunResult:
         with closing(run.sampler):
             return run_loop(
                 config,
+                compute.world,
                 models.trained,
                 Task(
                     title="ppo",

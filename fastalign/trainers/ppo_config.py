@@ -6,6 +6,7 @@ from typing import Literal
 
 from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
 from fastalign.trainers.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from fastalign.trainers.parallel_config import ParallelConfig
 from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig
 
 Advantage = Literal["gae", "rloo", "grpo"]
@@ -203,6 +204,7 @@ class PPOConfig:
     watch: WatchConfig = field(default_factory=WatchConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-6, eps=1e-5))
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         method, samples = self.ppo.advantage, self.sampling

@@ -24,7 +24,6 @@ from fastalign.models import (
     has_adapter,
     is_reward_model,
     lm_head,
-    load_reward_model,
     read_config,
     reward_scale,
     save_reward_model,
@@ -33,7 +32,13 @@ from fastalign.models import (
 )
 from fastalign.trainers.compute import Compute
 from fastalign.trainers.ppo_config import PPOConfig
-from fastalign.trainers.setup import load_for_training, load_model, ready_for_training
+from fastalign.trainers.setup import (
+    load_for_training,
+    load_model,
+    load_reward_network,
+    ready_for_training,
+)
+from fastalign.trainers.sharing import share
 
 
 class ActorCritic(nn.Module):
@@ -107,7 +112,7 @@ def load_ppo_models(config: PPOConfig, compute: Compute) -> tuple[PPOModels, Tok
         path = config.reference.path or config.model.path
         reference, reference_tokenizer = load_model(path, config.model, compute)
         check_same_vocabulary(tokenizer, reference_tokenizer)
-        reference.requires_grad_(False)
+        share(reference.requires_grad_(False), compute)
     if config.kl.estimator == "full":
         check_full_kl(policy, reference)
     value, value_tokenizer = None, None
@@ -169,14 +174,7 @@ def load_value(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> tup
         raise ValueError(f"{name}: {path} is an adapter; merge it first (fastalign merge)")
     try:
         fresh = not is_reward_model(read_config(path, trust_remote_code=trust))
-        value = load_reward_model(
-            path,
-            device=compute.device,
-            packing=compute.packing,
-            attention_name=compute.attention,
-            compute_dtype=compute.dtype,
-            trust_remote_code=trust,
-        )
+        value = load_reward_network(path, config, compute)
         own = load_tokenizer(path, trust_remote_code=trust)
     except ValueError as error:
         raise ValueError(f"{name}: {str(error).removeprefix('model.path: ')}") from error
@@ -198,4 +196,4 @@ def load_value(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> tup
     if config.value.lr is not None:
         for parameter in value.parameters():
             parameter.lr_scale = config.value.lr / config.optim.lr
-    return ready_for_training(value, config), own
+    return share(ready_for_training(value, config), compute), own

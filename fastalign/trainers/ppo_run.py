@@ -50,7 +50,7 @@ def prepare(config: PPOConfig, compute: Compute) -> PPORun:
         ValueError: in one line, whatever of the caller's is wrong.
         FileNotFoundError: a file that is not there.
     """
-    sources = load_sources(config.reward, config.train.device)
+    sources = load_sources(config.reward, compute)
     models, tokenizer = load_ppo_models(config, compute)
     fewest = models.with_fewest_positions()
     prompts, held_out = load_prompt_sets(config.data, config.sampling, fewest, tokenizer)

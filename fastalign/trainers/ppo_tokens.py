@@ -4,7 +4,7 @@ N tokens of R responses, in the rollouts' order. All passes run the same packed 
 is computed once for its responses in each of them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -197,10 +197,9 @@ def record_tokens(
     Returns:
         The record, and `num_micro_batches` and `num_packed_tokens`.
     """
-    sizes = [sum(len(ids) for ids in group.response_ids) for group in examples.groups]
-    parts: dict[str, list[Tensor]] = {}
-    num_batches, num_packed = 0, 0
-    for chosen, on_host, counts in packed_batches(
+    parts = {}
+    counts = {"num_micro_batches": 0, "num_packed_tokens": 0}
+    for piece in packed_batches(
         examples.groups,
         range(len(examples.groups)),
         examples.lengths,
@@ -208,27 +207,47 @@ def record_tokens(
         share_prompts=compute.packing != "packed",
         world=compute.world,
     ):
-        with memory_used_in(f"log-probs and values of a batch of {on_host.num_tokens} tokens"):
-            batch = on_host.to(compute.device)
+        num_tokens = piece.batch.num_tokens
+        with memory_used_in(f"log-probs and values of a batch of {num_tokens} tokens"):
+            batch = piece.batch.to(compute.device)
             found = numbers_of_batch(models, batch, compute, temperature, full_kl)
-        for name, values in found.items():
-            split = torch.split(values.cpu(), [sizes[g] for g in chosen])
-            places = parts.setdefault(name, [torch.empty(0)] * len(sizes))
-            for group, part in zip(chosen, split, strict=True):
-                places[group] = part
-        num_batches += 1
-        num_packed += on_host.num_tokens
+        if piece.counts:
+            parts[tuple(piece.indices)] = {name: each.cpu() for name, each in found.items()}
+            counts["num_micro_batches"] += 1
+            counts["num_packed_tokens"] += num_tokens
+    ranks = compute.world.gather((parts, counts))
+    joined = joined_parts(examples, {k: v for of_rank, _ in ranks for k, v in of_rank.items()})
     lengths = [len(ids) for group in examples.groups for ids in group.response_ids]
-    sampler = [p for answers in rollouts.completions for a in answers for p in a.logprobs]
-    joined = {name: torch.cat(each) for name, each in parts.items()}
     record = TokenRecord(
         bounds=torch.tensor([0, *accumulate(lengths)]),
-        group_bounds=(0, *accumulate(sizes)),
+        group_bounds=(0, *accumulate(num_response_tokens(examples))),
+        sampler_logprob=torch.tensor(
+            [p for answers in rollouts.completions for a in answers for p in a.logprobs]
+        ),
         logprob=joined["logprob"],
         reference_logprob=joined["reference_logprob"],
-        sampler_logprob=torch.tensor(sampler),
         entropy=joined["entropy"],
         full_kl=joined.get("full_kl"),
         value=joined.get("value"),
     )
-    return record, {"num_micro_batches": num_batches, "num_packed_tokens": num_packed}
+    return record, {name: sum(of_rank[name] for _, of_rank in ranks) for name in counts}
+
+
+def num_response_tokens(examples: Examples) -> list[int]:
+    """Of each group."""
+    return [sum(len(ids) for ids in group.response_ids) for group in examples.groups]
+
+
+def joined_parts(
+    examples: Examples, parts: Mapping[tuple[int, ...], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Each number of all tokens (N,), from those of batches, by the groups that they hold."""
+    sizes = num_response_tokens(examples)
+    places: dict[str, list[Tensor]] = {}
+    for chosen, found in parts.items():
+        for name, values in found.items():
+            of_name = places.setdefault(name, [torch.empty(0)] * len(sizes))
+            split = torch.split(values, [sizes[g] for g in chosen])
+            for group, part in zip(chosen, split, strict=True):
+                of_name[group] = part
+    return {name: torch.cat(each) for name, each in places.items()}

@@ -34,6 +34,7 @@ class LossPart:
         examples: what it is computed on.
         indices: which of them.
         batch_loss: of a micro-batch.
+        last: whether no other term adds to the same model's gradient after it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class LossPart:
     examples: Examples
     indices: Sequence[int]
     batch_loss: BatchLoss
+    last: bool = True
 
 
 def loss_parts(update: Update, groups: Sequence[int], number: int) -> Iterator[LossPart]:
@@ -49,7 +51,7 @@ def loss_parts(update: Update, groups: Sequence[int], number: int) -> Iterator[L
     bounds = update.record.group_bounds
     normaliser = sum(bounds[group + 1] - bounds[group] for group in groups)
     of_policy = policy_batch_loss(update, normaliser)
-    yield LossPart("policy", 1.0, update.examples, groups, of_policy)
+    yield LossPart("policy", 1.0, update.examples, groups, of_policy, last=update.ptx is None)
     if models.value is not None:
         of_value = value_batch_loss(update, normaliser)
         yield LossPart("value", config.value.coefficient, update.examples, groups, of_value)
@@ -69,7 +71,12 @@ def one_update(
     metrics: Metrics = {"loss": 0.0, "num_packed_tokens": 0, "num_micro_batches": 0}
     for part in loss_parts(update, groups, number):
         value, sums, num_tokens = accumulate(
-            part.examples, part.indices, part.batch_loss, update.compute, backward=True
+            part.examples,
+            part.indices,
+            part.batch_loss,
+            update.compute,
+            backward=True,
+            last=part.last,
         )
         metrics["loss"] += value
         metrics["num_packed_tokens"] += num_tokens

@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fastalign.trainers.reference_cache import (
     read_cache,
 )
 from fastalign.trainers.setup import load_model
+from fastalign.trainers.sharing import share
 
 # Examples between two writes: what was computed is kept even if the run is stopped in between.
 PIECE = 4096
@@ -64,6 +66,7 @@ def load_reference(
     host = replace(compute, device=torch.device("cpu"))
     model, reference_tokenizer = load_model(path, config.model, host if offload else compute)
     check_same_vocabulary(tokenizer, reference_tokenizer)
+    share(model.requires_grad_(False), compute)
     reference = Reference(model, model_fingerprint(model))
     if offload:
         offload_layers(model, compute.device)
@@ -83,6 +86,7 @@ def compute_logprobs(
             tokens_per_batch=compute.tokens_per_batch,
             dtype=compute.dtype,
             max_buffer_bytes=compute.max_buffer_bytes,
+            world=compute.world,
         )
     return torch.stack(logprobs)
 
@@ -132,6 +136,8 @@ def reference_logprobs(
 ) -> Tensor:
     """Sequence log-probs of pairs under the reference, from the cache as far as it has them.
 
+    The cache is rank 0's; several ranks share what is to be computed.
+
     A damaged file is put aside and computed again. A cache that cannot be written is said once,
     and the run goes on with what it computed: hours of a reference's work are not thrown away
     because they cannot be kept for the next run.
@@ -151,7 +157,8 @@ def reference_logprobs(
         ValueError: a cached value that is not the reference's, or a log-prob that is not finite.
     """
     path = cache_path(cache_dir, data_fingerprint, reference.fingerprint, compute.dtype)
-    values, fault = read_cache(path, len(examples.groups))
+    world = compute.world
+    values, fault = world.first_does(lambda: read_cache(path, len(examples.groups)))
     if fault is not None:
         print(
             f"{path}: damaged cache of reference log-probs ({fault}); it is renamed "
@@ -181,7 +188,7 @@ def reference_logprobs(
         if not kept:
             continue
         try:
-            values = merge_into_cache(path, values)
+            values = world.first_does(partial(merge_into_cache, path, values))
         except OSError as error:
             kept = False
             print(f"reference log-probs are not kept for later runs: {error}", flush=True)

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fastalign.models import base_state
+from fastalign.models import base_state, whole
 from fastalign.trainers.checkpoint import write_bytes_atomically
 
 VERSION = 1
@@ -33,12 +33,14 @@ def default_cache_dir() -> Path:
 def model_fingerprint(model: Any) -> str:
     """SHA-256 of the configuration and every weight's name, shape, dtype and bytes.
 
-    An adapter is left out: runs with different ones share what they compute of their base.
+    A sharded model has that of the whole one, which all its ranks must ask for. An adapter is left
+    out: runs with different ones share what they compute of their base.
     """
     digest = hashlib.sha256(model.config.to_json_string().encode())
     for name, value in sorted(base_state(model).items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        plain: Tensor = whole(value.detach()).cpu().contiguous()
+        digest.update(plain.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -19,7 +19,7 @@ from fastalign.data import (
 from fastalign.evaluation import pair_measures
 from fastalign.models import response_reward, set_pad_token
 from fastalign.trainers.accumulate import BatchLoss, Examples, accumulate, measure_examples
-from fastalign.trainers.compute import Compute, make_compute
+from fastalign.trainers.compute import Compute
 from fastalign.trainers.config import RewardConfig
 from fastalign.trainers.evaluate import evaluate_by_loss
 from fastalign.trainers.loop import run_loop
@@ -40,6 +40,7 @@ from fastalign.trainers.setup import (
     load_sets,
     opened_run,
 )
+from fastalign.trainers.sharing import share
 from fastalign.trainers.step import supervised
 from fastalign.trainers.task import RunResult, Task
 from fastalign.trainers.tie_parameter import add_nu, learned_nu, save_with_nu
@@ -65,8 +66,7 @@ def train_reward(config: RewardConfig) -> RunResult:
         ValueError: in one line, whatever of the caller's is wrong.
         FileNotFoundError: a file that is not there.
     """
-    compute = make_compute(config.train)
-    with opened_run(config):
+    with opened_run(config) as compute:
         model, tokenizer = load_reward_for_training(config, compute)
         data, held_out = load_sets(config, model, tokenizer)
         judged = held_out and to_judge(config, held_out, model, tokenizer)
@@ -75,6 +75,7 @@ def train_reward(config: RewardConfig) -> RunResult:
         stops = eos_token_ids(tokenizer, config.model.path)
         set_pad_token(model, use_distinct_pad(tokenizer, ends.union(stops)))
         add_nu(model, config)
+        share(model, compute)
         evaluate = None
         if held_out is not None:
             evaluate = make_evaluate(model, config, held_out, compute)
@@ -85,6 +86,7 @@ def train_reward(config: RewardConfig) -> RunResult:
 
         result = run_loop(
             config,
+            compute.world,
             model,
             Task(
                 title="reward",

@@ -20,7 +20,7 @@ from fastalign.evaluation import (
     summary,
     with_tie_rate,
 )
-from fastalign.models import response_reward, set_reward_scale
+from fastalign.models import enter, response_reward, set_reward_scale
 from fastalign.trainers.checkpoint import write_text_atomically
 from fastalign.trainers.compute import Compute
 from fastalign.trainers.reward_losses import RewardLoss
@@ -34,12 +34,13 @@ NUM_BASELINE_PAIRS = 20000
 def pair_rewards(model: Any, groups: Sequence[Group], compute: Compute) -> Tensor:
     """Raw scores (N, 2) float64 of pairs, on the CPU."""
     rewards = of_responses(
-        lambda batch: response_reward(model, batch, packing=compute.packing),
+        lambda batch: enter(model, lambda: response_reward(model, batch, packing=compute.packing)),
         groups,
         device=compute.device,
         packing=compute.packing,
         tokens_per_batch=compute.tokens_per_batch,
         dtype=compute.dtype,
+        world=compute.world,
     )
     return torch.stack(rewards).double()
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from fastalign.data import Content
-from fastalign.evaluation import apply_reward, load_reward
+from fastalign.evaluation import ModelReward, apply_reward, load_reward
 from fastalign.evaluation.rewards import RewardFunction
+from fastalign.trainers.compute import Compute
 from fastalign.trainers.metrics import Metrics
 from fastalign.trainers.rollout_config import RewardSourceConfig
+from fastalign.world import ALONE, World
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,13 @@ class RewardSources:
         names: in the metrics, each another.
         functions: (prompts, completions) -> numbers.
         weights: in the sum.
+        world: the ranks, all of which ask for the same scores.
     """
 
     names: tuple[str, ...]
     functions: tuple[RewardFunction, ...]
     weights: tuple[float, ...]
+    world: World = ALONE
 
     def score(self, prompts: Sequence[Content], texts: Sequence[str]) -> tuple[Tensor, Metrics]:
         """The weighted sum of every completion's rewards, (R,) float64, and each source's mean.
@@ -39,8 +44,11 @@ class RewardSources:
         total = torch.zeros(len(texts), dtype=torch.float64)
         metrics: Metrics = {}
         for name, function, weight in zip(self.names, self.functions, self.weights, strict=True):
+            work = partial(apply_reward, function, prompts, texts)
             try:
-                rewards = apply_reward(function, prompts, texts)
+                # A model's work is shared by all ranks; any other function is rank 0's alone.
+                shared = isinstance(function, ModelReward)
+                rewards = work() if shared else self.world.first_does(work)
             except ValueError as error:
                 raise ValueError(f"reward.sources: {name}: {error}") from error
             total += weight * torch.tensor(rewards, dtype=torch.float64)
@@ -50,8 +58,8 @@ class RewardSources:
         return total, metrics
 
 
-def load_sources(config: RewardSourceConfig, device: str) -> RewardSources:
-    """Loads every source; reward models go to `device`.
+def load_sources(config: RewardSourceConfig, compute: Compute) -> RewardSources:
+    """Loads every source; reward models go to the run's device, sharded as its other models.
 
     Raises:
         ValueError: a source that is none.
@@ -59,8 +67,17 @@ def load_sources(config: RewardSourceConfig, device: str) -> RewardSources:
     """
     return RewardSources(
         names=source_names(config.sources),
-        functions=tuple(load_reward(source, device=device) for source in config.sources),
+        functions=tuple(
+            load_reward(
+                source,
+                device=str(compute.device),
+                world=compute.world,
+                sharded=compute.parallel.strategy == "fsdp",
+            )
+            for source in config.sources
+        ),
         weights=config.weights or (1.0,) * len(config.sources),
+        world=compute.world,
     )
 
 

@@ -1,7 +1,8 @@
 """What every algorithm does before its first step: model, tokenizer, and whether they fit."""
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,35 +22,56 @@ from fastalign.models import (
     compile_layers,
     load_policy,
     load_reward_model,
+    model_without_weights,
+    part_from_ranks,
 )
 from fastalign.trainers.any_config import AnyConfig, config_to_dict
-from fastalign.trainers.compute import Compute
+from fastalign.trainers.compute import Compute, make_compute
 from fastalign.trainers.config import DPOConfig, ModelConfig, RewardConfig, SFTConfig
 from fastalign.trainers.optimizer import adamw
 from fastalign.trainers.process_memory import out_of_memory_in_one_line
 from fastalign.trainers.run_folder import announce, locked, prepare_run_folder
+from fastalign.trainers.sharing import check_sharing, loaded, share
 from fastalign.trainers.state import seed_everything
+from fastalign.world import open_world, world_of_environment
 
 # What trains on rows that are there before the run, responses and all.
 OnRows = SFTConfig | DPOConfig | RewardConfig
 
 
 @contextmanager
-def opened_run(config: AnyConfig) -> Iterator[None]:
-    """Prepares and holds the run's folder, prints the resolved settings, seeds everything.
+def opened_run(config: AnyConfig) -> Iterator[Compute]:
+    """Joins the ranks; prepares and holds the run's folder; prints the settings; seeds everything.
+
+    Rank 0 speaks for all: the others print nothing.
 
     Raises:
         ValueError: the folder holds another run, or is in use; a library is missing; memory did
-            not suffice.
+            not suffice; settings that do not go together; the ranks do not meet.
     """
     adamw(config.optim.states)  # what is not installed is said before hours of work
+    check_sharing(config)
+    world = world_of_environment()
+    compute = make_compute(config.train, world, config.parallel)
     values = config_to_dict(config)
     folder = Path(config.run.dir)
-    prepare_run_folder(folder, values, resume=config.run.resume)
-    with locked(folder), out_of_memory_in_one_line(config):
+    with ExitStack() as stack:
+        stack.enter_context(
+            open_world(
+                world,
+                timeout_seconds=config.parallel.timeout_seconds,
+                always=config.parallel.strategy == "fsdp",
+            )
+        )
+        if not world.is_first:
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        world.first_does(lambda: prepare_run_folder(folder, values, resume=config.run.resume))
+        world.first_does(lambda: stack.enter_context(locked(folder)))
+        stack.enter_context(out_of_memory_in_one_line(config))
         announce(values)
         seed_everything(config.run.seed)
-        yield
+        yield compute
+        part_from_ranks()
 
 
 def load_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokenizer]:
@@ -65,26 +87,40 @@ def load_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokeniz
         dtype=base_dtype(config.model, compute),
         nf4=config.model.lora.base == "nf4",
     )
-    add_new_adapter(model, config.model)
-    return ready_for_training(model, config), tokenizer
+    with torch.device("meta") if is_skeleton(model) else nullcontext():
+        add_new_adapter(model, config.model)
+    return share(ready_for_training(model, config), compute), tokenizer
 
 
 def load_reward_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokenizer]:
-    """A reward model with float32 master weights, and its tokenizer."""
-    trust = config.model.trust_remote_code
-    tokenizer = load_tokenizer(config.model.path, trust_remote_code=trust)
-    model = load_reward_model(
-        config.model.path,
-        seed=config.run.seed,
-        device=compute.device,
-        packing=compute.packing,
-        attention_name=compute.attention,
-        compute_dtype=compute.dtype,
-        trust_remote_code=trust,
-    )
+    """A reward model with float32 master weights, and its tokenizer; the caller shares it."""
+    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    model = load_reward_network(config.model.path, config, compute)
     check_vocabulary(model, tokenizer, config.model.path)
     print(f"attention of {config.model.path}: {attention_of(model)}", flush=True)
     return ready_for_training(model, config), tokenizer
+
+
+def load_reward_network(path: str, config: AnyConfig, compute: Compute) -> Any:
+    """A reward model's network, its head drawn by the run's seed if it has none."""
+    options: dict[str, Any] = {
+        "packing": compute.packing,
+        "attention_name": compute.attention,
+        "compute_dtype": compute.dtype,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
+    return loaded(
+        compute,
+        lambda device: load_reward_model(path, seed=config.run.seed, device=device, **options),
+        lambda: model_without_weights(
+            path, reward=True, dtype=torch.float32, device=compute.device, **options
+        ),
+    )
+
+
+def is_skeleton(model: Any) -> bool:
+    """Whether the model has no weights yet, being another rank's to read."""
+    return any(p.is_meta for p in model.parameters())
 
 
 def ready_for_training(model: Any, config: AnyConfig) -> Any:
@@ -143,22 +179,23 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     nf4: bool = False,
 ) -> tuple[Any, Tokenizer]:
-    """A causal model on the device, and the tokenizer beside it.
+    """A causal model, which the caller shares among the ranks, and the tokenizer beside it.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.
     """
-    trust = config.trust_remote_code
-    tokenizer = load_tokenizer(path, trust_remote_code=trust)
-    model = load_policy(
-        path,
-        dtype=dtype,
-        device=compute.device,
-        packing=compute.packing,
-        attention_name=compute.attention,
-        compute_dtype=compute.dtype,
-        trust_remote_code=trust,
-        nf4=nf4,
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "packing": compute.packing,
+        "attention_name": compute.attention,
+        "compute_dtype": compute.dtype,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
+    model = loaded(
+        compute,
+        lambda device: load_policy(path, device=device, nf4=nf4, **options),
+        lambda: model_without_weights(path, reward=False, device=compute.device, **options),
     )
     check_vocabulary(model, tokenizer, path)
     print(f"attention of {path}: {attention_of(model)}", flush=True)

@@ -7,7 +7,7 @@ from fastalign.batch import PackedBatch
 from fastalign.fused import sft_loss_fn
 from fastalign.ops.fused_linear_loss import LossFunction
 from fastalign.trainers.accumulate import Examples, accumulate, measure_examples
-from fastalign.trainers.compute import Compute, make_compute
+from fastalign.trainers.compute import Compute
 from fastalign.trainers.config import SFTConfig
 from fastalign.trainers.evaluate import evaluate_by_loss
 from fastalign.trainers.loop import run_loop
@@ -24,8 +24,7 @@ def train_sft(config: SFTConfig) -> RunResult:
         ValueError: in one line, whatever of the caller's is wrong.
         FileNotFoundError: a file that is not there.
     """
-    compute = make_compute(config.train)
-    with opened_run(config):
+    with opened_run(config) as compute:
         model, tokenizer = load_for_training(config, compute)
         data, held_out = load_sets(config, model, tokenizer)
         examples = measure_examples(data.groups, compute.packing)
@@ -39,6 +38,7 @@ def train_sft(config: SFTConfig) -> RunResult:
 
         return run_loop(
             config,
+            compute.world,
             model,
             Task(
                 title="sft",

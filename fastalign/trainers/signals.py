@@ -16,14 +16,16 @@ class StopRequest:
 
     Attributes:
         received: the signal, or None.
+        agreed: what all ranks stop for, at one step; None: they go on.
     """
 
     received: signal.Signals | None = None
+    agreed: signal.Signals | None = None
 
     @property
     def exit_code(self) -> int:
         """0 after SIGTERM (a scheduler's orderly stop), 130 after SIGINT (the shell's custom)."""
-        return 0 if self.received is None else EXIT_CODES[self.received]
+        return 0 if self.agreed is None else EXIT_CODES[self.agreed]
 
 
 @contextmanager

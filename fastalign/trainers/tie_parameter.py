@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.data import Tokenizer
-from fastalign.models import save_reward_model
+from fastalign.models import save_reward_model, whole
 from fastalign.trainers.config import RewardConfig
 from fastalign.trainers.reward_losses import RewardLoss, TieLoss
 
@@ -26,7 +26,8 @@ def add_nu(model: Any, config: RewardConfig) -> None:
         return
     if not config.optim.lr:
         raise ValueError(f"optim.lr: expected more than 0 where loss.nu_lr is {loss.nu_lr}, got 0")
-    parameter = nn.Parameter(torch.tensor(loss.log_nu, device=model.device))
+    # One element in a row: FSDP2 shards no scalars.
+    parameter = nn.Parameter(torch.tensor([loss.log_nu], device=model.device))
     parameter.lr_scale = loss.nu_lr / config.optim.lr  # type: ignore[attr-defined]
     model.register_parameter(LOG_NU, parameter)
 
@@ -34,7 +35,9 @@ def add_nu(model: Any, config: RewardConfig) -> None:
 def learned_nu(model: Any, loss: RewardLoss) -> Tensor | None:
     """Nu () as it stands, or None where it is not learned."""
     log_nu = getattr(model, LOG_NU, None)
-    return None if log_nu is None or not isinstance(loss, TieLoss) else loss.nu_of(log_nu)
+    if log_nu is None or not isinstance(loss, TieLoss):
+        return None
+    return loss.nu_of(whole(log_nu).view(()))
 
 
 def save_with_nu(model: Any, tokenizer: Tokenizer, folder: Path, *, loss: RewardLoss) -> None:

@@ -264,7 +264,12 @@ def test_one_update_that_is_not_finite_is_skipped_and_counted(
         batch_loss = plain(update, normaliser)
         if len(calls) != 2:
             return batch_loss
-        return lambda *batch: (batch_loss(*batch)[0] * math.nan, batch_loss(*batch)[1])
+
+        def of_batch(*batch: Any) -> Any:
+            loss, metrics = batch_loss.of_batch(*batch)
+            return loss * math.nan, metrics
+
+        return replace(batch_loss, of_batch=of_batch)
 
     monkeypatch.setattr(ppo_update, "value_batch_loss", broken)
     state = state_of(run)

@@ -35,6 +35,9 @@ from tests.tokenizers import CHATML, make_tokenizer
 PARAMS = SamplingParams(max_new_tokens=6, num_samples=3)
 
 
+ON_CPU = make_compute(TrainConfig(device="cpu"))
+
+
 def letters(prompts: list[Any], completions: list[str]) -> list[float]:
     return [float(len(text)) for text in completions]
 
@@ -54,7 +57,13 @@ def rolled(folder: Path, *, adapted: bool = False, **options: Any) -> Rollouts:
     config = RewardSourceConfig(sources=(words_reward(folder),), **options)
     indices, training = [3, 0, 3], model.training
     found = roll_out(
-        sampler, prompts, indices, PARAMS, tokenizer, load_sources(config, "cpu"), seed=7
+        sampler,
+        prompts,
+        indices,
+        PARAMS,
+        tokenizer,
+        load_sources(config, ON_CPU),
+        seed=7,
     )
     assert model.training == training
     return found
@@ -121,11 +130,14 @@ def test_several_sources_are_a_weighted_sum(folder: Path) -> None:
     set_pad_token(model, 0)
     save_reward_model(model, make_tokenizer(), folder / "rm" / "model")
     sources = (words_reward(folder), "tests.trainers.test_rollouts:letters", f"{folder}/rm/model")
-    both = load_sources(RewardSourceConfig(sources, weights=(2.0, -0.5, 1.0)), "cpu")
+    both = load_sources(
+        RewardSourceConfig(sources, weights=(2.0, -0.5, 1.0)),
+        ON_CPU,
+    )
     assert both.names == ("words", "tests.trainers.test_rollouts:letters", "rm")
     prompts, texts = ["The menu", "The screen"], [" best", ""]
     total, metrics = both.score(prompts, texts)
-    alone = [load_sources(RewardSourceConfig((s,)), "cpu").score(prompts, texts) for s in sources]
+    alone = [load_sources(RewardSourceConfig((s,)), ON_CPU).score(prompts, texts) for s in sources]
     assert alone[0][0].tolist() == [14.5, 2.5]
     assert alone[1][0].tolist() == [5.0, 0.0]
     expected = 2 * alone[0][0] - 0.5 * alone[1][0] + alone[2][0]
@@ -149,7 +161,7 @@ def test_a_score_is_scaled_and_a_missing_end_costs() -> None:
 
 
 def test_the_scale_is_of_256_samples_of_the_policy(folder: Path) -> None:
-    compute = make_compute(TrainConfig(device="cpu"))
+    compute = ON_CPU
     model, tokenizer = load_policy(folder / "llama"), load_tokenizer(folder / "llama")
     prompts, _ = load_prompt_sets(
         PromptDataConfig(train=prompts_file(folder)), PARAMS, model, tokenizer
@@ -160,7 +172,10 @@ def test_the_scale_is_of_256_samples_of_the_policy(folder: Path) -> None:
         seen.append(len(completions))
         return letters(prompts, completions)
 
-    sources = load_sources(RewardSourceConfig(("tests.trainers.test_rollouts:letters",)), "cpu")
+    sources = load_sources(
+        RewardSourceConfig(("tests.trainers.test_rollouts:letters",)),
+        ON_CPU,
+    )
     sources = type(sources)(sources.names, (count,), sources.weights)
     sampler = PolicySampler(model, tokenizer, str(folder / "llama"), compute)
     scale = scale_of_policy(sampler, prompts, PARAMS, tokenizer, sources, run_seed=1)
@@ -200,9 +215,12 @@ def test_conversations_are_rolled_out(folder: Path) -> None:
         seen.extend(prompts)
         return [0.0] * len(completions)
 
-    sources = load_sources(RewardSourceConfig(("tests.trainers.test_rollouts:letters",)), "cpu")
+    sources = load_sources(
+        RewardSourceConfig(("tests.trainers.test_rollouts:letters",)),
+        ON_CPU,
+    )
     sources = type(sources)(sources.names, (note,), sources.weights)
-    compute = make_compute(TrainConfig(device="cpu"))
+    compute = ON_CPU
     sampler = PolicySampler(model, tokenizer, str(folder / "llama"), compute)
     found = roll_out(sampler, prompts, [1], PARAMS, tokenizer, sources, seed=0)
     assert seen == [rows[1]["prompt"]] * 3
@@ -224,7 +242,10 @@ def test_settings_that_mean_nothing_are_refused(options: dict[str, Any], message
 
 
 def test_a_source_that_returns_nonsense_is_named() -> None:
-    sources = load_sources(RewardSourceConfig(("tests.trainers.test_rollouts:nonsense",)), "cpu")
+    sources = load_sources(
+        RewardSourceConfig(("tests.trainers.test_rollouts:nonsense",)),
+        ON_CPU,
+    )
     with pytest.raises(ValueError, match=r"sources: .*:nonsense: reward: expected a finite"):
         sources.score(["a"], ["b"])
 
