@@ -80,7 +80,10 @@ def enter(model: Any, computation: Callable[[], T], *, sync: bool = True) -> T:
                 return entry(computation)  # type: ignore[no-any-return]
     elif isinstance(entry, FSDPModule):
         entry.set_requires_gradient_sync(sync)
-    return entry(computation)  # type: ignore[no-any-return]
+    found: T = entry(computation)
+    if isinstance(entry, FSDPModule) and not torch.is_grad_enabled():
+        entry.reshard()  # no backward will, and parameters are the shards again
+    return found
 
 
 def is_sharded(model: Any) -> bool:
