@@ -3,6 +3,7 @@
 from fastalign.rollouts.distribution import recompute_logprobs, sampling_logprobs
 from fastalign.rollouts.engine_spec import EngineSpec
 from fastalign.rollouts.overlapped import OverlappedSampler
+from fastalign.rollouts.policy_access import PolicyAccess, access_to
 from fastalign.rollouts.rank_zero import RankZeroSampler
 from fastalign.rollouts.sampler import Completion, Sampler, SamplerFailed, SamplingParams
 from fastalign.rollouts.synced import SyncedSampler, open_engine
@@ -17,6 +18,7 @@ __all__ = [
     "Completion",
     "EngineSpec",
     "OverlappedSampler",
+    "PolicyAccess",
     "RankZeroSampler",
     "Sampler",
     "SamplerFailed",
@@ -28,6 +30,7 @@ __all__ = [
     "VllmProcessSampler",
     "VllmSampler",
     "VllmServerSampler",
+    "access_to",
     "check_sampler",
     "open_engine",
     "policy_tensors",

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastalign.models import whole
 from fastalign.rollouts.sampler import SamplerFailed
 from fastalign.rollouts.server_connection import ServerConnection
-from fastalign.rollouts.weights import whole
 
 
 def open_group(store: Any, rank: int, size: int, device: torch.device, seconds: float) -> Any:

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Protocol
@@ -10,15 +9,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastalign.models import adapter_rank, save_adapter
-from fastalign.rollouts.distribution import recompute_logprobs
+from fastalign.models import adapter_rank
 from fastalign.rollouts.engine_spec import EngineSpec
+from fastalign.rollouts.policy_access import PolicyAccess
 from fastalign.rollouts.sampler import Completion, SamplerFailed, SamplingParams
 from fastalign.rollouts.vllm_options import SamplerName, VllmOptions
 from fastalign.rollouts.vllm_process import VllmProcessSampler
 from fastalign.rollouts.vllm_sampler import VllmSampler
 from fastalign.rollouts.vllm_server import VllmServerSampler
-from fastalign.rollouts.weights import policy_tensors, sync_folder
+from fastalign.rollouts.weights import sync_folder
 
 NUM_CHECKED = 4  # completions after each sync that the trainer computes again
 CHECKED_TOKENS = 128  # of each at most
@@ -70,27 +69,25 @@ class SyncedSampler:
     the policy itself. An engine that dies or falls silent is built anew, and its work repeated.
 
     Args:
-        model: the policy.
+        policy: as this process has it.
         engine: to sample with.
         num_rebuilds: times in a row that a failed engine is built anew.
         max_difference: largest mean difference of log-probs, nats, at which a run goes on.
         adapter_folder: where adapters are laid down; default: memory.
         on_rebuild: is called before a failed engine is built anew and its work begins again.
-        mode: entered around the policy's own forwards.
     """
 
     def __init__(
         self,
-        model: Any,
+        policy: PolicyAccess,
         engine: Engine,
         *,
         num_rebuilds: int,
         max_difference: float,
         adapter_folder: str | None = None,
         on_rebuild: Callable[[], None] = lambda: None,
-        mode: Callable[[], AbstractContextManager[None]] = nullcontext,
     ):
-        self._model, self.engine, self._mode = model, engine, mode
+        self._policy, self.engine = policy, engine
         self._on_rebuild = on_rebuild
         self._num_rebuilds, self._max_difference = num_rebuilds, max_difference
         self._folder_for_adapters = adapter_folder
@@ -149,12 +146,12 @@ class SyncedSampler:
         if self.engine.version == self.version:
             return
         start = time.perf_counter()
-        has_adapter = adapter_rank(self._model) > 0
+        has_adapter = self._policy.has_adapter
         if not has_adapter or self.engine.version is None:
-            self.engine.sync_weights(policy_tensors(self._model), self.version)
+            self.engine.sync_weights(self._policy.tensors(), self.version)
         if has_adapter:
             folder = sync_folder(self._folder_for_adapters)
-            save_adapter(self._model, folder.name)
+            self._policy.save_adapter(folder.name)
             self.engine.sync_adapter(folder.name, self.version)
             if self._adapter_folder is not None:
                 self._adapter_folder.cleanup()
@@ -174,13 +171,15 @@ class SyncedSampler:
             SamplerFailed: they are not those of one distribution.
         """
         step = max(1, len(prompt_ids) // NUM_CHECKED)
+        places = list(range(0, len(prompt_ids), step))[:NUM_CHECKED]
+        sequences = [
+            (list(prompt_ids[place]), completions[place][0].token_ids[:CHECKED_TOKENS])
+            for place in places
+        ]
         differences = []
-        with self._mode():
-            for place in list(range(0, len(prompt_ids), step))[:NUM_CHECKED]:
-                first = completions[place][0]
-                ids, logprobs = first.token_ids[:CHECKED_TOKENS], first.logprobs[:CHECKED_TOKENS]
-                ours = recompute_logprobs(self._model, list(prompt_ids[place]), ids, params)
-                differences.append((ours.double().cpu() - torch.tensor(logprobs).double()).abs())
+        for place, ours in zip(places, self._policy.logprobs(sequences, params), strict=True):
+            theirs = torch.tensor(completions[place][0].logprobs[:CHECKED_TOKENS])
+            differences.append((ours.double().cpu() - theirs.double()).abs())
         difference = torch.cat(differences).clamp_max(LARGEST_DIFFERENCE).sort().values
         # Rounding may put a token at the edge of top_p on the other side of it.
         num_kept = max(1, len(difference) - max(1, len(difference) // 100))
@@ -192,7 +191,7 @@ class SyncedSampler:
         self._checked = True
 
     def _describe(self, mean: float) -> str:
-        names, num_compared = self.engine.differing_tensors(policy_tensors(self._model))
+        names, num_compared = self.engine.differing_tensors(self._policy.tensors())
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         return (
             f"sampler: its log-probs are {mean:.3g} nats a token off the policy's on average, "
@@ -211,9 +210,11 @@ def open_engine(
     options: VllmOptions,
     on_progress: Callable[[int], None] | None = None,
     on_rebuild: Callable[[], None] = lambda: None,
-    mode: Callable[[], AbstractContextManager[None]] = nullcontext,
+    policy: PolicyAccess | None = None,
 ) -> SyncedSampler:
     """The engine that `--sampler` names, for a policy; see `EngineSpec` for the arguments.
+
+    `policy` is how this process has the model, where it is shared or its forwards need a mode.
 
     Raises:
         ValueError: vLLM is not installed, or cannot run this model or these settings.
@@ -232,11 +233,10 @@ def open_engine(
     if limit is None:
         limit = 1e-3 if dtype == torch.float32 else 0.1
     return SyncedSampler(
-        model,
+        policy or PolicyAccess(model),
         engine,
         num_rebuilds=options.num_rebuilds,
         max_difference=limit,
         adapter_folder=options.sync_folder,
         on_rebuild=on_rebuild,
-        mode=mode,
     )

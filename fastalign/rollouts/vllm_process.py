@@ -22,13 +22,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastalign.models import whole
 from fastalign.rollouts.engine_spec import EngineSpec
 from fastalign.rollouts.sampler import Completion, SamplerFailed, SamplingParams
 from fastalign.rollouts.vllm_params import require_vllm
-from fastalign.rollouts.weights import fit_tensors, whole, write_config
+from fastalign.rollouts.weights import fit_tensors, write_config
 
 BUCKET_BYTES = 2**28  # of shared memory, or the largest tensor if that is more
 ALIGNMENT = 64
+
+
+def engine_environment() -> dict[str, str]:
+    """The trainer's, but for what `torchrun` says of the trainer's rank: an engine has its own."""
+    ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
+    places = ("MASTER_ADDR", "MASTER_PORT", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME")
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in (*ours, *places) and not name.startswith("TORCHELASTIC_")
+    }
+    # Threads that wait by spinning would take the trainer's cores.
+    return {"OMP_WAIT_POLICY": "PASSIVE", **kept}
 
 
 class VllmProcessSampler:
@@ -127,8 +141,7 @@ class VllmProcessSampler:
                 ],
                 pass_fds=(theirs.fileno(), memory_number),
                 stdin=subprocess.DEVNULL,
-                # Threads that wait by spinning would take the trainer's cores.
-                env={"OMP_WAIT_POLICY": "PASSIVE", **os.environ},
+                env=engine_environment(),
             )
             theirs.close()
             os.close(memory_number)

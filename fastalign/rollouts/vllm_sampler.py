@@ -13,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
+from fastalign.models import whole
 from fastalign.rollouts import vllm_library
 from fastalign.rollouts.engine_spec import EngineSpec, read_completion
 from fastalign.rollouts.sampler import Completion, SamplerFailed, SamplingParams, sample_seed
@@ -30,7 +31,6 @@ from fastalign.rollouts.weights import (
     differing_tensors,
     fit_tensors,
     tolerance_of,
-    whole,
     write_config,
 )
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fastalign.models import dense_state
+from fastalign.models import dense_state, whole
 
 PREFIX = "fastalign-sync-"  # of folders, then the machine and the process that made them
 NamedTensors = Iterable[tuple[str, Tensor]]
@@ -57,11 +57,6 @@ def policy_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     A tied head is there under its own name too: engines that keep a head of their own need it.
     """
     return ((name, tensor.detach()) for name, tensor in dense_state(model))
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered, which every rank must ask for alike; others as they are."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def fit_tensors(named_tensors: NamedTensors, expected: Shapes) -> dict[str, Tensor]:

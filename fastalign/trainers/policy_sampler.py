@@ -12,11 +12,14 @@ from fastalign.models import with_whole_weights
 from fastalign.rollouts import (
     Completion,
     OverlappedSampler,
+    RankZeroSampler,
+    SamplerFailed,
     SamplerName,
     SamplingParams,
     SyncedSampler,
     TransformersSampler,
     VllmOptions,
+    access_to,
     open_engine,
 )
 from fastalign.trainers.compute import Compute
@@ -114,7 +117,14 @@ class PolicySampler:
         self._sampler.close()
 
 
-AnySampler = PolicySampler | SyncedSampler | OverlappedSampler
+AnySampler = PolicySampler | SyncedSampler | OverlappedSampler | RankZeroSampler
+
+
+def overlapped(sampler: AnySampler) -> OverlappedSampler | RankZeroSampler | None:
+    """The sampler, if it works on a step while the one before trains; None: it does not."""
+    if isinstance(sampler, RankZeroSampler):
+        return sampler if sampler.overlaps else None
+    return sampler if isinstance(sampler, OverlappedSampler) else None
 
 
 def open_policy_sampler(
@@ -129,13 +139,29 @@ def open_policy_sampler(
     path = config.model.path
     if config.sampler == "transformers":
         return PolicySampler(model, tokenizer, path, compute)
-    sampler = open_engine(
-        config.sampler,
-        model,
-        eos_token_ids=eos_token_ids(tokenizer, path),
-        dtype=compute.dtype,
-        max_length=config.data.max_length + config.sampling.max_new_tokens,
-        options=config.vllm,
-        mode=partial(sampling_mode, model, compute),
-    )
-    return OverlappedSampler(sampler) if config.vllm.overlap else sampler
+    world = compute.world
+    if config.sampler == "vllm" and (world.size > 1 or compute.parallel.strategy == "fsdp"):
+        raise ValueError(
+            "sampler: vllm in the trainer's process goes with one rank and whole weights; expected "
+            "vllm-process, vllm-server or transformers with several ranks or --parallel.strategy "
+            "fsdp"
+        )
+    policy = access_to(model, partial(sampling_mode, model, compute), world)
+
+    def opened() -> SyncedSampler | OverlappedSampler:
+        sampler = open_engine(
+            config.sampler,
+            model,
+            eos_token_ids=eos_token_ids(tokenizer, path),
+            dtype=compute.dtype,
+            max_length=config.data.max_length + config.sampling.max_new_tokens,
+            options=config.vllm,
+            policy=policy,
+        )
+        return OverlappedSampler(sampler) if config.vllm.overlap else sampler
+
+    if world.size == 1:
+        return opened()
+    found: list[SyncedSampler | OverlappedSampler] = []
+    world.first_does(lambda: found.append(opened()), (SamplerFailed, ValueError, OSError))
+    return RankZeroSampler(found[0] if found else None, policy, world)

@@ -11,11 +11,12 @@ from dataclasses import replace
 from torch import Tensor
 
 from fastalign.data import indices_of_step
-from fastalign.rollouts import OverlappedSampler
+from fastalign.rollouts import OverlappedSampler, RankZeroSampler
 from fastalign.trainers.accumulate import measure_examples
 from fastalign.trainers.collapse import reason_to_stop, repeated_ratio, watch
 from fastalign.trainers.loop import run_loop
 from fastalign.trainers.metrics import Metrics
+from fastalign.trainers.policy_sampler import overlapped
 from fastalign.trainers.ppo_advantages import (
     adapted_coefficient,
     find_advantages,
@@ -77,8 +78,9 @@ def ppo_step(
     """Rollouts of these prompts and all updates on them; metrics and packed tokens computed."""
     config, start = run.config, time.perf_counter()
     run.sampler.version = state.step
-    if isinstance(run.sampler, OverlappedSampler) and state.rollouts:
-        run.sampler.restore(state.rollouts)
+    ahead = overlapped(run.sampler)
+    if ahead is not None and state.rollouts:
+        ahead.restore(state.rollouts)
         state.rollouts = {}
     scale = scale_of_scores(run, state)
     seed = rollout_seed(config.run.seed, "rollouts", state.step)
@@ -86,8 +88,8 @@ def ppo_step(
         run.sampler, run.prompts, indices, config.sampling, run.tokenizer, run.sources, seed=seed
     )
     generated = time.perf_counter()
-    if isinstance(run.sampler, OverlappedSampler) and state.step + 1 < num_steps:
-        begin_next_step(run, run.sampler, state.step + 1)
+    if ahead is not None and state.step + 1 < num_steps:
+        begin_next_step(run, ahead, state.step + 1)
     begun = time.perf_counter() - generated
     score = final_scores(config.reward, rollouts.rewards, rollouts.ended, scale)
     if state.step == 0:
@@ -124,7 +126,7 @@ def ppo_step(
     return metrics, int(counts["num_packed_tokens"])
 
 
-def begin_next_step(run: PPORun, sampler: OverlappedSampler, step: int) -> None:
+def begin_next_step(run: PPORun, sampler: OverlappedSampler | RankZeroSampler, step: int) -> None:
     """Has a step's prompts answered by the policy as it is, while it trains on others."""
     config, prompts = run.config, run.prompts.prompt_ids
     indices = indices_of_step(len(prompts), config.train.batch_size, step, seed=config.run.seed)
@@ -134,8 +136,9 @@ def begin_next_step(run: PPORun, sampler: OverlappedSampler, step: int) -> None:
 
 def keep_rollouts(run: PPORun, state: TrainState) -> None:
     """What was begun for the next step belongs to a checkpoint."""
-    if isinstance(run.sampler, OverlappedSampler):
-        state.rollouts = run.sampler.state()
+    ahead = overlapped(run.sampler)
+    if ahead is not None:
+        state.rollouts = ahead.state()
 
 
 def advise_on_scale(config: PPOConfig, score: Tensor) -> None:

@@ -12,7 +12,7 @@ from fastalign.evaluation import time_shares
 from fastalign.evaluation.report import render
 from fastalign.evaluation.runs import RunRecord, read_run
 from fastalign.evaluation.time_shares import phase_seconds, time_table
-from fastalign.rollouts import SyncedSampler, policy_tensors
+from fastalign.rollouts import PolicyAccess, SyncedSampler, policy_tensors
 from fastalign.trainers import policy_sampler, train_ppo
 from tests.rollouts.test_synced import FakeEngine
 from tests.runs import _one_thread, folder, ppo_config
@@ -123,7 +123,7 @@ def test_a_real_run_s_sync_is_not_counted_twice(
         engine = FakeEngine()
         engine.model = type(model)(model.config).eval()
         engine.sync_weights(policy_tensors(model), -1)
-        return SyncedSampler(model, engine, num_rebuilds=0, max_difference=1e-3)
+        return SyncedSampler(PolicyAccess(model), engine, num_rebuilds=0, max_difference=1e-3)
 
     monkeypatch.setattr(FakeEngine, "_call", slow)
     monkeypatch.setattr(policy_sampler, "open_engine", open_fake)

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -9,12 +10,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
+from fastalign.models import part_from_ranks, share_by_fsdp
 from fastalign.rollouts import (
+    PolicyAccess,
     RankZeroSampler,
     TransformersSampler,
     VllmSampler,
+    access_to,
     policy_tensors,
 )
+from fastalign.world import world_of_environment
 from tests.rollouts.vllm_cases import (
     EOS,
     PARAMS,
@@ -54,29 +59,41 @@ def own_engine() -> None:
     engine.close()
 
 
+class Kept:
+    """An engine's keeper that takes the policy's weights before each answer."""
+
+    def __init__(self, policy: PolicyAccess):
+        self.policy, self.version = policy, 0
+        self.inner = TransformersSampler(make_policy(seed=5), eos_token_ids=[EOS], pad_token_id=0)
+
+    def generate(self, prompts: Any, params: Any, *, seed: int) -> Any:
+        self.inner.sync_weights(self.policy.tensors(), self.version)
+        found = self.inner.generate(prompts, params, seed=seed)
+        first = found[0][0]
+        (ours,) = self.policy.logprobs([(list(prompts[0]), first.token_ids)], params)
+        assert (ours - torch.tensor(first.logprobs)).abs().max() < 1e-4
+        return found
+
+
 def shared_engine() -> None:
     """Rank 0 answers everybody's prompts, and what fails there fails everywhere."""
+    world = world_of_environment()
     policy = make_policy()
     train_a_little(policy)
-    shards = sharded(policy)
-    rank = dist.get_rank()
-    inner = None
-    if rank == 0:
-        inner = TransformersSampler(make_policy(seed=5), eos_token_ids=[EOS], pad_token_id=0)
-    sampler = RankZeroSampler(inner)
-    sampler.sync_weights(policy_tensors(shards), 4)
-    mine = make_prompts()[: 1 + rank * 3]
-    found = sampler.generate(mine, PARAMS, seed=3)
+    share_by_fsdp(policy, dtype=torch.float32, device=torch.device("cpu"))
+    access = access_to(policy, nullcontext, world)
+    inner: Any = Kept(access) if world.is_first else None
+    sampler = RankZeroSampler(inner, access, world)
+    sampler.version = 4
+    found = sampler.generate(make_prompts(), PARAMS, seed=3)
     truth = make_policy()
     train_a_little(truth)
     alone = TransformersSampler(truth, eos_token_ids=[EOS], pad_token_id=0)
     alone.version = 4
-    everyone = [*make_prompts()[:1], *make_prompts()]
-    expected = alone.generate(everyone, PARAMS, seed=3)
-    assert found == (expected[:1] if rank == 0 else expected[1:])
+    assert found == alone.generate(make_prompts(), PARAMS, seed=3)
     with pytest.raises(ValueError, match="prompt 1: expected at least one token"):
-        sampler.generate([[1], []][rank : rank + 1], PARAMS, seed=3)
-    sampler.close()
+        sampler.generate([[1], []], PARAMS, seed=3)
+    part_from_ranks()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastalign.rollouts import (
     Completion,
+    PolicyAccess,
     SamplerFailed,
     SamplingParams,
     SyncedSampler,
@@ -85,7 +86,9 @@ class FakeEngine:
 
 
 def synced(model: Any, engine: FakeEngine, **options: Any) -> SyncedSampler:
-    return SyncedSampler(model, engine, **({"num_rebuilds": 2, "max_difference": 1e-3} | options))
+    return SyncedSampler(
+        PolicyAccess(model), engine, **({"num_rebuilds": 2, "max_difference": 1e-3} | options)
+    )
 
 
 def nudge(model: Any) -> None:

@@ -21,6 +21,7 @@ import torch
 from fastalign.cli.vllm_server import main
 from fastalign.models import save_model
 from fastalign.rollouts import (
+    PolicyAccess,
     SamplerFailed,
     SyncedSampler,
     VllmServerSampler,
@@ -178,7 +179,7 @@ def test_an_engine_that_is_killed_while_it_takes_weights_from_the_network(
 ) -> None:
     policy = make_policy(tied=True)
     inner = open_sampler(server, transport="network", silence_seconds=8)
-    sampler = SyncedSampler(policy, inner, num_rebuilds=2, max_difference=1e-3)
+    sampler = SyncedSampler(PolicyAccess(policy), inner, num_rebuilds=2, max_difference=1e-3)
     expected = sampler.generate(make_prompts(), PARAMS, seed=0)
     gather, calls = broadcast.whole, []
 
@@ -207,7 +208,7 @@ def test_a_killed_or_stopped_server_is_told_in_time_and_comes_back(
 ) -> None:
     policy = make_policy(tied=True)
     inner = open_sampler(server, silence_seconds=8)
-    sampler = SyncedSampler(policy, inner, num_rebuilds=2, max_difference=1e-3)
+    sampler = SyncedSampler(PolicyAccess(policy), inner, num_rebuilds=2, max_difference=1e-3)
     expected = sampler.generate(make_prompts(), PARAMS, seed=0)
     victim = server.engine() if who == "engine" else server.api()
 

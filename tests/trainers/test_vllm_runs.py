@@ -12,6 +12,7 @@ import pytest
 
 from fastalign.models import save_model
 from fastalign.rollouts import (
+    PolicyAccess,
     SamplerFailed,
     SamplerName,
     SamplingParams,
@@ -153,7 +154,7 @@ def with_fake_engine(
         engine.model = type(model)(model.config).eval()
         engine.sync_weights(policy_tensors(model), 0)
         engine.calls.clear()
-        return SyncedSampler(model, engine, num_rebuilds=0, max_difference=1e-3)
+        return SyncedSampler(PolicyAccess(model), engine, num_rebuilds=0, max_difference=1e-3)
 
     monkeypatch.setattr(policy_sampler_module, "open_engine", open_fake)
     return open_fake
