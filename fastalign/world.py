@@ -18,6 +18,13 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 T = TypeVar("T")
 
 
+RANK_FAILED = 4  # exit code of a rank that ends because another is gone
+
+
+class RankFailed(RuntimeError):
+    """Another rank of the run is gone; the message names it."""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among those of its run.

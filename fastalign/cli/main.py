@@ -8,8 +8,12 @@ import importlib
 import io
 import os
 import sys
+import time
 from collections.abc import Sequence
 
+from fastalign.world import RANK_FAILED, RankFailed
+
+SECONDS_OF_FIRST = 3.0
 COMMANDS: dict[str, tuple[str, str]] = {
     "sft": ("fastalign.cli.sft", "fine-tune a model on demonstrations"),
     "dpo": ("fastalign.cli.dpo", "align a model with preference pairs (DPO and its relatives)"),
@@ -58,12 +62,20 @@ def main(argv: Sequence[str]) -> int:
     module = importlib.import_module(COMMANDS[argv[0]][0])
     try:
         return int(module.main(list(argv[1:])))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RankFailed) as error:
         if os.environ.get("FASTALIGN_DEBUG"):
             raise
+        if not isinstance(error, RankFailed):
+            let_first_speak()
         text = " ".join(str(error).split())
         print(f"fastalign {argv[0]}: {text}", file=sys.stderr)
-        return 2
+        return RANK_FAILED if isinstance(error, RankFailed) else 2
+
+
+def let_first_speak() -> None:
+    """Has other ranks wait: what rank 0 finds wrong too is said once, and `torchrun` ends them."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(SECONDS_OF_FIRST)
 
 
 def console() -> None:
@@ -71,4 +83,10 @@ def console() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name or a sample may not fit the terminal
             stream.reconfigure(errors="backslashreplace")
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code and "WORLD_SIZE" in os.environ:
+        # Threads of a process group whose other ranks are gone do not end in an orderly way.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -28,6 +28,7 @@ from fastalign.models import (
 from fastalign.trainers.any_config import AnyConfig, config_to_dict
 from fastalign.trainers.compute import Compute, make_compute
 from fastalign.trainers.config import DPOConfig, ModelConfig, RewardConfig, SFTConfig
+from fastalign.trainers.heartbeat import watched_by_ranks
 from fastalign.trainers.optimizer import adamw
 from fastalign.trainers.process_memory import out_of_memory_in_one_line
 from fastalign.trainers.run_folder import announce, locked, prepare_run_folder
@@ -63,6 +64,7 @@ def opened_run(config: AnyConfig) -> Iterator[Compute]:
                 always=config.parallel.strategy == "fsdp",
             )
         )
+        stack.enter_context(watched_by_ranks(world, config.parallel))
         if not world.is_first:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
         world.first_does(lambda: prepare_run_folder(folder, values, resume=config.run.resume))
