@@ -20,6 +20,7 @@ from fastalign.trainers.online_config import (
     OnlineReferenceConfig,
 )
 from fastalign.trainers.online_dpo import train_online_dpo
+from fastalign.trainers.parallel_config import ParallelConfig
 from fastalign.trainers.ppo import train_ppo
 from fastalign.trainers.ppo_config import (
     FrozenReferenceConfig,
@@ -51,6 +52,7 @@ __all__ = [
     "OptimConfig",
     "PPOConfig",
     "PPOSettings",
+    "ParallelConfig",
     "PreferenceDataConfig",
     "PreferenceLoss",
     "PromptDataConfig",

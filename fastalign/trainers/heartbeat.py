@@ -145,7 +145,9 @@ def watched_by_ranks(world: World, config: ParallelConfig) -> Iterator[None]:
 def told_shortly(error: BaseException) -> str:
     """A collective's error without the places in source files and the advice in it."""
     found = re.search(r"\] *([^\[\]]*?(?:by peer|timed? ?out[^.]*))", str(error), re.IGNORECASE)
-    return found.group(1) if found else str(error).strip().splitlines()[0][:120]
+    return (
+        found.group(1).lstrip(":0123456789 ") if found else str(error).strip().splitlines()[0][:120]
+    )
 
 
 def leave_in_peace() -> None:

@@ -1,0 +1,99 @@
+"""Runs of several ranks, each a real process with gloo between them.
+
+They are forked from a server that has imported everything already: a start takes a moment.
+"""
+
+import multiprocessing
+import os
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SECONDS = 240.0  # that ranks may take in all; far more than any test needs
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["fastalign.cli.main", "fastalign.trainers", "tests.runs"])
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Started ranks.
+
+    Attributes:
+        processes: by rank.
+        logs: what each prints, errors among it.
+    """
+
+    processes: Sequence[BaseProcess]
+    logs: Sequence[Path]
+
+    def join(self) -> list[int | None]:
+        """Exit codes when all have ended; those that do not are killed."""
+        for process in self.processes:
+            process.join(SECONDS)
+        for process in self.processes:
+            process.kill()
+            process.join()
+        return [process.exitcode for process in self.processes]
+
+    def output(self, rank: int) -> str:
+        return self.logs[rank].read_text(errors="replace")
+
+
+def start(
+    num_ranks: int, folder: Path, target: Callable[..., None], *arguments: Any, port: int = 0
+) -> Ranks:
+    """Starts `target(*arguments)` on every rank; logs go to the folder."""
+    port = port or free_port()
+    folder.mkdir(exist_ok=True)
+    logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
+    processes: list[BaseProcess] = []
+    for rank, log in enumerate(logs):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks}
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        cache = {"XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", "")}
+        environment = {name: str(value) for name, value in (place | meeting | cache).items()}
+        process = CONTEXT.Process(target=_run, args=(environment, log, target, arguments))
+        process.start()
+        processes.append(process)
+    return Ranks(processes, logs)
+
+
+def run(num_ranks: int, folder: Path, target: Callable[..., None], *arguments: Any) -> list[str]:
+    """The ranks' outputs, when all have ended well."""
+    ranks = start(num_ranks, folder, target, *arguments)
+    codes = ranks.join()
+    outputs = [ranks.output(rank) for rank in range(num_ranks)]
+    assert codes == [0] * num_ranks, "\n".join(outputs)
+    return outputs
+
+
+def command(*arguments: str) -> None:
+    """`fastalign ...`, as its script runs it."""
+    from fastalign.cli.main import console
+
+    sys.argv = ["fastalign", *arguments]
+    console()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        number: int = probe.getsockname()[1]
+        return number
+
+
+def _run(
+    environment: dict[str, str], log: Path, target: Callable[..., None], arguments: Sequence[Any]
+) -> None:
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    target(*arguments)
