@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "online-dpo": ("fastalign.cli.online_dpo", "DPO on fresh samples, ordered by a reward"),
     "reward": ("fastalign.cli.reward", "train a reward model on comparisons, ties among them"),
     "ppo": ("fastalign.cli.ppo", "align a model with a reward (PPO, or without a critic)"),
+    "preflight": ("fastalign.cli.preflight", "whether a run on several processes can start"),
     "estimate": ("fastalign.cli.estimate", "what a run will need in memory, before it is started"),
     "vllm-server": ("fastalign.cli.vllm_server", "start a vLLM server that training samples from"),
     "generate": ("fastalign.cli.generate", "sample completions of a file of prompts"),
