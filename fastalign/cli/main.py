@@ -9,6 +9,9 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pickle import UnpicklingError
+
+from fastalign.cli.masking import masked
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "sft": ("fastalign.cli.sft", "fine-tune a model on demonstrations"),
@@ -31,6 +34,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "new-model": ("fastalign.cli.new_model", "make a tokenizer and a small model from scratch"),
     "doctor": ("fastalign.cli.doctor", "which backends are usable here, and why not"),
 }
+# Read by libraries when they are imported, and by processes that are started.
+QUIET = (
+    "HF_HUB_DISABLE_PROGRESS_BARS",  # bars for files of a megabyte hide the lines that matter
+    "HF_HUB_DISABLE_TELEMETRY",
+    "DO_NOT_TRACK",
+    "VLLM_NO_USAGE_STATS",
+    "DISABLE_SAFETENSORS_CONVERSION",  # transformers would ask a service to convert old weights
+)
 
 
 def usage() -> str:
@@ -54,16 +65,18 @@ def main(argv: Sequence[str]) -> int:
         known = ", ".join(COMMANDS)
         print(f"fastalign: unknown command {argv[0]!r}; expected one of {known}", file=sys.stderr)
         return 2
-    # Bars that are printed for files of a megabyte hide the lines that matter.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in QUIET:
+        os.environ.setdefault(name, "1")
     module = importlib.import_module(COMMANDS[argv[0]][0])
     try:
         return int(module.main(list(argv[1:])))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, UnpicklingError) as error:
         if os.environ.get("FASTALIGN_DEBUG"):
             raise
         text = " ".join(str(error).split())
-        print(f"fastalign {argv[0]}: {text}", file=sys.stderr)
+        if isinstance(error, UnpicklingError):  # torch's text says how to run it all the same
+            text = f"a file is a pickle of more than tensors, which is not read: {text:.200}"
+        print(f"fastalign {argv[0]}: {masked(text)}", file=sys.stderr)
         return 2
 
 
