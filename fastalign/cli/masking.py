@@ -8,14 +8,14 @@ _USER = re.compile(r"(\b[a-zA-Z][\w+.-]*://)[^\s/?#'\"]*@")
 _QUERY = re.compile(
     r"([?&;][\w.-]*(?:token|key|secret|password|signature|credential)=)[^\s&#'\"]+", re.IGNORECASE
 )
-_VARIABLE = re.compile(r"(?:TOKEN|API_KEY|ACCESS_KEY|SECRET|PASSWORD)$")
+_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD)$")
 _SHORTEST = 8  # shorter values may be words
 
 
 def masked(text: str) -> str:
     """The text without passwords of addresses, secret parts of queries, and values of variables.
 
-    Variables count as secret by their names: those that end in TOKEN, API_KEY and the like.
+    Variables count as secret by their names: those whose last word is TOKEN, KEY, SECRET or PASSWORD.
     """
     text = _QUERY.sub(r"\1***", _USER.sub(r"\1***@", text))
     for name, value in os.environ.items():

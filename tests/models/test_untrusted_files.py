@@ -138,7 +138,7 @@ def test_a_chat_template_cannot_reach_python(folder: Path) -> None:
     )
     save_model(load_policy(folder / "llama"), tokenizer, folder / "templated")
     render = chat_template(load_tokenizer(folder / "templated"))
-    with pytest.raises(ValueError, match="the chat template refuses the row: .* is unsafe"):
+    with pytest.raises(ValueError, match=r"the chat template refuses the row: .* is unsafe"):
         render([Message("user", "a")], True)
 
 
