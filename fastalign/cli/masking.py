@@ -15,7 +15,7 @@ _SHORTEST = 8  # shorter values may be words
 def masked(text: str) -> str:
     """The text without passwords of addresses, secret parts of queries, and values of variables.
 
-    Variables count as secret by their names: those whose last word is TOKEN, KEY, SECRET or PASSWORD.
+    A variable is secret by its name, if the last word of it is TOKEN, KEY, SECRET or PASSWORD.
     """
     text = _QUERY.sub(r"\1***", _USER.sub(r"\1***@", text))
     for name, value in os.environ.items():
