@@ -12,7 +12,8 @@ SPEED_COLUMNS = (
 )
 # Dense bfloat16 products a second, in FLOPs, as NVIDIA's data sheets have them.
 PEAKS = {
-    "NVIDIA A100": 312e12,
+    "NVIDIA A100": 312e12,  # and whatever follows a dash, such as -SXM4-80GB
+    "NVIDIA A100 80GB PCIe": 312e12,
     "NVIDIA H100 80GB HBM3": 989.4e12,
     "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100 NVL": 835e12,
@@ -55,6 +56,8 @@ def peak_of(machine: Row) -> float | None:
     if machine.get("products") != "bfloat16":
         return None
     name = str(machine.get("device"))
+    if "MIG" in name.split():  # a part of a device
+        return None
     found = [peak for known, peak in PEAKS.items() if name == known or name.startswith(known + "-")]
     return found[0] * int(machine.get("num_processes", 1)) if found else None
 

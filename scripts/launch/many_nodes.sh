@@ -3,7 +3,7 @@
 # Usage: NNODES=2 NODE_RANK=0 RDZV=first-host:29500 scripts/launch/many_nodes.sh COMMAND FLAGS
 # NNODES: machines. NODE_RANK: of this one, from 0. RDZV: address of machine 0 and a free port there. NPROC: processes of a
 # machine, the same on each (default: as many as torch sees GPUs). PREFLIGHT_SECONDS: the check's time, within which all
-# machines must be started (default 60). SAVE_SECONDS: after SIGTERM, until what still runs is killed (default 150).
+# machines must be started, in the first half of it (default 50). SAVE_SECONDS: after SIGTERM, until what still runs is killed (default 150).
 # PYTHON: interpreter (default python).
 set -euo pipefail
 PYTHON=${PYTHON:-python}
@@ -20,7 +20,7 @@ fail() {
 host=${BASH_REMATCH[1]} port=${BASH_REMATCH[2]}
 NPROC=${NPROC:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}
 [[ "$NPROC" =~ ^[1-9][0-9]*$ ]] || fail "expected a positive number of processes, got NPROC=$NPROC"
-seconds=${PREFLIGHT_SECONDS:-60}
+seconds=${PREFLIGHT_SECONDS:-50}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-150}
 
 # The check's ranks are started without torchrun, which would wait for a machine that does not come and not name it.

@@ -83,6 +83,8 @@ def test_utilisation_is_told_only_where_the_peak_is_known() -> None:
     assert peak("NVIDIA A100-SXM4-80GB") == 312e12
     assert peak("NVIDIA L4") == PEAKS["NVIDIA L4"] < PEAKS["NVIDIA L40S"] == peak("NVIDIA L40S")
     assert peak("NVIDIA H100 80GB HBM3", "float32") is None
+    assert peak("NVIDIA A100 80GB PCIe") == 312e12
+    assert peak("NVIDIA A100-SXM4-80GB MIG 1g.10gb") is None
     assert peak("NVIDIA L400") is None
     assert peak("cpu x86_64") is None
     assert peak_of({}) is None

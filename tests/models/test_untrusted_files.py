@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from fastalign.cli.main import main
 from fastalign.data import load_sft, load_tokenizer
 from fastalign.data.conversation import Message
 from fastalign.data.tokenizer import chat_template
 from fastalign.models import load_policy, load_reward_model, read_config, save_model
-from fastalign.trainers import train_sft
-from tests.runs import _one_thread, folder, sft_config, write_rows
+from fastalign.trainers import train_dpo, train_sft
+from tests.runs import _one_thread, dpo_config, folder, sft_config, write_rows
 from tests.tokenizers import make_tokenizer
 
 __all__ = ["_one_thread", "folder"]
@@ -201,4 +202,16 @@ def test_a_checkpoint_s_pickles_are_not_run(folder: Path, mark: Path) -> None:
     (checkpoint / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises((UnpicklingError, ValueError)):
         train_sft(sft_config(folder, "run", resume=True))
+    assert not mark.exists()
+
+
+def test_a_pickle_in_the_cache_of_reference_log_probs_is_put_aside(
+    folder: Path, mark: Path
+) -> None:
+    train_dpo(dpo_config(folder, "run", max_steps=1))
+    (cached,) = (folder / "reference").glob("*.safetensors")
+    torch.save(Payload(mark), cached)
+    train_dpo(dpo_config(folder, "again", max_steps=1))
+    with safe_open(cached, framework="pt") as computed_again:
+        assert list(computed_again.keys())
     assert not mark.exists()
