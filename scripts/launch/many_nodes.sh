@@ -41,6 +41,6 @@ for pid in "${pids[@]}"; do
 done
 trap - TERM INT
 [ "$code" = 0 ] || exit 2
-[ "$alone" = 1 ] || exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NPROC" --node-rank "$NODE_RANK" \
+[ "$alone" = 1 ] || exec "$PYTHON" -m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$NPROC" \
     --rdzv-backend c10d --rdzv-endpoint "$RDZV" --rdzv-id "${RDZV_ID:-fastalign}" --rdzv-conf "is_host=$((NODE_RANK == 0))" \
     -m fastalign "$@"
