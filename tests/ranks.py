@@ -69,7 +69,7 @@ def run(num_ranks: int, folder: Path, target: Callable[..., None], *arguments: A
     ranks = start(num_ranks, folder, target, *arguments)
     codes = ranks.join()
     outputs = [ranks.output(rank) for rank in range(num_ranks)]
-    assert codes == [0] * num_ranks, "\n".join(outputs)
+    assert codes == [0] * num_ranks, "\n".join([str(codes), *outputs])
     return outputs
 
 

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 import tyro
 
+from fastalign.cli.masking import refuse_secrets
+
 Config = TypeVar("Config")
 _FRAME = re.compile(r"[│╭╮╰╯─]+|(?<!\S)-{9,}(?!\S)")  # of dashes where a terminal has no lines
 _OF_VALUE = re.compile(r"^Value error Error parsing [^:]*: (?=\S+: )")
@@ -19,8 +21,9 @@ def parse_flags(
     """The dataclass that the flags describe; `--help` prints them and leaves with code 0.
 
     Raises:
-        ValueError: an unknown flag, a missing one, or a value that does not fit.
+        ValueError: an unknown flag, a missing one, a value that does not fit, or a secret in one.
     """
+    refuse_secrets(arguments)
     errors = io.StringIO()
     text = "\n\n".join(part for part in (config.__doc__, more_help) if part)
     try:

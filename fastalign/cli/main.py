@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 
+from fastalign.cli.masking import masked
 from fastalign.world import RANK_FAILED, RankFailed
 
 SECONDS_OF_FIRST = 3.0
@@ -20,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "online-dpo": ("fastalign.cli.online_dpo", "DPO on fresh samples, ordered by a reward"),
     "reward": ("fastalign.cli.reward", "train a reward model on comparisons, ties among them"),
     "ppo": ("fastalign.cli.ppo", "align a model with a reward (PPO, or without a critic)"),
+    "preflight": ("fastalign.cli.preflight", "whether a run on several processes can start"),
     "estimate": ("fastalign.cli.estimate", "what a run will need in memory, before it is started"),
     "vllm-server": ("fastalign.cli.vllm_server", "start a vLLM server that training samples from"),
     "generate": ("fastalign.cli.generate", "sample completions of a file of prompts"),
@@ -34,6 +36,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "new-model": ("fastalign.cli.new_model", "make a tokenizer and a small model from scratch"),
     "doctor": ("fastalign.cli.doctor", "which backends are usable here, and why not"),
 }
+# Read by libraries when they are imported, and by processes that are started.
+QUIET = (
+    "HF_HUB_DISABLE_PROGRESS_BARS",  # bars for files of a megabyte hide the lines that matter
+    "HF_HUB_DISABLE_TELEMETRY",
+    "DO_NOT_TRACK",
+    "VLLM_NO_USAGE_STATS",
+    "DISABLE_SAFETENSORS_CONVERSION",  # transformers would ask a service to convert old weights
+)
 
 
 def usage() -> str:
@@ -57,8 +67,8 @@ def main(argv: Sequence[str]) -> int:
         known = ", ".join(COMMANDS)
         print(f"fastalign: unknown command {argv[0]!r}; expected one of {known}", file=sys.stderr)
         return 2
-    # Bars that are printed for files of a megabyte hide the lines that matter.
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in QUIET:
+        os.environ.setdefault(name, "1")
     module = importlib.import_module(COMMANDS[argv[0]][0])
     try:
         return int(module.main(list(argv[1:])))
@@ -68,7 +78,7 @@ def main(argv: Sequence[str]) -> int:
         if not isinstance(error, RankFailed):
             let_first_speak()
         text = " ".join(str(error).split())
-        print(f"fastalign {argv[0]}: {text}", file=sys.stderr)
+        print(f"fastalign {argv[0]}: {masked(text)}", file=sys.stderr)
         return RANK_FAILED if isinstance(error, RankFailed) else 2
 
 

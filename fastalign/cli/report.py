@@ -13,7 +13,7 @@ from fastalign.cli.tables import show
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Reads each run's config.yaml, metrics.jsonl, eval/eval.json and eval/samples.jsonl."""
+    """Reads each run's settings, metrics, evaluation and samples, and the size of its model."""
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional]
     """Folders of runs (--run.dir)."""
@@ -26,6 +26,8 @@ def main(argv: Sequence[str]) -> int:
     from fastalign.evaluation.report import COLUMNS, render, table
     from fastalign.evaluation.reward_table import REWARD_COLUMNS, reward_table
     from fastalign.evaluation.runs import read_runs
+    from fastalign.evaluation.speed import SPEED_COLUMNS, speed_table
+    from fastalign.evaluation.time_shares import TIME_COLUMNS, time_table
 
     config = parse_flags(ReportConfig, argv, "fastalign report")
     if not config.runs:
@@ -35,6 +37,9 @@ def main(argv: Sequence[str]) -> int:
     rewards = reward_table(runs)
     if rewards:
         show(REWARD_COLUMNS, rewards)
+    for columns, rows in ((SPEED_COLUMNS, speed_table(runs)), (TIME_COLUMNS, time_table(runs))):
+        if rows:
+            show(columns, rows)
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(render(runs), encoding="utf-8")

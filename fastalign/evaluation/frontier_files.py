@@ -15,8 +15,8 @@ from fastalign.evaluation.runs import (
     finite,
     is_collapsed,
     labels_of,
-    read_evaluation,
     read_lines,
+    read_object,
     read_run,
 )
 
@@ -94,7 +94,7 @@ def from_folder(folder: Path, evaluation_file: Path | None) -> Iterator[Frontier
     run = read_run(folder)
     evaluation = run.evaluation
     if evaluation_file is not None:
-        evaluation = read_evaluation(evaluation_file)
+        evaluation = read_object(evaluation_file)
     method, strength, seed = labels_of(run)
     source = str(evaluation_file or folder)
     collapsed = is_collapsed(evaluation, run.metrics)
@@ -131,7 +131,7 @@ def from_entry(entry: Any, where: str, folder: Path) -> FrontierRun:
     file = path / "eval" / "eval.json" if is_folder else path
     home = path if is_folder else path.parent.parent if path.parent.name == "eval" else path.parent
     metrics = read_lines(home / "metrics.jsonl") if (home / "metrics.jsonl").is_file() else []
-    evaluation = read_evaluation(file) if file.is_file() else None
+    evaluation = read_object(file) if file.is_file() else None
     collapsed = bool(entry.get("collapsed")) or is_collapsed(evaluation, metrics)
     if evaluation is None and not collapsed:
         raise FileNotFoundError(f"{where}: no {file}; evaluate the run with `fastalign eval`")

@@ -19,6 +19,7 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
             ("entropy", "entropy (nats a token)"),
             ("grad_norm", "gradient norm"),
             ("tokens_per_second", "tokens a second"),
+            ("peak_memory_bytes", "peak memory (bytes)"),
         ),
     ),
     (
@@ -79,7 +80,10 @@ def plain(text: str) -> str:
 
 
 def curve(runs: Sequence[RunRecord], name: str, label: str) -> str | None:
-    """A metric of all runs that have it against the step, the held-out value dashed; or None."""
+    """A metric of all runs that have it against the step, the held-out value dashed; or None.
+
+    Under gradient norms a cross marks each step that changed no weight, whose own norm may be NaN.
+    """
     found = [(run, *run.series(name)) for run in runs]
     found = [entry for entry in found if entry[1]]
     if not found:
@@ -91,6 +95,16 @@ def curve(runs: Sequence[RunRecord], name: str, label: str) -> str | None:
         if held_out_steps:
             axes.plot(
                 held_out_steps, held_out, "o--", color=line.get_color(), markersize=4, linewidth=1
+            )
+        if name == "grad_norm" and run.skipped_steps:
+            axes.plot(
+                run.skipped_steps,
+                [0.0] * len(run.skipped_steps),
+                "x",
+                color=line.get_color(),
+                label=f"{plain(run.name)}, skipped",
+                transform=axes.get_xaxis_transform(),
+                clip_on=False,
             )
     axes.set_xlabel("step")
     axes.set_ylabel(label)

@@ -11,6 +11,7 @@ from fastalign.evaluation.pictures import SECTIONS, curve, reward_against_kl
 from fastalign.evaluation.reward_pictures import accuracy_by_length, reliability
 from fastalign.evaluation.reward_table import REWARD_COLUMNS, reward_table
 from fastalign.evaluation.runs import RunRecord, labels_of
+from fastalign.evaluation.speed import SPEED_COLUMNS, speed_table
 from fastalign.evaluation.time_shares import TIME_COLUMNS, time_picture, time_table
 
 NUM_SAMPLES_SHOWN = 24
@@ -106,6 +107,8 @@ def render(runs: Sequence[RunRecord]) -> str:
         reliability=reliability(runs),
         accuracy_by_length=accuracy_by_length(runs),
         frontier=reward_against_kl(runs),
+        speed_columns=SPEED_COLUMNS,
+        speed_table=speed_table(runs),
         time_columns=TIME_COLUMNS,
         time_table=time_table(runs),
         time_picture=time_picture(runs),

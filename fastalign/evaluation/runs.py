@@ -3,11 +3,13 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from fastalign.evaluation.saved_weights import num_product_weights
 
 Row = dict[str, Any]
 
@@ -22,6 +24,8 @@ class RunRecord:
         metrics: `metrics.jsonl`, one dictionary a step.
         evaluation: `eval/eval.json`, or None.
         samples: `eval/samples.jsonl`, or nothing.
+        machine: `machine.json`, or nothing.
+        num_product_weights: of `model/`, those that a token is multiplied by; None: not there.
     """
 
     name: str
@@ -29,6 +33,8 @@ class RunRecord:
     metrics: list[Row]
     evaluation: Row | None
     samples: list[Row]
+    machine: Row = field(default_factory=dict)
+    num_product_weights: int | None = None
 
     @property
     def seconds(self) -> float:
@@ -45,6 +51,11 @@ class RunRecord:
         found = [(row.get("step"), number(row.get(name))) for row in self.metrics]
         kept = [(step, value) for step, value in found if type(step) is int and value is not None]
         return [step for step, _ in kept], [value for _, value in kept]
+
+    @property
+    def skipped_steps(self) -> list[int]:
+        """Steps that changed no weight."""
+        return [step for step, value in zip(*self.series("skipped"), strict=True) if value]
 
     def measure(self, name: str) -> tuple[float, float] | None:
         """A measure of the evaluation and its standard error (NaN if unknown), or None."""
@@ -143,6 +154,7 @@ def read_run(folder: str | Path) -> RunRecord:
             raise FileNotFoundError(f"{path}: no {name}; expected the folder of a run (--run.dir)")
     evaluation = path / "eval" / "eval.json"
     samples = path / "eval" / "samples.jsonl"
+    machine = path / "machine.json"
     try:
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         metrics = read_lines(path / "metrics.jsonl")
@@ -153,13 +165,15 @@ def read_run(folder: str | Path) -> RunRecord:
         name=path.resolve().name,
         config=config if isinstance(config, dict) else {},
         metrics=metrics,
-        evaluation=read_evaluation(evaluation) if evaluation.is_file() else None,
+        evaluation=read_object(evaluation) if evaluation.is_file() else None,
         samples=rows,
+        machine=read_object(machine) if machine.is_file() else {},
+        num_product_weights=num_product_weights(path / "model"),
     )
 
 
-def read_evaluation(file: Path) -> Row:
-    """The measures that `fastalign eval` wrote.
+def read_object(file: Path) -> Row:
+    """One JSON object, such as the measures that `fastalign eval` wrote.
 
     Raises:
         ValueError: no JSON object.

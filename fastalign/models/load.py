@@ -1,6 +1,7 @@
 """Loads and saves causal models; refuses by name those that cannot be packed exactly."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -106,7 +107,10 @@ def read_config(path: str | Path, *, trust_remote_code: bool) -> Any:
 
 def unreadable_weights(path: str | Path, error: Exception) -> ValueError:
     """The one line about weights that are missing or damaged."""
-    first = str(error).strip().splitlines()[0]
+    if isinstance(error, UnpicklingError):  # torch's text says how to run it all the same
+        first = "a file is a pickle of more than tensors, which is not run"
+    else:
+        first = str(error).strip().splitlines()[0]
     return ValueError(f"model.path: the weights in {str(path)!r} cannot be read: {first}")
 
 
@@ -160,7 +164,7 @@ def load_policy(
         model = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, trust_remote_code=trust_remote_code, **options
         )
-    except OSError as error:
+    except (OSError, UnpicklingError) as error:
         raise unreadable_weights(source, error) from error
     if nf4:
         keep_differentiable(model)

@@ -8,6 +8,7 @@ that no response ends with (`set_pad_token`).
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -108,7 +109,7 @@ def load_reward_model(
                 attn_implementation=attention.registered_name(chosen),
                 output_loading_info=True,
             )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, UnpicklingError) as error:
         raise unreadable_weights(path, error) from error
     # Nothing is left to chance: what transformers would initialise at random is named instead.
     missing = set(found["missing_keys"]) - (set() if has_head else {HEAD})

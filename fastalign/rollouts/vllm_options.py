@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass, fields
 from typing import Literal
+from urllib.parse import urlsplit
 
 SamplerName = Literal["transformers", "vllm", "vllm-process", "vllm-server"]
 
@@ -45,6 +46,8 @@ class VllmOptions:
     """Where weights are laid down for a server; a folder that it can read too. Default: memory."""
 
     def __post_init__(self) -> None:
+        if "@" in urlsplit(self.url).netloc or urlsplit(self.url).query:
+            raise ValueError("vllm.url: expected an address without user, password and query")
         for name in ("kv_cache_gib", "start_seconds", "silence_seconds"):
             value = getattr(self, name)
             if not 0 < value < math.inf:

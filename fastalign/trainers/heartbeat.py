@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -91,14 +91,20 @@ class Heartbeat:
         os._exit(RANK_FAILED)
 
     def failed(self, text: str) -> None:
-        """Says why this rank ends, for the others to read."""
-        store = self._connect()
-        store.set(self._key("why", self._world.rank), text)
-        store.set(self._key("count", self._world.rank), ENDED)
+        """Says why this rank ends, for the others to read, if the store is still there."""
+        with suppress(dist.DistError, RuntimeError):
+            store = self._connect()
+            store.set(self._key("why", self._world.rank), text)
+            store.set(self._key("count", self._world.rank), ENDED)
 
     def verdict(self) -> str:
         """Which ranks are gone, after a collective failed: those that ended, or count no more."""
-        store = self._connect()
+        try:
+            return self._find_gone(self._connect())
+        except (dist.DistError, RuntimeError):
+            return f"the store at {self._place}, where the ranks met, is gone"
+
+    def _find_gone(self, store: TCPStore) -> str:
         others = [rank for rank in range(self._world.size) if rank != self._world.rank]
         before = {rank: self._read(store, self._key("count", rank)) for rank in others}
         self._over.wait(5 * self._interval)
@@ -113,10 +119,11 @@ class Heartbeat:
         return "; ".join(found) or "no rank is silent"
 
     def close(self) -> None:
-        """Ends the watch; the others do not miss this rank."""
+        """Ends the watch when all ranks have come here; whoever holds the store may end then."""
         self._over.set()
         self._thread.join()
         self._store.set(self._key("count", self._world.rank), ENDED)
+        self._world.barrier()
 
 
 @contextmanager

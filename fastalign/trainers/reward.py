@@ -191,7 +191,8 @@ def judge(
     if rate is not None:
         measures["tie_rate"] = rate
     folder = Path(config.run.dir) / "eval"
-    write_evaluation(folder, measures, pair_rows(pairs, held_out.sources))
+    rows = pair_rows(pairs, held_out.sources)
+    compute.world.first_does(lambda: write_evaluation(folder, measures, rows))
     for name in ("accuracy", "longer_wins_accuracy", "bag_of_words_accuracy", "log_likelihood"):
         if name in measures:
             print(f"{name} {measures[name]:.3f} +- {measures[f'{name}_se']:.3f}", flush=True)

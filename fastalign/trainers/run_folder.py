@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from fastalign.trainers.checkpoint import CHECKPOINTS, list_checkpoints, write_text_atomically
+from fastalign.trainers.machine import write_machine
 
 # Settings that may differ when a run is resumed: they change neither weights nor their order.
 MAY_CHANGE = {
@@ -120,6 +121,7 @@ def prepare_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) ->
     folder.mkdir(parents=True, exist_ok=True)
     if not resume:
         write_text_atomically(config, as_yaml(values))
+    write_machine(folder, values["train"])
 
 
 @contextmanager

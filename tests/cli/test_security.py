@@ -1,0 +1,284 @@
+"""Secrets stay in the environment, servers on this machine, data at home; pages run no script."""
+
+import json
+import os
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fastalign.cli import vllm_server
+from fastalign.cli.main import QUIET, main
+from fastalign.cli.masking import masked
+from fastalign.cli.vllm_server import ServedModel, VllmServerConfig, is_loopback, server_command
+from fastalign.rollouts.vllm_options import VllmOptions
+from tests.judge_server import chat, judge_server
+from tests.runs import WORDS, folder, sentence, write_rows
+
+__all__ = ["folder"]
+
+ROOT = Path(__file__).parents[2]
+SECRET = "hf_Tqv7SECRETxyz"
+ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>'\"{{7*7}}"
+OF_A_NAME = "<img src=x onerror=alert(3)>"
+
+
+def texts_under(place: Path) -> str:
+    files = [path for path in place.rglob("*") if path.is_file()]
+    return "\n".join(path.read_bytes().decode("latin-1") for path in files)
+
+
+def test_tokens_of_the_environment_are_not_in_what_a_run_writes_or_prints(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "OPENAI_API_KEY", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, SECRET)
+    data = ["--data.train", str(folder / "texts.jsonl"), "--train.max-steps", "2"]
+    run = ["--run.dir", str(folder / "run")]
+    assert main(["sft", "--model.path", str(folder / "llama"), *data, *run]) == 0
+    out, err = capfd.readouterr()
+    assert SECRET not in out + err
+    assert (folder / "run/config.yaml").is_file()
+    assert SECRET not in texts_under(folder)
+
+
+ADDRESSES = [
+    f"https://me:{SECRET}@data.example/pairs.jsonl",
+    f"https://data.example/pairs.jsonl?version=2&token={SECRET}",
+    f"https://data.example/pairs.jsonl?access_token={SECRET}#part",
+    f"s3://bucket/pairs.jsonl?X-Amz-Signature={SECRET}",
+]
+
+
+@pytest.mark.parametrize("value", [*ADDRESSES, SECRET])
+@pytest.mark.parametrize("written", ["flag", "flag=", "file"])
+def test_a_setting_with_a_secret_is_refused_before_anything_is_written(
+    value: str,
+    written: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    run = tmp_path / "run"
+    arguments = ["sft", "--model.path", "m", "--run.dir", str(run)]
+    if written == "file":
+        (tmp_path / "run.yaml").write_text(yaml.safe_dump({"data": {"train": value}}))
+        arguments += ["--config", str(tmp_path / "run.yaml")]
+    else:
+        arguments += ["--data.train", value] if written == "flag" else [f"--data.train={value}"]
+    assert main(arguments) == 2
+    out, err = capfd.readouterr()
+    assert err.startswith("fastalign sft: --data.train: holds a password or a token")
+    assert SECRET not in out + err
+    assert not run.exists()
+
+
+def test_errors_mask_addresses_and_the_environment_s_secrets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MY_JUDGE_API_KEY", SECRET)
+    monkeypatch.setenv("SHORT_TOKEN", "the")
+    assert masked(f"no answer from https://a:b@host:1/x?api_key=c&n=3 ({SECRET})") == (
+        "no answer from https://***@host:1/x?api_key=***&n=3 ([MY_JUDGE_API_KEY])"
+    )
+    plain = "see https://host/@user/the?tokens_per_batch=3, mail me@here.example"
+    assert masked(plain) == plain
+
+    def fail(argv: list[str]) -> int:
+        raise ValueError(f"cannot read {ADDRESSES[0]}: {SECRET} was refused")
+
+    monkeypatch.setattr("fastalign.cli.doctor.main", fail)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err == (
+        "fastalign doctor: cannot read https://***@data.example/pairs.jsonl: [MY_JUDGE_API_KEY] "
+        "was refused\n"
+    )
+
+
+def test_a_judge_s_key_is_sent_and_nowhere_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("JUDGE_KEY", SECRET)
+    for name, answer in (("a", " good"), ("b", " dim")):
+        rows = [{"prompt": f"The {word}", "completion": answer} for word in WORDS[:3]]
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    with judge_server(lambda question, number: chat("A")) as served:
+        arguments = ["win-rate", "--model.samples", "a.jsonl", "--baseline.samples", "b.jsonl"]
+        arguments += ["--judge.endpoint", served.url, "--judge.model", "judge", "--out", "win.json"]
+        assert main([*arguments, "--judge.key-variable", "JUDGE_KEY"]) == 0
+        sent = {headers["Authorization"] for _, headers, _ in served.requests}
+        assert sent == {f"Bearer {SECRET}"}
+        out, err = capfd.readouterr()
+        assert SECRET not in out + err + texts_under(tmp_path)
+        monkeypatch.delenv("JUDGE_KEY")
+        arguments[-1] = "again.json"
+        # The key itself in place of its variable's name, of which nothing knows that it is one.
+        assert main([*arguments, "--judge.key-variable", SECRET]) == 2
+    out, err = capfd.readouterr()
+    assert "the environment has no variable of that name" in err
+    assert SECRET not in out + err + texts_under(tmp_path)
+
+
+def test_a_server_s_address_has_no_password() -> None:
+    for url in ("http://me:word@host:8000", "http://host:8000?token=word"):
+        with pytest.raises(ValueError, match="expected an address without user") as caught:
+            VllmOptions(url=url)
+        assert "word" not in str(caught.value).replace("password", "")
+
+
+def test_a_server_listens_to_this_machine_unless_told() -> None:
+    command = server_command(VllmServerConfig(ServedModel("m")))
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    hosts = ("127.0.0.1", "127.0.0.2", "localhost", "::1", "0.0.0.0", "::", "", "192.0.2.1")
+    assert [is_loopback(host) for host in hosts] == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize(("host", "warns"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_a_server_that_others_reach_says_that_it_asks_for_no_password(
+    host: str,
+    warns: bool,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    started: list[list[str]] = []
+    monkeypatch.setattr(vllm_server, "require_vllm", lambda: None)
+    monkeypatch.setattr(vllm_server, "supervise", lambda command, heart: started.append(command))
+    monkeypatch.setattr(vllm_server, "check_port", lambda host, port: None)
+    for name in ("VLLM_SERVER_DEV_MODE", "OMP_WAIT_POLICY", "TORCHDYNAMO_DISABLE"):
+        monkeypatch.setenv(name, "1")
+    with pytest.raises(TypeError):  # of the exit code, which the stand-in does not give
+        main(["vllm-server", "--model.path", str(folder / "llama"), "--host", host])
+    assert started[0][started[0].index("--host") + 1] == host
+    said = capsys.readouterr().err
+    assert ("asks nobody for a password" in said) == warns
+    assert said.count("\n") == int(warns)
+
+
+# Fails on any connection or name that is looked up, and says so in a file, whoever catches it.
+GUARD = """
+import os, socket, sys
+def refuse(*arguments, **named):
+    with open(os.environ["SEEN"], "a") as seen:
+        seen.write(repr(arguments[-1:]) + "\\n")
+    raise OSError("no connection is expected")
+socket.socket.connect = socket.socket.connect_ex = socket.socket.sendto = refuse
+socket.getaddrinfo = socket.gethostbyname = refuse
+if sys.argv[1] == "try":
+    import urllib.request
+    try:
+        urllib.request.urlopen("http://127.0.0.1:9")
+    except OSError:
+        pass
+    sys.exit(0)
+from fastalign.cli.main import main
+for line in sys.stdin.read().splitlines():
+    if main(line.split()):
+        sys.exit(f"failed: {line}")
+assert "transformers" in sys.modules
+from huggingface_hub import constants
+assert constants.HF_HUB_DISABLE_TELEMETRY and not constants.HF_HUB_OFFLINE
+"""
+
+
+def guarded(*arguments: str, commands: list[str], place: Path) -> str:
+    """What a process tried to connect to while it ran the commands."""
+    seen = place / "seen"
+    seen.write_text("")
+    offline = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", *QUIET)
+    environment = {name: text for name, text in os.environ.items() if name not in offline}
+    environment |= {"SEEN": str(seen), "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(place)}
+    done = subprocess.run(
+        [sys.executable, "-c", GUARD, *arguments],
+        input="\n".join(commands),
+        cwd=place,
+        env=environment | {"HF_HOME": str(place / "hf"), "TRITON_INTERPRET": "0"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return seen.read_text()
+
+
+def test_the_guard_sees_a_connection(tmp_path: Path) -> None:
+    assert guarded("try", commands=[], place=tmp_path) != ""
+
+
+def test_nothing_is_connected_to_in_runs_on_local_files(tmp_path: Path) -> None:
+    write_rows(tmp_path / "texts.jsonl", [{"text": "The" + sentence(n, 5)} for n in range(20)])
+    rows = [{"prompt": f"The {word}", "chosen": " good", "rejected": " dim"} for word in WORDS]
+    write_rows(tmp_path / "pairs.jsonl", rows)
+    write_rows(tmp_path / "prompts.jsonl", [{"prompt": f"The {word}"} for word in WORDS])
+    few = "--train.max-steps 2 --train.batch-size 4"
+    commands = [
+        "new-model --data.train texts.jsonl --vocab-size 300 --hidden-size 16 --layers 1 --heads 2 "
+        "--out base",
+        f"sft --model.path base --data.train texts.jsonl {few} --run.dir runs/sft",
+        f"dpo --model.path runs/sft/model --data.train pairs.jsonl {few} --run.dir runs/dpo",
+        "eval --model.path runs/dpo/model --reference.path base --data.prompts prompts.jsonl "
+        "--sampling.max-new-tokens 3 --out runs/dpo/eval/eval.json",
+        "report runs/sft runs/dpo --out report.html",
+        "doctor --device cpu",
+    ]
+    assert guarded("run", commands=commands, place=tmp_path) == ""
+
+
+class Page(HTMLParser):
+    """The tags of a page, and whether any could run something or fetch it."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.dangerous: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        links = [value or "" for name, value in attrs if name in ("src", "href", "action")]
+        if (
+            tag in ("script", "iframe", "object", "embed", "form", "base", "svg")
+            or any(name.startswith("on") for name, _ in attrs)
+            or any(not link.startswith(("data:image/png;base64,", "data:,")) for link in links)
+        ):
+            self.dangerous.append(f"{tag} {attrs}")
+
+
+def attacked_run(place: Path) -> Path:
+    """A run whose every text is an attack: names, settings, samples, measures."""
+    run = place / OF_A_NAME
+    (run / "eval").mkdir(parents=True)
+    config = {ATTACK: ATTACK, "run": {"dir": ATTACK}, "loss": {"name": ATTACK, "beta": ATTACK}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    row: dict[str, Any] = {"step": 1, "loss": ATTACK, "collapsed": ATTACK, "step_seconds": 1.0}
+    write_rows(run / "metrics.jsonl", [row, {"step": 2, "loss": 1.0, ATTACK: 1.0}])
+    measures = {"reward": 1.0, "reward_se": ATTACK, "kl": 2.0, "collapsed": ATTACK}
+    (run / "eval/eval.json").write_text(json.dumps(measures))
+    turns = [{"role": ATTACK, "content": ATTACK}]
+    sample = {"completion": ATTACK, "finish_reason": ATTACK, "reward": ATTACK}
+    samples = [{"prompt": ATTACK, **sample}, {"prompt": turns, **sample}]
+    write_rows(run / "eval/samples.jsonl", samples)
+    return run
+
+
+def test_pages_run_nothing_that_models_and_data_wrote(tmp_path: Path) -> None:
+    run = attacked_run(tmp_path)
+    for command in ("report", "frontier"):
+        out = tmp_path / f"{command}.html"
+        assert main([command, str(run), "--out", str(out)]) == 0
+        page = out.read_text()
+        assert Page(page).dangerous == []
+        assert "&lt;script&gt;alert(1)" in page
+    report = (tmp_path / "report.html").read_text()
+    assert report.count("&lt;script&gt;alert(1)") >= 7
+    assert "&lt;img src=x onerror=alert(3)&gt;" in report
+    assert "49" not in report.replace("base64,", "").split("<h2>Samples</h2>")[1]
+
+
+def test_the_test_of_pages_finds_what_it_looks_for() -> None:
+    for text in (ATTACK, OF_A_NAME, "<a href='javascript:x'>", "<link href='https://cdn.example'>"):
+        assert Page(text).dangerous
