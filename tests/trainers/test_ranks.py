@@ -124,9 +124,12 @@ def test_ranks_train_as_one_process_does(name: str, folder: Path) -> None:
         for key, value in weights.items():
             # AdamW's first steps have the gradient's sign, so rounding there is a learning rate.
             assert (value - theirs[key]).abs().max() < 2e-4, (path, key)
-        configs = [
-            json.loads((folder / run / path.parent / "config.json").read_text())
-            for run in ("one", "shared")
-            if path.parts[0] == "model"
-        ]
-        assert all(config == configs[0] for config in configs)
+        if path.parts[0] == "model":
+            assert_same_config(folder / "one/model", folder / "shared/model")
+
+
+def assert_same_config(one: Path, other: Path) -> None:
+    first, second = (json.loads((path / "config.json").read_text()) for path in (one, other))
+    for scale in ("reward_mean", "reward_std", "tie_nu"):  # measured, so rounded
+        assert first.pop(scale, 0.0) == pytest.approx(second.pop(scale, 0.0), rel=1e-4)
+    assert first == second
