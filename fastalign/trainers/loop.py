@@ -10,13 +10,10 @@ from fastalign.data import indices_of_step
 from fastalign.models import has_adapter
 from fastalign.rollouts import SamplerFailed
 from fastalign.trainers.any_config import AnyConfig
-from fastalign.trainers.checkpoint import (
-    CHECKPOINTS,
-    newest_good_checkpoint,
-    read_state,
-    restore,
-    save_checkpoint,
-)
+from fastalign.trainers.checkpoint import read_state, restore
+from fastalign.trainers.checkpoint_files import CHECKPOINTS, newest_good_checkpoint
+from fastalign.trainers.checkpoint_writer import CheckpointWriter
+from fastalign.trainers.config import RunConfig
 from fastalign.trainers.final_model import save_final_model
 from fastalign.trainers.metrics import Metrics, MetricsWriter, ProgressDisplay
 from fastalign.trainers.observe import StallWatch, traced
@@ -26,6 +23,7 @@ from fastalign.trainers.reference_cache import model_fingerprint
 from fastalign.trainers.signals import StopRequest, stop_on_signal
 from fastalign.trainers.state import TrainState
 from fastalign.trainers.task import RunResult, Task
+from fastalign.world import ALONE, World
 
 MAX_SKIPPED_IN_A_ROW = 3
 # What training begins from and a checkpoint does not hold: it holds their fingerprints.
@@ -57,7 +55,9 @@ def indices_of_run(config: AnyConfig, num_examples: int) -> set[int]:
     return used
 
 
-def resume(folder: Path, state: TrainState, sources: dict[str, Any]) -> dict[str, Any]:
+def resume(
+    run: RunConfig, state: TrainState, sources: dict[str, Any], world: World = ALONE
+) -> dict[str, Any]:
     """Restores the newest good checkpoint; says which newer ones are damaged.
 
     `sources` are the fingerprints of what training began from, as the checkpoint holds them.
@@ -65,16 +65,17 @@ def resume(folder: Path, state: TrainState, sources: dict[str, Any]) -> dict[str
     Raises:
         ValueError: there is none, or it was made with other data, or on another frozen base.
     """
-    checkpoint, faults = newest_good_checkpoint(folder / CHECKPOINTS)
-    for fault in faults:
+    checkpoint, faults = newest_good_checkpoint(Path(run.dir) / CHECKPOINTS, world)
+    for fault in faults if world.is_first else ():
         print(f"damaged checkpoint passed over: {fault}", flush=True)
     saved = read_state(checkpoint)
     for name, value in sources.items():
         if saved.get(name) != value:
             what = SOURCES[name]
             raise ValueError(f"run.resume: the {what} is not what {checkpoint} was trained on")
-    restore(checkpoint, state)
-    print(f"resumed from {checkpoint}", flush=True)
+    restore(checkpoint, state, world, seed=run.seed, afresh=run.start_afresh)
+    if world.is_first:
+        print(f"resumed from {checkpoint}", flush=True)
     return saved
 
 
@@ -88,26 +89,31 @@ def sources_of(task: Task, policy: Any) -> dict[str, Any]:
     }
 
 
-def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
+def run_loop(config: AnyConfig, model: Any, task: Task, world: World = ALONE) -> RunResult:
     """Trains until the last step, a signal, `stop_at_step`, or too many skipped steps.
 
     Raises:
         ValueError: three steps in a row were skipped.
         SamplerFailed: the sampler failed for good; the run is saved.
+        OSError: a checkpoint could not be written.
     """
     folder = Path(config.run.dir)
     state = TrainState(model, make_optimizer(model, config.optim))
     num_steps = total_steps(config, task.num_examples)
     policy = model if task.policy is None else task.policy
     sources = sources_of(task, policy)
-    num_bytes = resume(folder, state, sources)["metrics_bytes"] if config.run.resume else 0
+    saved = resume(config.run, state, sources, world) if config.run.resume else None
+    num_bytes = 0 if saved is None else saved["metrics_bytes"]
     writer = MetricsWriter(folder, num_bytes=num_bytes, step=state.step)
     watch = StallWatch(folder, config.train.stall_seconds)
+    keep, background = config.train.keep_checkpoints, config.train.async_checkpoints
+    checkpoints = CheckpointWriter(folder / CHECKPOINTS, keep, world, background=background)
 
-    def save() -> None:
+    def save(*, last: bool = True) -> None:
         task.before_save(state)
-        extra = {"metrics_bytes": writer.num_bytes(), **sources}
-        save_checkpoint(folder / CHECKPOINTS, state, extra, config.train.keep_checkpoints)
+        checkpoints.save(state, {"metrics_bytes": writer.num_bytes(), **sources})
+        if last:
+            checkpoints.finish()
 
     metrics: Metrics = {}
     reason: str | None = None
@@ -121,11 +127,13 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
                 shown.update(metrics)
                 if metrics["skipped"]:
                     shown.say(skipped_line(metrics))
+                checkpoints.check()
                 reason = task.stop_reason(metrics)
                 stopping = should_stop(config, state, stop) or reason is not None
                 due = config.train.save_every and state.step % config.train.save_every == 0
-                if due or stopping or unmeasured or state.step == num_steps:
-                    save()
+                last = bool(stopping or unmeasured or state.step == num_steps)
+                if due or last:
+                    save(last=last)
                     saved_at = state.step
                 if unmeasured is not None:
                     raise stopped_sampling(unmeasured, state.step) from unmeasured
@@ -133,6 +141,7 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
                     break
                 check_skipped(state)
     finally:
+        checkpoints.close()
         writer.close()
         watch.close()
     finished = state.step >= num_steps

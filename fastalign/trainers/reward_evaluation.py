@@ -21,7 +21,7 @@ from fastalign.evaluation import (
     with_tie_rate,
 )
 from fastalign.models import response_reward, set_reward_scale
-from fastalign.trainers.checkpoint import write_text_atomically
+from fastalign.trainers.checkpoint_files import write_text_atomically
 from fastalign.trainers.reward_losses import RewardLoss
 from fastalign.trainers.step import Compute
 
