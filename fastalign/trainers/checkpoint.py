@@ -102,7 +102,7 @@ def check_parts(
                 f"has no {described(name)}; --run.start-afresh {part} begins that part anew"
             )
     for name in sorted(stored.keys() - set(listed)):
-        raise refuse(f"holds a {described(name)}, which its {STATE} does not list")
+        raise refuse(f"holds {described(name)}, which its {STATE} does not list")
     for name, value in parameters.items():
         found = stored.get(MODEL + name)
         if found is None:
@@ -112,7 +112,7 @@ def check_parts(
     for name in stored:
         owner = owner_of(name)
         if owner is not None and owner not in parameters:
-            raise refuse(f"holds a {described(name)}, which the run does not train")
+            raise refuse(f"holds {described(name)}, which the run does not train")
 
 
 def restore(

@@ -3,35 +3,27 @@
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastalign.data import indices_of_step
-from fastalign.models import has_adapter
 from fastalign.rollouts import SamplerFailed
 from fastalign.trainers.any_config import AnyConfig
-from fastalign.trainers.checkpoint import read_state, restore
-from fastalign.trainers.checkpoint_files import CHECKPOINTS, newest_good_checkpoint
+from fastalign.trainers.checkpoint_files import CHECKPOINTS
 from fastalign.trainers.checkpoint_writer import CheckpointWriter
-from fastalign.trainers.config import RunConfig
 from fastalign.trainers.final_model import save_final_model
 from fastalign.trainers.metrics import Metrics, MetricsWriter, ProgressDisplay
 from fastalign.trainers.observe import StallWatch, traced
 from fastalign.trainers.optimizer import make_optimizer
 from fastalign.trainers.process_memory import STEP, memory_used_in, peak_memory_bytes
-from fastalign.trainers.reference_cache import model_fingerprint
+from fastalign.trainers.resume import resume, save_run, sources_of
 from fastalign.trainers.signals import StopRequest, stop_on_signal
 from fastalign.trainers.state import TrainState
 from fastalign.trainers.task import RunResult, Task
 from fastalign.world import ALONE, World
 
 MAX_SKIPPED_IN_A_ROW = 3
-# What training begins from and a checkpoint does not hold: it holds their fingerprints.
-SOURCES = {
-    "data_fingerprint": "training data",
-    "base_fingerprint": "frozen base in model.path",
-    "reference_fingerprint": "frozen reference",
-}
 SKIPPED = "a non-finite loss or gradient, or a spike (optim.skip_sigma)"
 COLLAPSED = 3  # exit code of a run that its own algorithm ended early
 
@@ -55,40 +47,6 @@ def indices_of_run(config: AnyConfig, num_examples: int) -> set[int]:
     return used
 
 
-def resume(
-    run: RunConfig, state: TrainState, sources: dict[str, Any], world: World = ALONE
-) -> dict[str, Any]:
-    """Restores the newest good checkpoint; says which newer ones are damaged.
-
-    `sources` are the fingerprints of what training began from, as the checkpoint holds them.
-
-    Raises:
-        ValueError: there is none, or it was made with other data, or on another frozen base.
-    """
-    checkpoint, faults = newest_good_checkpoint(Path(run.dir) / CHECKPOINTS, world)
-    for fault in faults if world.is_first else ():
-        print(f"damaged checkpoint passed over: {fault}", flush=True)
-    saved = read_state(checkpoint)
-    for name, value in sources.items():
-        if saved.get(name) != value:
-            what = SOURCES[name]
-            raise ValueError(f"run.resume: the {what} is not what {checkpoint} was trained on")
-    restore(checkpoint, state, world, seed=run.seed, afresh=run.start_afresh)
-    if world.is_first:
-        print(f"resumed from {checkpoint}", flush=True)
-    return saved
-
-
-def sources_of(task: Task, policy: Any) -> dict[str, Any]:
-    """The fingerprints of what training begins from."""
-    reference = task.reference
-    return {
-        "data_fingerprint": task.data_fingerprint,
-        "base_fingerprint": model_fingerprint(policy) if has_adapter(policy) else None,
-        "reference_fingerprint": None if reference is None else model_fingerprint(reference),
-    }
-
-
 def run_loop(config: AnyConfig, model: Any, task: Task, world: World = ALONE) -> RunResult:
     """Trains until the last step, a signal, `stop_at_step`, or too many skipped steps.
 
@@ -102,18 +60,12 @@ def run_loop(config: AnyConfig, model: Any, task: Task, world: World = ALONE) ->
     num_steps = total_steps(config, task.num_examples)
     policy = model if task.policy is None else task.policy
     sources = sources_of(task, policy)
-    saved = resume(config.run, state, sources, world) if config.run.resume else None
-    num_bytes = 0 if saved is None else saved["metrics_bytes"]
+    num_bytes = resume(config.run, state, sources, world) if config.run.resume else 0
     writer = MetricsWriter(folder, num_bytes=num_bytes, step=state.step)
     watch = StallWatch(folder, config.train.stall_seconds)
     keep, background = config.train.keep_checkpoints, config.train.async_checkpoints
     checkpoints = CheckpointWriter(folder / CHECKPOINTS, keep, world, background=background)
-
-    def save(*, last: bool = True) -> None:
-        task.before_save(state)
-        checkpoints.save(state, {"metrics_bytes": writer.num_bytes(), **sources})
-        if last:
-            checkpoints.finish()
+    save = partial(save_run, checkpoints, writer, task, state, sources)
 
     metrics: Metrics = {}
     reason: str | None = None

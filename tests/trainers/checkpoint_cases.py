@@ -59,6 +59,13 @@ def trained(seed: int = 0, count: int = 2, *, sharded: bool = False) -> TrainSta
     return state
 
 
+def saved(folder: Path, state: TrainState | None = None, **options: Any) -> Path:
+    writer = CheckpointWriter(folder, keep=2, **options)
+    path = writer.save(trained() if state is None else state, {"metrics_bytes": 7})
+    writer.finish()
+    return path
+
+
 def whole(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value.clone()
 
