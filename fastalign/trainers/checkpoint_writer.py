@@ -231,6 +231,6 @@ def failure_of(final: Path, failure: BaseException) -> Exception:
     if not isinstance(cause, OSError):
         return RuntimeError(f"checkpoint {final} was not written{where}: {cause!r}")
     return OSError(
-        f"checkpoint {final} was not written{where}: {cause.strerror or cause}; older ones are "
-        "still there"
+        f"checkpoint {final} was not written{where}: {cause.strerror or cause}; older "
+        "checkpoints are untouched"
     )

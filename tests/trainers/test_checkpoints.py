@@ -1,6 +1,7 @@
 """Checkpoints of one process: whole or not there, written beside training, refused by name."""
 
 import json
+import os
 import re
 import resource
 import subprocess
@@ -114,7 +115,7 @@ def test_a_full_disk_is_one_line_and_the_older_checkpoint_stays(
                 writer.finish()
             writer.save(state, {})
 
-    line = r"^checkpoint .*step-000004 was not written: File too large; older ones are still there$"
+    line = r"^checkpoint .*step-000004 was not written: File too large; older checkpoints are untouched$"
     if where == "close" and background:
         until_told()
         assert "step-000004 was not written: File too large" in capsys.readouterr().out
@@ -147,6 +148,31 @@ def test_every_damage_is_named_and_passed_over(tmp_path: Path, file: str, damage
     what = {"flip": "is damaged", "truncate": r"has \d+ bytes, expected", "delete": "is missing"}
     expected = "is damaged" if (file, damage) == ("manifest.json", "truncate") else what[damage]
     assert re.match(f"{newer}: {path.name} {expected}", fault)
+
+
+def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    plain_sync, plain_rename = os.fsync, os.rename
+
+    def sync(descriptor: int) -> None:
+        plain_sync(descriptor)
+        synced.append(os.fstat(descriptor).st_ino)
+
+    def rename(source: Path, target: Path) -> None:
+        files = {path.name: path.stat().st_ino for path in (source, *source.iterdir())}
+        assert "manifest.json" in files
+        assert {name: place in synced for name, place in files.items()} == dict.fromkeys(
+            files, True
+        )
+        synced.clear()
+        plain_rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "rename", rename)
+    saved(tmp_path)
+    assert synced == [tmp_path.stat().st_ino]
 
 
 def test_a_file_that_the_manifest_does_not_list_is_a_fault(tmp_path: Path) -> None:
