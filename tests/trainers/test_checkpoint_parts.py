@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fastalign.trainers import RunConfig, train_sft
-from fastalign.trainers.checkpoint import restore
+from fastalign.trainers.checkpoint import restore, restore_random
 from fastalign.trainers.checkpoint_files import entry_of, fault_of
 from tests.runs import saved_tensors, sft_config
 from tests.trainers.checkpoint_cases import make_state, saved, trained
@@ -116,6 +116,7 @@ def test_parts_that_start_afresh_are_not_read(
         as_saved = torch.equal(torch.get_rng_state(), saved_tensors(path)["random.rank0.cpu"])
         assert as_saved == (name != "random")
     rewrite(path, without("optimizer."))
+    rewrite(path, lambda tensors, state: state["optimizer"]["param_groups"].pop())
     restore(path, make_state(seed=1), afresh=("optimizer",))
     rewrite(path, without("random."))
     draws = []
@@ -123,6 +124,14 @@ def test_parts_that_start_afresh_are_not_read(
         restore(path, make_state(seed=1), seed=seed, afresh=("optimizer", "random"))
         draws.append(float(torch.rand(())))
     assert draws[0] == draws[1] != draws[2]
+
+
+def test_random_states_that_begin_anew_are_of_the_run_the_rank_and_the_step() -> None:
+    draws = set()
+    for step, seed, rank in [(3, 0, 0), (4, 0, 0), (3, 1, 0), (3, 0, 1), (3, 0, 0)]:
+        restore_random({}, step, seed, rank)
+        draws.add(float(torch.rand(())))
+    assert len(draws) == 4
 
 
 def test_a_run_goes_on_with_a_part_begun_anew(
