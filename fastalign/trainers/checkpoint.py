@@ -213,9 +213,10 @@ def say_what_differs(
         return
     if afresh:
         print(f"starts afresh (run.start_afresh): {', '.join(afresh)}", flush=True)
-    if saved["world_size"] != world.size or (not names <= stored.keys() and "random" not in afresh):
-        print(
-            f"saved on {saved['world_size']} ranks, resumed on {world.size}: the run goes on, but "
-            "not to the bit of one without a stop",
-            flush=True,
-        )
+    why = None
+    if saved["world_size"] != world.size:
+        why = f"saved on {saved['world_size']} ranks, resumed on {world.size}"
+    elif not names <= stored.keys() and "random" not in afresh:
+        why = "the checkpoint has not every random state"
+    if why is not None:
+        print(f"{why}: the run goes on, but not to the bit of one without a stop", flush=True)

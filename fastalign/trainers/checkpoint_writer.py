@@ -224,8 +224,8 @@ class CheckpointWriter:
 
 def failure_of(final: Path, failure: BaseException) -> Exception:
     """A failed save in one line: which checkpoint, and what the system said."""
-    if not isinstance(failure, CheckpointException):
-        return failure if isinstance(failure, Exception) else RuntimeError(repr(failure))
+    if not isinstance(failure, CheckpointException):  # of the collectives: a rank is gone
+        return RuntimeError(f"checkpoint {final} was not written: {failure!r}")
     rank, (cause, _) = next(iter(failure.failures.items()))
     where = f" (rank {rank})" if len(failure.failures) > 1 or rank else ""
     if not isinstance(cause, OSError):
