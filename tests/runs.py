@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
 from fastalign.models import save_model
 from fastalign.rollouts import SamplingParams
@@ -166,6 +168,22 @@ def ppo_config(folder: Path, run: str, **train: Any) -> PPOConfig:
 
 
 MakeConfig = Callable[..., Any]
+
+
+def saved_tensors(checkpoint: Path, prefix: str = "") -> dict[str, Tensor]:
+    """What the shards of a run of one process hold under a prefix, named without it."""
+    shards = [load_file(path) for path in sorted(checkpoint.glob("*.safetensors"))]
+    return {
+        name.removeprefix(prefix): value
+        for shard in shards
+        for name, value in shard.items()
+        if name.startswith(prefix)
+    }
+
+
+def learning_rate_scales(checkpoint: Path) -> list[float]:
+    state = json.loads((checkpoint / "state.json").read_text())
+    return sorted({group["lr_scale"] for group in state["optimizer"]["param_groups"]})
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

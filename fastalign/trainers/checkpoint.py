@@ -1,199 +1,222 @@
-"""Checkpoints: written aside, synced, hashed, renamed; a damaged one is named and passed over.
+"""Checkpoints: what they hold, and how a run goes on from one, on as many ranks as it likes.
 
-A checkpoint is a folder `step-000100` with `model.safetensors` (of a frozen base with an adapter:
-the adapter alone), `optimizer.pt`, `state.json`, where the reference is renewed as the run goes
-`reference.safetensors`, and `manifest.json` (size and SHA-256 of the others). Nothing in it
-executes code when it is loaded.
+A checkpoint is a folder `step-000100` with safetensors shards that `torch.distributed.checkpoint`
+writes and reads (of a frozen base with an adapter: the adapter alone), `state.json`, where
+completions were begun `rollouts.json`, and `manifest.json` (size and SHA-256 of the others).
+Nothing in it executes code when it is loaded.
 """
 
-import hashlib
 import json
-import os
-import shutil
+import random
+import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
-from fastalign.trainers.state import TrainState, random_state, restore_random_state
+from fastalign.trainers.checkpoint_files import STATE
+from fastalign.trainers.checkpoint_tensors import (
+    MODEL,
+    OPTIMIZER,
+    RANDOM,
+    REFERENCE,
+    Stored,
+    described,
+    load_optimizer,
+    owned_targets,
+    owner_of,
+    random_name,
+    trainable_parameters,
+)
+from fastalign.trainers.config import Part
+from fastalign.trainers.state import (
+    TrainState,
+    random_state,
+    restore_random_state,
+    seed_everything,
+)
+from fastalign.world import ALONE, World
 
-CHECKPOINTS = "checkpoints"  # in a run's folder
-MANIFEST = "manifest.json"
-REFERENCE = "reference.safetensors"
+FORMAT = 2
 ROLLOUTS = "rollouts.json"
-FORMAT = 1
 
 
-def sha256_of(path: Path) -> str:
-    """The file's SHA-256, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Returns when the file's or folder's content is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader finds the old content or the new, never half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_bytes(content)
-        sync(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)  # there only if the disk is full or the like
-    sync(path.parent)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """The same for text, as UTF-8."""
-    write_bytes_atomically(path, text.encode())
-
-
-def trainable_parameters(model: Any) -> dict[str, Tensor]:
-    """What a run changes, by name; without a frozen base it is every parameter."""
-    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def is_all_of(model: Any, trainable: dict[str, Tensor]) -> bool:
-    """Whether nothing of the model is frozen."""
-    return len(trainable) == sum(1 for _ in model.parameters())
-
-
-def save_checkpoint(folder: Path, state: TrainState, extra: dict[str, Any], keep: int) -> Path:
-    """Writes `folder/step-NNNNNN` and removes all but the newest `keep`.
-
-    Args:
-        folder: the run's `checkpoints/`.
-        state: what to save.
-        extra: more for `state.json` (JSON).
-        keep: checkpoints to keep.
-
-    Raises:
-        AssertionError: a weight is not finite; no checkpoint ever holds one.
-    """
-    trainable = trainable_parameters(state.model)
-    for name, parameter in trainable.items():
-        assert bool(torch.isfinite(parameter).all()), f"{name} holds a non-finite weight"
-    folder.mkdir(parents=True, exist_ok=True)
-    aside = folder / f".writing-step-{state.step:06d}"
-    for half in folder.glob(".writing-step-*"):  # left behind by a run that was killed
-        shutil.rmtree(half)
-    aside.mkdir()
-    if is_all_of(state.model, trainable):
-        save_model(state.model, str(aside / "model.safetensors"))
-    else:
-        save_file(trainable, aside / "model.safetensors")
-    if state.reference:
-        save_file(state.reference, aside / REFERENCE)
-    if state.rollouts:
-        (aside / ROLLOUTS).write_text(json.dumps(state.rollouts), encoding="utf-8")
-    torch.save(
-        {"optimizer": state.optimizer.state_dict(), "random": random_state()},
-        aside / "optimizer.pt",
-    )
-    text = json.dumps({"format": FORMAT, **state.counters(), **extra}, indent=1)
-    (aside / "state.json").write_text(text, encoding="utf-8")
-    manifest = {
-        path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in sorted(aside.iterdir())
-    }
-    (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-    for path in aside.iterdir():
-        sync(path)
-    sync(aside)
-    final = folder / f"step-{state.step:06d}"
-    if final.exists():
-        shutil.rmtree(final)
-    aside.rename(final)
-    sync(folder)
-    for old in list_checkpoints(folder)[keep:]:
-        shutil.rmtree(old)
-    return final
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first, whether good or not."""
-    return sorted(folder.glob("step-[0-9]*"), key=lambda path: int(path.name[5:]), reverse=True)
-
-
-def fault_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None: every file is there and has its hash."""
-    manifest = checkpoint / MANIFEST
-    if not manifest.is_file():
-        return f"{MANIFEST} is missing"
-    try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
-    for required in ("model.safetensors", "optimizer.pt", "state.json"):
-        if required not in expected:
-            return f"{MANIFEST} does not list {required}"
-    for name, (size, digest) in expected.items():
-        path = checkpoint / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes, expected {size}"
-        if sha256_of(path) != digest:
-            return f"{name} is damaged (its SHA-256 differs)"
-    return None
-
-
-def newest_good_checkpoint(folder: Path) -> tuple[Path, list[str]]:
-    """The newest checkpoint without a fault, and a line for each newer one that has one.
-
-    Raises:
-        ValueError: there is none.
-    """
-    faults: list[str] = []
-    for checkpoint in list_checkpoints(folder):
-        fault = fault_of(checkpoint)
-        if fault is None:
-            return checkpoint, faults
-        faults.append(f"{checkpoint}: {fault}")
-    found = "; ".join(faults) if faults else "it holds none"
-    raise ValueError(f"run.resume: no good checkpoint in {folder}: {found}")
+def only_one_process_is_meant() -> None:
+    """A run of one process needs no process group, of which DCP warns each time it is used."""
+    # Not for a while only: it warns in a thread, and filters are the whole process's.
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint that has no fault."""
-    state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    """`state.json` of a checkpoint that has no fault.
+
+    Raises:
+        ValueError: it has another format.
+    """
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     if state.get("format") != FORMAT:
         raise ValueError(
-            f"{checkpoint}: expected checkpoint format {FORMAT}, got {state.get('format')!r}"
+            f"run.resume: {checkpoint}: expected checkpoint format {FORMAT}, got "
+            f"{state.get('format')!r}"
         )
     return state
 
 
-def restore(checkpoint: Path, state: TrainState) -> dict[str, Any]:
-    """Loads a checkpoint without a fault into `state`; returns its `state.json`."""
+def stored_tensors(reader: HuggingFaceStorageReader) -> dict[str, Stored]:
+    """Every tensor that the shards hold."""
+    found: dict[str, Stored] = {}
+    for name, value in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(value, TensorStorageMetadata)
+        found[name] = Stored(value.size, value.properties.dtype)
+    return found
+
+
+def check_parts(
+    checkpoint: Path,
+    listed: Collection[str],
+    stored: Mapping[str, Stored],
+    parameters: Mapping[str, Tensor],
+    afresh: Collection[Part],
+) -> None:
+    """Compares the shards with `state.json`'s list and with the model.
+
+    Raises:
+        ValueError: a part is missing, or foreign, or has another shape.
+    """
+
+    def refuse(what: str) -> ValueError:
+        return ValueError(f"run.resume: checkpoint {checkpoint} {what}")
+
+    parts: dict[str, Part] = {OPTIMIZER: "optimizer", RANDOM: "random"}
+    for name in sorted(set(listed) - stored.keys()):
+        part = next((part for prefix, part in parts.items() if name.startswith(prefix)), None)
+        if part is None:
+            raise refuse(f"has no {described(name)}, which its {STATE} lists")
+        if part not in afresh:
+            raise refuse(
+                f"has no {described(name)}; --run.start-afresh {part} begins that part anew"
+            )
+    for name in sorted(stored.keys() - set(listed)):
+        raise refuse(f"holds {described(name)}, which its {STATE} does not list")
+    for name, value in parameters.items():
+        found = stored.get(MODEL + name)
+        if found is None:
+            raise refuse(f"has no weight of {name}, which the model has")
+        if found.shape != value.shape:
+            raise refuse(f"holds {name} as {tuple(found.shape)}, expected {tuple(value.shape)}")
+    for name in stored:
+        owner = owner_of(name)
+        if owner is not None and owner not in parameters:
+            raise refuse(f"holds {described(name)}, which the run does not train")
+
+
+def restore(
+    checkpoint: Path,
+    state: TrainState,
+    world: World = ALONE,
+    *,
+    seed: int = 0,
+    afresh: Collection[Part] = (),
+) -> dict[str, Any]:
+    """Loads a checkpoint without a fault into `state`; returns its `state.json`.
+
+    Args:
+        checkpoint: its folder.
+        state: with the run's model and its optimiser, sharded or not, in any number of ranks.
+        world: the ranks.
+        seed: the run's, for random states that are not in the checkpoint.
+        afresh: parts that are not read.
+
+    Raises:
+        ValueError: a part is missing, or is not of this run.
+    """
     saved = read_state(checkpoint)
-    trainable = trainable_parameters(state.model)
-    if is_all_of(state.model, trainable):
-        load_model(state.model, checkpoint / "model.safetensors", strict=True)
-    else:
-        weights = load_file(checkpoint / "model.safetensors")
-        assert weights.keys() == trainable.keys(), "a resumed run has the same settings"
-        for name, value in trainable.items():
-            value.copy_(weights[name])
-    device = next(state.model.parameters()).device
-    if (checkpoint / REFERENCE).exists():
-        state.reference = load_file(checkpoint / REFERENCE, device=str(device))
-    if (checkpoint / ROLLOUTS).exists():
-        state.rollouts = json.loads((checkpoint / ROLLOUTS).read_text(encoding="utf-8"))
-    content = torch.load(checkpoint / "optimizer.pt", map_location=device, weights_only=True)
-    state.optimizer.load_state_dict(content["optimizer"])
-    restore_random_state({name: value.cpu() for name, value in content["random"].items()})
-    for name, initial in state.counters().items():  # older checkpoints know fewer of them
-        setattr(state, name, saved.get(name, initial))
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    stored = stored_tensors(reader)
+    parameters = trainable_parameters(state.model)
+    check_parts(checkpoint, saved["tensors"], stored, parameters, afresh)
+    wanted = {
+        **{MODEL + name: value for name, value in parameters.items()},
+        **({} if "optimizer" in afresh else owned_targets(stored, parameters, OPTIMIZER)),
+        **owned_targets(stored, parameters, REFERENCE),
+        **({} if "random" in afresh else random_targets(stored, world.rank)),
+    }
+    load_tensors(wanted, reader, world)
+    if "optimizer" not in afresh:
+        load_optimizer(state, wanted, saved["optimizer"])
+    state.reference = {
+        name.removeprefix(REFERENCE): value
+        for name, value in wanted.items()
+        if name.startswith(REFERENCE)
+    }
+    restore_counters(checkpoint, state, saved, afresh)
+    restore_random(wanted, state.step, seed, world.rank)
+    say_what_differs(saved, stored, world, afresh)
     return saved
+
+
+def restore_counters(
+    checkpoint: Path, state: TrainState, saved: Mapping[str, Any], afresh: Collection[Part]
+) -> None:
+    """Puts back the numbers, and the completions that were begun.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    if (checkpoint / ROLLOUTS).exists() and "rollouts" not in afresh:
+        state.rollouts = json.loads((checkpoint / ROLLOUTS).read_text(encoding="utf-8"))
+    for name in state.counters():
+        if name not in saved:
+            raise ValueError(f"run.resume: {checkpoint / STATE} has no {name}")
+        if name not in afresh:
+            setattr(state, name, saved[name])
+
+
+def load_tensors(
+    targets: dict[str, Tensor], reader: HuggingFaceStorageReader, world: World
+) -> None:
+    """Reads into tensors in place, of each what this rank holds of it."""
+    only_one_process_is_meant()
+    try:
+        load(targets, storage_reader=reader, no_dist=world.size == 1)
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
+
+
+def random_targets(stored: Mapping[str, Stored], rank: int) -> dict[str, Tensor]:
+    """Copies of this rank's present random states, of those that are on the disk."""
+    now = {random_name(rank, device): value for device, value in random_state().items()}
+    return {name: value for name, value in now.items() if name in stored}
+
+
+def restore_random(wanted: Mapping[str, Tensor], step: int, seed: int, rank: int) -> None:
+    """Puts back a rank's random states; where one is not there, all begin by run, rank, step."""
+    names = {random_name(rank, device): device for device in random_state()}
+    found = {device: wanted[name] for name, device in names.items() if name in wanted}
+    if len(found) < len(names):
+        seed_everything(random.Random(f"{seed} {rank} {step}").getrandbits(63))
+    restore_random_state(found)
+
+
+def say_what_differs(
+    saved: Mapping[str, Any], stored: Mapping[str, Stored], world: World, afresh: Collection[Part]
+) -> None:
+    """Prints once what of the run is not as it was."""
+    devices = random_state()
+    names = {random_name(rank, device) for rank in range(world.size) for device in devices}
+    if not world.is_first:
+        return
+    if afresh:
+        print(f"starts afresh (run.start_afresh): {', '.join(afresh)}", flush=True)
+    why = None
+    if saved["world_size"] != world.size:
+        why = f"saved on {saved['world_size']} ranks, resumed on {world.size}"
+    elif not names <= stored.keys() and "random" not in afresh:
+        why = "the checkpoint has not every random state"
+    if why is not None:
+        print(f"{why}: the run goes on, but not to the bit of one without a stop", flush=True)

@@ -15,6 +15,7 @@ from fastalign.trainers.reward_losses import BradleyTerryLoss, RewardLoss
 Precision = Literal["auto", "bf16", "float32"]
 Schedule = Literal["constant", "linear", "cosine"]
 States = Literal["float32", "8bit"]
+Part = Literal["optimizer", "random", "kept", "grad_norms", "rollouts"]
 
 
 def _require(condition: bool, name: str, expected: str, value: object) -> None:
@@ -152,6 +153,8 @@ class TrainConfig:
     """Steps between checkpoints; 0: at the end, and when the run is stopped."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    async_checkpoints: bool = True
+    """Write checkpoints while training goes on, from a copy of the weights in host memory."""
     profile_step: int = 0
     """Write a trace of this step to profile/ (Chrome, Perfetto); 0: none."""
     stall_seconds: float = 1800.0
@@ -182,9 +185,17 @@ class RunConfig:
     """Of the data's order and of everything random."""
     resume: bool = False
     """Go on from the newest good checkpoint in run.dir."""
+    start_afresh: tuple[Part, ...] = ()
+    """Parts of the checkpoint that are not read: optimizer (AdamW's averages), random (generators),
+    kept (the algorithm's own numbers), grad_norms (of optim.skip_sigma), rollouts (begun ones)."""
 
     def __post_init__(self) -> None:
         _require(bool(self.dir), "run.dir", "a folder", self.dir)
+        known = set(self.start_afresh) <= set(get_args(Part))
+        expected = f"parts among {', '.join(get_args(Part))}"
+        _require(known, "run.start_afresh", expected, self.start_afresh)
+        if self.start_afresh and not self.resume:
+            raise ValueError("run.start_afresh: expected run.resume beside it")
 
 
 @dataclass(frozen=True)

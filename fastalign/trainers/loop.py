@@ -3,20 +3,15 @@
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fastalign.data import indices_of_step
-from fastalign.models import has_adapter
 from fastalign.rollouts import SamplerFailed
 from fastalign.trainers.any_config import AnyConfig
-from fastalign.trainers.checkpoint import (
-    CHECKPOINTS,
-    newest_good_checkpoint,
-    read_state,
-    restore,
-    save_checkpoint,
-)
+from fastalign.trainers.checkpoint_files import CHECKPOINTS
+from fastalign.trainers.checkpoint_writer import CheckpointWriter
 from fastalign.trainers.final_model import save_final_model
 from fastalign.trainers.metrics import (
     AnyWriter,
@@ -28,19 +23,13 @@ from fastalign.trainers.metrics import (
 from fastalign.trainers.observe import StallWatch, traced
 from fastalign.trainers.optimizer import make_optimizer
 from fastalign.trainers.process_memory import STEP, memory_used_in, peak_memory_bytes
-from fastalign.trainers.reference_cache import model_fingerprint
+from fastalign.trainers.resume import resume, save_run, sources_of
 from fastalign.trainers.signals import StopRequest, stop_on_signal
 from fastalign.trainers.state import TrainState
 from fastalign.trainers.task import RunResult, Task
 from fastalign.world import World
 
 MAX_SKIPPED_IN_A_ROW = 3
-# What training begins from and a checkpoint does not hold: it holds their fingerprints.
-SOURCES = {
-    "data_fingerprint": "training data",
-    "base_fingerprint": "frozen base in model.path",
-    "reference_fingerprint": "frozen reference",
-}
 SKIPPED = "a non-finite loss or gradient, or a spike (optim.skip_sigma)"
 COLLAPSED = 3  # exit code of a run that its own algorithm ended early
 
@@ -64,37 +53,6 @@ def indices_of_run(config: AnyConfig, num_examples: int) -> set[int]:
     return used
 
 
-def resume(folder: Path, state: TrainState, sources: dict[str, Any]) -> dict[str, Any]:
-    """Restores the newest good checkpoint; says which newer ones are damaged.
-
-    `sources` are the fingerprints of what training began from, as the checkpoint holds them.
-
-    Raises:
-        ValueError: there is none, or it was made with other data, or on another frozen base.
-    """
-    checkpoint, faults = newest_good_checkpoint(folder / CHECKPOINTS)
-    for fault in faults:
-        print(f"damaged checkpoint passed over: {fault}", flush=True)
-    saved = read_state(checkpoint)
-    for name, value in sources.items():
-        if saved.get(name) != value:
-            what = SOURCES[name]
-            raise ValueError(f"run.resume: the {what} is not what {checkpoint} was trained on")
-    restore(checkpoint, state)
-    print(f"resumed from {checkpoint}", flush=True)
-    return saved
-
-
-def sources_of(task: Task, policy: Any) -> dict[str, Any]:
-    """The fingerprints of what training begins from."""
-    reference = task.reference
-    return {
-        "data_fingerprint": task.data_fingerprint,
-        "base_fingerprint": model_fingerprint(policy) if has_adapter(policy) else None,
-        "reference_fingerprint": None if reference is None else model_fingerprint(reference),
-    }
-
-
 def run_loop(config: AnyConfig, world: World, model: Any, task: Task) -> RunResult:
     """Trains until the last step, a signal, `stop_at_step`, or too many skipped steps.
 
@@ -103,22 +61,19 @@ def run_loop(config: AnyConfig, world: World, model: Any, task: Task) -> RunResu
     Raises:
         ValueError: three steps in a row were skipped.
         SamplerFailed: the sampler failed for good; the run is saved.
+        OSError: a checkpoint could not be written.
     """
     folder = Path(config.run.dir)
     state = TrainState(model, make_optimizer(model, config.optim))
     num_steps = total_steps(config, task.num_examples)
     policy = model if task.policy is None else task.policy
     sources = sources_of(task, policy)
-    num_bytes = resume(folder, state, sources)["metrics_bytes"] if config.run.resume else 0
+    num_bytes = resume(config.run, state, sources, world) if config.run.resume else 0
     writer = metrics_writer(folder, world, num_bytes=num_bytes, step=state.step)
     watch = StallWatch(folder, config.train.stall_seconds, world)
-
-    def save() -> None:
-        task.before_save(state)
-        extra = {"metrics_bytes": writer.num_bytes(), **sources}
-        if world.is_first:
-            save_checkpoint(folder / CHECKPOINTS, state, extra, config.train.keep_checkpoints)
-        world.barrier()
+    keep, background = config.train.keep_checkpoints, config.train.async_checkpoints
+    checkpoints = CheckpointWriter(folder / CHECKPOINTS, keep, world, background=background)
+    save = partial(save_run, checkpoints, writer, task, state, sources)
 
     metrics: Metrics = {}
     reason: str | None = None
@@ -133,11 +88,13 @@ def run_loop(config: AnyConfig, world: World, model: Any, task: Task) -> RunResu
                 shown.update(metrics)
                 if metrics["skipped"]:
                     shown.say(skipped_line(metrics))
+                checkpoints.check()
                 reason = task.stop_reason(metrics)
                 stopping = should_stop(config, state, stop) or reason is not None
                 due = config.train.save_every and state.step % config.train.save_every == 0
-                if due or stopping or unmeasured or state.step == num_steps:
-                    save()
+                last = bool(stopping or unmeasured or state.step == num_steps)
+                if due or last:
+                    save(last=last)
                     saved_at = state.step
                 if unmeasured is not None:
                     raise stopped_sampling(unmeasured, state.step) from unmeasured
@@ -145,6 +102,7 @@ def run_loop(config: AnyConfig, world: World, model: Any, task: Task) -> RunResu
                     break
                 check_skipped(state)
     finally:
+        checkpoints.close()
         writer.close()
         watch.close()
     finished = state.step >= num_steps

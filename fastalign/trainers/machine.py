@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastalign.models import find_device
-from fastalign.trainers.checkpoint import write_text_atomically
+from fastalign.trainers.checkpoint_files import write_text_atomically
 from fastalign.world import world_of_environment
 
 MACHINE_FILE = "machine.json"

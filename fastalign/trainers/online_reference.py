@@ -11,7 +11,7 @@ from fastalign.batch import Group
 from fastalign.data import Tokenizer, check_same_vocabulary
 from fastalign.evaluation import sequence_logprobs
 from fastalign.models import adapter_off, has_adapter, is_sharded
-from fastalign.trainers.checkpoint import trainable_parameters
+from fastalign.trainers.checkpoint_tensors import trainable_parameters
 from fastalign.trainers.compute import Compute
 from fastalign.trainers.online_config import OnlineDPOConfig
 from fastalign.trainers.process_memory import memory_used_in

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fastalign.trainers.any_config import AnyConfig
-from fastalign.trainers.checkpoint import CHECKPOINTS, list_checkpoints
+from fastalign.trainers.checkpoint_files import CHECKPOINTS, list_checkpoints
 from fastalign.trainers.run_folder import has_steps
 
 CPU_ALLOCATOR = "DefaultCPUAllocator"

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastalign.models import base_state, whole
-from fastalign.trainers.checkpoint import write_bytes_atomically
+from fastalign.trainers.checkpoint_files import write_bytes_atomically
 
 VERSION = 1
 

@@ -21,7 +21,7 @@ from fastalign.evaluation import (
     with_tie_rate,
 )
 from fastalign.models import enter, response_reward, set_reward_scale
-from fastalign.trainers.checkpoint import write_text_atomically
+from fastalign.trainers.checkpoint_files import write_text_atomically
 from fastalign.trainers.compute import Compute
 from fastalign.trainers.reward_losses import RewardLoss
 

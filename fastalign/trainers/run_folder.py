@@ -8,17 +8,23 @@ from typing import Any
 
 import yaml
 
-from fastalign.trainers.checkpoint import CHECKPOINTS, list_checkpoints, write_text_atomically
+from fastalign.trainers.checkpoint_files import (
+    CHECKPOINTS,
+    list_checkpoints,
+    write_text_atomically,
+)
 from fastalign.trainers.machine import write_machine
 
 # Settings that may differ when a run is resumed: they change neither weights nor their order.
 MAY_CHANGE = {
     ("run", "dir"),
     ("run", "resume"),
+    ("run", "start_afresh"),
     ("train", "stop_at_step"),
     ("train", "save_every"),
     ("train", "eval_every"),
     ("train", "keep_checkpoints"),
+    ("train", "async_checkpoints"),
     ("train", "profile_step"),
     ("train", "stall_seconds"),
     ("reference", "cache_dir"),

@@ -60,7 +60,8 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def restore_random_state(state: dict[str, torch.Tensor]) -> None:
-    """Puts back what `random_state` took."""
-    torch.set_rng_state(state["cpu"])
+    """Puts back what `random_state` took, or a part of it."""
+    if "cpu" in state:
+        torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

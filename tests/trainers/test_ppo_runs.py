@@ -36,7 +36,7 @@ from fastalign.trainers.collapse import is_repetitive, signs_of_collapse, watch
 from fastalign.trainers.optimizer import clip_gradient
 from fastalign.trainers.ppo_advantages import adapted_coefficient
 from fastalign.trainers.ppo_models import ActorCritic, value_source
-from tests.runs import ppo_config, read_metrics, write_rows
+from tests.runs import learning_rate_scales, ppo_config, read_metrics, write_rows
 from tests.tiny import tiny_model, tiny_reward_model
 from tests.tokenizers import make_tokenizer
 from tests.trainers.ppo_cases import make_run, plain_config, rollouts_of, update_of
@@ -109,8 +109,7 @@ def test_the_saved_value_model_opens_as_a_reward_model(folder: Path) -> None:
 def test_values_learn_at_their_own_rate(folder: Path) -> None:
     config = plain_config(folder, value={"lr": 5e-3})
     train_ppo(replace(config, train=replace(config.train, max_steps=1)))
-    state = torch.load(folder / "run/checkpoints/step-000001/optimizer.pt", weights_only=True)
-    scales = sorted({group["lr_scale"] for group in state["optimizer"]["param_groups"]})
+    scales = learning_rate_scales(folder / "run/checkpoints/step-000001")
     assert scales == pytest.approx([1.0, 5.0])
 
 

@@ -14,13 +14,14 @@ import torch
 from safetensors.torch import load_file
 
 from fastalign.trainers import train_dpo, train_ppo, train_reward, train_sft
-from fastalign.trainers.checkpoint import list_checkpoints
+from fastalign.trainers.checkpoint_files import list_checkpoints
 from tests.runs import (
     MakeConfig,
     dpo_config,
     ppo_config,
     read_metrics,
     reward_config,
+    saved_tensors,
     sft_config,
 )
 
@@ -48,14 +49,14 @@ def assert_same_run(first: Path, second: Path) -> None:
         weights = [load_file(run / part / "model.safetensors") for run in (first, second)]
         assert weights[0].keys() == weights[1].keys()
         assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    states = [
-        torch.load(run / "checkpoints/step-000008/optimizer.pt", weights_only=True)["optimizer"]
-        for run in (first, second)
-    ]
-    assert states[0]["param_groups"] == states[1]["param_groups"]
-    for index, values in states[0]["state"].items():
-        for name, value in values.items():
-            assert torch.equal(value, states[1]["state"][index][name])
+    checkpoints = [run / "checkpoints/step-000008" for run in (first, second)]
+    states = [json.loads((path / "state.json").read_text()) for path in checkpoints]
+    assert states[0]["optimizer"] == states[1]["optimizer"]
+    assert states[0]["tensors"] == states[1]["tensors"]
+    tensors = [saved_tensors(path) for path in checkpoints]
+    assert sorted(tensors[0]) == sorted(tensors[1]) == states[0]["tensors"]
+    assert {name.split(".")[0] for name in tensors[0]} >= {"model", "optimizer", "random"}
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
 
 
 @EACH
@@ -105,7 +106,7 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_good_one_used(
     train_sft(sft_config(folder, "straight"))
     train_sft(sft_config(folder, "run", save_every=2, stop_at_step=4))
     newest = folder / "run/checkpoints/step-000004"
-    weights = newest / "model.safetensors"
+    (weights,) = newest.glob("*.safetensors")
     content = bytearray(weights.read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 1
@@ -113,9 +114,9 @@ def test_a_damaged_checkpoint_is_named_and_the_newest_good_one_used(
     elif damage == "truncate":
         weights.write_bytes(content[:-100])
     elif damage == "delete":
-        (newest / "optimizer.pt").unlink()
+        weights.unlink()
     else:
-        (newest / "manifest.json").write_text('{"model.safetensors"')
+        (newest / "manifest.json").write_text('{"state.json"')
     train_sft(sft_config(folder, "run", resume=True))
     out = capsys.readouterr().out
     assert "damaged checkpoint passed over: " in out

@@ -17,7 +17,7 @@ from fastalign.trainers import LOSSES, TrainConfig, setup, train_dpo, train_sft
 from fastalign.trainers.compute import make_compute
 from fastalign.trainers.config import OptimConfig
 from fastalign.trainers.optimizer import learning_rate
-from tests.runs import dpo_config, read_metrics, sft_config, write_rows
+from tests.runs import dpo_config, read_metrics, saved_tensors, sft_config, write_rows
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer
 
@@ -110,7 +110,8 @@ def test_three_such_steps_in_a_row_end_the_run_without_a_bad_checkpoint(
     assert [row["skipped"] for row in rows] == [1, 1, 1]
     assert {row["loss"] for row in rows} == {"nan"}
     before = load_file(folder / "llama/model.safetensors")
-    after = load_file(folder / "run/checkpoints/step-000003/model.safetensors")
+    after = saved_tensors(folder / "run/checkpoints/step-000003", "model.")
+    assert after
     assert all(torch.equal(after[name], before[name]) for name in after)
 
 
@@ -153,7 +154,7 @@ def test_the_final_model_opens_with_transformers_and_learned_the_preference(fold
         tokenizer("The")["input_ids"]
         == AutoTokenizer.from_pretrained(folder / "llama")("The")["input_ids"]
     )
-    trained = load_file(folder / "run/checkpoints/step-000030/model.safetensors")
+    trained = saved_tensors(folder / "run/checkpoints/step-000030", "model.")
     for name, value in model.named_parameters():
         assert torch.equal(value, trained[name])
 

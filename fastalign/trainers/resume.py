@@ -1,0 +1,74 @@
+"""A run goes on from its newest good checkpoint, if that began with the same data and weights."""
+
+from pathlib import Path
+from typing import Any
+
+from fastalign.models import has_adapter
+from fastalign.trainers.checkpoint import read_state, restore
+from fastalign.trainers.checkpoint_files import CHECKPOINTS, newest_good_checkpoint
+from fastalign.trainers.checkpoint_writer import CheckpointWriter
+from fastalign.trainers.config import RunConfig
+from fastalign.trainers.metrics import AnyWriter
+from fastalign.trainers.reference_cache import model_fingerprint
+from fastalign.trainers.state import TrainState
+from fastalign.trainers.task import Task
+from fastalign.world import ALONE, World
+
+# What training begins from and a checkpoint does not hold: it holds their fingerprints.
+SOURCES = {
+    "data_fingerprint": "training data",
+    "base_fingerprint": "frozen base in model.path",
+    "reference_fingerprint": "frozen reference",
+}
+
+
+def sources_of(task: Task, policy: Any) -> dict[str, Any]:
+    """The fingerprints of what training begins from."""
+    reference = task.reference
+    return {
+        "data_fingerprint": task.data_fingerprint,
+        "base_fingerprint": model_fingerprint(policy) if has_adapter(policy) else None,
+        "reference_fingerprint": None if reference is None else model_fingerprint(reference),
+    }
+
+
+def resume(run: RunConfig, state: TrainState, sources: dict[str, Any], world: World = ALONE) -> int:
+    """Restores the newest good checkpoint; says which newer ones are damaged.
+
+    `sources` are the fingerprints of what training began from, as the checkpoint holds them.
+
+    Returns:
+        How long `metrics.jsonl` was at the checkpoint.
+
+    Raises:
+        ValueError: there is none, or it was made with other data, or on another frozen base.
+    """
+    checkpoint, faults = newest_good_checkpoint(Path(run.dir) / CHECKPOINTS, world)
+    for fault in faults if world.is_first else ():
+        print(f"damaged checkpoint passed over: {fault}", flush=True)
+    saved = read_state(checkpoint)
+    for name, value in sources.items():
+        if saved.get(name) != value:
+            what = SOURCES[name]
+            raise ValueError(f"run.resume: the {what} is not what {checkpoint} was trained on")
+    restore(checkpoint, state, world, seed=run.seed, afresh=run.start_afresh)
+    if world.is_first:
+        print(f"resumed from {checkpoint}", flush=True)
+    num_bytes: int = saved["metrics_bytes"]
+    return num_bytes
+
+
+def save_run(
+    checkpoints: CheckpointWriter,
+    writer: AnyWriter,
+    task: Task,
+    state: TrainState,
+    sources: dict[str, Any],
+    *,
+    last: bool = True,
+) -> None:
+    """Begins a checkpoint; the run's last is on the disk when this returns."""
+    task.before_save(state)
+    checkpoints.save(state, {"metrics_bytes": writer.num_bytes(), **sources})
+    if last:
+        checkpoints.finish()
