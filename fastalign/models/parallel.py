@@ -82,8 +82,14 @@ def enter(model: Any, computation: Callable[[], T], *, sync: bool = True) -> T:
         entry.set_requires_gradient_sync(sync)
     found: T = entry(computation)
     if isinstance(entry, FSDPModule) and not torch.is_grad_enabled():
-        entry.reshard()  # no backward will, and parameters are the shards again
+        for part in sharded_parts(entry):
+            part.reshard()  # no backward will; parameters are the shards again
     return found
+
+
+def sharded_parts(entry: nn.Module) -> list[FSDPModule]:
+    """What FSDP2 gathers and lets go of by itself: the layers, and the rest."""
+    return [part for part in entry.modules() if isinstance(part, FSDPModule)]
 
 
 def is_sharded(model: Any) -> bool:
@@ -182,10 +188,9 @@ def share_by_fsdp(
     entry = Entry(model, (reshard_after_forward, not trained))
     fully_shard(entry, reshard_after_forward=not trained, **options)
     assert isinstance(entry, FSDPModule)
-    for part in entry.modules():
-        if isinstance(part, FSDPModule):
-            part.set_gradient_divide_factor(1.0)  # as in `_summed`
-            part.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
+    for part in sharded_parts(entry):
+        part.set_gradient_divide_factor(1.0)  # as in `_summed`
+        part.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
     _receive(model, whole, torch.device("cpu") if offload else device, device)
     for name, parameter in model.named_parameters():
         if name in scales:
@@ -253,7 +258,7 @@ def with_whole_weights(model: Any, computation: Callable[[], T]) -> T:
     entry = _ENTRIES.get(model)
     if not isinstance(entry, FSDPModule):
         return computation()
-    parts = [part for part in entry.modules() if isinstance(part, FSDPModule)]
+    parts = sharded_parts(entry)
     for part in parts:
         part.unshard()
         part.set_reshard_after_forward(False, recurse=False)

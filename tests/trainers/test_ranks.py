@@ -37,7 +37,7 @@ TRAINERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "online-dpo": (online_config, train_online_dpo),
 }
 # Depends on the clock, the process, or how a step is cut into batches.
-NOT_COMPARED = ("_seconds", "peak_memory", "per_second", "fill_rate", "num_micro_batches", "num_")
+NOT_COMPARED = ("_seconds", "peak_memory", "per_second", "fill_rate", "num_micro_batches")
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,10 @@ def trained(trainer: str, config: Any) -> None:
 def assert_near(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one.keys() == other.keys()
     for name in one:
-        if any(part in name for part in NOT_COMPARED) or name in ("eps", "episode"):
+        if any(part in name for part in NOT_COMPARED) or name == "eps":
+            continue
+        if name.endswith("accuracies"):  # one pair's margin may be next to nothing
+            assert abs(one[name] - other[name]) < 0.15
             continue
         # A sampler's rounding differs with what shares its batch: that one is a difference of two.
         slack = 1e-5 if "logp_difference" in name else 2e-6
