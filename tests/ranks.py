@@ -1,11 +1,11 @@
 """Runs of several ranks, each a real process with gloo between them.
 
-They are forked from a server that has imported everything already: a start takes a moment.
+They are forked from a server that has imported everything already: a start takes a moment. The
+store where they meet is this process's, as it is the agent's under `torchrun`.
 """
 
 import multiprocessing
 import os
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import TCPStore
 
 SECONDS = 240.0  # that ranks may take in all; far more than any test needs
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -27,10 +28,12 @@ class Ranks:
     Attributes:
         processes: by rank.
         logs: what each prints, errors among it.
+        store: where they meet.
     """
 
     processes: Sequence[BaseProcess]
     logs: Sequence[Path]
+    store: TCPStore
 
     def join(self) -> list[int | None]:
         """Exit codes when all have ended; those that do not are killed."""
@@ -45,23 +48,25 @@ class Ranks:
         return self.logs[rank].read_text(errors="replace")
 
 
-def start(
-    num_ranks: int, folder: Path, target: Callable[..., None], *arguments: Any, port: int = 0
-) -> Ranks:
+def start(num_ranks: int, folder: Path, target: Callable[..., None], *arguments: Any) -> Ranks:
     """Starts `target(*arguments)` on every rank; logs go to the folder."""
-    port = port or free_port()
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     folder.mkdir(exist_ok=True)
     logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
     processes: list[BaseProcess] = []
     for rank, log in enumerate(logs):
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks}
-        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        meeting = {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": store.port,
+            "TORCHELASTIC_USE_AGENT_STORE": "True",
+        }
         cache = {"XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", "")}
         environment = {name: str(value) for name, value in (place | meeting | cache).items()}
         process = CONTEXT.Process(target=_run, args=(environment, log, target, arguments))
         process.start()
         processes.append(process)
-    return Ranks(processes, logs)
+    return Ranks(processes, logs, store)
 
 
 def run(num_ranks: int, folder: Path, target: Callable[..., None], *arguments: Any) -> list[str]:
@@ -79,13 +84,6 @@ def command(*arguments: str) -> None:
 
     sys.argv = ["fastalign", *arguments]
     console()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        number: int = probe.getsockname()[1]
-        return number
 
 
 def _run(
