@@ -36,8 +36,9 @@ from fastalign.trainers.checkpoint_tensors import (
 from fastalign.trainers.state import TrainState
 from fastalign.world import ALONE, World
 
-# A file is made in memory before it is written, so it is not made larger.
-FILE_BYTES = 2**31
+# A file is made in memory before it is written: a rank's part goes into about so many.
+FILES = 32
+SMALLEST_FILE_BYTES = 2**26
 
 
 def num_bytes(item: WriteItem) -> int:
@@ -47,14 +48,15 @@ def num_bytes(item: WriteItem) -> int:
 
 
 def file_of_each(plans: list[SavePlan]) -> dict[str, int]:
-    """The number of each tensor's file, from 1; on no rank is one over FILE_BYTES, if it can."""
+    """The number of each tensor's file, from 1; the same on all ranks."""
     sizes: dict[str, int] = {}
     for item in (item for plan in plans for item in plan.items):
         sizes[item.index.fqn] = max(sizes.get(item.index.fqn, 0), num_bytes(item))
+    most = max(SMALLEST_FILE_BYTES, sum(sizes.values()) // FILES)
     files: dict[str, int] = {}
     number, used = 1, 0
     for name, size in sizes.items():
-        if used and used + size > FILE_BYTES:
+        if used and used + size > most:
             number, used = number + 1, 0
         used += size
         files[name] = number
@@ -77,8 +79,8 @@ class ShardWriter(HuggingFaceStorageWriter):
         super().__init__(str(self.aside), save_distributed=True)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Leaves out the parts of which this rank has nothing."""
-        return dataclasses.replace(plan, items=[item for item in plan.items if num_bytes(item)])
+        """Nothing: rank 0 makes the folder, when what was left behind there is gone."""
+        return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """On rank 0, before any rank writes: makes the folder."""
@@ -142,12 +144,13 @@ class CheckpointWriter:
         # Training's own collectives are under way while a checkpoint is written.
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
 
-    def save(self, state: TrainState, extra: dict[str, Any]) -> Path:
+    def save(self, state: TrainState, extra: dict[str, Any], *, wait: bool = False) -> Path:
         """Begins to write `folder/step-NNNNNN`, when the one before is done.
 
         Args:
             state: what to save; it may change when this returns.
             extra: more for `state.json` (JSON).
+            wait: return when it is on the disk; then nothing is copied first.
 
         Raises:
             AssertionError: a weight is not finite; no checkpoint ever holds one.
@@ -164,7 +167,7 @@ class CheckpointWriter:
         how: dict[str, Any] = {"process_group": self._group, "no_dist": alone}
         only_one_process_is_meant()
         future: Future[Any]
-        if self._background:
+        if self._background and not wait:
             future = async_save(tensors, storage_writer=writer, **how)  # type: ignore[assignment]
         else:
             future = Future()
@@ -173,7 +176,7 @@ class CheckpointWriter:
             except CheckpointException as error:
                 future.set_exception(error)
         self._pending = _Pending(writer, future)
-        if not self._background:
+        if wait or not self._background:
             self.finish()
         return writer.final
 

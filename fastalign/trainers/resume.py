@@ -69,6 +69,4 @@ def save_run(
 ) -> None:
     """Begins a checkpoint; the run's last is on the disk when this returns."""
     task.before_save(state)
-    checkpoints.save(state, {"metrics_bytes": writer.num_bytes(), **sources})
-    if last:
-        checkpoints.finish()
+    checkpoints.save(state, {"metrics_bytes": writer.num_bytes(), **sources}, wait=last)

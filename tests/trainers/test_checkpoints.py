@@ -222,7 +222,7 @@ def test_the_one_of_the_same_step_is_replaced_and_a_newer_damaged_one_costs_none
 def test_large_states_are_written_in_more_than_one_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint_writer, "FILE_BYTES", 300)
+    monkeypatch.setattr(checkpoint_writer, "SMALLEST_FILE_BYTES", 300)
     state = trained()
     path = saved(tmp_path, state)
     assert len(list(path.glob("*.safetensors"))) > 3
