@@ -37,17 +37,23 @@ class Peak:
         gradients: of the trained parameters.
         states: the optimiser's.
         activations: kept for the backward, the head's buffers, and whatever else is alive.
+        buckets: DDP's copy of gradients.
+        gathered: FSDP2's whole weights beside the parts, at most.
+        reducing: FSDP2's whole gradients on their way to the parts, at most.
     """
 
     weights: int
     gradients: int
     states: int
     activations: int
+    buckets: int = 0
+    gathered: int = 0
+    reducing: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.weights + self.gradients + self.states + self.activations
+        return sum(vars(self).values())
 
 
 class _Head(torch.autograd.Function):

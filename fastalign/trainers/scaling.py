@@ -1,9 +1,8 @@
 """What each of several ranks holds and sends, by arithmetic on the shapes of a run's models.
 
 Exact, and counted in tests: what a rank keeps between computations, of rank 0, whose parts are the
-largest; and the sizes of the buffers that ranks exchange, padding included. At most: what is
-gathered and reduced while a computation lasts. Bytes sent are those of a ring, which every rank
-sends and receives alike; other algorithms move at least as much.
+largest; and the sizes of the buffers that ranks exchange (`fastalign.trainers.scaling_traffic`),
+padding included. At most: what is gathered and reduced while a computation lasts.
 
 Left out: activations (`fastalign.trainers.memory`), what an allocator and NCCL keep to themselves,
 model buffers, and a few kilobytes a step: the gradient's norm, and metrics.
@@ -78,8 +77,12 @@ class ModelWeights:
         return max(self.layers, key=numbers)
 
 
-def weights_of(model: Any) -> ModelWeights:
+def weights_of(model: Any, *, by_layers: bool = True) -> ModelWeights:
     """Reads a model, with or without data, before it is sharded.
+
+    Args:
+        model: any.
+        by_layers: tell layers from the rest, which DDP has no need of.
 
     Raises:
         ValueError: it has no decoder layers that are known as such.
@@ -92,7 +95,7 @@ def weights_of(model: Any) -> ModelWeights:
             if id(p) not in apart
         )
 
-    layers = decoder_layers(model, "parallel.strategy")
+    layers = decoder_layers(model, "parallel.strategy") if by_layers else []
     of_layers = {id(p) for layer in layers for p in layer.parameters()}
     return ModelWeights(tuple(found(layer, set()) for layer in layers), found(model, of_layers))
 
@@ -221,31 +224,3 @@ def reducing(model: ModelWeights, sharing: Sharing) -> int:
     layer, rest = padded(trained.largest_layer, ranks), padded(trained.rest, ranks)
     exchanged = max(layer, rest) + max(layer, rest) // ranks
     return sharing.element * (layer + rest) + BYTES_OF_FLOAT32 * exchanged
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """Bytes of the whole buffers that ranks exchange: exact.
-
-    Attributes:
-        gathered: all-gathers, of weights.
-        scattered: reduce-scatters, of gradients.
-        reduced: all-reduces, of gradients.
-    """
-
-    gathered: int = 0
-    scattered: int = 0
-    reduced: int = 0
-
-    def __add__(self, other: "Traffic") -> "Traffic":
-        return Traffic(
-            *(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
-        )
-
-    def __mul__(self, times: int) -> "Traffic":
-        return Traffic(*(times * each for each in vars(self).values()))
-
-    def sent(self, ranks: int) -> int:
-        """By each rank, and received by it: all-reduces go around the ring twice."""
-        around = self.gathered + self.scattered + 2 * self.reduced
-        return -(-around * (ranks - 1) // ranks)

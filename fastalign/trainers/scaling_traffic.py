@@ -1,4 +1,8 @@
-"""What a step of each algorithm exchanges between ranks: see `fastalign.trainers.scaling`."""
+"""What a step of each algorithm exchanges between ranks: see `fastalign.trainers.scaling`.
+
+Bytes sent are those of a ring, which every rank sends and receives alike; other algorithms move at
+least as much.
+"""
 
 from dataclasses import dataclass
 
@@ -6,10 +10,37 @@ from fastalign.trainers.scaling import (
     BYTES_OF_FLOAT32,
     ModelWeights,
     Sharing,
-    Traffic,
     numbers,
     padded,
 )
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of the whole buffers that ranks exchange: exact.
+
+    Attributes:
+        gathered: all-gathers, of weights.
+        scattered: reduce-scatters, of gradients.
+        reduced: all-reduces, of gradients.
+    """
+
+    gathered: int = 0
+    scattered: int = 0
+    reduced: int = 0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(
+            *(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True))
+        )
+
+    def __mul__(self, times: int) -> "Traffic":
+        return Traffic(*(times * each for each in vars(self).values()))
+
+    def sent(self, ranks: int) -> int:
+        """By each rank, and received by it: all-reduces go around the ring twice."""
+        around = self.gathered + self.scattered + 2 * self.reduced
+        return -(-around * (ranks - 1) // ranks)
 
 
 def forward_traffic(model: ModelWeights, sharing: Sharing) -> Traffic:

@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fastalign.batch import pack
 from fastalign.models import attention, part_from_ranks, with_whole_weights
 from fastalign.models.load import disable_dropout
+from fastalign.models.parallel import whole
 from fastalign.rollouts import policy_tensors
 from fastalign.trainers import OptimConfig, TrainConfig
 from fastalign.trainers.accumulate import measure_examples
@@ -56,8 +57,8 @@ class Exchanged(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if func.namespace in ("c10d", "_c10d_functional") and name in KINDS:
-            whole = out if func.namespace == "_c10d_functional" else args
-            sizes = [t.nbytes for t in tree_leaves(whole) if isinstance(t, torch.Tensor)]
+            buffers = out if func.namespace == "_c10d_functional" else args
+            sizes = [t.nbytes for t in tree_leaves(buffers) if isinstance(t, torch.Tensor)]
             if max(sizes) > SCALAR:
                 self.found[KINDS[name]] += max(sizes)
         return out
@@ -169,7 +170,7 @@ def recording(case: Case, world: World) -> dict[str, Any]:
     for name, work in {
         "record": lambda: numbers_of_batch(models, packed, compute, 1.0, False),
         "sample": lambda: with_whole_weights(policy, lambda: [policy(ids) for _ in range(3)]),
-        "sync": lambda: [t.sum() for _, t in policy_tensors(policy)],
+        "sync": lambda: [whole(t) for _, t in policy_tensors(policy)],
     }.items():
         with torch.no_grad(), Exchanged() as exchanged:
             work()
