@@ -20,7 +20,7 @@ ALGORITHMS: dict[str, Callable[[Sequence[str]], Any]] = {
     "reward": parse_reward,
     "dpo": parse_dpo,
 }
-USAGE = """usage: fastalign estimate [sft | reward | dpo] --config FILE [--ranks N] [--json FILE] [flags]
+USAGE = """usage: fastalign estimate [sft | reward | dpo] --config FILE [--ranks N] [--json FILE]
 
 Prints a run's memory by what takes it, and whether it fits; loads no weights, writes no folder.
 --ranks N: what each of N ranks (torchrun) holds under the run's `parallel` settings, and what it
