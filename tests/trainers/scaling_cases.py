@@ -39,11 +39,18 @@ CASES = {
     "fsdp, adapter": Case(FSDP, adapter=True),
     "fsdp, checkpointed": Case(FSDP, 3, checkpointed=True),
 }
-HEAVY = {  # about 12 million parameters, of which a layer has a tenth
+# Of a model whose weights are nearly everything: at its fullest moments.
+PEAKS = {
+    "ddp": Case({"strategy": "ddp"}),
+    "fsdp": Case(FSDP),
+    "fsdp, no_sync": Case({**FSDP, "no_sync": True}, 2),
+    "fsdp, gathered": Case({**FSDP, "reshard_after_forward": False}),
+}
+HEAVY = {  # about 2 million parameters, of which a layer has an eighth
     "vocab_size": 97,
-    "hidden_size": 256,
-    "intermediate_size": 1024,
-    "num_hidden_layers": 10,
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "num_hidden_layers": 8,
     "num_attention_heads": 4,
     "bos_token_id": 1,
     "eos_token_id": 2,

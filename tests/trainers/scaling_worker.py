@@ -35,7 +35,7 @@ from fastalign.trainers.state import TrainState
 from fastalign.trainers.step import optimiser_step
 from fastalign.world import World
 from tests.tiny import put_adapter, tiny_model, tiny_reward_model
-from tests.trainers.scaling_cases import CASES, HEAVY, Case, groups
+from tests.trainers.scaling_cases import CASES, HEAVY, PEAKS, Case, groups
 
 SCALAR = 64  # a gradient's norm is no weight
 KINDS = {
@@ -178,7 +178,7 @@ def recording(case: Case, world: World) -> dict[str, Any]:
     return found
 
 
-def peak(strategy: str, world: World) -> dict[str, Any]:
+def peak(case: Case, world: World) -> dict[str, Any]:
     """The fullest moment of a step of a model whose weights are nearly everything."""
     attention.register()
     torch.manual_seed(0)
@@ -186,12 +186,11 @@ def peak(strategy: str, world: World) -> dict[str, Any]:
         LlamaConfig(**HEAVY, attn_implementation=attention.registered_name("sdpa"))
     ).eval()
     disable_dropout(model)
-    case = Case({"strategy": strategy}, batches=1)
     compute = compute_of(case, world)
     share(model, compute)
     optim = OptimConfig()
     state = TrainState(model, make_optimizer(model, optim))
-    examples = measure_examples(groups(world.size), compute.packing)
+    examples = measure_examples(groups(case.batches * world.size), compute.packing)
     for _ in range(2):
         held = [*map(local, model.parameters()), *model.buffers()]
         held += [local(s[n]) for s in state.optimizer.state.values() for n in s if n != "step"]
@@ -214,8 +213,8 @@ def measure(folder: Path, world: World) -> None:
         part_from_ranks()
     found["recording"] = recording(CASES["fsdp, bf16"], world)
     part_from_ranks()
-    for strategy in ("ddp", "fsdp"):
-        found[f"peak, {strategy}"] = peak(strategy, world)
+    for name, case in PEAKS.items():
+        found[f"peak, {name}"] = peak(case, world)
         part_from_ranks()
     dist.barrier()
     dist.destroy_process_group()

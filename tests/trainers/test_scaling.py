@@ -27,7 +27,7 @@ from fastalign.trainers.scaling_traffic import (
 )
 from tests.runs import dpo_config
 from tests.tiny import put_adapter, tiny_model, tiny_reward_model
-from tests.trainers.scaling_cases import CASES, HEAVY, Case
+from tests.trainers.scaling_cases import CASES, HEAVY, PEAKS, Case
 
 ROOT = Path(__file__).parents[2]
 Found = dict[int, list[dict[str, Any]]]
@@ -118,13 +118,17 @@ def test_the_fullest_moment_of_shards_is_below_ddps_and_within_the_bound(
 ) -> None:
     with torch.device("meta"):
         model = weights_of(LlamaForCausalLM(LlamaConfig(**HEAVY)))
-    ddp, fsdp = (found[ranks][0][f"peak, {strategy}"]["peak"] for strategy in ("ddp", "fsdp"))
-    activations = ddp - kept(model, Sharing(ranks, 4)).total
-    assert 0 < activations < 0.01 * ddp
-    sharing = Sharing(ranks, 4, ParallelConfig(strategy="fsdp"))
-    own = kept(model, sharing).total
-    assert own < fsdp < own + gathered(model, sharing) + reducing(model, sharing) + activations
-    assert fsdp < 1.5 * ddp / ranks
+    peaks = {name: found[ranks][0][f"peak, {name}"]["peak"] for name in PEAKS}
+    activations = peaks["ddp"] - kept(model, Sharing(ranks, 4)).total
+    assert 0 < activations < 0.01 * peaks["ddp"]
+    for name in PEAKS.keys() - {"ddp"}:
+        sharing = sharing_of(PEAKS[name], ranks)
+        own = kept(model, sharing, batches=PEAKS[name].batches).total
+        most = own + gathered(model, sharing) + reducing(model, sharing)
+        assert own < peaks[name] < most + activations, name
+    assert peaks["fsdp"] < 1.5 * peaks["ddp"] / ranks
+    layers = sum(4 * weight.size for layer in model.layers for weight in layer)
+    assert peaks["fsdp, gathered"] > peaks["fsdp"] + 0.25 * layers
 
 
 def test_a_ring_sends_all_but_a_rank_of_each_buffer() -> None:
