@@ -13,15 +13,18 @@ from fastalign.cli.dpo import parse_dpo
 from fastalign.cli.reward import parse_reward
 from fastalign.trainers import LOSSES, REWARD_LOSSES, SFTConfig
 from fastalign.trainers.estimate import Estimate, estimate_run
+from fastalign.trainers.estimate_ranks import TRAINING, SharedRun
 
 ALGORITHMS: dict[str, Callable[[Sequence[str]], Any]] = {
     "sft": lambda arguments: parse_config(SFTConfig, arguments, "fastalign sft"),
     "reward": parse_reward,
     "dpo": parse_dpo,
 }
-USAGE = """usage: fastalign estimate [sft | reward | dpo] --config FILE [--json FILE] [its flags]
+USAGE = """usage: fastalign estimate [sft | reward | dpo] --config FILE [--ranks N] [--json FILE]
 
 Prints a run's memory by what takes it, and whether it fits; loads no weights, writes no folder.
+--ranks N: what each of N ranks (torchrun) holds under the run's `parallel` settings, and what it
+sends in a step; the model's folder needs no more than its configuration and its tokenizer.
 Runs that sample (ppo, online-dpo) are not estimated.
 Without the word, the command is told by its settings: a reference or a loss for policies is dpo's,
 a loss for reward models reward's, and without any of them it is sft.
@@ -82,9 +85,12 @@ def available_bytes(device: torch.device) -> int | None:
 def table(found: Estimate) -> list[str]:
     """The estimate by phase, for a person."""
     names = list(found.phases)
-    lines = [f"{'MiB':34}" + "".join(f"{name:>22}" for name in names)]
+    head = "MiB" if found.shared is None else f"MiB, each of {found.shared.ranks} ranks"
+    lines = [f"{head:34}" + "".join(f"{name:>22}" for name in names)]
 
-    def row(label: str, of: Callable[[str], int]) -> None:
+    def row(label: str, of: Callable[[str], int], always: bool = True) -> None:
+        if not always and not any(of(name) for name in names):
+            return
         lines.append(f"{label:34}" + "".join(f"{of(n) / MEBIBYTE:22,.0f}" for n in names))
 
     if found.libraries:
@@ -92,15 +98,50 @@ def table(found: Estimate) -> list[str]:
     row("weights", lambda name: found.phases[name].weights)
     row("gradients", lambda name: found.phases[name].gradients)
     row("AdamW's states", lambda name: found.phases[name].states)
+    row("DDP's copy of gradients", lambda name: found.phases[name].buckets, always=False)
+    row("gathered weights, at most", lambda name: found.phases[name].gathered, always=False)
+    row("gradients to reduce, at most", lambda name: found.phases[name].reducing, always=False)
     row("activations, logits, temporary", lambda name: found.phases[name].activations)
     row("kept by the allocator", lambda name: found.kept[name])
     row("peak", found.total_of)
     return lines
 
 
+def exchanged(shared: SharedRun) -> list[str]:
+    """What the ranks send, for a person."""
+    lines = []
+    for phase, traffic in shared.traffic.items():
+        a_step = phase == TRAINING
+        if not (a_step or traffic.sent(shared.ranks)):
+            continue
+        per = f"in {shared.batches} batches of a rank" if a_step else "for each batch of a rank"
+        kinds = (("weights", traffic.gathered), ("gradients", traffic.scattered + traffic.reduced))
+        of = " and ".join(name for name, size in kinds if size)
+        sent = traffic.sent(shared.ranks) / MEBIBYTE
+        lines.append(f"{phase}: each rank sends {sent:,.0f} MiB{of and f' of {of}'} {per}")
+    if shared.host:
+        lines.append(f"in host memory, for each rank: {shared.host / MEBIBYTE:,.0f} MiB")
+    return lines
+
+
+def take_ranks(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
+    """`--ranks`, and the other flags.
+
+    Raises:
+        ValueError: not a number of at least 1.
+    """
+    text, rest = take_option(arguments, "--ranks")
+    if text is None:
+        return None, rest
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--ranks: expected a number of at least 1, got {text!r}")
+    return int(text), rest
+
+
 def remedies(config: Any, found: Estimate) -> list[str]:
     """Settings that would help, each with what it would save."""
     train = config.train
+    ranks = None if found.shared is None else found.shared.ranks
     changes: list[tuple[str, Any]] = []
     if not train.gradient_checkpointing:
         changed = replace(config, train=replace(train, gradient_checkpointing=True))
@@ -109,17 +150,44 @@ def remedies(config: Any, found: Estimate) -> list[str]:
         half = max(found.num_tokens // 2, 1)
         changed = replace(config, train=replace(train, tokens_per_batch=half))
         changes.append((f"--train.tokens-per-batch {half}", changed))
-    if config.optim.states != "8bit":
+    if config.optim.states != "8bit" and (ranks is None or config.parallel.strategy != "fsdp"):
         changed = replace(config, optim=replace(config.optim, states="8bit"))
         changes.append(("--optim.states 8bit", changed))
     before = found.total_of(found.largest)
     lines = []
     for flag, changed in changes:
-        again = estimate_run(changed)
+        again = estimate_run(changed, ranks)
         saved = before - again.total_of(again.largest)
         if saved > 0:
             lines.append(f"  {flag} would save {saved / MEBIBYTE:,.0f} MiB")
     return lines
+
+
+def as_record(found: Estimate) -> dict[str, Any]:
+    """The estimate, for a program; what is exchanged by its kind, and as each rank sends it."""
+    shared = found.shared
+    return {
+        "peak_bytes": found.total_of(found.largest),
+        "libraries_bytes": found.libraries,
+        "phases": {
+            phase: {f"{kind}_bytes": size for kind, size in vars(parts).items()}
+            | {"kept_by_allocator_bytes": found.kept[phase]}
+            for phase, parts in found.phases.items()
+        },
+    } | (
+        {}
+        if shared is None
+        else {
+            "ranks": shared.ranks,
+            "batches_of_a_rank": shared.batches,
+            "host_bytes": shared.host,
+            "traffic": {
+                phase: {f"{kind}_bytes": size for kind, size in vars(traffic).items()}
+                | {"sent_bytes": traffic.sent(shared.ranks)}
+                for phase, traffic in shared.traffic.items()
+            },
+        }
+    )
 
 
 def main(argv: Sequence[str]) -> int:
@@ -128,6 +196,7 @@ def main(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0 if argv else 2
     output, arguments = take_option(argv, "--json")
+    ranks, arguments = take_ranks(arguments)
     if arguments and not arguments[0].startswith("-"):
         name, arguments = arguments[0], arguments[1:]
         if name not in ALGORITHMS:
@@ -136,31 +205,22 @@ def main(argv: Sequence[str]) -> int:
         name = algorithm_of(arguments)
         print(f"no command was named: by its settings it is {name}")
     config = ALGORITHMS[name](arguments)
-    found = estimate_run(config)
+    found = estimate_run(config, ranks)
     peak, free = found.total_of(found.largest), available_bytes(found.device)
     print(
         f"{name} of {config.model.path} on {found.device}: {found.num_parameters:,} parameters, "
         f"{found.num_trained:,} trained; largest batch {found.num_tokens:,} tokens, "
         f"{found.num_targets:,} predicted; at most {found.num_batches} batches a step"
     )
-    print("\n".join(table(found)))
+    print("\n".join([*table(found), *([] if found.shared is None else exchanged(found.shared))]))
     fits = free is None or peak <= free
     if free is not None:
-        verdict = "it fits" if fits else "it does not fit"
+        what = "it" if ranks is None else "a rank"
+        verdict = f"{what} fits" if fits else f"{what} does not fit"
         print(f"{free / MEBIBYTE:,.0f} MiB are free on {found.device}: {verdict}")
     if not fits:
         print("\n".join(remedies(config, found)))
     if output is not None:
-        record = {
-            "algorithm": name,
-            "peak_bytes": peak,
-            "available_bytes": free,
-            "libraries_bytes": found.libraries,
-            "phases": {
-                phase: {f"{kind}_bytes": size for kind, size in vars(parts).items()}
-                | {"kept_by_allocator_bytes": found.kept[phase]}
-                for phase, parts in found.phases.items()
-            },
-        }
+        record = {"algorithm": name, "available_bytes": free, **as_record(found)}
         Path(output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     return 0 if fits else 1

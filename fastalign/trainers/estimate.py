@@ -1,7 +1,7 @@
-"""What a run will need in memory, phase by phase, from its configuration and its data."""
+"""What a run, or each of its ranks, will need in memory by phase: from configuration and data."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,14 @@ from fastalign.trainers.accumulate import Examples, measure_examples
 from fastalign.trainers.any_config import AnyConfig
 from fastalign.trainers.compute import Compute, make_compute
 from fastalign.trainers.config import DPOConfig
+from fastalign.trainers.estimate_ranks import (
+    EVALUATION,
+    REFERENCE,
+    TRAINING,
+    SharedRun,
+    compute_of_rank,
+    shared_run,
+)
 from fastalign.trainers.estimated_model import reference_model, trained_model, weight_bytes
 from fastalign.trainers.loop import indices_of_run, total_steps
 from fastalign.trainers.memory import Peak, peak_of_forward, peak_of_step, states_bytes
@@ -41,8 +49,9 @@ class Estimate:
         num_trained: those with a gradient.
         num_tokens: packed tokens of the largest batch.
         num_targets: rows of its head.
-        num_batches: of the step that has most of them.
+        num_batches: of the step that has most of them, all ranks together.
         device: where.
+        shared: what ranks make of it: `phases` are then a rank's.
     """
 
     phases: dict[str, Peak]
@@ -54,6 +63,7 @@ class Estimate:
     num_targets: int
     num_batches: int
     device: torch.device
+    shared: SharedRun | None = field(default=None)
 
     def total_of(self, phase: str) -> int:
         """Everything at the fullest moment of a phase."""
@@ -65,14 +75,20 @@ class Estimate:
         return max(self.phases, key=self.total_of)
 
 
-def estimate_run(config: OnRows) -> Estimate:
+def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
     """Estimates a run's memory without loading weights or writing anything.
+
+    Args:
+        config: of the run.
+        ranks: that share the run; None: it is one process's.
 
     Raises:
         ValueError: whatever the run itself would refuse of model and data.
         FileNotFoundError: a file that is not there.
     """
     compute = make_compute(config.train)
+    if ranks is not None:
+        compute = compute_of_rank(config, compute, ranks)
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     model = trained_model(config, compute)
     data, held_out = load_sets(config, model, tokenizer)
@@ -82,13 +98,15 @@ def estimate_run(config: OnRows) -> Estimate:
     libraries = resident_bytes() if compute.device.type == "cpu" else 0
     peak = peak_of_step(model, batch, compute, states=config.optim.states, several=num_batches > 1)
     peak = replace(peak, weights=weight_bytes(model, config))
-    phases = {"training step": peak}
-    kept = {"training step": kept_bytes(model, batch, compute, peak.activations)}
+    phases = {TRAINING: peak}
+    kept = {TRAINING: kept_bytes(model, batch, compute, peak.activations)}
     for name, other in forwards(config, model, sets, compute):
         phases[name] = other
         kept[name] = int(SHARE_KEPT[compute.device.type] * other.activations)
+    shared = None if ranks is None else shared_run(config, compute, phases, num_batches)
     return Estimate(
-        phases=phases,
+        phases=phases if shared is None else shared.phases,
+        shared=shared,
         libraries=libraries,
         kept=kept,
         num_parameters=sum(p.numel() for p in model.parameters()),
@@ -132,7 +150,12 @@ def fullest(
     largest: Sequence[int] = ()
     most_tokens = num_batches = 0
     for indices in parts:
-        batches = micro_batches(indices, lengths, tokens_per_batch=compute.tokens_per_batch)
+        batches = micro_batches(
+            indices,
+            lengths,
+            tokens_per_batch=compute.tokens_per_batch,
+            num_ranks=compute.world.size,
+        )
         num_batches = max(num_batches, len(batches))
         for members in batches:
             tokens = sum(lengths[index] for index in members)
@@ -162,12 +185,12 @@ def forwards(
             for examples, indices in zip(sets, used, strict=True)
         )
         batch = max(of_sets, key=lambda each: each.num_tokens)
-        yield "reference log-probs", reference_peak(config, model, batch, compute)
+        yield REFERENCE, reference_peak(config, model, batch, compute)
     for held_out in sets[1:]:
         parts = pieces(range(len(held_out.groups)), evaluate.PIECE)
         peak = peak_of_forward(model, fullest(held_out, parts, compute)[0], compute)
         states = states_bytes(model, config.optim.states)
-        yield "evaluation", replace(peak, weights=weight_bytes(model, config), states=states)
+        yield EVALUATION, replace(peak, weights=weight_bytes(model, config), states=states)
 
 
 def reference_peak(config: DPOConfig, policy: Any, batch: PackedBatch, compute: Compute) -> Peak:

@@ -20,10 +20,12 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 def trained_model(config: AnyConfig, compute: Compute) -> Any:
     """What the run trains, adapter included; weights of NF4 are in the dtype of its products.
 
+    Of a sharded one all weights are: it computes with those that are gathered.
+
     Raises:
         ValueError: whatever the run would refuse of it.
     """
-    dtype = base_dtype(config.model, compute)
+    dtype = gathered_dtype(compute, base_dtype(config.model, compute))
     model = build(config, compute, config.model.path, dtype=dtype, trained=True)
     if config.train.gradient_checkpointing:
         checkpoint_activations(model)
@@ -31,8 +33,14 @@ def trained_model(config: AnyConfig, compute: Compute) -> Any:
 
 
 def reference_model(config: AnyConfig, compute: Compute, path: str) -> Any:
-    """Another model in float32, frozen."""
-    return build(config, compute, path, dtype=torch.float32, trained=False)
+    """Another model in float32, frozen; a sharded one as it is gathered."""
+    dtype = gathered_dtype(compute, torch.float32)
+    return build(config, compute, path, dtype=dtype, trained=False)
+
+
+def gathered_dtype(compute: Compute, kept: torch.dtype) -> torch.dtype:
+    """Of the weights that a model computes with, which a rank keeps in `kept`."""
+    return compute.dtype if compute.parallel.strategy == "fsdp" else kept
 
 
 def build(

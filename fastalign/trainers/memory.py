@@ -21,6 +21,8 @@ from fastalign.models.attention import ATTENTIONS, AttentionPlan
 from fastalign.ops.linear_buffers import default_budget
 from fastalign.trainers.compute import Compute
 
+# AdamW's two averages in float32.
+BYTES_OF_STATES = 8
 # bitsandbytes: a byte for each of two averages and a float32 scale for each 256 of them.
 BYTES_OF_8BIT_STATES = 2 + 2 * 4 / 256
 SMALLEST_8BIT_TENSOR = 4096
@@ -35,17 +37,23 @@ class Peak:
         gradients: of the trained parameters.
         states: the optimiser's.
         activations: kept for the backward, the head's buffers, and whatever else is alive.
+        buckets: DDP's copy of gradients.
+        gathered: FSDP2's whole weights beside the parts, at most.
+        reducing: FSDP2's whole gradients on their way to the parts, at most.
     """
 
     weights: int
     gradients: int
     states: int
     activations: int
+    buckets: int = 0
+    gathered: int = 0
+    reducing: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.weights + self.gradients + self.states + self.activations
+        return sum(vars(self).values())
 
 
 class _Head(torch.autograd.Function):
@@ -78,7 +86,7 @@ def states_bytes(model: Any, states: str) -> int:
     for parameter in model.parameters():
         if parameter.requires_grad:
             small = states == "float32" or parameter.numel() < SMALLEST_8BIT_TENSOR
-            total += parameter.numel() * (8 if small else BYTES_OF_8BIT_STATES)
+            total += parameter.numel() * (BYTES_OF_STATES if small else BYTES_OF_8BIT_STATES)
     return int(total)
 
 
