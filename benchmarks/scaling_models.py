@@ -11,9 +11,9 @@ from fastalign.models import add_adapter, attention
 from fastalign.trainers.compute import make_compute
 from fastalign.trainers.config import TrainConfig
 from fastalign.trainers.estimated_model import move_to_fake
+from fastalign.trainers.load_models import checkpoint_activations
 from fastalign.trainers.memory import peak_of_step
 from fastalign.trainers.scaling import ModelWeights, weights_of
-from fastalign.trainers.setup import checkpoint_activations
 
 VOCABULARY = 128256
 SIZES: dict[str, dict[str, int]] = {

@@ -38,9 +38,6 @@ from fastalign.models.parallel import (
     part_from_ranks,
     share_by_ddp,
     share_by_fsdp,
-    whole,
-    whole_state,
-    with_whole_weights,
 )
 from fastalign.models.reward import (
     is_reward_model,
@@ -52,6 +49,7 @@ from fastalign.models.reward import (
 )
 from fastalign.models.reward_scale import RewardScale, reward_scale, set_reward_scale
 from fastalign.models.skeleton import model_without_weights
+from fastalign.models.whole_weights import whole, whole_state, with_whole_weights
 
 __all__ = [
     "ATTENTIONS",

@@ -14,7 +14,7 @@ from fastalign.models.lora import merge_adapter
 from fastalign.models.lora_files import CONFIG_FILE, adapter_base, open_adapter
 from fastalign.models.low_bit import keep_differentiable, nf4_options
 from fastalign.models.packed import Packing
-from fastalign.models.parallel import whole_state
+from fastalign.models.whole_weights import whole_state
 
 # Tested: packed log-probs and every gradient equal those of one sequence at a time.
 PACKABLE = (

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_model_state_dict,
     set_model_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
@@ -57,7 +56,7 @@ class Entry(nn.Module):
 
 
 # Of models that several ranks share; the others have no entry.
-_ENTRIES: "WeakKeyDictionary[nn.Module, Entry | DistributedDataParallel]" = WeakKeyDictionary()
+ENTRIES: "WeakKeyDictionary[nn.Module, Entry | DistributedDataParallel]" = WeakKeyDictionary()
 
 
 def enter(model: Any, computation: Callable[[], T], *, sync: bool = True) -> T:
@@ -69,7 +68,7 @@ def enter(model: Any, computation: Callable[[], T], *, sync: bool = True) -> T:
         sync: whether the ranks' gradients are added up in that backward; those of earlier
             computations without it are added then.
     """
-    entry = _ENTRIES.get(model)
+    entry = ENTRIES.get(model)
     if entry is None:
         return computation()
     if isinstance(entry, DistributedDataParallel):
@@ -94,7 +93,7 @@ def sharded_parts(entry: nn.Module) -> list[FSDPModule]:
 
 def is_sharded(model: Any) -> bool:
     """Whether each rank holds a part of the model's weights only."""
-    return isinstance(_ENTRIES.get(model), FSDPModule)
+    return isinstance(ENTRIES.get(model), FSDPModule)
 
 
 def part_from_ranks() -> None:
@@ -102,7 +101,7 @@ def part_from_ranks() -> None:
 
     What reduces gradients has threads that must end first.
     """
-    _ENTRIES.clear()
+    ENTRIES.clear()
     gc.collect()
 
 
@@ -137,7 +136,7 @@ def share_by_ddp(model: Any) -> None:
         warnings.simplefilter("ignore", FutureWarning)
         entry = DistributedDataParallel(Entry(model), broadcast_buffers=False)
     entry.register_comm_hook(None, _summed)
-    _ENTRIES[model] = entry
+    ENTRIES[model] = entry
 
 
 def _summed(_: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -195,7 +194,7 @@ def share_by_fsdp(
     for name, parameter in model.named_parameters():
         if name in scales:
             parameter.lr_scale = scales[name]
-    _ENTRIES[model] = entry
+    ENTRIES[model] = entry
 
 
 def _whole_state_of_first(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -223,49 +222,3 @@ def _receive(
         value = buffer.to(device)
         dist.broadcast(value, 0)
         setattr(model.get_submodule(parent), leaf, value)
-
-
-def whole_state(model: Any) -> dict[str, Tensor] | None:
-    """Every tensor whole, by name; None on the ranks that have none to write.
-
-    Of a sharded model they are gathered into rank 0's host memory, which all ranks must ask for.
-    """
-    if is_sharded(model):
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        gathered: dict[str, Any] = get_model_state_dict(model, options=options)
-        return gathered if dist.get_rank() == 0 else None
-    if not writes(model):
-        return None
-    state: dict[str, Tensor] = model.state_dict()
-    return state
-
-
-def writes(model: Any) -> bool:
-    """Whether it is for this rank to write the model to disk."""
-    return model not in _ENTRIES or dist.get_rank() == 0
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered, which every rank must ask for alike; others as they are."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def with_whole_weights(model: Any, computation: Callable[[], T]) -> T:
-    """Runs what ranks do unequally often, such as sampling: each holds the whole model meanwhile.
-
-    Every rank must call it.
-    """
-    entry = _ENTRIES.get(model)
-    if not isinstance(entry, FSDPModule):
-        return computation()
-    parts = sharded_parts(entry)
-    for part in parts:
-        part.unshard()
-        part.set_reshard_after_forward(False, recurse=False)
-    try:
-        found: T = entry(computation)
-        return found
-    finally:
-        for part in parts:
-            part.set_reshard_after_forward(entry.lets_go[part is entry], recurse=False)
-            part.reshard()

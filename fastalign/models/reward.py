@@ -27,7 +27,7 @@ from fastalign.models.load import (
 )
 from fastalign.models.lora_files import adapter_base
 from fastalign.models.packed import Packing, hidden_at
-from fastalign.models.parallel import whole_state
+from fastalign.models.whole_weights import whole_state
 
 HEAD = "score.weight"
 

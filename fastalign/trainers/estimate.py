@@ -23,10 +23,11 @@ from fastalign.trainers.estimate_ranks import (
     shared_run,
 )
 from fastalign.trainers.estimated_model import reference_model, trained_model, weight_bytes
+from fastalign.trainers.load_models import checkpoint_activations
 from fastalign.trainers.loop import indices_of_run, total_steps
 from fastalign.trainers.memory import Peak, peak_of_forward, peak_of_step, states_bytes
 from fastalign.trainers.process_memory import resident_bytes
-from fastalign.trainers.setup import OnRows, checkpoint_activations, load_sets
+from fastalign.trainers.setup import OnRows, load_sets
 
 # Freed pages that the allocator cannot use again at the fullest moment, as a share of activations;
 # and where they are checkpointed, in activations of a layer, each layer's being made and freed in

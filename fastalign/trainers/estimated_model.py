@@ -9,8 +9,8 @@ from fastalign.models import linear_names, model_without_weights
 from fastalign.trainers.any_config import AnyConfig
 from fastalign.trainers.compute import Compute
 from fastalign.trainers.config import RewardConfig
+from fastalign.trainers.load_models import add_new_adapter, base_dtype, checkpoint_activations
 from fastalign.trainers.memory import fake_mode
-from fastalign.trainers.setup import add_new_adapter, base_dtype, checkpoint_activations
 
 # A weight of bitsandbytes' doubly quantised NF4: half a byte, a byte of scale for each 64 of them,
 # and a float32 for each 256 of those.

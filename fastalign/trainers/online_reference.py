@@ -13,9 +13,9 @@ from fastalign.evaluation import sequence_logprobs
 from fastalign.models import adapter_off, has_adapter, is_sharded
 from fastalign.trainers.checkpoint_tensors import trainable_parameters
 from fastalign.trainers.compute import Compute
+from fastalign.trainers.load_models import load_model
 from fastalign.trainers.online_config import OnlineDPOConfig
 from fastalign.trainers.process_memory import memory_used_in
-from fastalign.trainers.setup import load_model
 from fastalign.trainers.sharing import share
 from fastalign.trainers.state import TrainState
 

@@ -10,6 +10,7 @@ from fastalign.data import PromptDataset, Tokenizer
 from fastalign.rollouts import SamplingParams
 from fastalign.trainers.collapse import repeated_ratio
 from fastalign.trainers.compute import Compute
+from fastalign.trainers.load_models import load_for_training
 from fastalign.trainers.metrics import Metrics
 from fastalign.trainers.online_config import OnlineDPOConfig
 from fastalign.trainers.online_reference import OnlineReference, response_logprobs
@@ -22,7 +23,6 @@ from fastalign.trainers.rollout import (
     rollout_seed,
     scale_of_policy,
 )
-from fastalign.trainers.setup import load_for_training
 
 
 @dataclass(frozen=True)

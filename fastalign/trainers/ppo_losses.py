@@ -13,14 +13,9 @@ from fastalign.ops.fused_linear_loss import LossFunction
 from fastalign.trainers.accumulate import BatchLoss, Examples
 from fastalign.trainers.compute import Compute
 from fastalign.trainers.ppo_config import KLConfig, PPOConfig
+from fastalign.trainers.ppo_heads import head_options, hidden_and_head, reference_head, shared_plan
 from fastalign.trainers.ppo_models import PPOModels, token_values
-from fastalign.trainers.ppo_tokens import (
-    TokenRecord,
-    head_options,
-    hidden_and_head,
-    reference_head,
-    shared_plan,
-)
+from fastalign.trainers.ppo_tokens import TokenRecord
 from fastalign.trainers.step import MakeLoss, policy_loss
 
 

@@ -31,13 +31,13 @@ from fastalign.models import (
     set_pad_token,
 )
 from fastalign.trainers.compute import Compute
-from fastalign.trainers.ppo_config import PPOConfig
-from fastalign.trainers.setup import (
+from fastalign.trainers.load_models import (
     load_for_training,
     load_model,
     load_reward_network,
     ready_for_training,
 )
+from fastalign.trainers.ppo_config import PPOConfig
 from fastalign.trainers.sharing import share
 
 

@@ -17,6 +17,7 @@ from fastalign.models import adapter_off, find_offload, offload_layers
 from fastalign.trainers.accumulate import Examples
 from fastalign.trainers.compute import Compute
 from fastalign.trainers.config import DPOConfig
+from fastalign.trainers.load_models import load_model
 from fastalign.trainers.process_memory import memory_used_in
 from fastalign.trainers.reference_cache import (
     cache_path,
@@ -25,7 +26,6 @@ from fastalign.trainers.reference_cache import (
     put_aside,
     read_cache,
 )
-from fastalign.trainers.setup import load_model
 from fastalign.trainers.sharing import share
 
 # Examples between two writes: what was computed is kept even if the run is stopped in between.

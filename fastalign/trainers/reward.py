@@ -22,6 +22,7 @@ from fastalign.trainers.accumulate import BatchLoss, Examples, accumulate, measu
 from fastalign.trainers.compute import Compute
 from fastalign.trainers.config import RewardConfig
 from fastalign.trainers.evaluate import evaluate_by_loss
+from fastalign.trainers.load_models import load_reward_for_training
 from fastalign.trainers.loop import run_loop
 from fastalign.trainers.metrics import Metrics, mean_metrics
 from fastalign.trainers.reward_evaluation import (
@@ -33,13 +34,7 @@ from fastalign.trainers.reward_evaluation import (
     write_evaluation,
 )
 from fastalign.trainers.reward_losses import Labels, RewardLoss
-from fastalign.trainers.setup import (
-    check_positions,
-    load_data,
-    load_reward_for_training,
-    load_sets,
-    opened_run,
-)
+from fastalign.trainers.setup import check_positions, load_data, load_sets, opened_run
 from fastalign.trainers.sharing import share
 from fastalign.trainers.step import supervised
 from fastalign.trainers.task import RunResult, Task

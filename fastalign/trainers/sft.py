@@ -10,9 +10,10 @@ from fastalign.trainers.accumulate import Examples, accumulate, measure_examples
 from fastalign.trainers.compute import Compute
 from fastalign.trainers.config import SFTConfig
 from fastalign.trainers.evaluate import evaluate_by_loss
+from fastalign.trainers.load_models import load_for_training
 from fastalign.trainers.loop import run_loop
 from fastalign.trainers.metrics import Metrics, mean_metrics
-from fastalign.trainers.setup import load_for_training, load_sets, opened_run
+from fastalign.trainers.setup import load_sets, opened_run
 from fastalign.trainers.step import MakeLoss, policy_loss, supervised
 from fastalign.trainers.task import RunResult, Task
 

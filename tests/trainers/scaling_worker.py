@@ -19,16 +19,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from fastalign.batch import pack
 from fastalign.models import attention, part_from_ranks, with_whole_weights
 from fastalign.models.load import disable_dropout
-from fastalign.models.parallel import whole
+from fastalign.models.whole_weights import whole
 from fastalign.rollouts import policy_tensors
 from fastalign.trainers import OptimConfig, TrainConfig
 from fastalign.trainers.accumulate import measure_examples
 from fastalign.trainers.compute import Compute, make_compute
+from fastalign.trainers.load_models import checkpoint_activations
 from fastalign.trainers.optimizer import make_optimizer
 from fastalign.trainers.parallel_config import ParallelConfig
 from fastalign.trainers.ppo_models import PPOModels
 from fastalign.trainers.ppo_tokens import numbers_of_batch
-from fastalign.trainers.setup import checkpoint_activations
 from fastalign.trainers.sft import sft_step
 from fastalign.trainers.sharing import share
 from fastalign.trainers.state import TrainState

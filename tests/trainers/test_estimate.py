@@ -201,7 +201,7 @@ def test_nf4_takes_what_bitsandbytes_allocates(kind: str, folder: Path) -> None:
     from fastalign.models import save_model
     from fastalign.trainers import LoraConfig, ModelConfig
     from fastalign.trainers.compute import make_compute
-    from fastalign.trainers.setup import load_for_training
+    from fastalign.trainers.load_models import load_for_training
 
     save_model(tiny_model(kind, vocab_size=320), make_tokenizer(), folder / kind)
     config = dpo_config(folder, "run")

@@ -22,7 +22,7 @@ from fastalign.trainers.ppo import prepare_update
 from fastalign.trainers.ppo_models import token_values
 from fastalign.trainers.ppo_run import PPORun, prepare
 from fastalign.trainers.rollout import Rollouts, roll_out
-from fastalign.trainers.setup import seed_everything
+from fastalign.trainers.state import seed_everything
 from tests.runs import ppo_config, read_metrics, words_reward
 from tests.tiny import tiny_reward_model
 from tests.tokenizers import make_tokenizer

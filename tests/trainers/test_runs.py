@@ -13,7 +13,7 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastalign.models import compile_layers, save_model
-from fastalign.trainers import LOSSES, TrainConfig, setup, train_dpo, train_sft
+from fastalign.trainers import LOSSES, TrainConfig, load_models, train_dpo, train_sft
 from fastalign.trainers.compute import make_compute
 from fastalign.trainers.config import OptimConfig
 from fastalign.trainers.optimizer import learning_rate
@@ -36,7 +36,7 @@ def test_gradient_checkpointing_changes_nothing(folder: Path) -> None:
 def test_compiled_layers_change_nothing_and_resume(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "compile_layers", partial(compile_layers, backend="eager"))
+    monkeypatch.setattr(load_models, "compile_layers", partial(compile_layers, backend="eager"))
     torch._dynamo.reset()
     counters.clear()
     for run, stop in (("plain", None), ("compiled", None), ("stopped", 1)):
