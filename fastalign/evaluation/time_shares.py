@@ -1,4 +1,4 @@
-"""Where the time of an iteration goes: sampling, weights, scores, preparation, updates."""
+"""Where the time of an iteration goes: sampling, weights, scores, updates; or a gradient's step."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,13 +7,15 @@ from fastalign.evaluation.pictures import as_data_uri, new_figure, plain
 from fastalign.evaluation.runs import Row, RunRecord, number
 
 # Label and metric; the sync is logged as a part of generating too, and is shown apart.
-PHASES = {
+ROLLOUT_PHASES = {
     "generate": "time/generate_seconds",
     "sync": "time/sync_seconds",
     "score": "time/score_seconds",
     "prepare": "time/prepare_seconds",
     "update": "time/update_seconds",
 }
+STEP_PHASES = {"gradient": "time/gradient_seconds", "optimizer": "time/optimizer_seconds"}
+PHASES = ROLLOUT_PHASES | STEP_PHASES
 OTHER = "other"
 TIME_COLUMNS = ("run", "seconds an iteration", *PHASES, OTHER)
 
@@ -30,13 +32,15 @@ def phase_seconds(run: RunRecord) -> dict[str, float] | None:
 
 
 def phases_of(row: Row) -> dict[str, float] | None:
-    """The phases' seconds in one iteration, if it logged all that are not optional."""
-    logged = {label: number(row.get(name)) for label, name in PHASES.items()}
-    logged["sync"] = 0.0 if PHASES["sync"] not in row else logged["sync"]
+    """The phases' seconds in one iteration, if it logged those of its algorithm; others are 0."""
+    has = STEP_PHASES if STEP_PHASES["gradient"] in row else ROLLOUT_PHASES
+    logged = {name: number(row.get(metric)) for name, metric in has.items()}
+    if PHASES["sync"] not in row:
+        logged["sync"] = 0.0
     total = number(row.get("step_seconds"))
-    phases = {label: value for label, value in logged.items() if value is not None}
-    if total is None or len(phases) < len(PHASES):
+    if total is None or None in logged.values():
         return None
+    phases = {name: logged.get(name) or 0.0 for name in PHASES}
     if not all(math.isfinite(value) and value >= 0 for value in (total, *phases.values())):
         return None
     phases["generate"] = max(0.0, phases["generate"] - phases["sync"])

@@ -63,13 +63,13 @@ def train_dpo(config: DPOConfig) -> RunResult:
         pairs, *others = prepare_all(config, model, tokenizer, sets, compute)
         return run_loop(
             config,
-            compute.world,
             model,
             Task(
                 title="dpo",
                 num_examples=len(data.groups),
                 data_fingerprint=data.fingerprint,
                 tokenizer=tokenizer,
+                world=compute.world,
                 take_step=supervised(
                     lambda indices: dpo_step(model, config.loss, pairs, indices, compute),
                     config.optim,

@@ -53,7 +53,7 @@ def indices_of_run(config: AnyConfig, num_examples: int) -> set[int]:
     return used
 
 
-def run_loop(config: AnyConfig, world: World, model: Any, task: Task) -> RunResult:
+def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     """Trains until the last step, a signal, `stop_at_step`, or too many skipped steps.
 
     Every rank runs it; rank 0 writes what the run says.
@@ -63,7 +63,7 @@ def run_loop(config: AnyConfig, world: World, model: Any, task: Task) -> RunResu
         SamplerFailed: the sampler failed for good; the run is saved.
         OSError: a checkpoint could not be written.
     """
-    folder = Path(config.run.dir)
+    folder, world = Path(config.run.dir), task.world
     state = TrainState(model, make_optimizer(model, config.optim))
     num_steps = total_steps(config, task.num_examples)
     policy = model if task.policy is None else task.policy
@@ -191,7 +191,7 @@ def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -
     batch_size = config.train.batch_size
     indices = indices_of_step(task.num_examples, batch_size, state.step, seed=config.run.seed)
     folder, step = Path(config.run.dir), state.step + 1
-    profiled = traced(folder, wanted=step == config.train.profile_step, step=step)
+    profiled = traced(folder, wanted=step == config.train.profile_step, step=step, world=task.world)
     with memory_used_in(f"{STEP}{step}"), profiled:
         metrics, num_tokens = task.take_step(state, indices, num_steps)
     state.step += 1

@@ -15,8 +15,11 @@ STALLS = "stalls.txt"
 
 
 @contextmanager
-def traced(folder: Path, *, wanted: bool, step: int) -> Iterator[None]:
-    """Writes what the step's operations took, as Chrome and Perfetto read it, if it is wanted."""
+def traced(folder: Path, *, wanted: bool, step: int, world: World = ALONE) -> Iterator[None]:
+    """Writes what the step's operations took, as Chrome and Perfetto read it, if it is wanted.
+
+    Every rank writes a file of its own.
+    """
     if not wanted:
         yield
         return
@@ -25,7 +28,8 @@ def traced(folder: Path, *, wanted: bool, step: int) -> Iterator[None]:
         activities.append(ProfilerActivity.CUDA)
     with profile(activities=activities, record_shapes=True) as found:
         yield
-    path = folder / TRACES / f"step-{step:06d}.json"
+    rank = "" if world.is_first else f"-rank{world.rank:05d}"
+    path = folder / TRACES / f"step-{step:06d}{rank}.json"
     path.parent.mkdir(exist_ok=True)
     found.export_chrome_trace(str(path))
     print(f"trace of step {step} written to {path}", flush=True)

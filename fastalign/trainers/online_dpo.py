@@ -6,6 +6,7 @@ the judge; with `reference.refresh_every` the rounds of Llama 3, arXiv 2407.2178
 """
 
 import random
+import time
 from contextlib import closing
 from functools import partial
 
@@ -41,13 +42,13 @@ def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
         with closing(online.sampler):
             return run_loop(
                 config,
-                compute.world,
                 online.model,
                 Task(
                     title="online-dpo",
                     num_examples=len(online.prompts.prompts),
                     data_fingerprint=online.prompts.fingerprint,
                     tokenizer=online.tokenizer,
+                    world=compute.world,
                     take_step=partial(online_step, online),
                     evaluate=evaluate,
                     reference=None if reference is None else reference.began_as,
@@ -77,7 +78,8 @@ def online_step(
     if not fresh.groups:
         say_that_all_are_tied(state, len(indices))
         rate = learning_rate(config.optim, state.step, num_steps)
-        nothing = {"loss": 0.0, "learning_rate": rate, "grad_norm": 0.0, "skipped": 0}
+        nothing: Metrics = {"loss": 0.0, "learning_rate": rate, "grad_norm": 0.0, "skipped": 0}
+        nothing["time/update_seconds"] = 0.0
         return {**nothing, **scored.metrics, **counts, "num_updates": 0, "num_micro_batches": 0}, 0
     places = torch.tensor(fresh.places)
     margin = (scored.scores[places[:, 0]] - scored.scores[places[:, 1]]).mean().item()
@@ -87,7 +89,9 @@ def online_step(
         None if reference is None else reference[places],
         torch.tensor(fresh.ties),
     )
+    start = time.perf_counter()
     metrics, num_tokens = update_on(online, pairs, state, num_steps)
+    metrics["time/update_seconds"] = time.perf_counter() - start
     online.sampler.version = state.step + 1
     return {**metrics, **scored.metrics, "objective/scores_margin": margin, **counts}, num_tokens
 

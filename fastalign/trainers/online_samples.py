@@ -1,5 +1,6 @@
 """What online DPO samples: answers of the policy as it stands, their scores, their KL."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -116,6 +117,7 @@ def score_samples(
     rollouts = roll_out(
         online.sampler, prompts, indices, params, online.tokenizer, online.sources, seed=seed
     )
+    start = time.perf_counter()
     scores = final_scores(online.config.reward, rollouts.rewards, rollouts.ended, online.scale)
     logprob = response_logprobs(online.model, rollouts.groups, online.compute)
     mean_score = scores.mean().item()
@@ -125,10 +127,12 @@ def score_samples(
         "entropy": -logprob.sum().item() / sum(len(ids) for ids in responses),
         "objective/scores": mean_score,
         "objective/entropy": -logprob.mean().item(),
+        "time/prepare_seconds": time.perf_counter() - start,
     }
     if online.reference is None:
         return Scored(rollouts, scores, None, metrics)
     reference_logprob = online.reference.logprobs(rollouts.groups)
+    metrics["time/prepare_seconds"] = time.perf_counter() - start
     kl = (logprob - reference_logprob).mean().item()
     penalty = -online.config.loss.beta * kl
     metrics |= {

@@ -54,13 +54,13 @@ def train_ppo(config: PPOConfig) -> RunResult:
         with closing(run.sampler):
             return run_loop(
                 config,
-                compute.world,
                 models.trained,
                 Task(
                     title="ppo",
                     num_examples=len(run.prompts.prompts),
                     data_fingerprint=run.prompts.fingerprint,
                     tokenizer=run.tokenizer,
+                    world=compute.world,
                     take_step=lambda *step: ppo_step(run, *step),
                     evaluate=evaluate,
                     policy=models.policy,

@@ -81,13 +81,13 @@ def train_reward(config: RewardConfig) -> RunResult:
 
         result = run_loop(
             config,
-            compute.world,
             model,
             Task(
                 title="reward",
                 num_examples=len(data.groups),
                 data_fingerprint=data.fingerprint,
                 tokenizer=tokenizer,
+                world=compute.world,
                 take_step=supervised(
                     lambda indices: reward_step(model, config.loss, pairs, indices, compute),
                     config.optim,

@@ -31,6 +31,8 @@ MAY_CHANGE = {
     ("reference", "offload"),
     ("data", "eval"),
     ("model", "lora", "save_merged"),
+    ("parallel", "timeout_seconds"),
+    ("parallel", "silence_seconds"),
     ("watch", "stop"),
     ("watch", "patience"),
     ("watch", "min_entropy"),
@@ -48,6 +50,10 @@ GO_ON_DIFFERENTLY = {
     ("train", "max_buffer_bytes"),
     ("train", "compile"),
     ("train", "attention"),
+    ("parallel", "strategy"),
+    ("parallel", "reshard_after_forward"),
+    ("parallel", "no_sync"),
+    ("parallel", "offload"),
 }
 
 

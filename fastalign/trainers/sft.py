@@ -39,13 +39,13 @@ def train_sft(config: SFTConfig) -> RunResult:
 
         return run_loop(
             config,
-            compute.world,
             model,
             Task(
                 title="sft",
                 num_examples=len(data.groups),
                 data_fingerprint=data.fingerprint,
                 tokenizer=tokenizer,
+                world=compute.world,
                 take_step=supervised(
                     lambda indices: sft_step(model, examples, indices, compute),
                     config.optim,

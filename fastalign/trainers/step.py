@@ -1,5 +1,6 @@
 """One optimiser step: the policy's loss, and a gradient applied; some steps change no weight."""
 
+import time
 from collections.abc import Callable, Sequence
 from statistics import fmean, pstdev
 from typing import Any
@@ -110,8 +111,14 @@ def supervised(
     """
 
     def take_step(state: TrainState, indices: list[int], num_steps: int) -> tuple[Metrics, int]:
+        start = time.perf_counter()
         metrics, num_tokens = accumulate_step(indices)
+        computed = time.perf_counter()
         update = optimiser_step(state, float(metrics["loss"]), config, num_steps)
-        return {**metrics, **update}, num_tokens
+        seconds = {
+            "time/gradient_seconds": computed - start,
+            "time/optimizer_seconds": time.perf_counter() - computed,
+        }
+        return {**metrics, **update, **seconds}, num_tokens
 
     return take_step

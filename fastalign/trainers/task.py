@@ -9,6 +9,7 @@ from fastalign.models import save_model
 from fastalign.trainers.metrics import Metrics
 from fastalign.trainers.state import TrainState
 from fastalign.trainers.step import TakeStep
+from fastalign.world import World
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Task:
         num_examples: of the training data.
         data_fingerprint: of the training data's token ids.
         tokenizer: saved with the model.
+        world: the ranks, all of which run the task.
         take_step: changes the model by these examples; returns the step's metrics (`loss`,
             `num_micro_batches`, `skipped` and others) and the packed tokens computed.
         evaluate: metrics on the held-out data, names beginning with `eval_`; None without data.
@@ -52,6 +54,7 @@ class Task:
     num_examples: int
     data_fingerprint: str
     tokenizer: Any
+    world: World
     take_step: TakeStep
     evaluate: Callable[[], Metrics] | None
     save_model: Callable[[Any, Any, Path], None] = save_model

@@ -34,6 +34,9 @@ def run_of(name: str, *rows: dict[str, Any]) -> RunRecord:
 ENGINE = run_of(
     "engine", row(1, 22.0, 6.0, 1.0, 3.0, 9.0, 4.0), row(2, 18.0, 4.0, 1.0, 1.0, 7.0, 0.0)
 )
+TRAINED = run_of(
+    "trained", row(1, 8.0, **{"time/gradient_seconds": 6.0, "time/optimizer_seconds": 1})
+)
 EMBEDDED = run_of("embedded", row(1, 10.0, 5.0, 0.0, 1.0, 4.0))
 SFT = run_of("sft", row(1, 3.0), row(2, 3.0))
 BARS = {
@@ -42,6 +45,8 @@ BARS = {
     "score": [(0.25, 0.05), (0.5, 0.0)],
     "prepare": [(0.3, 0.1), (0.5, 0.1)],
     "update": [(0.4, 0.4), (0.6, 0.4)],
+    "gradient": [(0.8, 0.0), (1.0, 0.0)],
+    "optimizer": [(0.8, 0.0), (1.0, 0.0)],
     "other": [(0.8, 0.2), (1.0, 0.0)],
 }
 
@@ -53,11 +58,15 @@ def test_the_numbers_are_means_and_what_is_left_is_other() -> None:
         "score": 1.0,
         "prepare": 2.0,
         "update": 8.0,
+        "gradient": 0.0,
+        "optimizer": 0.0,
         "other": 4.0,
     }
-    assert time_table([ENGINE, SFT, EMBEDDED]) == [
-        ("engine", "20.00", "15.0%", "10.0%", "5.0%", "10.0%", "40.0%", "20.0%"),
-        ("embedded", "10.00", "50.0%", "0.0%", "0.0%", "10.0%", "40.0%", "0.0%"),
+    none = ("0.0%", "0.0%")
+    assert time_table([ENGINE, SFT, EMBEDDED, TRAINED]) == [
+        ("engine", "20.00", "15.0%", "10.0%", "5.0%", "10.0%", "40.0%", *none, "20.0%"),
+        ("embedded", "10.00", "50.0%", "0.0%", "0.0%", "10.0%", "40.0%", *none, "0.0%"),
+        ("trained", "8.00", *(*none, *none, "0.0%"), "75.0%", "12.5%", "12.5%"),
     ]
 
 
@@ -102,7 +111,8 @@ def test_the_page_has_them_for_runs_that_logged_them() -> None:
     part = text[text.index("<h2>Time of an iteration</h2>") : text.index("<h2>Settings</h2>")]
     assert part.count('<img src="data:image/png;base64,') == 1
     cells = re.findall(r"<td[^>]*>(.*?)</td>", part)
-    assert cells == ["engine", "20.00", "15.0%", "10.0%", "5.0%", "10.0%", "40.0%", "20.0%"]
+    shares = ["15.0%", "10.0%", "5.0%", "10.0%", "40.0%", "0.0%", "0.0%", "20.0%"]
+    assert cells == ["engine", "20.00", *shares]
 
 
 SYNC, GENERATE = 1000.0, 100.0  # seconds that a clock says a fake engine takes
