@@ -195,6 +195,9 @@ def share_by_fsdp(
         if name in scales:
             parameter.lr_scale = scales[name]
     ENTRIES[model] = entry
+    # FSDP2 notes what is trained when it is first entered: an adapter may be off later.
+    with torch.no_grad():
+        enter(model, lambda: None)
 
 
 def _whole_state_of_first(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -109,8 +109,7 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     if finished:
         save_final_model(config, world, policy, task.tokenizer, task.save_model, task.other_folders)
     else:
-        why = "" if reason is None else f" ({reason})"
-        print(f"stopped at step {state.step}{why}; saved; go on with --run.resume", flush=True)
+        print(stopped_line(state.step, reason), flush=True)
     assert saved_at == state.step
     early = reason is not None and not finished
     return RunResult(state.step, finished, COLLAPSED if early else stop.exit_code, metrics)
@@ -173,6 +172,12 @@ def next_metrics(
         return metrics | evaluation(config, state, task, num_steps), None
     except SamplerFailed as failure:
         return metrics, failure
+
+
+def stopped_line(step: int, reason: str | None) -> str:
+    """What is said where a run ends before its last step."""
+    why = "" if reason is None else f" ({reason})"
+    return f"stopped at step {step}{why}; saved; go on with --run.resume"
 
 
 def stopped_sampling(failure: SamplerFailed, step: int) -> SamplerFailed:

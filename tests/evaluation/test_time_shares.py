@@ -34,9 +34,8 @@ def run_of(name: str, *rows: dict[str, Any]) -> RunRecord:
 ENGINE = run_of(
     "engine", row(1, 22.0, 6.0, 1.0, 3.0, 9.0, 4.0), row(2, 18.0, 4.0, 1.0, 1.0, 7.0, 0.0)
 )
-TRAINED = run_of(
-    "trained", row(1, 8.0, **{"time/gradient_seconds": 6.0, "time/optimizer_seconds": 1})
-)
+STEP = {"time/gradient_seconds": 6.0, "time/optimizer_seconds": 1.0}
+TRAINED = run_of("trained", row(1, 8.0, **STEP))
 EMBEDDED = run_of("embedded", row(1, 10.0, 5.0, 0.0, 1.0, 4.0))
 SFT = run_of("sft", row(1, 3.0), row(2, 3.0))
 BARS = {
