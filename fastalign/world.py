@@ -152,5 +152,10 @@ def open_world(world: World, *, timeout_seconds: float, always: bool = False) ->
             f"rank {world.rank} of {world.size} on {socket.gethostname()}: the ranks did not meet "
             f"at {address}: {first}"
         ) from error
-    yield  # on an error the process ends; taking leave then would wait for the others
+    try:
+        yield
+    except BaseException:
+        if world.size == 1:
+            dist.destroy_process_group()
+        raise  # with others, the process ends: taking leave would wait for them
     dist.destroy_process_group()

@@ -10,7 +10,7 @@ import gc
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     set_model_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -55,8 +55,21 @@ class Entry(nn.Module):
         return computation()
 
 
-# Of models that several ranks share; the others have no entry.
-ENTRIES: "WeakKeyDictionary[nn.Module, Entry | DistributedDataParallel]" = WeakKeyDictionary()
+# Of models that several ranks share; the others have no entry. It is an attribute of the model, so
+# that a model and its entry are let go of together.
+_ENTRY = "fastalign_entry"
+_SHARED: "WeakSet[nn.Module]" = WeakSet()
+
+
+def entry_of(model: Any) -> "Entry | DistributedDataParallel | None":
+    """The door of a model that ranks share; None: it is this process's alone."""
+    found: Entry | DistributedDataParallel | None = model.__dict__.get(_ENTRY)
+    return found
+
+
+def _let_in(model: nn.Module, entry: "Entry | DistributedDataParallel") -> None:
+    object.__setattr__(model, _ENTRY, entry)  # past what would make it a part of the model
+    _SHARED.add(model)
 
 
 def enter(model: Any, computation: Callable[[], T], *, sync: bool = True) -> T:
@@ -68,7 +81,7 @@ def enter(model: Any, computation: Callable[[], T], *, sync: bool = True) -> T:
         sync: whether the ranks' gradients are added up in that backward; those of earlier
             computations without it are added then.
     """
-    entry = ENTRIES.get(model)
+    entry = entry_of(model)
     if entry is None:
         return computation()
     if isinstance(entry, DistributedDataParallel):
@@ -93,7 +106,7 @@ def sharded_parts(entry: nn.Module) -> list[FSDPModule]:
 
 def is_sharded(model: Any) -> bool:
     """Whether each rank holds a part of the model's weights only."""
-    return isinstance(ENTRIES.get(model), FSDPModule)
+    return isinstance(entry_of(model), FSDPModule)
 
 
 def part_from_ranks() -> None:
@@ -101,7 +114,9 @@ def part_from_ranks() -> None:
 
     What reduces gradients has threads that must end first.
     """
-    ENTRIES.clear()
+    for model in list(_SHARED):
+        object.__delattr__(model, _ENTRY)
+    _SHARED.clear()
     gc.collect()
 
 
@@ -136,7 +151,7 @@ def share_by_ddp(model: Any) -> None:
         warnings.simplefilter("ignore", FutureWarning)
         entry = DistributedDataParallel(Entry(model), broadcast_buffers=False)
     entry.register_comm_hook(None, _summed)
-    ENTRIES[model] = entry
+    _let_in(model, entry)
 
 
 def _summed(_: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
@@ -167,19 +182,9 @@ def share_by_fsdp(
         offload: keep shards, gradients and optimiser states in host memory.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    whole = _whole_state_of_first(model)
+    weights = {name: value.detach() for name, value in model.state_dict().items()}
     scales = {name: p.lr_scale for name, p in model.named_parameters() if hasattr(p, "lr_scale")}
-    low = dtype != torch.float32
-    pin = device.type == "cuda"
-    options: dict[str, Any] = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=dtype if low else None,
-            reduce_dtype=torch.float32 if low else None,
-            cast_forward_inputs=False,
-        ),
-        "offload_policy": CPUOffloadPolicy(pin_memory=pin) if offload else OffloadPolicy(),
-    }
+    options = _options(mesh, dtype, device, offload)
     for layer in decoder_layers(model, "parallel.strategy"):
         fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
     # Of a frozen model the head is let go of too: no backward will.
@@ -190,32 +195,39 @@ def share_by_fsdp(
     for part in sharded_parts(entry):
         part.set_gradient_divide_factor(1.0)  # as in `_summed`
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
-    _receive(model, whole, torch.device("cpu") if offload else device, device)
+    _receive(
+        model,
+        {} if dist.get_rank() else weights,
+        torch.device("cpu") if offload else device,
+        device,
+    )
     for name, parameter in model.named_parameters():
         if name in scales:
             parameter.lr_scale = scales[name]
-    ENTRIES[model] = entry
+    _let_in(model, entry)
     # FSDP2 notes what is trained when it is first entered: an adapter may be off later.
     with torch.no_grad():
         enter(model, lambda: None)
 
 
-def _whole_state_of_first(model: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights by name, on rank 0 alone, and buffers, on every rank."""
-    buffers = dict(model.named_buffers())
-    if dist.get_rank():
-        return {}, buffers
-    return {name: value.detach() for name, value in model.state_dict().items()}, buffers
+def _options(mesh: DeviceMesh, dtype: torch.dtype, device: torch.device, offload: bool) -> Any:
+    """What `fully_shard` is told of every part."""
+    low, pin = dtype != torch.float32, device.type == "cuda"
+    return {
+        "mesh": mesh,
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=dtype if low else None,
+            reduce_dtype=torch.float32 if low else None,
+            cast_forward_inputs=False,
+        ),
+        "offload_policy": CPUOffloadPolicy(pin_memory=pin) if offload else OffloadPolicy(),
+    }
 
 
 def _receive(
-    model: Any,
-    whole: tuple[dict[str, Tensor], dict[str, Tensor]],
-    shards_on: torch.device,
-    device: torch.device,
+    model: Any, weights: dict[str, Tensor], shards_on: torch.device, device: torch.device
 ) -> None:
     """Gives every rank its shards of rank 0's weights, and rank 0's buffers."""
-    weights, _ = whole
     if any(p.is_meta for p in model.parameters()):
         model.to_empty(device=shards_on)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

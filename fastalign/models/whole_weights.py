@@ -13,7 +13,7 @@ from torch.distributed.fsdp import (
     FSDPModule,
 )
 
-from fastalign.models.parallel import ENTRIES, is_sharded, sharded_parts
+from fastalign.models.parallel import entry_of, is_sharded, sharded_parts
 
 T = TypeVar("T")
 
@@ -35,7 +35,7 @@ def whole_state(model: Any) -> dict[str, Tensor] | None:
 
 def writes(model: Any) -> bool:
     """Whether it is for this rank to write the model to disk."""
-    return model not in ENTRIES or dist.get_rank() == 0
+    return entry_of(model) is None or dist.get_rank() == 0
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ def with_whole_weights(model: Any, computation: Callable[[], T]) -> T:
 
     Every rank must call it.
     """
-    entry = ENTRIES.get(model)
+    entry = entry_of(model)
     if not isinstance(entry, FSDPModule):
         return computation()
     parts = sharded_parts(entry)
