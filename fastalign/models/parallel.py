@@ -195,12 +195,8 @@ def share_by_fsdp(
     for part in sharded_parts(entry):
         part.set_gradient_divide_factor(1.0)  # as in `_summed`
         part.set_force_sum_reduction_for_comms(True)  # gloo knows no scaled sum
-    _receive(
-        model,
-        {} if dist.get_rank() else weights,
-        torch.device("cpu") if offload else device,
-        device,
-    )
+    home = torch.device("cpu") if offload else device
+    _receive(model, {} if dist.get_rank() else weights, home, device)
     for name, parameter in model.named_parameters():
         if name in scales:
             parameter.lr_scale = scales[name]
@@ -225,11 +221,11 @@ def _options(mesh: DeviceMesh, dtype: torch.dtype, device: torch.device, offload
 
 
 def _receive(
-    model: Any, weights: dict[str, Tensor], shards_on: torch.device, device: torch.device
+    model: Any, weights: dict[str, Tensor], home: torch.device, device: torch.device
 ) -> None:
     """Gives every rank its shards of rank 0's weights, and rank 0's buffers."""
     if any(p.is_meta for p in model.parameters()):
-        model.to_empty(device=shards_on)
+        model.to_empty(device=home)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     set_model_state_dict(model, cast(dict[str, Any], weights), options=options)
     for name, buffer in model.named_buffers():
