@@ -92,6 +92,7 @@ class Heartbeat:
 
     def failed(self, text: str) -> None:
         """Says why this rank ends, for the others to read, if the store is still there."""
+        self._over.set()  # rank 0, which holds the store, may end first, and of the same error
         with suppress(dist.DistError, RuntimeError):
             store = self._connect()
             store.set(self._key("why", self._world.rank), text)

@@ -92,7 +92,7 @@ def run_loop(config: AnyConfig, world: World, model: Any, task: Task) -> RunResu
                 reason = task.stop_reason(metrics)
                 stopping = should_stop(config, state, stop) or reason is not None
                 due = config.train.save_every and state.step % config.train.save_every == 0
-                last = bool(stopping or unmeasured or state.step == num_steps)
+                last = bool(stopping or unmeasured or given_up(state) or state.step == num_steps)
                 if due or last:
                     save(last=last)
                     saved_at = state.step
@@ -135,16 +135,21 @@ def agreed(world: World, metrics: Metrics, stop: StopRequest) -> Metrics:
     return {**ranks[0][1], "peak_memory_bytes": most}
 
 
+def given_up(state: TrainState) -> bool:
+    """Whether too many steps in a row were skipped."""
+    return state.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+
+
 def check_skipped(state: TrainState) -> None:
-    """Ends a run that takes no steps any more.
+    """Ends a run that takes no steps any more; it is saved.
 
     Raises:
         ValueError: the latest ones were skipped.
     """
-    if state.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+    if given_up(state):
         raise ValueError(
             f"stopped at step {state.step}: {MAX_SKIPPED_IN_A_ROW} steps in a row had {SKIPPED}; "
-            "no weight was changed by them"
+            "no weight was changed by them; saved, go on with --run.resume"
         )
 
 

@@ -1,0 +1,62 @@
+"""Losses and gradients that are not finite, and spikes: no weight moves, on any rank."""
+
+import math
+
+
+from tests.faults.injected import Poison
+from tests.faults.real import (
+    NUM_STEPS,
+    Stage,
+    assert_nothing_left_behind,
+    numbers,
+    same,
+)
+from tests.faults.table import ALONE, DDP, FSDP, FSDP3, Place, fault
+
+
+@fault(
+    "a NaN or Inf in the loss, or in the gradient alone, of one micro-batch (the first, a middle "
+    "one, the last) of the first rank or the last",
+    *(ALONE, DDP, FSDP3),
+    does="`step 2 skipped: loss nan...; no weight was changed by it`, `step 3 skipped: loss "
+    "0...gradient norm nan`: no weight and no optimiser state moves by a bit, the run goes on, and "
+    "no checkpoint holds a NaN",
+    trl="logs 0.318, then 0.0 to the end; 39 of 39 parameters NaN, saved; exit code 0",
+)
+def test_not_finite(stage: Stage, run: str, place: Place) -> None:
+    last = place.num_ranks - 1
+    faults = [
+        Poison(2, math.nan, "loss", "first", 0),
+        Poison(3, math.nan, "gradient", "last", last),
+        Poison(5, math.inf, "loss", "middle", last),
+        Poison(6, -math.inf, "gradient", "first", last),
+        Poison(8, math.nan, "gradient", "middle", 0),
+    ]
+    outcome = stage.finish(place, run, faults=faults)
+    steps = [poison.step for poison in faults]
+    assert outcome.skipped() == steps
+    assert [step for step in range(2, NUM_STEPS + 1) if outcome.moved(step)] == [4, 7]
+    assert all(f"step {step} skipped: loss " in outcome.outputs[0] for step in steps)
+    assert all(value.isfinite().all() for value in outcome.checkpoint(NUM_STEPS).values())
+    straight = stage.straight(place)
+    assert same(outcome.checkpoint(3), straight.checkpoint(1))
+    assert numbers(outcome.folder)[:1] == numbers(straight.folder)[:1]
+    assert_nothing_left_behind(outcome)
+
+
+@fault(
+    "a NaN in three steps in a row",
+    *(ALONE, FSDP),
+    does="`stopped at step 5: 3 steps in a row had a non-finite loss or gradient`, exit code 2; "
+    "the checkpoint of that step holds the weights of step 2, and a resumed run goes on from it",
+    trl="trains on with NaN weights; exit code 0",
+)
+def test_three_in_a_row(stage: Stage, run: str, place: Place) -> None:
+    faults = [Poison(step, math.nan, rank=place.num_ranks - 1) for step in (3, 4, 5)]
+    outcome = stage.run(place, run, "--train.save-every", "0", faults=faults)
+    assert set(outcome.codes) == {2}
+    assert outcome.skipped() == [3, 4, 5]
+    assert same(outcome.checkpoint(5), stage.straight(place).checkpoint(2))
+    resumed = stage.finish(place, run, "--run.resume")
+    assert [row["step"] for row in numbers(resumed.folder)] == list(range(1, NUM_STEPS + 1))
+    assert resumed.skipped() == [3, 4, 5]
