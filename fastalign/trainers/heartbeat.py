@@ -93,10 +93,12 @@ class Heartbeat:
     def failed(self, text: str) -> None:
         """Says why this rank ends, for the others to read, if the store is still there."""
         self._over.set()  # rank 0, which holds the store, may end first, and of the same error
+        self._thread.join(5 * LONGEST_INTERVAL)
+        if self._thread.is_alive():  # it waits for a store that does not answer
+            return
         with suppress(dist.DistError, RuntimeError):
-            store = self._connect()
-            store.set(self._key("why", self._world.rank), text)
-            store.set(self._key("count", self._world.rank), ENDED)
+            self._store.set(self._key("why", self._world.rank), text)
+            self._store.set(self._key("count", self._world.rank), ENDED)
 
     def verdict(self) -> str:
         """Which ranks are gone, after a collective failed: those that ended, or count no more."""

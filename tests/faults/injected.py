@@ -10,7 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from fastalign.trainers import accumulate, dpo, loop
+from fastalign.trainers import accumulate, dpo, loop, reference
 from fastalign.trainers.checkpoint_writer import ShardWriter
 from fastalign.trainers.policy_sampler import PolicySampler
 from tests import ranks
@@ -183,3 +183,21 @@ class UntilWritten:
 def out_of_memory() -> None:
     """As PyTorch's allocator says it."""
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+@dataclass(frozen=True)
+class NaNReference:
+    """The reference's log-probs of one pair are NaN on every rank."""
+
+    pair: int
+    rank: int | None = None
+
+    def install(self) -> None:
+        plain = reference.sequence_logprobs
+
+        def spoiled(*arguments: Any, **options: Any) -> Any:
+            found = plain(*arguments, **options)
+            found[self.pair] = found[self.pair] * torch.nan
+            return found
+
+        setattr(reference, "sequence_logprobs", spoiled)  # noqa: B010

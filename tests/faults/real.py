@@ -1,5 +1,6 @@
 """Real runs for the fault table: `fastalign ... --config FILE` in one process or on ranks."""
 
+import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -51,6 +52,10 @@ class Outcome:
             for name, value in load_file(path).items()
             if not name.startswith("random.")
         }
+
+    def state(self, step: int) -> dict[str, Any]:
+        text = (self.folder / CHECKPOINTS / f"step-{step:06d}/state.json").read_text()
+        return dict(json.loads(text))
 
     def moved(self, step: int) -> bool:
         """Whether a step changed any weight or any of the optimiser's states."""

@@ -1,13 +1,18 @@
 """Losses and gradients that are not finite, and spikes: no weight moves, on any rank."""
 
 import math
+import shutil
+from pathlib import Path
 
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
-from tests.faults.injected import Poison
+from tests.faults.injected import NaNReference, Poison
 from tests.faults.real import (
     NUM_STEPS,
     Stage,
     assert_nothing_left_behind,
+    assert_same_bits,
     numbers,
     same,
 )
@@ -60,3 +65,62 @@ def test_three_in_a_row(stage: Stage, run: str, place: Place) -> None:
     resumed = stage.finish(place, run, "--run.resume")
     assert [row["step"] for row in numbers(resumed.folder)] == list(range(1, NUM_STEPS + 1))
     assert resumed.skipped() == [3, 4, 5]
+
+
+def spoil(folder: Path) -> None:
+    """One weight of a model's folder becomes NaN."""
+    file = folder / "model.safetensors"
+    with safe_open(file, "pt") as opened:
+        metadata = opened.metadata()
+    weights = load_file(file)
+    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = math.nan
+    save_file(weights, file, metadata)
+
+
+@fault(
+    "a NaN among the weights in the model's folder, or in the reference's",
+    *(ALONE, FSDP),
+    does="`the weights in ... are damaged: model.layers.1.mlp.up_proj.weight holds a value that is "
+    "not finite`, exit code 2, before the first step",
+)
+def test_bad_model(stage: Stage, run: str, place: Place) -> None:
+    bad = stage.folder / f"bad-{run}"
+    shutil.copytree(stage.folder / "llama", bad)
+    spoil(bad)
+    for number, flag in enumerate(("--model.path", "--reference.path")):
+        outcome = stage.run(place, f"{run}-{number}", flag, str(bad))
+        assert outcome.codes == [2] * place.num_ranks
+        assert str(bad) in outcome.outputs[0].splitlines()[-1]
+        assert not (outcome.folder / "checkpoints").exists()
+
+
+@fault(
+    "a log-prob of the reference that is NaN",
+    *(ALONE, DDP),
+    does="`reference: the log-probs of ... pairs are not finite (the first is number 4)`, exit "
+    "code 2; nothing of it is cached",
+)
+def test_bad_reference(stage: Stage, run: str, place: Place) -> None:
+    cache = stage.folder / f"cache-{run}"
+    flag = ("--reference.cache-dir", str(cache))
+    outcome = stage.run(place, run, *flag, faults=[NaNReference(4)])
+    assert outcome.codes == [2] * place.num_ranks
+    assert not list(cache.rglob("*.safetensors"))
+    assert_same_bits(stage.finish(place, run, *flag), stage.straight(place))
+
+
+@fault(
+    "a gradient's spike that one rank's examples cause (--optim.skip-sigma 8)",
+    *(ALONE, DDP, FSDP),
+    does="`step 35 skipped: ...no weight was changed by it` on every rank alike; the step after it "
+    "is taken",
+    trl="applied",
+)
+def test_spike(stage: Stage, run: str, place: Place) -> None:
+    flags = ("--optim.skip-sigma", "8", "--train.max-steps", "36", "--train.eval-every", "0")
+    spike = Poison(35, 1e4, "gradient", "first", place.num_ranks - 1)
+    outcome = stage.finish(place, run, *flags, faults=[spike])
+    assert outcome.skipped() == [35]
+    assert [outcome.moved(step) for step in (34, 35, 36)] == [True, False, True]
+    states = [outcome.state(step) for step in (34, 35)]
+    assert states[0]["grad_norms"] == states[1]["grad_norms"]
