@@ -47,10 +47,10 @@ def run(faults: Sequence[Fault], alone: bool, arguments: Sequence[str]) -> None:
     if alone:
         for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
             del os.environ[name]
-    count_steps()
     for fault in faults:
         if fault.rank in (None, rank):
             fault.install()
+    count_steps()  # around the faults, which go by it
     ranks.command(*arguments)
 
 

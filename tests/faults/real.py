@@ -43,15 +43,16 @@ class Outcome:
     folder: Path
 
     def checkpoint(self, step: int) -> dict[str, Tensor]:
-        """Weights and optimiser states, with the file's name in front: each rank has its part."""
+        """Weights and optimiser states, ranks' parts of one numbered in their order."""
         folder = self.folder / CHECKPOINTS / f"step-{step:06d}"
         assert fault_of(folder) is None
-        return {
-            f"{path.name}: {name}": value
-            for path in sorted(folder.glob("*.safetensors"))
-            for name, value in load_file(path).items()
-            if not name.startswith("random.")
-        }
+        found: dict[str, Tensor] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            for name, value in load_file(path).items():
+                part = sum(key.startswith(f"{name}, part ") for key in found)
+                if not name.startswith("random."):
+                    found[f"{name}, part {part}"] = value
+        return found
 
     def state(self, step: int) -> dict[str, Any]:
         text = (self.folder / CHECKPOINTS / f"step-{step:06d}/state.json").read_text()
