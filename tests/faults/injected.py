@@ -14,6 +14,7 @@ from fastalign.trainers import accumulate, dpo, loop, reference
 from fastalign.trainers.checkpoint_writer import ShardWriter
 from fastalign.trainers.policy_sampler import PolicySampler
 from tests import ranks
+from tests.trainers.checkpoint_killer import kill_before
 
 MicroBatch = Literal["first", "middle", "last"]
 
@@ -201,3 +202,20 @@ class NaNReference:
             return found
 
         setattr(reference, "sequence_logprobs", spoiled)  # noqa: B010
+
+
+@dataclass(frozen=True)
+class KilledInSave:
+    """The process dies in its first save, before the file operation of that number, from 0."""
+
+    operation: int
+    folder: Path
+    rank: int | None = 0
+
+    def install(self) -> None:
+        def begin(*_: Any) -> None:
+            if self.operation >= 0:
+                kill_before(self.operation, self.folder)
+                object.__setattr__(self, "operation", -1)
+
+        around(ShardWriter, "prepare_local_plan", begin)

@@ -97,7 +97,12 @@ class Stage:
         alone = place.num_ranks == 1
         return ranks.start(place.num_ranks, logs, injected.run, faults, alone, arguments)
 
-    def end(self, run: str, started: ranks.Ranks) -> Outcome:
+    def end(self, run: str, started: ranks.Ranks, *, stopped: int | None = None) -> Outcome:
+        """When all have ended; a rank that is stopped is killed when the others have."""
+        if stopped is not None:
+            for rank, process in enumerate(started.processes):
+                process.join(0 if rank == stopped else ranks.SECONDS)
+            started.processes[stopped].kill()
         codes = started.join()
         outputs = [started.output(rank) for rank in range(len(codes))]
         HEARD.extend(outputs)
@@ -105,6 +110,7 @@ class Stage:
         return Outcome(codes, outputs, self.folder / run)
 
     def run(self, place: Place, run: str, *flags: str, **options: Any) -> Outcome:
+        """A run that ends as it may."""
         return self.end(run, self.start(place, run, *flags, **options))
 
     def finish(self, place: Place, run: str, *flags: str, **options: Any) -> Outcome:
