@@ -44,8 +44,10 @@ class Heartbeat:
         self._store.set(self._key("who", world.rank), f"{socket.gethostname()}, {os.getpid()}")
         self._store.set(self._key("count", world.rank), "0")
         self._over = threading.Event()
+        self._count = 0
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._guard, name="heartbeat-guard", daemon=True).start()
 
     def _connect(self) -> TCPStore:
         host, _, port = self._place.rpartition(":")
@@ -61,11 +63,11 @@ class Heartbeat:
         """Counts and watches until this rank's run is over, or another rank ends it."""
         following = (self._world.rank + 1) % self._world.size
         key, silent = self._key("count", following), f"{self._prefix}/silent"
-        count, seen, last = 0, None, time.monotonic()
+        seen, last = None, time.monotonic()
         while not self._over.wait(self._interval):
-            count += 1
+            self._count += 1
             try:
-                self._store.set(self._key("count", self._world.rank), str(count))
+                self._store.set(self._key("count", self._world.rank), str(self._count))
                 now = self._read(self._store, key)
                 if now != seen or now == ENDED:
                     seen, last = now, time.monotonic()
@@ -80,6 +82,20 @@ class Heartbeat:
             except (dist.DistError, RuntimeError) as error:
                 if not self._over.is_set():
                     self._end(f"the store at {self._place}, where the ranks met, is gone: {error}")
+
+    def _guard(self) -> None:
+        """Ends this process when the store answers no more, for which the count waits for ever."""
+        seen, num_waits = -1, 0
+        # Waits are counted: a process that was stopped for a while has done none meanwhile.
+        while num_waits * self._interval <= self._silence:
+            if self._over.wait(self._interval):
+                return
+            num_waits = num_waits + 1 if self._count == seen else 0
+            seen = self._count
+        self._end(
+            f"the store at {self._place}, where the ranks met (rank 0 holds it, or torchrun), has "
+            f"not answered for {self._silence:g} seconds (--parallel.silence-seconds)"
+        )
 
     def _name(self, store: TCPStore, rank: int) -> str:
         who = self._read(store, self._key("who", rank))

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -55,7 +56,8 @@ class MetricsWriter:
                 self._board.add_scalar(name, value, metrics["step"])
 
     def num_bytes(self) -> int:
-        """Bytes of `metrics.jsonl` so far."""
+        """Bytes of `metrics.jsonl` so far; they are on the disk, for a checkpoint to count on."""
+        os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:

@@ -171,12 +171,15 @@ class Sent:
 
 @dataclass(frozen=True)
 class UntilWritten:
-    """Holds a process up until files hold a text."""
+    """Holds a process up until files hold a text; says so in another file, if it is to."""
 
     files: Sequence[Path]
     text: bytes
+    waits: Path | None = None
 
     def __call__(self) -> None:
+        if self.waits is not None:
+            self.waits.write_text("waits")
         while not all(f.exists() and self.text in f.read_bytes() for f in self.files):
             pass
 

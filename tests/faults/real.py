@@ -22,7 +22,7 @@ from tests.runs import dpo_config, ppo_config, read_metrics
 
 HEARD: list[str] = []  # what the runs of the present test said
 NUM_STEPS = 8
-MEASURED = ("_seconds", "tokens_per_second", "peak_memory_bytes")
+MEASURED = ("_seconds", "tokens_per_second", "peak_memory_bytes", "eps")
 MAKE = {"dpo": dpo_config, "ppo": ppo_config}
 # Several micro-batches on each of three ranks; a checkpoint of every step.
 TRAIN = {"batch_size": 9, "tokens_per_batch": 16, "save_every": 1, "keep_checkpoints": 99}
@@ -87,15 +87,17 @@ class Stage:
         *flags: str,
         faults: Sequence[Fault] = (),
         trainer: str = "dpo",
+        logs: str | None = None,
     ) -> ranks.Ranks:
+        """Starts a run; `logs` names what it prints, where another run has the same folder."""
         arguments = [
             *(trainer, "--config", str(self.folder / f"{trainer}.yaml")),
             *("--run.dir", str(self.folder / run), "--parallel.strategy", place.strategy, *flags),
         ]
-        logs = self.folder / "logs" / run
-        logs.parent.mkdir(exist_ok=True)
+        place_of_logs = self.folder / "logs" / (logs or run)
+        place_of_logs.parent.mkdir(exist_ok=True)
         alone = place.num_ranks == 1
-        return ranks.start(place.num_ranks, logs, injected.run, faults, alone, arguments)
+        return ranks.start(place.num_ranks, place_of_logs, injected.run, faults, alone, arguments)
 
     def end(self, run: str, started: ranks.Ranks, *, stopped: int | None = None) -> Outcome:
         """When all have ended; a rank that is stopped is killed when the others have."""
@@ -158,3 +160,9 @@ def assert_same_bits(one: Outcome, other: Outcome) -> None:
 def assert_nothing_left_behind(outcome: Outcome) -> None:
     """Of half-written folders and files."""
     assert not [str(p) for p in outcome.folder.rglob(".*") if p.name != ".lock"]
+
+
+def contents(outcome: Outcome) -> dict[Path, bytes]:
+    """What a run may not lose; TensorBoard's files have the time in their names."""
+    files = [path for path in outcome.folder.rglob("*") if path.is_file()]
+    return {p: p.read_bytes() for p in files if p.name.endswith((".jsonl", ".safetensors"))}

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from fastalign.trainers.checkpoint_files import CHECKPOINTS, entry_of, fault_of
 from tests.faults.real import (
-    Outcome,
     Stage,
     assert_nothing_left_behind,
     assert_same_bits,
+    contents,
     same,
 )
 from tests.faults.table import ALONE, DDP, FSDP, Place, fault
@@ -85,12 +85,6 @@ def test_nothing_good(stage: Stage, run: str, place: Place) -> None:
     before = contents(damaged)
     assert stage.run(place, run, "--run.resume").codes == [2] * place.num_ranks
     assert contents(damaged) == before
-
-
-def contents(outcome: Outcome) -> dict[Path, bytes]:
-    """What a run may not lose; TensorBoard's files have the time in their names."""
-    files = [path for path in outcome.folder.rglob("*") if path.is_file()]
-    return {p: p.read_bytes() for p in files if p.name.endswith((".jsonl", ".safetensors"))}
 
 
 def take_out(checkpoint: Path, name: str) -> None:
