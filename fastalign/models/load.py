@@ -153,8 +153,8 @@ def load_policy(
 
     Raises:
         ValueError: no model there, or a classifier; an architecture that cannot be packed, or an
-            unknown head; a weight that is not finite; an adapter that does not fit its base; peft
-            or bitsandbytes is needed and not installed.
+            unknown head; a weight that is missing or not finite; an adapter that does not fit its
+            base; peft or bitsandbytes is needed and not installed.
     """
     attention.register()
     base = adapter_base(path)
@@ -175,11 +175,20 @@ def load_policy(
         )
         options["attn_implementation"] = attention.registered_name(chosen)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=trust_remote_code, **options
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
         )
     except (OSError, UnpicklingError) as error:
         raise unreadable_weights(source, error) from error
+    if found["missing_keys"]:  # transformers would draw them at random
+        raise ValueError(
+            f"model.path: the weights in {str(source)!r} are not all there: no "
+            f"{min(found['missing_keys'])}"
+        )
     if nf4:
         keep_differentiable(model)
     if base is not None:

@@ -1,10 +1,13 @@
 """Folders: another run's, one in use, other settings, data or model; metrics.jsonl damaged."""
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from tests.faults.injected import Happens, UntilWritten
 from tests.faults.real import Stage, assert_same_bits, contents
 from tests.faults.table import ALONE, DDP, FSDP, Place, fault
+from tests.trainers.checkpoint_cases import flip_last_byte
 
 
 @fault(
@@ -40,12 +43,24 @@ def test_two_at_once(stage: Stage, run: str, place: Place) -> None:
     assert_same_bits(done, stage.straight(place))
 
 
+@contextmanager
+def other_content(file: Path, old: str, new: str) -> Iterator[None]:
+    before = file.read_bytes()
+    assert old.encode() in before
+    file.write_bytes(before.replace(old.encode(), new.encode()))
+    try:
+        yield
+    finally:
+        file.write_bytes(before)
+
+
 @fault(
-    "a resume with other settings, on other data, or on another model",
+    "a resume with other settings, on other data, with another reference, of another model",
     *(ALONE, FSDP),
-    does="`run.resume: these settings differ from the run's: optim.lr (0.001, now 0.002)`; "
-    "`run.resume: the training data is not what ...step-000003 was trained on`; `has no weight of "
-    "model.layers.2.input_layernorm.weight, which the model has`; exit code 2, and nothing changed",
+    does="`run.resume: these settings differ from the run's: optim.lr (0.001, now 0.002)`, "
+    "`run.resume: the training data is not what ...step-000003 was trained on`, `run.resume: the "
+    "frozen reference is not what ...step-000003 was trained on` (of a model of another shape, too): "
+    "exit code 2, and nothing is changed",
 )
 def test_other_things(stage: Stage, run: str, place: Place) -> None:
     stopped = stage.copy_of(stage.straight(place), run, last=3)
@@ -57,21 +72,16 @@ def test_other_things(stage: Stage, run: str, place: Place) -> None:
         assert contents(stopped) == before
 
     refused("--optim.lr", "0.002")
-    pairs, llama = stage.folder / "pairs.jsonl", stage.folder / "llama"
-    rows = pairs.read_text()
-    config = (llama / "config.json").read_text()
-    try:
-        pairs.write_text(rows.replace("camera", "battery"))
+    with other_content(stage.folder / "pairs.jsonl", "camera", "battery"):
         refused()
-        pairs.write_text(rows)
-        larger = json.loads(config)
-        larger["num_hidden_layers"] += 1
-        larger.pop("layer_types", None)
-        (llama / "config.json").write_text(json.dumps(larger))
+    weights = stage.folder / "llama/model.safetensors"
+    plain = weights.read_bytes()
+    flip_last_byte(weights)
+    refused()
+    weights.write_bytes(plain)
+    config = stage.folder / "llama/config.json"
+    with other_content(config, '"num_hidden_layers": 2', '"num_hidden_layers": 1'):
         refused()
-    finally:
-        pairs.write_text(rows)
-        (llama / "config.json").write_text(config)
     assert_same_bits(stage.finish(place, run, "--run.resume"), stage.straight(place))
 
 
