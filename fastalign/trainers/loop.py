@@ -153,10 +153,17 @@ def check_skipped(state: TrainState) -> None:
         )
 
 
+def all_skipped(metrics: Metrics) -> bool:
+    """Whether a step changed no weight."""
+    return metrics["skipped"] == metrics.get("num_updates", 1)
+
+
 def skipped_line(metrics: Metrics) -> str:
-    """What is said of a step whose gradient was not applied."""
+    """What is said of a step whose gradient was not applied, or not all of its updates."""
+    skipped, several = metrics["skipped"], metrics.get("num_updates", 1)
+    of_all = "" if all_skipped(metrics) else f": {skipped} of {several} updates"
     return (
-        f"step {metrics['step']} skipped: loss {metrics['loss']}, gradient norm "
+        f"step {metrics['step']}{of_all} skipped: loss {metrics['loss']}, gradient norm "
         f"{metrics['grad_norm']}; no weight was changed by it"
     )
 
@@ -201,7 +208,7 @@ def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -
         metrics, num_tokens = task.take_step(state, indices, num_steps)
     state.step += 1
     state.num_tokens += num_tokens
-    state.num_skipped_in_a_row = state.num_skipped_in_a_row + 1 if metrics["skipped"] else 0
+    state.num_skipped_in_a_row = state.num_skipped_in_a_row + 1 if all_skipped(metrics) else 0
     seconds = time.perf_counter() - start
     room = metrics["num_micro_batches"] * config.train.tokens_per_batch
     metrics = {

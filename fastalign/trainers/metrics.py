@@ -35,7 +35,7 @@ class MetricsWriter:
     def __init__(self, folder: Path, *, num_bytes: int, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._file = (folder / "metrics.jsonl").open("ab")
+        self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
         if self._file.tell() < num_bytes:
             raise ValueError(
                 f"{folder / 'metrics.jsonl'}: expected at least the {num_bytes} bytes that the "
@@ -49,11 +49,20 @@ class MetricsWriter:
     def write(self, metrics: Metrics) -> None:
         """Appends one object; a number that JSON cannot hold (NaN, Inf) becomes a string."""
         plain = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
-        self._file.write(json.dumps(plain).encode() + b"\n")
-        self._file.flush()
+        self._append(json.dumps(plain).encode() + b"\n")
         for name, value in metrics.items():
             if name != "step":
                 self._board.add_scalar(name, value, metrics["step"])
+
+    def _append(self, line: bytes) -> None:
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise OSError(
+                f"{self._file.name}: {error.strerror}; the run goes on from its newest checkpoint "
+                "with --run.resume"
+            ) from error
 
     def num_bytes(self) -> int:
         """Bytes of `metrics.jsonl` so far; they are on the disk, for a checkpoint to count on."""

@@ -1,9 +1,11 @@
 """What a run's process does to itself: each is installed in a child before its command begins."""
 
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -95,6 +97,7 @@ class Poison:
         what: where.
         batch: in which micro-batch.
         rank: of the run.
+        once: the step's later updates are spared, where it has several.
     """
 
     step: int
@@ -102,13 +105,16 @@ class Poison:
     what: Literal["loss", "gradient"] = "loss"
     batch: MicroBatch = "first"
     rank: int | None = 0
+    once: bool = False
 
     def install(self) -> None:
-        plain = accumulate.BatchLoss.__call__
+        plain, done = accumulate.BatchLoss.__call__, []
 
         def poisoned(loss: Any, *arguments: Any, **options: Any) -> Any:
             part, sums = plain(loss, *arguments, **options)
-            if NOW.step == self.step and NOW.is_at(self.batch) and torch.is_grad_enabled():
+            here = NOW.step == self.step and NOW.is_at(self.batch) and torch.is_grad_enabled()
+            if here and not (self.once and done):
+                done.append(NOW.step)
                 if self.what == "loss":
                     part = part * self.value
                 else:
@@ -222,3 +228,28 @@ class KilledInSave:
                 object.__setattr__(self, "operation", -1)
 
         around(ShardWriter, "prepare_local_plan", begin)
+
+
+@dataclass(frozen=True)
+class SmallFiles:
+    """No file of this process may be larger, as on a full disk."""
+
+    num_bytes: int
+
+    def __call__(self) -> None:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.num_bytes, hard))
+
+
+@dataclass(frozen=True)
+class Filled:
+    """All that is left of a disk is taken by a file."""
+
+    file: Path
+
+    def __call__(self) -> None:
+        with suppress(OSError), self.file.open("wb", buffering=0) as file:
+            for size in (2**20, 1):
+                with suppress(OSError):
+                    while file.write(b"0" * size):
+                        pass

@@ -1,12 +1,16 @@
 """Processes that are killed or stand still: others say which, and the run goes on from disk."""
 
 import signal
+import subprocess
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
 from fastalign.trainers.checkpoint_files import CHECKPOINTS
 from fastalign.world import RANK_FAILED
+from tests import ranks
 from tests.faults.injected import Happens, KilledInSave, Sent
-from tests.faults.real import Outcome, Stage, assert_nothing_left_behind, assert_same_bits
+from tests.faults.real import HEARD, Outcome, Stage, assert_nothing_left_behind, assert_same_bits
 from tests.faults.table import ALONE, DDP, FSDP, FSDP3, Place, fault
 
 KILLED = -signal.SIGKILL
@@ -147,3 +151,23 @@ def test_a_rank_stopped_in_a_rollout(stage: Stage, run: str, place: Place) -> No
 @fault("SIGSTOP to rank 0, which holds the store where the ranks met", DDP, does=UNANSWERED)
 def test_the_first_rank_stopped(stage: Stage, run: str, place: Place) -> None:
     one_ends(stage, place, run, Happens(STOPPED, step=4, rank=0))
+
+
+@fault(
+    "SIGKILL to one rank under torchrun",
+    *(DDP,),
+    does="before torchrun ends the others, one has said `rank 0: rank 1 of 2 (...) is gone; the run "
+    "goes on from its newest checkpoint with --run.resume`; the same",
+)
+def test_under_torchrun(stage: Stage, run: str, place: Place) -> None:
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
+        *("--master-port", str(ranks.free_port()), "-m", "tests.faults.torchrun", "1", "4"),
+        *("dpo", "--config", str(stage.folder / "dpo.yaml"), "--run.dir", str(stage.folder / run)),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
+    )
+    assert done.returncode == 1
+    HEARD.append(done.stderr)
+    assert_same_bits(stage.finish(place, run, "--run.resume"), stage.straight(place))

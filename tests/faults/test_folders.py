@@ -59,8 +59,8 @@ def other_content(file: Path, old: str, new: str) -> Iterator[None]:
     *(ALONE, FSDP),
     does="`run.resume: these settings differ from the run's: optim.lr (0.001, now 0.002)`, "
     "`run.resume: the training data is not what ...step-000003 was trained on`, `run.resume: the "
-    "frozen reference is not what ...step-000003 was trained on` (of a model of another shape, too): "
-    "exit code 2, and nothing is changed",
+    "frozen reference is not what ...step-000003 was trained on` (of a model of another "
+    "shape, too): exit code 2, and nothing is changed",
 )
 def test_other_things(stage: Stage, run: str, place: Place) -> None:
     stopped = stage.copy_of(stage.straight(place), run, last=3)

@@ -67,13 +67,18 @@ def test_three_in_a_row(stage: Stage, run: str, place: Place) -> None:
     assert resumed.skipped() == [3, 4, 5]
 
 
-def spoil(folder: Path) -> None:
-    """One weight of a model's folder becomes NaN."""
+WEIGHT = "model.layers.1.mlp.up_proj.weight"
+
+
+def spoil(folder: Path, *, take_out: bool) -> None:
+    """One weight of a model's folder becomes NaN, or is gone."""
     file = folder / "model.safetensors"
     with safe_open(file, "pt") as opened:
         metadata = opened.metadata()
     weights = load_file(file)
-    weights["model.layers.1.mlp.up_proj.weight"][3, 5] = math.nan
+    weights[WEIGHT][3, 5] = math.nan
+    if take_out:
+        del weights[WEIGHT]
     save_file(weights, file, metadata)
 
 
@@ -86,12 +91,24 @@ def spoil(folder: Path) -> None:
 def test_bad_model(stage: Stage, run: str, place: Place) -> None:
     bad = stage.folder / f"bad-{run}"
     shutil.copytree(stage.folder / "llama", bad)
-    spoil(bad)
+    spoil(bad, take_out=False)
     for number, flag in enumerate(("--model.path", "--reference.path")):
         outcome = stage.run(place, f"{run}-{number}", flag, str(bad))
         assert outcome.codes == [2] * place.num_ranks
         assert str(bad) in outcome.outputs[0].splitlines()[-1]
         assert not (outcome.folder / "checkpoints").exists()
+
+
+@fault(
+    "a weight that is missing from the model's folder",
+    *(ALONE, FSDP),
+    does="`the weights in ... are not all there: no model.layers.1.mlp.up_proj.weight`, exit code 2",
+)
+def test_a_weight_is_missing(stage: Stage, run: str, place: Place) -> None:
+    bad = stage.folder / f"bad-{run}"
+    shutil.copytree(stage.folder / "llama", bad)
+    spoil(bad, take_out=True)
+    assert stage.run(place, run, "--model.path", str(bad)).codes == [2] * place.num_ranks
 
 
 @fault(
@@ -124,3 +141,17 @@ def test_spike(stage: Stage, run: str, place: Place) -> None:
     assert [outcome.moved(step) for step in (34, 35, 36)] == [True, False, True]
     states = [outcome.state(step) for step in (34, 35)]
     assert states[0]["grad_norms"] == states[1]["grad_norms"]
+
+
+@fault(
+    "a NaN in one of the four updates of a PPO step",
+    *(ALONE, DDP),
+    does="`step 2: 1 of 4 updates skipped: loss nan...; no weight was changed by it`, and the other "
+    "three are taken; three such steps in a row do not end the run",
+)
+def test_one_update_of_ppo(stage: Stage, run: str, place: Place) -> None:
+    faults = [Poison(step, math.nan, "loss", "first", 0, once=True) for step in (1, 2, 3, 4)]
+    outcome = stage.finish(place, run, faults=faults, trainer="ppo")
+    assert [row["skipped"] for row in numbers(outcome.folder)] == [1, 1, 1, 1]
+    assert all(outcome.moved(step) for step in (2, 3, 4))
+    assert all(value.isfinite().all() for value in outcome.checkpoint(4).values())
