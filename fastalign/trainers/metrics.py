@@ -42,6 +42,7 @@ class MetricsWriter:
                 f"checkpoint of step {step} knows, got {self._file.tell()}"
             )
         self._file.truncate(num_bytes)
+        self._full = False
         self._board = SummaryWriter(
             str(folder / "tensorboard"), purge_step=step + 1 if step else None
         )
@@ -59,6 +60,7 @@ class MetricsWriter:
             while line:
                 line = line[self._file.write(line) :]
         except OSError as error:
+            self._full = True
             raise OSError(
                 f"{self._file.name}: {error.strerror}; the run goes on from its newest checkpoint "
                 "with --run.resume"
@@ -72,7 +74,8 @@ class MetricsWriter:
     def close(self) -> None:
         """Flushes both."""
         self._file.close()
-        self._board.close()
+        if not self._full:  # TensorBoard's failure would be told in place of the first
+            self._board.close()
 
 
 class NoWriter:

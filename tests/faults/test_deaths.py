@@ -156,8 +156,8 @@ def test_the_first_rank_stopped(stage: Stage, run: str, place: Place) -> None:
 @fault(
     "SIGKILL to one rank under torchrun",
     *(DDP,),
-    does="before torchrun ends the others, one has said `rank 0: rank 1 of 2 (...) is gone; the run "
-    "goes on from its newest checkpoint with --run.resume`; the same",
+    does="before torchrun ends the others, one has said `rank 0: rank 1 of 2 (...) is gone; the "
+    "run goes on from its newest checkpoint with --run.resume`; the same",
 )
 def test_under_torchrun(stage: Stage, run: str, place: Place) -> None:
     command = [

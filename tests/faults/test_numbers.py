@@ -102,7 +102,8 @@ def test_bad_model(stage: Stage, run: str, place: Place) -> None:
 @fault(
     "a weight that is missing from the model's folder",
     *(ALONE, FSDP),
-    does="`the weights in ... are not all there: no model.layers.1.mlp.up_proj.weight`, exit code 2",
+    does="`the weights in ... are not all there: no model.layers.1.mlp.up_proj.weight`, exit "
+    "code 2",
 )
 def test_a_weight_is_missing(stage: Stage, run: str, place: Place) -> None:
     bad = stage.folder / f"bad-{run}"
@@ -146,8 +147,8 @@ def test_spike(stage: Stage, run: str, place: Place) -> None:
 @fault(
     "a NaN in one of the four updates of a PPO step",
     *(ALONE, DDP),
-    does="`step 2: 1 of 4 updates skipped: loss nan...; no weight was changed by it`, and the other "
-    "three are taken; three such steps in a row do not end the run",
+    does="`step 2: 1 of 4 updates skipped: loss nan...; no weight was changed by it`, and the "
+    "other three are taken; three such steps in a row do not end the run",
 )
 def test_one_update_of_ppo(stage: Stage, run: str, place: Place) -> None:
     faults = [Poison(step, math.nan, "loss", "first", 0, once=True) for step in (1, 2, 3, 4)]
