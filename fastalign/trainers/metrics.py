@@ -1,12 +1,17 @@
 """What a run says as it goes: `metrics.jsonl`, TensorBoard, and a progress bar or plain lines."""
 
+import errno
 import json
 import math
 import os
+import shutil
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,6 +20,7 @@ from fastalign.fused import metric_means
 
 Metrics = dict[str, float | int]
 NUM_PLAIN_LINES = 20
+BOARD_BYTES = 2**18  # that must be free for TensorBoard's writer to go on
 
 
 def mean_metrics(sums: dict[str, float]) -> Metrics:
@@ -42,8 +48,8 @@ class MetricsWriter:
                 f"checkpoint of step {step} knows, got {self._file.tell()}"
             )
         self._file.truncate(num_bytes)
-        self._full = False
-        self._board = SummaryWriter(
+        self._folder = folder
+        self._board: Any = SummaryWriter(
             str(folder / "tensorboard"), purge_step=step + 1 if step else None
         )
 
@@ -51,16 +57,13 @@ class MetricsWriter:
         """Appends one object; a number that JSON cannot hold (NaN, Inf) becomes a string."""
         plain = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
         self._append(json.dumps(plain).encode() + b"\n")
-        for name, value in metrics.items():
-            if name != "step":
-                self._board.add_scalar(name, value, metrics["step"])
+        self._on_board(partial(self._add_scalars, metrics))
 
     def _append(self, line: bytes) -> None:
         try:
             while line:
                 line = line[self._file.write(line) :]
         except OSError as error:
-            self._full = True
             raise OSError(
                 f"{self._file.name}: {error.strerror}; the run goes on from its newest checkpoint "
                 "with --run.resume"
@@ -74,8 +77,24 @@ class MetricsWriter:
     def close(self) -> None:
         """Flushes both."""
         self._file.close()
-        if not self._full:  # TensorBoard's failure would be told in place of the first
-            self._board.close()
+        self._on_board(lambda: self._board.close())
+
+    def _add_scalars(self, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            if name != "step":
+                self._board.add_scalar(name, value, metrics["step"])
+
+    def _on_board(self, work: Callable[[], None]) -> None:
+        """TensorBoard's failure is said once: it ends no run, and hides no other failure."""
+        if self._board is None:
+            return
+        try:
+            if shutil.disk_usage(self._folder).free < BOARD_BYTES:  # it would print a traceback
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            work()
+        except OSError as error:
+            print(f"TensorBoard's files are not complete: {error.strerror}", flush=True)
+            self._board = None
 
 
 class NoWriter:

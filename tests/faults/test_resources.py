@@ -50,15 +50,18 @@ def test_full_disk(stage: Stage, run: str, place: Place, disk: Path) -> None:
 @fault(
     "a disk that is full while metrics.jsonl is written",
     *(ALONE, DDP),
-    does="`metrics.jsonl: No space left on device; the run goes on from its newest checkpoint with "
-    "--run.resume`, exit code 2 (of other ranks 4); with more room it goes on to the bits of a run "
+    does="`TensorBoard's files are not complete`, `metrics.jsonl: No space left "
+    "on device; the run goes on from its newest checkpoint with --run.resume`, exit code 2 (of other ranks 4); with more room it goes on to the bits of a run "
     "without it",
 )
 def test_full_disk_for_metrics(stage: Stage, run: str, place: Place, disk: Path) -> None:
     more_room(disk)
-    full = stage.run(place, run, faults=[Happens(Filled(disk / "filler"), step=4)])
+    # In the last page of metrics.jsonl there is room for a line or two after that.
+    flags = ("--train.save-every", "3", "--train.no-async-checkpoints")
+    full = stage.run(place, run, *flags, faults=[Happens(Filled(disk / "filler"), step=4)])
     assert full.codes == [2, 4][: place.num_ranks], "\n".join(full.outputs)
     (disk / "filler").unlink()
+    assert (disk / CHECKPOINTS / "step-000003").exists()
     end = stage.finish(place, run, "--run.resume")
     assert_nothing_left_behind(end)
     assert_same_bits(end, stage.straight(place))
