@@ -50,9 +50,9 @@ def test_full_disk(stage: Stage, run: str, place: Place, disk: Path) -> None:
 @fault(
     "a disk that is full while metrics.jsonl is written",
     *(ALONE, DDP),
-    does="`TensorBoard's files are not complete`, `metrics.jsonl: No space left "
-    "on device; the run goes on from its newest checkpoint with --run.resume`, exit code 2 (of other ranks 4); with more room it goes on to the bits of a run "
-    "without it",
+    does="`TensorBoard's files are not complete`, `metrics.jsonl: No space left on "
+    "device; the run goes on from its newest checkpoint with --run.resume`, exit code 2 (of other "
+    "ranks 4); with more room it goes on to the bits of a run without it",
 )
 def test_full_disk_for_metrics(stage: Stage, run: str, place: Place, disk: Path) -> None:
     more_room(disk)
