@@ -40,6 +40,7 @@ class Heartbeat:
         self._place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._prefix = f"fastalign/{restart}"
+        self._gone = f"{self._prefix}/gone"  # what a rank found, whose collective failed
         self._store = self._connect()  # of the thread alone
         self._store.set(self._key("who", world.rank), f"{socket.gethostname()}, {os.getpid()}")
         self._store.set(self._key("count", world.rank), "0")
@@ -73,6 +74,9 @@ class Heartbeat:
                     seen, last = now, time.monotonic()
                 elif time.monotonic() - last > self._silence:
                     self._store.set(silent, str(following))
+                told = self._read(self._store, self._gone)
+                if told is not None and not self._over.is_set():
+                    self._end(told)
                 named = self._read(self._store, silent)
                 if named is not None and not self._over.is_set():
                     self._end(
@@ -104,6 +108,8 @@ class Heartbeat:
     def _end(self, text: str) -> None:
         """Ends this process, whose main thread waits where no exception reaches it."""
         print(f"fastalign: rank {self._world.rank}: {text}; {GO_ON}", file=sys.stderr, flush=True)
+        if self._world.is_first:  # it holds the store that the others read the same in
+            threading.Event().wait(2 * self._interval)
         os._exit(RANK_FAILED)
 
     def failed(self, text: str) -> None:
@@ -119,7 +125,15 @@ class Heartbeat:
     def verdict(self) -> str:
         """Which ranks are gone, after a collective failed: those that ended, or count no more."""
         try:
-            return self._find_gone(self._connect())
+            store = self._connect()
+            found = self._find_gone(store)
+            if not found:
+                return "no rank is silent"
+            self._over.set()
+            store.set(self._gone, found)
+            if self._world.is_first:  # it holds the store that the others read this in
+                threading.Event().wait(3 * self._interval)
+            return found
         except (dist.DistError, RuntimeError):
             return f"the store at {self._place}, where the ranks met, is gone"
 
@@ -135,7 +149,7 @@ class Heartbeat:
                 found.append(f"{self._name(store, rank)} ended: {why}")
             elif now == before[rank]:
                 found.append(f"{self._name(store, rank)} is gone")
-        return "; ".join(found) or "no rank is silent"
+        return "; ".join(found)
 
     def close(self) -> None:
         """Ends the watch when all ranks have come here; whoever holds the store may end then."""

@@ -31,7 +31,7 @@ def more_room(disk: Path) -> None:
 
 @fault(
     "a disk that is full while a checkpoint is written (a tmpfs of 1.7 MB)",
-    *(ALONE, DDP, FSDP),
+    *(ALONE, DDP),
     does="`was not written...: No space left on device; older checkpoints are untouched`, exit "
     "code 2; nothing half-written is left; with more room it goes on to the bits of a run "
     "without it",
@@ -82,7 +82,7 @@ def test_full_disk_of_one_rank(stage: Stage, run: str, place: Place) -> None:
 
 @fault(
     "out of memory in a step",
-    *(ALONE, DDP, FSDP),
+    *(ALONE, FSDP),
     does="`out of memory in step 4, a batch of ... tokens; lower --train.tokens-per-batch`, `The "
     "run goes on from step-000003 with the changed setting, --run.resume`, exit code 2 (of other "
     "ranks 4: they name the one); resumed, it ends with the bits of a run without it",
