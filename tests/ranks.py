@@ -18,7 +18,9 @@ from torch.distributed import TCPStore
 
 SECONDS = 240.0  # that ranks may take in all; far more than any test needs
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["fastalign.cli.main", "fastalign.trainers", "tests.runs"])
+CONTEXT.set_forkserver_preload(
+    ["fastalign.cli.main", "fastalign.cli.dpo", "tests.runs", "torch.utils.tensorboard"]
+)
 
 
 @dataclass(frozen=True)

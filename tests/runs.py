@@ -60,12 +60,10 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
     return path
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A tiny Llama with its tokenizer, pairs and texts; one thread, so that sums are repeatable."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+def fill(folder: Path) -> Path:
+    """A tiny Llama with its tokenizer, pairs and texts, in an empty folder."""
     model = tiny_model("llama", vocab_size=320)
-    save_model(model, make_tokenizer(), tmp_path / "llama")
+    save_model(model, make_tokenizer(), folder / "llama")
     pairs = [
         {
             "prompt": "The" + sentence(n, 1 + n % 3),
@@ -74,11 +72,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         }
         for n in range(12)
     ]
-    write_rows(tmp_path / "pairs.jsonl", pairs)
+    write_rows(folder / "pairs.jsonl", pairs)
     write_rows(
-        tmp_path / "texts.jsonl", [{"text": "The" + sentence(n, 2 + n % 5)} for n in range(12)]
+        folder / "texts.jsonl", [{"text": "The" + sentence(n, 2 + n % 5)} for n in range(12)]
     )
-    return tmp_path
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same; one thread, so that sums are repeatable."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return fill(tmp_path)
 
 
 @pytest.fixture(autouse=True)

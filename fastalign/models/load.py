@@ -114,6 +114,20 @@ def unreadable_weights(path: str | Path, error: Exception) -> ValueError:
     return ValueError(f"model.path: the weights in {str(path)!r} cannot be read: {first}")
 
 
+def check_finite(model: nn.Module, path: str | Path) -> None:
+    """Refuses a model with a weight that is not a number: every loss of it would be none.
+
+    Raises:
+        ValueError: naming the first such weight.
+    """
+    for name, value in model.named_parameters():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise ValueError(
+                f"model.path: the weights in {str(path)!r} are damaged: {name} holds a value that "
+                "is not finite"
+            )
+
+
 def load_policy(
     path: str | Path,
     *,
@@ -139,8 +153,8 @@ def load_policy(
 
     Raises:
         ValueError: no model there, or a classifier; an architecture that cannot be packed, or an
-            unknown head; an adapter that does not fit its base; peft or bitsandbytes is needed and
-            not installed.
+            unknown head; a weight that is missing or not finite; an adapter that does not fit its
+            base; peft or bitsandbytes is needed and not installed.
     """
     attention.register()
     base = adapter_base(path)
@@ -161,17 +175,27 @@ def load_policy(
         )
         options["attn_implementation"] = attention.registered_name(chosen)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, trust_remote_code=trust_remote_code, **options
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            **options,
         )
     except (OSError, UnpicklingError) as error:
         raise unreadable_weights(source, error) from error
+    if found["missing_keys"]:  # transformers would draw them at random
+        raise ValueError(
+            f"model.path: the weights in {str(source)!r} are not all there: no "
+            f"{min(found['missing_keys'])}"
+        )
     if nf4:
         keep_differentiable(model)
     if base is not None:
         open_adapter(model, path)
         merge_adapter(model)
     model = model.to(device)
+    check_finite(model, path)
     disable_dropout(model)
     model.eval()
     check_head(model)

@@ -20,6 +20,7 @@ from fastalign.batch import PackedBatch
 from fastalign.models import attention
 from fastalign.models.load import (
     PACKABLE,
+    check_finite,
     check_packable,
     disable_dropout,
     read_config,
@@ -121,6 +122,7 @@ def load_reward_model(
         draw_head(model.score, seed)
     model.get_input_embeddings().padding_idx = None  # every token's embedding is trained
     model = model.to(device)
+    check_finite(model, path)
     disable_dropout(model)
     return model.eval()
 

@@ -27,6 +27,7 @@ from fastalign.trainers.checkpoint_tensors import (
     REFERENCE,
     Stored,
     described,
+    is_like_owner,
     load_optimizer,
     owned_targets,
     owner_of,
@@ -68,11 +69,12 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def stored_tensors(reader: HuggingFaceStorageReader) -> dict[str, Stored]:
-    """Every tensor that the shards hold."""
+    """Every tensor that the shards hold whole; DCP would leave what is missing as it was."""
     found: dict[str, Stored] = {}
     for name, value in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(value, TensorStorageMetadata)
-        found[name] = Stored(value.size, value.properties.dtype)
+        if sum(chunk.sizes.numel() for chunk in value.chunks) == value.size.numel():
+            found[name] = Stored(value.size, value.properties.dtype)
     return found
 
 
@@ -103,16 +105,19 @@ def check_parts(
             )
     for name in sorted(stored.keys() - set(listed)):
         raise refuse(f"holds {described(name)}, which its {STATE} does not list")
-    for name, value in parameters.items():
-        found = stored.get(MODEL + name)
-        if found is None:
+    for name in parameters:
+        if MODEL + name not in stored:
             raise refuse(f"has no weight of {name}, which the model has")
-        if found.shape != value.shape:
-            raise refuse(f"holds {name} as {tuple(found.shape)}, expected {tuple(value.shape)}")
-    for name in stored:
+    for name, found in stored.items():
         owner = owner_of(name)
-        if owner is not None and owner not in parameters:
+        if owner is None or (name.startswith(OPTIMIZER) and "optimizer" in afresh):
+            continue
+        if owner not in parameters:
             raise refuse(f"holds {described(name)}, which the run does not train")
+        expected = parameters[owner].shape
+        if is_like_owner(name) and found.shape != expected:
+            what = f"holds {described(name)} as {tuple(found.shape)}, expected {tuple(expected)}"
+            raise refuse(what)
 
 
 def restore(

@@ -122,6 +122,11 @@ def owner_of(name: str) -> str | None:
     return None if prefix is None else name.removeprefix(prefix)
 
 
+def is_like_owner(name: str) -> bool:
+    """Whether a tensor has its parameter's shape; states of 8 bits have shapes of their own."""
+    return name.startswith((MODEL, REFERENCE)) or name.endswith((".exp_avg", ".exp_avg_sq"))
+
+
 def owned_targets(
     stored: Mapping[str, Stored], parameters: Mapping[str, Tensor], prefix: str
 ) -> dict[str, Tensor]:

@@ -38,11 +38,13 @@ class Pairs:
         examples: groups of two responses, chosen first.
         reference: (number of pairs, 2) sequence log-probs, NaN where unused; None: no reference.
         ties: (number of pairs,) bool.
+        fingerprint: of the reference.
     """
 
     examples: Examples
     reference: Tensor | None
     ties: Tensor
+    fingerprint: str | None = None
 
 
 def train_dpo(config: DPOConfig) -> RunResult:
@@ -70,6 +72,7 @@ def train_dpo(config: DPOConfig) -> RunResult:
                 data_fingerprint=data.fingerprint,
                 tokenizer=tokenizer,
                 world=compute.world,
+                reference_fingerprint=pairs.fingerprint,
                 take_step=supervised(
                     lambda indices: dpo_step(model, config.loss, pairs, indices, compute),
                     config.optim,
@@ -126,7 +129,8 @@ def prepare_all(
                 data_fingerprint=data.fingerprint,
                 cache_dir=cache_dir,
             )
-        prepared.append(Pairs(examples, logprobs, torch.tensor(data.ties)))
+        fingerprint = None if reference is None else reference.fingerprint
+        prepared.append(Pairs(examples, logprobs, torch.tensor(data.ties), fingerprint))
     del reference
     gc.collect()  # offloading makes cycles, which would keep another model's weights
     return prepared

@@ -40,12 +40,15 @@ class Heartbeat:
         self._place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         self._prefix = f"fastalign/{restart}"
+        self._gone = f"{self._prefix}/gone"  # what a rank found, whose collective failed
         self._store = self._connect()  # of the thread alone
         self._store.set(self._key("who", world.rank), f"{socket.gethostname()}, {os.getpid()}")
         self._store.set(self._key("count", world.rank), "0")
         self._over = threading.Event()
+        self._count = 0
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._guard, name="heartbeat-guard", daemon=True).start()
 
     def _connect(self) -> TCPStore:
         host, _, port = self._place.rpartition(":")
@@ -61,16 +64,19 @@ class Heartbeat:
         """Counts and watches until this rank's run is over, or another rank ends it."""
         following = (self._world.rank + 1) % self._world.size
         key, silent = self._key("count", following), f"{self._prefix}/silent"
-        count, seen, last = 0, None, time.monotonic()
+        seen, last = None, time.monotonic()
         while not self._over.wait(self._interval):
-            count += 1
+            self._count += 1
             try:
-                self._store.set(self._key("count", self._world.rank), str(count))
+                self._store.set(self._key("count", self._world.rank), str(self._count))
                 now = self._read(self._store, key)
                 if now != seen or now == ENDED:
                     seen, last = now, time.monotonic()
                 elif time.monotonic() - last > self._silence:
                     self._store.set(silent, str(following))
+                told = self._read(self._store, self._gone)
+                if told is not None and not self._over.is_set():
+                    self._end(told)
                 named = self._read(self._store, silent)
                 if named is not None and not self._over.is_set():
                     self._end(
@@ -81,6 +87,20 @@ class Heartbeat:
                 if not self._over.is_set():
                     self._end(f"the store at {self._place}, where the ranks met, is gone: {error}")
 
+    def _guard(self) -> None:
+        """Ends this process when the store answers no more, for which the count waits for ever."""
+        seen, num_waits = -1, 0
+        # Waits are counted: a process that was stopped for a while has done none meanwhile.
+        while num_waits * self._interval <= self._silence:
+            if self._over.wait(self._interval):
+                return
+            num_waits = num_waits + 1 if self._count == seen else 0
+            seen = self._count
+        self._end(
+            f"the store at {self._place}, where the ranks met (rank 0 holds it, or torchrun), has "
+            f"not answered for {self._silence:g} seconds (--parallel.silence-seconds)"
+        )
+
     def _name(self, store: TCPStore, rank: int) -> str:
         who = self._read(store, self._key("who", rank))
         return f"rank {rank} of {self._world.size} ({who or 'never seen'})"
@@ -88,19 +108,32 @@ class Heartbeat:
     def _end(self, text: str) -> None:
         """Ends this process, whose main thread waits where no exception reaches it."""
         print(f"fastalign: rank {self._world.rank}: {text}; {GO_ON}", file=sys.stderr, flush=True)
+        if self._world.is_first:  # it holds the store that the others read the same in
+            threading.Event().wait(2 * self._interval)
         os._exit(RANK_FAILED)
 
     def failed(self, text: str) -> None:
         """Says why this rank ends, for the others to read, if the store is still there."""
+        self._over.set()  # rank 0, which holds the store, may end first, and of the same error
+        self._thread.join(5 * LONGEST_INTERVAL)
+        if self._thread.is_alive():  # it waits for a store that does not answer
+            return
         with suppress(dist.DistError, RuntimeError):
-            store = self._connect()
-            store.set(self._key("why", self._world.rank), text)
-            store.set(self._key("count", self._world.rank), ENDED)
+            self._store.set(self._key("why", self._world.rank), text)
+            self._store.set(self._key("count", self._world.rank), ENDED)
 
     def verdict(self) -> str:
         """Which ranks are gone, after a collective failed: those that ended, or count no more."""
         try:
-            return self._find_gone(self._connect())
+            store = self._connect()
+            found = self._find_gone(store)
+            if not found:
+                return "no rank is silent"
+            self._over.set()
+            store.set(self._gone, found)
+            if self._world.is_first:  # it holds the store that the others read this in
+                threading.Event().wait(3 * self._interval)
+            return found
         except (dist.DistError, RuntimeError):
             return f"the store at {self._place}, where the ranks met, is gone"
 
@@ -116,7 +149,7 @@ class Heartbeat:
                 found.append(f"{self._name(store, rank)} ended: {why}")
             elif now == before[rank]:
                 found.append(f"{self._name(store, rank)} is gone")
-        return "; ".join(found) or "no rank is silent"
+        return "; ".join(found)
 
     def close(self) -> None:
         """Ends the watch when all ranks have come here; whoever holds the store may end then."""

@@ -92,7 +92,7 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
                 reason = task.stop_reason(metrics)
                 stopping = should_stop(config, state, stop) or reason is not None
                 due = config.train.save_every and state.step % config.train.save_every == 0
-                last = bool(stopping or unmeasured or state.step == num_steps)
+                last = bool(stopping or unmeasured or given_up(state) or state.step == num_steps)
                 if due or last:
                     save(last=last)
                     saved_at = state.step
@@ -134,23 +134,35 @@ def agreed(world: World, metrics: Metrics, stop: StopRequest) -> Metrics:
     return {**ranks[0][1], "peak_memory_bytes": most}
 
 
+def given_up(state: TrainState) -> bool:
+    """Whether too many steps in a row were skipped."""
+    return state.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
+
+
 def check_skipped(state: TrainState) -> None:
-    """Ends a run that takes no steps any more.
+    """Ends a run that takes no steps any more; it is saved.
 
     Raises:
         ValueError: the latest ones were skipped.
     """
-    if state.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+    if given_up(state):
         raise ValueError(
             f"stopped at step {state.step}: {MAX_SKIPPED_IN_A_ROW} steps in a row had {SKIPPED}; "
-            "no weight was changed by them"
+            "no weight was changed by them; saved, go on with --run.resume"
         )
 
 
+def all_skipped(metrics: Metrics) -> bool:
+    """Whether none of a step's updates was applied, and there were some."""
+    return metrics["skipped"] == metrics.get("num_updates", 1) > 0
+
+
 def skipped_line(metrics: Metrics) -> str:
-    """What is said of a step whose gradient was not applied."""
+    """What is said of a step whose gradient was not applied, or not all of its updates."""
+    skipped, several = metrics["skipped"], metrics.get("num_updates", 1)
+    of_all = "" if all_skipped(metrics) else f": {skipped} of {several} updates"
     return (
-        f"step {metrics['step']} skipped: loss {metrics['loss']}, gradient norm "
+        f"step {metrics['step']}{of_all} skipped: loss {metrics['loss']}, gradient norm "
         f"{metrics['grad_norm']}; no weight was changed by it"
     )
 
@@ -201,7 +213,7 @@ def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -
         metrics, num_tokens = task.take_step(state, indices, num_steps)
     state.step += 1
     state.num_tokens += num_tokens
-    state.num_skipped_in_a_row = state.num_skipped_in_a_row + 1 if metrics["skipped"] else 0
+    state.num_skipped_in_a_row = state.num_skipped_in_a_row + 1 if all_skipped(metrics) else 0
     seconds = time.perf_counter() - start
     room = metrics["num_micro_batches"] * config.train.tokens_per_batch
     metrics = {

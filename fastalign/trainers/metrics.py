@@ -1,11 +1,17 @@
 """What a run says as it goes: `metrics.jsonl`, TensorBoard, and a progress bar or plain lines."""
 
+import errno
 import json
 import math
+import os
+import shutil
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -14,6 +20,7 @@ from fastalign.fused import metric_means
 
 Metrics = dict[str, float | int]
 NUM_PLAIN_LINES = 20
+BOARD_BYTES = 2**18  # that must be free for TensorBoard's writer to go on
 
 
 def mean_metrics(sums: dict[str, float]) -> Metrics:
@@ -34,34 +41,60 @@ class MetricsWriter:
     def __init__(self, folder: Path, *, num_bytes: int, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._file = (folder / "metrics.jsonl").open("ab")
+        self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
         if self._file.tell() < num_bytes:
             raise ValueError(
                 f"{folder / 'metrics.jsonl'}: expected at least the {num_bytes} bytes that the "
                 f"checkpoint of step {step} knows, got {self._file.tell()}"
             )
         self._file.truncate(num_bytes)
-        self._board = SummaryWriter(
+        self._folder = folder
+        self._board: Any = SummaryWriter(
             str(folder / "tensorboard"), purge_step=step + 1 if step else None
         )
 
     def write(self, metrics: Metrics) -> None:
         """Appends one object; a number that JSON cannot hold (NaN, Inf) becomes a string."""
         plain = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
-        self._file.write(json.dumps(plain).encode() + b"\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            if name != "step":
-                self._board.add_scalar(name, value, metrics["step"])
+        self._append(json.dumps(plain).encode() + b"\n")
+        self._on_board(partial(self._add_scalars, metrics))
+
+    def _append(self, line: bytes) -> None:
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise OSError(
+                f"{self._file.name}: {error.strerror}; the run goes on from its newest checkpoint "
+                "with --run.resume"
+            ) from error
 
     def num_bytes(self) -> int:
-        """Bytes of `metrics.jsonl` so far."""
+        """Bytes of `metrics.jsonl` so far; they are on the disk, for a checkpoint to count on."""
+        os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
         """Flushes both."""
         self._file.close()
-        self._board.close()
+        self._on_board(lambda: self._board.close())
+
+    def _add_scalars(self, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            if name != "step":
+                self._board.add_scalar(name, value, metrics["step"])
+
+    def _on_board(self, work: Callable[[], None]) -> None:
+        """TensorBoard's failure is said once: it ends no run, and hides no other failure."""
+        if self._board is None:
+            return
+        try:
+            if shutil.disk_usage(self._folder).free < BOARD_BYTES:  # it would print a traceback
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            work()
+        except OSError as error:
+            print(f"TensorBoard's files are not complete: {error.strerror}", flush=True)
+            self._board = None
 
 
 class NoWriter:

@@ -101,7 +101,7 @@ def all_updates(update: Update, state: TrainState, num_steps: int) -> list[Metri
 
 def mean_of_updates(updates: Sequence[Metrics]) -> Metrics:
     """Means over updates; counts and `skipped` are summed; `val/ratio_var` is over the updates."""
-    result: Metrics = {}
+    result: Metrics = {"num_updates": len(updates)}
     for name in updates[0]:
         values: list[Any] = [metrics[name] for metrics in updates]
         summed = name == "skipped" or name.startswith("num_")

@@ -24,11 +24,11 @@ SOURCES = {
 
 def sources_of(task: Task, policy: Any) -> dict[str, Any]:
     """The fingerprints of what training begins from."""
-    reference = task.reference
+    reference, known = task.reference, task.reference_fingerprint
     return {
         "data_fingerprint": task.data_fingerprint,
         "base_fingerprint": model_fingerprint(policy) if has_adapter(policy) else None,
-        "reference_fingerprint": None if reference is None else model_fingerprint(reference),
+        "reference_fingerprint": known if reference is None else model_fingerprint(reference),
     }
 
 

@@ -45,6 +45,7 @@ class Task:
         save_model: writes (model, tokenizer, folder) in transformers' layout.
         policy: what is saved as `model/`, where it is a part of what is trained; None: all of it.
         reference: a frozen model that the run began with and a checkpoint does not hold, or None.
+        reference_fingerprint: of a reference of which only log-probs are left, or None.
         other_folders: more that is written at the end: the folder's name to what writes it.
         stop_reason: why the run should end after a step with these metrics, or None.
         before_save: puts into the state what a checkpoint needs of what is under way.
@@ -60,6 +61,7 @@ class Task:
     save_model: Callable[[Any, Any, Path], None] = save_model
     policy: Any = None
     reference: Any = None
+    reference_fingerprint: str | None = None
     other_folders: Mapping[str, Callable[[Path], None]] = field(default_factory=dict)
     stop_reason: Callable[[Metrics], str | None] = lambda metrics: None
     before_save: Callable[[TrainState], None] = lambda state: None

@@ -71,7 +71,15 @@ def foreign(name: str) -> Callable[[dict[str, Any], dict[str, Any]], None]:
         ),
         (
             lambda tensors, state: tensors.update({"model.0.bias": torch.zeros(8)}),
-            r"holds 0\.bias as \(8,\), expected \(7,\)",
+            r"holds weight of 0\.bias as \(8,\), expected \(7,\)",
+        ),
+        (
+            lambda tensors, state: tensors.update({"optimizer.0.bias.exp_avg": torch.zeros(8)}),
+            r"holds optimizer state of 0\.bias \(exp_avg\) as \(8,\), expected \(7,\)",
+        ),
+        (
+            lambda tensors, state: tensors.update({"reference.0.bias": torch.zeros(8)}),
+            r"holds reference weight of 0\.bias as \(8,\), expected \(7,\)",
         ),
         (lambda tensors, state: state.pop("num_tokens"), r"state\.json has no num_tokens"),
         (

@@ -1,0 +1,255 @@
+"""What a run's process does to itself: each is installed in a child before its command begins."""
+
+import os
+import resource
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+from fastalign.trainers import accumulate, dpo, loop, reference
+from fastalign.trainers.checkpoint_writer import ShardWriter
+from fastalign.trainers.policy_sampler import PolicySampler
+from tests import ranks
+from tests.trainers.checkpoint_killer import kill_before
+
+MicroBatch = Literal["first", "middle", "last"]
+
+
+class Fault(Protocol):
+    """Something that goes wrong on one rank; None: on all."""
+
+    rank: int | None
+
+    def install(self) -> None: ...
+
+
+@dataclass
+class Now:
+    """Where the process is: the step from 1, the micro-batch from 0, how many there are."""
+
+    step: int = 0
+    batch: int = 0
+    count: int = 0
+
+    def is_at(self, which: MicroBatch) -> bool:
+        return self.batch == {"first": 0, "middle": self.count // 2, "last": self.count - 1}[which]
+
+
+NOW = Now()
+
+
+def run(faults: Sequence[Fault], alone: bool, arguments: Sequence[str]) -> None:
+    """`fastalign ...` with the faults of this rank; `alone`: as without torchrun."""
+    rank = int(os.environ["RANK"])
+    if alone:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+    for fault in faults:
+        if fault.rank in (None, rank):
+            fault.install()
+    count_steps()  # around the faults, which go by it
+    ranks.command(*arguments)
+
+
+def around(owner: Any, name: str, before: Callable[..., None]) -> None:
+    """Has `before` run with the arguments of every call, in front of it."""
+    plain = getattr(owner, name)
+
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        before(*arguments, **options)
+        return plain(*arguments, **options)
+
+    setattr(owner, name, wrapped)
+
+
+def count_steps() -> None:
+    def begin(config: Any, state: Any, *_: Any) -> None:
+        NOW.step, NOW.batch = state.step + 1, -1
+
+    plain = accumulate.packed_batches
+
+    def counted(*arguments: Any, **options: Any) -> list[Any]:
+        pieces = list(plain(*arguments, **options))
+        NOW.batch, NOW.count = -1, len(pieces)
+        return pieces
+
+    def next_batch(*_: Any, **__: Any) -> None:
+        NOW.batch += 1
+
+    around(loop, "one_step", begin)
+    setattr(accumulate, "packed_batches", counted)  # noqa: B010
+    around(accumulate.BatchLoss, "__call__", next_batch)
+
+
+@dataclass(frozen=True)
+class Poison:
+    """A micro-batch's loss, or its gradient, is multiplied by a number, such as NaN.
+
+    Attributes:
+        step: in which, from 1.
+        value: the factor.
+        what: where.
+        batch: in which micro-batch.
+        rank: of the run.
+        once: the step's later updates are spared, where it has several.
+    """
+
+    step: int
+    value: float
+    what: Literal["loss", "gradient"] = "loss"
+    batch: MicroBatch = "first"
+    rank: int | None = 0
+    once: bool = False
+
+    def install(self) -> None:
+        plain, done = accumulate.BatchLoss.__call__, []
+
+        def poisoned(loss: Any, *arguments: Any, **options: Any) -> Any:
+            part, sums = plain(loss, *arguments, **options)
+            here = NOW.step == self.step and NOW.is_at(self.batch) and torch.is_grad_enabled()
+            if here and not (self.once and done):
+                done.append(NOW.step)
+                if self.what == "loss":
+                    part = part * self.value
+                else:
+                    part.register_hook(lambda gradient: gradient * self.value)
+            return part, sums
+
+        setattr(accumulate.BatchLoss, "__call__", poisoned)  # noqa: B010
+
+
+@dataclass(frozen=True)
+class Happens:
+    """An event at a moment of a run.
+
+    Attributes:
+        what: the event.
+        where: setup: the data is read; batch: a micro-batch; rollout: completions are sampled;
+            save: a checkpoint's files are written, by a thread of its own.
+        step: in which, or the save of which; from 1.
+        batch: in which micro-batch.
+        rank: on which.
+    """
+
+    what: Callable[[], None]
+    where: Literal["setup", "batch", "rollout", "save"] = "batch"
+    step: int = 0
+    batch: MicroBatch = "first"
+    rank: int | None = 0
+
+    def install(self) -> None:
+        def now(*arguments: Any, **options: Any) -> None:
+            if self.where == "save":
+                due = arguments[0].final.name == f"step-{self.step:06d}"
+            elif self.where == "batch":
+                due = NOW.step == self.step and NOW.is_at(self.batch)
+            else:
+                due = NOW.step == self.step
+            if due:
+                self.what()
+
+        owners: dict[str, tuple[Any, str]] = {
+            "setup": (dpo, "load_sets"),
+            "batch": (accumulate.BatchLoss, "__call__"),
+            "rollout": (PolicySampler, "generate"),
+            "save": (ShardWriter, "write_data"),
+        }
+        around(*owners[self.where], now)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """A signal to this process itself; one that can be handled has been when this returns."""
+
+    number: signal.Signals
+
+    def __call__(self) -> None:
+        os.kill(os.getpid(), self.number)
+        if self.number == signal.SIGSTOP:
+            threading.Event().wait()  # a thread may run on for a moment
+
+
+@dataclass(frozen=True)
+class UntilWritten:
+    """Holds a process up until files hold a text; says so in another file, if it is to."""
+
+    files: Sequence[Path]
+    text: bytes
+    waits: Path | None = None
+
+    def __call__(self) -> None:
+        if self.waits is not None:
+            self.waits.write_text("waits")
+        while not all(f.exists() and self.text in f.read_bytes() for f in self.files):
+            pass
+
+
+def out_of_memory() -> None:
+    """As PyTorch's allocator says it."""
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+@dataclass(frozen=True)
+class NaNReference:
+    """The reference's log-probs of one pair are NaN on every rank."""
+
+    pair: int
+    rank: int | None = None
+
+    def install(self) -> None:
+        plain = reference.sequence_logprobs
+
+        def spoiled(*arguments: Any, **options: Any) -> Any:
+            found = plain(*arguments, **options)
+            found[self.pair] = found[self.pair] * torch.nan
+            return found
+
+        setattr(reference, "sequence_logprobs", spoiled)  # noqa: B010
+
+
+@dataclass(frozen=True)
+class KilledInSave:
+    """The process dies in its first save, before the file operation of that number, from 0."""
+
+    operation: int
+    folder: Path
+    rank: int | None = 0
+
+    def install(self) -> None:
+        def begin(*_: Any) -> None:
+            if self.operation >= 0:
+                kill_before(self.operation, self.folder)
+                object.__setattr__(self, "operation", -1)
+
+        around(ShardWriter, "prepare_local_plan", begin)
+
+
+@dataclass(frozen=True)
+class SmallFiles:
+    """No file of this process may be larger, as on a full disk."""
+
+    num_bytes: int
+
+    def __call__(self) -> None:
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.num_bytes, hard))
+
+
+@dataclass(frozen=True)
+class Filled:
+    """All that is left of a disk is taken by a file."""
+
+    file: Path
+
+    def __call__(self) -> None:
+        with suppress(OSError), self.file.open("wb", buffering=0) as file:
+            for size in (2**20, 1):
+                with suppress(OSError):
+                    while file.write(b"0" * size):
+                        pass
