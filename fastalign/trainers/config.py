@@ -189,13 +189,18 @@ class RunConfig:
     """Parts of the checkpoint that are not read: optimizer (AdamW's averages), random (generators),
     kept (the algorithm's own numbers), grad_norms (of optim.skip_sigma), rollouts (begun ones)."""
 
+    export: str | None = None
+    """With resume: write the newest good checkpoint's models to this folder, in transformers'
+    layout, and train no more."""
+
     def __post_init__(self) -> None:
         _require(bool(self.dir), "run.dir", "a folder", self.dir)
         known = set(self.start_afresh) <= set(get_args(Part))
         expected = f"parts among {', '.join(get_args(Part))}"
         _require(known, "run.start_afresh", expected, self.start_afresh)
-        if self.start_afresh and not self.resume:
-            raise ValueError("run.start_afresh: expected run.resume beside it")
+        for name in ("start_afresh", "export"):
+            if getattr(self, name) and not self.resume:
+                raise ValueError(f"run.{name}: expected run.resume beside it")
 
 
 @dataclass(frozen=True)

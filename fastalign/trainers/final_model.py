@@ -1,41 +1,32 @@
 """What a run leaves behind: `model/`, of an adapter also `adapter/`, and what else it trained."""
 
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastalign.data import Tokenizer
 from fastalign.models import has_adapter, is_sharded, load_policy, merge_adapter, save_adapter
 from fastalign.trainers.any_config import AnyConfig
+from fastalign.trainers.task import Task
 from fastalign.world import World
 
 
-def save_final_model(
-    config: AnyConfig,
-    world: World,
-    model: Any,
-    tokenizer: Tokenizer,
-    save: Callable[[Any, Any, Path], None],
-    others: Mapping[str, Callable[[Path], None]],
-) -> None:
-    """Writes the run's folders, on rank 0; the others give it their parts of the weights.
+def save_final_model(config: AnyConfig, model: Any, task: Task, folder: Path) -> None:
+    """Writes what a run leaves behind, on rank 0; the others give it their parts of the weights.
 
     Of an adapter `adapter/` comes first, which is merged into the model after that.
 
     Args:
         config: of the run.
-        world: the ranks, all of which call this.
         model: what was trained, or the policy among it.
-        tokenizer: of the model.
-        save: writes (model, tokenizer, folder) in transformers' layout.
-        others: folder's name to what writes it.
+        task: what the algorithm gave the loop.
+        folder: where to.
     """
-    folder = Path(config.run.dir)
-    for name, write in others.items():
+    world, tokenizer = task.world, task.tokenizer
+    for name, write in task.other_folders.items():
         with written(folder / name, world) as aside:
             write(aside)
     if has_adapter(model):
@@ -47,7 +38,7 @@ def save_final_model(
             return
         model = merged(model, folder / "adapter", config, world)
     with written(folder / "model", world) as aside:
-        save(model, tokenizer, aside)
+        task.save_model(model, tokenizer, aside)
 
 
 def merged(model: Any, adapter: Path, config: AnyConfig, world: World) -> Any:

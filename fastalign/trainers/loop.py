@@ -69,10 +69,11 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     policy = model if task.policy is None else task.policy
     sources = sources_of(task, policy)
     num_bytes = resume(config.run, state, sources, world) if config.run.resume else 0
+    if config.run.export is not None:
+        return export(config, policy, task, state.step)
     writer = metrics_writer(folder, world, num_bytes=num_bytes, step=state.step)
     watch = StallWatch(folder, config.train.stall_seconds, world)
-    keep, background = config.train.keep_checkpoints, config.train.async_checkpoints
-    checkpoints = CheckpointWriter(folder / CHECKPOINTS, keep, world, background=background)
+    checkpoints = checkpoint_writer(config, world)
     save = partial(save_run, checkpoints, writer, task, state, sources)
 
     metrics: Metrics = {}
@@ -107,12 +108,31 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
         watch.close()
     finished = state.step >= num_steps
     if finished:
-        save_final_model(config, world, policy, task.tokenizer, task.save_model, task.other_folders)
+        save_final_model(config, policy, task, folder)
     else:
         print(stopped_line(state.step, reason), flush=True)
     assert saved_at == state.step
     early = reason is not None and not finished
     return RunResult(state.step, finished, COLLAPSED if early else stop.exit_code, metrics)
+
+
+def export(config: AnyConfig, policy: Any, task: Task, step: int) -> RunResult:
+    """Writes the restored models to `run.export`, in transformers' layout."""
+    assert config.run.export is not None
+    folder = Path(config.run.export)
+    task.world.first_does(lambda: folder.mkdir(parents=True, exist_ok=True))
+    save_final_model(config, policy, task, folder)
+    return RunResult(step, finished=False, exit_code=0, metrics={})
+
+
+def checkpoint_writer(config: AnyConfig, world: World) -> CheckpointWriter:
+    """Of the run's `checkpoints/`."""
+    return CheckpointWriter(
+        Path(config.run.dir) / CHECKPOINTS,
+        config.train.keep_checkpoints,
+        world,
+        background=config.train.async_checkpoints,
+    )
 
 
 def metrics_writer(folder: Path, world: World, *, num_bytes: int, step: int) -> AnyWriter:

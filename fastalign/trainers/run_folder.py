@@ -19,6 +19,7 @@ from fastalign.trainers.machine import write_machine
 MAY_CHANGE = {
     ("run", "dir"),
     ("run", "resume"),
+    ("run", "export"),
     ("run", "start_afresh"),
     ("train", "stop_at_step"),
     ("train", "save_every"),
