@@ -1,11 +1,9 @@
 """What a run's process does to itself: each is installed in a child before its command begins."""
 
 import os
-import resource
 import signal
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -190,11 +188,6 @@ class UntilWritten:
             pass
 
 
-def out_of_memory() -> None:
-    """As PyTorch's allocator says it."""
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
-
-
 @dataclass(frozen=True)
 class NaNReference:
     """The reference's log-probs of one pair are NaN on every rank."""
@@ -228,28 +221,3 @@ class KilledInSave:
                 object.__setattr__(self, "operation", -1)
 
         around(ShardWriter, "prepare_local_plan", begin)
-
-
-@dataclass(frozen=True)
-class SmallFiles:
-    """No file of this process may be larger, as on a full disk."""
-
-    num_bytes: int
-
-    def __call__(self) -> None:
-        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.num_bytes, hard))
-
-
-@dataclass(frozen=True)
-class Filled:
-    """All that is left of a disk is taken by a file."""
-
-    file: Path
-
-    def __call__(self) -> None:
-        with suppress(OSError), self.file.open("wb", buffering=0) as file:
-            for size in (2**20, 1):
-                with suppress(OSError):
-                    while file.write(b"0" * size):
-                        pass
