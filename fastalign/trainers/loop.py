@@ -10,20 +10,16 @@ from typing import Any
 from fastalign.data import indices_of_step
 from fastalign.rollouts import SamplerFailed
 from fastalign.trainers.any_config import AnyConfig
-from fastalign.trainers.checkpoint_files import CHECKPOINTS
-from fastalign.trainers.checkpoint_writer import CheckpointWriter
 from fastalign.trainers.final_model import save_final_model
 from fastalign.trainers.metrics import (
-    AnyWriter,
     Metrics,
-    MetricsWriter,
-    NoWriter,
     ProgressDisplay,
+    metrics_writer,
 )
 from fastalign.trainers.observe import StallWatch, traced
 from fastalign.trainers.optimizer import make_optimizer
 from fastalign.trainers.process_memory import STEP, memory_used_in, peak_memory_bytes
-from fastalign.trainers.resume import resume, save_run, sources_of
+from fastalign.trainers.resume import checkpoint_writer, resume, save_run, sources_of
 from fastalign.trainers.signals import StopRequest, stop_on_signal
 from fastalign.trainers.state import TrainState
 from fastalign.trainers.task import RunResult, Task
@@ -112,8 +108,12 @@ def run_loop(config: AnyConfig, model: Any, task: Task) -> RunResult:
     else:
         print(stopped_line(state.step, reason), flush=True)
     assert saved_at == state.step
-    early = reason is not None and not finished
-    return RunResult(state.step, finished, COLLAPSED if early else stop.exit_code, metrics)
+    return RunResult(state.step, finished, exit_code(finished, reason, stop), metrics)
+
+
+def exit_code(finished: bool, reason: str | None, stop: StopRequest) -> int:
+    """Of a run that its own algorithm ended early, or a signal, or that came to its end."""
+    return COLLAPSED if reason is not None and not finished else stop.exit_code
 
 
 def export(config: AnyConfig, policy: Any, task: Task, step: int) -> RunResult:
@@ -123,27 +123,6 @@ def export(config: AnyConfig, policy: Any, task: Task, step: int) -> RunResult:
     task.world.first_does(lambda: folder.mkdir(parents=True, exist_ok=True))
     save_final_model(config, policy, task, folder)
     return RunResult(step, finished=False, exit_code=0, metrics={})
-
-
-def checkpoint_writer(config: AnyConfig, world: World) -> CheckpointWriter:
-    """Of the run's `checkpoints/`."""
-    return CheckpointWriter(
-        Path(config.run.dir) / CHECKPOINTS,
-        config.train.keep_checkpoints,
-        world,
-        background=config.train.async_checkpoints,
-    )
-
-
-def metrics_writer(folder: Path, world: World, *, num_bytes: int, step: int) -> AnyWriter:
-    """Rank 0's writer; another rank's does nothing.
-
-    Raises:
-        ValueError: the file holds less than the checkpoint knows.
-    """
-    writer: list[MetricsWriter] = []
-    world.first_does(lambda: writer.append(MetricsWriter(folder, num_bytes=num_bytes, step=step)))
-    return writer[0] if writer else NoWriter()
 
 
 def agreed(world: World, metrics: Metrics, stop: StopRequest) -> Metrics:

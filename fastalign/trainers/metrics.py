@@ -17,6 +17,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastalign.fused import metric_means
+from fastalign.world import World
 
 Metrics = dict[str, float | int]
 NUM_PLAIN_LINES = 20
@@ -112,6 +113,17 @@ class NoWriter:
 
 
 AnyWriter = MetricsWriter | NoWriter
+
+
+def metrics_writer(folder: Path, world: World, *, num_bytes: int, step: int) -> AnyWriter:
+    """Rank 0's writer; another rank's does nothing.
+
+    Raises:
+        ValueError: the file holds less than the checkpoint knows.
+    """
+    writer: list[MetricsWriter] = []
+    world.first_does(lambda: writer.append(MetricsWriter(folder, num_bytes=num_bytes, step=step)))
+    return writer[0] if writer else NoWriter()
 
 
 class ProgressDisplay:

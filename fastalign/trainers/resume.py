@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.models import has_adapter
+from fastalign.trainers.any_config import AnyConfig
 from fastalign.trainers.checkpoint import read_state, restore
 from fastalign.trainers.checkpoint_files import CHECKPOINTS, newest_good_checkpoint
 from fastalign.trainers.checkpoint_writer import CheckpointWriter
@@ -56,6 +57,16 @@ def resume(run: RunConfig, state: TrainState, sources: dict[str, Any], world: Wo
         print(f"resumed from {checkpoint}", flush=True)
     num_bytes: int = saved["metrics_bytes"]
     return num_bytes
+
+
+def checkpoint_writer(config: AnyConfig, world: World) -> CheckpointWriter:
+    """Of the run's `checkpoints/`."""
+    return CheckpointWriter(
+        Path(config.run.dir) / CHECKPOINTS,
+        config.train.keep_checkpoints,
+        world,
+        background=config.train.async_checkpoints,
+    )
 
 
 def save_run(
