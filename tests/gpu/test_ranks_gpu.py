@@ -1,4 +1,4 @@
-"""Runs whose models are shared on GPUs by NCCL: FSDP2 on one, DDP and FSDP2 on two where they are."""
+"""Runs whose models are shared on GPUs by NCCL: on one by FSDP2, on two where they are."""
 
 import os
 import subprocess
