@@ -15,7 +15,7 @@ from fastalign.trainers.reward_losses import BradleyTerryLoss, RewardLoss
 Precision = Literal["auto", "bf16", "float32"]
 Schedule = Literal["constant", "linear", "cosine"]
 States = Literal["float32", "8bit"]
-Part = Literal["optimizer", "random", "kept", "grad_norms", "rollouts"]
+Part = Literal["optimizer", "random", "kept", "grad_norms", "rollouts", "metrics"]
 
 
 def _require(condition: bool, name: str, expected: str, value: object) -> None:
@@ -187,7 +187,8 @@ class RunConfig:
     """Go on from the newest good checkpoint in run.dir."""
     start_afresh: tuple[Part, ...] = ()
     """Parts of the checkpoint that are not read: optimizer (AdamW's averages), random (generators),
-    kept (the algorithm's own numbers), grad_norms (of optim.skip_sigma), rollouts (begun ones)."""
+    kept (the algorithm's own numbers), grad_norms (of optim.skip_sigma), rollouts (begun ones);
+    metrics: metrics.jsonl goes on from what there is of it, if it is shorter than it was."""
 
     export: str | None = None
     """With resume: write the newest good checkpoint's models to this folder, in transformers'

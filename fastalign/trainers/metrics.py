@@ -20,6 +20,7 @@ from fastalign.fused import metric_means
 from fastalign.world import World
 
 Metrics = dict[str, float | int]
+METRICS = "metrics.jsonl"  # in a run's folder
 NUM_PLAIN_LINES = 20
 BOARD_BYTES = 2**18  # that must be free for TensorBoard's writer to go on
 
@@ -42,12 +43,14 @@ class MetricsWriter:
     def __init__(self, folder: Path, *, num_bytes: int, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._file = (folder / "metrics.jsonl").open("ab", buffering=0)
-        if self._file.tell() < num_bytes:
+        path = folder / METRICS
+        found = path.stat().st_size if path.exists() else 0
+        if found < num_bytes:
             raise ValueError(
-                f"{folder / 'metrics.jsonl'}: expected at least the {num_bytes} bytes that the "
-                f"checkpoint of step {step} knows, got {self._file.tell()}"
+                f"{path}: expected at least the {num_bytes} bytes that the checkpoint of step {step} "
+                f"knows, got {found}; --run.start-afresh metrics goes on with what there is"
             )
+        self._file = path.open("ab", buffering=0)
         self._file.truncate(num_bytes)
         self._folder = folder
         self._board: Any = SummaryWriter(

@@ -9,7 +9,7 @@ from fastalign.trainers.checkpoint import read_state, restore
 from fastalign.trainers.checkpoint_files import CHECKPOINTS, newest_good_checkpoint
 from fastalign.trainers.checkpoint_writer import CheckpointWriter
 from fastalign.trainers.config import RunConfig
-from fastalign.trainers.metrics import AnyWriter
+from fastalign.trainers.metrics import METRICS, AnyWriter
 from fastalign.trainers.reference_cache import model_fingerprint
 from fastalign.trainers.state import TrainState
 from fastalign.trainers.task import Task
@@ -56,7 +56,14 @@ def resume(run: RunConfig, state: TrainState, sources: dict[str, Any], world: Wo
     if world.is_first:
         print(f"resumed from {checkpoint}", flush=True)
     num_bytes: int = saved["metrics_bytes"]
-    return num_bytes
+    return whole_lines(Path(run.dir), num_bytes) if "metrics" in run.start_afresh else num_bytes
+
+
+def whole_lines(folder: Path, num_bytes: int) -> int:
+    """Bytes of the whole lines among the first ones of `metrics.jsonl`, as far as it is there."""
+    path = folder / METRICS
+    there = path.read_bytes()[:num_bytes] if path.exists() else b""
+    return there.rfind(b"\n") + 1
 
 
 def checkpoint_writer(config: AnyConfig, world: World) -> CheckpointWriter:

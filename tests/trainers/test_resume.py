@@ -133,3 +133,18 @@ def test_a_signal_saves_and_leaves(folder: Path, number: signal.Signals, code: i
     (checkpoint,) = list_checkpoints(folder / "run/checkpoints")
     step = json.loads((checkpoint / "state.json").read_text())["step"]
     assert read_metrics(folder / "run")[-1]["step"] == step
+
+
+def test_metrics_that_were_lost_are_no_reason_to_lose_the_run(folder: Path) -> None:
+    train_sft(sft_config(folder, "straight"))
+    train_sft(sft_config(folder, "run", stop_at_step=3))
+    metrics = folder / "run/metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(lines[0] + lines[1][:40])
+    config = sft_config(folder, "run", resume=True)
+    with pytest.raises(ValueError, match=r"--run\.start-afresh metrics goes on with what there is"):
+        train_sft(config)
+    train_sft(replace(config, run=replace(config.run, start_afresh=("metrics",))))
+    assert [row["step"] for row in read_metrics(folder / "run")] == [1, *range(4, 9)]
+    weights = [load_file(folder / run / "model/model.safetensors") for run in ("straight", "run")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
