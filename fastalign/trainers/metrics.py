@@ -47,8 +47,8 @@ class MetricsWriter:
         found = path.stat().st_size if path.exists() else 0
         if found < num_bytes:
             raise ValueError(
-                f"{path}: expected at least the {num_bytes} bytes that the checkpoint of step {step} "
-                f"knows, got {found}; --run.start-afresh metrics goes on with what there is"
+                f"{path}: expected at least the {num_bytes} bytes that the checkpoint of step "
+                f"{step} knows, got {found}; --run.start-afresh metrics goes on with what there is"
             )
         self._file = path.open("ab", buffering=0)
         self._file.truncate(num_bytes)
