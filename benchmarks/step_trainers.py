@@ -75,10 +75,12 @@ def fastalign_answers(job: Job, clock: Clock) -> None:
     """The functions of `train_sft` on prompts with any number of responses, all of them trained."""
     from fastalign.models import load_policy
     from fastalign.trainers import OptimConfig
+    from fastalign.trainers.accumulate import measure_examples
+    from fastalign.trainers.compute import make_compute
     from fastalign.trainers.optimizer import make_optimizer
     from fastalign.trainers.sft import sft_step
     from fastalign.trainers.state import TrainState
-    from fastalign.trainers.step import make_compute, measure_examples, optimiser_step
+    from fastalign.trainers.step import optimiser_step
 
     losses: list[float] = []
     clock.first_loss = lambda: losses[0]

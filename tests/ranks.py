@@ -6,6 +6,7 @@ store where they meet is this process's, as it is the agent's under `torchrun`.
 
 import multiprocessing
 import os
+import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -50,9 +51,16 @@ class Ranks:
         return self.logs[rank].read_text(errors="replace")
 
 
-def start(num_ranks: int, folder: Path, target: Callable[..., None], *arguments: Any) -> Ranks:
+def start(
+    num_ranks: int,
+    folder: Path,
+    target: Callable[..., None],
+    *arguments: Any,
+    first_holds_store: bool = False,
+) -> Ranks:
     """Starts `target(*arguments)` on every rank; logs go to the folder."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = free_port() if first_holds_store else store.port
     folder.mkdir(exist_ok=True)
     logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
     processes: list[BaseProcess] = []
@@ -60,8 +68,8 @@ def start(num_ranks: int, folder: Path, target: Callable[..., None], *arguments:
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks}
         meeting = {
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": store.port,
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
+            "MASTER_PORT": port,
+            "TORCHELASTIC_USE_AGENT_STORE": str(not first_holds_store),
         }
         cache = {"XDG_CACHE_HOME": os.environ.get("XDG_CACHE_HOME", "")}
         environment = {name: str(value) for name, value in (place | meeting | cache).items()}
@@ -86,6 +94,13 @@ def command(*arguments: str) -> None:
 
     sys.argv = ["fastalign", *arguments]
     console()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        number: int = probe.getsockname()[1]
+        return number
 
 
 def _run(

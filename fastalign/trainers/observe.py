@@ -1,6 +1,9 @@
 """What a run shows of itself while it goes: a trace of one step, the stacks of a stalled one."""
 
 import faulthandler
+import sys
+import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +15,7 @@ from fastalign.world import ALONE, World
 
 TRACES = "profile"
 STALLS = "stalls.txt"
+PATIENCE_SECONDS = 30.0  # that the writing thread may be late
 
 
 @contextmanager
@@ -38,8 +42,8 @@ def traced(folder: Path, *, wanted: bool, step: int, world: World = ALONE) -> It
 class StallWatch:
     """Writes every thread's stack into the run's folder when a step takes too long.
 
-    The interpreter writes them from a thread of its own, so that a step which hangs in native
-    code, or holds the interpreter's lock, is shown as well.
+    A thread writes them; where it cannot, since the step holds the interpreter's lock, the
+    interpreter does so without. That reads frames while they may change, so it is the last resort.
 
     Args:
         folder: of the run.
@@ -59,10 +63,15 @@ class StallWatch:
             yield
             return
         size = self._path.stat().st_size
-        faulthandler.dump_traceback_later(self._seconds, repeat=True, file=self._file)
+        over = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(over,), name="stall-watch", daemon=True)
+        self._rearm()
+        watch.start()
         try:
             yield
         finally:
+            over.set()
+            watch.join()
             faulthandler.cancel_dump_traceback_later()
             if self._path.stat().st_size > size:
                 print(
@@ -70,6 +79,24 @@ class StallWatch:
                     f"threads are in {self._path}",
                     flush=True,
                 )
+
+    def _rearm(self) -> None:
+        assert self._file is not None
+        later = self._seconds + PATIENCE_SECONDS
+        faulthandler.dump_traceback_later(later, repeat=True, file=self._file)
+
+    def _watch(self, over: threading.Event) -> None:
+        """Writes the stacks each time that the step has taken as long again."""
+        assert self._file is not None
+        while not over.wait(self._seconds):
+            self._rearm()
+            names = {thread.ident: thread.name for thread in threading.enumerate()}
+            for number, frame in sys._current_frames().items():
+                if number == threading.get_ident():
+                    continue
+                head = f"Thread {names.get(number, number)} (most recent call last):\n"
+                self._file.write((head + "".join(traceback.format_stack(frame))).encode())
+            self._file.flush()
 
     def close(self) -> None:
         """Leaves no empty file behind."""

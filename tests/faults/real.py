@@ -88,6 +88,7 @@ class Stage:
         faults: Sequence[Fault] = (),
         trainer: str = "dpo",
         logs: str | None = None,
+        first_holds_store: bool = False,
     ) -> ranks.Ranks:
         """Starts a run; `logs` names what it prints, where another run has the same folder."""
         arguments = [
@@ -96,8 +97,13 @@ class Stage:
         ]
         place_of_logs = self.folder / "logs" / (logs or run)
         place_of_logs.parent.mkdir(exist_ok=True)
-        alone = place.num_ranks == 1
-        return ranks.start(place.num_ranks, place_of_logs, injected.run, faults, alone, arguments)
+        return ranks.start(
+            place.num_ranks,
+            place_of_logs,
+            injected.run,
+            *(faults, place.num_ranks == 1, arguments),
+            first_holds_store=first_holds_store,
+        )
 
     def end(self, run: str, started: ranks.Ranks, *, stopped: int | None = None) -> Outcome:
         """When all have ended; a rank that is stopped is killed when the others have."""

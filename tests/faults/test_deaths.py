@@ -8,7 +8,6 @@ from pathlib import Path
 
 from fastalign.trainers.checkpoint_files import CHECKPOINTS
 from fastalign.world import RANK_FAILED
-from tests import ranks
 from tests.faults.injected import Happens, KilledInSave, Sent
 from tests.faults.real import HEARD, Outcome, Stage, assert_nothing_left_behind, assert_same_bits
 from tests.faults.table import ALONE, DDP, FSDP, FSDP3, Place, fault
@@ -75,14 +74,14 @@ def test_a_rank_killed_in_a_save(stage: Stage, run: str, place: Place) -> None:
 
 
 def one_ends(
-    stage: Stage, place: Place, run: str, happens: Happens, trainer: str = "dpo"
+    stage: Stage, place: Place, run: str, happens: Happens, trainer: str = "dpo", **how: bool
 ) -> Outcome:
     """A run of which one rank is killed or stopped; it goes on to the bits of one without that."""
     rank = happens.rank
     assert rank is not None
     stops = happens.what == STOPPED
     flags = SILENCE if stops else ()
-    started = stage.start(place, run, *flags, faults=[happens], trainer=trainer)
+    started = stage.start(place, run, *flags, faults=[happens], trainer=trainer, **how)
     outcome = stage.end(run, started, stopped=rank if stops else None)
     assert outcome.codes == ends(place, rank, KILLED), "\n".join(outcome.outputs)
     for other in set(range(place.num_ranks)) - {rank} if rank or not stops else ():
@@ -150,7 +149,7 @@ def test_a_rank_stopped_in_a_rollout(stage: Stage, run: str, place: Place) -> No
 
 @fault("SIGSTOP to rank 0, which holds the store where the ranks met", DDP, does=UNANSWERED)
 def test_the_first_rank_stopped(stage: Stage, run: str, place: Place) -> None:
-    one_ends(stage, place, run, Happens(STOPPED, step=4, rank=0))
+    one_ends(stage, place, run, Happens(STOPPED, step=4, rank=0), first_holds_store=True)
 
 
 @fault(
@@ -161,8 +160,8 @@ def test_the_first_rank_stopped(stage: Stage, run: str, place: Place) -> None:
 )
 def test_under_torchrun(stage: Stage, run: str, place: Place) -> None:
     command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"),
-        *("--master-port", str(ranks.free_port()), "-m", "tests.faults.torchrun", "1", "4"),
+        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
+        *("-m", "tests.faults.torchrun", "1", "4"),
         *("dpo", "--config", str(stage.folder / "dpo.yaml"), "--run.dir", str(stage.folder / run)),
     ]
     done = subprocess.run(

@@ -38,7 +38,7 @@ def test_a_stalled_step_leaves_its_stacks(
     monkeypatch.setattr(sft_module, "make_sft_loss", held_up)
     train_sft(sft_config(folder, "run", max_steps=3, stall_seconds=0.5))
     stacks = stalls.read_text()
-    assert "most recent call first" in stacks
+    assert "most recent call last" in stacks
     assert "in held_up" in stacks
     said = capsys.readouterr().out
     assert "step 2 took more than 0.5 seconds; the stacks of all threads are in" in said
