@@ -1,4 +1,4 @@
-"""What every algorithm does before its first step: model, tokenizer, and whether they fit."""
+"""How every algorithm begins: ranks, run folder, data, and whether they fit the model."""
 
 import os
 from collections.abc import Iterator
