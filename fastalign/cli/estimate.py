@@ -101,6 +101,7 @@ def table(found: Estimate) -> list[str]:
     row("DDP's copy of gradients", lambda name: found.phases[name].buckets, always=False)
     row("gathered weights, at most", lambda name: found.phases[name].gathered, always=False)
     row("gradients to reduce, at most", lambda name: found.phases[name].reducing, always=False)
+    row("copy for a checkpoint", lambda name: found.phases[name].saving, always=False)
     row("activations, logits, temporary", lambda name: found.phases[name].activations)
     row("kept by the allocator", lambda name: found.kept[name])
     row("peak", found.total_of)

@@ -104,19 +104,32 @@ def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
     for name, other in forwards(config, model, sets, compute):
         phases[name] = other
         kept[name] = int(SHARE_KEPT[compute.device.type] * other.activations)
+    whole_states = peak.states
     shared = None if ranks is None else shared_run(config, compute, phases, num_batches)
+    phases = phases if shared is None else shared.phases
+    num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    if copies_to_save(config, compute):
+        peak = phases[TRAINING]
+        weights = 4 * num_trained * peak.states // whole_states
+        phases[TRAINING] = replace(peak, saving=weights + peak.states)
     return Estimate(
-        phases=phases if shared is None else shared.phases,
+        phases=phases,
         shared=shared,
         libraries=libraries,
         kept=kept,
         num_parameters=sum(p.numel() for p in model.parameters()),
-        num_trained=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        num_trained=num_trained,
         num_tokens=batch.num_tokens,
         num_targets=batch.num_targets,
         num_batches=num_batches,
         device=compute.device,
     )
+
+
+def copies_to_save(config: AnyConfig, compute: Compute) -> bool:
+    """Whether a copy of the state lies beside it in a step: on a CPU, where checkpoints go."""
+    writes_beside = bool(config.train.save_every) and config.train.async_checkpoints
+    return writes_beside and compute.device.type == "cpu"
 
 
 def kept_bytes(model: Any, batch: PackedBatch, compute: Compute, activations: int) -> int:

@@ -40,6 +40,7 @@ class Peak:
         buckets: DDP's copy of gradients.
         gathered: FSDP2's whole weights beside the parts, at most.
         reducing: FSDP2's whole gradients on their way to the parts, at most.
+        saving: the copy that a checkpoint is written from while training goes on.
     """
 
     weights: int
@@ -49,6 +50,7 @@ class Peak:
     buckets: int = 0
     gathered: int = 0
     reducing: int = 0
+    saving: int = 0
 
     @property
     def total(self) -> int:

@@ -104,6 +104,18 @@ def test_weights_gradients_and_states_are_exact(folder: Path) -> None:
     assert found.largest == "training step"
 
 
+def test_a_checkpoint_is_written_from_a_copy_while_training_goes_on(folder: Path) -> None:
+    def saving(**train: Any) -> list[int]:
+        found = estimate_run(sft_config(folder, "run", **train))
+        own = found.phases["training step"]
+        assert own.total == own.weights + own.gradients + own.states + own.activations + own.saving
+        return [own.saving, 12 * found.num_trained]
+
+    copied, expected = saving(save_every=2)
+    assert copied == expected
+    assert saving()[0] == saving(save_every=2, async_checkpoints=False)[0] == 0
+
+
 def test_a_frozen_weight_has_no_gradient_and_no_state(folder: Path) -> None:
     from dataclasses import replace
 
