@@ -56,9 +56,9 @@ def make_compute(
     Raises:
         ValueError: a device that is not there.
     """
-    device = find_device(config.device, "train.device")
+    device = device_of_rank(config.device, world)
     if world.size > 1 and device.type == "cuda":
-        device = device_of_rank(device, world)
+        torch.cuda.set_device(device)
     bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
     return Compute(
         device=device,
@@ -72,12 +72,15 @@ def make_compute(
     )
 
 
-def device_of_rank(device: torch.device, world: World) -> torch.device:
-    """The GPU of this rank.
+def device_of_rank(name: str, world: World) -> torch.device:
+    """What `train.device` names for this rank; of several on a machine each has a GPU of its own.
 
     Raises:
-        ValueError: one was named, or there is none for this rank.
+        ValueError: it is not there, or one GPU is named for several ranks.
     """
+    device = find_device(name, "train.device")
+    if world.size == 1 or device.type == "cpu":
+        return device
     if device.index is not None:
         raise ValueError(
             f"train.device: expected cuda with several ranks, each has its own; got {device}"
@@ -87,5 +90,4 @@ def device_of_rank(device: torch.device, world: World) -> torch.device:
             f"train.device: rank {world.rank} is number {world.local_rank} on its machine, which "
             f"has {torch.cuda.device_count()} GPUs"
         )
-    torch.cuda.set_device(world.local_rank)
     return torch.device("cuda", world.local_rank)

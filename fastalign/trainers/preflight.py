@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from fastalign.models import find_device
 from fastalign.trainers.any_config import AnyConfig, config_to_dict
+from fastalign.trainers.compute import device_of_rank
 from fastalign.trainers.deadline import Deadline, within
 from fastalign.trainers.meeting import ARRIVAL_SHARE, Facts, Meeting, named
 from fastalign.trainers.run_folder import flat_settings
@@ -59,7 +59,7 @@ def facts_of(config: AnyConfig, world: World) -> tuple[torch.device, Facts]:
     """The device of this rank, and what rank 0 compares."""
     fault = ""
     try:
-        device = device_of(config.train.device, world)
+        device = device_of_rank(config.train.device, world)
     except ValueError as error:
         device, fault = torch.device("cpu"), str(error)
     gpu = None
@@ -76,24 +76,6 @@ def facts_of(config: AnyConfig, world: World) -> tuple[torch.device, Facts]:
         "versions": {name: version(name) for name in PACKAGES},
         "settings": settings,
     }
-
-
-def device_of(name: str, world: World) -> torch.device:
-    """The rank's device: with several GPUs the one that has its number on this machine.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    device = find_device(name, "train.device")
-    if device.type == "cpu":
-        return device
-    index = world.local_rank if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise ValueError(
-            f"train.device: {name} is cuda:{index} here (LOCAL_RANK), but torch sees "
-            f"{torch.cuda.device_count()} GPUs"
-        )
-    return torch.device("cuda", index)
 
 
 def faults_of(facts: Sequence[Facts]) -> list[str]:
