@@ -4,9 +4,19 @@ Triton reads TRITON_INTERPRET when a kernel is decorated, so a process runs eith
 or a GPU: `FASTALIGN_TEST_GPU=1 pytest tests/gpu` is the second.
 """
 
+import gc
 import os
 
 if os.environ.get("FASTALIGN_TEST_GPU") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def pytest_collection_finish() -> None:
+    """A run's collections of garbage need not look at all modules and tests again."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # libraries count what is left behind at the end

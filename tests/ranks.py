@@ -19,9 +19,7 @@ from torch.distributed import TCPStore
 
 SECONDS = 240.0  # that ranks may take in all; far more than any test needs
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    ["fastalign.cli.main", "fastalign.cli.dpo", "tests.runs", "torch.utils.tensorboard"]
-)
+CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 
 @dataclass(frozen=True)

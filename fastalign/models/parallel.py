@@ -114,6 +114,8 @@ def part_from_ranks() -> None:
 
     What reduces gradients has threads that must end first.
     """
+    if not _SHARED:
+        return
     for model in list(_SHARED):
         object.__delattr__(model, _ENTRY)
     _SHARED.clear()

@@ -1,7 +1,7 @@
 """Real processes for the pre-flight check, forked from one that has imported all: they start alike.
 
-Reads from standard input a list of ranks: {"rank", "arguments", "environment", "versions"}; prints
-[exit code, stdout, stderr] of each as JSON.
+Reads lists of ranks from standard input, one a line: {"arguments", "environment", "versions"};
+answers each with a line, [exit code, stdout, stderr] of each rank.
 """
 
 import json
@@ -33,8 +33,7 @@ def become(rank: dict[str, Any], folder: Path) -> None:
         os._exit(int(stop.code or 0))
 
 
-def main() -> None:
-    ranks = json.load(sys.stdin)
+def outcomes(ranks: list[dict[str, Any]]) -> list[tuple[int, str, str]]:
     root = Path(tempfile.mkdtemp())
     children = []
     for number, rank in enumerate(ranks):
@@ -47,10 +46,11 @@ def main() -> None:
     found = []
     for child, folder in children:
         status = os.waitpid(child, 0)[1]
-        texts = [(folder / name).read_text() for name in ("stdout", "stderr")]
-        found.append([os.waitstatus_to_exitcode(status), *texts])
-    print(json.dumps(found))
+        out, err = ((folder / name).read_text() for name in ("stdout", "stderr"))
+        found.append((os.waitstatus_to_exitcode(status), out, err))
+    return found
 
 
 if __name__ == "__main__":
-    main()
+    for line in sys.stdin:
+        print(json.dumps(outcomes(json.loads(line))), flush=True)

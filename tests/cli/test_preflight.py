@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastalign.trainers.preflight import faults_of
 
 ROOT = Path(__file__).parents[2]
 Found = list[tuple[int, str, str]]
+RunRanks = Callable[..., Found]
 
 
 def free_port() -> str:
@@ -42,18 +44,28 @@ def rank_of(
     }
 
 
-def run_ranks(*ranks: dict[str, Any]) -> Found:
-    done = subprocess.run(
+@pytest.fixture(scope="module")
+def run_ranks() -> Iterator[RunRanks]:
+    server = subprocess.Popen(
         [sys.executable, "-m", "tests.cli.preflight_ranks"],
-        input=json.dumps(ranks),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "TORCH_CPP_LOG_LEVEL": "ERROR"},
-        capture_output=True,
         text=True,
-        timeout=300,
     )
-    assert done.returncode == 0, done.stderr
-    return [tuple(rank) for rank in json.loads(done.stdout.splitlines()[-1])]
+    assert server.stdin is not None
+    assert server.stdout is not None
+    questions, answers = server.stdin, server.stdout
+
+    def run(*ranks: dict[str, Any]) -> Found:
+        print(json.dumps(ranks), file=questions, flush=True)
+        return [tuple(rank) for rank in json.loads(answers.readline())]
+
+    yield run
+    with server:
+        questions.close()
+    assert server.returncode == 0
 
 
 def codes(found: Found) -> list[int]:
@@ -62,7 +74,7 @@ def codes(found: Found) -> list[int]:
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_ranks_that_can_run_together_pass_and_leave_nothing_behind(
-    size: int, tmp_path: Path
+    size: int, run_ranks: RunRanks, tmp_path: Path
 ) -> None:
     port = free_port()
     found = run_ranks(*(rank_of(rank, size, port, tmp_path / "a/b") for rank in range(size)))
@@ -74,7 +86,7 @@ def test_ranks_that_can_run_together_pass_and_leave_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_rank_that_does_not_come_is_named_in_time(tmp_path: Path) -> None:
+def test_a_rank_that_does_not_come_is_named_in_time(run_ranks: RunRanks, tmp_path: Path) -> None:
     port = free_port()
     start = time.monotonic()
     found = run_ranks(*(rank_of(rank, 3, port, tmp_path, seconds="8") for rank in (0, 2)))
@@ -87,7 +99,7 @@ def test_a_rank_that_does_not_come_is_named_in_time(tmp_path: Path) -> None:
     )
 
 
-def test_rank_0_that_does_not_come_is_named(tmp_path: Path) -> None:
+def test_rank_0_that_does_not_come_is_named(run_ranks: RunRanks, tmp_path: Path) -> None:
     port = free_port()
     found = run_ranks(*(rank_of(rank, 3, port, tmp_path, seconds="2") for rank in (1, 2)))
     assert codes(found) == [2, 2]
@@ -96,7 +108,9 @@ def test_rank_0_that_does_not_come_is_named(tmp_path: Path) -> None:
         assert len(said.splitlines()) == 1
 
 
-def test_a_folder_that_is_not_shared_is_named_with_who_does_not_see_it(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_shared_is_named_with_who_does_not_see_it(
+    run_ranks: RunRanks, tmp_path: Path
+) -> None:
     port = free_port()
     folders = [tmp_path / "disk-a", tmp_path / "disk-a", tmp_path / "disk-b"]
     found = run_ranks(
@@ -109,7 +123,7 @@ def test_a_folder_that_is_not_shared_is_named_with_who_does_not_see_it(tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_made_is_named(run_ranks: RunRanks, tmp_path: Path) -> None:
     port = free_port()
     (tmp_path / "file").write_text("")
     folder = tmp_path / "file" / "run"
@@ -119,7 +133,7 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("package", ["torch", "fastalign", "transformers"])
-def test_another_version_is_named(package: str, tmp_path: Path) -> None:
+def test_another_version_is_named(package: str, run_ranks: RunRanks, tmp_path: Path) -> None:
     port = free_port()
     ranks = [rank_of(rank, 2, port, tmp_path) for rank in range(2)]
     ranks[1]["versions"] = {package: "0.0.7"}
@@ -130,7 +144,9 @@ def test_another_version_is_named(package: str, tmp_path: Path) -> None:
     assert f" on rank 0 on {host}, but 0.0.7 on rank 1 on {host}" in found[0][2]
 
 
-def test_other_settings_and_another_world_size_are_named(tmp_path: Path) -> None:
+def test_other_settings_and_another_world_size_are_named(
+    run_ranks: RunRanks, tmp_path: Path
+) -> None:
     port = free_port()
     more: list[tuple[str, ...]] = [(), ("--optim.lr", "2e-6")]
     found = run_ranks(*(rank_of(rank, 2, port, tmp_path, *more[rank]) for rank in range(2)))
@@ -143,7 +159,9 @@ def test_other_settings_and_another_world_size_are_named(tmp_path: Path) -> None
     assert "WORLD_SIZE: 2 on rank 0" in found[0][2]
 
 
-def test_a_port_that_is_taken_is_named_and_nobody_hangs(tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_named_and_nobody_hangs(
+    run_ranks: RunRanks, tmp_path: Path
+) -> None:
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
@@ -154,7 +172,7 @@ def test_a_port_that_is_taken_is_named_and_nobody_hangs(tmp_path: Path) -> None:
     assert f"127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT)" in found[1][2]
 
 
-def test_each_machine_says_a_verdict_once(tmp_path: Path) -> None:
+def test_each_machine_says_a_verdict_once(run_ranks: RunRanks, tmp_path: Path) -> None:
     port = free_port()
     places = [0, 1, 0, 1]  # two machines of two ranks
     ranks = [
