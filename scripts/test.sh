@@ -10,4 +10,4 @@ scripts/check.sh
 # Threads that wait do not spin: the trainer's and the engine's share the cores.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-python -m pytest -n "${FASTALIGN_TEST_WORKERS:-3}" --dist loadfile "$@"
+python -m pytest -n "${FASTALIGN_TEST_WORKERS:-3}" --dist loadfile --no-loadscope-reorder "$@"

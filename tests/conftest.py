@@ -7,10 +7,19 @@ or a GPU: `FASTALIGN_TEST_GPU=1 pytest tests/gpu` is the second.
 import gc
 import os
 
+import pytest
+
 if os.environ.get("FASTALIGN_TEST_GPU") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Whose files take minutes: they come first, so that at the end no process works on one alone.
+LONG = {"faults", "rollouts", "trainers"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
 
 
 def pytest_collection_finish() -> None:

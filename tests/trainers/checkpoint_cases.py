@@ -1,4 +1,4 @@
-"""Small states to save, and what several ranks do with them (each a function for `spawn`)."""
+"""Small states to save, and what several ranks do with them (each a target of `tests.ranks`)."""
 
 import json
 import resource
@@ -20,7 +20,7 @@ from fastalign.trainers.checkpoint_tensors import tensors_of, trainable_paramete
 from fastalign.trainers.checkpoint_writer import CheckpointWriter
 from fastalign.trainers.optimizer import make_optimizer
 from fastalign.trainers.state import TrainState
-from fastalign.world import World
+from fastalign.world import World, world_of_environment
 
 # Sizes that no number of ranks divides, and a bias of one element.
 SIZES = (5, 7, 1)
@@ -77,52 +77,50 @@ def all_of(state: TrainState, rank: int = 0) -> dict[str, Tensor]:
     return {name: whole(value) for name, value in tensors_of(state, rank).items()}
 
 
-def join(rank: int, size: int, folder: Path, name: str) -> World:
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/{name}", rank=rank, world_size=size
-    )
-    return World(rank, size, rank)
+def join() -> World:
+    dist.init_process_group("gloo")
+    return world_of_environment()
 
 
-def save_on_ranks(rank: int, size: int, folder: Path, sharded: bool) -> None:
+def save_on_ranks(folder: Path, sharded: bool) -> None:
     """Saves twice as training goes on; notes the state at the second save, and a draw after it."""
-    world = join(rank, size, folder, "store-of-save")
+    world = join()
     state = trained(sharded=sharded)
-    torch.manual_seed(100 + rank)
+    torch.manual_seed(100 + world.rank)
     writer = CheckpointWriter(folder / "checkpoints", 2, world)
     writer.save(state, {})
     take_steps(state, 1)
     writer.save(state, {"metrics_bytes": 7})
-    noted = all_of(state, rank)
+    noted = all_of(state, world.rank)
     noted["draw"] = torch.rand(3)
     take_steps(state, 1)
     writer.check()
     writer.finish()
-    save_file(noted, folder / f"noted-{rank}.safetensors")
+    save_file(noted, folder / f"noted-{world.rank}.safetensors")
     dist.destroy_process_group()
 
 
-def load_on_ranks(rank: int, size: int, folder: Path) -> None:
+def load_on_ranks(folder: Path) -> None:
     """Restores what `save_on_ranks` saved, into replicas and into shards, and notes both."""
-    world = join(rank, size, folder, f"store-of-{size}")
+    world = join()
     checkpoint, _ = newest_good_checkpoint(folder / "checkpoints", world)
     for sharded in (False, True):
         state = make_state(seed=1, sharded=sharded)
         saved = restore(checkpoint, state, world, seed=3)
         assert saved["metrics_bytes"] == 7
-        noted = all_of(state, rank)
+        noted = all_of(state, world.rank)
         noted["draw"] = torch.rand(3)
         take_steps(state, 1)
-        save_file(noted, folder / f"loaded-{size}-{sharded}-{rank}.safetensors")
+        save_file(noted, folder / f"loaded-{world.size}-{sharded}-{world.rank}.safetensors")
     dist.destroy_process_group()
 
 
-def fill_the_disk_of_one(rank: int, size: int, folder: Path) -> None:
+def fill_the_disk_of_one(folder: Path) -> None:
     """A save that does not fit where rank 1 writes, one that does, and is damaged later.
 
     Notes what each rank is told of the first, and which checkpoint each would go on from.
     """
-    world = join(rank, size, folder, "store-of-disk")
+    world = join()
     state = trained(sharded=True)
     writer = CheckpointWriter(folder / "checkpoints", 2, world)
     chosen = []
@@ -130,7 +128,7 @@ def fill_the_disk_of_one(rank: int, size: int, folder: Path) -> None:
     for step in (3, 4, 5):
         assert state.step == step
         before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        if (rank, step) == (1, 4):
+        if (world.rank, step) == (1, 4):
             resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
         writer.save(state, {})
         if step == 4:
@@ -143,12 +141,12 @@ def fill_the_disk_of_one(rank: int, size: int, folder: Path) -> None:
         writer.finish()
         chosen.append(newest_good_checkpoint(folder / "checkpoints", world))
         take_steps(state, 1)
-    if rank == 0:
+    if world.is_first:
         flip_last_byte(max((folder / "checkpoints/step-000005").glob("*.safetensors")))
     world.barrier()
     chosen.append(newest_good_checkpoint(folder / "checkpoints", world))
     noted = [told, [(checkpoint.name, faults) for checkpoint, faults in chosen]]
-    (folder / f"told-{rank}.json").write_text(json.dumps(noted))
+    (folder / f"told-{world.rank}.json").write_text(json.dumps(noted))
     dist.destroy_process_group()
 
 

@@ -1,10 +1,7 @@
-"""What ranks hold and send, counted: each of `test_scaling.py`'s ranks runs this.
-
-python -m tests.trainers.scaling_worker FOLDER RANK: three ranks, then the first two of them again.
-"""
+"""What ranks hold and send, counted: each of `test_scaling.py`'s ranks runs this."""
 
 import json
-import sys
+import os
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -221,8 +218,9 @@ def measure(folder: Path, world: World) -> None:
     (folder / f"{world.size}-{world.rank}.json").write_text(json.dumps(found))
 
 
-if __name__ == "__main__":
-    where, number = Path(sys.argv[1]), int(sys.argv[2])
+def main(folder: Path) -> None:
+    """Three ranks, then the first two of them again."""
+    rank = int(os.environ["RANK"])
     for size in (3, 2):
-        if number < size:
-            measure(where, World(number, size, number))
+        if rank < size:
+            measure(folder, World(rank, size, rank))

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from safetensors.torch import load_file
 
 from fastalign.trainers.checkpoint import restore
 from fastalign.trainers.checkpoint_files import list_checkpoints
+from tests import ranks
 from tests.trainers.checkpoint_cases import (
     all_of,
     fill_the_disk_of_one,
@@ -18,7 +18,6 @@ from tests.trainers.checkpoint_cases import (
     save_on_ranks,
 )
 
-pytestmark = pytest.mark.slow
 LESS = "saved on 2 ranks, resumed on {}: the run goes on, but not to the bit"
 
 
@@ -33,23 +32,22 @@ def assert_same(noted: dict[str, torch.Tensor], loaded: dict[str, torch.Tensor])
     ("sharded", "sizes"), [(True, (2, 3)), (False, (2,))], ids=["fsdp2", "replicas"]
 )
 def test_saved_on_two_ranks_and_loaded_on_any_number_sharded_or_not(
-    tmp_path: Path, sharded: bool, sizes: tuple[int, ...], capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, sharded: bool, sizes: tuple[int, ...], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mp.spawn(save_on_ranks, (2, tmp_path, sharded), nprocs=2)
+    ranks.run(2, tmp_path / "logs", save_on_ranks, tmp_path, sharded)
     noted = [load_file(tmp_path / f"noted-{rank}.safetensors") for rank in range(2)]
     (newest, _) = list_checkpoints(tmp_path / "checkpoints")
     assert len(list(newest.glob("*.safetensors"))) == 2
-    capfd.readouterr()
 
     alone = make_state(seed=1)
     assert restore(newest, alone)["world_size"] == 2
     assert_same(noted[0], all_of(alone))
     assert alone.kept == {"coefficient": pytest.approx(0.4)}
-    assert capfd.readouterr().out.count(LESS.format(1)) == 1
+    assert capsys.readouterr().out.count(LESS.format(1)) == 1
 
     for size in sizes:
-        mp.spawn(load_on_ranks, (size, tmp_path), nprocs=size)
-        assert capfd.readouterr().out.count(LESS.format(size)) == (0 if size == 2 else 2)
+        said = ranks.run(size, tmp_path / "logs", load_on_ranks, tmp_path)
+        assert "".join(said).count(LESS.format(size)) == (0 if size == 2 else 2)
         for again in (False, True):
             files = [f"loaded-{size}-{again}-{rank}.safetensors" for rank in range(size)]
             loaded = [load_file(tmp_path / file) for file in files]
@@ -64,7 +62,7 @@ def test_saved_on_two_ranks_and_loaded_on_any_number_sharded_or_not(
 def test_a_full_disk_of_one_rank_is_told_to_all_and_all_agree_on_what_is_good(
     tmp_path: Path,
 ) -> None:
-    mp.spawn(fill_the_disk_of_one, (2, tmp_path), nprocs=2)
+    ranks.run(2, tmp_path / "logs", fill_the_disk_of_one, tmp_path)
     newest, older = list_checkpoints(tmp_path / "checkpoints")
     shard = max(newest.glob("*.safetensors"))
     fault = f"{newest}: {shard.name} is damaged (its SHA-256 differs)"

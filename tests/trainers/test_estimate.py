@@ -49,7 +49,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "chosen": sentence(n + 20, 10 + n % 20),
             "rejected": sentence(n + 41, 12 + n % 20),
         }
-        for n in range(24)
+        for n in range(12)
     ]
     write_rows(folder / "pairs.jsonl", pairs)
     write_rows(folder / "texts.jsonl", [{"text": row["prompt"]} for row in pairs])
@@ -59,7 +59,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 CONFIGURATIONS = {
     "dpo": ("dpo", "pairs", ()),
     "dpo, checkpointed": ("dpo", "pairs", ("--train.gradient-checkpointing",)),
-    "sft, two batches a step": ("sft", "texts", ("--train.tokens-per-batch", "2500")),
+    "sft, two batches a step": ("sft", "texts", ("--train.tokens-per-batch", "1250")),
 }
 
 
@@ -70,7 +70,7 @@ def test_the_estimate_is_near_the_peak(name: str, large: Path, tmp_path: Path) -
     words = [
         *(algorithm, "--model.path", str(large / "model"), "--data.max-length", "2000"),
         *("--data.train", str(large / f"{rows}.jsonl"), "--run.dir", str(tmp_path / "run")),
-        *("--train.max-steps", "2", "--train.batch-size", "24", "--train.device", "cpu", *more),
+        *("--train.max-steps", "2", "--train.batch-size", "12", "--train.device", "cpu", *more),
     ]
     if algorithm == "dpo":
         words += ["--reference.cache-dir", str(tmp_path / "cache")]

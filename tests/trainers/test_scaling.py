@@ -1,9 +1,6 @@
 """What arithmetic says of ranks is what two and three of them hold and send."""
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +22,12 @@ from fastalign.trainers.scaling_traffic import (
     ppo_traffic,
     sync_traffic,
 )
+from tests.ranks import run
 from tests.runs import dpo_config
 from tests.tiny import put_adapter, tiny_model, tiny_reward_model
+from tests.trainers import scaling_worker
 from tests.trainers.scaling_cases import CASES, HEAVY, PEAKS, Case
 
-ROOT = Path(__file__).parents[2]
 Found = dict[int, list[dict[str, Any]]]
 
 
@@ -37,22 +35,7 @@ Found = dict[int, list[dict[str, Any]]]
 def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     """By the number of ranks, what each counted: three processes for all cases."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.trainers.scaling_worker", str(folder)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    logs = [(folder / f"rank{rank}.log").open("w") for rank in range(3)]
-    processes = [
-        subprocess.Popen([*command, str(rank)], cwd=ROOT, env=environment, stdout=log, stderr=log)
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process, log in zip(processes, logs, strict=True):
-            process.kill()
-            process.wait()
-            log.close()
-    told = "\n".join((folder / f"rank{rank}.log").read_text()[-2000:] for rank in range(3))
-    assert codes == [0] * 3, told
+    run(3, folder, scaling_worker.main, folder)
     return {
         size: [json.loads((folder / f"{size}-{rank}.json").read_text()) for rank in range(size)]
         for size in (2, 3)
