@@ -27,5 +27,13 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(nextitem: pytest.Item | None) -> None:
+    """An engine of vLLM thaws them when it is closed."""
+    if nextitem is not None and not gc.get_freeze_count():
+        gc.collect()
+        gc.freeze()
+
+
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # libraries count what is left behind at the end
