@@ -33,8 +33,7 @@ def become(rank: dict[str, Any], folder: Path) -> None:
         os._exit(int(stop.code or 0))
 
 
-def outcomes(ranks: list[dict[str, Any]]) -> list[tuple[int, str, str]]:
-    root = Path(tempfile.mkdtemp())
+def outcomes(ranks: list[dict[str, Any]], root: Path) -> list[tuple[int, str, str]]:
     children = []
     for number, rank in enumerate(ranks):
         folder = root / str(number)
@@ -53,4 +52,5 @@ def outcomes(ranks: list[dict[str, Any]]) -> list[tuple[int, str, str]]:
 
 if __name__ == "__main__":
     for line in sys.stdin:
-        print(json.dumps(outcomes(json.loads(line))), flush=True)
+        with tempfile.TemporaryDirectory() as logs:
+            print(json.dumps(outcomes(json.loads(line), Path(logs))), flush=True)

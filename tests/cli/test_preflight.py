@@ -14,20 +14,15 @@ import pytest
 
 from fastalign.cli.main import main
 from fastalign.trainers.preflight import faults_of
+from tests.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 Found = list[tuple[int, str, str]]
 RunRanks = Callable[..., Found]
 
 
-def free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 def rank_of(
-    rank: int, size: int, port: str, folder: Path, *more: str, seconds: str = "60", **others: Any
+    rank: int, size: int, port: int, folder: Path, *more: str, seconds: str = "60", **others: Any
 ) -> dict[str, Any]:
     settings = ["--model.path", "m", "--data.train", "d", "--run.dir", str(folder)]
     environment = {
@@ -35,7 +30,7 @@ def rank_of(
         "WORLD_SIZE": str(size),
         "LOCAL_RANK": str(others.get("local_rank", rank)),
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
+        "MASTER_PORT": str(port),
     }
     return {
         "arguments": ["--timeout-seconds", seconds, "dpo", *settings, *more],
@@ -165,7 +160,7 @@ def test_a_port_that_is_taken_is_named_and_nobody_hangs(
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
-        port = str(other.getsockname()[1])
+        port = other.getsockname()[1]
         found = run_ranks(*(rank_of(rank, 2, port, tmp_path, seconds="3") for rank in range(2)))
     assert codes(found) == [2, 2]
     assert f"MASTER_PORT: rank 0 on {socket.gethostname()} cannot listen at {port}" in found[0][2]

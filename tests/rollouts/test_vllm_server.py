@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -28,6 +27,7 @@ from fastalign.rollouts import (
     broadcast,
     policy_tensors,
 )
+from tests.ranks import free_port
 from tests.rollouts.vllm_cases import (
     OPTIONS,
     PARAMS,
@@ -44,12 +44,6 @@ from tests.rollouts.vllm_cases import (
 )
 from tests.tiny import put_adapter
 from tests.tokenizers import make_tokenizer
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Server:
