@@ -155,7 +155,7 @@ class TrainConfig:
     """Newest checkpoints that are kept."""
     async_checkpoints: bool = True
     """Write checkpoints while training goes on, from a copy of the weights in host memory."""
-    profile_step: int = 0
+    profile: int = 0
     """Write a trace of this step to profile/ (Chrome, Perfetto); 0: none."""
     stall_seconds: float = 1800.0
     """Write every thread's stack to stalls.txt when a step takes longer; 0: never."""
@@ -169,7 +169,7 @@ class TrainConfig:
         for name in ("batch_size", "tokens_per_batch", "keep_checkpoints"):
             value = getattr(self, name)
             _require(value >= 1, f"train.{name}", "at least 1", value)
-        for name in ("eval_every", "save_every", "profile_step", "stall_seconds"):
+        for name in ("eval_every", "save_every", "profile", "stall_seconds"):
             value = getattr(self, name)
             _require(value >= 0, f"train.{name}", "at least 0", value)
         _require(0 < self.epochs < float("inf"), "train.epochs", "more than 0", self.epochs)

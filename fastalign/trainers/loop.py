@@ -207,7 +207,7 @@ def one_step(config: AnyConfig, state: TrainState, task: Task, num_steps: int) -
     batch_size = config.train.batch_size
     indices = indices_of_step(task.num_examples, batch_size, state.step, seed=config.run.seed)
     folder, step = Path(config.run.dir), state.step + 1
-    profiled = traced(folder, wanted=step == config.train.profile_step, step=step, world=task.world)
+    profiled = traced(folder, wanted=step == config.train.profile, step=step, world=task.world)
     with memory_used_in(f"{STEP}{step}"), profiled:
         metrics, num_tokens = task.take_step(state, indices, num_steps)
     state.step += 1

@@ -26,7 +26,7 @@ MAY_CHANGE = {
     ("train", "eval_every"),
     ("train", "keep_checkpoints"),
     ("train", "async_checkpoints"),
-    ("train", "profile_step"),
+    ("train", "profile"),
     ("train", "stall_seconds"),
     ("reference", "cache_dir"),
     ("reference", "offload"),

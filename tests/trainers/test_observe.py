@@ -15,7 +15,7 @@ from tests.runs import sft_config
 def test_a_trace_of_the_step_that_was_asked_for(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    train_sft(sft_config(folder, "run", max_steps=3, profile_step=2))
+    train_sft(sft_config(folder, "run", max_steps=3, profile=2))
     traces = list((folder / "run/profile").iterdir())
     assert [path.name for path in traces] == ["step-000002.json"]
     names = {event.get("name") for event in json.loads(traces[0].read_text())["traceEvents"]}
@@ -53,7 +53,7 @@ def test_a_run_that_does_not_stall_leaves_no_file(folder: Path) -> None:
 def test_what_is_observed_may_change_when_a_run_is_resumed(folder: Path) -> None:
     train_sft(sft_config(folder, "run", stop_at_step=2))
     config = sft_config(folder, "run", resume=True)
-    train_sft(replace(config, train=replace(config.train, profile_step=3, stall_seconds=9.0)))
+    train_sft(replace(config, train=replace(config.train, profile=3, stall_seconds=9.0)))
     assert (folder / "run/profile/step-000003.json").is_file()
 
 
