@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import anyio
 import httpx2
 
 from fastalign.rollouts.sampler import SamplerFailed
@@ -91,7 +92,13 @@ class ServerConnection:
         limits = httpx2.Limits(max_connections=self._max_connections)
         timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)
         async with httpx2.AsyncClient(timeout=timeout, limits=limits) as client:
-            tasks = [asyncio.create_task(self._post_one(client, path, body)) for body in bodies]
+            # Scopes of anyio, whose shields let httpx2 close its connections; a cancelled task of
+            # asyncio would drop them open.
+            scopes = [anyio.CancelScope() for _ in bodies]
+            tasks = [
+                asyncio.create_task(self._post_one(client, path, body, scope))
+                for body, scope in zip(bodies, scopes, strict=True)
+            ]
             pending: set[Any] = set(tasks)
             try:
                 seen, deadline = "", time.monotonic() + self._silence
@@ -112,22 +119,25 @@ class ServerConnection:
                             f"{self._silence:g} seconds"
                         )
             finally:
-                for task in tasks:
-                    task.cancel()  # the server drops what nobody waits for
+                for scope in scopes:
+                    scope.cancel()  # the server drops what nobody waits for
                 await asyncio.gather(*tasks, return_exceptions=True)
         return [task.result() for task in tasks]
 
-    async def _post_one(self, client: httpx2.AsyncClient, path: str, body: Any) -> Any:
-        try:
-            response = await client.post(self.url + path, json=body)
-        except httpx2.TransportError as error:
-            raise self._lost(error) from error
-        return self._checked(response, path)
+    async def _post_one(
+        self, client: httpx2.AsyncClient, path: str, body: Any, scope: anyio.CancelScope
+    ) -> Any:
+        with scope:
+            try:
+                response = await client.post(self.url + path, json=body)
+            except httpx2.TransportError as error:
+                raise self._lost(error) from error
+            return self._checked(response, path)
 
     def _tokens_computed(self) -> str:
         """Changes while the server computes; nothing where it cannot be asked."""
         try:
-            text = self._client.get(f"{self.url}/metrics", timeout=5).text
+            text = self._client.get(f"{self.url}/metrics", timeout=min(5, self._silence)).text
         except httpx2.TransportError:
             return ""
         return " ".join(TOKENS.findall(text))

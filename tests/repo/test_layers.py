@@ -17,6 +17,7 @@ HEAVY = {
     "jinja2": {"evaluation", "data/tokenizer.py"},
     "tyro": {"cli"},
     "httpx2": {"evaluation/chat_endpoint.py", "rollouts/server_connection.py"},
+    "anyio": {"rollouts/server_connection.py"},
     "vllm": {"rollouts/vllm_library.py"},
     "peft": {"models/lora.py", "models/lora_files.py"},
     "bitsandbytes": {"models/low_bit.py", "trainers/optimizer.py"},

@@ -22,7 +22,7 @@ from tests.rollouts.vllm_cases import (
     make_prompts,
     make_spec,
     needs_vllm,
-    shared_memory,
+    nothing_left_in_shared_memory,
 )
 
 pytestmark = [needs_vllm]
@@ -31,13 +31,12 @@ SILENCE = 5.0  # seconds, after which these tests count an engine as dead
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[VllmProcessSampler]:
-    before = shared_memory()
-    sampler = VllmProcessSampler(make_spec(make_policy(tied=True)))
-    child = sampler.process_id
-    yield sampler
-    sampler.close()
-    assert not psutil.pid_exists(child)
-    assert shared_memory() == before
+    with nothing_left_in_shared_memory():
+        sampler = VllmProcessSampler(make_spec(make_policy(tied=True)))
+        child = sampler.process_id
+        yield sampler
+        sampler.close()
+        assert not psutil.pid_exists(child)
 
 
 @pytest.fixture
@@ -169,17 +168,16 @@ time.sleep(600)
 
 
 def test_a_killed_trainer_leaves_no_process_and_no_memory_behind() -> None:
-    before = shared_memory()
     code = TRAINER.format(root=str(Path(__file__).parents[2]))
-    trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert trainer.stdout is not None
-    engine = psutil.Process(int(trainer.stdout.readline()))
-    trainer.kill()
-    trainer.wait()
-    trainer.stdout.close()
-    psutil.wait_procs([engine], timeout=20)
-    assert not engine.is_running()
-    assert shared_memory() == before
+    with nothing_left_in_shared_memory():
+        trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert trainer.stdout is not None
+        engine = psutil.Process(int(trainer.stdout.readline()))
+        trainer.kill()
+        trainer.wait()
+        trainer.stdout.close()
+        psutil.wait_procs([engine], timeout=20)
+        assert not engine.is_running()
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ from tests.rollouts.vllm_cases import (
     make_prompts,
     make_spec,
     needs_vllm,
+    nothing_left_in_shared_memory,
     shared_memory,
 )
 from tests.tiny import put_adapter
@@ -83,11 +84,10 @@ class Server:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("served")
     save_model(make_policy(tied=True), make_tokenizer(), folder)
-    before = shared_memory()
-    running = Server(folder, free_port())
-    yield running
-    running.stop()
-    assert shared_memory() == before
+    with nothing_left_in_shared_memory():
+        running = Server(folder, free_port())
+        yield running
+        running.stop()
 
 
 def open_sampler(server: Server, policy: Any = None, **options: Any) -> VllmServerSampler:

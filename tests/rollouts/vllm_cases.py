@@ -1,6 +1,8 @@
 """What the tests of the three ways to vLLM have in common: models, prompts, the trainer's truth."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -151,6 +153,17 @@ def shared_memory() -> set[str]:
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     of_others = {name for name in names if name.startswith("sem.mp-")}
     return names - of_others - {path.name for path in used}
+
+
+@contextmanager
+def nothing_left_in_shared_memory() -> Iterator[None]:
+    """What was there before may go, and what another test's process has just made is soon used."""
+    before = shared_memory()
+    yield
+    deadline = time.monotonic() + 20
+    while (left := shared_memory() - before) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert left == set()
 
 
 def assert_same_answers(
