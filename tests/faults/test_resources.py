@@ -20,8 +20,11 @@ def disk(stage: Stage, run: str) -> Iterator[Path]:
     folder = stage.folder / run
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1700k", "tmpfs", str(folder)]
-    if os.geteuid() or subprocess.run(mount, check=False).returncode:
+    if os.geteuid():
         pytest.skip("needs to mount a tmpfs")
+    mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if mounted.returncode:
+        pytest.skip(f"needs to mount a tmpfs: {mounted.stderr.strip()}")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 
