@@ -18,7 +18,8 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     # detect_leaks needs ptrace, which containers often forbid
     options = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    environment = {**os.environ, **options}
+    # vLLM, in a process that ran it before, preloads libraries: the sanitizers' must be the first
+    environment = {**os.environ, **options, "LD_PRELOAD": ""}
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
