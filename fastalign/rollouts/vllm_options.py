@@ -46,8 +46,7 @@ class VllmOptions:
     """Where weights are laid down for a server; a folder that it can read too. Default: memory."""
 
     def __post_init__(self) -> None:
-        if "@" in urlsplit(self.url).netloc or urlsplit(self.url).query:
-            raise ValueError("vllm.url: expected an address without user, password and query")
+        self._check_url()
         for name in ("kv_cache_gib", "start_seconds", "silence_seconds"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
@@ -61,6 +60,19 @@ class VllmOptions:
         if self.max_difference is not None and not 0 < self.max_difference < math.inf:
             raise ValueError(
                 f"vllm.max_difference: expected a finite number above 0, got {self.max_difference}"
+            )
+
+    def _check_url(self) -> None:
+        if "@" in self.url or "?" in self.url:  # it may hold a secret, and is not repeated
+            raise ValueError("vllm.url: expected an address without user, password and query")
+        try:
+            parts = urlsplit(self.url)
+            known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        except ValueError:  # half a bracket, or a port that is none
+            known = False
+        if not known:
+            raise ValueError(
+                f"vllm.url: expected an address such as http://127.0.0.1:8000, got {self.url!r}"
             )
 
 

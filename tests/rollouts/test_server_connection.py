@@ -1,4 +1,4 @@
-"""Requests to a server: what is left open when it is gone in the midst of them."""
+"""Requests to a server: its address, and what is left open when it goes in the midst of them."""
 
 import gc
 import socket
@@ -7,7 +7,7 @@ import warnings
 
 import pytest
 
-from fastalign.rollouts import server_connection
+from fastalign.rollouts import VllmOptions, server_connection
 from fastalign.rollouts.sampler import SamplerFailed
 from fastalign.rollouts.server_connection import ServerConnection
 
@@ -46,3 +46,18 @@ def test_a_server_that_goes_leaves_no_socket_open(monkeypatch: pytest.MonkeyPatc
         server.join()
         gc.collect()
     assert [str(warning.message) for warning in told] == []
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["here", "127.0.0.1:8000", "ftp://here", "http://", "http://[::1", "http://here:port", ""],
+)
+def test_what_is_no_address_is_refused_at_once(url: str) -> None:
+    with pytest.raises(ValueError, match=r"vllm\.url: expected an address such as ") as told:
+        VllmOptions(url=url)
+    assert str(told.value).endswith(f"got {url!r}")
+
+
+@pytest.mark.parametrize("url", ["http://here", "https://here:1/", "http://[::1]:8000/below"])
+def test_addresses_are_taken(url: str) -> None:
+    assert VllmOptions(url=url).url == url
