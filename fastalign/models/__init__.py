@@ -12,6 +12,7 @@ from fastalign.models.head import Head, lm_head
 from fastalign.models.load import (
     check_packable,
     find_device,
+    is_out_of_memory,
     load_policy,
     read_config,
     save_model,
@@ -75,6 +76,7 @@ __all__ = [
     "find_offload",
     "has_adapter",
     "hidden_at",
+    "is_out_of_memory",
     "is_reward_model",
     "is_sharded",
     "linear_names",

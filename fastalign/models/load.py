@@ -28,6 +28,7 @@ PACKABLE = (
     "gpt2",
     "gpt_neox",
 )
+CPU_ALLOCATOR = "DefaultCPUAllocator"
 # Rotary frequencies that depend on the longest sequence in the batch.
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
@@ -103,6 +104,13 @@ def read_config(path: str | Path, *, trust_remote_code: bool) -> Any:
         raise ValueError(
             f"model.path: no model can be loaded from {str(path)!r}: {first}"
         ) from error
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an allocation failed; PyTorch's on a CPU raises a plain RuntimeError."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
 
 
 def unreadable_weights(path: str | Path, error: Exception) -> ValueError:

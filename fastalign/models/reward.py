@@ -23,6 +23,7 @@ from fastalign.models.load import (
     check_finite,
     check_packable,
     disable_dropout,
+    is_out_of_memory,
     read_config,
     unreadable_weights,
 )
@@ -111,6 +112,8 @@ def load_reward_model(
                 output_loading_info=True,
             )
     except (OSError, RuntimeError, UnpicklingError) as error:
+        if is_out_of_memory(error):
+            raise
         raise unreadable_weights(path, error) from error
     # Nothing is left to chance: what transformers would initialise at random is named instead.
     missing = set(found["missing_keys"]) - (set() if has_head else {HEAD})

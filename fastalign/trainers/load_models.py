@@ -60,6 +60,7 @@ def load_reward_network(path: str, config: AnyConfig, compute: Compute) -> Any:
         "trust_remote_code": config.model.trust_remote_code,
     }
     return loaded(
+        path,
         compute,
         lambda device: load_reward_model(path, seed=config.run.seed, device=device, **options),
         lambda: model_without_weights(
@@ -143,6 +144,7 @@ def load_model(
     }
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     model = loaded(
+        path,
         compute,
         lambda device: load_policy(path, device=device, nf4=nf4, **options),
         lambda: model_without_weights(path, reward=False, device=compute.device, **options),

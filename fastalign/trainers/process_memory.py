@@ -8,13 +8,14 @@ from pathlib import Path
 
 import torch
 
+from fastalign.models import is_out_of_memory
 from fastalign.trainers.any_config import AnyConfig
 from fastalign.trainers.checkpoint_files import CHECKPOINTS, list_checkpoints
 from fastalign.trainers.run_folder import has_steps
 
-CPU_ALLOCATOR = "DefaultCPUAllocator"
-# How the note on an optimiser step begins.
+# How the notes on an optimiser step, and on a model that is read, begin.
 STEP = "step "
+LOADING = "loading "
 
 
 def resident_bytes() -> int:
@@ -31,13 +32,6 @@ def peak_memory_bytes(device: torch.device) -> int:
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed; PyTorch's on a CPU raises a plain RuntimeError."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
 
 
 @contextmanager
@@ -65,10 +59,9 @@ def out_of_memory_in_one_line(config: AnyConfig) -> Iterator[None]:
             raise
         notes = list(reversed(getattr(error, "__notes__", [])))
         where = f" in {', '.join(notes)}" if notes else ""
-        in_a_step = bool(notes) and notes[0].startswith(STEP)
         raise ValueError(
-            f"out of memory{where}; {remedies(config, in_a_step=in_a_step)}; fastalign estimate "
-            f"shows what takes it. {how_to_go_on(Path(config.run.dir))}"
+            f"out of memory{where}; {remedies(config, notes[0] if notes else '')}; fastalign "
+            f"estimate shows what takes it. {how_to_go_on(Path(config.run.dir))}"
         ) from error
 
 
@@ -82,12 +75,17 @@ def how_to_go_on(folder: Path) -> str:
     return "Nothing was trained yet: start again with the changed setting"
 
 
-def remedies(config: AnyConfig, *, in_a_step: bool) -> str:
-    """Settings that need less memory, with their present values; some help in a step alone."""
-    train = config.train
+def remedies(config: AnyConfig, what: str) -> str:
+    """Settings that need less memory in what was being done, with their present values."""
+    train, strategy = config.train, config.parallel.strategy
+    if what.startswith(LOADING):
+        ways = ["take a smaller model"]
+        if strategy != "fsdp":
+            ways.append(f"share it among ranks by --parallel.strategy fsdp (now {strategy})")
+        return ", or ".join(ways)
     buffer = train.max_buffer_bytes
     ways = [f"lower --train.tokens-per-batch (now {train.tokens_per_batch})"]
-    if in_a_step and not train.gradient_checkpointing:
+    if what.startswith(STEP) and not train.gradient_checkpointing:
         ways.append("add --train.gradient-checkpointing")
     ways.append(
         f"lower --train.max-buffer-bytes (now {'the default' if buffer is None else buffer})"

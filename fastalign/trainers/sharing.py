@@ -6,6 +6,7 @@ from typing import Any
 from fastalign.models import load_on_first, share_by_ddp, share_by_fsdp
 from fastalign.trainers.any_config import AnyConfig
 from fastalign.trainers.compute import Compute
+from fastalign.trainers.process_memory import LOADING, memory_used_in
 
 
 def check_sharing(config: AnyConfig) -> None:
@@ -33,17 +34,21 @@ def check_sharing(config: AnyConfig) -> None:
         )
 
 
-def loaded(compute: Compute, load: Callable[[Any], Any], skeleton: Callable[[], Any]) -> Any:
+def loaded(
+    path: str, compute: Compute, load: Callable[[Any], Any], skeleton: Callable[[], Any]
+) -> Any:
     """A model whose weights each rank has, or, of one that will be sharded, rank 0 alone.
 
     Args:
+        path: where the model is read from.
         compute: of the run.
         load: reads the model to a device.
         skeleton: makes the same model without weights.
     """
-    if compute.parallel.strategy == "fsdp":
-        return load_on_first(compute.world, lambda: load("cpu"), skeleton)
-    return load(compute.device)
+    with memory_used_in(f"{LOADING}{path}"):
+        if compute.parallel.strategy == "fsdp":
+            return load_on_first(compute.world, lambda: load("cpu"), skeleton)
+        return load(compute.device)
 
 
 def share(model: Any, compute: Compute) -> Any:

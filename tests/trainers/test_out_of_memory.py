@@ -8,23 +8,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastalign.cli.main import main
-from fastalign.trainers.process_memory import (
-    is_out_of_memory,
-    memory_used_in,
-    out_of_memory_in_one_line,
-)
+from fastalign.models import is_out_of_memory
+from fastalign.trainers.process_memory import memory_used_in, out_of_memory_in_one_line
 from tests.runs import dpo_config, read_metrics, sft_config
 
-# Everything is imported first, so that the limit is on what the run itself allocates.
+# The limit is set as the step begins: what threads reserved before it differs from run to run.
 LIMITED = """
 import resource, sys
-import fastalign.trainers, fastalign.cli.dpo, torch.utils.tensorboard
 from fastalign.cli.main import main
-lines = open("/proc/self/status").read().splitlines()
-(size,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSize"))
-resource.setrlimit(resource.RLIMIT_AS, (size + {room}, size + {room}))
+from fastalign.trainers import loop
+
+one_step = loop.one_step
+
+def limited(*arguments):
+    lines = open("/proc/self/status").read().splitlines()
+    (size,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSize"))
+    resource.setrlimit(resource.RLIMIT_AS, (size + {room}, size + {room}))
+    return one_step(*arguments)
+
+loop.one_step = limited
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -88,6 +93,26 @@ def test_what_does_not_help_is_not_said(folder: Path) -> None:
         ):
             raise MemoryError
         assert ("--train.gradient-checkpointing" in str(caught.value)) is helps
+
+
+@pytest.mark.parametrize("command", ["dpo", "reward"])
+def test_a_model_that_does_not_fit_is_named(
+    command: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def without_memory(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    for auto in (AutoModelForCausalLM, AutoModelForSequenceClassification):
+        monkeypatch.setattr(auto, "from_pretrained", without_memory)
+    assert main([command, *arguments(folder, 500)[1:]]) == 2
+    assert capsys.readouterr().err.strip() == (
+        f"fastalign {command}: out of memory in loading {folder / 'llama'}; take a smaller model, "
+        "or share it among ranks by --parallel.strategy fsdp (now ddp); fastalign estimate shows "
+        "what takes it. Nothing was trained yet: start again with the changed setting"
+    )
 
 
 def test_how_to_go_on_depends_on_what_was_saved(folder: Path) -> None:
