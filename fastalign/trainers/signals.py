@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from fastalign.trainers.heartbeat import is_of_ranks
+
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
 
 
@@ -32,7 +34,9 @@ class StopRequest:
 def stop_on_signal() -> Iterator[StopRequest]:
     """Notes the first signal; a second one has its ordinary effect at once.
 
-    Outside the main thread Python cannot handle signals, and none are asked for.
+    Behind a collective that failed SIGTERM is ignored: this rank has yet to say who is gone, and
+    `torchrun` asks all to end as soon as it sees one gone. Outside the main thread Python cannot
+    handle signals, and none are asked for.
     """
     request = StopRequest()
     previous: dict[signal.Signals, Any] = {}
@@ -50,6 +54,10 @@ def stop_on_signal() -> Iterator[StopRequest]:
         return
     try:
         yield request
+    except BaseException as error:
+        if is_of_ranks(error):
+            previous[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for known, handler in previous.items():
             signal.signal(known, handler)

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from fastalign.trainers import accumulate, dpo, loop, reference
-from fastalign.trainers.checkpoint_writer import ShardWriter
+from fastalign.trainers.checkpoint_writer import CheckpointWriter, ShardWriter
 from fastalign.trainers.policy_sampler import PolicySampler
 from tests import ranks
 from tests.trainers.checkpoint_killer import kill_before
@@ -129,14 +129,14 @@ class Happens:
     Attributes:
         what: the event.
         where: setup: the data is read; batch: a micro-batch; rollout: completions are sampled;
-            save: a checkpoint's files are written, by a thread of its own.
+            save: a checkpoint's files are written, by a thread of its own; leave: the loop is left.
         step: in which, or the save of which; from 1.
         batch: in which micro-batch.
         rank: on which.
     """
 
     what: Callable[[], None]
-    where: Literal["setup", "batch", "rollout", "save"] = "batch"
+    where: Literal["setup", "batch", "rollout", "save", "leave"] = "batch"
     step: int = 0
     batch: MicroBatch = "first"
     rank: int | None = 0
@@ -157,6 +157,7 @@ class Happens:
             "batch": (accumulate.BatchLoss, "__call__"),
             "rollout": (PolicySampler, "generate"),
             "save": (ShardWriter, "write_data"),
+            "leave": (CheckpointWriter, "close"),
         }
         around(*owners[self.where], now)
 
