@@ -80,6 +80,14 @@ def main(argv: Sequence[str]) -> int:
         text = " ".join(str(error).split())
         print(f"fastalign {argv[0]}: {masked(text)}", file=sys.stderr)
         return RANK_FAILED if isinstance(error, RankFailed) else 2
+    except (RuntimeError, MemoryError) as error:
+        from fastalign.models import is_out_of_memory  # heavy, and the command has it by now
+
+        if os.environ.get("FASTALIGN_DEBUG") or not is_out_of_memory(error):
+            raise
+        first = (str(error).strip().splitlines() or [""])[0]
+        print(f"fastalign {argv[0]}: out of memory: {masked(first)}", file=sys.stderr)
+        return 2
 
 
 def let_first_speak() -> None:

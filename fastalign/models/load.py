@@ -28,9 +28,9 @@ PACKABLE = (
     "gpt2",
     "gpt_neox",
 )
-CPU_ALLOCATOR = "DefaultCPUAllocator"
 # Rotary frequencies that depend on the longest sequence in the batch.
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+CPU_ALLOCATOR = "DefaultCPUAllocator"
 
 
 def check_packable(config: Any) -> None:

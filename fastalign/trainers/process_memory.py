@@ -76,10 +76,15 @@ def how_to_go_on(folder: Path) -> str:
 
 
 def remedies(config: AnyConfig, what: str) -> str:
-    """Settings that need less memory in what was being done, with their present values."""
-    train, strategy = config.train, config.parallel.strategy
-    if what.startswith(LOADING):
+    """Settings that need less memory in what was being done, with their present values.
+
+    Outside of computations on batches, and where a model is read, it is the models that fill it.
+    """
+    train, strategy, lora = config.train, config.parallel.strategy, config.model.lora
+    if not what or what.startswith(LOADING):
         ways = ["take a smaller model"]
+        if lora.rank and lora.base == "float32":
+            ways.append("hold the adapter's base in less by --model.lora.base bf16 (now float32)")
         if strategy != "fsdp":
             ways.append(f"share it among ranks by --parallel.strategy fsdp (now {strategy})")
         return ", or ".join(ways)

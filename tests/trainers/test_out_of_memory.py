@@ -4,6 +4,8 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fastalign.cli.main import main
 from fastalign.models import is_out_of_memory
+from fastalign.trainers import LoraConfig
 from fastalign.trainers.process_memory import memory_used_in, out_of_memory_in_one_line
-from tests.runs import dpo_config, read_metrics, sft_config
+from tests.runs import dpo_config, read_metrics, sft_config, write_rows
 
 # The limit is set as the step begins: what threads reserved before it differs from run to run.
 LIMITED = """
@@ -113,6 +116,48 @@ def test_a_model_that_does_not_fit_is_named(
         "or share it among ranks by --parallel.strategy fsdp (now ddp); fastalign estimate shows "
         "what takes it. Nothing was trained yet: start again with the changed setting"
     )
+
+
+@pytest.mark.parametrize("what", [None, "loading a model"])
+def test_where_models_fill_it_batches_are_not_blamed(what: str | None, folder: Path) -> None:
+    config = dpo_config(folder, "run")
+    adapter = replace(config, model=replace(config.model, lora=LoraConfig(rank=4)))
+    for run, base in ((config, False), (adapter, True)):
+        with (
+            pytest.raises(ValueError, match=r"^out of memory.*; take a smaller model") as caught,
+            out_of_memory_in_one_line(run),
+            nullcontext() if what is None else memory_used_in(what),
+        ):
+            raise MemoryError
+        assert "--train." not in str(caught.value)
+        assert ("--model.lora.base bf16 (now float32)" in str(caught.value)) is base
+
+
+def test_commands_that_do_not_train_say_it_in_a_line_too(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(error: Exception) -> int:
+        def load(*_: object, **__: object) -> None:
+            raise error
+
+        monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+        prompts = write_rows(folder / "prompts.jsonl", [{"prompt": "The"}])
+        return main(
+            [
+                *("generate", "--model.path", str(folder / "llama"), "--data.prompts"),
+                *(str(prompts), "--out", str(folder / "out.jsonl"), "--model.device", "cpu"),
+            ]
+        )
+
+    for error in (
+        torch.OutOfMemoryError("Tried to allocate 20.00 GiB\nand advice"),
+        RuntimeError("DefaultCPUAllocator: can't allocate"),
+    ):
+        assert fails(error) == 2
+        first = str(error).splitlines()[0]
+        assert capsys.readouterr().err.strip() == f"fastalign generate: out of memory: {first}"
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"):
+        fails(RuntimeError("shapes differ"))
 
 
 def test_how_to_go_on_depends_on_what_was_saved(folder: Path) -> None:
