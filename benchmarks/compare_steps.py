@@ -33,7 +33,7 @@ from benchmarks.step_rows import (
 from benchmarks.step_trainers import TRAINERS, fastalign_answers
 from benchmarks.step_work import TRUTHS, eager_sft, run_products, run_products_without_head
 from benchmarks.step_worker import WARM_UP_TURNS, Job, Trainer, Worker
-from fastalign.batch import Group
+from fastalign.batch.packed import Group
 
 ANSWERS = "answers-step"
 NAMES = (*TRAINERS, ANSWERS)

@@ -7,7 +7,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from fastalign import fused_linear_dpo_loss, fused_linear_preference_loss, linear_logprob
+from fastalign import (
+    fused_linear_dpo_loss,
+    fused_linear_preference_loss,
+    linear_logprob,
+)
 from fastalign.losses import formula, orpo
 
 BETA = 0.1

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from fastalign.losses import dpo, formula
 from fastalign.ops import gae, kl_penalty, preference_loss, token_kl, token_logprob
-from fastalign.ops.head_tile import (
+from fastalign.ops.head.head_tile import (
     HeadTransform,
     SoftmaxStatistics,
     head_tile_gradient,
     head_tile_statistics,
     read_tile,
 )
-from fastalign.ops.kl_tile import read_pair
+from fastalign.ops.head.kl_tile import read_pair
 
 # T and V of the passes over logits; sequences, and tokens of each, of the others.
 SIZES = {"cpu": (512, 49152, 64, 1024), "cuda": (4096, 128256, 512, 4096)}

@@ -9,16 +9,8 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.scaling_models import MODELS, SIZES, activations_of, weights
-from fastalign.trainers.parallel_config import ParallelConfig
-from fastalign.trainers.scaling import (
-    Kept,
-    Sharing,
-    gathered,
-    kept,
-    numbers,
-    reducing,
-)
-from fastalign.trainers.scaling_traffic import (
+from fastalign.estimate.scaling import Kept, Sharing, gathered, kept, numbers, reducing
+from fastalign.estimate.traffic import (
     PPOModelWeights,
     PPOWork,
     Traffic,
@@ -26,6 +18,7 @@ from fastalign.trainers.scaling_traffic import (
     gradient_traffic,
     ppo_traffic,
 )
+from fastalign.ranks.config import ParallelConfig
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
 BEGIN, END = "<!-- python -m benchmarks.scaling -->", "<!-- end -->"

@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
-from fastalign.batch import Group, PackedBatch, pack
+from fastalign.batch.packed import Group, PackedBatch, pack
+from fastalign.estimate.memory import peak_of_step
+from fastalign.estimate.model import move_to_fake
+from fastalign.estimate.scaling import ModelWeights, weights_of
 from fastalign.models import add_adapter, attention
-from fastalign.trainers.compute import make_compute
-from fastalign.trainers.config import TrainConfig
-from fastalign.trainers.estimated_model import move_to_fake
-from fastalign.trainers.load_models import checkpoint_activations
-from fastalign.trainers.memory import peak_of_step
-from fastalign.trainers.scaling import ModelWeights, weights_of
+from fastalign.runs.config import TrainConfig
+from fastalign.runs.load_models import checkpoint_activations
+from fastalign.runs.open import make_compute
 
 VOCABULARY = 128256
 SIZES: dict[str, dict[str, int]] = {

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from fastalign.batch import Group
+from fastalign.batch.packed import Group
 
 PAD, EOS, UNKNOWN, FIRST_WORD = 0, 2, 3, 4
 MAX_LENGTH = 1024  # both trainers' own default; no row is longer

@@ -22,10 +22,10 @@ def fastalign_dpo(job: Job, clock: Clock) -> None:
 
 def fastalign_dpo_reference_in_the_step(job: Job, clock: Clock) -> None:
     """The same, and in every turn the reference's log-probs of the step's rows once more."""
-    from fastalign.evaluation import sequence_logprobs
     from fastalign.models import load_policy
+    from fastalign.models.logprobs import sequence_logprobs
+    from fastalign.runs.open import make_compute
     from fastalign.trainers import train_dpo
-    from fastalign.trainers.compute import make_compute
 
     _watch(job, clock)
     config = _dpo_config(job)
@@ -55,7 +55,8 @@ def _dpo_config(job: Job) -> Any:
 
 def fastalign_sft(job: Job, clock: Clock) -> None:
     """`train_sft`."""
-    from fastalign.trainers import DataConfig, SFTConfig, train_sft
+    from fastalign.runs.config import DataConfig
+    from fastalign.trainers import SFTConfig, train_sft
 
     _watch(job, clock)
     data = DataConfig(train=str(job.rows), max_length=MAX_LENGTH)
@@ -74,13 +75,13 @@ def fastalign_reward(job: Job, clock: Clock) -> None:
 def fastalign_answers(job: Job, clock: Clock) -> None:
     """The functions of `train_sft` on prompts with any number of responses, all of them trained."""
     from fastalign.models import load_policy
-    from fastalign.trainers import OptimConfig
-    from fastalign.trainers.accumulate import measure_examples
-    from fastalign.trainers.compute import make_compute
-    from fastalign.trainers.optimizer import make_optimizer
+    from fastalign.runs.accumulate import measure_examples
+    from fastalign.runs.config import OptimConfig
+    from fastalign.runs.open import make_compute
+    from fastalign.runs.optimizer import make_optimizer
+    from fastalign.runs.state import TrainState
+    from fastalign.runs.step import optimiser_step
     from fastalign.trainers.sft import sft_step
-    from fastalign.trainers.state import TrainState
-    from fastalign.trainers.step import optimiser_step
 
     losses: list[float] = []
     clock.first_loss = lambda: losses[0]
@@ -97,7 +98,7 @@ def fastalign_answers(job: Job, clock: Clock) -> None:
 
 
 def _train_config(job: Job) -> Any:
-    from fastalign.trainers import TrainConfig
+    from fastalign.runs.config import TrainConfig
 
     return TrainConfig(
         max_steps=job.num_steps,
@@ -108,7 +109,7 @@ def _train_config(job: Job) -> Any:
 
 
 def _settings(job: Job) -> dict[str, Any]:
-    from fastalign.trainers import ModelConfig, RunConfig
+    from fastalign.runs.config import ModelConfig, RunConfig
 
     return {
         "model": ModelConfig(str(job.policy)),

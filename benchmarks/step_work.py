@@ -9,7 +9,7 @@ from torch import Tensor
 from benchmarks.heads import BETA
 from benchmarks.step_cases import ModelShape
 from benchmarks.step_worker import Clock, Job
-from fastalign.batch import Group
+from fastalign.batch.packed import Group
 
 # FLOPs a second of dense bfloat16 products, by what a GPU's name contains: makers' data sheets.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}

@@ -20,7 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.measure import CLEAR_REFS, resident_bytes
 from benchmarks.step_cases import ModelShape
-from fastalign.batch import Group
+from fastalign.batch.packed import Group
 
 # Turns before the first timed one: the second is whole, and counts tokens.
 WARM_UP_TURNS = 2

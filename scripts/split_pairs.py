@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fastalign.data import DataFault
 from fastalign.data.columns import COLUMNS
-from fastalign.data.rows import read_rows
+from fastalign.data.readers.rows import read_rows
 
 SIDES = (("response_a", "response_b"), ("chosen", "rejected"))
 

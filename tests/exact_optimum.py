@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from fastalign.batch import Group
-from fastalign.evaluation import sequence_logprobs
+from fastalign.batch.packed import Group
+from fastalign.models.logprobs import sequence_logprobs
 from tests.tiny import tiny_model
 
 WORDS = {"a": 0, "b": 1, "c": 3}

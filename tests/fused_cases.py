@@ -12,7 +12,7 @@ from fastalign.fused import (
     fused_linear_preference_loss,
     fused_linear_sft_loss,
 )
-from fastalign.losses import PairLogprobs
+from fastalign.ops.preference_loss.pairs import PairLogprobs
 
 VOCABULARY, WIDTH, BETA = 37, 8, 0.3
 # Three pairs: chosen, rejected, chosen, ... each with a prompt of two ignored rows.

@@ -9,8 +9,8 @@ import torch.utils.tensorboard
 import transformers.models.llama.modeling_llama
 import typeguard
 
-import fastalign.cli.dpo
 import fastalign.cli.main
+import fastalign.trainers
 import tests.runs
 
 gc.freeze()  # a rank's collections need not look at all of that again

@@ -13,12 +13,16 @@ from torch import Tensor
 
 from fastalign.models import save_model
 from fastalign.rollouts import SamplingParams
-from fastalign.trainers import (
+from fastalign.runs.config import (
     DataConfig,
-    DPOConfig,
-    KLConfig,
     ModelConfig,
     OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+from fastalign.trainers import (
+    DPOConfig,
+    KLConfig,
     PPOConfig,
     PPOSettings,
     PreferenceDataConfig,
@@ -26,11 +30,9 @@ from fastalign.trainers import (
     ReferenceConfig,
     RewardConfig,
     RewardSourceConfig,
-    RunConfig,
     SFTConfig,
-    TrainConfig,
 )
-from fastalign.trainers.reward_losses import RewardRaoKupperLoss
+from fastalign.trainers.reward.losses import RewardRaoKupperLoss
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer
 

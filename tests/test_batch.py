@@ -2,7 +2,7 @@
 
 import pytest
 
-from fastalign.batch import Group, pack
+from fastalign.batch.packed import Group, pack
 
 GROUPS = [Group([1, 10, 11], [[20, 2], [30, 31, 2]]), Group([1], [[40, 2]])]
 

@@ -7,11 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalign.fused import (
-    fused_linear_dpo_loss,
-    fused_linear_preference_loss,
-)
-from fastalign.losses import PairLogprobs
+from fastalign.fused import fused_linear_dpo_loss, fused_linear_preference_loss
+from fastalign.ops.preference_loss.pairs import PairLogprobs
 from tests.fused_cases import (
     BETA,
     BOUNDS,

@@ -4,9 +4,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalign.fused import fused_linear_preference_loss, preference_loss_fn
-from fastalign.losses import PairLogprobs, dpo, formula
+from fastalign.fused import fused_linear_preference_loss
+from fastalign.losses import dpo, formula
+from fastalign.losses.chunk_losses import preference_loss_fn
 from fastalign.ops import fused_linear_loss
+from fastalign.ops.preference_loss.pairs import PairLogprobs
 from tests.fused_cases import (
     BOUNDS,
     NUM_PAIRS,

@@ -13,10 +13,11 @@ from fastalign.fused import (
     fused_linear_preference_loss,
     fused_linear_sft_loss,
     metric_means,
-    preference_loss_fn,
 )
-from fastalign.losses import PairLogprobs, bradley_terry, dpo_rao_kupper, simpo
-from fastalign.ops.fused_linear_loss import fused_linear_loss
+from fastalign.losses import bradley_terry, dpo_rao_kupper, simpo
+from fastalign.losses.chunk_losses import preference_loss_fn
+from fastalign.ops.head.fused_linear_loss import fused_linear_loss
+from fastalign.ops.preference_loss.pairs import PairLogprobs
 from tests.fused_cases import (
     BETA,
     BOUNDS,

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastalign import fused_linear_ppo_loss, sequence_logprob
-from fastalign.fused import ppo_loss_fn
 from fastalign.losses import ppo_clip
+from fastalign.losses.chunk_losses import ppo_loss_fn
 from fastalign.ops import fused_linear_loss
 
 ROWS, VOCABULARY, WIDTH = 23, 41, 8

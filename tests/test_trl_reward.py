@@ -15,9 +15,11 @@ from datasets import Dataset
 
 from fastalign.data import load_tokenizer
 from fastalign.models import load_reward_model, save_reward_model
-from fastalign.trainers import REWARD_LOSSES, TrainConfig, reward
-from fastalign.trainers.compute import make_compute
-from fastalign.trainers.setup import load_data
+from fastalign.runs.config import TrainConfig
+from fastalign.runs.data import load_data
+from fastalign.runs.open import make_compute
+from fastalign.trainers import REWARD_LOSSES
+from fastalign.trainers.reward import train as reward
 from tests.runs import reward_config, write_rows
 from tests.tiny import tiny_reward_model
 from tests.tokenizers import make_tokenizer

@@ -1,13 +1,18 @@
 """A run's configuration: a YAML file as the defaults, flags over it."""
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import tyro
 import yaml
 
-from fastalign.cli.flags import parse_flags
+from fastalign.cli.masking import refuse_secrets
 
 Config = TypeVar("Config")
 
@@ -129,3 +134,83 @@ def flatten_section(section_type: Any, content: Any, name: str, path: str) -> di
         else:
             flat[place] = value
     return flat
+
+
+def parse_with_loss(
+    config: type[Config], losses: Mapping[str, type[Any]], arguments: Sequence[str], command: str
+) -> Config:
+    """The configuration of a run; only the chosen loss's parameters are flags.
+
+    `--loss NAME` over a file that has another loss also puts aside that loss's parameters.
+
+    Args:
+        config: has a field `loss`.
+        losses: a dataclass for each name; the first is the default.
+        arguments: as typed.
+        command: for the help.
+
+    Raises:
+        ValueError: an unknown loss, or anything that `parse_config` refuses.
+    """
+    default = next(iter(losses))
+    path, rest = take_option(arguments, "--config")
+    chosen, flags = take_option(rest, "--loss")
+    values = {} if path is None else read_yaml(Path(path))
+    section = values.get("loss") or {}
+    if isinstance(section, str):
+        section = {"name": section}
+    if not isinstance(section, dict):
+        raise ValueError(f"{path}: loss: expected keys and values, got {section!r}")
+    in_file = section.get("name", default)
+    name = chosen or in_file
+    if name not in losses:
+        where = "--loss" if chosen else f"{path}: loss.name"
+        raise ValueError(f"{where}: expected one of {', '.join(losses)}, got {name!r}")
+    parameters = {key: value for key, value in section.items() if key != "name"}
+    values = {**values, "loss": parameters if name == in_file else {}}
+    narrowed = with_loss(config, losses[name])
+    names = f"--loss NAME: {', '.join(losses)} (default: {default})."
+    return parse_flags(
+        narrowed, merge(narrowed, values, path, flags), command, f"{CONFIG_HELP}\n\n{names}"
+    )
+
+
+def with_loss(config: type[Config], loss: type[Any]) -> type[Config]:
+    """The configuration with one of the losses, so that its parameters alone are flags."""
+    section = ("loss", loss, field(default_factory=loss))
+    documented = {"__doc__": config.__doc__}
+    return make_dataclass(
+        config.__name__, [section], bases=(config,), namespace=documented, frozen=True
+    )
+
+
+_FRAME = re.compile(r"[│╭╮╰╯─]+|(?<!\S)-{9,}(?!\S)")  # of dashes where a terminal has no lines
+_OF_VALUE = re.compile(r"^Value error Error parsing [^:]*: (?=\S+: )")
+
+
+def parse_flags(
+    config: type[Config], arguments: Sequence[str], command: str, more_help: str = ""
+) -> Config:
+    """The dataclass that the flags describe; `--help` prints them and leaves with code 0.
+
+    Raises:
+        ValueError: an unknown flag, a missing one, a value that does not fit, or a secret in one.
+    """
+    refuse_secrets(arguments)
+    errors = io.StringIO()
+    text = "\n\n".join(part for part in (config.__doc__, more_help) if part)
+    try:
+        with contextlib.redirect_stderr(errors):
+            return tyro.cli(config, prog=command, args=list(arguments), description=text)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise ValueError(one_line(errors.getvalue())) from None
+
+
+def one_line(text: str) -> str:
+    """Tyro's framed message without its frame, its lines joined."""
+    plain: Any = re.sub(r"\x1b\[[0-9;]*m", "", text)
+    words = " ".join(_FRAME.sub(" ", plain).split())
+    words = words.removeprefix("Parsing error ").removeprefix("Unrecognized options ")
+    return _OF_VALUE.sub("", words)  # our own messages name the argument themselves

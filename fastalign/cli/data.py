@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastalign.cli.flags import parse_flags
+from fastalign.cli.config_parse import parse_flags
 from fastalign.data import (
     Content,
     DataFault,

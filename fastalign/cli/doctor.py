@@ -9,13 +9,13 @@ from typing import Literal
 
 import torch
 
-from fastalign.cli.flags import parse_flags
+from fastalign.cli.config_parse import parse_flags
 from fastalign.models import ATTENTIONS, attention_reason
 from fastalign.ops import native_library
 from fastalign.ops.backends import choose_backend, unusable_reason
-from fastalign.ops.linear_arguments import choose_linear_backend
-from fastalign.ops.linear_products import product_dtype
-from fastalign.rollouts.vllm_params import HOW_TO_INSTALL
+from fastalign.ops.head.arguments import choose_linear_backend
+from fastalign.ops.head.products import product_dtype
+from fastalign.rollouts.engines.params import HOW_TO_INSTALL
 
 PACKAGES = (
     *("fastalign", "torch", "triton", "transformers", "datasets", "safetensors", "tyro"),

@@ -8,18 +8,12 @@ from typing import Any
 
 import torch
 
-from fastalign.cli.config_parse import parse_config, read_yaml, take_option
-from fastalign.cli.dpo import parse_dpo
-from fastalign.cli.reward import parse_reward
-from fastalign.trainers import LOSSES, REWARD_LOSSES, SFTConfig
-from fastalign.trainers.estimate import Estimate, estimate_run
-from fastalign.trainers.estimate_ranks import TRAINING, SharedRun
+from fastalign.cli.algorithms import ALGORITHMS
+from fastalign.cli.config_parse import read_yaml, take_option
+from fastalign.estimate.ranks import TRAINING, SharedRun
+from fastalign.estimate.run import Estimate, estimate_run
 
-ALGORITHMS: dict[str, Callable[[Sequence[str]], Any]] = {
-    "sft": lambda arguments: parse_config(SFTConfig, arguments, "fastalign sft"),
-    "reward": parse_reward,
-    "dpo": parse_dpo,
-}
+ESTIMATED = {name: each for name, each in ALGORITHMS.items() if not each.samples}
 USAGE = """usage: fastalign estimate [sft | reward | dpo] --config FILE [--ranks N] [--json FILE]
 
 Prints a run's memory by what takes it, and whether it fits; loads no weights, writes no folder.
@@ -44,16 +38,16 @@ def algorithm_of(arguments: Sequence[str]) -> str:
     sampling = [name for name in ("ppo", "pairs", "sampling") if name in sections]
     if sampling:
         raise ValueError(
-            f"{path}: expected a configuration of {', '.join(ALGORITHMS)}, got one with a section "
+            f"{path}: expected a configuration of {', '.join(ESTIMATED)}, got one with a section "
             f"{sampling[0]}: runs that sample are not estimated"
         )
     written = sections.get("loss")
     name = loss or (written.get("name") if isinstance(written, dict) else written)
     if "reference" in sections or any(flag.startswith("--reference.") for flag in flags):
         return "dpo"
-    for algorithm, losses in (("dpo", LOSSES), ("reward", REWARD_LOSSES)):
-        if str(name) in losses:
-            return algorithm
+    for algorithm in ESTIMATED.values():
+        if str(name) in algorithm.loss_table():
+            return algorithm.name
     of_pairs = isinstance(data := sections.get("data"), dict) and "ties" in data
     if (
         "loss" in sections
@@ -62,7 +56,7 @@ def algorithm_of(arguments: Sequence[str]) -> str:
         or any(flag.startswith("--data.ties") for flag in flags)
     ):
         raise ValueError(
-            f"expected one of {', '.join(ALGORITHMS)} before the flags: {path or 'the flags'} may "
+            f"expected one of {', '.join(ESTIMATED)} before the flags: {path or 'the flags'} may "
             "be dpo's or reward's (a loss with its name, or a section reference, would tell)"
         )
     return "sft"
@@ -200,12 +194,12 @@ def main(argv: Sequence[str]) -> int:
     ranks, arguments = take_ranks(arguments)
     if arguments and not arguments[0].startswith("-"):
         name, arguments = arguments[0], arguments[1:]
-        if name not in ALGORITHMS:
-            raise ValueError(f"expected one of {', '.join(ALGORITHMS)}, got {name!r}")
+        if name not in ESTIMATED:
+            raise ValueError(f"expected one of {', '.join(ESTIMATED)}, got {name!r}")
     else:
         name = algorithm_of(arguments)
         print(f"no command was named: by its settings it is {name}")
-    config = ALGORITHMS[name](arguments)
+    config = ESTIMATED[name].parse(arguments)
     found = estimate_run(config, ranks)
     peak, free = found.total_of(found.largest), available_bytes(found.device)
     print(

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from fastalign.cli.flags import parse_flags
+from fastalign.cli.config_parse import parse_flags
 from fastalign.cli.tables import show
 
 
@@ -27,9 +27,9 @@ class FrontierConfig:
 
 def main(argv: Sequence[str]) -> int:
     """Exit code 0: page or picture and table are written."""
-    from fastalign.evaluation.frontier import frontier_points
-    from fastalign.evaluation.frontier_files import read_frontier
-    from fastalign.evaluation.frontier_page import (
+    from fastalign.report.frontier import frontier_points
+    from fastalign.report.frontier_files import read_frontier
+    from fastalign.report.frontier_page import (
         COLUMNS,
         PICTURES,
         find_origin,

@@ -1,7 +1,8 @@
 """`fastalign COMMAND`: finds the command's module, and turns a caller's mistake into one line.
 
-Each command is one module of this package with `main(argv) -> exit code`. It is imported only when
-it is called, so `fastalign doctor` starts without loading transformers.
+A training command is a row of `ALGORITHMS`; every other one is a module of this package with
+`main(argv) -> exit code`. It is imported only when it is called, so `fastalign doctor` starts
+without loading transformers.
 """
 
 import importlib
@@ -11,30 +12,34 @@ import sys
 import time
 from collections.abc import Sequence
 
+from fastalign.cli.algorithms import ALGORITHMS
 from fastalign.cli.masking import masked
-from fastalign.world import RANK_FAILED, RankFailed
+from fastalign.ranks.world import RANK_FAILED, RankFailed
 
 SECONDS_OF_FIRST = 3.0
-COMMANDS: dict[str, tuple[str, str]] = {
-    "sft": ("fastalign.cli.sft", "fine-tune a model on demonstrations"),
-    "dpo": ("fastalign.cli.dpo", "align a model with preference pairs (DPO and its relatives)"),
-    "online-dpo": ("fastalign.cli.online_dpo", "DPO on fresh samples, ordered by a reward"),
-    "reward": ("fastalign.cli.reward", "train a reward model on comparisons, ties among them"),
-    "ppo": ("fastalign.cli.ppo", "align a model with a reward (PPO, or without a critic)"),
+# Each other command: its module, with `main(argv) -> exit code`, and its line in the help.
+MODULES: dict[str, tuple[str, str]] = {
     "preflight": ("fastalign.cli.preflight", "whether a run on several processes can start"),
     "estimate": ("fastalign.cli.estimate", "what a run will need in memory, before it is started"),
     "vllm-server": ("fastalign.cli.vllm_server", "start a vLLM server that training samples from"),
-    "generate": ("fastalign.cli.generate", "sample completions of a file of prompts"),
-    "score": ("fastalign.cli.score", "score a file of answers with a reward model"),
-    "label": ("fastalign.cli.label", "turn sampled completions into preference pairs by a reward"),
-    "eval": ("fastalign.cli.evaluate", "accuracy on pairs; reward and KL of fresh samples"),
-    "win-rate": ("fastalign.cli.win_rate", "how often one model's answers beat another's"),
+    "generate": ("fastalign.cli.answers.generate", "sample completions of a file of prompts"),
+    "score": ("fastalign.cli.answers.score", "score a file of answers with a reward model"),
+    "label": (
+        "fastalign.cli.answers.label",
+        "turn sampled completions into preference pairs by a reward",
+    ),
+    "eval": ("fastalign.cli.answers.evaluate", "accuracy on pairs; reward and KL of fresh samples"),
+    "win-rate": ("fastalign.cli.answers.win_rate", "how often one model's answers beat another's"),
     "frontier": ("fastalign.cli.frontier", "reward against KL of many runs: a picture, a table"),
     "report": ("fastalign.cli.report", "write one report.html for one or more run folders"),
     "data": ("fastalign.cli.data", "check a data file: counts, lengths, every fault by line"),
     "merge": ("fastalign.cli.merge", "make one model of an adapter and its base"),
     "new-model": ("fastalign.cli.new_model", "make a tokenizer and a small model from scratch"),
     "doctor": ("fastalign.cli.doctor", "which backends are usable here, and why not"),
+}
+COMMANDS: dict[str, str] = {
+    **{name: algorithm.summary for name, algorithm in ALGORITHMS.items()},
+    **{name: summary for name, (_, summary) in MODULES.items()},
 }
 # Read by libraries when they are imported, and by processes that are started.
 QUIET = (
@@ -49,7 +54,7 @@ QUIET = (
 def usage() -> str:
     """The text that `fastalign --help` prints."""
     width = max(len(name) for name in COMMANDS)
-    lines = [f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    lines = [f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()]
     return "\n".join(["usage: fastalign COMMAND [--help]", "", *lines])
 
 
@@ -69,9 +74,8 @@ def main(argv: Sequence[str]) -> int:
         return 2
     for name in QUIET:
         os.environ.setdefault(name, "1")
-    module = importlib.import_module(COMMANDS[argv[0]][0])
     try:
-        return int(module.main(list(argv[1:])))
+        return run_command(argv[0], list(argv[1:]))
     except (ValueError, OSError, RankFailed) as error:
         if os.environ.get("FASTALIGN_DEBUG"):
             raise
@@ -88,6 +92,13 @@ def main(argv: Sequence[str]) -> int:
         first = (str(error).strip().splitlines() or [""])[0]
         print(f"fastalign {argv[0]}: out of memory: {masked(first)}", file=sys.stderr)
         return 2
+
+
+def run_command(name: str, arguments: list[str]) -> int:
+    """Import what the command needs, and run it; return its exit code."""
+    if name in ALGORITHMS:
+        return ALGORITHMS[name].run(arguments)
+    return int(importlib.import_module(MODULES[name][0]).main(arguments))
 
 
 def let_first_speak() -> None:

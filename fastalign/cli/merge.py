@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastalign.cli.flags import parse_flags
+from fastalign.cli.config_parse import parse_flags
 
 
 @dataclass(frozen=True)

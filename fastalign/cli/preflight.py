@@ -2,27 +2,16 @@
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from fastalign.cli.config_parse import parse_config, take_option
-from fastalign.cli.dpo import parse_dpo
-from fastalign.cli.online_dpo import parse_online_dpo
-from fastalign.cli.reward import parse_reward
+from fastalign.cli.algorithms import ALGORITHMS
+from fastalign.cli.config_parse import take_option
 from fastalign.cli.tables import show
-from fastalign.trainers import PPOConfig, SFTConfig
-from fastalign.trainers.deadline import Deadline, is_stuck
-from fastalign.trainers.meeting import Disagreement, Meeting
-from fastalign.trainers.preflight import COLUMNS, preflight, table
-from fastalign.world import World, world_of_environment
+from fastalign.preflight.checks import COLUMNS, preflight, table
+from fastalign.preflight.meeting import Deadline, Disagreement, Meeting, is_stuck
+from fastalign.ranks.world import World, world_of_environment
 
-ALGORITHMS: dict[str, Callable[[Sequence[str]], Any]] = {
-    "sft": lambda arguments: parse_config(SFTConfig, arguments, "fastalign sft"),
-    "reward": parse_reward,
-    "dpo": parse_dpo,
-    "ppo": lambda arguments: parse_config(PPOConfig, arguments, "fastalign ppo"),
-    "online-dpo": parse_online_dpo,
-}
 SECONDS = 50.0  # with the imports before and the farewell behind it, a minute
 USAGE = f"""usage: fastalign preflight [--timeout-seconds S] [--world-size N] COMMAND FLAGS
 
@@ -75,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"expected a command ({', '.join(ALGORITHMS)}) and its flags, got {got}")
     world = world_of_environment()
     check_size(size, world)
-    config = ALGORITHMS[arguments[0]](arguments[1:])
+    config = ALGORITHMS[arguments[0]].parse(arguments[1:])
     code = checked(config, world, deadline)
     if is_stuck():
         sys.stdout.flush()

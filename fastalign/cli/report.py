@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from fastalign.cli.flags import parse_flags
+from fastalign.cli.config_parse import parse_flags
 from fastalign.cli.tables import show
 
 
@@ -23,11 +23,11 @@ class ReportConfig:
 
 def main(argv: Sequence[str]) -> int:
     """Exit code 0: the page is written."""
-    from fastalign.evaluation.report import COLUMNS, render, table
-    from fastalign.evaluation.reward_table import REWARD_COLUMNS, reward_table
-    from fastalign.evaluation.runs import read_runs
-    from fastalign.evaluation.speed import SPEED_COLUMNS, speed_table
-    from fastalign.evaluation.time_shares import TIME_COLUMNS, time_table
+    from fastalign.report.page import COLUMNS, render, table
+    from fastalign.report.reward_table import REWARD_COLUMNS, reward_table
+    from fastalign.report.runs import read_runs
+    from fastalign.report.speed import SPEED_COLUMNS, speed_table
+    from fastalign.report.time_shares import TIME_COLUMNS, time_table
 
     config = parse_flags(ReportConfig, argv, "fastalign report")
     if not config.runs:

@@ -10,12 +10,12 @@ from typing import Literal
 
 import torch
 
-from fastalign.cli.flags import parse_flags
+from fastalign.cli.config_parse import parse_flags
 from fastalign.models import adapter_base, read_config
-from fastalign.rollouts.process_end import supervise
-from fastalign.rollouts.vllm_params import lora_room, require_vllm
+from fastalign.rollouts.engines.params import lora_room, require_vllm
+from fastalign.rollouts.engines.process_end import supervise
 
-EXTENSION = "fastalign.rollouts.vllm_worker.WorkerExtension"
+EXTENSION = "fastalign.rollouts.engines.worker.WorkerExtension"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Data: rows of any format to checked examples to token ids, with every fault named."""
 
-from fastalign.data.batching import (
+from fastalign.batch.schedule import (
     indices_of_step,
     micro_batches,
     packed_batches,
@@ -23,8 +23,8 @@ from fastalign.data.load import (
     load_prompts,
     load_sft,
 )
+from fastalign.data.readers.row import DataFault
 from fastalign.data.report import DataReport
-from fastalign.data.row import DataFault
 from fastalign.data.samples import Sample, load_samples, read_samples
 from fastalign.data.texts import read_texts
 from fastalign.data.tokenise import Encoder

@@ -6,7 +6,7 @@ The names are TRL's; `response_a`, `response_b`, `label` (`a`, `b` or `tie`) and
 from collections.abc import Mapping
 from typing import Literal
 
-from fastalign.data.row import DataFault, Row, show_names
+from fastalign.data.readers.row import DataFault, Row, show_names
 
 Kind = Literal["sft", "preference", "prompt"]
 COLUMNS = frozenset(

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastalign.data.row import DataFault, Row, show, show_names
+from fastalign.data.readers.row import DataFault, Row, show, show_names
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Which roles may follow which; None stands for the beginning.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fastalign.data.columns import UNSUPPORTED, Kind, missing, present
 from fastalign.data.conversation import Message, check_order, content, messages
 from fastalign.data.implicit_prompt import split_messages, split_text
-from fastalign.data.row import DataFault, Row, show
+from fastalign.data.readers.row import DataFault, Row, show
 from fastalign.data.votes import Votes, votes_of
 
 Content = str | tuple[Message, ...]

@@ -3,7 +3,7 @@
 import os
 
 from fastalign.data.conversation import Message
-from fastalign.data.row import DataFault
+from fastalign.data.readers.row import DataFault
 
 # Anthropic's hh-rlhf writes whole dialogues as text; a reply starts after this mark.
 _REPLY_MARK = "\n\nAssistant:"

@@ -6,8 +6,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from fastalign.batch import Group
-from fastalign.data.checked import OnBadRow, read_examples
+from fastalign.batch.packed import Group
+from fastalign.data.checked import (
+    OnBadRow,
+    OnTooLong,
+    fit,
+    read_examples,
+    refuse,
+    refuse_long,
+    require_rows,
+)
 from fastalign.data.columns import Kind
 from fastalign.data.examples import (
     Content,
@@ -16,9 +24,8 @@ from fastalign.data.examples import (
     PromptExample,
     SFTExample,
 )
-from fastalign.data.limits import OnTooLong, fit, refuse, refuse_long, require_rows
+from fastalign.data.readers.row import DataFault
 from fastalign.data.report import DataReport
-from fastalign.data.row import DataFault
 from fastalign.data.tokenise import Encoder, TokenisedRow
 from fastalign.data.tokenizer import Tokenizer
 from fastalign.data.votes import Votes

@@ -4,8 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fastalign.batch import Group
-from fastalign.data.row import DataFault
+from fastalign.batch.packed import Group
+from fastalign.data.readers.row import DataFault
 
 
 @dataclass

@@ -7,8 +7,8 @@ from pathlib import Path
 from fastalign.data.columns import COLUMNS
 from fastalign.data.conversation import content
 from fastalign.data.examples import Content
-from fastalign.data.row import DataFault
-from fastalign.data.rows import read_rows
+from fastalign.data.readers.row import DataFault
+from fastalign.data.readers.rows import read_rows
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fastalign.data.columns import COLUMNS
-from fastalign.data.row import DataFault
-from fastalign.data.rows import read_rows
+from fastalign.data.readers.row import DataFault
+from fastalign.data.readers.rows import read_rows
 
 _NO_TEXT = {"label", "votes", "margin"}
 

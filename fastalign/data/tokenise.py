@@ -15,10 +15,10 @@ The rules, which are the same for training, sampling and evaluation:
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastalign.batch import Group
+from fastalign.batch.packed import Group
 from fastalign.data.conversation import Message
 from fastalign.data.examples import Content, PreferenceExample, PromptExample, SFTExample
-from fastalign.data.row import DataFault
+from fastalign.data.readers.row import DataFault
 from fastalign.data.template import Piece, Template, TemplateError, render_responses
 from fastalign.data.tokenizer import Tokenizer, chat_template, eos_token_ids
 

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from fastalign.data.row import DataFault, Row, show, show_names
+from fastalign.data.readers.row import DataFault, Row, show, show_names
 
 _SIDES = ("a", "b", "tie")
 

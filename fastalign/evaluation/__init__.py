@@ -2,7 +2,6 @@
 
 from fastalign.evaluation.best_of_n import best_of_n, best_of_n_kl_bound, best_of_n_reward
 from fastalign.evaluation.judged_pairs import JudgedPairs, pair_measures, with_tie_rate
-from fastalign.evaluation.logprobs import of_responses, sequence_logprobs
 from fastalign.evaluation.measures import mean_margin, preference_accuracy, sampled_kl
 from fastalign.evaluation.pair_baselines import BagOfWordsBaseline, longer_wins
 from fastalign.evaluation.reward_model import ModelReward
@@ -22,6 +21,7 @@ from fastalign.evaluation.win_rate import (
     pair_answers,
     win_rate,
 )
+from fastalign.models.logprobs import of_responses, sequence_logprobs
 
 __all__ = [
     "AnswerPair",

@@ -7,21 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.batch import Group, PackedBatch
+from fastalign.batch.packed import Group, PackedBatch
+from fastalign.compute import find_device
 from fastalign.data import Content, Encoder, Message, load_tokenizer
-from fastalign.evaluation.logprobs import of_responses
 from fastalign.models import (
     RewardScale,
-    enter,
-    find_device,
-    load_on_first,
     load_reward_model,
     model_without_weights,
     response_reward,
     reward_scale,
-    share_by_fsdp,
 )
-from fastalign.world import ALONE, World
+from fastalign.models.logprobs import of_responses
+from fastalign.ranks.parallel import enter, load_on_first, share_by_fsdp
+from fastalign.ranks.world import ALONE, World
 
 TOKENS_PER_BATCH = 16384
 

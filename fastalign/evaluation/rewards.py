@@ -11,7 +11,7 @@ from typing import Any
 
 from fastalign.data import Content, content_as_json
 from fastalign.evaluation.reward_model import ModelReward
-from fastalign.world import ALONE, World
+from fastalign.ranks.world import ALONE, World
 
 # (prompts, completions) -> one number each; a prompt is text or a list of {role, content}
 RewardFunction = Callable[[list[Any], list[str]], Sequence[float]]

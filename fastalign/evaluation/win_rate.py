@@ -9,6 +9,14 @@ from fastalign.data import Content, content_as_json
 from fastalign.evaluation.rewards import RewardFunction, apply_reward
 from fastalign.evaluation.statistics import share_interval
 
+
+def prompt_key(prompt: Any) -> str:
+    """A prompt as one text: of a conversation, its turns."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"[{turn['role']}] {turn['content']}" for turn in prompt)
+
+
 # What a verdict counts for the model that is judged.
 SCORES = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 Groups = Sequence[tuple[Content, list[str]]]

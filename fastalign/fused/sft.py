@@ -8,11 +8,11 @@ from torch import Tensor
 
 from fastalign.fused.metrics import metric_means
 from fastalign.losses.chunk_losses import sft_loss_fn
-from fastalign.ops.fused_linear_loss import fused_linear_loss
-from fastalign.ops.linear_arguments import LinearBackend
-from fastalign.ops.lora import LoraWeights
-from fastalign.ops.target_rows import TargetRows
-from fastalign.ops.vocabulary_shard import VocabularyShard
+from fastalign.ops.head.arguments import LinearBackend
+from fastalign.ops.head.fused_linear_loss import fused_linear_loss
+from fastalign.ops.head.lora import LoraWeights
+from fastalign.ops.head.target_rows import TargetRows
+from fastalign.ops.head.vocabulary_shard import VocabularyShard
 
 
 def fused_linear_sft_loss(

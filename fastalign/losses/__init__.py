@@ -1,11 +1,6 @@
 """Losses: one pure function a formula, per item and unreduced, torch only."""
 
-from fastalign.losses.advantage import (
-    grpo_advantage,
-    rloo_advantage,
-    whiten,
-    whitening_scale,
-)
+from fastalign.losses.advantage import grpo_advantage, rloo_advantage, whiten, whitening_scale
 from fastalign.losses.formulas import formula
 from fastalign.losses.policy import importance_weight, ppo_clip, value_clipped
 from fastalign.losses.preference import (
@@ -17,11 +12,7 @@ from fastalign.losses.preference import (
     hinge,
     ipo_sum,
 )
-from fastalign.losses.preference_length import (
-    dpo_length_normalised,
-    dpo_length_penalised,
-    ipo_mean,
-)
+from fastalign.losses.preference_length import dpo_length_normalised, dpo_length_penalised, ipo_mean
 from fastalign.losses.preference_reference_free import orpo, simpo
 from fastalign.losses.reward import (
     bradley_terry,

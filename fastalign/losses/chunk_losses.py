@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastalign.losses.policy import ppo_clip
 from fastalign.losses.sft import negative_logprob
-from fastalign.ops.fused_linear_loss import LossFunction, TokenChunk
+from fastalign.ops.head.fused_linear_loss import LossFunction, TokenChunk
 from fastalign.ops.kl_penalty import kl_penalty
 from fastalign.ops.kl_penalty.api import Estimator
 from fastalign.ops.preference_loss import PairLogprobs, PreferenceFormula, preference_loss

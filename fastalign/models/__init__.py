@@ -1,23 +1,17 @@
 """Models: loading, the packed forward, the heads."""
 
-from fastalign.models.attention import (
-    ATTENTIONS,
-    AttentionChoice,
-    AttentionPlan,
-    attention_of,
-    attention_reason,
-)
+from fastalign.compute import PACKINGS, AttentionChoice, Packing, find_device
+from fastalign.models.attention import ATTENTIONS, AttentionPlan, attention_of, attention_reason
 from fastalign.models.compiled import compile_layers
 from fastalign.models.head import Head, lm_head
 from fastalign.models.load import (
     check_packable,
-    find_device,
     is_out_of_memory,
     load_policy,
     read_config,
     save_model,
 )
-from fastalign.models.logprob import response_logprob
+from fastalign.models.logprobs import response_logprob
 from fastalign.models.lora import (
     adapter_off,
     adapter_rank,
@@ -30,16 +24,7 @@ from fastalign.models.lora import (
 )
 from fastalign.models.lora_files import adapter_base, save_adapter
 from fastalign.models.offload import find_offload, offload_layers
-from fastalign.models.packed import PACKINGS, Packing, hidden_at, predict_hidden
-from fastalign.models.parallel import (
-    Strategy,
-    enter,
-    is_sharded,
-    load_on_first,
-    part_from_ranks,
-    share_by_ddp,
-    share_by_fsdp,
-)
+from fastalign.models.packed import hidden_at, predict_hidden
 from fastalign.models.reward import (
     is_reward_model,
     load_reward_model,
@@ -50,7 +35,16 @@ from fastalign.models.reward import (
 )
 from fastalign.models.reward_scale import RewardScale, reward_scale, set_reward_scale
 from fastalign.models.skeleton import model_without_weights
-from fastalign.models.whole_weights import whole, whole_state, with_whole_weights
+from fastalign.ranks.parallel import (
+    Strategy,
+    enter,
+    is_sharded,
+    load_on_first,
+    part_from_ranks,
+    share_by_ddp,
+    share_by_fsdp,
+)
+from fastalign.ranks.whole_weights import whole, whole_state, with_whole_weights
 
 __all__ = [
     "ATTENTIONS",

@@ -8,13 +8,13 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fastalign.compute import Packing
 from fastalign.models import attention
 from fastalign.models.head import check_head
 from fastalign.models.lora import merge_adapter
 from fastalign.models.lora_files import CONFIG_FILE, adapter_base, open_adapter
 from fastalign.models.low_bit import keep_differentiable, nf4_options
-from fastalign.models.packed import Packing
-from fastalign.models.whole_weights import whole_state
+from fastalign.ranks.whole_weights import whole_state
 
 # Tested: packed log-probs and every gradient equal those of one sequence at a time.
 PACKABLE = (
@@ -57,25 +57,6 @@ def check_packable(config: Any) -> None:
         raise ValueError(
             f"reorder_and_upcast_attn of {config.model_type!r} cannot be packed; {way_out}"
         )
-
-
-def find_device(name: str, argument: str = "device") -> torch.device:
-    """The device of that name; `auto` is a GPU if there is one.
-
-    Raises:
-        ValueError: it is not one that can be used here; `argument` is what the caller wrote it in.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"{argument}: expected cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"{argument}: {name} was asked for, but torch sees no GPU here")
-    return device
 
 
 def disable_dropout(model: nn.Module) -> None:

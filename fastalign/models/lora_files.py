@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from fastalign.models.lora import ADAPTER, quiet_peft, require_peft
-from fastalign.models.whole_weights import whole, writes
+from fastalign.ranks.whole_weights import whole, writes
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

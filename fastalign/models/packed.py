@@ -1,15 +1,13 @@
 """The forward of a packed batch: hidden states at any of its positions."""
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastalign.batch import PackedBatch
+from fastalign.batch.packed import PackedBatch
+from fastalign.compute import PACKINGS, Packing
 from fastalign.models.attention import AttentionPlan
-
-Packing = Literal["shared_prefix", "packed", "padded"]
-PACKINGS: tuple[Packing, ...] = get_args(Packing)
 
 
 def hidden_at(

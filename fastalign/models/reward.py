@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
-from fastalign.batch import PackedBatch
+from fastalign.batch.packed import PackedBatch
+from fastalign.compute import Packing
 from fastalign.models import attention
 from fastalign.models.load import (
     PACKABLE,
@@ -28,8 +29,8 @@ from fastalign.models.load import (
     unreadable_weights,
 )
 from fastalign.models.lora_files import adapter_base
-from fastalign.models.packed import Packing, hidden_at
-from fastalign.models.whole_weights import whole_state
+from fastalign.models.packed import hidden_at
+from fastalign.ranks.whole_weights import whole_state
 
 HEAD = "score.weight"
 

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from fastalign.compute import Packing
 from fastalign.models import attention
 from fastalign.models.load import PACKABLE, check_packable, disable_dropout, read_config
 from fastalign.models.lora_files import adapter_base
-from fastalign.models.packed import Packing
 from fastalign.models.reward import is_reward_model
 
 

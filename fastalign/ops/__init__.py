@@ -1,15 +1,15 @@
 """Operations on logits and hidden states; each is one function with explicit backends."""
 
-from fastalign.ops.fused_linear_loss import LossFunction, TokenChunk, fused_linear_loss
 from fastalign.ops.gae import gae
+from fastalign.ops.head.fused_linear_loss import LossFunction, TokenChunk, fused_linear_loss
+from fastalign.ops.head.linear_kl import LinearKL, linear_kl
+from fastalign.ops.head.linear_logprob import linear_logprob
+from fastalign.ops.head.lora import LoraWeights
+from fastalign.ops.head.vocabulary_shard import VocabularyShard
 from fastalign.ops.kl_penalty import KLPenalty, kl_penalty
-from fastalign.ops.linear_kl import LinearKL, linear_kl
-from fastalign.ops.linear_logprob import linear_logprob
-from fastalign.ops.lora import LoraWeights
 from fastalign.ops.preference_loss import PreferenceFormula, preference_loss
 from fastalign.ops.token_kl import token_kl
 from fastalign.ops.token_logprob import token_logprob
-from fastalign.ops.vocabulary_shard import VocabularyShard
 
 __all__ = [
     "KLPenalty",

@@ -1,18 +1,18 @@
 """Rollouts: samplers behind one protocol."""
 
 from fastalign.rollouts.distribution import recompute_logprobs, sampling_logprobs
-from fastalign.rollouts.engine_spec import EngineSpec
-from fastalign.rollouts.overlapped import OverlappedSampler
-from fastalign.rollouts.policy_access import PolicyAccess, access_to
-from fastalign.rollouts.rank_zero import RankZeroSampler
+from fastalign.rollouts.engines.in_process import VllmSampler
+from fastalign.rollouts.engines.options import SamplerName, VllmOptions, check_sampler
+from fastalign.rollouts.engines.overlapped import OverlappedSampler
+from fastalign.rollouts.engines.own_process import VllmProcessSampler
+from fastalign.rollouts.engines.policy_access import PolicyAccess, access_to
+from fastalign.rollouts.engines.rank_zero import RankZeroSampler
+from fastalign.rollouts.engines.server import VllmServerSampler
+from fastalign.rollouts.engines.spec import EngineSpec
+from fastalign.rollouts.engines.synced import SyncedSampler, open_engine
+from fastalign.rollouts.engines.weights import policy_tensors
 from fastalign.rollouts.sampler import Completion, Sampler, SamplerFailed, SamplingParams
-from fastalign.rollouts.synced import SyncedSampler, open_engine
 from fastalign.rollouts.transformers_sampler import TransformersSampler
-from fastalign.rollouts.vllm_options import SamplerName, VllmOptions, check_sampler
-from fastalign.rollouts.vllm_process import VllmProcessSampler
-from fastalign.rollouts.vllm_sampler import VllmSampler
-from fastalign.rollouts.vllm_server import VllmServerSampler
-from fastalign.rollouts.weights import policy_tensors
 
 __all__ = [
     "Completion",

@@ -1,41 +1,37 @@
 """Trainers: one file an algorithm, a flat loop, and functions that they share."""
 
-from fastalign.trainers.config import (
+from fastalign.ranks.config import ParallelConfig
+from fastalign.runs.config import (
     DataConfig,
-    DPOConfig,
+    LoraConfig,
     ModelConfig,
     OptimConfig,
     PreferenceDataConfig,
-    ReferenceConfig,
-    RewardConfig,
     RunConfig,
-    SFTConfig,
     TrainConfig,
 )
-from fastalign.trainers.dpo import train_dpo
-from fastalign.trainers.lora_config import LoraConfig
-from fastalign.trainers.online_config import (
+from fastalign.runs.task import RunResult
+from fastalign.trainers.dpo.config import DPOConfig, ReferenceConfig
+from fastalign.trainers.dpo.losses import LOSSES, PreferenceLoss
+from fastalign.trainers.dpo.train import train_dpo
+from fastalign.trainers.online_dpo.config import (
     FreshPairsConfig,
     OnlineDPOConfig,
     OnlineReferenceConfig,
 )
-from fastalign.trainers.online_dpo import train_online_dpo
-from fastalign.trainers.parallel_config import ParallelConfig
-from fastalign.trainers.ppo import train_ppo
-from fastalign.trainers.ppo_config import (
+from fastalign.trainers.online_dpo.train import train_online_dpo
+from fastalign.trainers.ppo.config import KLConfig, PPOConfig, PPOSettings, ValueConfig
+from fastalign.trainers.ppo.train import train_ppo
+from fastalign.trainers.reward.config import RewardConfig
+from fastalign.trainers.reward.losses import REWARD_LOSSES, RewardLoss
+from fastalign.trainers.reward.train import train_reward
+from fastalign.trainers.sampling.config import (
     FrozenReferenceConfig,
-    KLConfig,
-    PPOConfig,
-    PPOSettings,
-    ValueConfig,
+    PromptDataConfig,
+    RewardSourceConfig,
     WatchConfig,
 )
-from fastalign.trainers.preference_losses import LOSSES, PreferenceLoss
-from fastalign.trainers.reward import train_reward
-from fastalign.trainers.reward_losses import REWARD_LOSSES, RewardLoss
-from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig
-from fastalign.trainers.sft import train_sft
-from fastalign.trainers.task import RunResult
+from fastalign.trainers.sft import SFTConfig, train_sft
 
 __all__ = [
     "LOSSES",

@@ -1,21 +1,35 @@
 """Supervised fine-tuning: the cross-entropy of demonstrated responses."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from fastalign.batch import PackedBatch
-from fastalign.fused import sft_loss_fn
-from fastalign.ops.fused_linear_loss import LossFunction
-from fastalign.trainers.accumulate import Examples, accumulate, measure_examples
-from fastalign.trainers.compute import Compute
-from fastalign.trainers.config import SFTConfig
-from fastalign.trainers.evaluate import evaluate_by_loss
-from fastalign.trainers.load_models import load_for_training
-from fastalign.trainers.loop import run_loop
-from fastalign.trainers.metrics import Metrics, mean_metrics
-from fastalign.trainers.setup import load_sets, opened_run
-from fastalign.trainers.step import MakeLoss, policy_loss, supervised
-from fastalign.trainers.task import RunResult, Task
+from fastalign.batch.packed import PackedBatch
+from fastalign.compute import Compute
+from fastalign.losses.chunk_losses import sft_loss_fn
+from fastalign.ops.head.fused_linear_loss import LossFunction
+from fastalign.ranks.config import ParallelConfig
+from fastalign.runs.accumulate import Examples, accumulate, evaluate_by_loss, measure_examples
+from fastalign.runs.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from fastalign.runs.data import load_sets
+from fastalign.runs.load_models import load_for_training
+from fastalign.runs.loop import run_loop
+from fastalign.runs.metrics import Metrics, mean_metrics
+from fastalign.runs.open import opened_run
+from fastalign.runs.step import MakeLoss, policy_loss, supervised
+from fastalign.runs.task import RunResult, Task
+
+
+@dataclass(frozen=True)
+class SFTConfig:
+    """Supervised fine-tuning."""
+
+    model: ModelConfig
+    data: DataConfig
+    run: RunConfig
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 def train_sft(config: SFTConfig) -> RunResult:

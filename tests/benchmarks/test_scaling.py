@@ -4,7 +4,7 @@ import pytest
 
 from benchmarks.scaling import DOCUMENT, with_tables
 from benchmarks.scaling_models import FEW, SIZES, activations_of, batch, peak, weights
-from fastalign.trainers.scaling import numbers
+from fastalign.estimate.scaling import numbers
 
 
 def test_the_document_has_the_tables_as_they_are() -> None:

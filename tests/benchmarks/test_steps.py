@@ -24,7 +24,7 @@ from benchmarks.step_cases import (
 from benchmarks.step_trainers import TRAINERS, fastalign_sft
 from benchmarks.step_work import useful_flops
 from benchmarks.step_worker import Clock, Job
-from fastalign.batch import Group
+from fastalign.batch.packed import Group
 from fastalign.data import load_preferences
 
 TINY = SHAPES["tiny"]

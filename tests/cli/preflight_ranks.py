@@ -14,7 +14,7 @@ from typing import Any
 
 from fastalign.cli import main as cli
 from fastalign.cli import preflight
-from fastalign.trainers import preflight as checks
+from fastalign.preflight import checks
 
 assert preflight.ALGORITHMS
 

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from fastalign.cli.algorithms import ALGORITHMS
 from fastalign.cli.config_parse import parse_config
-from fastalign.cli.dpo import parse_dpo
 from fastalign.cli.main import main
-from fastalign.cli.reward import parse_reward
-from fastalign.trainers import LOSSES, REWARD_LOSSES, LoraConfig, SFTConfig
-from fastalign.trainers.any_config import config_to_dict
+from fastalign.runs.config import LoraConfig, config_to_dict
+from fastalign.trainers import LOSSES, REWARD_LOSSES, SFTConfig
+
+parse_dpo, parse_reward = ALGORITHMS["dpo"].parse, ALGORITHMS["reward"].parse
 
 BASE = ["--model.path", "m", "--data.train", "d.jsonl", "--run.dir", "r"]
 YAML = """

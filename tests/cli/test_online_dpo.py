@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from fastalign.cli.algorithms import ALGORITHMS
 from fastalign.cli.main import main
-from fastalign.cli.online_dpo import parse_online_dpo
+from fastalign.runs.config import config_to_dict
 from fastalign.trainers import LOSSES
-from fastalign.trainers.any_config import config_to_dict
 from tests.cli.test_commands import fastalign, new_model, rows_of, work
+
+parse_online_dpo = ALGORITHMS["online-dpo"].parse
 
 __all__ = ["work"]
 BASE = ["--model.path", "base", "--data.train", "prompts.jsonl", "--reward.sources", "bag.json"]

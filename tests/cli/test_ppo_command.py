@@ -8,8 +8,8 @@ import yaml
 
 from fastalign.cli.config_parse import parse_config
 from fastalign.cli.main import main
+from fastalign.runs.config import config_to_dict
 from fastalign.trainers import PPOConfig
-from fastalign.trainers.any_config import config_to_dict
 from tests.runs import _one_thread, folder, prompts_file, words_reward
 
 __all__ = ["_one_thread", "folder"]

@@ -22,8 +22,8 @@ from fastalign.rollouts import (
     SamplingParams,
     TransformersSampler,
     recompute_logprobs,
-    synced,
 )
+from fastalign.rollouts.engines import synced
 from tests.cli.test_commands import rows_of
 from tests.rollouts.vllm_cases import EOS, make_policy, needs_vllm
 from tests.runs import WORDS, write_rows

@@ -15,7 +15,7 @@ from fastalign.cli import vllm_server
 from fastalign.cli.main import QUIET, main
 from fastalign.cli.masking import masked
 from fastalign.cli.vllm_server import ServedModel, VllmServerConfig, is_loopback, server_command
-from fastalign.rollouts.vllm_options import VllmOptions
+from fastalign.rollouts.engines.options import VllmOptions
 from tests.judge_server import chat, judge_server
 from tests.runs import WORDS, folder, sentence, write_rows
 

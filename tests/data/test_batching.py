@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from fastalign.data import indices_of_step, micro_batches
+from fastalign.batch.schedule import indices_of_step, micro_batches
 
 
 def test_every_epoch_serves_each_example_once_in_a_new_order() -> None:

@@ -217,7 +217,7 @@ def test_every_fault_is_shown_with_its_line(
 
 
 def test_a_quoted_csv_field_keeps_its_commas(tmp_path: Path) -> None:
-    from fastalign.data.rows import read_rows
+    from fastalign.data.readers.rows import read_rows
 
     path = tmp_path / "a.csv"
     with path.open("w", newline="") as file:

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from fastalign.cli.main import main
-from fastalign.evaluation.frontier import frontier_points
-from fastalign.evaluation.frontier_files import read_frontier
-from fastalign.evaluation.frontier_page import draw_frontier, find_origin, frontier_table
 from fastalign.evaluation.statistics import estimate
+from fastalign.report.frontier import frontier_points
+from fastalign.report.frontier_files import read_frontier
+from fastalign.report.frontier_page import draw_frontier, find_origin, frontier_table
 
 
 def put(

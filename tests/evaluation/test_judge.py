@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from fastalign.data import Message
-from fastalign.evaluation.chat_endpoint import ChatEndpoint, EndpointConfig
-from fastalign.evaluation.judge import (
+from fastalign.evaluation.judge.chat_endpoint import ChatEndpoint, EndpointConfig
+from fastalign.evaluation.judge.judge import (
     both_orders,
     fill,
     judge_by_endpoint,

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastalign.batch import Group
+from fastalign.batch.packed import Group
 from fastalign.evaluation import (
     BagOfWordsReward,
     apply_reward,
@@ -17,9 +17,9 @@ from fastalign.evaluation import (
     mean_margin,
     preference_accuracy,
     sampled_kl,
-    sequence_logprobs,
 )
 from fastalign.models import save_model
+from fastalign.models.logprobs import sequence_logprobs
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from fastalign.evaluation import pictures
-from fastalign.evaluation.report import render, table
-from fastalign.evaluation.runs import read_run, read_runs
+from fastalign.report import pictures
+from fastalign.report.page import render, table
+from fastalign.report.runs import read_run, read_runs
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 

@@ -10,11 +10,11 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 
-from fastalign.evaluation import reward_pictures
-from fastalign.evaluation.report import render
-from fastalign.evaluation.reward_pictures import accuracy_by_length, reliability
-from fastalign.evaluation.reward_table import REWARD_COLUMNS, reward_table
-from fastalign.evaluation.runs import RunRecord, read_run
+from fastalign.report import reward_pictures
+from fastalign.report.page import render
+from fastalign.report.reward_pictures import accuracy_by_length, reliability
+from fastalign.report.reward_table import REWARD_COLUMNS, reward_table
+from fastalign.report.runs import RunRecord, read_run
 
 
 def make_run(folder: Path, name: str, measures: dict[str, Any]) -> RunRecord:

@@ -11,11 +11,11 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from fastalign.cli.main import main
-from fastalign.evaluation import pictures
-from fastalign.evaluation.report import render
-from fastalign.evaluation.runs import RunRecord, read_run
-from fastalign.evaluation.saved_weights import num_product_weights
-from fastalign.evaluation.speed import (
+from fastalign.report import pictures
+from fastalign.report.page import render
+from fastalign.report.runs import RunRecord, read_run
+from fastalign.report.saved_weights import num_product_weights
+from fastalign.report.speed import (
     PEAKS,
     SPEED_COLUMNS,
     model_flops_per_second,

@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 
-from fastalign.evaluation import time_shares
-from fastalign.evaluation.report import render
-from fastalign.evaluation.runs import RunRecord, read_run
-from fastalign.evaluation.time_shares import phase_seconds, time_table
+from fastalign.report import time_shares
+from fastalign.report.page import render
+from fastalign.report.runs import RunRecord, read_run
+from fastalign.report.time_shares import phase_seconds, time_table
 from fastalign.rollouts import PolicyAccess, SyncedSampler, policy_tensors
-from fastalign.trainers import policy_sampler, train_ppo
+from fastalign.trainers import train_ppo
+from fastalign.trainers.sampling import policy_sampler
 from tests.rollouts.test_synced import FakeEngine
 from tests.runs import _one_thread, folder, ppo_config
 

@@ -10,9 +10,11 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from fastalign.trainers import accumulate, dpo, loop, reference
-from fastalign.trainers.checkpoint_writer import CheckpointWriter, ShardWriter
-from fastalign.trainers.policy_sampler import PolicySampler
+from fastalign.runs import accumulate, loop
+from fastalign.runs.checkpoint.writer import CheckpointWriter, ShardWriter
+from fastalign.trainers.dpo import reference
+from fastalign.trainers.dpo import train as dpo
+from fastalign.trainers.sampling.policy_sampler import PolicySampler
 from tests import ranks
 from tests.trainers.checkpoint_killer import kill_before
 

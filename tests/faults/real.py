@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastalign.trainers.any_config import config_to_dict
-from fastalign.trainers.checkpoint_files import CHECKPOINTS, fault_of
+from fastalign.runs.checkpoint.files import CHECKPOINTS, fault_of
+from fastalign.runs.config import config_to_dict
 from tests import ranks
 from tests.faults import injected
 from tests.faults.injected import Fault

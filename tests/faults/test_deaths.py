@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastalign.trainers.checkpoint_files import CHECKPOINTS
-from fastalign.world import RANK_FAILED
+from fastalign.ranks.world import RANK_FAILED
+from fastalign.runs.checkpoint.files import CHECKPOINTS
 from tests.faults.injected import Happens, KilledInSave, Sent
 from tests.faults.real import HEARD, Outcome, Stage, assert_nothing_left_behind, assert_same_bits
 from tests.faults.table import ALONE, DDP, FSDP, FSDP3, Place, fault

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalign.batch import Group, PackedBatch, pack
+from fastalign.batch.packed import Group, PackedBatch, pack
 from tests.tolerance import assert_no_worse
 
 pytest.importorskip("transformers")

@@ -8,7 +8,7 @@ import torch
 
 from fastalign.ops import token_kl
 from fastalign.ops.backends import unusable_reason
-from fastalign.ops.kl_tile import PairStatistics
+from fastalign.ops.head.kl_tile import PairStatistics
 from tests.ops.linear_kl_cases import outputs, reference_head
 from tests.ops.linear_logprob_cases import EAGER, largest, leaves, some_targets
 from tests.ops.test_head_tile import transform_of

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 pytest.importorskip("transformers")
+from fastalign.runs.config import config_to_dict
+from fastalign.runs.folder import as_yaml
 from fastalign.trainers import train_dpo
-from fastalign.trainers.any_config import config_to_dict
-from fastalign.trainers.run_folder import as_yaml
 from tests.runs import _one_thread, dpo_config, folder, read_metrics
 
 __all__ = ["_one_thread", "folder"]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from fastalign import losses
-from fastalign.losses import PairLogprobs, formula
+from fastalign.losses import formula
 from fastalign.ops import PreferenceFormula
+from fastalign.ops.preference_loss.pairs import PairLogprobs
 from tests.ops.preference_loss_cases import FORMULAS, WITH_TIES, make
 
 

@@ -5,7 +5,8 @@ from itertools import pairwise
 import pytest
 import torch
 
-from fastalign.losses import PairLogprobs, segment_sum
+from fastalign.ops.preference_loss.pairs import PairLogprobs
+from fastalign.ops.segments import segment_sum
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

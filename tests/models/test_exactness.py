@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastalign.batch import Group, pack
-from fastalign.models import PACKINGS, lm_head, predict_hidden, response_logprob
+from fastalign.batch.packed import Group, pack
+from fastalign.compute import PACKINGS
+from fastalign.models import lm_head, predict_hidden, response_logprob
 from tests.tiny import SETTINGS, tiny_model
 
 ARCHITECTURES = sorted(SETTINGS)

@@ -6,8 +6,14 @@ import pytest
 import torch
 from transformers import BloomConfig, CohereConfig, CohereForCausalLM, LlamaConfig
 
-from fastalign.batch import Group, pack
-from fastalign.models import check_packable, lm_head, load_policy, predict_hidden, response_logprob
+from fastalign.batch.packed import Group, pack
+from fastalign.models import (
+    check_packable,
+    lm_head,
+    load_policy,
+    predict_hidden,
+    response_logprob,
+)
 from fastalign.models.head import check_head
 from tests.tiny import tiny_model
 

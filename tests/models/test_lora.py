@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalign.batch import Group, pack
+from fastalign.batch.packed import Group, pack
+from fastalign.compute import PACKINGS
 from fastalign.models import (
-    PACKINGS,
     adapter_off,
     add_adapter,
     lm_head,

@@ -12,8 +12,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fastalign.batch import pack
-from fastalign.models import load_policy, merge_adapter, response_logprob, save_adapter, save_model
+from fastalign.batch.packed import pack
+from fastalign.models import (
+    load_policy,
+    merge_adapter,
+    response_logprob,
+    save_adapter,
+    save_model,
+)
 from fastalign.models.lora import quiet_peft
 from tests.models.test_exactness import one_at_a_time, random_groups
 from tests.tiny import put_adapter, tiny_model

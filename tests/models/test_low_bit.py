@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastalign.batch import pack
+from fastalign.batch.packed import pack
 from fastalign.models import load_policy, merge_adapter, response_logprob
+from fastalign.models.fingerprint import model_fingerprint
 from fastalign.models.low_bit import dense_layer, is_quantised
-from fastalign.trainers.reference_cache import model_fingerprint
 from tests.models.test_exactness import random_groups
 from tests.tiny import put_adapter, tiny_model
 

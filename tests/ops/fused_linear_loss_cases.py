@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalign.losses import segment_sum
 from fastalign.ops.backends import unusable_reason
-from fastalign.ops.fused_linear_loss import LossFunction, TokenChunk, fused_linear_loss
+from fastalign.ops.head.fused_linear_loss import LossFunction, TokenChunk, fused_linear_loss
+from fastalign.ops.segments import segment_sum
 
 ROWS, VOCABULARY, WIDTH = 21, 37, 8
 IGNORED = (0, 6, 7, 20)

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastalign.ops import native_library
 from fastalign.ops.backends import unusable_reason
-from fastalign.ops.head_tile import HeadTransform, RowStatistics, read_tile
+from fastalign.ops.head.head_tile import HeadTransform, RowStatistics, read_tile
 
 ISAS = native_library.cpu_isas() if native_library.unusable_reason("cpu") is None else []
 BACKENDS = [*(f"native-{isa}" for isa in ISAS), "triton", "torch"]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.backends import unusable_reason
-from fastalign.ops.linear_logprob import linear_logprob
+from fastalign.ops.head.linear_logprob import linear_logprob
 
 ROWS, VOCABULARY, WIDTH = 21, 37, 8
 IGNORED = (0, 6, 7, 20)

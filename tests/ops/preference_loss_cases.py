@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastalign import losses
-from fastalign.losses import PairLogprobs
 from fastalign.ops import PreferenceFormula, preference_loss
+from fastalign.ops.preference_loss.pairs import PairLogprobs
 
 FORMULAS: dict[str, dict[str, float]] = {
     "dpo": {"beta": 0.3},

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalign.ops.fused_linear_loss import TokenChunk, fused_linear_loss
+from fastalign.ops.head.fused_linear_loss import TokenChunk, fused_linear_loss
 from tests.ops.fused_linear_loss_cases import (
     BUDGETS,
     EAGER,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalign.ops.fused_linear_loss import TokenChunk, fused_linear_loss
-from fastalign.ops.linear_products import product_dtype
+from fastalign.ops.head.fused_linear_loss import TokenChunk, fused_linear_loss
+from fastalign.ops.head.products import product_dtype
 from tests.ops.fused_linear_loss_cases import EAGER
 from tests.products import matrix_product_flops, peak_bytes
 

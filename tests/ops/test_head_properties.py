@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastalign.ops import linear_logprob, token_logprob
 from fastalign.ops.backends import unusable_reason
-from fastalign.ops.head_tile import HeadTransform, read_tile
+from fastalign.ops.head.head_tile import HeadTransform, read_tile
 
 ROWS, WIDTH = 13, 8
 VOCABULARIES = [1, 2, 63, 1000, 5003]

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from fastalign.ops.head_tile import HeadTransform
+from fastalign.ops.head.head_tile import HeadTransform
 from tests.ops.head_tile_cases import (
     BACKENDS,
     SHAPES,

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalign.ops.head_tile import (
+from fastalign.ops.head.head_tile import (
     HeadTransform,
     SoftmaxStatistics,
     TileStatistics,

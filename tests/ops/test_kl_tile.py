@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.backends import unusable_reason
-from fastalign.ops.head_tile import HeadTransform
-from fastalign.ops.kl_tile import PairStatistics, Upstream, read_pair
+from fastalign.ops.head.head_tile import HeadTransform
+from fastalign.ops.head.kl_tile import PairStatistics, Upstream, read_pair
 from tests.ops.test_head_tile import BACKENDS, TRANSFORMS, transform_of
 from tests.tolerance import assert_no_worse
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops import linear_kl
-from fastalign.ops.linear_kl.op import linear_kl_forward
+from fastalign.ops.head.linear_kl.op import linear_kl_forward
 from tests.ops.linear_kl_cases import BUDGETS, DIRECTIONS, RESULTS, outputs, reference_head
 from tests.ops.linear_logprob_cases import (
     EAGER,

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalign.ops.linear_logprob import linear_logprob
+from fastalign.ops.head.linear_logprob import linear_logprob
 from tests.ops.linear_logprob_cases import (
     BUDGETS,
     EAGER,

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.backends import unusable_reason
-from fastalign.ops.linear_logprob import linear_logprob
-from fastalign.ops.linear_logprob.op import linear_logprob_forward
+from fastalign.ops.head.linear_logprob import linear_logprob
+from fastalign.ops.head.linear_logprob.op import linear_logprob_forward
 from tests.ops.linear_logprob_cases import (
     BUDGETS,
     EAGER,

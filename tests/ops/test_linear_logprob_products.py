@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastalign.ops.linear_logprob import linear_logprob
+from fastalign.ops.head.linear_logprob import linear_logprob
 from tests.ops.linear_logprob_cases import (
     EAGER,
 )

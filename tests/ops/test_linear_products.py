@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalign.ops.linear_products import add_product, product, product_dtype
+from fastalign.ops.head.products import add_product, product, product_dtype
 
 pytestmark = pytest.mark.skipif(
     product_dtype(torch.bfloat16, "cpu") != torch.bfloat16,

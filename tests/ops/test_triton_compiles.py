@@ -28,7 +28,7 @@ def token_logprob_entries() -> list[Entry]:
 
 
 def head_tile_entries() -> list[Entry]:
-    module = "fastalign.ops.head_tile.triton_kernels"
+    module = "fastalign.ops.head.head_tile.triton_kernels"
     constants = {
         "HAS_TEMPERATURE": True,
         "HAS_SOFTCAP": True,
@@ -77,7 +77,7 @@ def packed_entries() -> list[Entry]:
 
 
 def head_tile_split_entries() -> list[Entry]:
-    module = "fastalign.ops.head_tile.split.triton_kernels"
+    module = "fastalign.ops.head.head_tile.split.triton_kernels"
     flags = {"HAS_TEMPERATURE": True, "HAS_SOFTCAP": True}
     types = {"targets_ptr": "*i64", "ignored_ptr": "*i8", "softcap": "fp32", "logit_scale": "fp32"}
     upstream = {"HAS_GRAD_LOGPROB": True, "HAS_GRAD_ENTROPY": True}
@@ -108,7 +108,7 @@ def token_kl_entries() -> list[Entry]:
 
 
 def kl_tile_entries() -> list[Entry]:
-    module = "fastalign.ops.kl_tile.triton_kernels"
+    module = "fastalign.ops.head.kl_tile.triton_kernels"
     flags = {"HAS_TEMPERATURE": True, "HAS_SOFTCAP": True, "HAS_GRADIENT": True}
     types = {"targets_ptr": "*i64", "ignored_ptr": "*i8", "softcap": "fp32", "logit_scale": "fp32"}
     entries = []

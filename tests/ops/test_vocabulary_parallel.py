@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastalign import VocabularyShard, linear_logprob
-from fastalign.ops import linear_buffers
+from fastalign.ops.head import buffers as linear_buffers
 from tests.ops.linear_logprob_cases import (
     EAGER,
     ROWS,

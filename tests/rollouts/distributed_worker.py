@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 
-from fastalign.models import part_from_ranks, share_by_fsdp
+from fastalign.ranks.parallel import part_from_ranks, share_by_fsdp
+from fastalign.ranks.world import world_of_environment
 from fastalign.rollouts import (
     PolicyAccess,
     RankZeroSampler,
@@ -19,7 +20,6 @@ from fastalign.rollouts import (
     access_to,
     policy_tensors,
 )
-from fastalign.world import world_of_environment
 from tests.rollouts.vllm_cases import (
     EOS,
     PARAMS,

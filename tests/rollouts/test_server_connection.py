@@ -7,9 +7,10 @@ import warnings
 
 import pytest
 
-from fastalign.rollouts import VllmOptions, server_connection
+from fastalign.rollouts import VllmOptions
+from fastalign.rollouts.engines import connection as server_connection
+from fastalign.rollouts.engines.connection import ServerConnection
 from fastalign.rollouts.sampler import SamplerFailed
-from fastalign.rollouts.server_connection import ServerConnection
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
 NUM_REQUESTS = 64

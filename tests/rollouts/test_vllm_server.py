@@ -24,9 +24,9 @@ from fastalign.rollouts import (
     SamplerFailed,
     SyncedSampler,
     VllmServerSampler,
-    broadcast,
     policy_tensors,
 )
+from fastalign.rollouts.engines import broadcast
 from tests.ranks import free_port
 from tests.rollouts.vllm_cases import (
     OPTIONS,

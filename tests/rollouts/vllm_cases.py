@@ -20,7 +20,7 @@ from fastalign.rollouts import (
     policy_tensors,
     recompute_logprobs,
 )
-from fastalign.rollouts.process_end import GRACE_SECONDS, TRACKER_SECONDS, shared_memory_of
+from fastalign.rollouts.engines.process_end import GRACE_SECONDS, TRACKER_SECONDS, shared_memory_of
 
 # The suite installs it; elsewhere these tests say what they need.
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="scripts/install_vllm_cpu.sh")

@@ -9,20 +9,17 @@ from typing import Any
 import pytest
 import yaml
 
-from fastalign.cli.config_parse import parse_config
-from fastalign.cli.dpo import parse_dpo
-from fastalign.cli.evaluate import EvalConfig
-from fastalign.cli.flags import parse_flags
-from fastalign.cli.online_dpo import parse_online_dpo
-from fastalign.cli.reward import parse_reward
+from fastalign.cli.algorithms import ALGORITHMS
+from fastalign.cli.answers.evaluate import EvalConfig
+from fastalign.cli.config_parse import parse_config, parse_flags
 from fastalign.trainers import PPOConfig, SFTConfig
 
 ROOT = Path(__file__).parents[2]
 PARSERS: dict[str, Callable[[Sequence[str]], Any]] = {
     "sft": lambda words: parse_config(SFTConfig, words, "sft"),
-    "dpo": parse_dpo,
-    "reward": parse_reward,
-    "online-dpo": parse_online_dpo,
+    "dpo": ALGORITHMS["dpo"].parse,
+    "reward": ALGORITHMS["reward"].parse,
+    "online-dpo": ALGORITHMS["online-dpo"].parse,
     "ppo": lambda words: parse_config(PPOConfig, words, "ppo"),
     "eval": lambda words: parse_flags(EvalConfig, words, "eval"),
 }

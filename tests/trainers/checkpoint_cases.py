@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from fastalign.trainers import OptimConfig
-from fastalign.trainers.checkpoint import restore
-from fastalign.trainers.checkpoint_files import newest_good_checkpoint
-from fastalign.trainers.checkpoint_tensors import tensors_of, trainable_parameters
-from fastalign.trainers.checkpoint_writer import CheckpointWriter
-from fastalign.trainers.optimizer import make_optimizer
-from fastalign.trainers.state import TrainState
-from fastalign.world import World, world_of_environment
+from fastalign.ranks.world import World, world_of_environment
+from fastalign.runs.checkpoint.files import newest_good_checkpoint
+from fastalign.runs.checkpoint.restore import restore
+from fastalign.runs.checkpoint.tensors import tensors_of, trainable_parameters
+from fastalign.runs.checkpoint.writer import CheckpointWriter
+from fastalign.runs.config import OptimConfig
+from fastalign.runs.optimizer import make_optimizer
+from fastalign.runs.state import TrainState
 
 # Sizes that no number of ranks divides, and a bias of one element.
 SIZES = (5, 7, 1)

@@ -15,9 +15,9 @@ from typing import Any
 
 import torch
 
-from fastalign.trainers.checkpoint import restore
-from fastalign.trainers.checkpoint_files import fault_of, list_checkpoints, newest_good_checkpoint
-from fastalign.trainers.checkpoint_writer import CheckpointWriter
+from fastalign.runs.checkpoint.files import fault_of, list_checkpoints, newest_good_checkpoint
+from fastalign.runs.checkpoint.restore import restore
+from fastalign.runs.checkpoint.writer import CheckpointWriter
 from tests.trainers.checkpoint_cases import make_state, take_steps, trained
 
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "fsync"}

@@ -10,14 +10,16 @@ from torch import Tensor
 
 from fastalign.models import load_policy
 from fastalign.rollouts import Completion, SamplingParams
-from fastalign.trainers import PPOConfig, TrainConfig, ppo
-from fastalign.trainers.compute import make_compute
-from fastalign.trainers.optimizer import make_optimizer
-from fastalign.trainers.ppo_losses import Update
-from fastalign.trainers.ppo_run import PPORun, prepare
-from fastalign.trainers.reward_sources import final_scores
-from fastalign.trainers.rollout import Rollouts, roll_out
-from fastalign.trainers.state import TrainState
+from fastalign.runs.config import TrainConfig
+from fastalign.runs.open import make_compute
+from fastalign.runs.optimizer import make_optimizer
+from fastalign.runs.state import TrainState
+from fastalign.trainers import PPOConfig
+from fastalign.trainers.ppo import train as ppo
+from fastalign.trainers.ppo.prepare import PPORun, prepare
+from fastalign.trainers.ppo.update import Update
+from fastalign.trainers.sampling.rollout import Rollouts, roll_out
+from fastalign.trainers.sampling.score import final_scores
 from tests.runs import ppo_config
 
 INDICES = [3, 1, 4, 1, 5]

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fastalign.batch import Group
+from fastalign.batch.packed import Group
 
 LENGTH = 9  # tokens of a group: one fits in a batch, two do not
 

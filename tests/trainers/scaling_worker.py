@@ -13,24 +13,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastalign.batch import pack
-from fastalign.models import attention, part_from_ranks, with_whole_weights
+from fastalign.batch.packed import pack
+from fastalign.compute import Compute
+from fastalign.models import attention
 from fastalign.models.load import disable_dropout
-from fastalign.models.whole_weights import whole
+from fastalign.ranks.config import ParallelConfig
+from fastalign.ranks.parallel import part_from_ranks
+from fastalign.ranks.whole_weights import whole, with_whole_weights
+from fastalign.ranks.world import World
 from fastalign.rollouts import policy_tensors
-from fastalign.trainers import OptimConfig, TrainConfig
-from fastalign.trainers.accumulate import measure_examples
-from fastalign.trainers.compute import Compute, make_compute
-from fastalign.trainers.load_models import checkpoint_activations
-from fastalign.trainers.optimizer import make_optimizer
-from fastalign.trainers.parallel_config import ParallelConfig
-from fastalign.trainers.ppo_models import PPOModels
-from fastalign.trainers.ppo_tokens import numbers_of_batch
+from fastalign.runs.accumulate import measure_examples
+from fastalign.runs.config import OptimConfig, TrainConfig
+from fastalign.runs.load_models import checkpoint_activations, share
+from fastalign.runs.open import make_compute
+from fastalign.runs.optimizer import make_optimizer
+from fastalign.runs.state import TrainState
+from fastalign.runs.step import optimiser_step
+from fastalign.trainers.ppo.models import PPOModels
+from fastalign.trainers.ppo.record import numbers_of_batch
 from fastalign.trainers.sft import sft_step
-from fastalign.trainers.sharing import share
-from fastalign.trainers.state import TrainState
-from fastalign.trainers.step import optimiser_step
-from fastalign.world import World
 from tests.tiny import put_adapter, tiny_model, tiny_reward_model
 from tests.trainers.scaling_cases import CASES, HEAVY, PEAKS, Case, groups
 

@@ -12,9 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastalign.data import load_tokenizer
 from fastalign.models import load_policy
-from fastalign.trainers import LOSSES, TrainConfig, dpo
-from fastalign.trainers.compute import make_compute
-from fastalign.trainers.setup import load_data
+from fastalign.runs.config import TrainConfig
+from fastalign.runs.data import load_data
+from fastalign.runs.open import make_compute
+from fastalign.trainers import LOSSES
+from fastalign.trainers.dpo import train as dpo
 from tests.runs import dpo_config
 
 PACKINGS = ["shared_prefix", "packed", "padded"]

@@ -12,9 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastalign.trainers import RunConfig, train_sft
-from fastalign.trainers.checkpoint import restore, restore_random
-from fastalign.trainers.checkpoint_files import entry_of, fault_of
+from fastalign.runs.checkpoint.files import entry_of, fault_of
+from fastalign.runs.checkpoint.restore import restore, restore_random
+from fastalign.runs.config import RunConfig
+from fastalign.trainers import train_sft
 from tests.runs import saved_tensors, sft_config
 from tests.trainers.checkpoint_cases import make_state, saved, trained
 

@@ -16,14 +16,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastalign.trainers import checkpoint_writer
-from fastalign.trainers.checkpoint import restore
-from fastalign.trainers.checkpoint_files import (
-    fault_of,
-    list_checkpoints,
-    newest_good_checkpoint,
-)
-from fastalign.trainers.checkpoint_writer import CheckpointWriter, ShardWriter
+from fastalign.runs.checkpoint import writer as checkpoint_writer
+from fastalign.runs.checkpoint.files import fault_of, list_checkpoints, newest_good_checkpoint
+from fastalign.runs.checkpoint.restore import restore
+from fastalign.runs.checkpoint.writer import CheckpointWriter, ShardWriter
 from tests.runs import saved_tensors
 from tests.trainers.checkpoint_cases import (
     all_of,

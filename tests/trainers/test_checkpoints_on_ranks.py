@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastalign.trainers.checkpoint import restore
-from fastalign.trainers.checkpoint_files import list_checkpoints
+from fastalign.runs.checkpoint.files import list_checkpoints
+from fastalign.runs.checkpoint.restore import restore
 from tests import ranks
 from tests.trainers.checkpoint_cases import (
     all_of,

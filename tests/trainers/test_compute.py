@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from fastalign.trainers.compute import device_of_rank
-from fastalign.world import World
+from fastalign.ranks.world import World
+from fastalign.runs.open import device_of_rank
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastalign.cli.main import main
-from fastalign.trainers.estimate import estimate_run
+from fastalign.estimate.run import estimate_run
 from tests.runs import dpo_config, sentence, sft_config, write_rows
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer
@@ -119,7 +119,7 @@ def test_a_checkpoint_is_written_from_a_copy_while_training_goes_on(folder: Path
 def test_a_frozen_weight_has_no_gradient_and_no_state(folder: Path) -> None:
     from dataclasses import replace
 
-    from fastalign.trainers import LoraConfig, ModelConfig
+    from fastalign.runs.config import LoraConfig, ModelConfig
 
     plain = dpo_config(folder, "run")
     lora = LoraConfig(rank=2, targets=("q_proj",))
@@ -211,9 +211,9 @@ def test_nf4_takes_what_bitsandbytes_allocates(kind: str, folder: Path) -> None:
     from dataclasses import replace
 
     from fastalign.models import save_model
-    from fastalign.trainers import LoraConfig, ModelConfig
-    from fastalign.trainers.compute import make_compute
-    from fastalign.trainers.load_models import load_for_training
+    from fastalign.runs.config import LoraConfig, ModelConfig
+    from fastalign.runs.load_models import load_for_training
+    from fastalign.runs.open import make_compute
 
     save_model(tiny_model(kind, vocab_size=320), make_tokenizer(), folder / kind)
     config = dpo_config(folder, "run")
@@ -254,7 +254,7 @@ def test_the_evaluation_is_a_phase_and_counts_for_the_reference(folder: Path) ->
 def test_what_a_run_refuses_of_precisions_is_refused(folder: Path) -> None:
     from dataclasses import replace
 
-    from fastalign.trainers import LoraConfig, ModelConfig
+    from fastalign.runs.config import LoraConfig, ModelConfig
 
     config = sft_config(folder, "run", precision="float32")
     model = ModelConfig(config.model.path, lora=LoraConfig(rank=2, base="bf16"))
@@ -266,7 +266,7 @@ def test_full_training_from_an_adapter_is_that_of_its_base(folder: Path) -> None
     from dataclasses import replace
 
     from fastalign.models import add_adapter, load_policy, save_adapter
-    from fastalign.trainers import ModelConfig
+    from fastalign.runs.config import ModelConfig
 
     config = sft_config(folder, "run")
     model = load_policy(folder / "llama")

@@ -10,26 +10,23 @@ import torch
 from torch import Tensor
 
 from fastalign import losses
-from fastalign.batch import PackedBatch, pack
-from fastalign.losses import segment_sum
+from fastalign.batch.packed import PackedBatch, pack
 from fastalign.models import load_policy, save_model
 from fastalign.ops import LossFunction, TokenChunk
+from fastalign.ops.segments import segment_sum
 from fastalign.rollouts import SamplingParams
+from fastalign.runs.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from fastalign.runs.open import make_compute
+from fastalign.runs.step import MakeLoss, policy_loss
 from fastalign.trainers import (
     KLConfig,
-    ModelConfig,
-    OptimConfig,
     PPOConfig,
     PPOSettings,
     PromptDataConfig,
     RewardSourceConfig,
-    RunConfig,
-    TrainConfig,
     ValueConfig,
     train_ppo,
 )
-from fastalign.trainers.compute import make_compute
-from fastalign.trainers.step import MakeLoss, policy_loss
 from tests.exact_optimum import (
     BETA,
     MAX_NEW_TOKENS,

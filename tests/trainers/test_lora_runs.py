@@ -11,23 +11,22 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from fastalign.batch import pack
+from fastalign.batch.packed import pack
 from fastalign.data import load_tokenizer
-from fastalign.models import load_policy, load_reward_model, response_logprob, save_model
-from fastalign.models.lora import quiet_peft
-from fastalign.trainers import (
-    LoraConfig,
-    PreferenceDataConfig,
-    RewardConfig,
-    TrainConfig,
-    dpo,
-    train_dpo,
-    train_sft,
+from fastalign.models import (
+    load_policy,
+    load_reward_model,
+    response_logprob,
+    save_model,
 )
-from fastalign.trainers.compute import make_compute
-from fastalign.trainers.setup import load_data
+from fastalign.models.lora import quiet_peft
+from fastalign.runs.config import LoraConfig, TrainConfig
+from fastalign.runs.data import load_data
+from fastalign.runs.open import make_compute
+from fastalign.runs.step import policy_loss
+from fastalign.trainers import PreferenceDataConfig, RewardConfig, train_dpo, train_sft
+from fastalign.trainers.dpo import train as dpo
 from fastalign.trainers.sft import make_sft_loss
-from fastalign.trainers.step import policy_loss
 from tests.models.test_exactness import random_groups
 from tests.products import recorded
 from tests.runs import MakeConfig, dpo_config, read_metrics, saved_tensors, sft_config

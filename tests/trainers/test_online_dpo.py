@@ -9,24 +9,23 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastalign.batch import Group
+from fastalign.batch.packed import Group
 from fastalign.data import load_tokenizer
 from fastalign.models import save_model
 from fastalign.rollouts import SamplingParams
+from fastalign.runs.config import ModelConfig, RunConfig
 from fastalign.trainers import (
     LOSSES,
     FreshPairsConfig,
-    ModelConfig,
     OnlineDPOConfig,
     OnlineReferenceConfig,
     PromptDataConfig,
     RewardSourceConfig,
-    RunConfig,
     WatchConfig,
-    online_dpo,
     train_online_dpo,
 )
-from fastalign.trainers.online_pairs import choose_pairs
+from fastalign.trainers.online_dpo import train as online_dpo
+from fastalign.trainers.online_dpo.samples import choose_pairs
 from tests.runs import OPTIM, TRAIN, WORDS, read_metrics, saved_tensors, write_rows
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer

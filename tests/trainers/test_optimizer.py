@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastalign.trainers import OptimConfig, train_dpo, train_sft
-from fastalign.trainers.optimizer import make_optimizer
-from fastalign.trainers.state import TrainState
-from fastalign.trainers.step import optimiser_step
+from fastalign.runs.config import OptimConfig
+from fastalign.runs.optimizer import make_optimizer
+from fastalign.runs.state import TrainState
+from fastalign.runs.step import optimiser_step
+from fastalign.trainers import train_dpo, train_sft
 from tests.runs import MakeConfig, dpo_config, read_metrics, saved_tensors, sft_config
 
 CONFIG = OptimConfig(lr=3e-3, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.3, schedule="constant")

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fastalign.cli.main import main
 from fastalign.models import is_out_of_memory
-from fastalign.trainers import LoraConfig
-from fastalign.trainers.process_memory import memory_used_in, out_of_memory_in_one_line
+from fastalign.runs.config import LoraConfig
+from fastalign.runs.memory import memory_used_in
+from fastalign.runs.out_of_memory import out_of_memory_in_one_line
 from tests.runs import dpo_config, read_metrics, sft_config, write_rows
 
 # The limit is set as the step begins: what threads reserved before it differs from run to run.

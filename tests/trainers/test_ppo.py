@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from fastalign.rollouts import Completion
-from fastalign.trainers import ppo, ppo_update
-from fastalign.trainers.accumulate import accumulate, measure_examples
-from fastalign.trainers.ppo_update import all_updates, loss_parts, mini_batches, one_update
+from fastalign.runs.accumulate import accumulate, measure_examples
+from fastalign.trainers.ppo import train as ppo
+from fastalign.trainers.ppo import update as ppo_update
+from fastalign.trainers.ppo.update import all_updates, loss_parts, mini_batches, one_update
 from tests.runs import WORDS, write_rows
 from tests.trainers.ppo_cases import (
     FixedSampler,

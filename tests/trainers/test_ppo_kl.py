@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastalign.batch import Group, pack
+from fastalign.batch.packed import Group, pack
 from fastalign.evaluation import ModelReward
 from fastalign.models import save_reward_model, set_pad_token, set_reward_scale
+from fastalign.runs.open import make_compute
+from fastalign.runs.state import seed_everything
 from fastalign.trainers import (
     KLConfig,
     PPOConfig,
@@ -17,12 +19,10 @@ from fastalign.trainers import (
     RewardSourceConfig,
     train_ppo,
 )
-from fastalign.trainers.compute import make_compute
-from fastalign.trainers.ppo import prepare_update
-from fastalign.trainers.ppo_models import token_values
-from fastalign.trainers.ppo_run import PPORun, prepare
-from fastalign.trainers.rollout import Rollouts, roll_out
-from fastalign.trainers.state import seed_everything
+from fastalign.trainers.ppo.models import token_values
+from fastalign.trainers.ppo.prepare import PPORun, prepare
+from fastalign.trainers.ppo.train import prepare_update
+from fastalign.trainers.sampling.rollout import Rollouts, roll_out
 from tests.runs import ppo_config, read_metrics, words_reward
 from tests.tiny import tiny_reward_model
 from tests.tokenizers import make_tokenizer

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from fastalign.batch import Group, pack
+from fastalign.batch.packed import Group, pack
 from fastalign.data import load_tokenizer, use_distinct_pad
 from fastalign.evaluation import ModelReward
 from fastalign.models import (
@@ -22,20 +22,20 @@ from fastalign.models import (
     score_at,
     set_pad_token,
 )
+from fastalign.runs.config import LoraConfig
+from fastalign.runs.optimizer import clip_gradient
 from fastalign.trainers import (
     KLConfig,
-    LoraConfig,
     PPOConfig,
     PPOSettings,
     ValueConfig,
     WatchConfig,
-    ppo,
     train_ppo,
 )
-from fastalign.trainers.collapse import is_repetitive, signs_of_collapse, watch
-from fastalign.trainers.optimizer import clip_gradient
-from fastalign.trainers.ppo_advantages import adapted_coefficient
-from fastalign.trainers.ppo_models import ActorCritic, value_source
+from fastalign.trainers.ppo import train as ppo
+from fastalign.trainers.ppo.advantages import adapted_coefficient
+from fastalign.trainers.ppo.models import ActorCritic, value_source
+from fastalign.trainers.sampling.collapse import is_repetitive, signs_of_collapse, watch
 from tests.runs import learning_rate_scales, ppo_config, read_metrics, write_rows
 from tests.tiny import tiny_model, tiny_reward_model
 from tests.tokenizers import make_tokenizer

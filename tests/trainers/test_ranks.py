@@ -12,17 +12,16 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from fastalign.ranks.config import ParallelConfig
+from fastalign.runs.config import LoraConfig, config_to_dict
+from fastalign.runs.folder import as_yaml
 from fastalign.trainers import (
-    LoraConfig,
-    ParallelConfig,
     train_dpo,
     train_online_dpo,
     train_ppo,
     train_reward,
     train_sft,
 )
-from fastalign.trainers.any_config import config_to_dict
-from fastalign.trainers.run_folder import as_yaml
 from tests import ranks
 from tests.runs import (
     dpo_config,

@@ -19,10 +19,13 @@ from torch import Tensor
 
 from fastalign.data import load_tokenizer
 from fastalign.models import load_policy, save_model
-from fastalign.trainers import LOSSES, TrainConfig, dpo, reference, train_dpo
-from fastalign.trainers.compute import make_compute
-from fastalign.trainers.reference_cache import digest_of, merge_into_cache, read_cache
-from fastalign.trainers.setup import load_data
+from fastalign.runs.config import TrainConfig
+from fastalign.runs.data import load_data
+from fastalign.runs.open import make_compute
+from fastalign.trainers import LOSSES, train_dpo
+from fastalign.trainers.dpo import reference
+from fastalign.trainers.dpo import train as dpo
+from fastalign.trainers.dpo.reference import digest_of, merge_into_cache, read_cache
 from tests.runs import dpo_config, read_metrics, write_rows
 from tests.tiny import tiny_model
 from tests.tokenizers import CHATML, WITHOUT_END, make_tokenizer

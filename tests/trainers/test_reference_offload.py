@@ -11,9 +11,12 @@ import torch
 
 from fastalign.data import load_tokenizer
 from fastalign.models import load_policy, offload_layers, save_model
-from fastalign.trainers import DPOConfig, ReferenceConfig, TrainConfig, dpo, reference, train_dpo
-from fastalign.trainers.compute import make_compute
-from fastalign.trainers.setup import load_data
+from fastalign.runs.config import TrainConfig
+from fastalign.runs.data import load_data
+from fastalign.runs.open import make_compute
+from fastalign.trainers import DPOConfig, ReferenceConfig, train_dpo
+from fastalign.trainers.dpo import reference
+from fastalign.trainers.dpo import train as dpo
 from tests.runs import dpo_config, read_metrics
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer

@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastalign.runs.checkpoint.files import list_checkpoints
 from fastalign.trainers import train_dpo, train_ppo, train_reward, train_sft
-from fastalign.trainers.checkpoint_files import list_checkpoints
 from tests.runs import (
     MakeConfig,
     dpo_config,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastalign.trainers import ParallelConfig
+from fastalign.ranks.config import ParallelConfig
 from tests import ranks
 from tests.runs import read_metrics
 from tests.trainers.test_ranks import DDP, FSDP, TRAINERS, lora

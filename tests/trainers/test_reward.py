@@ -12,12 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fastalign.batch import pack
+from fastalign.batch.packed import pack
+from fastalign.compute import Compute
 from fastalign.data import load_tokenizer
 from fastalign.models import hidden_at, load_reward_model, save_model
-from fastalign.trainers import REWARD_LOSSES, RewardConfig, TrainConfig, reward, train_reward
-from fastalign.trainers.compute import Compute, make_compute
-from fastalign.trainers.setup import load_data
+from fastalign.runs.config import TrainConfig
+from fastalign.runs.data import load_data
+from fastalign.runs.open import make_compute
+from fastalign.trainers import REWARD_LOSSES, RewardConfig, train_reward
+from fastalign.trainers.reward import train as reward
 from tests.runs import learning_rate_scales, read_metrics, reward_config, write_rows
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer

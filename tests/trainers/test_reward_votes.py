@@ -7,12 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from fastalign.batch import pack
+from fastalign.batch.packed import pack
 from fastalign.data import load_tokenizer
 from fastalign.models import load_reward_model
-from fastalign.trainers import REWARD_LOSSES, RewardConfig, TrainConfig, reward, train_reward
-from fastalign.trainers.compute import make_compute
-from fastalign.trainers.setup import load_data
+from fastalign.runs.config import TrainConfig
+from fastalign.runs.data import load_data
+from fastalign.runs.open import make_compute
+from fastalign.trainers import REWARD_LOSSES, RewardConfig, train_reward
+from fastalign.trainers.reward import train as reward
 from tests.runs import read_metrics, reward_config, write_rows
 
 

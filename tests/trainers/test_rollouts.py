@@ -10,24 +10,24 @@ import torch
 from fastalign.data import load_tokenizer
 from fastalign.models import load_policy, save_reward_model, set_pad_token
 from fastalign.rollouts import SamplingParams
-from fastalign.trainers import TrainConfig
-from fastalign.trainers.compute import make_compute
-from fastalign.trainers.policy_sampler import PolicySampler
-from fastalign.trainers.reward_sources import (
-    ScoreScale,
-    final_scores,
-    load_sources,
-    measure_scale,
-    source_names,
-)
-from fastalign.trainers.rollout import (
+from fastalign.runs.config import TrainConfig
+from fastalign.runs.open import make_compute
+from fastalign.trainers.sampling.config import PromptDataConfig, RewardSourceConfig
+from fastalign.trainers.sampling.policy_sampler import PolicySampler
+from fastalign.trainers.sampling.rollout import (
     Rollouts,
     load_prompt_sets,
     roll_out,
     rollout_seed,
     scale_of_policy,
 )
-from fastalign.trainers.rollout_config import PromptDataConfig, RewardSourceConfig
+from fastalign.trainers.sampling.score import (
+    ScoreScale,
+    final_scores,
+    load_sources,
+    measure_scale,
+    source_names,
+)
 from tests.runs import WORDS, prompts_file, words_reward, write_rows
 from tests.tiny import put_adapter, tiny_reward_model
 from tests.tokenizers import CHATML, make_tokenizer

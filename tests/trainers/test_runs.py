@@ -13,10 +13,11 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastalign.models import compile_layers, save_model
-from fastalign.trainers import LOSSES, TrainConfig, load_models, train_dpo, train_sft
-from fastalign.trainers.compute import make_compute
-from fastalign.trainers.config import OptimConfig
-from fastalign.trainers.optimizer import learning_rate
+from fastalign.runs import load_models
+from fastalign.runs.config import OptimConfig, TrainConfig
+from fastalign.runs.open import make_compute
+from fastalign.runs.optimizer import learning_rate
+from fastalign.trainers import LOSSES, train_dpo, train_sft
 from tests.runs import dpo_config, read_metrics, saved_tensors, sft_config, write_rows
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer
@@ -69,7 +70,7 @@ def test_bf16_trains_with_float32_weights(folder: Path) -> None:
 def test_a_step_that_is_not_finite_changes_no_weight(
     folder: Path, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fastalign.trainers.dpo as module
+    import fastalign.trainers.dpo.train as module
 
     plain = module.dpo_step
     calls = []

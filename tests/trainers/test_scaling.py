@@ -10,10 +10,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastalign.cli.main import main
-from fastalign.trainers.estimate import estimate_run
-from fastalign.trainers.parallel_config import ParallelConfig
-from fastalign.trainers.scaling import ModelWeights, Sharing, gathered, kept, reducing, weights_of
-from fastalign.trainers.scaling_traffic import (
+from fastalign.estimate.run import estimate_run
+from fastalign.estimate.scaling import ModelWeights, Sharing, gathered, kept, reducing, weights_of
+from fastalign.estimate.traffic import (
     PPOModelWeights,
     PPOWork,
     Traffic,
@@ -22,6 +21,7 @@ from fastalign.trainers.scaling_traffic import (
     ppo_traffic,
     sync_traffic,
 )
+from fastalign.ranks.config import ParallelConfig
 from tests.ranks import run
 from tests.runs import dpo_config
 from tests.tiny import put_adapter, tiny_model, tiny_reward_model

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import nn
 
-from fastalign.trainers import OptimConfig, train_sft
+from fastalign.runs.config import OptimConfig
+from fastalign.runs.optimizer import make_optimizer
+from fastalign.runs.state import TrainState
+from fastalign.runs.step import is_spike, optimiser_step
 from fastalign.trainers import sft as sft_module
-from fastalign.trainers.optimizer import make_optimizer
-from fastalign.trainers.state import TrainState
-from fastalign.trainers.step import is_spike, optimiser_step
+from fastalign.trainers import train_sft
 from tests.runs import read_metrics, sft_config
 
 

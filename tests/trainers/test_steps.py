@@ -12,10 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastalign.data import load_tokenizer
 from fastalign.models import load_policy
-from fastalign.trainers import TrainConfig, dpo, sft
-from fastalign.trainers.accumulate import measure_examples
-from fastalign.trainers.compute import make_compute
-from fastalign.trainers.setup import load_data
+from fastalign.runs.accumulate import measure_examples
+from fastalign.runs.config import TrainConfig
+from fastalign.runs.data import load_data
+from fastalign.runs.open import make_compute
+from fastalign.trainers import sft
+from fastalign.trainers.dpo import train as dpo
 from tests.runs import dpo_config, sft_config
 from tests.tolerance import assert_no_worse
 from tests.trainers.step_cases import PACKINGS, dpo_gradient, eager_dpo_gradient, gradients

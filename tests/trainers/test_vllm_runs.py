@@ -21,7 +21,7 @@ from fastalign.rollouts import (
     policy_tensors,
 )
 from fastalign.trainers import OnlineDPOConfig, PPOConfig, train_online_dpo, train_ppo
-from fastalign.trainers import policy_sampler as policy_sampler_module
+from fastalign.trainers.sampling import policy_sampler as policy_sampler_module
 from tests.rollouts.test_synced import FakeEngine
 from tests.rollouts.vllm_cases import OPTIONS, make_policy, needs_vllm
 from tests.runs import OPTIM, ppo_config, read_metrics

@@ -14,11 +14,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fastalign.batch import PackedBatch
+from fastalign.batch.packed import PackedBatch
+from fastalign.compute import AttentionChoice
 from fastalign.models.attention.blocks import Blocks, dot_product_attention
 from fastalign.models.attention.choice import (
     ATTENTIONS,
-    AttentionChoice,
     AttentionName,
     attention_reason,
     choose_attention,

@@ -5,8 +5,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from fastalign.compute import AttentionChoice
+
 AttentionName = Literal["sdpa", "flash_attn", "varlen", "flex"]
-AttentionChoice = Literal["auto", "sdpa", "flash_attn", "varlen", "flex"]
 ATTENTIONS: tuple[AttentionName, ...] = get_args(AttentionName)
 # Assumed, not measured: no GPU was at hand.
 ORDER_ON_CUDA: tuple[AttentionName, ...] = ("flash_attn", "varlen", "flex", "sdpa")

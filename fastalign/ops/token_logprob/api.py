@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.backends import BackendName, choose_backend
-from fastalign.ops.linear_arguments import check_targets, check_transform, temperature_tensor
+from fastalign.ops.head.arguments import check_targets, check_transform, temperature_tensor
 from fastalign.ops.token_logprob.op import token_logprob_forward
 
 

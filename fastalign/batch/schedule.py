@@ -1,0 +1,154 @@
+"""Which examples a step takes, and how they are cut into forwards that fit in memory."""
+
+import random
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from heapq import heappop, heappush
+from typing import NamedTuple
+
+from fastalign.batch.packed import Group, PackedBatch, pack, ungroup
+from fastalign.ranks.world import ALONE, World
+
+
+@lru_cache(maxsize=2)
+def _permutation(num_examples: int, seed: int, epoch: int) -> list[int]:
+    order = list(range(num_examples))
+    # A string is hashed with SHA-512, so neighbouring seeds and epochs are unrelated.
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order
+
+
+def indices_of_step(num_examples: int, batch_size: int, step: int, *, seed: int) -> list[int]:
+    """The examples of one step: a pure function of its arguments, so a run resumes anywhere.
+
+    Epochs are shuffled independently and laid end to end; step s takes the places
+    `[s * batch_size, (s + 1) * batch_size)`. Each epoch serves each example once, every step has
+    exactly `batch_size` examples, and a step may reach into the next epoch.
+
+    Raises:
+        ValueError: no examples, or a batch size below 1.
+    """
+    if num_examples < 1:
+        raise ValueError(f"num_examples: expected at least 1, got {num_examples}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    indices = []
+    place, stop = step * batch_size, (step + 1) * batch_size
+    while place < stop:
+        epoch, first = divmod(place, num_examples)
+        taken = _permutation(num_examples, seed, epoch)[first : first + stop - place]
+        indices += taken
+        place += len(taken)
+    return indices
+
+
+def micro_batches(
+    indices: Sequence[int], lengths: Sequence[int], *, tokens_per_batch: int, num_ranks: int = 1
+) -> list[list[int]]:
+    """Cuts a step's examples into batches of at most `tokens_per_batch` tokens.
+
+    As few batches as first-fit decreasing finds, then filled evenly: a step a little over the
+    budget makes two halves, and not a full batch and a crumb, which would take as long and need
+    the memory of the full one. An example longer than the budget travels alone. Within a batch the
+    step's order is kept. Several ranks take turns, so that each has as many batches as the others;
+    the last ones are empty where there are too few examples.
+
+    Args:
+        indices: the step's examples; one may occur twice.
+        lengths: packed tokens of every example of the data set, by index.
+        tokens_per_batch: the budget.
+        num_ranks: the number of batches is a multiple of it.
+
+    Raises:
+        ValueError: a budget below 1.
+    """
+    if tokens_per_batch < 1:
+        raise ValueError(f"tokens_per_batch: expected at least 1, got {tokens_per_batch}")
+    sizes = [lengths[index] for index in indices]
+    places = sorted(range(len(indices)), key=lambda place: (-sizes[place], place))
+    alone = [[place] for place in places if sizes[place] > tokens_per_batch]
+    fitting = places[len(alone) :]
+    batches = _first_fit(fitting, sizes, tokens_per_batch)
+    batches += [[] for _ in range(-(len(alone) + len(batches)) % num_ranks)]
+    even = _spread(fitting, sizes, len(batches))
+    if all(sum(sizes[place] for place in batch) <= tokens_per_batch for batch in even):
+        batches = even
+    return [[indices[place] for place in sorted(batch)] for batch in alone + batches]
+
+
+def _first_fit(places: Sequence[int], sizes: Sequence[int], budget: int) -> list[list[int]]:
+    batches: list[list[int]] = []
+    room: list[int] = []
+    for place in places:
+        for number, free in enumerate(room):
+            if sizes[place] <= free:
+                batches[number].append(place)
+                room[number] -= sizes[place]
+                break
+        else:
+            batches.append([place])
+            room.append(budget - sizes[place])
+    return batches
+
+
+def _spread(places: Sequence[int], sizes: Sequence[int], num_batches: int) -> list[list[int]]:
+    # Longest processing time first: each to the batch that holds the fewest tokens so far.
+    batches: list[list[int]] = [[] for _ in range(num_batches)]
+    loads = [(0, number) for number in range(num_batches)]
+    for place in places:
+        load, number = heappop(loads)
+        batches[number].append(place)
+        heappush(loads, (load + sizes[place], number))
+    return batches
+
+
+def packed_lengths(groups: Sequence[Group], *, repeat_prompts: bool) -> list[int]:
+    """Tokens of each group in a batch; `repeat_prompts` counts the prompt for each response."""
+    if not repeat_prompts:
+        return [group.num_tokens for group in groups]
+    return [sum(single.num_tokens for single in ungroup([group])) for group in groups]
+
+
+class Piece(NamedTuple):
+    """A part of what is computed together.
+
+    Attributes:
+        indices: of its groups.
+        batch: the groups.
+        counts: whether they are this rank's; if not, it only keeps the other ranks company.
+    """
+
+    indices: list[int]
+    batch: PackedBatch
+    counts: bool
+
+
+def packed_batches(
+    groups: Sequence[Group],
+    indices: Sequence[int],
+    lengths: Sequence[int],
+    *,
+    tokens_per_batch: int,
+    share_prompts: bool,
+    world: World = ALONE,
+) -> Iterator[Piece]:
+    """Yields this rank's share of the groups at `indices` as batches within the budget.
+
+    Every rank gets as many as the others, since each must take part in every forward of a model
+    that they share: one for which nothing is left gets the shortest group, which does not count.
+
+    Args:
+        groups: the whole data set.
+        indices: which of them, as for `micro_batches`.
+        lengths: of every group, from `packed_lengths`.
+        tokens_per_batch: the budget.
+        share_prompts: as for `pack`.
+        world: the ranks that share them.
+    """
+    batches = micro_batches(
+        indices, lengths, tokens_per_batch=tokens_per_batch, num_ranks=world.size
+    )
+    for chosen in batches[world.rank :: world.size]:
+        there = chosen or [min(indices, key=lambda index: lengths[index])]
+        batch = pack([groups[i] for i in there], share_prompts=share_prompts)
+        yield Piece(there, batch, counts=bool(chosen))

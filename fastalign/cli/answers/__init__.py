@@ -1,0 +1,1 @@
+"""Commands that sample answers, score them or compare them."""

@@ -1,0 +1,227 @@
+"""`fastalign eval`: accuracy on held-out pairs; reward and KL to the reference of fresh samples."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fastalign.batch.packed import Group
+from fastalign.cli.answers.generate import sample_rows
+from fastalign.cli.answers.sampling import (
+    SampledModel,
+    SamplingRun,
+    load_sampled,
+    new_file,
+    read_prompts,
+    sample,
+)
+from fastalign.cli.config_parse import parse_flags
+from fastalign.compute import Packing
+from fastalign.data import Tokenizer, check_same_vocabulary, load_preferences
+from fastalign.evaluation import (
+    apply_reward,
+    best_of_n,
+    best_of_n_kl_bound,
+    estimate_of_groups,
+    load_reward,
+    mean_margin,
+    preference_accuracy,
+    sampled_kl,
+    summary,
+)
+from fastalign.models.logprobs import sequence_logprobs
+from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
+
+
+@dataclass(frozen=True)
+class EvalReference:
+    """The model that KL and implicit rewards are measured against."""
+
+    path: str
+    """Folder in transformers' layout, or a hub name."""
+
+
+@dataclass(frozen=True)
+class EvalData:
+    """Held-out data; give prompts, pairs, or both."""
+
+    prompts: str | None = None
+    """Prompts to sample from, for reward and KL."""
+    pairs: str | None = None
+    """Preference pairs, for the accuracy; ties are left out and counted."""
+    max_length: int = 1024
+    """Most tokens of a prompt with one response; a longer pair is an error."""
+
+
+@dataclass(frozen=True)
+class EvalLoss:
+    """The implicit reward's scale."""
+
+    beta: float = 0.1
+    """Of the margin; the accuracy does not depend on it."""
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Writes OUT (JSON) and, beside it, samples.jsonl."""
+
+    model: SampledModel
+    reference: EvalReference
+    out: str
+    """File (.json) to write."""
+    data: EvalData = field(default_factory=EvalData)
+    reward: str | None = None
+    """`module:function` (prompts, completions) -> numbers, a reward model's folder, or a .json."""
+    best_of: tuple[int, ...] = ()
+    """Reward of the best of so many answers (1 2 4 8 16); at least the largest number are drawn."""
+    best_of_reward: str | None = None
+    """What chooses the best, as for `reward`; None: the reward itself."""
+    loss: EvalLoss = field(default_factory=EvalLoss)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    sampler: SamplerName = "transformers"
+    """What draws completions: the model in this process, vLLM in it, in a process of its own, or a
+    server that `fastalign vllm-server` started."""
+    vllm: VllmOptions = field(default_factory=VllmOptions)
+    run: SamplingRun = field(default_factory=SamplingRun)
+    packing: Packing = "shared_prefix"
+    """How log-probs are computed; padded for architectures that cannot be packed."""
+
+    def __post_init__(self) -> None:
+        check_sampler(self.sampler, self.vllm)
+
+
+def judge_pairs(
+    config: EvalConfig, policy: Any, reference: Any, tokenizer: Tokenizer
+) -> dict[str, float | int]:
+    """Accuracy and margin of the implicit reward."""
+    assert config.data.pairs is not None
+    data = load_preferences(
+        config.data.pairs, tokenizer, max_length=config.data.max_length, ties="drop"
+    )
+    policy_logprob = sequence_logprobs(policy, data.groups, packing=config.packing)
+    reference_logprob = sequence_logprobs(reference, data.groups, packing=config.packing)
+    accuracy = preference_accuracy(policy_logprob, reference_logprob, data.ties)
+    margin = mean_margin(policy_logprob, reference_logprob, config.loss.beta)
+    return {
+        **summary("accuracy", accuracy),
+        **summary("margin", margin),
+        "num_ties": data.report.num_ties_dropped,
+    }
+
+
+def judge_samples(
+    config: EvalConfig, policy: Any, reference: Any, tokenizer: Tokenizer
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Reward and KL of fresh samples, and the samples."""
+    assert config.data.prompts is not None
+    function = None
+    if config.reward is not None:
+        function = load_reward(config.reward, device=config.model.device)
+    prompts = read_prompts(config.data.prompts, policy, tokenizer, config.sampling)
+    completions = sample(config.model, policy, tokenizer, prompts.prompt_ids, config)
+    rows = list(sample_rows(prompts, completions, tokenizer))
+    groups = [
+        Group(ids, [answer.token_ids for answer in answers])
+        for ids, answers in zip(prompts.prompt_ids, completions, strict=True)
+    ]
+    kl = sampled_kl(
+        sequence_logprobs(policy, groups, packing=config.packing),
+        sequence_logprobs(reference, groups, packing=config.packing),
+    )
+    lengths = [[float(len(ids)) for ids in group.response_ids] for group in groups]
+    result: dict[str, Any] = {**summary("kl", kl)}
+    result |= summary("completion_tokens", estimate_of_groups(lengths))
+    if function is not None:
+        n = config.sampling.num_samples
+        repeated = [prompt for prompt in prompts.prompts for _ in range(n)]
+        rewards = apply_reward(function, repeated, [row["completion"] for row in rows])
+        for row, reward in zip(rows, rewards, strict=True):
+            row["reward"] = reward
+        by_prompt = [rewards[start : start + n] for start in range(0, len(rewards), n)]
+        result |= summary("reward", estimate_of_groups(by_prompt))
+        result |= judge_best_of(config, repeated, rows, by_prompt)
+    result["share_unfinished"] = sum(r["finish_reason"] == "length" for r in rows) / len(rows)
+    return result, rows
+
+
+def judge_best_of(
+    config: EvalConfig, prompts: list[Any], rows: list[dict[str, Any]], rewards: list[list[float]]
+) -> dict[str, Any]:
+    """`best_of_n`: for each n the reward of the best of n, and the bound of its KL."""
+    if not config.best_of:
+        return {}
+    scores = None
+    if config.best_of_reward is not None:
+        function = load_reward(config.best_of_reward, device=config.model.device)
+        flat = apply_reward(function, prompts, [row["completion"] for row in rows])
+        for row, score in zip(rows, flat, strict=True):
+            row["best_of_score"] = score
+        n = config.sampling.num_samples
+        scores = [flat[start : start + n] for start in range(0, len(flat), n)]
+    found = []
+    for n in config.best_of:
+        value = best_of_n(rewards, n, scores)
+        found.append({"n": n, **summary("reward", value), "kl_bound": best_of_n_kl_bound(n)})
+    return {"best_of_n": found}
+
+
+def check(config: EvalConfig) -> None:
+    """Refuses settings that would measure nothing, or something else.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    if config.data.prompts is None and config.data.pairs is None:
+        raise ValueError("data: expected data.prompts or data.pairs, got neither")
+    if config.reward is not None and config.data.prompts is None:
+        raise ValueError("data.prompts: the reward needs prompts to sample from, got none")
+    if config.best_of and config.reward is None:
+        raise ValueError("reward: the best of n needs a reward, got none")
+    if config.best_of and min(config.best_of) < 1:
+        raise ValueError(f"best_of: expected numbers of at least 1, got {min(config.best_of)}")
+    if config.best_of_reward is not None and not config.best_of:
+        raise ValueError("best_of_reward: expected best_of beside it, got none")
+    exact = (config.sampling.temperature, config.sampling.top_p, config.sampling.top_k)
+    if config.data.prompts is not None and exact != (1.0, 1.0, 0):
+        raise ValueError(
+            "sampling: the KL is of the policy itself: expected temperature 1, top_p 1, top_k 0, "
+            f"got {exact}"
+        )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code 0: the JSON is written."""
+    config = parse_flags(EvalConfig, argv, "fastalign eval")
+    check(config)
+    most = max(config.sampling.num_samples, *config.best_of, 1)
+    config = replace(config, sampling=replace(config.sampling, num_samples=most))
+    out = new_file(config.out)
+    start = time.perf_counter()
+    policy, tokenizer = load_sampled(config.model)
+    same = SampledModel(config.reference.path, config.model.trust_remote_code, config.model.device)
+    reference, reference_tokenizer = load_sampled(same)
+    check_same_vocabulary(tokenizer, reference_tokenizer)
+    result: dict[str, Any] = {}
+    if config.data.pairs is not None:
+        result |= judge_pairs(config, policy, reference, tokenizer)
+    rows: list[dict[str, Any]] = []
+    if config.data.prompts is not None:
+        found, rows = judge_samples(config, policy, reference, tokenizer)
+        result |= found
+    result = {**result, "seconds": time.perf_counter() - start, "config": asdict(config)}
+    if rows:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        Path(out.parent, "samples.jsonl").write_text(text, encoding="utf-8")
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    for name in ("reward", "kl", "accuracy"):
+        if name in result:
+            print(f"{name} {result[name]:.3f} +- {result[f'{name}_se']:.3f}")
+    for row in result.get("best_of_n", ()):
+        print(
+            f"best of {row['n']}: reward {row['reward']:.3f} +- {row['reward_se']:.3f}, "
+            f"KL to the model at most {row['kl_bound']:.3f}"
+        )
+    print(f"written to {out}")
+    return 0

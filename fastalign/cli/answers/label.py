@@ -1,0 +1,92 @@
+"""`fastalign label`: sampled completions to preference pairs, by a reward."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fastalign.cli.answers.sampling import new_file
+from fastalign.cli.config_parse import parse_flags
+from fastalign.data import Content, content_as_json, load_samples
+from fastalign.evaluation import apply_reward, load_reward
+
+
+@dataclass(frozen=True)
+class LabelData:
+    """Samples."""
+
+    samples: str
+    """File that `fastalign generate` wrote: `prompt` and `completion`, several of each prompt."""
+    ties: Literal["drop", "keep"] = "drop"
+    """Prompts whose completions all have the same reward: drop and count, or write as ties."""
+
+
+@dataclass(frozen=True)
+class LabelConfig:
+    """Writes, for each prompt, its best completion as chosen and its worst as rejected."""
+
+    data: LabelData
+    reward: str
+    """`module:function` (prompts, completions) -> numbers, a reward model's folder, or a .json."""
+    out: str
+    """File (.jsonl) to write."""
+
+
+def best_and_worst(
+    groups: Sequence[tuple[Content, list[str]]], rewards: Sequence[float], ties: str
+) -> Iterator[dict[str, Any] | None]:
+    """One row a prompt, or None where there is no pair: one distinct answer, or a dropped tie."""
+    place = 0
+    for prompt, completions in groups:
+        scored = list(zip(rewards[place : place + len(completions)], completions, strict=True))
+        place += len(completions)
+        best = max(scored, key=lambda pair: pair[0])
+        worst = min(scored, key=lambda pair: pair[0])
+        as_json = content_as_json(prompt)
+        if best[0] > worst[0]:
+            first, second, label = best[1], worst[1], "a"
+        else:
+            others = [text for text in completions if text != completions[0]]
+            first, second, label = completions[0], others[0] if others else "", "tie"
+        sides: list[Any] = [first, second]
+        if not isinstance(prompt, str):
+            sides = [[{"role": "assistant", "content": side}] for side in sides]
+        if not first.strip() or not second.strip() or (label == "tie" and ties == "drop"):
+            yield None
+        elif ties == "keep":
+            yield {
+                "prompt": as_json,
+                "response_a": sides[0],
+                "response_b": sides[1],
+                "label": label,
+            }
+        else:
+            yield {
+                "prompt": as_json,
+                "chosen": sides[0],
+                "rejected": sides[1],
+                "margin": best[0] - worst[0],
+            }
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code 0: the file is written."""
+    config = parse_flags(LabelConfig, argv, "fastalign label")
+    function = load_reward(config.reward)
+    groups = load_samples(config.data.samples)
+    flat = [(prompt, text) for prompt, completions in groups for text in completions]
+    rewards = apply_reward(function, [prompt for prompt, _ in flat], [text for _, text in flat])
+    rows = list(best_and_worst(groups, rewards, config.data.ties))
+    pairs = [row for row in rows if row is not None]
+    if not pairs:
+        raise ValueError(
+            f"data.samples: no prompt of {config.data.samples} has two answers that differ in "
+            "reward; sample more of each (--sampling.num-samples)"
+        )
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in pairs)
+    new_file(config.out).write_text(text, encoding="utf-8")
+    dropped = len(rows) - len(pairs)
+    print(
+        f"{len(pairs)} pairs written to {config.out}; {dropped} prompts without one (ties, blanks)"
+    )
+    return 0

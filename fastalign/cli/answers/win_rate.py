@@ -1,0 +1,206 @@
+"""`fastalign win-rate`: how often one model's answers are better than another's."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fastalign.cli.answers.sampling import (
+    SampledModel,
+    SamplingRun,
+    load_sampled,
+    new_file,
+    read_prompts,
+    sample,
+)
+from fastalign.cli.config_parse import parse_flags
+from fastalign.data import Content, content_as_json, load_samples
+from fastalign.evaluation.judge.chat_endpoint import ChatEndpoint, EndpointConfig
+from fastalign.evaluation.judge.judge import judge_by_endpoint, judge_statistics, read_template
+from fastalign.evaluation.rewards import load_reward
+from fastalign.evaluation.win_rate import (
+    AnswerPair,
+    Judged,
+    judge_by_reward,
+    pair_answers,
+    win_rate,
+)
+from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
+
+
+@dataclass(frozen=True)
+class Side:
+    """Whose answers: a model to sample from, or a file of its samples."""
+
+    path: str | None = None
+    """Folder in transformers' layout, or a hub name, to sample from."""
+    samples: str | None = None
+    """File that `fastalign generate` wrote, of the same prompts as the other side's."""
+    trust_remote_code: bool = False
+    """Run code that comes with the model."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
+
+
+@dataclass(frozen=True)
+class WinRateData:
+    """Prompts."""
+
+    prompts: str | None = None
+    """File, folder or hub name with a `prompt` column, for sides that are sampled from."""
+
+
+@dataclass(frozen=True)
+class WinRateConfig:
+    """Writes OUT (.json) and, beside it, OUT.verdicts.jsonl: every pair and what was said of it."""
+
+    model: Side
+    baseline: Side
+    out: str
+    """File (.json) to write."""
+    reward: str | None = None
+    """Judge: `module:function` (prompts, completions) -> numbers, a reward model, or a .json."""
+    judge: EndpointConfig = field(default_factory=EndpointConfig)
+    data: WinRateData = field(default_factory=WinRateData)
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    sampler: SamplerName = "transformers"
+    """What draws completions: the model in this process, vLLM in it, in a process of its own, or a
+    server that `fastalign vllm-server` started."""
+    vllm: VllmOptions = field(default_factory=VllmOptions)
+    run: SamplingRun = field(default_factory=SamplingRun)
+
+    def __post_init__(self) -> None:
+        check_sampler(self.sampler, self.vllm)
+
+
+def check(config: WinRateConfig) -> None:
+    """Refuses settings that would judge nothing, or leave it open who does.
+
+    Raises:
+        ValueError: naming the setting.
+    """
+    for name, side in (("model", config.model), ("baseline", config.baseline)):
+        if (side.path is None) == (side.samples is None):
+            got = "neither" if side.path is None else "both"
+            raise ValueError(f"{name}: expected {name}.path or {name}.samples, got {got}")
+        if side.path is not None and config.data.prompts is None:
+            raise ValueError(f"data.prompts: {name}.path needs prompts to sample from, got none")
+    if config.data.prompts is not None and config.model.samples and config.baseline.samples:
+        raise ValueError("data.prompts: both sides are files of samples, nothing is sampled")
+    if (config.reward is None) == (config.judge.endpoint is None):
+        got = "neither" if config.reward is None else "both"
+        raise ValueError(f"judge: expected reward or judge.endpoint, got {got}")
+
+
+def answers_of(side: Side, config: WinRateConfig) -> list[tuple[Content, list[str]]]:
+    """Each prompt with its answers: read, or sampled (the model is freed behind it)."""
+    if side.samples is not None:
+        return load_samples(side.samples)
+    assert side.path is not None
+    assert config.data.prompts is not None
+    source = SampledModel(side.path, side.trust_remote_code, side.device)
+    model, tokenizer = load_sampled(source)
+    prompts = read_prompts(config.data.prompts, model, tokenizer, config.sampling)
+    drawn = sample(source, model, tokenizer, prompts.prompt_ids, config)
+    # A prompt that stands in the file twice is one prompt with twice the answers, as in a file.
+    found: dict[Content, list[str]] = {}
+    for prompt, answers in zip(prompts.prompts, drawn, strict=True):
+        texts = [tokenizer.decode(a.token_ids, skip_special_tokens=True) for a in answers]
+        found.setdefault(prompt, []).extend(texts)
+    return list(found.items())
+
+
+def progress(judged: Iterator[Judged], total: int) -> Iterator[Judged]:
+    """Says now and then how many pairs are judged."""
+    shown = 0
+    for done, found in enumerate(judged, 1):
+        if done == total or done - shown >= total / 5:
+            shown = done
+            print(f"judged {done} of {total}", flush=True)
+        yield found
+
+
+def write_verdicts(
+    path: Path, pairs: Sequence[AnswerPair], judged: Iterator[Judged]
+) -> list[Judged]:
+    """A row a pair, written as it comes: what a judge was asked and paid for is never lost."""
+    kept: list[Judged] = []
+    with removed_if_empty(path), path.open("w", encoding="utf-8") as file:
+        for pair, found in zip(pairs, judged, strict=True):
+            kept.append(found)
+            row = {
+                "prompt": content_as_json(pair.prompt),
+                "model": pair.model,
+                "baseline": pair.baseline,
+                "sample": pair.sample,
+                "verdict": found.verdict,
+                **found.details,
+            }
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.flush()
+    return kept
+
+
+@contextmanager
+def removed_if_empty(path: Path) -> Iterator[None]:
+    """A failure before the first verdict leaves no file that the next try would stumble over."""
+    try:
+        yield
+    except BaseException:
+        if path.stat().st_size == 0:
+            path.unlink()
+        else:
+            print(f"what was judged until here is in {path}", flush=True)
+        raise
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The result in a few lines."""
+    lines = [
+        f"win rate {result['win_rate']:.3f} ({result['win_rate_low']:.3f} to "
+        f"{result['win_rate_high']:.3f}; {result['interval']}): {result['num_wins']} wins, "
+        f"{result['num_ties']} ties (one half each), {result['num_losses']} losses on "
+        f"{result['num_prompts']} prompts"
+    ]
+    if "share_unparsable" in result:
+        first = result["share_first"]
+        lines.append(
+            f"judge: {result['share_unparsable']:.1%} of {result['num_answers']} answers without a "
+            f"verdict ({result['num_undecided']} pairs left out), "
+            f"{result['share_order_dependent']:.1%} of verdicts changed with the order"
+            + ("" if first is None else f", {first:.1%} chose the answer that stood first")
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Exit code 0: the JSON is written."""
+    config = parse_flags(WinRateConfig, argv, "fastalign win-rate")
+    check(config)
+    out = new_file(config.out)
+    verdicts = new_file(str(out.with_suffix(".verdicts.jsonl")))
+    start = time.perf_counter()
+    result: dict[str, Any] = {}
+    if config.reward is not None:
+        function = load_reward(config.reward, device=config.model.device)
+        pairs = pair_answers(answers_of(config.model, config), answers_of(config.baseline, config))
+        judged = write_verdicts(verdicts, pairs, iter(judge_by_reward(function, pairs)))
+    else:
+        template = read_template(config.judge.template)
+        endpoint = ChatEndpoint(config.judge)
+        print(f"every pair is asked about in both orders:\n\n{template}", flush=True)
+        pairs = pair_answers(answers_of(config.model, config), answers_of(config.baseline, config))
+        asked = judge_by_endpoint(endpoint, template, pairs, config.judge.concurrency)
+        judged = write_verdicts(verdicts, pairs, progress(asked, len(pairs)))
+        result = {**judge_statistics(judged), "num_retries": endpoint.num_retries}
+        result["template"] = template
+    print(f"each pair and its verdict written to {verdicts}")
+    result = {**win_rate(pairs, judged), **result, "seconds": time.perf_counter() - start}
+    result["config"] = asdict(config)
+    out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(summary(result))
+    print(f"written to {out}")
+    return 0

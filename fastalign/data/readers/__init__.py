@@ -1,0 +1,1 @@
+"""Readers: files of any format, and the hub, to rows."""

@@ -1,0 +1,59 @@
+"""`read_rows`: a source (file, folder or hub name) to rows and faults, whatever the format."""
+
+import re
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from fastalign.data.readers.files import data_format, find_files
+from fastalign.data.readers.hub_rows import hub_rows, is_hub_name
+from fastalign.data.readers.json_rows import json_rows, jsonl_rows
+from fastalign.data.readers.row import DataFault, Row
+from fastalign.data.readers.table_rows import csv_rows, parquet_rows
+
+_LOOKS_LOCAL = re.compile(r"^[./~]|\.(jsonl|json|csv|parquet|gz|txt|tsv|zip)$|\s|/.*/", re.I)
+
+
+def read_rows(source: str | Path, columns: Collection[str]) -> Iterator[Row | DataFault]:
+    """Yields every row of a source, or in its place the fault that made it unreadable.
+
+    Args:
+        source: a `.jsonl`, `.json`, `.csv` (each also `.gz`) or `.parquet` file, a folder of
+            them, or a hub name `owner/name[:config][:split]` when no such path exists.
+        columns: the columns that matter; columnar formats read no others.
+
+    Raises:
+        DataFault: a fault of a whole file, after which its rows cannot be trusted or found.
+        FileNotFoundError: there is no such path, and it is no hub name.
+    """
+    text = str(source)
+    if not text.strip():
+        raise DataFault("data", "expected a file, a folder or a hub name, got an empty name")
+    path = Path(text).expanduser()
+    if not _exists(path) and is_hub_name(text) and not _LOOKS_LOCAL.search(text):
+        yield from _not_empty(text, hub_rows(text))
+        return
+    for file in find_files(path):
+        known = data_format(file)
+        assert known is not None, file
+        if known[0] == "parquet":
+            rows = parquet_rows(file, columns)
+        else:
+            rows = {"jsonl": jsonl_rows, "json": json_rows, "csv": csv_rows}[known[0]](file)
+        yield from _not_empty(str(file), rows)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def _not_empty(name: str, rows: Iterator[Row | DataFault]) -> Iterator[Row | DataFault]:
+    empty = True
+    for row in rows:
+        empty = False
+        yield row
+    if empty:
+        raise DataFault(name, "the file holds no rows")

@@ -1,0 +1,109 @@
+"""Rows of CSV (the standard library's parser, with line numbers) and of parquet (pyarrow)."""
+
+import csv
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from fastalign.data.readers.files import MAX_ROW_BYTES, decode, read_lines, refuse_foreign
+from fastalign.data.readers.row import DataFault, Row, show_names
+
+_PARQUET_BATCH_ROWS = 256
+
+
+def _csv_lines(path: Path) -> Iterator[str]:
+    for number, line in read_lines(path):
+        if len(line) > MAX_ROW_BYTES:
+            size = MAX_ROW_BYTES // 2**20
+            raise DataFault(f"{path}:{number}", f"the line is larger than {size} MiB")
+        yield decode(f"{path}:{number}", line)
+
+
+def csv_rows(path: Path) -> Iterator[Row | DataFault]:
+    """Rows of a `.csv` file: comma, double quotes, a header; a row's line is its first one.
+
+    Raises:
+        DataFault: no usable header, or quoting that leaves no way to find the next row.
+    """
+    csv.field_size_limit(MAX_ROW_BYTES)
+    reader = csv.reader(_csv_lines(path), strict=True)
+    header: list[str] | None = None
+    start = 1
+    while True:
+        start = reader.line_num + 1
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            text = str(error)
+            if "unexpected end" in text:
+                text = "a quote is opened and never closed"
+            raise DataFault(f"{path}:{start}", f"invalid CSV: {text}") from None
+        if cells is None:
+            return
+        if not cells:
+            continue
+        if header is None:
+            header = _header(path, start, cells)
+        elif len(cells) != len(header):
+            yield DataFault(
+                f"{path}:{start}",
+                f"expected {len(header)} cells, got {len(cells)}",
+            )
+        else:
+            yield Row(f"{path}:{start}", dict(zip(header, cells, strict=True)), textual=True)
+
+
+def _header(path: Path, line: int, cells: list[str]) -> list[str]:
+    where = f"{path}:{line}"
+    if len(cells) == 1 and any(mark in cells[0] for mark in ";\t|"):
+        raise DataFault(where, f"expected commas between the columns, got {show_names(cells)}")
+    for index, name in enumerate(cells):
+        if not name.strip() and index:
+            raise DataFault(where, f"the header's cell {index + 1} has no name")
+        if name in cells[:index]:
+            raise DataFault(where, "the header has this column twice", column=name)
+    return cells
+
+
+def parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row | DataFault]:
+    """Rows of a `.parquet` file, numbered from 1; only `columns` are read, the rest are None.
+
+    Raises:
+        DataFault: not parquet, damaged, duplicated columns, or none of `columns`.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    with path.open("rb") as stream:
+        head = stream.read(512)
+    if not head:
+        raise DataFault(str(path), "the file is empty")
+    if not head.startswith(b"PAR1"):
+        refuse_foreign(str(path), head)
+        raise DataFault(str(path), "the name ends in .parquet but the content is not parquet")
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        names = table.schema_arrow.names
+        wanted = [name for name in names if name in columns]
+        for name in names:
+            if names.count(name) > 1:
+                raise DataFault(str(path), "the file has this column twice", column=name)
+        if not wanted:
+            raise DataFault(str(path), f"no column that is known; found {show_names(names)}")
+        number = 0
+        empty = dict.fromkeys(names)
+        for batch in table.iter_batches(_PARQUET_BATCH_ROWS, columns=wanted):
+            for index in range(batch.num_rows):
+                number += 1
+                yield _parquet_row(f"{path}:{number}", batch.slice(index, 1), empty)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataFault(str(path), f"damaged parquet: {error}") from None
+
+
+def _parquet_row(where: str, batch: object, empty: dict[str, object]) -> Row | DataFault:
+    values = dict(empty)
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):  # type: ignore[attr-defined]
+        try:
+            values[name] = column[0].as_py()
+        except UnicodeDecodeError:
+            return DataFault(where, "text that is not UTF-8", column=name)
+    return Row(where, values)

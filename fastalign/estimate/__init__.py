@@ -1,0 +1,1 @@
+"""Estimates: the memory of a run before it is started."""

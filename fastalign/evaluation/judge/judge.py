@@ -1,0 +1,121 @@
+"""A language model as judge: every pair in both orders, and a verdict must survive both."""
+
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fastalign.data import content_as_json
+from fastalign.evaluation.judge.chat_endpoint import ChatEndpoint
+from fastalign.evaluation.win_rate import AnswerPair, Judged, prompt_key
+
+PLACES = ("prompt", "answer_a", "answer_b")
+_PLACE = re.compile(r"\{(prompt|answer_a|answer_b)\}")
+_VERDICT = re.compile(r"\[\[\s*(a|b|tie)\s*\]\]", re.IGNORECASE)
+# A verdict when the model's answer is A, and when it is B.
+_AS_FIRST = {"A": "win", "B": "loss", "tie": "tie"}
+_AS_SECOND = {"A": "loss", "B": "win", "tie": "tie"}
+
+
+def read_template(path: str | None) -> str:
+    """The question that is asked: the file's text, or our own.
+
+    Raises:
+        ValueError: a place is missing in it, or it is not UTF-8.
+        FileNotFoundError: there is no such file.
+    """
+    if path is None:
+        package = files("fastalign.evaluation.judge")
+        return package.joinpath("template.txt").read_text("utf-8")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"judge.template: no such file: {path}")
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"judge.template: {path}: not UTF-8: {error}") from None
+    missing = [place for place in PLACES if f"{{{place}}}" not in text]
+    if missing:
+        raise ValueError(f"judge.template: {path}: expected {{{missing[0]}}} in it")
+    return text
+
+
+def fill(template: str, prompt: str, answer_a: str, answer_b: str) -> str:
+    """The question about two answers; what stands in them is never taken for a place."""
+    values = {"prompt": prompt, "answer_a": answer_a, "answer_b": answer_b}
+    return _PLACE.sub(lambda match: values[match[1]], template)
+
+
+def read_verdict(answer: str) -> str | None:
+    """`A`, `B` or `tie`: the last in double brackets, or the whole answer; None: neither."""
+    found = _VERDICT.findall(answer)
+    word = found[-1] if found else answer.strip().rstrip(".")
+    by_name = {"a": "A", "b": "B", "tie": "tie"}
+    return by_name.get(word.lower())
+
+
+def both_orders(first: str | None, second: str | None) -> str | None:
+    """The model's verdict from A or B where it stood first, and where it stood second.
+
+    One that changes with the order is a tie; without either there is none.
+    """
+    if first is None or second is None:
+        return None
+    one, other = _AS_FIRST[first], _AS_SECOND[second]
+    return one if one == other else "tie"
+
+
+def judge_pair(endpoint: ChatEndpoint, template: str, pair: AnswerPair) -> Judged:
+    """Asks twice; identical answers are a tie without being asked about."""
+    if pair.model == pair.baseline:
+        return Judged("tie", {"answers": [], "read": []})
+    prompt = prompt_key(content_as_json(pair.prompt))
+    answers = [
+        endpoint.ask(fill(template, prompt, pair.model, pair.baseline)),
+        endpoint.ask(fill(template, prompt, pair.baseline, pair.model)),
+    ]
+    read = [read_verdict(answer) for answer in answers]
+    return Judged(both_orders(*read), {"answers": answers, "read": read})
+
+
+def judge_by_endpoint(
+    endpoint: ChatEndpoint, template: str, pairs: Sequence[AnswerPair], concurrency: int
+) -> Iterator[Judged]:
+    """Verdicts in the pairs' order, as they come; `concurrency` pairs are under way at a time.
+
+    `details` holds the two raw `answers`, the model's own first in the first question and second
+    in the second, and what was `read` in them.
+
+    Raises:
+        ValueError: the endpoint refuses, or fails for good; what is not yet asked is given up.
+    """
+    threads = ThreadPoolExecutor(concurrency)
+    try:
+        yield from threads.map(lambda pair: judge_pair(endpoint, template, pair), pairs)
+    finally:
+        # On a failure the others must not wait out their retries.
+        endpoint.stop()
+        threads.shutdown(cancel_futures=True)
+        endpoint.close()
+
+
+def judge_statistics(judged: Sequence[Judged]) -> dict[str, Any]:
+    """How far the judge can be trusted: answers not understood, verdicts that hang on the order.
+
+    `share_first` is how often the answer that stood first won, of all answers that chose one: 0.5
+    for a judge without a preference for a place.
+    """
+    asked = [found.details["read"] for found in judged if found.details["read"]]
+    read = [verdict for pair in asked for verdict in pair]
+    both = [pair for pair in asked if None not in pair]
+    chosen = [verdict for verdict in read if verdict in ("A", "B")]
+    changed = sum(_AS_FIRST[first] != _AS_SECOND[second] for first, second in both)
+    return {
+        "num_answers": len(read),
+        "num_unparsable": read.count(None),
+        "share_unparsable": read.count(None) / len(read) if read else 0.0,
+        "share_order_dependent": changed / len(both) if both else 0.0,
+        "share_first": chosen.count("A") / len(chosen) if chosen else None,
+        "num_identical": len(judged) - len(asked),
+    }

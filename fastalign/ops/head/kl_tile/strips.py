@@ -1,0 +1,148 @@
+"""The pass over two heads' tiles in PyTorch, strip by strip so that a strip stays in the cache.
+
+It is also the definition beside which the kernels are tested: float64 for float64 tiles.
+
+Legend: C tile rows, S strip rows, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from fastalign.ops.head.head_tile import HeadTransform
+from fastalign.ops.head.head_tile.strips import LOWEST_SHIFTED_LOGIT, shifted_logits
+from fastalign.ops.head.kl_tile.statistics import PairStatistics, Upstream
+
+# Between two shifted logits: one of them is a banned token's.
+BANNED_DIFFERENCE = -0.5 * LOWEST_SHIFTED_LOGIT
+
+
+def read(
+    tiles: Tensor,
+    targets: Tensor,
+    ignored: Tensor,
+    transform: HeadTransform,
+    over_reference: bool,
+    scratch: Tensor,
+    brackets: Tensor | None,
+    gradient: Tensor | None,
+    upstream: Upstream | None,
+) -> PairStatistics:
+    """See `kl_tile.read_pair`."""
+    parts = []
+    for start in range(0, tiles.shape[1], scratch.shape[1]):
+        stop = min(start + scratch.shape[1], tiles.shape[1])
+        strip = _Strip(
+            tiles[:, start:stop],
+            targets[start:stop, None],
+            transform.rows(start, stop),
+            over_reference,
+            scratch[:, : stop - start],
+        )
+        left_out = ignored[start:stop, None]
+        if brackets is not None:
+            strip.write_brackets(brackets[:, start:stop], left_out)
+        if gradient is not None:
+            assert upstream is not None
+            strip.write_gradient(gradient[start:stop], upstream.rows(start, stop), left_out)
+        parts.append(strip.statistics(left_out))
+    return PairStatistics.joined(parts, tiles)
+
+
+class _Strip:
+    """A strip's statistics, each (S, 1), and what its gradients are made from, in the scratch."""
+
+    def __init__(
+        self,
+        tiles: Tensor,
+        target: Tensor,
+        transform: HeadTransform,
+        over_reference: bool,
+        scratch: Tensor,
+    ) -> None:
+        self.tiles, self._target, self._transform = tiles, target, transform
+        self._over_reference = over_reference
+        shifted, difference, p, q = scratch
+        shifted_logits(tiles[0], transform, out=shifted)
+        shifted_logits(tiles[1], transform, out=difference)
+        torch.exp(shifted, out=p)
+        torch.exp(difference, out=q)
+        self._total, self._reference_total = p.sum(1, keepdim=True), q.sum(1, keepdim=True)
+        self._log_total = self._total.log()
+        self._logprob = shifted.gather(1, target) - self._log_total
+        self._reference_logprob = difference.gather(1, target) - self._reference_total.log()
+        shifted.clamp_(min=LOWEST_SHIFTED_LOGIT)
+        difference.clamp_(min=LOWEST_SHIFTED_LOGIT).neg_().add_(shifted)
+        # `tiles[1]` is read no more
+        product = torch.mul(p, shifted, out=tiles[1])
+        self._entropy = self._log_total - product.sum(1, keepdim=True) / self._total
+        if over_reference:
+            difference.neg_()
+        product = torch.mul(q if over_reference else p, difference, out=tiles[1])
+        own, other = self._total, self._reference_total
+        if over_reference:
+            own, other = other, own
+        self._mean = product.sum(1, keepdim=True) / own
+        self._kl = (self._mean - (own / other).log()).clamp_(min=0.0)
+        self._infinite = difference.amax(1, keepdim=True) > BANNED_DIFFERENCE
+        self._shifted: Tensor = shifted
+        self._difference: Tensor = difference
+        self._p: Tensor = p
+        self._q: Tensor = q
+
+    def statistics(self, ignored: Tensor) -> PairStatistics:
+        """The statistics, zero where ignored."""
+        kl = self._kl.masked_fill(self._infinite, torch.inf)
+        # rounding may leave a sure row a hair below zero
+        entropy = self._entropy.clamp(min=0.0)
+        found = (self._logprob, self._reference_logprob, entropy, kl)
+        return PairStatistics(*(value.masked_fill(ignored, 0.0).squeeze(1) for value in found))
+
+    def _kl_bracket(self, scale: Tensor | float) -> Tensor:
+        """The derivative of the KL by z times scale: NaN where it is infinite and scale not 0."""
+        factor: Tensor = scale / self._total
+        factor = factor.masked_fill(self._infinite & (factor != 0), torch.nan)
+        if self._over_reference:
+            # in this order it is exactly zero where the two sides are the same
+            ratio = self._total / self._reference_total
+            bracket = self._q.mul_(-ratio).add_(self._p)
+        else:
+            bracket = self._difference.sub_(self._mean).mul_(self._p)
+        return bracket.mul_(factor)
+
+    def _tanh_slope(self) -> Tensor | None:
+        """What remains of the derivative of z by the product beside the transform's slope."""
+        u = self.tiles[0]
+        return None if self._transform.softcap is None else u.square_().neg_().add_(1.0)
+
+    def write_brackets(self, brackets: Tensor, ignored: Tensor) -> None:
+        """Writes the derivatives of log-prob and KL by the products."""
+        slope = self._transform.slope(self._p)
+        of_kl = self._kl_bracket(slope)
+        of_logprob = self._p.mul_(-slope / self._total)
+        of_logprob.scatter_(1, self._target, -torch.expm1(self._logprob) * slope)
+        tanh_slope = self._tanh_slope()
+        for value in (of_logprob, of_kl):
+            if tanh_slope is not None:
+                value.mul_(tanh_slope)
+            value.masked_fill_(ignored, 0.0)
+        # after the last reading of the tiles, which may be the places
+        brackets[0].copy_(of_logprob)
+        brackets[1].copy_(of_kl)
+
+    def write_gradient(self, gradient: Tensor, upstream: Upstream, ignored: Tensor) -> None:
+        """Writes the derivative by the products of upstream's combination of the statistics."""
+        slope = self._transform.slope(self._p)
+        g, e, k = (values[:, None].to(self._p.dtype) * slope for values in upstream)
+        result = self._kl_bracket(k)
+        p, log_p_plus_entropy = self._p, self._shifted.add_(self._entropy - self._log_total)
+        p.div_(self._total)
+        # 1 - p from the log-prob: exact where p is near 1
+        at_target = result.gather(1, self._target) - torch.expm1(self._logprob) * g
+        at_target -= e * p.gather(1, self._target) * log_p_plus_entropy.gather(1, self._target)
+        # d logprob / d z_v = 1[v = y] - p_v, and d entropy / d z_v = -p_v (log p_v + entropy)
+        result.addcmul_(log_p_plus_entropy.mul_(-e).sub_(g), p)
+        result.scatter_(1, self._target, at_target)
+        tanh_slope = self._tanh_slope()
+        if tanh_slope is not None:
+            result.mul_(tanh_slope)
+        gradient.copy_(result.masked_fill_(ignored, 0.0))

@@ -1,0 +1,185 @@
+"""The pass over two tiles in Triton, one program a row: two readings, the second from the cache.
+
+Arithmetic is float32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastalign.ops.head.head_tile import HeadTransform
+from fastalign.ops.head.head_tile.triton_kernels import one_less_p, row_transform, rows_of, u_of
+from fastalign.ops.head.kl_tile.statistics import PairStatistics, Upstream
+from fastalign.ops.triton_softmax import add_pair, bounded, divergence
+from fastalign.ops.triton_table import launch_options
+
+
+@triton.jit
+def _statistics(
+    policy_ptr,
+    reference_ptr,
+    num_columns,
+    cap_scale,
+    gain,
+    OVER_REFERENCE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """What `add_pair` keeps, of whole rows."""
+    lowest = -float("inf")
+    m, total, weighted = lowest, 0.0, 0.0
+    n, reference_total, cross, largest = lowest, 0.0, 0.0, lowest
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < num_columns
+        x = tl.load(policy_ptr + column, mask=inside, other=0.0)
+        y = tl.load(reference_ptr + column, mask=inside, other=0.0)
+        z = tl.where(inside, u_of(x, cap_scale, HAS_SOFTCAP) * gain, lowest)
+        r = tl.where(inside, u_of(y, cap_scale, HAS_SOFTCAP) * gain, lowest)
+        m, total, weighted, n, reference_total, cross, largest = add_pair(
+            m, total, weighted, n, reference_total, cross, largest, z, r, OVER_REFERENCE
+        )
+    return m, total, weighted, n, reference_total, cross, largest
+
+
+@triton.jit
+def _store(places, value, kept, mask=None):
+    """Stores the value, or zeros where the row is ignored."""
+    tl.store(places, tl.where(kept, value, 0.0).to(places.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _kl_bracket(s, t, total, reference_total, mean, OVER_REFERENCE: tl.constexpr):
+    """The policy's p, and the derivative of the KL by z."""
+    scale = 1.0 / total
+    exponential = tl.exp(s)
+    p = exponential * scale
+    if OVER_REFERENCE:
+        # in this order it is exactly zero where the two sides are the same
+        of_kl = (exponential - tl.exp(t) * (total / reference_total)) * scale
+    else:
+        of_kl = p * (s - t - mean)
+    return p, of_kl
+
+
+@triton.jit
+def kl_tile_kernel(
+    policy_ptr,
+    reference_ptr,
+    targets_ptr,
+    ignored_ptr,
+    temperature_ptr,
+    grad_logprob_ptr,
+    grad_entropy_ptr,
+    grad_kl_ptr,
+    logprob_ptr,
+    reference_logprob_ptr,
+    entropy_ptr,
+    kl_ptr,
+    gradient_ptr,
+    kl_gradient_ptr,
+    row_stride,
+    gradient_stride,
+    num_columns,
+    softcap,
+    logit_scale,
+    OVER_REFERENCE: tl.constexpr,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_GRADIENT: tl.constexpr,
+    BRACKETS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row: its statistics, then its two brackets, or their sum weighted from upstream."""
+    row = tl.program_id(0).to(tl.int64)
+    kept = tl.load(ignored_ptr + row) == 0
+    cap_scale, gain, slope = row_transform(
+        row, temperature_ptr, softcap, logit_scale, HAS_TEMPERATURE, HAS_SOFTCAP
+    )
+    policy_ptr += row * row_stride
+    reference_ptr += row * row_stride
+    target = tl.load(targets_ptr + row)
+    # read before the reductions, whose barriers keep any warp from overwriting them first
+    policy_x, reference_x = tl.load(policy_ptr + target), tl.load(reference_ptr + target)
+    m, total, weighted, n, reference_total, cross, largest = _statistics(
+        policy_ptr, reference_ptr, num_columns, cap_scale, gain, OVER_REFERENCE, HAS_SOFTCAP, BLOCK
+    )
+    mean, kl = divergence(total, reference_total, cross, largest, OVER_REFERENCE)
+    entropy = tl.log(total) - weighted / total
+    entropy = tl.where(entropy < 0.0, 0.0, entropy)
+    logprob = u_of(policy_x, cap_scale, HAS_SOFTCAP) * gain - m - tl.log(total)
+    reference_logprob = (
+        u_of(reference_x, cap_scale, HAS_SOFTCAP) * gain - n - tl.log(reference_total)
+    )
+    _store(logprob_ptr + row, logprob, kept)
+    _store(reference_logprob_ptr + row, reference_logprob, kept)
+    _store(entropy_ptr + row, entropy, kept)
+    _store(kl_ptr + row, kl, kept)
+    if HAS_GRADIENT:
+        g, e, k = 1.0, 0.0, 1.0
+        if not BRACKETS:
+            g, e = tl.load(grad_logprob_ptr + row), tl.load(grad_entropy_ptr + row)
+            k = tl.load(grad_kl_ptr + row)
+        k = tl.where((kl == float("inf")) & (k != 0.0), float("nan"), k)
+        gradient_ptr += row * gradient_stride
+        kl_gradient_ptr += row * gradient_stride
+        for start in range(0, num_columns, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            inside = column < num_columns
+            u = u_of(tl.load(policy_ptr + column, mask=inside, other=0.0), cap_scale, HAS_SOFTCAP)
+            y = tl.load(reference_ptr + column, mask=inside, other=0.0)
+            s = bounded(u * gain - m)
+            t = bounded(u_of(y, cap_scale, HAS_SOFTCAP) * gain - n)
+            p, of_kl = _kl_bracket(s, t, total, reference_total, mean, OVER_REFERENCE)
+            of_logprob = tl.where(column == target, one_less_p(logprob), -p)
+            by_product = slope
+            if HAS_SOFTCAP:
+                by_product = slope * (1.0 - u * u)
+            if BRACKETS:
+                result = of_logprob
+                _store(kl_gradient_ptr + column, of_kl * k * by_product, kept, inside)
+            else:
+                result = g * of_logprob + k * of_kl - e * p * (s - tl.log(total) + entropy)
+            _store(gradient_ptr + column, result * by_product, kept, inside)
+
+
+def read(
+    tiles: Tensor,
+    targets: Tensor,
+    ignored: Tensor,
+    transform: HeadTransform,
+    over_reference: bool,
+    brackets: Tensor | None,
+    gradient: Tensor | None,
+    upstream: Upstream | None,
+) -> PairStatistics:
+    """See `kl_tile.read_pair`."""
+    _, num_rows, num_columns = tiles.shape
+    found = PairStatistics.empty(num_rows, tiles)
+    if num_rows == 0:
+        return found
+    places = brackets if brackets is not None else tiles if gradient is None else [gradient] * 2
+    rows = (transform.temperature, *(upstream or (None, None, None)))
+    kl_tile_kernel[(num_rows,)](
+        tiles[0],
+        tiles[1],
+        targets.contiguous(),
+        ignored.contiguous().view(torch.int8),
+        *(rows_of(value, num_rows, found.kl) for value in rows),
+        *found,
+        places[0],
+        places[1],
+        row_stride=tiles.stride(1),
+        gradient_stride=places[0].stride(0),
+        num_columns=num_columns,
+        softcap=1.0 if transform.softcap is None else transform.softcap,
+        logit_scale=transform.logit_scale,
+        OVER_REFERENCE=over_reference,
+        HAS_TEMPERATURE=transform.temperature is not None,
+        HAS_SOFTCAP=transform.softcap is not None,
+        HAS_GRADIENT=brackets is not None or gradient is not None,
+        BRACKETS=brackets is not None,
+        **launch_options("kl_tile_kernel", num_columns, tiles.device),
+    )
+    return found

@@ -1,0 +1,1 @@
+"""Ranks: the processes of a run, and how they share its models."""

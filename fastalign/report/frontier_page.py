@@ -1,0 +1,131 @@
+"""The frontier's table, and its picture: one curve a method, from the point they all start at."""
+
+import math
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from fastalign.report.frontier import FrontierPoint, Strength
+from fastalign.report.page import with_error
+from fastalign.report.pictures import as_data_uri, bar, new_figure, plain
+
+COLUMNS = ("method", "strength", "reward", "KL", "runs", "collapsed")
+PICTURES = (".png", ".svg", ".pdf")
+# Curves differ in mark as well as colour: not everybody sees colours, and ten are soon used up.
+MARKS = "osD^vP*X<>"
+
+
+def strength_text(strength: Strength) -> str:
+    """`0.1`, a word as it is, or nothing."""
+    if strength is None:
+        return ""
+    return strength if isinstance(strength, str) else f"{strength:g}"
+
+
+def frontier_table(points: Sequence[FrontierPoint]) -> list[tuple[str, ...]]:
+    """A row a point under COLUMNS; a KL that is a bound has `≤` in front."""
+    return [
+        (
+            point.method,
+            strength_text(point.strength),
+            with_error(pair(point.reward, point.reward_se)),
+            ("≤ " if point.kl_is_bound else "") + with_error(pair(point.kl, point.kl_se)),
+            str(point.num_runs),
+            f"{point.num_collapsed} of {point.num_runs} ({point.collapse_rate:.0%})",
+        )
+        for point in points
+    ]
+
+
+def pair(mean: float | None, error: float | None) -> tuple[float, float] | None:
+    """A mean and its error, NaN where it is not known; None without a mean."""
+    if mean is None:
+        return None
+    return mean, math.nan if error is None else error
+
+
+def find_origin(points: Sequence[FrontierPoint], method: str) -> FrontierPoint | None:
+    """The point that the curves start at: of this method (its case does not matter), measured."""
+    found = [p for p in points if p.method.lower() == method.lower() and p.reward is not None]
+    return found[0] if found else None
+
+
+def draw_frontier(points: Sequence[FrontierPoint], origin: FrontierPoint | None) -> Any:
+    """Reward against KL, one standard error each way; hollow marks: some of the runs collapsed."""
+    figure, axes = new_figure(8.0, 5.4)
+    methods = list(dict.fromkeys(point.method for point in points if point is not origin))
+    for number, method in enumerate(methods):
+        curve = [p for p in points if p.method == method and p is not origin and p.kl is not None]
+        if not curve:
+            continue
+        if origin is not None and distance(origin, curve[0]) > distance(origin, curve[-1]):
+            curve.reverse()  # the line leaves the origin for the end that is nearer
+        colour, mark = f"C{number % 10}", MARKS[number % len(MARKS)]
+        start = [] if origin is None else [origin]
+        axes.plot(
+            [point.kl for point in (*start, *curve)],
+            [point.reward for point in (*start, *curve)],
+            color=colour,
+            linewidth=1,
+            alpha=0.6,
+            linestyle="--" if any(point.kl_is_bound for point in curve) else "-",
+        )
+        for point in curve:
+            draw_point(axes, point, colour, mark)
+        bound = " (KL: the bound)" if any(point.kl_is_bound for point in curve) else ""
+        axes.plot([], [], mark, color=colour, label=plain(method) + bound)
+    if origin is not None:
+        draw_point(axes, origin, "black", "*")
+        axes.plot([], [], "*", color="black", label=plain(origin.method))
+        axes.axhline(origin.reward, color="black", linewidth=0.6, linestyle=":")
+    axes.set_xlabel("KL to the reference (nats a sequence)")
+    axes.set_ylabel("mean reward")
+    axes.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def distance(one: FrontierPoint, other: FrontierPoint) -> float:
+    """Between the KLs of two measured points."""
+    return abs((one.kl or 0.0) - (other.kl or 0.0))
+
+
+def draw_point(axes: Any, point: FrontierPoint, colour: str, mark: str) -> None:
+    """A mark with its error bars, and its strength beside it."""
+    axes.errorbar(
+        point.kl,
+        point.reward,
+        xerr=bar(point.kl_se),
+        yerr=bar(point.reward_se),
+        fmt=mark,
+        color=colour,
+        capsize=2,
+        elinewidth=0.8,
+        markerfacecolor="white" if point.num_collapsed else colour,
+    )
+    axes.annotate(
+        plain(strength_text(point.strength)),
+        (point.kl, point.reward),
+        xytext=(5, 4),
+        textcoords="offset points",
+        fontsize=7,
+        color=colour,
+    )
+
+
+def write_frontier(
+    points: Sequence[FrontierPoint], origin: FrontierPoint | None, out: Path
+) -> None:
+    """Writes a page (.html) with picture and table, or the picture alone (.png, .svg, .pdf)."""
+    from jinja2 import Environment, StrictUndefined
+
+    figure = draw_frontier(points, origin)
+    if out.suffix != ".html":
+        figure.savefig(out, dpi=150)
+        return
+    source = files("fastalign.report").joinpath("frontier.html.jinja").read_text("utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    text = environment.from_string(source).render(
+        columns=COLUMNS, table=frontier_table(points), picture=as_data_uri(figure)
+    )
+    out.write_text(text, encoding="utf-8")

@@ -1,0 +1,113 @@
+"""One self-contained page for one or more runs: table, pictures, samples side by side."""
+
+import math
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from fastalign.evaluation.win_rate import prompt_key
+from fastalign.report.pictures import SECTIONS, curve, reward_against_kl
+from fastalign.report.reward_pictures import accuracy_by_length, reliability
+from fastalign.report.reward_table import REWARD_COLUMNS, reward_table
+from fastalign.report.runs import RunRecord, labels_of
+from fastalign.report.speed import SPEED_COLUMNS, speed_table
+from fastalign.report.time_shares import TIME_COLUMNS, time_picture, time_table
+
+NUM_SAMPLES_SHOWN = 24
+COLUMNS = ("method", "training", "reward", "KL", "accuracy", "seconds")
+
+
+def with_error(measure: tuple[float, float] | None) -> str:
+    """`5.81 ± 0.15`, `5.81` where no error is known, or a dash."""
+    if measure is None:
+        return "–"  # noqa: RUF001 (a dash is meant)
+    mean, error = measure
+    if math.isnan(error):
+        return f"{mean:.2f}"
+    return f"{mean:.2f} ± {error:.2f}"
+
+
+def training(run: RunRecord) -> str:
+    """What a run did: `sft`, `dpo, 0.1`, `reward: rao_kupper`, `ppo, 0.05, collapsed`."""
+    method, strength, _ = labels_of(run)
+    if any("mean_reward" in row for row in run.metrics):
+        method = f"reward: {method}"
+    words = [method] if strength is None else [method, f"{strength:g}"]
+    return ", ".join([*words, "collapsed"] if run.collapsed else words)
+
+
+def accuracy(run: RunRecord) -> tuple[float, float] | None:
+    """Of the evaluation; else the last one while it was trained, whose error is not known."""
+    measured = run.measure("accuracy")
+    for name in ("eval_accuracy", "eval_rewards/accuracies"):
+        last = run.last(name)
+        if measured is None and last is not None:
+            measured = last, math.nan
+    return measured
+
+
+def table(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
+    """A row a run under COLUMNS: measures with their standard errors, seconds spent in training."""
+    return [
+        (
+            run.name,
+            training(run),
+            with_error(run.measure("reward")),
+            with_error(run.measure("kl")),
+            with_error(accuracy(run)),
+            f"{run.seconds:.0f}",
+        )
+        for run in runs
+    ]
+
+
+def side_by_side(runs: Sequence[RunRecord]) -> list[tuple[str, list[dict[str, Any] | None]]]:
+    """Prompts that every sampled run has, each with the runs' first completions."""
+    by_run: list[dict[str, dict[str, Any]]] = []
+    for run in runs:
+        first: dict[str, dict[str, Any]] = {}
+        for row in run.samples:
+            if "prompt" in row and "completion" in row:
+                first.setdefault(prompt_key(row["prompt"]), row)
+        by_run.append(first)
+    sampled = [first for first in by_run if first]
+    if not sampled:
+        return []
+    common = [key for key in sampled[0] if all(key in first for first in sampled)]
+    return [(key, [first.get(key) for first in by_run]) for key in common[:NUM_SAMPLES_SHOWN]]
+
+
+def render(runs: Sequence[RunRecord]) -> str:
+    """The page. Whatever models and data wrote is escaped; nothing is loaded from elsewhere."""
+    from jinja2 import Environment, StrictUndefined
+
+    source = files("fastalign.report").joinpath("report.html.jinja").read_text("utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
+    sections = [
+        (title, [(label, curve(runs, name, label)) for name, label in names])
+        for title, names in SECTIONS
+    ]
+    drawn = [
+        (title, [(label, picture) for label, picture in curves if picture is not None])
+        for title, curves in sections
+    ]
+    return environment.from_string(source).render(
+        columns=COLUMNS,
+        table=table(runs),
+        reward_columns=REWARD_COLUMNS,
+        reward_table=reward_table(runs),
+        reliability=reliability(runs),
+        accuracy_by_length=accuracy_by_length(runs),
+        frontier=reward_against_kl(runs),
+        speed_columns=SPEED_COLUMNS,
+        speed_table=speed_table(runs),
+        time_columns=TIME_COLUMNS,
+        time_table=time_table(runs),
+        time_picture=time_picture(runs),
+        sections=[(title, curves) for title, curves in drawn if curves],
+        names=[run.name for run in runs],
+        samples=side_by_side(runs),
+        configs=[(run.name, yaml.safe_dump(run.config, sort_keys=False)) for run in runs],
+    )

@@ -1,0 +1,69 @@
+"""Pictures of reward models: is a probability what it says, and is length what is liked."""
+
+import math
+from collections.abc import Sequence
+
+from fastalign.report.pictures import as_data_uri, new_figure, plain
+from fastalign.report.runs import RunRecord
+
+
+def reliability(runs: Sequence[RunRecord]) -> str | None:
+    """How often the expected winner won, against how sure each model was; or None without any."""
+    found = [(run.name, run.evaluation.get("calibration_bins")) for run in runs if run.evaluation]
+    if not any(bins for _, bins in found):
+        return None
+    figure, axes = new_figure(5.2, 4.0)
+    axes.plot([0.5, 1], [0.5, 1], color="0.6", linewidth=1, linestyle="--")
+    for name, bins in found:
+        if bins:
+            errors = [standard_error(b["accuracy"], b["count"]) for b in bins]
+            axes.errorbar(
+                [b["confidence"] for b in bins],
+                [b["accuracy"] for b in bins],
+                yerr=errors,
+                fmt="o-",
+                markersize=4,
+                linewidth=1.2,
+                capsize=2,
+                label=plain(name),
+            )
+    axes.set_xlabel("probability of the expected winner")
+    axes.set_ylabel("share of pairs that it won")
+    axes.legend(fontsize=8, frameon=False)
+    return as_data_uri(figure)
+
+
+def accuracy_by_length(runs: Sequence[RunRecord]) -> str | None:
+    """Accuracy by the difference of lengths, where the longer or the shorter won; or None."""
+    found = [(run.name, run.evaluation.get("length_bins")) for run in runs if run.evaluation]
+    if not any(bins for _, bins in found):
+        return None
+    figure, axes = new_figure(6.2, 4.0)
+    for number, (name, bins) in enumerate(found):
+        if not bins:
+            continue
+        for side, marker, style in (("longer", "^", "-"), ("shorter", "v", ":")):
+            shown = [b for b in bins if b[f"count_{side}_won"]]
+            accuracies = [b[f"accuracy_{side}_won"] for b in shown]
+            counts = [b[f"count_{side}_won"] for b in shown]
+            axes.errorbar(
+                [(b["low"] + b["high"]) / 2 for b in shown],
+                accuracies,
+                yerr=[standard_error(a, n) for a, n in zip(accuracies, counts, strict=True)],
+                fmt=marker + style,
+                color=f"C{number}",
+                markersize=5,
+                linewidth=1.2,
+                capsize=2,
+                label=f"{plain(name)}, the {side} won",
+            )
+    axes.set_xlabel("difference of the responses' lengths (tokens)")
+    axes.set_ylabel("accuracy")
+    axes.set_ylim(0, 1.03)
+    axes.legend(fontsize=8, frameon=False)
+    return as_data_uri(figure)
+
+
+def standard_error(share: float, count: int) -> float:
+    """Of a share of independent pairs."""
+    return math.sqrt(share * (1 - share) / count)

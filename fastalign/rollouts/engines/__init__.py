@@ -1,0 +1,1 @@
+"""Engines that sample: vLLM in this process or behind a server."""

@@ -1,0 +1,113 @@
+"""Sampling while the policy trains: the next step's completions, from the weights of this one."""
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from fastalign.rollouts.engines.synced import NUM_CHECKED, SyncedSampler
+from fastalign.rollouts.sampler import Completion, SamplerFailed, SamplingParams
+
+CHECKED_TOKENS_BEFOREHAND = 16  # of the completions that are checked before a batch is begun
+
+
+@dataclass
+class _Begun:
+    """Completions on their way."""
+
+    seed: int
+    answers: "Future[list[list[Completion]]]"
+
+
+class OverlappedSampler:
+    """A `SyncedSampler` whose engine works in the background on what `begin` asked for.
+
+    `generate` with the seed that was begun returns those completions, which are of the policy as
+    it was then: `Completion.version` says which. If the engine failed meanwhile, they are drawn
+    anew, from the policy as it is.
+
+    Args:
+        sampler: of an engine outside of this process.
+    """
+
+    def __init__(self, sampler: SyncedSampler):
+        self._sampler = sampler
+        self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
+        self._begun: _Begun | None = None
+
+    @property
+    def version(self) -> int:
+        """Of the policy as it is."""
+        return self._sampler.version
+
+    @version.setter
+    def version(self, version: int) -> None:
+        """Says that the policy has changed."""
+        self._sampler.version = version
+
+    def begin(
+        self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
+    ) -> None:
+        """Begins to draw what `generate` will be asked for with this seed.
+
+        The engine is given the policy's weights and checked before this returns.
+
+        Raises:
+            ValueError, SamplerFailed: as `SyncedSampler.generate`.
+        """
+        few = replace(
+            params,
+            num_samples=1,
+            max_new_tokens=min(params.max_new_tokens, CHECKED_TOKENS_BEFOREHAND),
+        )
+        self._sampler.generate(prompt_ids[:NUM_CHECKED], few, seed=seed)
+        answers = self._threads.submit(self._sampler.engine.generate, prompt_ids, params, seed=seed)
+        self._begun = _Begun(seed, answers)
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
+    ) -> list[list[Completion]]:
+        """See `SyncedSampler`."""
+        if self._begun is not None:
+            failure = self._begun.answers.exception()  # the engine does one thing at a time
+            if self._begun.seed == seed:
+                begun, self._begun = self._begun, None
+                if failure is None:
+                    return begun.answers.result()
+                if not isinstance(failure, SamplerFailed):
+                    raise failure
+                print(f"{failure}; its work is repeated", flush=True)
+        return self._sampler.generate(prompt_ids, params, seed=seed)
+
+    def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See `SyncedSampler`."""
+        self._sampler.sync_weights(named_tensors, version)
+
+    def metrics(self) -> dict[str, float | int]:
+        """See `SyncedSampler`."""
+        return self._sampler.metrics()
+
+    def state(self) -> dict[str, Any]:
+        """What was begun, as JSON holds it, when it is done; {} for nothing."""
+        if self._begun is None or self._begun.answers.exception() is not None:
+            return {}
+        answers = self._begun.answers.result()
+        rows = [[asdict(answer) for answer in of_prompt] for of_prompt in answers]
+        return {"seed": self._begun.seed, "completions": rows}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Takes up what `state` returned."""
+        if not state:
+            return
+        answers: Future[list[list[Completion]]] = Future()
+        answers.set_result(
+            [[Completion(**answer) for answer in of_prompt] for of_prompt in state["completions"]]
+        )
+        self._begun = _Begun(state["seed"], answers)
+
+    def close(self) -> None:
+        """Ends the engine when it has done what was begun."""
+        self._threads.shutdown(wait=True)
+        self._sampler.close()

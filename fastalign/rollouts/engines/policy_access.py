@@ -1,0 +1,118 @@
+"""What an engine's keeper needs of the policy itself: weights, adapter, log-probs."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign.models import adapter_rank, save_adapter
+from fastalign.ranks.parallel import enter, is_sharded
+from fastalign.ranks.whole_weights import whole
+from fastalign.ranks.world import World
+from fastalign.rollouts.distribution import recompute_logprobs
+from fastalign.rollouts.engines.weights import policy_tensors
+from fastalign.rollouts.sampler import SamplingParams
+
+# Prompt ids and response ids.
+Sequences = Sequence[tuple[list[int], list[int]]]
+
+
+class PolicyAccess:
+    """The policy, as far as this process has it.
+
+    Args:
+        model: the policy.
+        mode: entered around its forwards.
+    """
+
+    def __init__(self, model: Any, mode: Callable[[], AbstractContextManager[None]] = nullcontext):
+        self._model, self._mode = model, mode
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether an adapter is on it."""
+        return adapter_rank(self._model) > 0
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """`policy_tensors`."""
+        return policy_tensors(self._model)
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Writes the adapter in peft's layout."""
+        save_adapter(self._model, folder)
+
+    def logprobs(self, sequences: Sequences, params: SamplingParams) -> list[Tensor]:
+        """`recompute_logprobs` of each."""
+        with self._mode():
+            return [recompute_logprobs(self._model, p, r, params) for p, r in sequences]
+
+
+class ShardedAccess(PolicyAccess):
+    """A policy of which each rank holds a part: rank 0 asks, and the others do it with it.
+
+    Args:
+        model: the policy.
+        mode: entered around its forwards.
+        world: the ranks.
+    """
+
+    def __init__(self, model: Any, mode: Callable[[], AbstractContextManager[None]], world: World):
+        super().__init__(model, mode)
+        self._world = world
+
+    def tensors(self) -> Iterable[tuple[str, Tensor]]:
+        """`policy_tensors` gathered in rank 0's host memory."""
+        self._world.of_first(("gather",))
+        return self._gather()
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Writes the adapter in peft's layout."""
+        self._world.of_first(("save_adapter", folder))
+        super().save_adapter(folder)
+
+    def logprobs(self, sequences: Sequences, params: SamplingParams) -> list[Tensor]:
+        """`recompute_logprobs` of each, which all ranks compute."""
+        self._world.of_first(("logprobs", sequences, params))
+        return self._logprobs(sequences, params)
+
+    def serve(self) -> Any:
+        """On another rank: does what rank 0 asks for, until it says `done`, and with what."""
+        while True:
+            asked: tuple[Any, ...] = self._world.of_first(())
+            name, *arguments = asked
+            if name == "done":
+                return arguments[0]
+            if name == "gather":
+                self._gather()
+            elif name == "save_adapter":
+                super().save_adapter(*arguments)
+            elif name == "logprobs":
+                self._logprobs(*arguments)
+
+    def _gather(self) -> list[tuple[str, Tensor]]:
+        gathered = []
+        for name, tensor in policy_tensors(self._model):
+            plain = whole(tensor)
+            if self._world.is_first:
+                gathered.append((name, plain.cpu()))
+        return gathered
+
+    def _logprobs(self, sequences: Sequences, params: SamplingParams) -> list[Tensor]:
+        with self._mode():
+            return [self._logprob(prompt, response, params) for prompt, response in sequences]
+
+    def _logprob(self, prompt: list[int], response: list[int], params: SamplingParams) -> Tensor:
+        model = self._model
+        with torch.no_grad():
+            return enter(model, lambda: recompute_logprobs(model, prompt, response, params))
+
+
+def access_to(
+    model: Any, mode: Callable[[], AbstractContextManager[None]], world: World
+) -> PolicyAccess:
+    """To a policy that ranks may share."""
+    sharded = is_sharded(model) and world.size > 1
+    return ShardedAccess(model, mode, world) if sharded else PolicyAccess(model, mode)

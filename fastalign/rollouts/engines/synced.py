@@ -1,0 +1,242 @@
+"""An engine that is kept at a policy's weights: told them when they change, checked, rebuilt."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastalign.models import adapter_rank
+from fastalign.rollouts.engines.in_process import VllmSampler
+from fastalign.rollouts.engines.options import SamplerName, VllmOptions
+from fastalign.rollouts.engines.own_process import VllmProcessSampler
+from fastalign.rollouts.engines.policy_access import PolicyAccess
+from fastalign.rollouts.engines.server import VllmServerSampler
+from fastalign.rollouts.engines.spec import EngineSpec
+from fastalign.rollouts.engines.weights import sync_folder
+from fastalign.rollouts.sampler import Completion, SamplerFailed, SamplingParams
+
+NUM_CHECKED = 4  # completions after each sync that the trainer computes again
+CHECKED_TOKENS = 128  # of each at most
+LARGEST_DIFFERENCE = 20.0  # nats, in place of the infinite one of a token that cannot be drawn
+ENGINES: dict[str, type["VllmSampler | VllmProcessSampler | VllmServerSampler"]] = {
+    "vllm": VllmSampler,
+    "vllm-process": VllmProcessSampler,
+    "vllm-server": VllmServerSampler,
+}
+
+
+class Engine(Protocol):
+    """What an engine outside of the trainer's model offers beyond `Sampler`."""
+
+    version: int | None
+    """Of the weights that it has; None: it has none."""
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
+    ) -> list[list[Completion]]:
+        """See `Sampler`."""
+
+    def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """See `Sampler`."""
+
+    def sync_adapter(self, folder: str | Path, version: int) -> None:
+        """Takes over an adapter in peft's layout, on the weights that the engine has."""
+
+    def differing_tensors(
+        self, named_tensors: Iterable[tuple[str, Tensor]]
+    ) -> tuple[list[str], int]:
+        """Which of these it does not compute with, and how many could be compared."""
+
+    def sleep(self) -> None:
+        """Gives memory back until the next sync, where it can."""
+
+    def rebuild(self) -> None:
+        """A new engine in place of a broken one, without weights."""
+
+    def close(self) -> None:
+        """Gives back what it holds."""
+
+
+class SyncedSampler:
+    """Samples of a policy by an engine of its own; `version` says that the policy has changed.
+
+    Before sampling, the engine is given the policy's weights (an adapter alone where there is
+    one) if it has not this version; after it, some of the tokens' log-probs are computed again by
+    the policy itself. An engine that dies or falls silent is built anew, and its work repeated.
+
+    Args:
+        policy: as this process has it.
+        engine: to sample with.
+        num_rebuilds: times in a row that a failed engine is built anew.
+        max_difference: largest mean difference of log-probs, nats, at which a run goes on.
+        adapter_folder: where adapters are laid down; default: memory.
+        on_rebuild: is called before a failed engine is built anew and its work begins again.
+    """
+
+    def __init__(
+        self,
+        policy: PolicyAccess,
+        engine: Engine,
+        *,
+        num_rebuilds: int,
+        max_difference: float,
+        adapter_folder: str | None = None,
+        on_rebuild: Callable[[], None] = lambda: None,
+    ):
+        self._policy, self.engine = policy, engine
+        self._on_rebuild = on_rebuild
+        self._num_rebuilds, self._max_difference = num_rebuilds, max_difference
+        self._folder_for_adapters = adapter_folder
+        self._adapter_folder: TemporaryDirectory[str] | None = None
+        self._checked = False
+        self._metrics: dict[str, float | int] = {}
+        self.version = 0
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
+    ) -> list[list[Completion]]:
+        """See `Sampler`; the completions are `version`'s.
+
+        Raises:
+            ValueError: what the engine refuses, or the policy's weights are not finite.
+            SamplerFailed: the engine failed `num_rebuilds` times in a row after being built anew,
+                or computes with other weights than the policy's, which names them.
+        """
+        for num_failures in range(self._num_rebuilds + 1):
+            try:
+                self._sync()
+                found = self.engine.generate(prompt_ids, params, seed=seed)
+                break
+            except SamplerFailed as failure:
+                if num_failures == self._num_rebuilds:
+                    raise
+                print(f"{failure}; it is built anew and its work repeated", flush=True)
+                self._on_rebuild()
+                self._count("sampling/num_rebuilds", 1)
+                self.engine.rebuild()
+        if not self._checked:
+            self._check(prompt_ids, found, params)
+        self.engine.sleep()
+        return found
+
+    def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """The tensors must be the policy's own: says that they have changed."""
+        self.version = version
+
+    def metrics(self) -> dict[str, float | int]:
+        """Of what was done since the last call: differences, seconds, rebuilds."""
+        found = {"sampling/num_rebuilds": 0, "time/sync_seconds": 0.0, **self._metrics}
+        self._metrics = {}
+        return found
+
+    def close(self) -> None:
+        """Ends the engine."""
+        self.engine.close()
+        if self._adapter_folder is not None:
+            self._adapter_folder.cleanup()
+
+    def _count(self, name: str, value: float) -> None:
+        self._metrics[name] = self._metrics.get(name, 0) + value
+
+    def _sync(self) -> None:
+        if self.engine.version == self.version:
+            return
+        start = time.perf_counter()
+        has_adapter = self._policy.has_adapter
+        if not has_adapter or self.engine.version is None:
+            self.engine.sync_weights(self._policy.tensors(), self.version)
+        if has_adapter:
+            folder = sync_folder(self._folder_for_adapters)
+            self._policy.save_adapter(folder.name)
+            self.engine.sync_adapter(folder.name, self.version)
+            if self._adapter_folder is not None:
+                self._adapter_folder.cleanup()
+            self._adapter_folder = folder  # the engine may read it again
+        self._checked = False
+        self._count("time/sync_seconds", time.perf_counter() - start)
+
+    def _check(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        completions: Sequence[Sequence[Completion]],
+        params: SamplingParams,
+    ) -> None:
+        """Compares some tokens' log-probs with the policy's own.
+
+        Raises:
+            SamplerFailed: they are not those of one distribution.
+        """
+        step = max(1, len(prompt_ids) // NUM_CHECKED)
+        places = list(range(0, len(prompt_ids), step))[:NUM_CHECKED]
+        sequences = [
+            (list(prompt_ids[place]), completions[place][0].token_ids[:CHECKED_TOKENS])
+            for place in places
+        ]
+        differences = []
+        for place, ours in zip(places, self._policy.logprobs(sequences, params), strict=True):
+            theirs = torch.tensor(completions[place][0].logprobs[:CHECKED_TOKENS])
+            differences.append((ours.double().cpu() - theirs.double()).abs())
+        difference = torch.cat(differences).clamp_max(LARGEST_DIFFERENCE).sort().values
+        # Rounding may put a token at the edge of top_p on the other side of it.
+        num_kept = max(1, len(difference) - max(1, len(difference) // 100))
+        mean = difference[:num_kept].mean().item()
+        name = "sampling/sampling_logp_difference"
+        self._metrics |= {f"{name}/mean": mean, f"{name}/max": difference.max().item()}
+        if mean > self._max_difference:
+            raise SamplerFailed(self._describe(mean))
+        self._checked = True
+
+    def _describe(self, mean: float) -> str:
+        names, num_compared = self.engine.differing_tensors(self._policy.tensors())
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return (
+            f"sampler: its log-probs are {mean:.3g} nats a token off the policy's on average, "
+            f"expected at most {self._max_difference:g} (--vllm.max-difference); of "
+            f"{num_compared} tensors compared it does not compute with: {shown or 'none'}"
+        )
+
+
+def open_engine(
+    name: SamplerName,
+    model: Any,
+    *,
+    eos_token_ids: Sequence[int],
+    dtype: torch.dtype,
+    max_length: int | None,
+    options: VllmOptions,
+    on_progress: Callable[[int], None] | None = None,
+    on_rebuild: Callable[[], None] = lambda: None,
+    policy: PolicyAccess | None = None,
+) -> SyncedSampler:
+    """The engine that `--sampler` names, for a policy; see `EngineSpec` for the arguments.
+
+    `policy` is how this process has the model, where it is shared or its forwards need a mode.
+
+    Raises:
+        ValueError: vLLM is not installed, or cannot run this model or these settings.
+        SamplerFailed: the engine did not start, or no server is there in time.
+    """
+    spec = EngineSpec(
+        model.config,
+        eos_token_ids=eos_token_ids,
+        dtype=dtype,
+        max_length=max_length,
+        options=options,
+        lora_rank=adapter_rank(model),
+    )
+    engine = ENGINES[name](spec, on_progress=on_progress)
+    limit = options.max_difference
+    if limit is None:
+        limit = 1e-3 if dtype == torch.float32 else 0.1
+    return SyncedSampler(
+        policy or PolicyAccess(model),
+        engine,
+        num_rebuilds=options.num_rebuilds,
+        max_difference=limit,
+        adapter_folder=options.sync_folder,
+        on_rebuild=on_rebuild,
+    )

@@ -1,0 +1,233 @@
+"""A policy's weights on their way to another engine: which there are, and whether they are fit."""
+
+import copy
+import os
+import shutil
+import socket
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from fastalign.models import dense_state
+from fastalign.ranks.whole_weights import whole
+
+PREFIX = "fastalign-sync-"  # of folders, then the machine and the process that made them
+NamedTensors = Iterable[tuple[str, Tensor]]
+Shapes = dict[str, tuple[int, ...]]
+
+
+def shapes_of_config(config: Any) -> Shapes:
+    """Name to shape of a causal model's tensors, from its configuration alone."""
+    return {name: tuple(tensor.shape) for name, tensor in _skeleton(config).state_dict().items()}
+
+
+def write_config(config: Any, folder: str | Path) -> None:
+    """Writes `config.json` for an engine that reads a causal model's architecture there."""
+    described = copy.deepcopy(config)
+    # A configuration may name the class of a base model, or none: engines go by this.
+    described.architectures = [architecture_of(config)]
+    described.save_pretrained(folder)
+
+
+def architecture_of(config: Any) -> str:
+    """The class of a causal model with this configuration."""
+    return type(_skeleton(config)).__name__
+
+
+def _skeleton(config: Any) -> Any:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """How far a layer's answers may be off in this dtype, as a share of the largest."""
+    return 2**-10 if dtype == torch.float32 else 2**-4
+
+
+def policy_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor by its name in a checkpoint; an adapter is left out, sharded ones are sharded.
+
+    A tied head is there under its own name too: engines that keep a head of their own need it.
+    """
+    return ((name, tensor.detach()) for name, tensor in dense_state(model))
+
+
+def fit_tensors(named_tensors: NamedTensors, expected: Shapes) -> dict[str, Tensor]:
+    """All tensors, none of them copied or gathered, if an engine may be given them.
+
+    Raises:
+        ValueError: naming the first that is missing, foreign, of another shape, or not finite.
+    """
+    tensors = dict(named_tensors)
+    check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected)
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(whole(torch.isfinite(tensor).all())):
+            raise ValueError(f"sync_weights: {name} holds a non-finite weight")
+    return tensors
+
+
+def check_shapes(got: Mapping[str, tuple[int, ...]], expected: Shapes) -> None:
+    """Refuses weights that an engine with these shapes must not be given.
+
+    Raises:
+        ValueError: naming the first tensor that is missing, foreign or of another shape.
+    """
+    for name in sorted(expected.keys() | got.keys()):
+        if name not in got:
+            raise ValueError(f"sync_weights: {name} is missing")
+        if name not in expected:
+            raise ValueError(f"sync_weights: the engine's model has no tensor {name}")
+        if got[name] != expected[name]:
+            raise ValueError(
+                f"sync_weights: {name}: expected shape {expected[name]}, got {got[name]}"
+            )
+
+
+def accepted_by(engine_model: Any, tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+    """The tensors without a head that the engine's model has not, where it is the embedding."""
+    has_head = any(name.endswith("lm_head") for name, _ in engine_model.named_modules())
+    return (pair for pair in tensors if has_head or not pair[0].startswith("lm_head."))
+
+
+def sync_folder(parent: str | None) -> "tempfile.TemporaryDirectory[str]":
+    """A new folder for `write_tensors`: in `parent`, or in memory (/dev/shm) if there is such.
+
+    Those that killed processes of this machine left there are removed.
+    """
+    chosen = Path(parent or ("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()))
+    here = f"{PREFIX}{socket.gethostname()}-"
+    for left in chosen.glob(f"{here}*"):
+        process = left.name.removeprefix(here).partition("-")[0]
+        if not Path(f"/proc/{process}").exists() and Path("/proc/self").exists():
+            shutil.rmtree(left, ignore_errors=True)
+    return tempfile.TemporaryDirectory(prefix=f"{here}{os.getpid()}-", dir=chosen)
+
+
+def write_tensors(tensors: NamedTensors, folder: Path, *, part_bytes: int = 2**28) -> None:
+    """Writes safetensors files of about `part_bytes`, so that no more is held at a time."""
+    part: dict[str, Tensor] = {}
+    size = number = 0
+    for name, tensor in tensors:
+        # Copied: tied tensors share storage, which safetensors refuses to write.
+        part[name] = whole(tensor).to("cpu", copy=True).contiguous()
+        size += tensor.numel() * tensor.element_size()
+        if size >= part_bytes:
+            save_file(part, folder / f"part-{number:05d}.safetensors")
+            part, size, number = {}, 0, number + 1
+    if part:
+        save_file(part, folder / f"part-{number:05d}.safetensors")
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """What `write_tensors` wrote, in its order of files; memory is mapped, not copied."""
+    for path in sorted(folder.glob("part-*.safetensors")):
+        with safe_open(path, framework="pt", device="cpu") as file:
+            for name in file.keys():  # noqa: SIM118 (no dictionary)
+                yield name, file.get_tensor(name)
+
+
+def differing_tensors(
+    engine_model: Any, tensors: NamedTensors, *, tolerance: float
+) -> tuple[list[str], int]:
+    """Which weights an engine's model does not compute with, found by what its layers return.
+
+    An engine may keep a linear layer's weight in a form of its own, and several in one; so each
+    linear layer is given a vector, and its answer is compared with the product. Embeddings and
+    norms are compared as they are.
+
+    Args:
+        engine_model: vLLM's, whose layers have the names of the checkpoint, or
+            `packed_modules_mapping` says what they hold; not split over ranks.
+        tensors: what it should compute with.
+        tolerance: largest difference, as a share of the largest entry.
+
+    Returns:
+        Names that differ, in the order of the tensors; and how many were compared.
+    """
+    expected = {name: whole(tensor).cpu() for name, tensor in tensors}
+    packed: dict[str, Sequence[str]] = getattr(engine_model, "packed_modules_mapping", {})
+    differing: set[str] = set()
+    num_compared = 0
+    for wrapped_name, module in engine_model.named_modules():
+        if hasattr(module, "base_layer"):  # an adapter's wrapper; what it wraps comes next
+            continue
+        parent, _, leaf = wrapped_name.replace(".base_layer", "").rpartition(".")
+        names = [".".join(filter(None, (parent, part))) for part in packed.get(leaf, [leaf])]
+        weights = [expected[f"{n}.weight"] for n in names if f"{n}.weight" in expected]
+        if len(weights) < len(names):
+            continue
+        wanted, got = _products(module, weights), _answer(module, weights)
+        if not wanted or got is None:
+            continue
+        num_compared += len(weights)
+        for part, answer, possible in zip(
+            names, torch.split(got, [len(each[0]) for each in wanted]), wanted, strict=True
+        ):
+            if not any(_near(answer, product, tolerance) for product in possible):
+                differing.add(f"{part}.weight")
+    return [name for name in expected if name in differing], num_compared
+
+
+def _near(answer: Tensor, product: Tensor, tolerance: float) -> bool:
+    spread = product.abs().max().clamp_min(1e-6)
+    return bool((answer - product).abs().max() <= tolerance * spread)
+
+
+def _width(module: Any) -> int | None:
+    """How many numbers a layer takes, if it says so."""
+    for name in ("input_size_per_partition", "input_size", "embedding_dim"):
+        found = getattr(module, name, None)
+        if isinstance(found, int):
+            return found
+    return None
+
+
+def _products(module: Any, weights: Sequence[Tensor]) -> list[list[Tensor]]:
+    """What the layer should answer for each weight; nothing where it does not fit the layer.
+
+    Some architectures keep their weights transposed; of a square one it cannot be told.
+    """
+    if weights[0].ndim == 1:
+        return [[weight.float()] for weight in weights]
+    width = _width(module)
+    if width is None or any(weight.ndim != 2 for weight in weights):
+        return []
+    probe, found = _probe(width), []
+    for weight in weights:
+        oriented = [w.float() for w in (weight, weight.T) if w.shape[1] == width]
+        found.append([w @ probe for w in oriented])
+    return found if all(found) else []
+
+
+def _probe(width: int) -> Tensor:
+    """(D,) float32 of +-1, the same for the same width on every machine."""
+    generator = torch.Generator().manual_seed(zlib.crc32(str(width).encode()))
+    return torch.randint(0, 2, (width,), generator=generator).float() * 2 - 1
+
+
+@torch.no_grad()
+def _answer(module: Any, weights: Sequence[Tensor]) -> Tensor | None:
+    """What a layer makes of the probe, or its weight if that is a vector; None: cannot be told."""
+    own = getattr(module, "weight", None)
+    if weights[0].ndim == 1:
+        return own.detach().float().cpu() if own is not None and own.ndim == 1 else None
+    method, width = getattr(module, "quant_method", None), _width(module)
+    if method is None or width is None:
+        return None
+    rows = sum(weight.numel() // width for weight in weights)
+    # A layer with `cpu_linear` computes with a packed copy, whatever its weight is.
+    if own is not None and own.ndim == 2 and not hasattr(module, "cpu_linear"):
+        fits = own.shape[0] >= rows and own.shape[1] == width
+        return own.detach()[:rows].float().cpu() @ _probe(width) if fits else None
+    device = next((p.device for p in module.parameters() if p.device.type != "meta"), "cpu")
+    probe = _probe(width)[None].to(device, getattr(module, "params_dtype", weights[0].dtype))
+    answer: Tensor = method.apply(module, probe, bias=None)[0, :rows]
+    return answer.float().cpu()

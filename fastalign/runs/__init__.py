@@ -1,0 +1,1 @@
+"""What every run shares: settings, folder, loop, checkpoints, metrics."""

@@ -1,0 +1,190 @@
+"""A checkpoint's folder: published by a rename, verified by its hashes, removed when it is old."""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from fastalign.ranks.world import ALONE, World
+
+CHECKPOINTS = "checkpoints"  # in a run's folder
+MANIFEST = "manifest.json"
+STATE = "state.json"
+SHARD = ".safetensors"
+ASIDE = ".writing-"
+REMOVED = ".removing-"
+
+
+def sha256_of(path: Path) -> str:
+    """The file's SHA-256, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Returns when the file's or folder's content is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes_atomically(path: Path, content: bytes) -> None:
+    """Writes a file so that a reader finds the old content or the new, never half of it."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_bytes(content)
+        sync(aside)
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)  # there only if the disk is full or the like
+    sync(path.parent)
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """The same for text, as UTF-8."""
+    write_bytes_atomically(path, text.encode())
+
+
+def entry_of(path: Path) -> dict[str, Any]:
+    """What the manifest holds of a file: its size and its SHA-256."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+def place_of(checkpoint: Path) -> tuple[int, int, int] | None:
+    """Orders checkpoints: by step; `step-000004` before what it replaces, `step-000004.1`.
+
+    None for a folder that is not a checkpoint.
+    """
+    found = re.fullmatch(r"step-(\d+)(?:\.(\d+))?", checkpoint.name)
+    if found is None:
+        return None
+    return int(found[1]), int(found[2] is None), int(found[2] or 0)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first, whether good or not."""
+    places = {path: place_of(path) for path in folder.glob("step-*")}
+    found = [(place, path) for path, place in places.items() if place is not None]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def clear_left_behind(folder: Path) -> None:
+    """Removes what a run that was killed had begun to write, or to remove."""
+    for half in (*folder.glob(f"{ASIDE}*"), *folder.glob(f"{REMOVED}*")):
+        shutil.rmtree(half)
+
+
+def discard(checkpoint: Path) -> None:
+    """Removes a checkpoint; one that is half removed is not listed any more."""
+    hidden = checkpoint.with_name(f"{REMOVED}{checkpoint.name}")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def publish(
+    aside: Path, final: Path, texts: dict[str, str], written: dict[str, Any], keep: int
+) -> None:
+    """Gives a folder of synced files its manifest and its name; then removes old checkpoints.
+
+    At every moment a checkpoint that was good before is still there, or the new one is.
+
+    Args:
+        aside: the folder, with the files of all ranks.
+        final: `step-NNNNNN` beside it.
+        texts: more files, by their names.
+        written: the manifest's entries of the files that are there.
+        keep: checkpoints to keep, this one and older ones; a newer one is left alone.
+    """
+    for name, text in texts.items():
+        (aside / name).write_text(text, encoding="utf-8")
+        sync(aside / name)
+    manifest = written | {name: entry_of(aside / name) for name in texts}
+    text = json.dumps(dict(sorted(manifest.items())), indent=1)
+    (aside / MANIFEST).write_text(text, encoding="utf-8")
+    sync(aside / MANIFEST)
+    sync(aside)
+    if final.exists():
+        number = 1 + max((place_of(p) or (0, 0, 0))[2] for p in final.parent.glob("step-*"))
+        final.rename(final.with_name(f"{final.name}.{number}"))
+    aside.rename(final)
+    sync(final.parent)
+    place = place_of(final)
+    assert place is not None
+    older = [p for p in list_checkpoints(final.parent) if (place_of(p) or place) < place]
+    replaced = [path for path in older if path.name.startswith(f"{final.name}.")]
+    others = [path for path in older if path not in replaced]
+    for old in (*replaced, *others[keep - 1 :]):
+        discard(old)
+
+
+def read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]]:
+    """Size and SHA-256 of every file that a checkpoint should hold.
+
+    Raises:
+        ValueError: what is wrong with the manifest.
+    """
+    manifest = checkpoint / MANIFEST
+    if not manifest.is_file():
+        raise ValueError(f"{MANIFEST} is missing")
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} is damaged") from error
+    if STATE not in expected:
+        raise ValueError(f"{MANIFEST} does not list {STATE}")
+    if not any(name.endswith(SHARD) for name in expected):
+        raise ValueError(f"{MANIFEST} lists no {SHARD} file")
+    for shard in sorted(checkpoint.glob(f"*{SHARD}")):
+        if shard.name not in expected:
+            raise ValueError(f"{shard.name} is not in {MANIFEST}")
+    return expected
+
+
+def fault_of_file(path: Path, size: int, digest: str) -> str | None:
+    """What is wrong with one file, or None."""
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != size:
+        return f"{path.name} has {path.stat().st_size} bytes, expected {size}"
+    if sha256_of(path) != digest:
+        return f"{path.name} is damaged (its SHA-256 differs)"
+    return None
+
+
+def fault_of(checkpoint: Path, world: World = ALONE) -> str | None:
+    """What is wrong with a checkpoint, or None: every file is there and has its hash.
+
+    Each rank reads a share of the files; all come to the same answer.
+    """
+    mine: list[str | None]
+    try:
+        files = list(read_manifest(checkpoint).items())[world.rank :: world.size]
+        mine = [fault_of_file(checkpoint / name, *entry) for name, entry in files]
+    except ValueError as error:
+        mine = [str(error)]
+    except OSError as error:
+        mine = [f"{error.filename}: {error.strerror}"]
+    found = (fault for faults in world.gather(mine) for fault in faults)
+    return next((fault for fault in found if fault is not None), None)
+
+
+def newest_good_checkpoint(folder: Path, world: World = ALONE) -> tuple[Path, list[str]]:
+    """The newest checkpoint without a fault, and a line for each newer one that has one.
+
+    Raises:
+        ValueError: there is none.
+    """
+    faults: list[str] = []
+    for checkpoint in world.of_first(list_checkpoints(folder)):
+        fault = fault_of(checkpoint, world)
+        if fault is None:
+            return checkpoint, faults
+        faults.append(f"{checkpoint}: {fault}")
+    found = "; ".join(faults) if faults else "it holds none"
+    raise ValueError(f"run.resume: no good checkpoint in {folder}: {found}")

@@ -1,0 +1,227 @@
+"""Checkpoints: what they hold, and how a run goes on from one, on as many ranks as it likes.
+
+A checkpoint is a folder `step-000100` with safetensors shards that `torch.distributed.checkpoint`
+writes and reads (of a frozen base with an adapter: the adapter alone), `state.json`, where
+completions were begun `rollouts.json`, and `manifest.json` (size and SHA-256 of the others).
+Nothing in it executes code when it is loaded.
+"""
+
+import json
+import random
+import warnings
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from fastalign.ranks.world import ALONE, World
+from fastalign.runs.checkpoint.files import STATE
+from fastalign.runs.checkpoint.tensors import (
+    MODEL,
+    OPTIMIZER,
+    RANDOM,
+    REFERENCE,
+    Stored,
+    described,
+    is_like_owner,
+    load_optimizer,
+    owned_targets,
+    owner_of,
+    random_name,
+    trainable_parameters,
+)
+from fastalign.runs.config import Part
+from fastalign.runs.state import (
+    TrainState,
+    random_state,
+    restore_random_state,
+    seed_everything,
+)
+
+FORMAT = 2
+ROLLOUTS = "rollouts.json"
+
+
+def only_one_process_is_meant() -> None:
+    """A run of one process needs no process group, of which DCP warns each time it is used."""
+    # Not for a while only: it warns in a thread, and filters are the whole process's.
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """`state.json` of a checkpoint that has no fault.
+
+    Raises:
+        ValueError: it has another format.
+    """
+    state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"run.resume: {checkpoint}: expected checkpoint format {FORMAT}, got "
+            f"{state.get('format')!r}"
+        )
+    return state
+
+
+def stored_tensors(reader: HuggingFaceStorageReader) -> dict[str, Stored]:
+    """Every tensor that the shards hold whole; DCP would leave what is missing as it was."""
+    found: dict[str, Stored] = {}
+    for name, value in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(value, TensorStorageMetadata)
+        if sum(chunk.sizes.numel() for chunk in value.chunks) == value.size.numel():
+            found[name] = Stored(value.size, value.properties.dtype)
+    return found
+
+
+def check_parts(
+    checkpoint: Path,
+    listed: Collection[str],
+    stored: Mapping[str, Stored],
+    parameters: Mapping[str, Tensor],
+    afresh: Collection[Part],
+) -> None:
+    """Compares the shards with `state.json`'s list and with the model.
+
+    Raises:
+        ValueError: a part is missing, or foreign, or has another shape.
+    """
+
+    def refuse(what: str) -> ValueError:
+        return ValueError(f"run.resume: checkpoint {checkpoint} {what}")
+
+    parts: dict[str, Part] = {OPTIMIZER: "optimizer", RANDOM: "random"}
+    for name in sorted(set(listed) - stored.keys()):
+        part = next((part for prefix, part in parts.items() if name.startswith(prefix)), None)
+        if part is None:
+            raise refuse(f"has no {described(name)}, which its {STATE} lists")
+        if part not in afresh:
+            raise refuse(
+                f"has no {described(name)}; --run.start-afresh {part} begins that part anew"
+            )
+    for name in sorted(stored.keys() - set(listed)):
+        raise refuse(f"holds {described(name)}, which its {STATE} does not list")
+    for name in parameters:
+        if MODEL + name not in stored:
+            raise refuse(f"has no weight of {name}, which the model has")
+    for name, found in stored.items():
+        owner = owner_of(name)
+        if owner is None or (name.startswith(OPTIMIZER) and "optimizer" in afresh):
+            continue
+        if owner not in parameters:
+            raise refuse(f"holds {described(name)}, which the run does not train")
+        expected = parameters[owner].shape
+        if is_like_owner(name) and found.shape != expected:
+            what = f"holds {described(name)} as {tuple(found.shape)}, expected {tuple(expected)}"
+            raise refuse(what)
+
+
+def restore(
+    checkpoint: Path,
+    state: TrainState,
+    world: World = ALONE,
+    *,
+    seed: int = 0,
+    afresh: Collection[Part] = (),
+) -> dict[str, Any]:
+    """Loads a checkpoint without a fault into `state`; returns its `state.json`.
+
+    Args:
+        checkpoint: its folder.
+        state: with the run's model and its optimiser, sharded or not, in any number of ranks.
+        world: the ranks.
+        seed: the run's, for random states that are not in the checkpoint.
+        afresh: parts that are not read.
+
+    Raises:
+        ValueError: a part is missing, or is not of this run.
+    """
+    saved = read_state(checkpoint)
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    stored = stored_tensors(reader)
+    parameters = trainable_parameters(state.model)
+    check_parts(checkpoint, saved["tensors"], stored, parameters, afresh)
+    wanted = {
+        **{MODEL + name: value for name, value in parameters.items()},
+        **({} if "optimizer" in afresh else owned_targets(stored, parameters, OPTIMIZER)),
+        **owned_targets(stored, parameters, REFERENCE),
+        **({} if "random" in afresh else random_targets(stored, world.rank)),
+    }
+    load_tensors(wanted, reader, world)
+    if "optimizer" not in afresh:
+        load_optimizer(state, wanted, saved["optimizer"])
+    state.reference = {
+        name.removeprefix(REFERENCE): value
+        for name, value in wanted.items()
+        if name.startswith(REFERENCE)
+    }
+    restore_counters(checkpoint, state, saved, afresh)
+    restore_random(wanted, state.step, seed, world.rank)
+    say_what_differs(saved, stored, world, afresh)
+    return saved
+
+
+def restore_counters(
+    checkpoint: Path, state: TrainState, saved: Mapping[str, Any], afresh: Collection[Part]
+) -> None:
+    """Puts back the numbers, and the completions that were begun.
+
+    Raises:
+        ValueError: one is missing.
+    """
+    if (checkpoint / ROLLOUTS).exists() and "rollouts" not in afresh:
+        state.rollouts = json.loads((checkpoint / ROLLOUTS).read_text(encoding="utf-8"))
+    for name in state.counters():
+        if name not in saved:
+            raise ValueError(f"run.resume: {checkpoint / STATE} has no {name}")
+        if name not in afresh:
+            setattr(state, name, saved[name])
+
+
+def load_tensors(
+    targets: dict[str, Tensor], reader: HuggingFaceStorageReader, world: World
+) -> None:
+    """Reads into tensors in place, of each what this rank holds of it."""
+    only_one_process_is_meant()
+    try:
+        load(targets, storage_reader=reader, no_dist=world.size == 1)
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
+
+
+def random_targets(stored: Mapping[str, Stored], rank: int) -> dict[str, Tensor]:
+    """Copies of this rank's present random states, of those that are on the disk."""
+    now = {random_name(rank, device): value for device, value in random_state().items()}
+    return {name: value for name, value in now.items() if name in stored}
+
+
+def restore_random(wanted: Mapping[str, Tensor], step: int, seed: int, rank: int) -> None:
+    """Puts back a rank's random states; where one is not there, all begin by run, rank, step."""
+    names = {random_name(rank, device): device for device in random_state()}
+    found = {device: wanted[name] for name, device in names.items() if name in wanted}
+    if len(found) < len(names):
+        seed_everything(random.Random(f"{seed} {rank} {step}").getrandbits(63))
+    restore_random_state(found)
+
+
+def say_what_differs(
+    saved: Mapping[str, Any], stored: Mapping[str, Stored], world: World, afresh: Collection[Part]
+) -> None:
+    """Prints once what of the run is not as it was."""
+    devices = random_state()
+    names = {random_name(rank, device) for rank in range(world.size) for device in devices}
+    if not world.is_first:
+        return
+    if afresh:
+        print(f"starts afresh (run.start_afresh): {', '.join(afresh)}", flush=True)
+    why = None
+    if saved["world_size"] != world.size:
+        why = f"saved on {saved['world_size']} ranks, resumed on {world.size}"
+    elif not names <= stored.keys() and "random" not in afresh:
+        why = "the checkpoint has not every random state"
+    if why is not None:
+        print(f"{why}: the run goes on, but not to the bit of one without a stop", flush=True)

@@ -1,0 +1,232 @@
+"""Writes checkpoints while training goes on: at most one at a time, by every rank its own part."""
+
+import copy
+import dataclasses
+import json
+import shutil
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.state_dict_saver import async_save, save
+from torch.distributed.checkpoint.storage import WriteResult
+
+from fastalign.ranks.world import ALONE, World
+from fastalign.runs.checkpoint.files import ASIDE, STATE, clear_left_behind, entry_of, publish, sync
+from fastalign.runs.checkpoint.restore import FORMAT, ROLLOUTS, only_one_process_is_meant
+from fastalign.runs.checkpoint.tensors import (
+    local_part,
+    optimizer_settings,
+    tensors_of,
+    trainable_parameters,
+)
+from fastalign.runs.state import TrainState
+
+# A file is made in memory before it is written: a rank's part goes into about so many.
+FILES = 32
+SMALLEST_FILE_BYTES = 2**26
+
+
+def num_bytes(item: WriteItem) -> int:
+    """Of what one rank writes of a tensor."""
+    assert item.tensor_data is not None
+    return item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
+
+
+def file_of_each(plans: list[SavePlan]) -> dict[str, int]:
+    """The number of each tensor's file, from 1; the same on all ranks."""
+    sizes: dict[str, int] = {}
+    for item in (item for plan in plans for item in plan.items):
+        sizes[item.index.fqn] = max(sizes.get(item.index.fqn, 0), num_bytes(item))
+    most = max(SMALLEST_FILE_BYTES, sum(sizes.values()) // FILES)
+    files: dict[str, int] = {}
+    number, used = 1, 0
+    for name, size in sizes.items():
+        if used and used + size > most:
+            number, used = number + 1, 0
+        used += size
+        files[name] = number
+    return files
+
+
+class ShardWriter(HuggingFaceStorageWriter):
+    """Writes one checkpoint: the files of a rank, then on rank 0 what makes them a checkpoint.
+
+    Args:
+        final: the folder that it becomes.
+        keep: checkpoints to keep.
+        content: of `state.json`.
+        texts: more files, by their names.
+    """
+
+    def __init__(self, final: Path, keep: int, content: dict[str, Any], texts: dict[str, str]):
+        self.final, self.aside = final, final.with_name(f"{ASIDE}{final.name}")
+        self._keep, self._content, self._texts = keep, content, texts
+        super().__init__(str(self.aside), save_distributed=True)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Nothing: rank 0 makes the folder, when what was left behind there is gone."""
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """On rank 0, before any rank writes: makes the folder."""
+        folder = self.final.parent
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            sync(folder.parent)
+        clear_left_behind(folder)
+        self.aside.mkdir()
+        self.fqn_to_index_mapping = file_of_each(plans)
+        return super().prepare_global_plan(plans)
+
+    def write_data(
+        self, plan: SavePlan, planner: SavePlanner
+    ) -> torch.futures.Future[list[WriteResult]]:
+        """Writes, syncs and hashes the files of this rank."""
+        results = super().write_data(plan, planner).wait()
+        names = {result.storage_data.relative_path for result in results}
+        entries = {name: entry_of(self.aside / name) for name in names}
+        done: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
+        done.set_result([dataclasses.replace(r, storage_data=entries) for r in results[:1]])
+        return done
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """On rank 0, when every rank's files are on the disk."""
+        written = {k: v for rank in results for r in rank for k, v in r.storage_data.items()}
+        content = self._content | {"tensors": sorted(metadata.state_dict_metadata)}
+        texts = {STATE: json.dumps(content, indent=1), **self._texts}
+        publish(self.aside, self.final, texts, written, self._keep)
+
+
+def not_finite(state: TrainState) -> str | None:
+    """The name of a weight of which this rank holds a value that is not finite."""
+    for name, value in (*trainable_parameters(state.model).items(), *state.reference.items()):
+        if not bool(torch.isfinite(local_part(value)).all()):
+            return name
+    return None
+
+
+@dataclass(frozen=True)
+class _Pending:
+    writer: ShardWriter
+    future: "Future[Any]"
+
+
+class CheckpointWriter:
+    """The checkpoints of a run. Every rank makes one, and calls its methods in the same order.
+
+    Args:
+        folder: the run's `checkpoints/`, on a disk that all ranks see.
+        keep: checkpoints to keep.
+        world: the ranks.
+        background: write while training goes on; the weights are copied first.
+    """
+
+    def __init__(
+        self, folder: Path, keep: int, world: World = ALONE, *, background: bool = True
+    ) -> None:
+        self._folder, self._keep, self._world, self._background = folder, keep, world, background
+        self._pending: _Pending | None = None
+        # Training's own collectives are under way while a checkpoint is written.
+        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+
+    def save(self, state: TrainState, extra: dict[str, Any], *, wait: bool = False) -> Path:
+        """Begins to write `folder/step-NNNNNN`, when the one before is done.
+
+        Args:
+            state: what to save; it may change when this returns.
+            extra: more for `state.json` (JSON).
+            wait: return when it is on the disk; then nothing is copied first.
+
+        Raises:
+            AssertionError: a weight is not finite; no checkpoint ever holds one.
+            OSError: this one, or the one before, could not be written.
+        """
+        self.finish()
+        bad = next((name for name in self._world.gather(not_finite(state)) if name), None)
+        assert bad is None, f"{bad} holds a non-finite weight"
+        writer = self._writer(state, extra)
+        tensors = tensors_of(state, self._world.rank)
+        alone = self._world.size == 1
+        if alone and self._group is None and dist.is_available() and dist.is_initialized():
+            self._group = dist.new_group(backend="gloo")  # another library's may have GPUs alone
+        how: dict[str, Any] = {"process_group": self._group, "no_dist": alone}
+        only_one_process_is_meant()
+        future: Future[Any]
+        if self._background and not wait:
+            future = async_save(tensors, storage_writer=writer, **how)  # type: ignore[assignment]
+        else:
+            future = Future()
+            try:
+                future.set_result(save(tensors, storage_writer=writer, **how))
+            except CheckpointException as error:
+                future.set_exception(error)
+        self._pending = _Pending(writer, future)
+        if wait or not self._background:
+            self.finish()
+        return writer.final
+
+    def check(self) -> None:
+        """Raises what the checkpoint that is being written failed with; does not wait for it.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._pending is not None and all(self._world.gather(self._pending.future.done())):
+            self.finish()
+
+    def finish(self) -> None:
+        """Returns when the checkpoint that was begun is on the disk.
+
+        Raises:
+            OSError: it could not be written; what was written of it is removed.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        failure = pending.future.exception()
+        if failure is None:
+            return
+        if self._world.is_first:
+            shutil.rmtree(pending.writer.aside, ignore_errors=True)
+        raise failure_of(pending.writer.final, failure) from failure
+
+    def close(self) -> None:
+        """Finishes where a run ends by an error of its own: a failure is printed, not raised."""
+        try:
+            self.finish()
+        except Exception as error:
+            print(error, flush=True)
+
+    def _writer(self, state: TrainState, extra: dict[str, Any]) -> ShardWriter:
+        content = {
+            "format": FORMAT,
+            **state.counters(),
+            "world_size": self._world.size,
+            "optimizer": optimizer_settings(state),
+            **extra,
+        }
+        texts = {ROLLOUTS: json.dumps(state.rollouts)} if state.rollouts else {}
+        final = self._folder / f"step-{state.step:06d}"
+        return ShardWriter(final, self._keep, copy.deepcopy(content), texts)
+
+
+def failure_of(final: Path, failure: BaseException) -> Exception:
+    """A failed save in one line: which checkpoint, and what the system said."""
+    if not isinstance(failure, CheckpointException):  # of the collectives: a rank is gone
+        return RuntimeError(f"checkpoint {final} was not written: {failure!r}")
+    rank, (cause, _) = next(iter(failure.failures.items()))
+    where = f" (rank {rank})" if len(failure.failures) > 1 or rank else ""
+    if not isinstance(cause, OSError):
+        return RuntimeError(f"checkpoint {final} was not written{where}: {cause!r}")
+    return OSError(
+        f"checkpoint {final} was not written{where}: {cause.strerror or cause}; older "
+        "checkpoints are untouched"
+    )

@@ -1,0 +1,77 @@
+"""A run's data: loaded under its rules, none longer than the model's positions."""
+
+from typing import Any
+
+from fastalign.data import TokenizedDataset, Tokenizer, load_preferences, load_sft
+from fastalign.runs.config import PreferenceDataConfig
+
+
+def check_lengths(model: Any, data: TokenizedDataset) -> None:
+    """Refuses data longer than the model's positions; says what was left out of the data.
+
+    Raises:
+        ValueError: see `check_positions`.
+    """
+    line = data.report.losses_line()
+    if line is not None:
+        print(line, flush=True)
+    for fault in data.report.faults[:5]:
+        print(f"skipped: {fault}", flush=True)
+    check_positions(model, data)
+
+
+def check_positions(model: Any, data: TokenizedDataset) -> None:
+    """Refuses data longer than the model's positions.
+
+    Raises:
+        ValueError: naming the first row that is too long.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is None:
+        return
+    for group, source in zip(data.groups, data.sources, strict=True):
+        longest = len(group.prompt_ids) + max(len(ids) for ids in group.response_ids)
+        if longest > limit:
+            raise ValueError(
+                f"{source}: {longest} tokens, but the model has {limit} positions; lower "
+                "--data.max-length and say what to do with such rows (--data.on-too-long)"
+            )
+
+
+def load_data(
+    config: Any, source: str, tokenizer: Tokenizer, *, keep_ties: bool = False
+) -> TokenizedDataset:
+    """A source under the run's rules: demonstrations, or pairs; a loss with ties keeps them."""
+    data = config.data
+    if isinstance(data, PreferenceDataConfig):
+        return load_preferences(
+            source,
+            tokenizer,
+            max_length=data.max_length,
+            on_bad_row=data.on_bad_row,
+            on_too_long=data.on_too_long,
+            ties="keep" if keep_ties or config.loss.uses_ties else data.ties,
+        )
+    return load_sft(
+        source,
+        tokenizer,
+        max_length=data.max_length,
+        on_bad_row=data.on_bad_row,
+        on_too_long=data.on_too_long,
+    )
+
+
+def load_sets(
+    config: Any, model: Any, tokenizer: Tokenizer
+) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """Training data, and held-out data if there are any, none longer than the model's positions.
+
+    Raises:
+        ValueError: whatever is wrong with a source, naming file and row.
+        FileNotFoundError: a file that is not there.
+    """
+    sources = [config.data.train, *([] if config.data.eval is None else [config.data.eval])]
+    sets = [load_data(config, source, tokenizer) for source in sources]
+    for data in sets:
+        check_lengths(model, data)
+    return sets[0], sets[1] if len(sets) > 1 else None

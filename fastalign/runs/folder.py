@@ -1,0 +1,184 @@
+"""A run's folder: refused when it holds another run, its configuration saved, its lock held."""
+
+import fcntl
+import json
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fastalign.compute import find_device
+from fastalign.ranks.world import world_of_environment
+from fastalign.runs.checkpoint.files import CHECKPOINTS, list_checkpoints, write_text_atomically
+
+# Settings that may differ when a run is resumed: they change neither weights nor their order.
+MAY_CHANGE = {
+    ("run", "dir"),
+    ("run", "resume"),
+    ("run", "export"),
+    ("run", "start_afresh"),
+    ("train", "stop_at_step"),
+    ("train", "save_every"),
+    ("train", "eval_every"),
+    ("train", "keep_checkpoints"),
+    ("train", "async_checkpoints"),
+    ("train", "profile"),
+    ("train", "stall_seconds"),
+    ("reference", "cache_dir"),
+    ("reference", "offload"),
+    ("data", "eval"),
+    ("model", "lora", "save_merged"),
+    ("parallel", "timeout_seconds"),
+    ("parallel", "silence_seconds"),
+    ("watch", "stop"),
+    ("watch", "patience"),
+    ("watch", "min_entropy"),
+    ("watch", "min_length"),
+    ("watch", "max_unfinished"),
+    ("watch", "max_repeated"),
+    ("watch", "max_kl"),
+}
+# Settings with which a run goes on, if not to the bit: one that ran out of memory needs less of
+# it, one whose engine is gone samples by another.
+GO_ON_DIFFERENTLY = {
+    ("sampler",),
+    ("train", "tokens_per_batch"),
+    ("train", "gradient_checkpointing"),
+    ("train", "max_buffer_bytes"),
+    ("train", "compile"),
+    ("train", "attention"),
+    ("parallel", "strategy"),
+    ("parallel", "reshard_after_forward"),
+    ("parallel", "no_sync"),
+    ("parallel", "offload"),
+}
+
+
+def as_yaml(values: dict[str, Any]) -> str:
+    """The settings as `config.yaml` holds them."""
+    text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    return text
+
+
+def changed_settings(saved: dict[str, Any], values: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """What a resumed run changes: `optim.lr (1e-06, now 2e-06)`.
+
+    Returns:
+        Settings that it may not change, and those with which it goes on, if not to the bit.
+    """
+    before, now = flat_settings(saved), flat_settings(values)
+    refused: list[str] = []
+    differently: list[str] = []
+    for name in sorted(before.keys() | now.keys()):
+        key = tuple(name.split("."))
+        of_engine = key[0] == "vllm" and key[1] != "overlap"  # where it is, how long it may take
+        if key in MAY_CHANGE or of_engine or before.get(name) == now.get(name):
+            continue
+        change = f"{name} ({before.get(name)}, now {now.get(name)})"
+        (differently if key in GO_ON_DIFFERENTLY else refused).append(change)
+    return refused, differently
+
+
+def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"optim.lr": 1e-6}` from nested settings, however deep."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flat_settings(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def has_steps(folder: Path) -> bool:
+    """Whether a run took a step there; one that could not may be started again."""
+    metrics = folder / "metrics.jsonl"
+    logged = metrics.exists() and metrics.stat().st_size > 0
+    return logged or bool(list_checkpoints(folder / CHECKPOINTS))
+
+
+def prepare_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
+    """Makes the folder, or checks that it holds the run that is to be resumed.
+
+    Raises:
+        ValueError: it holds a run and `resume` is not asked for; or it holds none, or one with
+            other settings, and it is.
+    """
+    config = folder / "config.yaml"
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"run.dir: expected a folder, {folder} is a file")
+    if resume:
+        if not config.is_file():
+            raise ValueError(f"run.resume: {folder} holds no run to resume (no config.yaml)")
+        saved = yaml.safe_load(config.read_text(encoding="utf-8"))
+        refused, differently = changed_settings(saved, values)
+        if refused:
+            raise ValueError(
+                f"run.resume: these settings differ from the run's: {', '.join(refused)}"
+            )
+        if differently:
+            print(
+                "resumed with other settings, with which it does not end with the bits of a run "
+                f"without a stop: {', '.join(differently)}",
+                flush=True,
+            )
+    elif has_steps(folder):
+        raise ValueError(
+            f"run.dir: {folder} holds another run; add --run.resume to go on with it, or choose "
+            "another folder"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        write_text_atomically(config, as_yaml(values))
+    write_machine(folder, values["train"])
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Holds the folder for this process, so that two runs cannot write into one.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"run.dir: another process is training in {folder}") from error
+        yield
+
+
+def announce(values: dict[str, Any]) -> None:
+    """Prints the resolved settings."""
+    print(as_yaml(values), end="", flush=True)
+
+
+MACHINE_FILE = "machine.json"
+
+
+def write_machine(folder: Path, train: dict[str, Any]) -> None:
+    """Writes device, number of processes, dtype of the products, and versions.
+
+    Args:
+        folder: of the run.
+        train: the run's settings of that name.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    device = find_device(train["device"], "train.device")
+    on_gpu = device.type == "cuda"
+    bf16 = train["precision"] == "bf16" or (train["precision"] == "auto" and on_gpu)
+    found = {
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu {platform.machine()}",
+        "num_processes": world_of_environment().size,
+        "products": "bfloat16" if bf16 else "float32",
+        "torch": torch.__version__,
+        "fastalign": version("fastalign"),
+    }
+    write_text_atomically(folder / MACHINE_FILE, json.dumps(found, indent=1) + "\n")

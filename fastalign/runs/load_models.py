@@ -1,0 +1,225 @@
+"""The models of a run as they will be trained: with adapter, checkpointed, shared by the ranks."""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from fastalign.compute import Compute
+from fastalign.data import Tokenizer, load_tokenizer
+from fastalign.models import (
+    adapter_base,
+    add_adapter,
+    attention_of,
+    compile_layers,
+    load_policy,
+    load_reward_model,
+    model_without_weights,
+)
+from fastalign.ranks.parallel import load_on_first, share_by_ddp, share_by_fsdp
+from fastalign.runs.config import AnyConfig, ModelConfig
+from fastalign.runs.memory import LOADING, memory_used_in
+
+
+def load_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokenizer]:
+    """The policy with float32 master weights, or a frozen base with an adapter; its tokenizer.
+
+    Raises:
+        ValueError: what `base_dtype`, `load_model` and `add_adapter` refuse.
+    """
+    model, tokenizer = load_model(
+        config.model.path,
+        config.model,
+        compute,
+        dtype=base_dtype(config.model, compute),
+        nf4=config.model.lora.base == "nf4",
+    )
+    with torch.device("meta") if is_skeleton(model) else nullcontext():
+        add_new_adapter(model, config.model)
+    return share(ready_for_training(model, config), compute), tokenizer
+
+
+def load_reward_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokenizer]:
+    """A reward model with float32 master weights, and its tokenizer; the caller shares it."""
+    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    model = load_reward_network(config.model.path, config, compute)
+    check_vocabulary(model, tokenizer, config.model.path)
+    print(f"attention of {config.model.path}: {attention_of(model)}", flush=True)
+    return ready_for_training(model, config), tokenizer
+
+
+def load_reward_network(path: str, config: AnyConfig, compute: Compute) -> Any:
+    """A reward model's network, its head drawn by the run's seed if it has none."""
+    options: dict[str, Any] = {
+        "packing": compute.packing,
+        "attention_name": compute.attention,
+        "compute_dtype": compute.dtype,
+        "trust_remote_code": config.model.trust_remote_code,
+    }
+    return loaded(
+        path,
+        compute,
+        lambda device: load_reward_model(path, seed=config.run.seed, device=device, **options),
+        lambda: model_without_weights(
+            path, reward=True, dtype=torch.float32, device=compute.device, **options
+        ),
+    )
+
+
+def is_skeleton(model: Any) -> bool:
+    """Whether the model has no weights yet, being another rank's to read."""
+    return any(p.is_meta for p in model.parameters())
+
+
+def ready_for_training(model: Any, config: AnyConfig) -> Any:
+    """The model with its activations checkpointed and its layers compiled, if that is asked for."""
+    if config.train.gradient_checkpointing:
+        checkpoint_activations(model)
+    if config.train.compile:
+        compile_layers(model)
+    return model
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Has each layer's activations computed again in the backward."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()  # dropout is 0; transformers checkpoints only in this mode
+
+
+def base_dtype(config: ModelConfig, compute: Compute) -> torch.dtype:
+    """Of the weights under an adapter; where all are trained they are float32.
+
+    Raises:
+        ValueError: an adapter on an adapter, or a precision that does not go with the run's.
+    """
+    lora = config.lora
+    if lora.rank and adapter_base(config.path) is not None:
+        raise ValueError(
+            f"model.path: {config.path} is an adapter, on which peft puts no other; merge it first "
+            "(fastalign merge), and train on the result"
+        )
+    if lora.base == "bf16" and compute.dtype != torch.bfloat16:
+        raise ValueError(
+            "model.lora.base: a bf16 base computes in bf16; expected --train.precision bf16 with "
+            f"it, got {str(compute.dtype).removeprefix('torch.')}"
+        )
+    return torch.float32 if lora.base == "float32" else compute.dtype
+
+
+def add_new_adapter(model: Any, config: ModelConfig) -> None:
+    """Puts the adapter that the settings describe on a model, if they do."""
+    lora = config.lora
+    if lora.rank:
+        add_adapter(
+            model,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=lora.targets,
+            use_rslora=lora.use_rslora,
+        )
+
+
+def load_model(
+    path: str,
+    config: ModelConfig,
+    compute: Compute,
+    *,
+    dtype: torch.dtype = torch.float32,
+    nf4: bool = False,
+) -> tuple[Any, Tokenizer]:
+    """A causal model, which the caller shares among the ranks, and the tokenizer beside it.
+
+    Raises:
+        ValueError: the tokenizer has more tokens than the model.
+    """
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "packing": compute.packing,
+        "attention_name": compute.attention,
+        "compute_dtype": compute.dtype,
+        "trust_remote_code": config.trust_remote_code,
+    }
+    tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
+    model = loaded(
+        path,
+        compute,
+        lambda device: load_policy(path, device=device, nf4=nf4, **options),
+        lambda: model_without_weights(path, reward=False, device=compute.device, **options),
+    )
+    check_vocabulary(model, tokenizer, path)
+    print(f"attention of {path}: {attention_of(model)}", flush=True)
+    return model, tokenizer
+
+
+def check_vocabulary(model: Any, tokenizer: Tokenizer, path: str) -> None:
+    """Refuses a tokenizer that has more tokens than the model.
+
+    Raises:
+        ValueError: naming the folder.
+    """
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > num_rows:
+        raise ValueError(
+            f"model.path: the tokenizer in {path} has {len(tokenizer)} tokens, the model {num_rows}"
+        )
+
+
+def check_sharing(config: AnyConfig) -> None:
+    """Refuses what FSDP2's shards do not go with.
+
+    Raises:
+        ValueError: naming the settings.
+    """
+    if config.parallel.strategy != "fsdp":
+        return
+    if config.model.lora.base == "nf4":
+        raise ValueError(
+            "model.lora.base: nf4 is not sharded; expected bf16 or float32 with "
+            "--parallel.strategy fsdp, or --parallel.strategy ddp"
+        )
+    if config.optim.states != "float32":
+        raise ValueError(
+            "optim.states: 8bit states are not sharded; expected float32 with "
+            "--parallel.strategy fsdp (each rank holds its part of them)"
+        )
+    if getattr(getattr(config, "reference", None), "offload", False):
+        raise ValueError(
+            "reference.offload: a sharded reference is not offloaded by layers; expected "
+            "--parallel.offload with --parallel.strategy fsdp"
+        )
+
+
+def loaded(
+    path: str, compute: Compute, load: Callable[[Any], Any], skeleton: Callable[[], Any]
+) -> Any:
+    """A model whose weights each rank has, or, of one that will be sharded, rank 0 alone.
+
+    Args:
+        path: where the model is read from.
+        compute: of the run.
+        load: reads the model to a device.
+        skeleton: makes the same model without weights.
+    """
+    with memory_used_in(f"{LOADING}{path}"):
+        if compute.parallel.strategy == "fsdp":
+            return load_on_first(compute.world, lambda: load("cpu"), skeleton)
+        return load(compute.device)
+
+
+def share(model: Any, compute: Compute) -> Any:
+    """The model as the run's ranks share it; it must be as it will be trained.
+
+    A frozen model that is not sharded is each rank's own.
+    """
+    if compute.parallel.strategy == "fsdp":
+        share_by_fsdp(
+            model,
+            dtype=compute.dtype,
+            device=compute.device,
+            reshard_after_forward=compute.parallel.reshard_after_forward,
+            offload=compute.parallel.offload,
+        )
+    elif compute.world.size > 1 and any(p.requires_grad for p in model.parameters()):
+        share_by_ddp(model)
+    return model

@@ -1,0 +1,42 @@
+"""What this process holds, and one line where it could not get more."""
+
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from fastalign.models import is_out_of_memory
+
+# How the notes on an optimiser step, and on a model that is read, begin.
+STEP = "step "
+LOADING = "loading "
+
+
+def resident_bytes() -> int:
+    """Memory of this process that is in RAM, on Linux; 0 where the system cannot tell."""
+    table = Path("/proc/self/statm")
+    if not table.exists():
+        return 0
+    return int(table.read_text(encoding="ascii").split()[1]) * resource.getpagesize()
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that was held so far: by PyTorch on a GPU, or by the process."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextmanager
+def memory_used_in(what: str) -> Iterator[None]:
+    """Notes on an error of memory what was being done."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            error.add_note(what)
+        raise

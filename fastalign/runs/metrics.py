@@ -1,0 +1,197 @@
+"""What a run says as it goes: `metrics.jsonl`, TensorBoard, and a progress bar or plain lines."""
+
+import errno
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fastalign.fused import metric_means
+from fastalign.ranks.world import World
+
+Metrics = dict[str, float | int]
+METRICS = "metrics.jsonl"  # in a run's folder
+NUM_PLAIN_LINES = 20
+BOARD_BYTES = 2**18  # that must be free for TensorBoard's writer to go on
+
+
+def mean_metrics(sums: dict[str, float]) -> Metrics:
+    """A step's summed metrics as means, by `fused.metric_means`."""
+    tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
+    return {name: value.item() for name, value in metric_means(tensors).items()}
+
+
+class MetricsWriter:
+    """Appends one JSON object a step, and the same numbers to TensorBoard.
+
+    Args:
+        folder: the run's folder.
+        num_bytes: keep this much of an existing `metrics.jsonl`: what it held at a checkpoint.
+        step: the checkpoint's step; later TensorBoard values are dropped.
+    """
+
+    def __init__(self, folder: Path, *, num_bytes: int, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = folder / METRICS
+        found = path.stat().st_size if path.exists() else 0
+        if found < num_bytes:
+            raise ValueError(
+                f"{path}: expected at least the {num_bytes} bytes that the checkpoint of step "
+                f"{step} knows, got {found}; --run.start-afresh metrics goes on with what there is"
+            )
+        self._file = path.open("ab", buffering=0)
+        self._file.truncate(num_bytes)
+        self._folder = folder
+        self._board: Any = SummaryWriter(
+            str(folder / "tensorboard"), purge_step=step + 1 if step else None
+        )
+
+    def write(self, metrics: Metrics) -> None:
+        """Appends one object; a number that JSON cannot hold (NaN, Inf) becomes a string."""
+        plain = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
+        self._append(json.dumps(plain).encode() + b"\n")
+        self._on_board(partial(self._add_scalars, metrics))
+
+    def _append(self, line: bytes) -> None:
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise OSError(
+                f"{self._file.name}: {error.strerror}; the run goes on from its newest checkpoint "
+                "with --run.resume"
+            ) from error
+
+    def num_bytes(self) -> int:
+        """Bytes of `metrics.jsonl` so far; they are on the disk, for a checkpoint to count on."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def close(self) -> None:
+        """Flushes both."""
+        self._file.close()
+        self._on_board(lambda: self._board.close())
+
+    def _add_scalars(self, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            if name != "step":
+                self._board.add_scalar(name, value, metrics["step"])
+
+    def _on_board(self, work: Callable[[], None]) -> None:
+        """TensorBoard's failure is said once: it ends no run, and hides no other failure."""
+        if self._board is None:
+            return
+        try:
+            if shutil.disk_usage(self._folder).free < BOARD_BYTES:  # it would print a traceback
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            work()
+        except OSError as error:
+            print(f"TensorBoard's files are not complete: {error.strerror}", flush=True)
+            self._board = None
+
+
+class NoWriter:
+    """What a rank writes to that does not speak for the run."""
+
+    def write(self, metrics: Metrics) -> None:
+        """Nothing."""
+
+    def num_bytes(self) -> int:
+        """None."""
+        return 0
+
+    def close(self) -> None:
+        """Nothing."""
+
+
+AnyWriter = MetricsWriter | NoWriter
+
+
+def metrics_writer(folder: Path, world: World, *, num_bytes: int, step: int) -> AnyWriter:
+    """Rank 0's writer; another rank's does nothing.
+
+    Raises:
+        ValueError: the file holds less than the checkpoint knows.
+    """
+    writer: list[MetricsWriter] = []
+    world.first_does(lambda: writer.append(MetricsWriter(folder, num_bytes=num_bytes, step=step)))
+    return writer[0] if writer else NoWriter()
+
+
+class ProgressDisplay:
+    """A bar on a terminal, about twenty plain lines elsewhere: loss, tokens a second, time left.
+
+    Args:
+        title: shown in front.
+        num_steps: of the whole run.
+        step: where it begins.
+    """
+
+    def __init__(self, title: str, num_steps: int, step: int) -> None:
+        self._title, self._num_steps, self._first = title, num_steps, step
+        self._start = time.monotonic()
+        self._bar: Progress | None = None
+        if sys.stdout.isatty():
+            self._bar = Progress(
+                TextColumn(title),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(),
+            )
+            self._task = self._bar.add_task(title, total=num_steps, completed=step, numbers="")
+
+    def __enter__(self) -> "ProgressDisplay":
+        """Shows the bar."""
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leaves the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """Prints a line beside the bar."""
+        if self._bar is not None:
+            self._bar.console.print(line, markup=False, highlight=False)
+        else:
+            print(line, flush=True)
+
+    def update(self, metrics: Metrics) -> None:
+        """Shows one step's metrics."""
+        step = int(metrics["step"])
+        numbers = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:.0f} tokens/s"
+        for name in ("rewards/accuracies", "accuracy"):
+            if name in metrics:
+                numbers += f"  accuracy {metrics[name]:.2f}"
+        for name, short in (("reward", "reward"), ("objective/kl", "KL")):
+            if name in metrics:
+                numbers += f"  {short} {metrics[name]:.3f}"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+            return
+        every = max(1, self._num_steps // NUM_PLAIN_LINES)
+        if step % every == 0 or step == self._num_steps or step == self._first + 1:
+            elapsed = time.monotonic() - self._start
+            left = elapsed / (step - self._first) * (self._num_steps - step)
+            print(
+                f"{self._title} {step}/{self._num_steps}  {numbers}  {left:.0f} s left", flush=True
+            )

@@ -1,0 +1,106 @@
+"""What a run shows of itself while it goes: a trace of one step, the stacks of a stalled one."""
+
+import faulthandler
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from fastalign.ranks.world import ALONE, World
+
+TRACES = "profile"
+STALLS = "stalls.txt"
+PATIENCE_SECONDS = 30.0  # that the writing thread may be late
+
+
+@contextmanager
+def traced(folder: Path, *, wanted: bool, step: int, world: World = ALONE) -> Iterator[None]:
+    """Writes what the step's operations took, as Chrome and Perfetto read it, if it is wanted.
+
+    Every rank writes a file of its own.
+    """
+    if not wanted:
+        yield
+        return
+    activities = [ProfilerActivity.CPU]
+    if torch.cuda.is_available():
+        activities.append(ProfilerActivity.CUDA)
+    with profile(activities=activities, record_shapes=True) as found:
+        yield
+    rank = "" if world.is_first else f"-rank{world.rank:05d}"
+    path = folder / TRACES / f"step-{step:06d}{rank}.json"
+    path.parent.mkdir(exist_ok=True)
+    found.export_chrome_trace(str(path))
+    print(f"trace of step {step} written to {path}", flush=True)
+
+
+class StallWatch:
+    """Writes every thread's stack into the run's folder when a step takes too long.
+
+    A thread writes them; where it cannot, since the step holds the interpreter's lock, the
+    interpreter does so without. That reads frames while they may change, so it is the last resort.
+
+    Args:
+        folder: of the run.
+        seconds: that a step may take; 0: any.
+        world: the ranks, each with a file of its own.
+    """
+
+    def __init__(self, folder: Path, seconds: float, world: World = ALONE):
+        self._seconds = seconds
+        self._path = folder / (STALLS if world.is_first else f"stalls-rank{world.rank:05d}.txt")
+        self._file = self._path.open("ab") if seconds else None
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Watches over one step; says afterwards where its stacks are, if it stalled."""
+        if self._file is None:
+            yield
+            return
+        size = self._path.stat().st_size
+        over = threading.Event()
+        watch = threading.Thread(target=self._watch, args=(over,), name="stall-watch", daemon=True)
+        self._rearm()
+        watch.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watch.join()
+            faulthandler.cancel_dump_traceback_later()
+            if self._path.stat().st_size > size:
+                print(
+                    f"step {number} took more than {self._seconds:g} seconds; the stacks of all "
+                    f"threads are in {self._path}",
+                    flush=True,
+                )
+
+    def _rearm(self) -> None:
+        assert self._file is not None
+        later = self._seconds + PATIENCE_SECONDS
+        faulthandler.dump_traceback_later(later, repeat=True, file=self._file)
+
+    def _watch(self, over: threading.Event) -> None:
+        """Writes the stacks each time that the step has taken as long again."""
+        assert self._file is not None
+        while not over.wait(self._seconds):
+            self._rearm()
+            names = {thread.ident: thread.name for thread in threading.enumerate()}
+            for number, frame in sys._current_frames().items():
+                if number == threading.get_ident():
+                    continue
+                head = f"Thread {names.get(number, number)} (most recent call last):\n"
+                self._file.write((head + "".join(traceback.format_stack(frame))).encode())
+            self._file.flush()
+
+    def close(self) -> None:
+        """Leaves no empty file behind."""
+        if self._file is not None:
+            self._file.close()
+            if not self._path.stat().st_size:
+                self._path.unlink()

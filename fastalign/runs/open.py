@@ -1,0 +1,105 @@
+"""How every algorithm begins: ranks, run folder, data, and whether they fit the model."""
+
+import os
+from collections.abc import Iterator
+from contextlib import (
+    ExitStack,
+    contextmanager,
+    redirect_stdout,
+)
+from pathlib import Path
+
+import torch
+
+from fastalign.compute import Compute, find_device
+from fastalign.ranks.config import ParallelConfig
+from fastalign.ranks.heartbeat import watched_by_ranks
+from fastalign.ranks.parallel import part_from_ranks
+from fastalign.ranks.world import ALONE, World, open_world, world_of_environment
+from fastalign.runs.config import AnyConfig, TrainConfig, config_to_dict
+from fastalign.runs.folder import announce, locked, prepare_run_folder
+from fastalign.runs.load_models import check_sharing
+from fastalign.runs.optimizer import adamw
+from fastalign.runs.out_of_memory import out_of_memory_in_one_line
+from fastalign.runs.state import seed_everything
+
+
+def make_compute(
+    config: TrainConfig, world: World = ALONE, parallel: ParallelConfig | None = None
+) -> Compute:
+    """Resolves `auto` settings; of several ranks on a machine each has a GPU of its own.
+
+    Raises:
+        ValueError: a device that is not there.
+    """
+    device = device_of_rank(config.device, world)
+    if world.size > 1 and device.type == "cuda":
+        torch.cuda.set_device(device)
+    bf16 = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return Compute(
+        device=device,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
+        packing=config.packing,
+        attention=config.attention,
+        tokens_per_batch=config.tokens_per_batch,
+        max_buffer_bytes=config.max_buffer_bytes,
+        world=world,
+        parallel=parallel or ParallelConfig(),
+    )
+
+
+def device_of_rank(name: str, world: World) -> torch.device:
+    """What `train.device` names for this rank; of several on a machine each has a GPU of its own.
+
+    Raises:
+        ValueError: it is not there, or one GPU is named for several ranks.
+    """
+    device = find_device(name, "train.device")
+    if world.size == 1 or device.type == "cpu":
+        return device
+    if device.index is not None:
+        raise ValueError(
+            f"train.device: expected cuda with several ranks, each has its own; got {device}"
+        )
+    if world.local_rank >= torch.cuda.device_count():
+        raise ValueError(
+            f"train.device: rank {world.rank} is number {world.local_rank} on its machine, which "
+            f"has {torch.cuda.device_count()} GPUs"
+        )
+    return torch.device("cuda", world.local_rank)
+
+
+@contextmanager
+def opened_run(config: AnyConfig) -> Iterator[Compute]:
+    """Joins the ranks; prepares and holds the run's folder; prints the settings; seeds everything.
+
+    Rank 0 speaks for all: the others print nothing.
+
+    Raises:
+        ValueError: the folder holds another run, or is in use; a library is missing; memory did
+            not suffice; settings that do not go together; the ranks do not meet.
+    """
+    adamw(config.optim.states)  # what is not installed is said before hours of work
+    check_sharing(config)
+    world = world_of_environment()
+    compute = make_compute(config.train, world, config.parallel)
+    values = config_to_dict(config)
+    folder = Path(config.run.dir)
+    with ExitStack() as stack:
+        stack.enter_context(
+            open_world(
+                world,
+                timeout_seconds=config.parallel.timeout_seconds,
+                always=config.parallel.strategy == "fsdp",
+            )
+        )
+        stack.enter_context(watched_by_ranks(world, config.parallel))
+        if not world.is_first:
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        world.first_does(lambda: prepare_run_folder(folder, values, resume=config.run.resume))
+        world.first_does(lambda: stack.enter_context(locked(folder)))
+        stack.enter_context(out_of_memory_in_one_line(config))
+        announce(values)
+        seed_everything(config.run.seed)
+        yield compute
+        part_from_ranks()

@@ -1,0 +1,272 @@
+"""The frozen model that a policy is held near: computed once, checked when used again."""
+
+import fcntl
+import hashlib
+import json
+import math
+import os
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from fastalign.compute import Compute
+from fastalign.data import Tokenizer, check_same_vocabulary
+from fastalign.models import adapter_off, find_offload, offload_layers
+from fastalign.models.fingerprint import model_fingerprint
+from fastalign.models.logprobs import sequence_logprobs
+from fastalign.runs.accumulate import Examples
+from fastalign.runs.checkpoint.files import write_bytes_atomically
+from fastalign.runs.load_models import load_model, share
+from fastalign.runs.memory import memory_used_in
+from fastalign.trainers.dpo.config import DPOConfig
+
+# Examples between two writes: what was computed is kept even if the run is stopped in between.
+PIECE = 4096
+NUM_CHECKED = 4
+# Nats that rounding may move one token's log-prob by; those of a sequence are independent. About
+# three times what was seen between packings in bfloat16; far above it in float32, where devices
+# differ more than packings, and nothing that is wrong hides below it.
+ROUNDING = {torch.float32: 2e-3, torch.bfloat16: 0.25}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A frozen model.
+
+    Attributes:
+        model: the model.
+        fingerprint: of its configuration and weights.
+    """
+
+    model: Any
+    fingerprint: str
+
+
+def load_reference(
+    config: DPOConfig, policy: Any, tokenizer: Tokenizer, compute: Compute
+) -> Reference:
+    """Another model, or the policy before its first step, or the frozen base of its adapter.
+
+    Raises:
+        ValueError: its vocabulary is not the policy's, or a library is missing.
+    """
+    path, offload = config.reference.path, config.reference.offload
+    if path is None:
+        return Reference(policy, model_fingerprint(policy))
+    if offload:
+        find_offload()  # what is not installed is said before the weights are read
+    host = replace(compute, device=torch.device("cpu"))
+    model, reference_tokenizer = load_model(path, config.model, host if offload else compute)
+    check_same_vocabulary(tokenizer, reference_tokenizer)
+    share(model.requires_grad_(False), compute)
+    reference = Reference(model, model_fingerprint(model))
+    if offload:
+        offload_layers(model, compute.device)
+    return reference
+
+
+def compute_logprobs(
+    reference: Reference, examples: Examples, indices: Sequence[int], compute: Compute
+) -> Tensor:
+    """(number of indices, 2) float32 sequence log-probs on the CPU, without any adapter."""
+    what = f"the reference's log-probs, in batches of at most {compute.tokens_per_batch} tokens"
+    with memory_used_in(what), adapter_off(reference.model):
+        logprobs = sequence_logprobs(
+            reference.model,
+            [examples.groups[i] for i in indices],
+            packing=compute.packing,
+            tokens_per_batch=compute.tokens_per_batch,
+            dtype=compute.dtype,
+            max_buffer_bytes=compute.max_buffer_bytes,
+            world=compute.world,
+        )
+    return torch.stack(logprobs)
+
+
+def check_cached(
+    path: Path,
+    values: Tensor,
+    cached: Sequence[int],
+    reference: Reference,
+    examples: Examples,
+    compute: Compute,
+) -> int:
+    """Computes the first, the last and a few other cached pairs again; returns how many.
+
+    Raises:
+        ValueError: a value is not what the file says, by more than rounding.
+    """
+    chosen = {cached[0], cached[-1]} if cached else set()
+    rest = [i for i in cached if i not in chosen]
+    sampled = random.Random(path.name).sample(rest, min(len(rest), NUM_CHECKED - len(chosen)))
+    checked = sorted(chosen.union(sampled))
+    if not checked:
+        return 0
+    again = compute_logprobs(reference, examples, checked, compute)
+    for i, found in zip(checked, again, strict=True):
+        for side, name in enumerate(("chosen", "rejected")):
+            allowed = ROUNDING[compute.dtype] * math.sqrt(len(examples.groups[i].targets_of(side)))
+            kept, new = values[i, side].item(), found[side].item()
+            if not abs(new - kept) <= allowed:
+                raise ValueError(
+                    f"{path}: the reference log-prob of pair {i} ({name}) is {kept:.6g} there, "
+                    f"computed again it is {new:.6g} (rounding explains {allowed:.2g}); either "
+                    "this installation or the one that wrote the file computes it wrongly; delete "
+                    "the file to have it computed here"
+                )
+    return len(checked)
+
+
+def reference_logprobs(
+    reference: Reference,
+    examples: Examples,
+    indices: Iterable[int],
+    compute: Compute,
+    *,
+    data_fingerprint: str,
+    cache_dir: Path,
+) -> Tensor:
+    """Sequence log-probs of pairs under the reference, from the cache as far as it has them.
+
+    The cache is rank 0's; several ranks share what is to be computed.
+
+    A damaged file is put aside and computed again. A cache that cannot be written is said once,
+    and the run goes on with what it computed: hours of a reference's work are not thrown away
+    because they cannot be kept for the next run.
+
+    Args:
+        reference: the model.
+        examples: pairs.
+        indices: the examples that the run will use; the others may stay NaN.
+        compute: how forwards are run.
+        data_fingerprint: of the examples' token ids.
+        cache_dir: where cache files are.
+
+    Returns:
+        (number of examples, 2) float32 on the CPU.
+
+    Raises:
+        ValueError: a cached value that is not the reference's, or a log-prob that is not finite.
+    """
+    path = cache_path(cache_dir, data_fingerprint, reference.fingerprint, compute.dtype)
+    world = compute.world
+    values, fault = world.first_does(lambda: read_cache(path, len(examples.groups)))
+    if fault is not None:
+        print(
+            f"{path}: damaged cache of reference log-probs ({fault}); it is renamed "
+            f"{put_aside(path).name} and computed again",
+            flush=True,
+        )
+    wanted = sorted(set(indices))
+    unknown = values.isnan().any(1).tolist()
+    missing = [i for i in wanted if unknown[i]]
+    cached = [i for i in wanted if not unknown[i]]
+    num_checked = check_cached(path, values, cached, reference, examples, compute)
+    print(
+        f"reference log-probs: {len(cached)} cached, {len(missing)} to compute"
+        + (f"; {num_checked} of the cached ones were computed again and agree" if cached else ""),
+        flush=True,
+    )
+    kept = True
+    for start in range(0, len(missing), PIECE):
+        part = missing[start : start + PIECE]
+        values[part] = compute_logprobs(reference, examples, part, compute)
+        bad = [i for i in part if not bool(values[i].isfinite().all())]
+        if bad:
+            raise ValueError(
+                f"reference: the log-probs of {len(bad)} pairs are not finite (the first is "
+                f"number {bad[0]}): the reference model is damaged"
+            )
+        if not kept:
+            continue
+        try:
+            values = world.first_does(partial(merge_into_cache, path, values))
+        except OSError as error:
+            kept = False
+            print(f"reference log-probs are not kept for later runs: {error}", flush=True)
+    return values
+
+
+VERSION = 1
+
+
+def default_cache_dir() -> Path:
+    """`fastalign/reference_logprob` in the user's cache folder (XDG_CACHE_HOME)."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "fastalign" / "reference_logprob"
+
+
+def cache_path(
+    cache_dir: Path, data_fingerprint: str, fingerprint: str, dtype: torch.dtype
+) -> Path:
+    """The cache file of these examples under the model with that fingerprint."""
+    parts = [VERSION, data_fingerprint, fingerprint, str(dtype)]
+    return cache_dir / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.safetensors"
+
+
+def digest_of(values: Tensor) -> str:
+    """SHA-256 of the values' bytes."""
+    return hashlib.sha256(values.numpy().tobytes()).hexdigest()
+
+
+def read_cache(path: Path, num_examples: int) -> tuple[Tensor, str | None]:
+    """What a cache file knows, and what is wrong with the file.
+
+    Returns:
+        (num_examples, 2) float32, NaN where nothing is known, which is everywhere without a file
+        or with a damaged one; and the damage, or None.
+    """
+    nothing = torch.full((num_examples, 2), torch.nan)
+    if not path.exists():
+        return nothing, None
+    try:
+        with safe_open(path, framework="pt") as file:
+            values: Tensor = file.get_tensor("logprob")
+            digest = (file.metadata() or {}).get("sha256")
+    except SafetensorError as error:
+        return nothing, str(error)
+    if digest != digest_of(values):
+        return nothing, "its hash differs"
+    if values.shape != nothing.shape or values.dtype != nothing.dtype:
+        return nothing, f"it holds {tuple(values.shape)} {values.dtype} values"
+    return values, None
+
+
+def put_aside(path: Path) -> Path:
+    """Where a damaged file goes."""
+    return path.with_name(f"{path.name}.damaged")
+
+
+def merge_into_cache(path: Path, values: Tensor) -> Tensor:
+    """Adds what the file does not know yet, so that runs at the same time lose nothing.
+
+    The first value written stays: what a run was given is what it finds again when it is resumed.
+
+    Args:
+        path: the cache file; a damaged one is renamed first.
+        values: (number of examples, 2) float32, NaN where nothing is known.
+
+    Returns:
+        What the file now holds.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with (path.parent / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        there, fault = read_cache(path, len(values))
+        if fault is not None:
+            path.replace(put_aside(path))
+        merged = torch.where(there.isnan(), values, there)
+        content = save({"logprob": merged}, metadata={"sha256": digest_of(merged)})
+        write_bytes_atomically(path, content)
+    return merged

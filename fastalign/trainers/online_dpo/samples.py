@@ -1,0 +1,208 @@
+"""What online DPO samples: answers of the policy as it stands, their scores, their KL."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fastalign.batch.packed import Group
+from fastalign.compute import Compute
+from fastalign.data import PromptDataset, Tokenizer
+from fastalign.rollouts import SamplingParams
+from fastalign.runs.load_models import load_for_training
+from fastalign.runs.metrics import Metrics
+from fastalign.trainers.online_dpo.config import OnlineDPOConfig
+from fastalign.trainers.online_dpo.reference import OnlineReference, response_logprobs
+from fastalign.trainers.sampling.collapse import repeated_ratio
+from fastalign.trainers.sampling.policy_sampler import AnySampler, open_policy_sampler
+from fastalign.trainers.sampling.rollout import (
+    Rollouts,
+    load_prompt_sets,
+    roll_out,
+    rollout_seed,
+    scale_of_policy,
+)
+from fastalign.trainers.sampling.score import RewardSources, ScoreScale, final_scores, load_sources
+
+
+@dataclass(frozen=True)
+class Online:
+    """What every step of a run uses.
+
+    Attributes:
+        config: of the run.
+        compute: how forwards are run.
+        model: the policy.
+        tokenizer: of the policy.
+        reference: what the policy is held near; None for a loss without.
+        sampler: draws from the policy.
+        sources: of the rewards.
+        scale: of the scores, measured on the starting policy, or None.
+        prompts: to be answered.
+        held_out: prompts for the evaluation, or None.
+    """
+
+    config: OnlineDPOConfig
+    compute: Compute
+    model: Any
+    tokenizer: Tokenizer
+    reference: OnlineReference | None
+    sampler: AnySampler
+    sources: RewardSources
+    scale: ScoreScale | None
+    prompts: PromptDataset
+    held_out: PromptDataset | None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Rollouts with what is known of their R responses.
+
+    Attributes:
+        rollouts: of some prompts.
+        scores: (R,) float32, what pairs are ordered by.
+        reference_logprob: (R,) float32, or None without a reference.
+        metrics: TRL's `objective/...`, and those of the rollouts; `entropy` is a token's, estimated
+            by what was sampled.
+    """
+
+    rollouts: Rollouts
+    scores: Tensor
+    reference_logprob: Tensor | None
+    metrics: Metrics
+
+
+def prepare(config: OnlineDPOConfig, compute: Compute) -> Online:
+    """Loads the models, the reward sources and the prompts; measures the scale of scores.
+
+    Raises:
+        ValueError: in one line, whatever of the caller's is wrong.
+        FileNotFoundError: a file that is not there.
+    """
+    sources = load_sources(config.reward, compute)
+    model, tokenizer = load_for_training(config, compute)
+    reference, fewest, scale = None, model, None
+    if config.loss.formula().needs_reference:
+        reference = OnlineReference(config, model, tokenizer, compute)
+        fewest = reference.with_fewest_positions()
+    prompts, held_out = load_prompt_sets(config.data, config.sampling, fewest, tokenizer)
+    sampler = open_policy_sampler(config, model, tokenizer, compute)
+    if config.reward.normalise:
+        scale = scale_of_policy(
+            sampler, prompts, config.sampling, tokenizer, sources, run_seed=config.run.seed
+        )
+    return Online(
+        config=config,
+        compute=compute,
+        model=model,
+        tokenizer=tokenizer,
+        reference=reference,
+        sampler=sampler,
+        sources=sources,
+        scale=scale,
+        prompts=prompts,
+        held_out=held_out,
+    )
+
+
+def score_samples(
+    online: Online,
+    prompts: PromptDataset,
+    indices: Sequence[int],
+    params: SamplingParams,
+    seed: int,
+) -> Scored:
+    """Samples the policy as it stands, and scores what it says."""
+    rollouts = roll_out(
+        online.sampler, prompts, indices, params, online.tokenizer, online.sources, seed=seed
+    )
+    start = time.perf_counter()
+    scores = final_scores(online.config.reward, rollouts.rewards, rollouts.ended, online.scale)
+    logprob = response_logprobs(online.model, rollouts.groups, online.compute)
+    mean_score = scores.mean().item()
+    responses = [ids for group in rollouts.groups for ids in group.response_ids]
+    metrics = rollouts.metrics | {
+        "completions/repeated_ratio": repeated_ratio(responses),
+        "entropy": -logprob.sum().item() / sum(len(ids) for ids in responses),
+        "objective/scores": mean_score,
+        "objective/entropy": -logprob.mean().item(),
+        "time/prepare_seconds": time.perf_counter() - start,
+    }
+    if online.reference is None:
+        return Scored(rollouts, scores, None, metrics)
+    reference_logprob = online.reference.logprobs(rollouts.groups)
+    metrics["time/prepare_seconds"] = time.perf_counter() - start
+    kl = (logprob - reference_logprob).mean().item()
+    penalty = -online.config.loss.beta * kl
+    metrics |= {
+        "objective/kl": kl,
+        "objective/non_score_reward": penalty,
+        "objective/rlhf_reward": mean_score + penalty,
+    }
+    return Scored(rollouts, scores, reference_logprob, metrics)
+
+
+def evaluate_samples(online: Online) -> Metrics:
+    """Metrics named `eval_...` of one sample of each held-out prompt: the same noise every time."""
+    single = replace(online.config.sampling, num_samples=1)
+    prompts = online.held_out
+    assert prompts is not None
+    seed = rollout_seed(online.config.run.seed, "eval", 0)
+    scored = score_samples(online, prompts, range(len(prompts.prompts)), single, seed)
+    metrics = scored.metrics | online.sampler.metrics()
+    return {f"eval_{name}": value for name, value in metrics.items()}
+
+
+@dataclass(frozen=True)
+class FreshPairs:
+    """B pairs of some rollouts; the first three are parallel.
+
+    Attributes:
+        groups: each with two responses, the better one first.
+        places: of the two among the rollouts' R responses.
+        ties: whether the two have the same score.
+        num_ties_dropped: prompts of which there is no pair.
+    """
+
+    groups: list[Group]
+    places: list[tuple[int, int]]
+    ties: list[bool]
+    num_ties_dropped: int
+
+
+def choose_pairs(
+    groups: Sequence[Group], scores: Tensor, ties: Literal["drop", "use"]
+) -> FreshPairs:
+    """A pair of each prompt; the first of equals is taken.
+
+    Samples of one score have no best. With `use` two of them that differ are a tie; where all are
+    the same tokens there is nothing to compare, whatever their scores.
+
+    Args:
+        groups: prompts with their samples.
+        scores: (R,), in the order of the groups' responses.
+        ties: what happens to prompts whose samples have one score.
+    """
+    chosen: list[tuple[Group, tuple[int, int], bool]] = []
+    start = 0
+    values = scores.tolist()
+    for group in groups:
+        samples = [list(ids) for ids in group.response_ids]
+        own = values[start : start + len(samples)]
+        best, worst = own.index(max(own)), own.index(min(own))
+        is_tie = own[best] == own[worst]
+        if is_tie:  # the other side is the first that differs, if any does
+            worst = next((i for i, ids in enumerate(samples) if ids != samples[best]), best)
+        if samples[best] != samples[worst] and not (is_tie and ties == "drop"):
+            pair = Group(group.prompt_ids, [samples[best], samples[worst]])
+            chosen.append((pair, (start + best, start + worst), is_tie))
+        start += len(samples)
+    assert start == len(values)
+    return FreshPairs(
+        groups=[pair for pair, _, _ in chosen],
+        places=[places for _, places, _ in chosen],
+        ties=[is_tie for _, _, is_tie in chosen],
+        num_ties_dropped=len(groups) - len(chosen),
+    )

@@ -1,0 +1,270 @@
+"""The models of a PPO run: policy, frozen reference, value model, and whether they fit together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastalign.batch.packed import PackedBatch
+from fastalign.compute import Compute
+from fastalign.data import (
+    Tokenizer,
+    check_same_vocabulary,
+    check_token_meanings,
+    eos_token_ids,
+    load_tokenizer,
+    use_distinct_pad,
+)
+from fastalign.models import (
+    AttentionPlan,
+    Head,
+    adapter_base,
+    adapter_off,
+    attention_of,
+    has_adapter,
+    hidden_at,
+    is_reward_model,
+    lm_head,
+    read_config,
+    reward_scale,
+    save_reward_model,
+    score_at,
+    set_pad_token,
+)
+from fastalign.ops import linear_kl
+from fastalign.ranks.parallel import enter, is_sharded
+from fastalign.runs.load_models import (
+    load_for_training,
+    load_model,
+    load_reward_network,
+    ready_for_training,
+    share,
+)
+from fastalign.trainers.ppo.config import PPOConfig
+
+
+class ActorCritic(nn.Module):
+    """Policy and value model as one thing that is trained and saved.
+
+    Args:
+        policy: a causal model, or a frozen base with an adapter.
+        value: a reward model's network.
+    """
+
+    def __init__(self, policy: nn.Module, value: nn.Module):
+        super().__init__()
+        self.policy = policy
+        self.value = value
+
+    @property
+    def clipped_apart(self) -> tuple[nn.Module, nn.Module]:
+        """The parts whose gradients are clipped by norms of their own."""
+        return self.policy, self.value
+
+
+@dataclass(frozen=True)
+class PPOModels:
+    """What a run computes with.
+
+    Attributes:
+        policy: is trained and sampled from.
+        reference: frozen; the policy itself where it has an adapter, which is then off.
+        value: a reward model's network, or None without a critic.
+        value_tokenizer: saved with the value model; has a pad token that ends no response.
+    """
+
+    policy: Any
+    reference: Any
+    value: Any
+    value_tokenizer: Tokenizer | None
+
+    @property
+    def trained(self) -> Any:
+        """What the optimiser changes."""
+        return self.policy if self.value is None else ActorCritic(self.policy, self.value)
+
+    @property
+    def frozen(self) -> Any:
+        """A model that is no part of what is trained, or None."""
+        return None if self.reference is self.policy else self.reference
+
+    def with_fewest_positions(self) -> Any:
+        """The one that decides how long a prompt with its answer may be."""
+        models: Sequence[Any] = [
+            m for m in (self.policy, self.reference, self.value) if m is not None
+        ]
+        return min(
+            models, key=lambda m: getattr(m.config, "max_position_embeddings", None) or 2**31
+        )
+
+    def save_value(self, folder: Path) -> None:
+        """Writes the value model in a reward model's layout."""
+        save_reward_model(self.value, self.value_tokenizer, folder)
+
+
+def load_ppo_models(config: PPOConfig, compute: Compute) -> tuple[PPOModels, Tokenizer]:
+    """Loads the three, and the policy's tokenizer.
+
+    Raises:
+        ValueError: a model that is none, or whose tokens mean something else.
+    """
+    policy, tokenizer = load_for_training(config, compute)
+    reference = policy
+    if config.reference.path is not None or not has_adapter(policy):
+        path = config.reference.path or config.model.path
+        reference, reference_tokenizer = load_model(path, config.model, compute)
+        check_same_vocabulary(tokenizer, reference_tokenizer)
+        share(reference.requires_grad_(False), compute)
+    if config.kl.estimator == "full":
+        check_full_kl(policy, reference)
+    value, value_tokenizer = None, None
+    if config.ppo.advantage == "gae":
+        value, value_tokenizer = load_value(config, tokenizer, compute)
+    return PPOModels(policy, reference, value, value_tokenizer), tokenizer
+
+
+def check_full_kl(policy: Any, reference: Any) -> None:
+    """Refuses two heads that one pass over both cannot read.
+
+    Raises:
+        ValueError: an adapter on the head, or another softcap or scale of the logits.
+    """
+    ours, theirs = lm_head(policy), lm_head(reference)
+    if ours.lora is not None:
+        raise ValueError(
+            "kl.estimator: expected k1, k2 or k3 with an adapter on the head "
+            "(model.lora.targets), got full"
+        )
+    if (ours.softcap, ours.logit_scale) != (theirs.softcap, theirs.logit_scale):
+        raise ValueError(
+            "kl.estimator: expected k1, k2 or k3 where policy and reference cap or scale their "
+            "logits differently, got full"
+        )
+
+
+def token_values(
+    value: Any, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None
+) -> Tensor:
+    """The value (N,) of the state that each token was drawn in.
+
+    On the scale of the rewards: a reward model's scores are normalised by its `reward_mean` and
+    `reward_std`, and so are the values that begin as its scores.
+    """
+    with compute.autocast():
+        raw = score_at(value, batch, batch.predict_index, packing=compute.packing, plan=plan)
+    return reward_scale(value).normalise(raw)
+
+
+def value_source(config: PPOConfig) -> str:
+    """What the value model starts from."""
+    folders = [source for source in config.reward.sources if Path(source).is_dir()]
+    return config.value.path or next(iter(folders), config.model.path)
+
+
+def load_value(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> tuple[Any, Tokenizer]:
+    """The value model, its learning rate, and its tokenizer.
+
+    A reward model keeps its head; a causal model gets one of zeros, since nothing is known yet.
+
+    Raises:
+        ValueError: no such model, or its tokens do not mean what the policy's do.
+    """
+    path = value_source(config)
+    name = "value.path" if config.value.path else "the value model (default of value.path)"
+    trust = config.model.trust_remote_code
+    if adapter_base(path) is not None:
+        raise ValueError(f"{name}: {path} is an adapter; merge it first (fastalign merge)")
+    try:
+        fresh = not is_reward_model(read_config(path, trust_remote_code=trust))
+        value = load_reward_network(path, config, compute)
+        own = load_tokenizer(path, trust_remote_code=trust)
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).removeprefix('model.path: ')}") from error
+    check_token_meanings(tokenizer, own, name)
+    if value.get_input_embeddings().weight.shape[0] < len(tokenizer):
+        raise ValueError(
+            f"{name}: expected at least the policy's {len(tokenizer)} tokens, got "
+            f"{value.get_input_embeddings().weight.shape[0]} in {path}"
+        )
+    print(
+        f"value model: {path}, head {'of zeros' if fresh else 'as it is there'}; attention: "
+        f"{attention_of(value)}",
+        flush=True,
+    )
+    if fresh:
+        torch.nn.init.zeros_(value.score.weight)
+    if fresh or value.config.pad_token_id != own.pad_token_id:
+        set_pad_token(value, use_distinct_pad(own, eos_token_ids(own, path)))
+    if config.value.lr is not None:
+        for parameter in value.parameters():
+            parameter.lr_scale = config.value.lr / config.optim.lr
+    return share(ready_for_training(value, config), compute), own
+
+
+def head_options(head: Head, compute: Compute, temperature: float) -> dict[str, object]:
+    """What the operations on heads take besides hidden states and weights."""
+    return {
+        "temperature": temperature,
+        "softcap": head.softcap,
+        "logit_scale": head.logit_scale,
+        "compute_dtype": compute.dtype if compute.dtype != torch.float32 else None,
+        "max_buffer_bytes": compute.max_buffer_bytes,
+    }
+
+
+def hidden_and_head(
+    model: object, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None
+) -> tuple[Tensor, Head]:
+    """Hidden states (N, D) that predict the sampled tokens, and the head that reads them."""
+    with compute.autocast():
+        hidden = hidden_at(model, batch, batch.predict_index, packing=compute.packing, plan=plan)
+    return hidden, lm_head(model)
+
+
+@torch.no_grad()
+def reference_head(
+    reference: object, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None
+) -> tuple[Tensor, Head]:
+    """`hidden_and_head` of the frozen model; of a sharded one the head is a copy that stays."""
+
+    def of_reference() -> tuple[Tensor, Head]:
+        hidden, head = hidden_and_head(reference, batch, compute, plan)
+        if not is_sharded(reference):
+            return hidden, head
+        bias = None if head.bias is None else head.bias.clone()
+        return hidden, replace(head, weight=head.weight.clone(), bias=bias)
+
+    with adapter_off(reference):
+        return enter(reference, of_reference)
+
+
+def shared_plan(batch: PackedBatch, compute: Compute) -> AttentionPlan | None:
+    """One plan of the batch's attention for every model; padded batches have none."""
+    return None if compute.packing == "padded" else AttentionPlan(batch)
+
+
+def both_heads(
+    hidden: Tensor,
+    head: Head,
+    reference: Tensor,
+    of_reference: Head,
+    targets: Tensor,
+    compute: Compute,
+    temperature: float,
+) -> dict[str, Tensor]:
+    """Log-probs, entropy and the KL over the vocabulary, each (N,), in one pass over both heads."""
+    both = linear_kl(
+        hidden,
+        head.weight,
+        reference,
+        of_reference.weight,
+        targets,
+        bias=head.bias,
+        reference_bias=of_reference.bias,
+        **head_options(head, compute, temperature),  # type: ignore[arg-type]
+    )._asdict()
+    both["full_kl"] = both.pop("kl")
+    return both

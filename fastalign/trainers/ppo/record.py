@@ -1,0 +1,188 @@
+"""What is known of each sampled token before the updates: log-probs, KL, value, entropy.
+
+N tokens of R responses, in the rollouts' order. All passes run the same packed batch, so a prompt
+is computed once for its responses in each of them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from fastalign.batch.packed import PackedBatch
+from fastalign.batch.schedule import packed_batches
+from fastalign.compute import Compute
+from fastalign.models import adapter_off
+from fastalign.ops import linear_logprob
+from fastalign.ranks.parallel import enter
+from fastalign.runs.accumulate import Examples
+from fastalign.runs.memory import memory_used_in
+from fastalign.runs.metrics import Metrics
+from fastalign.trainers.ppo.models import (
+    PPOModels,
+    both_heads,
+    head_options,
+    hidden_and_head,
+    reference_head,
+    shared_plan,
+    token_values,
+)
+from fastalign.trainers.sampling.rollout import Rollouts
+
+
+@dataclass(frozen=True)
+class TokenRecord:
+    """Numbers of every sampled token, on the CPU.
+
+    Attributes:
+        bounds: (R + 1,) int64, response r owns the tokens [r] to [r + 1] of the N.
+        group_bounds: of each prompt's responses together, G + 1 numbers.
+        logprob: (N,) under the policy before the updates, by the trainer.
+        reference_logprob: (N,) under the reference.
+        sampler_logprob: (N,) under what the token was drawn from.
+        entropy: (N,) of the policy.
+        full_kl: (N,) KL(policy || reference) over the vocabulary; None where not asked for.
+        value: (N,) of the state that the token was drawn in; None without a value model.
+    """
+
+    bounds: Tensor
+    group_bounds: tuple[int, ...]
+    logprob: Tensor
+    reference_logprob: Tensor
+    sampler_logprob: Tensor
+    entropy: Tensor
+    full_kl: Tensor | None
+    value: Tensor | None
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.group_bounds[-1]
+
+    def rows_of(self, groups: Sequence[int]) -> Tensor:
+        """The places of these groups' tokens among the N, in the groups' order."""
+        bounds = self.group_bounds
+        return torch.cat([torch.arange(bounds[g], bounds[g + 1]) for g in groups])
+
+
+@torch.no_grad()
+def numbers_of_batch(
+    models: PPOModels, batch: PackedBatch, compute: Compute, temperature: float, full_kl: bool
+) -> dict[str, Tensor]:
+    """The numbers of one batch's tokens, each (N,)."""
+    plan = shared_plan(batch, compute)
+
+    def of_policy() -> dict[str, Tensor]:
+        hidden, head = hidden_and_head(models.policy, batch, compute, plan)
+        if reference is not None:
+            return both_heads(hidden, head, *reference, batch.targets, compute, temperature)
+        logprob, entropy = linear_logprob(  # type: ignore[call-overload]
+            hidden,
+            head.weight,
+            batch.targets,
+            bias=head.bias,
+            lora=head.lora,
+            return_entropy=True,
+            **head_options(head, compute, temperature),
+        )
+        return {"logprob": logprob, "entropy": entropy}
+
+    def of_reference() -> Tensor:
+        hidden, head = hidden_and_head(models.reference, batch, compute, plan)
+        return linear_logprob(  # type: ignore[call-overload,no-any-return]
+            hidden,
+            head.weight,
+            batch.targets,
+            bias=head.bias,
+            **head_options(head, compute, temperature),
+        )
+
+    reference = reference_head(models.reference, batch, compute, plan) if full_kl else None
+    found = enter(models.policy, of_policy)
+    if not full_kl:
+        with adapter_off(models.reference):
+            found["reference_logprob"] = enter(models.reference, of_reference)
+    value = models.value
+    if value is not None:
+        found["value"] = enter(value, lambda: token_values(value, batch, compute, plan))
+    return found
+
+
+def record_tokens(
+    models: PPOModels,
+    rollouts: Rollouts,
+    examples: Examples,
+    compute: Compute,
+    *,
+    temperature: float,
+    full_kl: bool,
+) -> tuple[TokenRecord, Metrics]:
+    """Runs the policy, the reference and the value model on the rollouts.
+
+    Args:
+        models: of the run.
+        rollouts: what was sampled.
+        examples: its groups, measured.
+        compute: how forwards are run.
+        temperature: that the samples were drawn at; the policy is the model at that temperature.
+        full_kl: also compute the KL over the vocabulary.
+
+    Returns:
+        The record, and `num_micro_batches` and `num_packed_tokens`.
+    """
+    parts = {}
+    counts = {"num_micro_batches": 0, "num_packed_tokens": 0}
+    for piece in packed_batches(
+        examples.groups,
+        range(len(examples.groups)),
+        examples.lengths,
+        tokens_per_batch=compute.tokens_per_batch,
+        share_prompts=compute.packing != "packed",
+        world=compute.world,
+    ):
+        num_tokens = piece.batch.num_tokens
+        with memory_used_in(f"log-probs and values of a batch of {num_tokens} tokens"):
+            batch = piece.batch.to(compute.device)
+            found = numbers_of_batch(models, batch, compute, temperature, full_kl)
+        if piece.counts:
+            parts[tuple(piece.indices)] = {name: each.cpu() for name, each in found.items()}
+            counts["num_micro_batches"] += 1
+            counts["num_packed_tokens"] += num_tokens
+    ranks = compute.world.gather((parts, counts))
+    joined = joined_parts(examples, {k: v for of_rank, _ in ranks for k, v in of_rank.items()})
+    lengths = [len(ids) for group in examples.groups for ids in group.response_ids]
+    record = TokenRecord(
+        bounds=torch.tensor([0, *accumulate(lengths)]),
+        group_bounds=(0, *accumulate(num_response_tokens(examples))),
+        sampler_logprob=torch.tensor(
+            [p for answers in rollouts.completions for a in answers for p in a.logprobs]
+        ),
+        logprob=joined["logprob"],
+        reference_logprob=joined["reference_logprob"],
+        entropy=joined["entropy"],
+        full_kl=joined.get("full_kl"),
+        value=joined.get("value"),
+    )
+    return record, {name: sum(of_rank[name] for _, of_rank in ranks) for name in counts}
+
+
+def num_response_tokens(examples: Examples) -> list[int]:
+    """Of each group."""
+    return [sum(len(ids) for ids in group.response_ids) for group in examples.groups]
+
+
+def joined_parts(
+    examples: Examples, parts: Mapping[tuple[int, ...], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Each number of all tokens (N,), from those of batches, by the groups that they hold."""
+    sizes = num_response_tokens(examples)
+    places: dict[str, list[Tensor]] = {}
+    for chosen, found in parts.items():
+        for name, values in found.items():
+            of_name = places.setdefault(name, [torch.empty(0)] * len(sizes))
+            split = torch.split(values, [sizes[g] for g in chosen])
+            for group, part in zip(chosen, split, strict=True):
+                of_name[group] = part
+    return {name: torch.cat(each) for name, each in places.items()}

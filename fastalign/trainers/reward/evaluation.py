@@ -1,0 +1,159 @@
+"""What a trained reward model is worth on held-out pairs, beside baselines: `eval/eval.json`."""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign.batch.packed import Group
+from fastalign.batch.schedule import indices_of_step
+from fastalign.compute import Compute
+from fastalign.data import TokenizedDataset, Tokenizer
+from fastalign.evaluation import (
+    BagOfWordsBaseline,
+    JudgedPairs,
+    estimate,
+    longer_wins,
+    summary,
+    with_tie_rate,
+)
+from fastalign.models import response_reward, set_reward_scale
+from fastalign.models.logprobs import of_responses
+from fastalign.ranks.parallel import enter
+from fastalign.runs.checkpoint.files import write_text_atomically
+from fastalign.trainers.reward.losses import RewardLoss
+
+# Pairs whose responses' scores have mean 0 and standard deviation 1 once they are normalised.
+NUM_SCALE_PAIRS = 512
+# The bag of words is trained on no more pairs than these: a baseline may not cost hours.
+NUM_BASELINE_PAIRS = 20000
+
+
+def pair_rewards(model: Any, groups: Sequence[Group], compute: Compute) -> Tensor:
+    """Raw scores (N, 2) float64 of pairs, on the CPU."""
+    rewards = of_responses(
+        lambda batch: enter(model, lambda: response_reward(model, batch, packing=compute.packing)),
+        groups,
+        device=compute.device,
+        packing=compute.packing,
+        tokens_per_batch=compute.tokens_per_batch,
+        dtype=compute.dtype,
+        world=compute.world,
+    )
+    return torch.stack(rewards).double()
+
+
+def measure_scale(model: Any, data: TokenizedDataset, compute: Compute, seed: int) -> None:
+    """Writes the scores' mean and spread, over training pairs drawn by the seed, into the model."""
+    count = min(NUM_SCALE_PAIRS, len(data.groups))
+    chosen = [data.groups[i] for i in indices_of_step(len(data.groups), count, 0, seed=seed)]
+    set_reward_scale(model, pair_rewards(model, chosen, compute).flatten())
+
+
+def judge_pairs(
+    model: Any,
+    loss: RewardLoss,
+    nu: Tensor | None,
+    rate: float | None,
+    data: TokenizedDataset,
+    compute: Compute,
+) -> JudgedPairs:
+    """Held-out pairs with the model's rewards and probabilities.
+
+    Args:
+        model: the reward model.
+        loss: that it was trained by.
+        nu: (), the learned one, or None.
+        rate: of a model without ties: the probability of each tie, so that likelihoods of all pairs
+            can be compared between models.
+        data: the pairs.
+        compute: how forwards are run.
+    """
+    rewards = pair_rewards(model, data.groups, compute)
+    outcomes = loss.outcomes(rewards[:, 0] - rewards[:, 1], nu)
+    if rate is not None:
+        outcomes = with_tie_rate(outcomes, rate)
+    return JudgedPairs(rewards, outcomes, torch.tensor(data.ties), response_lengths(data))
+
+
+def response_lengths(data: TokenizedDataset) -> Tensor:
+    """(N, 2) tokens of each pair's responses."""
+    return torch.tensor([[len(ids) for ids in group.response_ids] for group in data.groups])
+
+
+def baseline_measures(
+    train: TokenizedDataset, held_out: TokenizedDataset, tokenizer: Tokenizer
+) -> dict[str, object]:
+    """Accuracy on the held-out pairs that are no ties: the longer wins, and a bag of words."""
+    lengths = response_lengths(held_out)[~torch.tensor(held_out.ties)]
+    hits = {"longer_wins_accuracy": longer_wins(lengths)}
+    if not all(train.ties):
+        words = BagOfWordsBaseline(texts_of(train, tokenizer, NUM_BASELINE_PAIRS))
+        margin = words.margin(texts_of(held_out, tokenizer))
+        hits["bag_of_words_accuracy"] = (margin > 0).double() + (margin == 0).double() / 2
+    measures: dict[str, object] = {}
+    for name, values in hits.items():
+        measures |= summary(name, estimate(values.tolist()))
+    return measures
+
+
+def tie_rate(train: TokenizedDataset, needed: bool) -> float:
+    """Share of the training rows that are ties, dropped ones counted.
+
+    Where ties must have a probability and there were none to learn it from, half a tie is counted.
+    """
+    report = train.report
+    total = report.num_used + report.num_ties_dropped
+    ties = report.num_ties + report.num_ties_dropped
+    return (ties or (0.5 if needed else 0.0)) / total
+
+
+def texts_of(
+    data: TokenizedDataset, tokenizer: Tokenizer, limit: int | None = None
+) -> list[tuple[str, str]]:
+    """The texts of the pairs that are no ties, the preferred one first; the first `limit`."""
+    untied = [group for group, tie in zip(data.groups, data.ties, strict=True) if not tie]
+    texts = []
+    for group in untied[:limit]:
+        first, second = (
+            tokenizer.decode(list(ids), skip_special_tokens=True) for ids in group.response_ids
+        )
+        texts.append((first, second))
+    return texts
+
+
+def pair_rows(pairs: JudgedPairs, sources: Sequence[str]) -> list[dict[str, object]]:
+    """For each pair its row in the file, whether it is a tie, raw scores and log-likelihood."""
+    likelihood = pairs.log_likelihood().tolist()
+    rows: list[dict[str, object]] = []
+    for place, source in enumerate(sources):
+        first, second = pairs.rewards[place].tolist()
+        rows.append(
+            {
+                "source": source,
+                "tie": bool(pairs.tie[place]),
+                "first_reward": first,
+                "second_reward": second,
+                "log_likelihood": likelihood[place],
+            }
+        )
+    return rows
+
+
+def write_evaluation(
+    folder: Path, measures: dict[str, object], rows: Sequence[dict[str, object]]
+) -> None:
+    """Writes `eval.json` and `pairs.jsonl`; a number that JSON cannot hold becomes a string."""
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = {name: _plain(value) for name, value in measures.items()}
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    write_text_atomically(folder / "pairs.jsonl", lines)
+    write_text_atomically(folder / "eval.json", json.dumps(plain, indent=1) + "\n")
+
+
+def _plain(value: object) -> object:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,177 @@
+"""Each loss of a reward model as a small dataclass: its parameters on the command line."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastalign import losses
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What is known of B pairs.
+
+    Attributes:
+        tie: (B,) bool.
+        margin: (B,); 0 where the row has none.
+        shares: (B, 3) of the votes for the first, the second and a tie; None without votes.
+    """
+
+    tie: Tensor
+    margin: Tensor
+    shares: Tensor | None
+
+    def at(self, chosen: list[int], device: torch.device) -> "Labels":
+        """Those of some of the pairs, on a device."""
+        shares = None if self.shares is None else self.shares[chosen].to(device)
+        return Labels(self.tie[chosen].to(device), self.margin[chosen].to(device), shares)
+
+
+@dataclass(frozen=True)
+class RewardLoss:
+    """What every loss of a reward model has."""
+
+    votes: bool = False
+    """Train on each row's vote shares (column votes) in place of its label."""
+
+    name: ClassVar[str]
+    has_ties: ClassVar[bool] = False
+    uses_margins: ClassVar[bool] = False
+
+    @property
+    def uses_ties(self) -> bool:
+        """Whether a row that says tie is of use: to a model of ties, or for its votes."""
+        return self.has_ties or self.votes
+
+    def of_pairs(self, rewards: Tensor, pairs: "Labels", nu: Tensor | None) -> Tensor:
+        """Each pair's loss (B,) of rewards (B, 2), the chosen response's first.
+
+        `nu` () is the one that is being learned, None where none is.
+        """
+        raise NotImplementedError
+
+    def outcomes(self, difference: Tensor, nu: Tensor | None) -> Tensor:
+        """Log-probabilities (B, 3) of a win, a loss and a tie, of differences (B,)."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class BradleyTerryLoss(RewardLoss):
+    """Bradley-Terry; a row's `margin`, where it has one, is how far apart the rewards should be."""
+
+    centring_coefficient: float = 0.0
+    """Of the squared sum of a pair's rewards, which holds their mean near zero."""
+
+    name = "bradley_terry"
+    uses_margins = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.centring_coefficient < float("inf"):
+            raise ValueError(
+                "loss.centring_coefficient: expected a finite number of at least 0, got "
+                f"{self.centring_coefficient!r}"
+            )
+
+    def of_pairs(self, rewards: Tensor, pairs: Labels, nu: Tensor | None) -> Tensor:
+        """See `losses.bradley_terry`, `losses.bradley_terry_votes`."""
+        chosen, rejected = rewards.unbind(-1)
+        margin, coefficient = pairs.margin, self.centring_coefficient
+        if not self.votes:
+            return losses.bradley_terry(
+                chosen, rejected, margin=margin, centring_coefficient=coefficient
+            )
+        assert pairs.shares is not None
+        return losses.bradley_terry_votes(
+            chosen, rejected, pairs.shares, margin=margin, centring_coefficient=coefficient
+        )
+
+    def outcomes(self, difference: Tensor, nu: Tensor | None) -> Tensor:
+        """A tie has probability 0."""
+        never = torch.full_like(difference, -math.inf)
+        return torch.stack((F.logsigmoid(difference), F.logsigmoid(-difference), never), dim=-1)
+
+
+@dataclass(frozen=True)
+class TieLoss(RewardLoss):
+    """A loss with ties; what is learned of nu is the logarithm of nu - `least_nu`."""
+
+    nu: float = 1.0
+    """How common ties are."""
+    nu_lr: float = 0.0
+    """Peak learning rate of nu (of its logarithm), under optim.schedule; 0: nu stays."""
+
+    has_ties = True
+    least_nu: ClassVar[float] = 0.0
+    of_labels: ClassVar[Callable[..., Tensor]]
+    of_votes: ClassVar[Callable[..., Tensor]]
+    of_outcomes: ClassVar[Callable[..., Tensor]]
+
+    def __post_init__(self) -> None:
+        if not self.least_nu < self.nu < float("inf"):
+            raise ValueError(
+                f"loss.nu: expected a finite number above {self.least_nu:g}, got {self.nu!r}"
+            )
+        if not 0 <= self.nu_lr < float("inf"):
+            raise ValueError(
+                f"loss.nu_lr: expected a finite number of at least 0, got {self.nu_lr!r}"
+            )
+
+    @property
+    def log_nu(self) -> float:
+        """What a learned nu begins at."""
+        return math.log(self.nu - self.least_nu)
+
+    def nu_of(self, log_nu: Tensor) -> Tensor:
+        """Nu, () float64: near `least_nu` a float32 would be rounded to it."""
+        return self.least_nu + log_nu.double().exp()
+
+    def of_pairs(self, rewards: Tensor, pairs: Labels, nu: Tensor | None) -> Tensor:
+        """See `losses.rao_kupper`, `losses.davidson`, and the same with `_votes`."""
+        difference = rewards[:, 0] - rewards[:, 1]
+        value = self.nu if nu is None else nu
+        if self.votes:
+            return type(self).of_votes(difference, pairs.shares, nu=value)
+        return type(self).of_labels(difference, pairs.tie, nu=value)
+
+    def outcomes(self, difference: Tensor, nu: Tensor | None) -> Tensor:
+        """See `losses.rao_kupper_outcomes`, `losses.davidson_outcomes`."""
+        return type(self).of_outcomes(difference, nu=self.nu if nu is None else nu)
+
+
+@dataclass(frozen=True)
+class RewardRaoKupperLoss(TieLoss):
+    """Bradley-Terry with ties, Rao-Kupper model."""
+
+    nu: float = 3.0
+    """How common ties are; equal responses tie with probability (nu - 1) / (nu + 1)."""
+
+    name = "rao_kupper"
+    least_nu = 1.0
+    of_labels = losses.rao_kupper
+    of_votes = losses.rao_kupper_votes
+    of_outcomes = losses.rao_kupper_outcomes
+
+
+@dataclass(frozen=True)
+class RewardDavidsonLoss(TieLoss):
+    """Bradley-Terry with ties, Davidson model."""
+
+    nu: float = 1.0
+    """How common ties are; equal responses tie with probability nu / (nu + 1)."""
+
+    name = "davidson"
+    of_labels = losses.davidson
+    of_votes = losses.davidson_votes
+    of_outcomes = losses.davidson_outcomes
+
+
+REWARD_LOSSES: dict[str, type[RewardLoss]] = {
+    "bradley_terry": BradleyTerryLoss,
+    "rao_kupper": RewardRaoKupperLoss,
+    "davidson": RewardDavidsonLoss,
+}

@@ -1,0 +1,1 @@
+"""What algorithms that sample from the policy share."""

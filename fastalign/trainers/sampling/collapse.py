@@ -1,0 +1,74 @@
+"""Whether a policy has collapsed: entropy, length, repeats and KL of its samples beside limits."""
+
+from collections.abc import Sequence
+
+from fastalign.runs.metrics import Metrics
+from fastalign.trainers.sampling.config import WatchConfig
+
+RUN_LENGTH = 4  # tokens of the runs that repeats are counted of
+COLLAPSED_IN_A_ROW = "collapsed_in_a_row"  # among the numbers that a checkpoint keeps
+
+
+def is_repetitive(token_ids: Sequence[int]) -> bool:
+    """Whether fewer than half of its runs of four tokens are distinct; below three runs, no."""
+    runs = [
+        tuple(token_ids[place : place + RUN_LENGTH])
+        for place in range(len(token_ids) - RUN_LENGTH + 1)
+    ]
+    return len(runs) >= 3 and 2 * len(set(runs)) < len(runs)
+
+
+def repeated_ratio(completions: Sequence[Sequence[int]]) -> float:
+    """The share of repetitive completions."""
+    return sum(is_repetitive(ids) for ids in completions) / len(completions)
+
+
+def signs_of_collapse(metrics: Metrics, config: WatchConfig) -> list[str]:
+    """One phrase for each limit that a step's samples are past."""
+    lowest = {
+        "entropy": ("entropy", config.min_entropy),
+        "completions/mean_length": ("mean length", config.min_length),
+    }
+    highest = {
+        "completions/clipped_ratio": ("share without an end", config.max_unfinished),
+        "completions/repeated_ratio": ("share of repeated text", config.max_repeated),
+        "objective/kl": ("KL", config.max_kl),
+    }
+    low = [
+        f"{what} {metrics[name]:.3g} below {limit:g}"
+        for name, (what, limit) in lowest.items()
+        if metrics[name] < limit
+    ]
+    high = [
+        f"{what} {metrics[name]:.3g} above {limit:g}"
+        for name, (what, limit) in highest.items()
+        if metrics[name] > limit
+    ]
+    return low + high
+
+
+def watch(metrics: Metrics, config: WatchConfig, kept: dict[str, float]) -> Metrics:
+    """Says a collapse when it begins; `collapsed` is the number of such steps in a row.
+
+    Args:
+        metrics: of the step.
+        config: the limits.
+        kept: the run's own numbers, of which the count is one.
+    """
+    signs = signs_of_collapse(metrics, config)
+    before = int(kept.get(COLLAPSED_IN_A_ROW, 0))
+    count = before + 1 if signs else 0
+    kept[COLLAPSED_IN_A_ROW] = count
+    if count == 1:
+        print(f"the policy looks collapsed: {', '.join(signs)}", flush=True)
+    elif before and not signs:
+        print("the policy no longer looks collapsed", flush=True)
+    return {"collapsed": count}
+
+
+def reason_to_stop(metrics: Metrics, config: WatchConfig) -> str | None:
+    """Why the run should end, if its settings say that it may."""
+    if not config.stop or metrics["collapsed"] < config.patience:
+        return None
+    signs = ", ".join(signs_of_collapse(metrics, config))
+    return f"collapsed for {int(metrics['collapsed'])} steps: {signs}"

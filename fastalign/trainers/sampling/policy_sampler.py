@@ -1,0 +1,167 @@
+"""The sampler of a policy in training: its own forwards, or an engine kept at its weights."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from fastalign.compute import Compute
+from fastalign.data import Tokenizer, eos_token_ids
+from fastalign.ranks.whole_weights import with_whole_weights
+from fastalign.rollouts import (
+    Completion,
+    OverlappedSampler,
+    RankZeroSampler,
+    SamplerFailed,
+    SamplerName,
+    SamplingParams,
+    SyncedSampler,
+    TransformersSampler,
+    VllmOptions,
+    access_to,
+    open_engine,
+)
+from fastalign.runs.config import ModelConfig
+from fastalign.runs.metrics import Metrics
+from fastalign.trainers.sampling.config import PromptDataConfig
+
+
+class SamplingConfig(Protocol):
+    """The settings of an algorithm that samples."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The policy."""
+
+    @property
+    def data(self) -> PromptDataConfig:
+        """The prompts."""
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """How completions are drawn."""
+
+    @property
+    def sampler(self) -> SamplerName:
+        """By what."""
+
+    @property
+    def vllm(self) -> VllmOptions:
+        """Settings of the engine."""
+
+
+@contextmanager
+def sampling_mode(model: Any, compute: Compute) -> Iterator[None]:
+    """The model as it is sampled from: in eval mode, its products in the run's dtype.
+
+    Gradient checkpointing, which forbids a cache of keys and values, is off in eval mode; compiled
+    layers run as they were, since a cache of another length would compile them anew.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with compute.autocast(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.train(training)
+
+
+class PolicySampler:
+    """The embedded sampler on the policy that is being trained; its weights are always the newest.
+
+    Args:
+        model: the policy.
+        tokenizer: of the policy.
+        path: what it was loaded from: its generation settings may list more ends of a completion.
+        compute: how forwards are run.
+    """
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, path: str, compute: Compute):
+        stops = eos_token_ids(tokenizer, path)
+        pad = tokenizer.pad_token_id
+        self._model, self._compute = model, compute
+        self._sampler = TransformersSampler(
+            model, eos_token_ids=stops, pad_token_id=stops[0] if pad is None else pad
+        )
+        self.version = 0
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
+    ) -> list[list[Completion]]:
+        """See `Sampler`; several ranks share the prompts, and each gets all completions."""
+        self._sampler.version = self.version
+        world = self._compute.world
+        mine = world.part_of(len(prompt_ids))
+
+        def sample() -> list[list[Completion]]:
+            return self._sampler.generate(
+                prompt_ids[mine.start : mine.stop], params, seed=seed, first_prompt=mine.start
+            )
+
+        with sampling_mode(self._model, self._compute):
+            found = with_whole_weights(self._model, sample)
+        return [answers for of_rank in world.gather(found) for answers in of_rank]
+
+    def sync_weights(self, named_tensors: Any, version: int) -> None:
+        """Nothing is copied: the weights are the policy's own."""
+        self.version = version
+
+    def metrics(self) -> Metrics:
+        """Nothing that an engine of its own would have to tell."""
+        return {}
+
+    def close(self) -> None:
+        """Lets go of the model."""
+        self._sampler.close()
+
+
+AnySampler = PolicySampler | SyncedSampler | OverlappedSampler | RankZeroSampler
+
+
+def overlapped(sampler: AnySampler) -> OverlappedSampler | RankZeroSampler | None:
+    """The sampler, if it works on a step while the one before trains; None: it does not."""
+    if isinstance(sampler, RankZeroSampler):
+        return sampler if sampler.overlaps else None
+    return sampler if isinstance(sampler, OverlappedSampler) else None
+
+
+def open_policy_sampler(
+    config: SamplingConfig, model: Any, tokenizer: Tokenizer, compute: Compute
+) -> AnySampler:
+    """What `--sampler` names, on the policy that is being trained.
+
+    Raises:
+        ValueError: vLLM is not installed, or cannot run this model or these settings.
+        SamplerFailed: an engine did not start, or no server is there in time.
+    """
+    path = config.model.path
+    if config.sampler == "transformers":
+        return PolicySampler(model, tokenizer, path, compute)
+    world = compute.world
+    if config.sampler == "vllm" and (world.size > 1 or compute.parallel.strategy == "fsdp"):
+        raise ValueError(
+            "sampler: vllm in the trainer's process goes with one rank and whole weights; expected "
+            "vllm-process, vllm-server or transformers with several ranks or --parallel.strategy "
+            "fsdp"
+        )
+    policy = access_to(model, partial(sampling_mode, model, compute), world)
+
+    def opened() -> SyncedSampler | OverlappedSampler:
+        sampler = open_engine(
+            config.sampler,
+            model,
+            eos_token_ids=eos_token_ids(tokenizer, path),
+            dtype=compute.dtype,
+            max_length=config.data.max_length + config.sampling.max_new_tokens,
+            options=config.vllm,
+            policy=policy,
+        )
+        return OverlappedSampler(sampler) if config.vllm.overlap else sampler
+
+    if world.size == 1:
+        return opened()
+    found: list[SyncedSampler | OverlappedSampler] = []
+    world.first_does(lambda: found.append(opened()), (SamplerFailed, ValueError, OSError))
+    return RankZeroSampler(found[0] if found else None, policy, world)

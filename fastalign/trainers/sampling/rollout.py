@@ -1,0 +1,177 @@
+"""Rollouts: prompts, completions of the policy as it stands, and their rewards."""
+
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign.batch.packed import Group
+from fastalign.batch.schedule import indices_of_step
+from fastalign.data import Content, PromptDataset, Tokenizer, load_prompts
+from fastalign.rollouts import Completion, Sampler, SamplingParams
+from fastalign.runs.metrics import Metrics
+from fastalign.trainers.sampling.config import PromptDataConfig
+from fastalign.trainers.sampling.score import RewardSources, ScoreScale, measure_scale
+
+# Prompts that the scale of scores is measured on, as openai/lm-human-preferences has them.
+NUM_SCALE_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """Completions of some prompts; everything is in the prompts' order, then in the samples'.
+
+    R responses: all samples of the first prompt, then of the second.
+
+    Attributes:
+        groups: each prompt with its responses, every token of which is trained.
+        completions: for each prompt, as sampled.
+        prompts: for each prompt, plain text or messages.
+        texts: for each prompt, its completions without special tokens.
+        rewards: (R,) float64, the sources' weighted sum.
+        ended: (R,) bool, whether there is an EOS.
+        metrics: `reward`, `rewards/...`, `completions/...`, `time/...`,
+            and the version of the policy that they are of.
+    """
+
+    groups: list[Group]
+    completions: list[list[Completion]]
+    prompts: list[Content]
+    texts: list[list[str]]
+    rewards: Tensor
+    ended: Tensor
+    metrics: Metrics
+
+
+def load_prompt_sets(
+    data: PromptDataConfig, params: SamplingParams, model: Any, tokenizer: Tokenizer
+) -> tuple[PromptDataset, PromptDataset | None]:
+    """Training prompts, and held-out ones if there are any; all leave room for an answer.
+
+    Raises:
+        ValueError: whatever is wrong with a source, naming file and row.
+        FileNotFoundError: a file that is not there.
+    """
+    limit = getattr(model.config, "max_position_embeddings", None) or 2**31
+    room = limit - params.max_new_tokens
+    if room < 1:
+        raise ValueError(
+            f"sampling.max_new_tokens: expected less than the model's {limit} positions, "
+            f"got {params.max_new_tokens}"
+        )
+    sets = []
+    for source in [data.train, *([] if data.eval is None else [data.eval])]:
+        found = load_prompts(
+            source,
+            tokenizer,
+            max_length=min(data.max_length, room),
+            on_bad_row=data.on_bad_row,
+            on_too_long=data.on_too_long,
+        )
+        line = found.report.losses_line()
+        if line is not None:
+            print(line, flush=True)
+        for fault in found.report.faults[:5]:
+            print(f"skipped: {fault}", flush=True)
+        sets.append(found)
+    return sets[0], sets[1] if len(sets) > 1 else None
+
+
+def rollout_seed(run_seed: int, purpose: str, step: int) -> int:
+    """Of one step's samples: a pure function, so that a resumed run draws the same tokens."""
+    # A string is hashed with SHA-512, so neighbouring seeds and steps are unrelated.
+    return random.Random(f"{run_seed}/{purpose}/{step}").getrandbits(60)
+
+
+def roll_out(
+    sampler: Sampler,
+    prompts: PromptDataset,
+    indices: Sequence[int],
+    params: SamplingParams,
+    tokenizer: Tokenizer,
+    sources: RewardSources,
+    *,
+    seed: int,
+) -> Rollouts:
+    """Samples `params.num_samples` completions of each prompt and scores their texts.
+
+    Args:
+        sampler: draws from the policy.
+        prompts: the whole data set.
+        indices: which of them; one may occur twice, and is then sampled twice.
+        params: how completions are drawn.
+        tokenizer: of the policy.
+        sources: of the rewards.
+        seed: the same one draws the same tokens from the same policy.
+
+    Raises:
+        ValueError: what the sampler or a reward source refuses.
+    """
+    prompt_ids = [prompts.prompt_ids[i] for i in indices]
+    contents = [prompts.prompts[i] for i in indices]
+    start = time.perf_counter()
+    completions = sampler.generate(prompt_ids, params, seed=seed)
+    sampled = time.perf_counter()
+    texts = [
+        [tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
+        for answers in completions
+    ]
+    repeated = [content for content in contents for _ in range(params.num_samples)]
+    rewards, metrics = sources.score(repeated, [text for answers in texts for text in answers])
+    seconds = {
+        "time/generate_seconds": sampled - start,
+        "time/score_seconds": time.perf_counter() - sampled,
+    }
+    flat = [answer for answers in completions for answer in answers]
+    version = {"sampling/policy_version": flat[0].version}
+    return Rollouts(
+        groups=[
+            Group(ids, [answer.token_ids for answer in answers])
+            for ids, answers in zip(prompt_ids, completions, strict=True)
+        ],
+        completions=completions,
+        prompts=contents,
+        texts=texts,
+        rewards=rewards,
+        ended=torch.tensor([answer.finish_reason == "stop" for answer in flat]),
+        metrics=metrics | length_metrics(flat) | version | seconds,
+    )
+
+
+def length_metrics(completions: Sequence[Completion]) -> Metrics:
+    """TRL's `completions/{mean,min,max}_length`, and `clipped_ratio`: the share without an EOS."""
+    lengths = [len(answer.token_ids) for answer in completions]
+    unfinished = sum(answer.finish_reason == "length" for answer in completions)
+    return {
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": unfinished / len(lengths),
+    }
+
+
+def scale_of_policy(
+    sampler: Sampler,
+    prompts: PromptDataset,
+    params: SamplingParams,
+    tokenizer: Tokenizer,
+    sources: RewardSources,
+    *,
+    run_seed: int,
+) -> ScoreScale:
+    """The scale of scores, measured on one sample of each of 256 prompts.
+
+    Raises:
+        ValueError: the rewards are all the same.
+    """
+    single = SamplingParams(
+        params.max_new_tokens, params.temperature, params.top_p, params.top_k, num_samples=1
+    )
+    indices = indices_of_step(len(prompts.prompts), NUM_SCALE_SAMPLES, 0, seed=run_seed)
+    seed = rollout_seed(run_seed, "scale", 0)
+    found = roll_out(sampler, prompts, indices, single, tokenizer, sources, seed=seed)
+    return measure_scale(found.rewards.tolist())
