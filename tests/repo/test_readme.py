@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastalign.cli.estimate import ALGORITHMS
+from fastalign.cli.algorithms import ALGORITHMS
 from fastalign.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
