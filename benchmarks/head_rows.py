@@ -42,7 +42,10 @@ PASSES = {
     "forward+backward, frozen": (False, 2),
 }
 ROOT = Path(__file__).parents[1]
-TESTS = ["tests/ops/test_fused_linear_loss.py", "tests/ops/test_head_tile.py"]
+TESTS = [
+    "tests/ops/head/fused_linear_loss/test_fused_linear_loss.py",
+    "tests/ops/head/head_tile/test_head_tile.py",
+]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ or a GPU: `FASTALIGN_TEST_GPU=1 pytest tests/gpu` is the second.
 
 import gc
 import os
+from pathlib import Path
 
 import pytest
 
@@ -15,11 +16,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 # Whose files take minutes: they come first, so that at the end no process works on one alone.
-LONG = {"faults", "rollouts", "trainers"}
+HERE = Path(__file__).parent
+LONG = {"faults", "ranks", "rollouts", "runs", "trainers"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.parent.name not in LONG)
+    items.sort(key=lambda item: item.path.relative_to(HERE).parts[0] not in LONG)
 
 
 def pytest_collection_finish() -> None:

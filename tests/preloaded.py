@@ -11,6 +11,6 @@ import typeguard
 
 import fastalign.cli.main
 import fastalign.trainers
-import tests.runs
+import tests.small_runs
 
 gc.freeze()  # a rank's collections need not look at all of that again

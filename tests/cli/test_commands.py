@@ -14,7 +14,7 @@ from transformers import (
 from fastalign.cli import doctor
 from fastalign.cli.main import main
 from fastalign.ops import native_library
-from tests.runs import WORDS, sentence, write_rows
+from tests.small_runs import WORDS, sentence, write_rows
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:

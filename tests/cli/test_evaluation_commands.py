@@ -11,7 +11,7 @@ import pytest
 from fastalign.cli.main import main
 from fastalign.models import save_model
 from tests.judge_server import Reply, answers, chat, judge_server
-from tests.runs import WORDS, write_rows
+from tests.small_runs import WORDS, write_rows
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer
 

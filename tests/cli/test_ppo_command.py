@@ -10,7 +10,7 @@ from fastalign.cli.config_parse import parse_config
 from fastalign.cli.main import main
 from fastalign.runs.config import config_to_dict
 from fastalign.trainers import PPOConfig
-from tests.runs import _one_thread, folder, prompts_file, words_reward
+from tests.small_runs import _one_thread, folder, prompts_file, words_reward
 
 __all__ = ["_one_thread", "folder"]
 

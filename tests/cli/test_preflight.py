@@ -14,7 +14,7 @@ import pytest
 
 from fastalign.cli.main import main
 from fastalign.preflight.checks import faults_of
-from tests.ranks import free_port
+from tests.rank_processes import free_port
 
 ROOT = Path(__file__).parents[2]
 Found = list[tuple[int, str, str]]

@@ -26,7 +26,7 @@ from fastalign.rollouts import (
 from fastalign.rollouts.engines import synced
 from tests.cli.test_commands import rows_of
 from tests.rollouts.vllm_cases import EOS, make_policy, needs_vllm
-from tests.runs import WORDS, write_rows
+from tests.small_runs import WORDS, write_rows
 from tests.tokenizers import make_tokenizer
 
 DATA = ["--data.prompts", "prompts.jsonl", "--sampling.num-samples", "3"]

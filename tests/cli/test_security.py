@@ -17,7 +17,7 @@ from fastalign.cli.masking import masked
 from fastalign.cli.vllm_server import ServedModel, VllmServerConfig, is_loopback, server_command
 from fastalign.rollouts.engines.options import VllmOptions
 from tests.judge_server import chat, judge_server
-from tests.runs import WORDS, folder, sentence, write_rows
+from tests.small_runs import WORDS, folder, sentence, write_rows
 
 __all__ = ["folder"]
 

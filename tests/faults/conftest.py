@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.faults.real import HEARD, Stage
-from tests.runs import fill
+from tests.small_runs import fill
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from fastalign.runs.checkpoint.writer import CheckpointWriter, ShardWriter
 from fastalign.trainers.dpo import reference
 from fastalign.trainers.dpo import train as dpo
 from fastalign.trainers.sampling.policy_sampler import PolicySampler
-from tests import ranks
-from tests.trainers.checkpoint_killer import kill_before
+from tests import rank_processes as ranks
+from tests.runs.checkpoint.checkpoint_killer import kill_before
 
 MicroBatch = Literal["first", "middle", "last"]
 

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fastalign.runs.checkpoint.files import CHECKPOINTS, fault_of
 from fastalign.runs.config import config_to_dict
-from tests import ranks
+from tests import rank_processes as ranks
 from tests.faults import injected
 from tests.faults.injected import Fault
 from tests.faults.table import Place
-from tests.runs import dpo_config, ppo_config, read_metrics
+from tests.small_runs import dpo_config, ppo_config, read_metrics
 
 HEARD: list[str] = []  # what the runs of the present test said
 NUM_STEPS = 8

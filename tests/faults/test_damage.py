@@ -18,8 +18,8 @@ from tests.faults.real import (
     same,
 )
 from tests.faults.table import ALONE, DDP, FSDP, Place, fault
-from tests.runs import saved_tensors
-from tests.trainers.checkpoint_cases import flip_last_byte
+from tests.runs.checkpoint.checkpoint_cases import flip_last_byte
+from tests.small_runs import saved_tensors
 
 
 def shard(checkpoint: Path) -> Path:

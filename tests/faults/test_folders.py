@@ -7,7 +7,7 @@ from pathlib import Path
 from tests.faults.injected import Happens, UntilWritten
 from tests.faults.real import Stage, assert_same_bits, contents
 from tests.faults.table import ALONE, DDP, FSDP, Place, fault
-from tests.trainers.checkpoint_cases import flip_last_byte
+from tests.runs.checkpoint.checkpoint_cases import flip_last_byte
 
 
 @fault(

@@ -10,8 +10,20 @@ import torch.distributed as dist
 
 from fastalign import VocabularyShard, linear_logprob
 from fastalign.ops.backends import unusable_reason
-from tests.ops.head_tile_cases import TRANSFORMS, UPSTREAMS, products, run, transform_of
-from tests.ops.test_head_tile_split import NAMES, borders, gradient, statistics, whole_softmax
+from tests.ops.head.head_tile.head_tile_cases import (
+    TRANSFORMS,
+    UPSTREAMS,
+    products,
+    run,
+    transform_of,
+)
+from tests.ops.head.head_tile.test_head_tile_split import (
+    NAMES,
+    borders,
+    gradient,
+    statistics,
+    whole_softmax,
+)
 from tests.tolerance import assert_no_worse
 
 pytestmark = [

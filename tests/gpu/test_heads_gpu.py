@@ -12,7 +12,7 @@ from fastalign.losses import dpo, formula
 from fastalign.losses.chunk_losses import preference_loss_fn
 from fastalign.ops import TokenChunk, fused_linear_loss
 from fastalign.ops.head.head_tile import HeadTransform, read_tile
-from tests.ops.fused_linear_loss_cases import (
+from tests.ops.head.fused_linear_loss.fused_linear_loss_cases import (
     BUDGETS,
     GROUPS,
     TRANSFORMS,

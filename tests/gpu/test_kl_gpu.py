@@ -9,11 +9,11 @@ import torch
 from fastalign.ops import token_kl
 from fastalign.ops.backends import unusable_reason
 from fastalign.ops.head.kl_tile import PairStatistics
-from tests.ops.linear_kl_cases import outputs, reference_head
-from tests.ops.linear_logprob_cases import EAGER, largest, leaves, some_targets
-from tests.ops.test_head_tile import transform_of
-from tests.ops.test_kl_tile import products
-from tests.ops.test_kl_tile import run as run_tile
+from tests.ops.head.head_tile.test_head_tile import transform_of
+from tests.ops.head.linear_kl.linear_kl_cases import outputs, reference_head
+from tests.ops.head.linear_logprob.linear_logprob_cases import EAGER, largest, leaves, some_targets
+from tests.ops.head.test_kl_tile import products
+from tests.ops.head.test_kl_tile import run as run_tile
 from tests.ops.test_token_kl import COMBINATIONS, Case, eager, inputs
 from tests.tolerance import assert_no_worse
 

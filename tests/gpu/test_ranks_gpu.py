@@ -14,7 +14,7 @@ pytest.importorskip("transformers")
 from fastalign.runs.config import config_to_dict
 from fastalign.runs.folder import as_yaml
 from fastalign.trainers import train_dpo
-from tests.runs import _one_thread, dpo_config, folder, read_metrics
+from tests.small_runs import _one_thread, dpo_config, folder, read_metrics
 
 __all__ = ["_one_thread", "folder"]
 

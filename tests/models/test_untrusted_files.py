@@ -22,7 +22,7 @@ from fastalign.data.conversation import Message
 from fastalign.data.tokenizer import chat_template
 from fastalign.models import load_policy, load_reward_model, read_config, save_model
 from fastalign.trainers import train_dpo, train_sft
-from tests.runs import _one_thread, dpo_config, folder, sft_config, write_rows
+from tests.small_runs import _one_thread, dpo_config, folder, sft_config, write_rows
 from tests.tokenizers import make_tokenizer
 
 __all__ = ["_one_thread", "folder"]

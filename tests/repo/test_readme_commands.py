@@ -12,7 +12,7 @@ import pytest
 from benchmarks import compare, head_rows, heads
 from benchmarks.heads import HeadCase
 from fastalign.cli.main import main
-from tests.runs import WORDS, sentence, write_rows
+from tests.small_runs import WORDS, sentence, write_rows
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -27,7 +27,7 @@ from fastalign.rollouts import (
     policy_tensors,
 )
 from fastalign.rollouts.engines import broadcast
-from tests.ranks import free_port
+from tests.rank_processes import free_port
 from tests.rollouts.vllm_cases import (
     OPTIONS,
     PARAMS,

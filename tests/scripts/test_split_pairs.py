@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.runs import write_rows
+from tests.small_runs import write_rows
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "split_pairs.py"

@@ -1,5 +1,5 @@
 """Fixtures of the trainers' tests."""
 
-from tests.runs import _one_thread, folder
+from tests.small_runs import _one_thread, folder
 
 __all__ = ["_one_thread", "folder"]

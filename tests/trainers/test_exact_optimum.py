@@ -27,7 +27,7 @@ from fastalign.trainers import (
     ValueConfig,
     train_ppo,
 )
-from tests.exact_optimum import (
+from tests.trainers.exact_optimum import (
     BETA,
     MAX_NEW_TOKENS,
     PROMPTS,
@@ -174,7 +174,7 @@ def test_ppo_finds_the_optimum_from_its_own_samples(
         PPOConfig(
             model=ModelConfig(str(tmp_path / "policy")),
             data=PromptDataConfig(train=str(prompts)),
-            reward=RewardSourceConfig(("tests.exact_optimum:reward",)),
+            reward=RewardSourceConfig(("tests.trainers.exact_optimum:reward",)),
             run=RunConfig(str(tmp_path / "run")),
             sampling=SamplingParams(max_new_tokens=MAX_NEW_TOKENS, num_samples=num_samples),
             ppo=PPOSettings(

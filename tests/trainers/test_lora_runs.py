@@ -29,10 +29,10 @@ from fastalign.trainers.dpo import train as dpo
 from fastalign.trainers.sft import make_sft_loss
 from tests.models.test_exactness import random_groups
 from tests.products import recorded
-from tests.runs import MakeConfig, dpo_config, read_metrics, saved_tensors, sft_config
+from tests.runs.test_resume import BOTH, assert_same_run
+from tests.small_runs import MakeConfig, dpo_config, read_metrics, saved_tensors, sft_config
 from tests.tiny import put_adapter, tiny_model
 from tests.tokenizers import make_tokenizer
-from tests.trainers.test_resume import BOTH, assert_same_run
 
 LN_2 = 0.6931471805599453
 LORA = LoraConfig(rank=4, alpha=8.0)

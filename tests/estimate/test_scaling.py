@@ -1,0 +1,189 @@
+"""What arithmetic says of ranks is what two and three of them hold and send."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from fastalign.cli.main import main
+from fastalign.estimate.run import estimate_run
+from fastalign.estimate.scaling import ModelWeights, Sharing, gathered, kept, reducing, weights_of
+from fastalign.estimate.traffic import (
+    PPOModelWeights,
+    PPOWork,
+    Traffic,
+    forward_traffic,
+    gradient_traffic,
+    ppo_traffic,
+    sync_traffic,
+)
+from fastalign.ranks.config import ParallelConfig
+from tests.estimate import scaling_worker
+from tests.estimate.scaling_cases import CASES, HEAVY, PEAKS, Case
+from tests.rank_processes import run
+from tests.small_runs import dpo_config
+from tests.tiny import put_adapter, tiny_model, tiny_reward_model
+
+Found = dict[int, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
+    """By the number of ranks, what each counted: three processes for all cases."""
+    folder = tmp_path_factory.mktemp("ranks")
+    run(3, folder, scaling_worker.main, folder)
+    return {
+        size: [json.loads((folder / f"{size}-{rank}.json").read_text()) for rank in range(size)]
+        for size in (2, 3)
+    }
+
+
+def sharing_of(case: Case, ranks: int) -> Sharing:
+    return Sharing(ranks, 2 if case.precision == "bf16" else 4, ParallelConfig(**case.settings))
+
+
+def model_of(case: Case) -> ModelWeights:
+    model = tiny_model("llama")
+    return weights_of(put_adapter(model, "q_proj", "down_proj") if case.adapter else model)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_kept_and_sent_is_what_ranks_keep_and_send(
+    name: str, ranks: int, found: Found
+) -> None:
+    case = CASES[name]
+    model, sharing = model_of(case), sharing_of(case, ranks)
+    counted = found[ranks][0][name]
+    expected = kept(model, sharing)  # behind the last batch, no gradient is whole
+    assert counted["weights"] == expected.weights
+    assert counted["gradients"] == expected.gradients
+    assert counted["states"] == expected.states
+    traffic = gradient_traffic(model, sharing, case.batches)
+    for of_rank in found[ranks]:
+        assert {kind: of_rank[name][kind] for kind in vars(traffic)} == vars(traffic)
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_what_a_step_of_ppo_sends_is_made_of_is_what_ranks_send(ranks: int, found: Found) -> None:
+    sharing = sharing_of(CASES["fsdp, bf16"], ranks)
+    policy, value = weights_of(tiny_model("llama")), weights_of(tiny_reward_model("llama"))
+    counted = found[ranks][0]["recording"]
+    record = forward_traffic(policy, sharing) * 2 + forward_traffic(value, sharing)
+    assert counted["record"] == vars(record)
+    assert counted["sample"] == vars(forward_traffic(policy, sharing))
+    assert counted["sync"] == vars(sync_traffic(policy, sharing))
+    models = PPOModelWeights(policy=policy, reference=policy, value=value, reward=value)
+    work = PPOWork(updates=4, batches=3, record_batches=5, score_batches=6, samples=True)
+    updates = gradient_traffic(policy, sharing, 3) + gradient_traffic(value, sharing, 3)
+    scores = forward_traffic(value, sharing) * 6
+    assert ppo_traffic(models, sharing, work) == (
+        forward_traffic(policy, sharing) + scores + record * 5 + updates * 4
+    )
+    synced = ppo_traffic(models, sharing, replace(work, samples=False))
+    sampled = ppo_traffic(models, sharing, work)
+    assert synced.gathered - sampled.gathered == sharing.element * sum(
+        ranks * weight.part(ranks) for weight in policy.all
+    )  # float32 in place of bfloat16
+    alone = replace(models, reference=None, value=None, reward=None)
+    assert ppo_traffic(alone, sharing, work) == (
+        forward_traffic(policy, sharing) * 11 + gradient_traffic(policy, sharing, 3) * 4
+    )
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_fullest_moment_of_shards_is_below_ddps_and_within_the_bound(
+    ranks: int, found: Found
+) -> None:
+    with torch.device("meta"):
+        model = weights_of(LlamaForCausalLM(LlamaConfig(**HEAVY)))
+    peaks = {name: found[ranks][0][f"peak, {name}"]["peak"] for name in PEAKS}
+    activations = peaks["ddp"] - kept(model, Sharing(ranks, 4)).total
+    assert 0 < activations < 0.01 * peaks["ddp"]
+    for name in PEAKS.keys() - {"ddp"}:
+        sharing = sharing_of(PEAKS[name], ranks)
+        own = kept(model, sharing, batches=PEAKS[name].batches).total
+        most = own + gathered(model, sharing) + reducing(model, sharing)
+        assert own < peaks[name] < most + activations, name
+    assert peaks["fsdp"] < 1.5 * peaks["ddp"] / ranks
+    layers = sum(4 * weight.size for layer in model.layers for weight in layer)
+    assert peaks["fsdp, gathered"] > peaks["fsdp"] + 0.25 * layers
+
+
+def test_a_ring_sends_all_but_a_rank_of_each_buffer() -> None:
+    assert Traffic(gathered=80, scattered=40).sent(4) == 90
+    assert Traffic(reduced=40).sent(4) == 60
+    assert Traffic(reduced=40).sent(1) == 0
+    assert Traffic(reduced=3).sent(2) == 3
+
+
+def test_settings_change_what_they_say() -> None:
+    model = weights_of(tiny_model("llama"))
+
+    def of(**settings: Any) -> Sharing:
+        return Sharing(2, 2, ParallelConfig(strategy="fsdp", **settings))
+
+    plain, open_, late = of(), of(reshard_after_forward=False), of(no_sync=True)
+    assert gathered(model, open_) == gathered(model, plain, whole=True) > gathered(model, plain)
+    assert kept(model, late, batches=1) == kept(model, plain, batches=3)
+    more = kept(model, late, batches=3).gradients - kept(model, plain).gradients
+    assert more == 4 * sum(weight.size - weight.part(2) for weight in model.all)
+    assert gathered(model, Sharing(2, 2)) == reducing(model, Sharing(2, 2)) == 0
+    frozen = weights_of(tiny_model("llama").requires_grad_(False))
+    assert kept(frozen, plain).total == kept(frozen, plain).weights
+    assert reducing(frozen, plain) == 0
+
+
+def test_a_runs_estimate_knows_its_ranks(folder: Path) -> None:
+    config = dpo_config(folder, "run", tokens_per_batch=40)
+    alone, ddp = estimate_run(config), estimate_run(config, 2)
+    assert ddp.shared is not None
+    assert ddp.shared.batches == -(-ddp.num_batches // 2)
+    step, one = ddp.phases["training step"], alone.phases["training step"]
+    assert (step.weights, step.states, step.buckets) == (one.weights, one.states, one.states // 2)
+    config = replace(config, parallel=ParallelConfig(strategy="fsdp"))
+    fsdp = estimate_run(config, 2)
+    assert fsdp.shared is not None
+    model = weights_of(tiny_model("llama", vocab_size=320))
+    sharing = Sharing(2, 4, config.parallel)
+    own, step = kept(model, sharing), fsdp.phases["training step"]
+    buffers = one.weights - kept(model, Sharing(1, 4)).weights
+    assert (step.weights, step.gradients) == (own.weights + buffers, own.gradients)
+    assert (step.states, step.gathered) == (own.states, gathered(model, sharing))
+    assert fsdp.shared.traffic == {
+        "training step": gradient_traffic(model, sharing, fsdp.shared.batches),
+        "reference log-probs": forward_traffic(model, sharing),
+    } | ({"evaluation": forward_traffic(model, sharing)} if config.data.eval else {})
+    other = replace(config, reference=replace(config.reference, path=config.model.path))
+    beside = estimate_run(other, 2).phases["reference log-probs"]
+    assert beside.weights == 2 * own.weights + buffers
+    assert beside.states == beside.gradients == beside.reducing == 0
+
+
+def test_ranks_are_asked_for_at_the_command(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for weights in (folder / "llama").glob("*.safetensors"):
+        weights.unlink()  # none is read
+    words = ["--model.path", str(folder / "llama"), "--data.train", str(folder / "texts.jsonl")]
+    words += ["--run.dir", str(folder / "run"), "--train.device", "cpu"]
+    output = folder / "estimate.json"
+    shared = ["--ranks", "2", "--parallel.strategy", "fsdp", "--json", str(output)]
+    assert main(["estimate", "sft", *words, *shared]) == 0
+    said = capsys.readouterr().out
+    assert "MiB, each of 2 ranks" in said
+    assert "gathered weights, at most" in said
+    assert "training step: each rank sends" in said
+    assert "a rank fits" in said
+    record = json.loads(output.read_text())
+    assert record["ranks"] == 2
+    assert record["traffic"]["training step"]["scattered_bytes"] > 0
+    for bad in ("0", "two", "-1"):
+        assert main(["estimate", "sft", *words, f"--ranks={bad}"]) == 2
+        assert f"--ranks: expected a number of at least 1, got '{bad}'" in capsys.readouterr().err
+    assert main(["estimate", "sft", *words, "--optim.states", "8bit", *shared]) == 2
+    assert "optim.states: 8bit states are not sharded" in capsys.readouterr().err

@@ -1,0 +1,46 @@
+"""The tests' folders are named as the package's, and a bare `pytest` collects every test file."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+TESTS = ROOT / "tests"
+# Folders that test several packages together, or no package.
+OTHERS = {"benchmarks", "faults", "gpu", "repo", "scripts"}
+
+
+def imports_of_tests(path: Path) -> set[str]:
+    """Modules of `tests` that a file imports."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {
+                f"{node.module}.{alias.name}"
+                for alias in node.names
+                if (ROOT / node.module.replace(".", "/")).is_dir()
+            }
+    return {name for name in found if name.startswith("tests.")}
+
+
+def test_every_folder_of_tests_is_named_as_a_package() -> None:
+    folders = {path.parent.relative_to(TESTS) for path in TESTS.rglob("test_*.py")} - {Path()}
+    strange = {
+        str(folder)
+        for folder in folders
+        if folder.parts[0] not in OTHERS and not (ROOT / "fastalign" / folder).is_dir()
+    }
+    assert strange == set()
+
+
+def test_imports_of_tests_lead_to_files() -> None:
+    """`tests.small_runs` and `tests.rank_processes` were `tests.runs` and `tests.ranks`."""
+    missing = {
+        f"{path.relative_to(ROOT)} imports {name}"
+        for path in [*TESTS.rglob("*.py"), *(ROOT / "benchmarks").rglob("*.py")]
+        for name in imports_of_tests(path)
+        if not (ROOT / name.replace(".", "/")).with_suffix(".py").is_file()
+        and not (ROOT / name.replace(".", "/")).is_dir()
+    }
+    assert missing == set()

@@ -1,0 +1,150 @@
+"""N steps equal k steps, a stop, a resume and N - k steps, to the last bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fastalign.runs.checkpoint.files import list_checkpoints
+from fastalign.trainers import train_dpo, train_ppo, train_reward, train_sft
+from tests.small_runs import (
+    MakeConfig,
+    dpo_config,
+    ppo_config,
+    read_metrics,
+    reward_config,
+    saved_tensors,
+    sft_config,
+)
+
+POLICIES = [
+    pytest.param(sft_config, train_sft, id="sft"),
+    pytest.param(dpo_config, train_dpo, id="dpo"),
+]
+REWARD = pytest.param(reward_config, train_reward, id="reward")
+BOTH = pytest.mark.parametrize(("make", "train"), POLICIES)
+PPO = pytest.param(ppo_config, train_ppo, id="ppo")
+EACH = pytest.mark.parametrize(("make", "train"), [*POLICIES, REWARD, PPO])
+MEASURED = ("step_seconds", "tokens_per_second", "peak_memory_bytes", "eps")
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    return [
+        {k: v for k, v in row.items() if k not in MEASURED and "time/" not in k}
+        for row in read_metrics(folder)
+    ]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    assert numbers(first) == numbers(second)
+    for part in ("model", "value") if (first / "value").exists() else ("model",):
+        weights = [load_file(run / part / "model.safetensors") for run in (first, second)]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    checkpoints = [run / "checkpoints/step-000008" for run in (first, second)]
+    states = [json.loads((path / "state.json").read_text()) for path in checkpoints]
+    assert states[0]["optimizer"] == states[1]["optimizer"]
+    assert states[0]["tensors"] == states[1]["tensors"]
+    tensors = [saved_tensors(path) for path in checkpoints]
+    assert sorted(tensors[0]) == sorted(tensors[1]) == states[0]["tensors"]
+    assert {name.split(".")[0] for name in tensors[0]} >= {"model", "optimizer", "random"}
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+@EACH
+@pytest.mark.parametrize("stop", [3, 7])
+def test_a_stopped_and_resumed_run_equals_a_straight_one(
+    folder: Path, make: MakeConfig, train: Any, stop: int
+) -> None:
+    straight = train(make(folder, "straight"))
+    assert (straight.step, straight.finished) == (8, True)
+    first = train(make(folder, "stopped", stop_at_step=stop))
+    assert (first.step, first.finished) == (stop, False)
+    assert not (folder / "stopped" / "model").exists()
+    train(make(folder, "stopped", resume=True))
+    assert_same_run(folder / "straight", folder / "stopped")
+
+
+def test_two_runs_of_one_seed_are_the_same_and_another_seed_is_not(folder: Path) -> None:
+    for run in ("first", "second"):
+        train_ppo(ppo_config(folder, run))
+    assert_same_run(folder / "first", folder / "second")
+    config = ppo_config(folder, "other")
+    train_ppo(replace(config, run=replace(config.run, seed=1)))
+    assert numbers(folder / "first")[0]["reward"] != numbers(folder / "other")[0]["reward"]
+
+
+@EACH
+def test_what_was_logged_after_the_checkpoint_is_logged_once(
+    folder: Path, make: MakeConfig, train: Any
+) -> None:
+    train(make(folder, "straight"))
+    train(make(folder, "killed", save_every=2, stop_at_step=5))
+    # As if the process had died before it saved step 5.
+    newest = list_checkpoints(folder / "killed" / "checkpoints")[0]
+    assert newest.name == "step-000005"
+    for file in newest.iterdir():
+        file.unlink()
+    newest.rmdir()
+    train(make(folder, "killed", save_every=2, resume=True))
+    assert [row["step"] for row in read_metrics(folder / "killed")] == list(range(1, 9))
+    assert_same_run(folder / "straight", folder / "killed")
+
+
+def test_old_checkpoints_are_removed(folder: Path) -> None:
+    train_sft(sft_config(folder, "run", save_every=1, keep_checkpoints=3))
+    names = [path.name for path in list_checkpoints(folder / "run/checkpoints")]
+    assert names == ["step-000008", "step-000007", "step-000006"]
+
+
+def test_an_empty_folder_cannot_be_resumed(folder: Path) -> None:
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        train_sft(sft_config(folder, "none", resume=True))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_leaves(folder: Path, number: signal.Signals, code: int) -> None:
+    arguments = [
+        *("--model.path", str(folder / "llama"), "--data.train", str(folder / "texts.jsonl")),
+        *("--run.dir", str(folder / "run"), "--train.max-steps", "100000"),
+        *("--train.batch-size", "4", "--train.device", "cpu"),
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fastalign", "sft", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout is not None
+    assert any(line.startswith("sft 1/") for line in process.stdout), "the first step is logged"
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == code, out
+    assert "go on with --run.resume" in out
+    (checkpoint,) = list_checkpoints(folder / "run/checkpoints")
+    step = json.loads((checkpoint / "state.json").read_text())["step"]
+    assert read_metrics(folder / "run")[-1]["step"] == step
+
+
+def test_metrics_that_were_lost_are_no_reason_to_lose_the_run(folder: Path) -> None:
+    train_sft(sft_config(folder, "straight"))
+    train_sft(sft_config(folder, "run", stop_at_step=3))
+    metrics = folder / "run/metrics.jsonl"
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    metrics.write_bytes(lines[0] + lines[1][:40])
+    config = sft_config(folder, "run", resume=True)
+    with pytest.raises(ValueError, match=r"--run\.start-afresh metrics goes on with what there is"):
+        train_sft(config)
+    train_sft(replace(config, run=replace(config.run, start_afresh=("metrics",))))
+    assert [row["step"] for row in read_metrics(folder / "run")] == [1, *range(4, 9)]
+    weights = [load_file(folder / run / "model/model.safetensors") for run in ("straight", "run")]
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())

@@ -1,0 +1,164 @@
+"""One PPO step's pieces, for the tests of the trainer; and its losses in plain torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastalign.models import load_policy
+from fastalign.rollouts import Completion, SamplingParams
+from fastalign.runs.config import TrainConfig
+from fastalign.runs.open import make_compute
+from fastalign.runs.optimizer import make_optimizer
+from fastalign.runs.state import TrainState
+from fastalign.trainers import PPOConfig
+from fastalign.trainers.ppo import train as ppo
+from fastalign.trainers.ppo.prepare import PPORun, prepare
+from fastalign.trainers.ppo.update import Update
+from fastalign.trainers.sampling.rollout import Rollouts, roll_out
+from fastalign.trainers.sampling.score import final_scores
+from tests.small_runs import ppo_config
+
+INDICES = [3, 1, 4, 1, 5]
+
+
+@dataclass
+class FixedSampler:
+    """Returns the same completions for every prompt, as if they had these log-probs."""
+
+    answers: list[Completion]
+    version: int = 0
+
+    def metrics(self) -> dict[str, float]:
+        return {}
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
+    ) -> list[list[Completion]]:
+        return [self.answers for _ in prompt_ids]
+
+    def sync_weights(self, named_tensors: Any, version: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def plain_config(folder: Path, **sections: Any) -> PPOConfig:
+    """One mini-batch, no scale, no PTX, a fixed coefficient; `sections` are changed settings."""
+    config = ppo_config(folder, "run")
+    config = replace(
+        config,
+        reward=replace(config.reward, normalise=False, missing_eos_penalty=0.0),
+        ppo=replace(config.ppo, ptx_data=None, epochs=1, mini_batches=1),
+        kl=replace(config.kl, target=None, horizon=10000),
+        sampling=replace(config.sampling, max_new_tokens=7),
+    )
+    changed = {name: replace(getattr(config, name), **s) for name, s in sections.items()}
+    return replace(config, **changed)
+
+
+def make_run(config: PPOConfig, *, moved: bool = True, **train: Any) -> PPORun:
+    """A run whose policy is no longer the reference, nor its value model zero, if `moved`."""
+    compute = make_compute(TrainConfig(device="cpu", **train))
+    run = prepare(replace(config, train=replace(config.train, **train)), compute)
+    if moved:
+        torch.manual_seed(1)
+        for model in (run.models.policy, run.models.value):
+            for parameter in [] if model is None else model.parameters():
+                if parameter.requires_grad:
+                    parameter.data.add_(0.02 * torch.randn_like(parameter))
+        if run.models.value is not None:
+            run.models.value.score.weight.data.normal_(std=0.2)
+    return run
+
+
+def rollouts_of(run: PPORun, indices: Sequence[int] = INDICES) -> Rollouts:
+    return roll_out(
+        run.sampler,
+        run.prompts,
+        indices,
+        run.config.sampling,
+        run.tokenizer,
+        run.sources,
+        seed=3,
+    )
+
+
+def update_of(run: PPORun, rollouts: Rollouts) -> tuple[Update, dict[str, Any]]:
+    score = final_scores(run.config.reward, rollouts.rewards, rollouts.ended, None)
+    return ppo.prepare_update(run, rollouts, score, run.config.kl.coefficient)
+
+
+def state_of(run: PPORun) -> TrainState:
+    trained = run.models.trained
+    return TrainState(trained, make_optimizer(trained, run.config.optim))
+
+
+def eager_numbers(
+    model: Any, value: Any, prompt: Sequence[int], response: Sequence[int], temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(log-probs (n,), all log-probs (n, V), values (n,)) of one response by its own forward."""
+    ids = torch.tensor([[*prompt, *response]])
+    places = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
+    log_p = (model(ids).logits[0, places].double() / temperature).log_softmax(-1)
+    logprob = log_p.gather(1, torch.tensor(response)[:, None])[:, 0]
+    hidden = value.model(ids).last_hidden_state[0, places]
+    return logprob, log_p, (hidden @ value.score.weight[0]).double()
+
+
+def eager_gae(
+    reward: Sequence[float], value: Sequence[float], gamma: float, gae_lambda: float
+) -> tuple[list[float], list[float]]:
+    """Advantages and returns of one response, from its last token backwards."""
+    advantages: list[float] = []
+    following, next_value = 0.0, 0.0
+    for r, v in zip(reversed(reward), reversed(value), strict=True):
+        following = r + gamma * next_value - v + gamma * gae_lambda * following
+        next_value = v
+        advantages.insert(0, following)
+    return advantages, [a + v for a, v in zip(advantages, value, strict=True)]
+
+
+def eager_loss(run: PPORun, rollouts: Rollouts, scores: Sequence[float]) -> Tensor:
+    """The first update's whole loss (), by single forwards and the formulas as they are written."""
+    config, models = run.config, run.models
+    reference = load_policy(config.reference.path or config.model.path)
+    rows = []
+    flat = [(g.prompt_ids, ids) for g in rollouts.groups for ids in g.response_ids]
+    for (prompt, ids), score in zip(flat, scores, strict=True):
+        temperature = config.sampling.temperature
+        logprob, log_p, value = eager_numbers(models.policy, models.value, prompt, ids, temperature)
+        with torch.no_grad():
+            of_reference = eager_numbers(reference, models.value, prompt, ids, temperature)
+        x = logprob - of_reference[0]
+        kl = {
+            "k1": x,
+            "k2": x.square() / 2,
+            "k3": (-x).exp() - 1 + x,
+            "full": (log_p.exp() * (log_p - of_reference[1])).sum(-1),
+        }[config.kl.estimator]
+        weight = config.kl.coefficient if config.kl.place == "reward" else 0.0
+        reward = (-weight * kl.detach()).tolist()
+        reward[-1] += score
+        settings = (config.ppo.gamma, config.ppo.gae_lambda)
+        advantage, returns = eager_gae(reward, value.tolist(), *settings)
+        rows.append((logprob, value, kl, log_p, advantage, returns))
+    logprob, value, kl, log_p = (torch.cat([row[i] for row in rows]) for i in range(4))
+    advantage = torch.tensor([a for row in rows for a in row[4]], dtype=torch.float64)
+    returns = torch.tensor([r for row in rows for r in row[5]], dtype=torch.float64)
+    scale = 1.0
+    if config.ppo.whitens_advantages:
+        scale = 1 / advantage.std(correction=0).item()
+        advantage = (advantage - advantage.mean()) * scale
+    ratio = (logprob - logprob.detach()).exp()
+    loss = -(ratio * advantage).mean()
+    loss = loss + config.value.coefficient * (value - returns).square().mean() / 2
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    loss = loss - config.ppo.entropy_coefficient * entropy.mean()
+    if config.kl.place == "loss":
+        loss = loss + config.kl.coefficient * kl.mean()
+    elif config.kl.estimator == "full":  # the derivative of a state's own KL
+        loss = loss + config.kl.coefficient * scale * kl.mean()
+    return loss
