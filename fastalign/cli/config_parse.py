@@ -1,16 +1,29 @@
-"""A run's configuration: a YAML file as the defaults, flags over it."""
+"""Parse a command's configuration: defaults from a YAML file, overridden by flags."""
 
+import ast
 import contextlib
 import dataclasses
+import inspect
 import io
+import itertools
 import re
+import shutil
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import field, make_dataclass
+from functools import cache, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import tyro
 import yaml
+from tyro.constructors import (
+    MISSING_NONPROP,
+    ConstructorRegistry,
+    StructConstructorSpec,
+    StructFieldSpec,
+    StructTypeInfo,
+)
 
 from fastalign.cli.masking import refuse_secrets
 
@@ -18,26 +31,24 @@ Config = TypeVar("Config")
 
 
 def parse_config(config: type[Config], arguments: Sequence[str], command: str) -> Config:
-    """The configuration that `--config FILE` and the flags behind it describe.
+    """Return the configuration that `--config FILE` and the flags after it describe.
 
     Raises:
-        ValueError: an unknown key in the file, an unknown flag, a value that does not fit.
-        FileNotFoundError: there is no such file.
+        ValueError: if the file has an unknown key, or a flag is unknown, missing or does not fit.
+        FileNotFoundError: if the file does not exist.
     """
     path, flags = take_option(arguments, "--config")
     defaults = {} if path is None else read_yaml(Path(path))
     return parse_flags(config, merge(config, defaults, path, flags), command, CONFIG_HELP)
 
 
-CONFIG_HELP = (
-    "--config FILE: a YAML file with these settings (model: path: ...); flags override it."
-)
+CONFIG_HELP = "Settings can also come from a YAML file, `--config FILE`; flags override it."
 
 
 def merge(
     config: type, defaults: dict[str, Any], path: str | None, flags: Sequence[str]
 ) -> list[str]:
-    """The file's settings as flags in front of the caller's: of two the last one counts."""
+    """Return the file's settings as flags in front of the caller's; the last of two counts."""
     from_file: list[str] = []
     for name, value in flatten(config, defaults, str(path)).items():
         section, dot, key = name.replace("_", "-").rpartition(".")
@@ -51,10 +62,10 @@ def merge(
 
 
 def take_option(arguments: Sequence[str], option: str) -> tuple[str | None, list[str]]:
-    """The value of an option that is not tyro's, and the arguments without it.
+    """Return the value of an option that tyro does not parse, and the other arguments.
 
     Raises:
-        ValueError: it is there twice, or without a value.
+        ValueError: if the option is given twice, or without a value.
     """
     value, rest, index = None, [], 0
     while index < len(arguments):
@@ -76,11 +87,11 @@ def take_option(arguments: Sequence[str], option: str) -> tuple[str | None, list
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The file's mapping of sections.
+    """Return the file's mapping of sections.
 
     Raises:
-        ValueError: not UTF-8, not YAML, or not a mapping.
-        FileNotFoundError: there is no such file.
+        ValueError: if the file is not UTF-8, not YAML, or not a mapping.
+        FileNotFoundError: if the file does not exist.
     """
     if not path.is_file():
         raise FileNotFoundError(f"--config: no such file: {path}")
@@ -96,11 +107,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def flatten(config: type, values: dict[str, Any], path: str) -> dict[str, Any]:
-    """`{"optim.lr": 1e-6}` from nested settings; every key must be a field of the dataclass.
+    """Return nested settings as `{"optim.lr": 1e-6}`.
 
     Raises:
-        ValueError: an unknown section or key, or keys and values where a value belongs, or the
-            reverse.
+        ValueError: if a section or key is no field of the dataclass, or a mapping stands where a
+            value is expected or the reverse.
     """
     sections = [field.name for field in dataclasses.fields(config)]
     for section in values:
@@ -112,12 +123,11 @@ def flatten(config: type, values: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def flatten_section(section_type: Any, content: Any, name: str, path: str) -> dict[str, Any]:
-    """The settings of one section, `name` in front; a dataclass in it is a section of its own.
-
-    The file itself is a section without a name.
+    """Return the settings of the section `name` ("" is the file) and of the sections in it.
 
     Raises:
-        ValueError: an unknown key, or keys and values where a value belongs, or the reverse.
+        ValueError: if a key is unknown, or a mapping stands where a value is expected or the
+            reverse.
     """
     if not isinstance(content, dict):
         raise ValueError(f"{path}: {name}: expected keys and values, got {content!r}")
@@ -139,18 +149,18 @@ def flatten_section(section_type: Any, content: Any, name: str, path: str) -> di
 def parse_with_loss(
     config: type[Config], losses: Mapping[str, type[Any]], arguments: Sequence[str], command: str
 ) -> Config:
-    """The configuration of a run; only the chosen loss's parameters are flags.
+    """Return the configuration of a run, with only the chosen loss's parameters as flags.
 
-    `--loss NAME` over a file that has another loss also puts aside that loss's parameters.
+    A `--loss NAME` other than the file's loss also drops that loss's parameters.
 
     Args:
-        config: has a field `loss`.
-        losses: a dataclass for each name; the first is the default.
-        arguments: as typed.
-        command: for the help.
+        config: dataclass with a field `loss`.
+        losses: dataclass of each loss by name; the first is the default.
+        arguments: arguments as typed.
+        command: name of the command in the help.
 
     Raises:
-        ValueError: an unknown loss, or anything that `parse_config` refuses.
+        ValueError: if the loss is unknown, or `parse_config` would raise.
     """
     default = next(iter(losses))
     path, rest = take_option(arguments, "--config")
@@ -169,14 +179,14 @@ def parse_with_loss(
     parameters = {key: value for key, value in section.items() if key != "name"}
     values = {**values, "loss": parameters if name == in_file else {}}
     narrowed = with_loss(config, losses[name])
-    names = f"--loss NAME: {', '.join(losses)} (default: {default})."
+    names = f"Losses for `--loss NAME`: {', '.join(losses)} (default: {default})."
     return parse_flags(
         narrowed, merge(narrowed, values, path, flags), command, f"{CONFIG_HELP}\n\n{names}"
     )
 
 
 def with_loss(config: type[Config], loss: type[Any]) -> type[Config]:
-    """The configuration with one of the losses, so that its parameters alone are flags."""
+    """Return the configuration's class with the field `loss` narrowed to one loss."""
     section = ("loss", loss, field(default_factory=loss))
     documented = {"__doc__": config.__doc__}
     return make_dataclass(
@@ -185,32 +195,96 @@ def with_loss(config: type[Config], loss: type[Any]) -> type[Config]:
 
 
 _FRAME = re.compile(r"[│╭╮╰╯─]+|(?<!\S)-{9,}(?!\S)")  # of dashes where a terminal has no lines
+_REQUIRED = re.compile(r"(?:Missing from [^:]*: |\(required\) )(--\S+|[A-Z]+\b)")
 _OF_VALUE = re.compile(r"^Value error Error parsing [^:]*: (?=\S+: )")
 
 
 def parse_flags(
     config: type[Config], arguments: Sequence[str], command: str, more_help: str = ""
 ) -> Config:
-    """The dataclass that the flags describe; `--help` prints them and leaves with code 0.
+    """Return the dataclass that the flags describe; `--help` prints them and exits with code 0.
 
     Raises:
-        ValueError: an unknown flag, a missing one, a value that does not fit, or a secret in one.
+        ValueError: if a flag is unknown, missing, does not fit, or holds a secret.
     """
     refuse_secrets(arguments)
     errors = io.StringIO()
-    text = "\n\n".join(part for part in (config.__doc__, more_help) if part)
+    text = wrapped("\n\n".join(part for part in (inspect.getdoc(config), more_help) if part))
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(config, prog=command, args=list(arguments), description=text)
+            return tyro.cli(
+                config, prog=command, args=list(arguments), description=text, registry=REGISTRY
+            )
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise ValueError(one_line(errors.getvalue())) from None
 
 
+def wrapped(text: str) -> str:
+    """Return paragraphs filled to the terminal; tyro would join lines that start with a letter."""
+    width = shutil.get_terminal_size().columns
+    paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
+    return "\n\n".join(textwrap.fill(each, width, subsequent_indent="  ") for each in paragraphs)
+
+
+REGISTRY = ConstructorRegistry()
+
+
+@REGISTRY.struct_rule
+def section_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+    """Describe a dataclass of settings to tyro, each field with its docstring on one line."""
+    if not dataclasses.is_dataclass(info.type):
+        return None
+    hints = get_type_hints(info.type, include_extras=True)
+    specs = []
+    for entry in dataclasses.fields(info.type):
+        default: Any = MISSING_NONPROP
+        if isinstance(info.default, info.type):
+            default = getattr(info.default, entry.name)
+        elif entry.default is not dataclasses.MISSING:
+            default = entry.default
+        elif entry.default_factory is not dataclasses.MISSING:
+            default = entry.default_factory()
+        kind = hints[entry.name]
+        if default is None or default == ():  # the text says what no value means
+            kind = Annotated[kind, tyro.conf.arg(help_behavior_hint="")]
+        text = partial(field_docs(info.type).get, entry.name)
+        specs.append(StructFieldSpec(entry.name, kind, default, text))
+    return StructConstructorSpec(info.type, tuple(specs))
+
+
+@cache
+def field_docs(section: type) -> dict[str, str]:
+    """Return the docstring below each of a dataclass's fields, inherited ones included."""
+    docs: dict[str, str] = {}
+    for owner in reversed(section.__mro__):
+        try:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        except (OSError, TypeError):  # built in, or made by `with_loss`
+            continue
+        assert isinstance(tree, ast.ClassDef)
+        for statement, following in itertools.pairwise(tree.body):
+            match statement, following:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
+                    value=ast.Constant(value=str(text))
+                ):
+                    docs[name] = " ".join(text.split())
+    return docs
+
+
 def one_line(text: str) -> str:
-    """Tyro's framed message without its frame, its lines joined."""
+    """Return tyro's framed error message as one line, without its frame."""
     plain: Any = re.sub(r"\x1b\[[0-9;]*m", "", text)
     words = " ".join(_FRAME.sub(" ", plain).split())
-    words = words.removeprefix("Parsing error ").removeprefix("Unrecognized options ")
-    return _OF_VALUE.sub("", words)  # our own messages name the argument themselves
+    words, _, command = words.rpartition("For full helptext, ")
+    command = command.removeprefix("run: ").removeprefix("run ").removeprefix("see ")
+    required = _REQUIRED.findall(words)
+    if required:
+        unknown = words.rpartition("Unrecognized options: ")[2] if "Unrecognized" in words else ""
+        words = f"required, but not given: {', '.join(required)}"
+        words += f"; unrecognized: {unknown.strip()}" if unknown else ""
+    words = words.removeprefix("Parsing error ").removeprefix("Missing argument ")
+    words = words.removeprefix("Unrecognized options ")
+    words = _OF_VALUE.sub("", words)  # our own messages name the argument themselves
+    return f"{words.strip()} (see {command})" if command else words

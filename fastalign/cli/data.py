@@ -35,7 +35,7 @@ class CheckData:
 class CheckConfig:
     """Reads every row as training would, and prints every fault."""
 
-    file: Annotated[str, tyro.conf.Positional]
+    file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """File (.jsonl, .json, .csv, each also .gz; .parquet), folder, or hub name."""
     kind: Literal["auto", "sft", "preference", "prompt"] = "auto"
     """What the rows are; auto: what the first good row's columns say."""

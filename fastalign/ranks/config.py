@@ -6,22 +6,22 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Several ranks (torchrun); they share every step's examples, and each step's gradient."""
+    """How several ranks (torchrun) share the models and each step's examples."""
 
     strategy: Literal["ddp", "fsdp"] = "ddp"
-    """Every rank holds all weights (ddp), or a part of each weight, gradient and optimiser state
-    of every model (fsdp: PyTorch's FSDP2)."""
+    """Keep all weights on every rank (ddp), or shard weights, gradients and optimiser states over
+    the ranks (fsdp, PyTorch's FSDP2)."""
     reshard_after_forward: bool = True
-    """fsdp: let go of a layer's weights between its forward and its backward."""
+    """With fsdp, free a layer's gathered weights between its forward and its backward pass."""
     no_sync: bool = False
-    """fsdp: keep whole gradients through a step's batches and reduce them once: less traffic, more
-    memory. ddp always does."""
+    """With fsdp, keep whole gradients over a step's batches and reduce them once, as ddp does: less
+    traffic, more memory."""
     offload: bool = False
-    """fsdp: keep weights, gradients and optimiser states in host memory."""
+    """With fsdp, keep weights, gradients and optimiser states in host memory."""
     timeout_seconds: float = 1800.0
-    """That a rank waits for the others at any one point before it gives up."""
+    """Seconds that a rank waits for the others at any one point before it gives up."""
     silence_seconds: float = 60.0
-    """That a rank may show no life before the others name it and end; 0: any."""
+    """Seconds without a sign of life after which the others report a rank and end; 0 disables."""
 
     def __post_init__(self) -> None:
         if self.strategy not in ("ddp", "fsdp"):

@@ -1,4 +1,4 @@
-"""The settings of a run: frozen dataclasses that become flags (`--optim.lr`) and YAML keys.
+"""Settings of a run: frozen dataclasses that become flags (`--optim.lr`) and YAML keys.
 
 An attribute's docstring is the flag's help text.
 """
@@ -26,7 +26,7 @@ BasePrecision = Literal["float32", "bf16", "nf4"]
 
 
 def require(condition: bool, name: str, expected: str, value: object) -> None:
-    """Raise ValueError, naming the setting, what was expected and what came, unless it holds."""
+    """Raise ValueError with the setting's name, expectation and value unless `condition` holds."""
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
@@ -49,17 +49,17 @@ class LoraConfig:
     """A low-rank adapter on a frozen base (LoRA, arXiv 2106.09685), in place of full training."""
 
     rank: int = 0
-    """Rank of the adapter; 0: none, every weight is trained."""
+    """Rank of the adapter; 0 trains every weight without an adapter."""
     alpha: float = 32.0
-    """The adapter's product is scaled by alpha / rank."""
+    """Scale the adapter's product by alpha / rank."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(rank) (arXiv 2312.03732)."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Endings of layers' names; all-linear: every linear layer but the head (lm_head adds it)."""
+    """Endings of layer names; all-linear is every linear layer except the head (lm_head)."""
     base: BasePrecision = "float32"
-    """The frozen weights; bf16 needs bf16 compute, nf4 (QLoRA, arXiv 2305.14314) bitsandbytes."""
+    """Format of the frozen weights; bf16 requires bf16 compute and nf4 (QLoRA) bitsandbytes."""
     save_merged: bool = True
-    """Beside adapter/ (peft's layout) also write model/, the base with the adapter merged."""
+    """Also write model/, the base with the adapter merged, beside adapter/ in peft's layout."""
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -85,10 +85,10 @@ class LoraConfig:
 class ModelConfig:
     """The model to train."""
 
-    path: str = ""
+    path: str
     """Folder in transformers' layout, or a hub name."""
     trust_remote_code: bool = False
-    """Run code that comes with the model."""
+    """Run the Python code that comes with the model."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
@@ -97,18 +97,18 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What is trained on, and what happens to rows that do not fit."""
+    """The training data and the handling of rows that do not fit."""
 
-    train: str = ""
-    """File, folder or hub name."""
+    train: str
+    """Training data: a file, a folder or a hub name."""
     eval: str | None = None
-    """Held-out data in the same columns."""
+    """Held-out data with the same columns as the training data."""
     max_length: int = 1024
-    """Most tokens of a prompt with one response."""
+    """Maximum number of tokens of a prompt with one response."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """A row that cannot be used: stop, or skip and count it."""
+    """Stop at a row that cannot be used (error), or skip and count it."""
     on_too_long: Literal["error", "skip", "truncate"] = "error"
-    """A row over max_length: stop, skip and count it, or cut its responses and count it."""
+    """Stop at a row longer than max_length, skip it, or truncate its responses; all are counted."""
 
     def __post_init__(self) -> None:
         require(bool(self.train), "data.train", "a file, folder or hub name", self.train)
@@ -117,10 +117,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class PreferenceDataConfig(DataConfig):
-    """Preference data."""
+    """The preference data and the handling of rows that do not fit."""
 
     ties: Literal["error", "drop"] = "error"
-    """Rows that say tie, under a loss without ties: stop, or drop and count them."""
+    """Under a loss without ties, stop at a row labelled tie (error), or drop and count it."""
 
 
 @dataclass(frozen=True)
@@ -130,22 +130,22 @@ class OptimConfig:
     lr: float = 1e-6
     """Peak learning rate."""
     schedule: Schedule = "linear"
-    """From the peak to zero (linear, cosine), or constant; after the warm-up."""
+    """Course of the learning rate after the warm-up: constant, or decaying to zero."""
     warmup_steps: int = 0
-    """Steps of linear warm-up."""
+    """Number of steps of linear warm-up."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of matrices (norms and biases have none)."""
+    """Decoupled weight decay of weight matrices; norms and biases have none."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of AdamW's averages."""
+    """Decay rates of AdamW's two moment estimates."""
     eps: float = 1e-8
-    """AdamW's epsilon."""
+    """Term added to AdamW's denominator for numerical stability."""
     states: States = "float32"
-    """AdamW's two averages: 8 bytes a weight, or about 2 (8bit, through bitsandbytes)."""
+    """Format of AdamW's moments: 8 bytes per weight, or about 2 with 8bit (bitsandbytes)."""
     grad_clip: float = 1.0
-    """Most norm of the whole gradient; 0: not clipped."""
+    """Clip the global gradient norm to this value; 0 disables clipping."""
     skip_sigma: float = 0.0
-    """Skip a step whose gradient's norm is so many standard deviations above the mean of the last
-    128 (from 32 on); 0: never."""
+    """Skip a step whose gradient norm is this many standard deviations above the mean of the last
+    128 norms (once there are 32); 0 never skips."""
 
     def __post_init__(self) -> None:
         require(0 <= self.lr < float("inf"), "optim.lr", "a finite number of at least 0", self.lr)
@@ -161,45 +161,45 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How long, in what pieces, with what precision."""
+    """Length, batching, precision and checkpoints of the run."""
 
     max_steps: int | None = None
-    """Optimiser steps; default: as many as epochs need."""
+    """Number of optimiser steps; by default as many as train.epochs needs."""
     epochs: float = 1.0
-    """Passes over the data, where max_steps is not given."""
+    """Number of passes over the data if train.max_steps is not given."""
     batch_size: int = 64
-    """Examples of one optimiser step."""
+    """Number of examples in one optimiser step."""
     tokens_per_batch: int = 16384
-    """Most packed tokens of one forward: memory only, the gradient does not depend on it."""
+    """Maximum tokens of one forward pass; limits memory and does not change the gradient."""
     packing: Packing = "shared_prefix"
-    """Prompts computed once, repeated for each response (packed), or a padded rectangle."""
+    """Compute each prompt once, repeat it for each response (packed), or pad to a rectangle."""
     attention: AttentionChoice = "auto"
-    """How a packed row's attention is computed; auto: the first of flash_attn, varlen, flex, sdpa
-    that can run (fastalign doctor lists them)."""
+    """Attention implementation of packed rows; auto takes the first of flash_attn, varlen, flex and
+    sdpa that can run, as `fastalign doctor` lists them."""
     precision: Precision = "auto"
-    """bf16 compute with float32 weights, or float32; auto: bf16 on a GPU, float32 on a CPU."""
+    """bf16 compute with float32 weights, or float32; auto is bf16 on a GPU and float32 on a CPU."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
+    """Device such as cpu, cuda or cuda:1; auto takes a GPU if there is one."""
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward instead of keeping them."""
+    """Recompute activations in the backward pass instead of storing them."""
     compile: bool = False
-    """Compile the model's layers (torch.compile); the first steps wait for it."""
+    """Compile the model's layers with torch.compile, which delays the first steps."""
     max_buffer_bytes: int | None = None
-    """Most bytes of logits at a time; default: chosen by the operation."""
+    """Maximum bytes of logits held at a time; by default the operation chooses."""
     eval_every: int = 0
-    """Steps between evaluations on data.eval; 0: at the end only."""
+    """Number of steps between evaluations on data.eval; 0 evaluates only at the end."""
     save_every: int = 0
-    """Steps between checkpoints; 0: at the end, and when the run is stopped."""
+    """Number of steps between checkpoints; 0 saves only at the end or when the run is stopped."""
     keep_checkpoints: int = 2
-    """Newest checkpoints that are kept."""
+    """Number of checkpoints to keep; older ones are deleted."""
     async_checkpoints: bool = True
-    """Write checkpoints while training goes on, from a copy of the weights in host memory."""
+    """Write checkpoints during training from a copy of the weights in host memory."""
     profile: int = 0
-    """Write a trace of this step to profile/ (Chrome, Perfetto); 0: none."""
+    """Write a trace of this step to profile/ for Chrome or Perfetto; 0 writes none."""
     stall_seconds: float = 1800.0
-    """Write every thread's stack to stalls.txt when a step takes longer; 0: never."""
+    """Write all threads' stacks to stalls.txt if a step takes longer; 0 disables this."""
     stop_at_step: int | None = None
-    """Save and leave after this step, as if stopped there; --run.resume goes on."""
+    """Save and exit after this step as if interrupted; --run.resume continues."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "stop_at_step", "max_buffer_bytes"):
@@ -216,22 +216,21 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The run's folder and its seed."""
+    """The run's folder, its seed, and how to continue it."""
 
-    dir: str = ""
-    """Folder that everything is written to."""
+    dir: str
+    """Folder to write everything to."""
     seed: int = 0
-    """Of the data's order and of everything random."""
+    """Random seed, which also fixes the order of the training data."""
     resume: bool = False
-    """Go on from the newest good checkpoint in run.dir."""
+    """Continue from the newest valid checkpoint in run.dir."""
     start_afresh: tuple[Part, ...] = ()
-    """Parts of the checkpoint that are not read: optimizer (AdamW's averages), random (generators),
-    kept (the algorithm's own numbers), grad_norms (of optim.skip_sigma), rollouts (begun ones);
-    metrics: metrics.jsonl goes on from what there is of it, if it is shorter than it was."""
-
+    """Parts of the checkpoint to ignore: optimizer (AdamW's moments), random (generator states),
+    kept (the algorithm's own numbers), grad_norms (for optim.skip_sigma), rollouts (unfinished
+    ones), or metrics (accept a metrics.jsonl that is shorter than it was)."""
     export: str | None = None
-    """With resume: write the newest good checkpoint's models to this folder, in transformers'
-    layout, and train no more."""
+    """With run.resume, write the newest valid checkpoint's models to this folder in transformers'
+    layout and exit without training."""
 
     def __post_init__(self) -> None:
         require(bool(self.dir), "run.dir", "a folder", self.dir)
@@ -244,7 +243,7 @@ class RunConfig:
 
 
 class AnyConfig(Protocol):
-    """A frozen dataclass that the loop can run."""
+    """Interface of the frozen dataclasses that configure a training run."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
@@ -254,27 +253,27 @@ class AnyConfig(Protocol):
 
     @property
     def data(self) -> Any:
-        """What is trained on."""
+        """The training data."""
 
     @property
     def run(self) -> RunConfig:
-        """The run's folder and its seed."""
+        """The run's folder, its seed, and how to continue it."""
 
     @property
     def optim(self) -> OptimConfig:
-        """The optimiser."""
+        """AdamW and its learning rate."""
 
     @property
     def train(self) -> TrainConfig:
-        """How long, in what pieces, with what precision."""
+        """Length, batching, precision and checkpoints of the run."""
 
     @property
     def parallel(self) -> ParallelConfig:
-        """How several ranks share models and work."""
+        """How several ranks share the models and the work."""
 
 
 def config_to_dict(config: AnyConfig) -> dict[str, Any]:
-    """The settings as nested dictionaries, as `config.yaml` holds them; a loss has its `name`."""
+    """Return the settings as nested dictionaries for `config.yaml`, a loss with its `name`."""
     values = asdict(config, dict_factory=_with_lists)
     if "loss" in values:
         values["loss"] = {"name": config.loss.name, **values["loss"]}  # type: ignore[attr-defined]
@@ -282,5 +281,5 @@ def config_to_dict(config: AnyConfig) -> dict[str, Any]:
 
 
 def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A dictionary with lists for tuples, which YAML has not."""
+    """Return a dictionary with lists in place of tuples, which YAML does not have."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in items}

@@ -22,7 +22,7 @@ from fastalign.runs.task import RunResult, Task
 
 @dataclass(frozen=True)
 class SFTConfig:
-    """Supervised fine-tuning."""
+    """Supervised fine-tuning on demonstrations."""
 
     model: ModelConfig
     data: DataConfig

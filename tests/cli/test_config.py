@@ -1,15 +1,16 @@
 """YAML under flags, and one line for whatever is wrong with either."""
 
-from dataclasses import asdict
+import re
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 
 import pytest
 
 from fastalign.cli.algorithms import ALGORITHMS
-from fastalign.cli.config_parse import parse_config
+from fastalign.cli.config_parse import field_docs, parse_config
 from fastalign.cli.main import main
-from fastalign.runs.config import LoraConfig, config_to_dict
-from fastalign.trainers import LOSSES, REWARD_LOSSES, SFTConfig
+from fastalign.runs.config import LoraConfig, ModelConfig, RunConfig, config_to_dict
+from fastalign.trainers import LOSSES, REWARD_LOSSES, PPOConfig, PromptDataConfig, SFTConfig
 
 parse_dpo, parse_reward = ALGORITHMS["dpo"].parse, ALGORITHMS["reward"].parse
 
@@ -137,7 +138,12 @@ def test_every_loss_can_be_chosen(name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "model.path: expected a model folder or a hub name"),
+        ([], r"required, but not given: --model.path, --data.train, --run.dir \(see fastalign dpo"),
+        (
+            ["--modl.path", "m", *BASE[2:]],
+            r"--model.path; unrecognized: --modl.path m \(",
+        ),
+        ([*BASE, "--model.path="], "model.path: expected a model folder or a hub name, got ''"),
         ([*BASE, "--loss", "nonsense"], "--loss: expected one of dpo, .*got 'nonsense'"),
         ([*BASE, "--loss"], "--loss: expected a value"),
         ([*BASE, "--loss.gamma", "1"], "--loss.gamma"),
@@ -162,8 +168,6 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    import re
-
     monkeypatch.chdir(tmp_path)
     assert main(["dpo", *arguments]) == 2
     out, err = capsys.readouterr()
@@ -226,3 +230,28 @@ def test_an_unknown_command_is_one_line(
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == main(["--help"]) == 0
     assert "fastalign 0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_help_is_read_in_sentences(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    with pytest.raises(SystemExit):
+        parse_config(PPOConfig, ["--help"], "fastalign ppo")
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= width
+    words = " ".join(text.replace("│", " ").split())
+    for flag in ("--model.path", "--data.train", "--run.dir", "--reward.sources"):
+        assert re.search(rf"{flag} [^()]*(\([^()]*\)[^()]*)*\(required\)", words)
+    assert (
+        "--reference.path {None}|STR Folder or hub name; by default the model that training"
+        in words
+    )
+    assert not re.search(r"default: (None|''|\)|\(\))", words)
+    for section in (ModelConfig, PromptDataConfig, RunConfig, PPOConfig):
+        docs = field_docs(section)
+        own = [f.name for f in fields(section) if not is_dataclass(f.type)]
+        assert set(own) <= set(docs)
+        for doc in docs.values():
+            assert doc in words

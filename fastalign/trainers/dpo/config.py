@@ -1,4 +1,4 @@
-"""The settings of DPO and its relatives."""
+"""Settings of DPO and related preference losses."""
 
 from dataclasses import dataclass, field
 
@@ -15,14 +15,14 @@ from fastalign.trainers.dpo.losses import DPOLoss, PreferenceLoss
 
 @dataclass(frozen=True)
 class ReferenceConfig:
-    """The frozen model that the policy is held near."""
+    """The frozen reference model that the policy is kept close to."""
 
     path: str | None = None
-    """Folder or hub name; default: the model that training starts from."""
+    """Folder or hub name; by default the model that training starts from."""
     cache_dir: str | None = None
-    """Where reference log-probs are kept between runs; default: fastalign in the user's cache."""
+    """Folder that caches reference log-probs; by default fastalign/ in the user's cache folder."""
     offload: bool = False
-    """Keep the weights of another model in host memory; its layers visit the device one by one."""
+    """Keep the weights of reference.path in host memory and move its layers one by one."""
 
     def __post_init__(self) -> None:
         if self.offload and self.path is None:
@@ -34,7 +34,7 @@ class ReferenceConfig:
 
 @dataclass(frozen=True)
 class DPOConfig:
-    """DPO and its relatives."""
+    """Direct preference optimisation (DPO and related losses) on preference pairs."""
 
     model: ModelConfig
     data: PreferenceDataConfig

@@ -15,7 +15,7 @@ class PreferenceLoss:
     """What every preference loss has."""
 
     beta: float = 0.1
-    """Strength of the pull towards the reference (for losses without one: the loss's scale)."""
+    """Strength of the pull towards the reference, or the loss's scale if it has no reference."""
 
     function: ClassVar[Callable[..., Tensor]]
 
@@ -47,10 +47,10 @@ class DPOLoss(PreferenceLoss):
 
 @dataclass(frozen=True)
 class LabelSmoothedLoss(PreferenceLoss):
-    """cDPO: some labels are flipped."""
+    """cDPO, DPO with label smoothing."""
 
     label_smoothing: float = 0.1
-    """Share of labels taken to be wrong."""
+    """Assumed share of wrong labels."""
 
     function = losses.dpo_label_smoothed
 
@@ -60,7 +60,7 @@ class RobustLoss(PreferenceLoss):
     """rDPO, arXiv 2403.00409."""
 
     label_smoothing: float = 0.1
-    """Share of labels taken to be wrong."""
+    """Assumed share of wrong labels."""
 
     function = losses.dpo_robust
 
@@ -98,7 +98,7 @@ class LengthPenalisedLoss(PreferenceLoss):
     """R-DPO, arXiv 2403.19159."""
 
     alpha: float = 0.01
-    """Penalty of a token by which the chosen response is longer."""
+    """Penalty per token that the chosen response is longer."""
 
     function = losses.dpo_length_penalised
 
@@ -108,9 +108,9 @@ class SimPOLoss(PreferenceLoss):
     """SimPO, arXiv 2405.14734; no reference."""
 
     beta: float = 2.0
-    """Scale of the mean log-probs."""
+    """Scale of the mean log-probs per token."""
     gamma: float = 1.0
-    """Target margin."""
+    """Target margin between chosen and rejected."""
 
     function = losses.simpo
 
@@ -127,7 +127,7 @@ class RaoKupperLoss(PreferenceLoss):
     """DPO with ties, Rao-Kupper model, arXiv 2409.17431."""
 
     nu: float = 3.0
-    """How common ties are; equal responses tie with probability (nu - 1) / (nu + 1)."""
+    """Frequency of ties: equal responses tie with probability (nu - 1) / (nu + 1)."""
 
     function = losses.dpo_rao_kupper
 
@@ -137,7 +137,7 @@ class DavidsonLoss(PreferenceLoss):
     """DPO with ties, Davidson model, arXiv 2409.17431."""
 
     nu: float = 1.0
-    """How common ties are; equal responses tie with probability nu / (nu + 1)."""
+    """Frequency of ties: equal responses tie with probability nu / (nu + 1)."""
 
     function = losses.dpo_davidson
 

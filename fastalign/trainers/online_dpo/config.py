@@ -1,4 +1,4 @@
-"""The settings of online DPO."""
+"""Settings of online DPO."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -12,12 +12,12 @@ from fastalign.trainers.sampling.config import PromptDataConfig, RewardSourceCon
 
 @dataclass(frozen=True)
 class OnlineReferenceConfig:
-    """The model that the policy is held near."""
+    """The reference model that the policy is kept close to."""
 
     path: str | None = None
-    """Folder or hub name; default: the model that training starts from."""
+    """Folder or hub name; by default the model that training starts from."""
     refresh_every: int = 0
-    """Steps after which the policy as it then is becomes the reference; 0: never."""
+    """Replace the reference by the current policy every so many steps; 0 never does."""
 
     def __post_init__(self) -> None:
         if self.refresh_every < 0:
@@ -33,15 +33,15 @@ class OnlineReferenceConfig:
 
 @dataclass(frozen=True)
 class FreshPairsConfig:
-    """The pairs of a step: each prompt's best and worst sample."""
+    """The pairs of a step: the best and the worst sample of each prompt."""
 
     ties: Literal["drop", "use"] = "drop"
-    """Prompts whose samples all have one score: drop and count, or use as ties (by a loss that has
-    a place for them)."""
+    """Drop and count prompts whose samples all have one score, or use them as ties under a loss
+    with ties."""
     epochs: int = 1
-    """Passes over a step's pairs."""
+    """Number of passes over a step's pairs."""
     mini_batches: int = 1
-    """Updates of a pass; each has its share of the pairs."""
+    """Number of updates per pass, each with an equal share of the pairs."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "mini_batches"):
@@ -52,11 +52,10 @@ class FreshPairsConfig:
 
 @dataclass(frozen=True)
 class OnlineDPOConfig:
-    """Online DPO: preference pairs of the policy's own samples, ordered by a reward.
+    """Online DPO on pairs of the policy's own samples, ordered by a reward.
 
-    A step is the samples of train.batch_size prompts and the updates on their pairs. Exit code 0,
-    130 after SIGINT, or 3 where --watch.stop ended the run; either way the run is saved and can be
-    resumed.
+    A step samples train.batch_size prompts and updates the policy on their pairs. The exit code is
+    0, 130 after SIGINT, or 3 if --watch.stop ended the run; the run is saved in each case.
     """
 
     model: ModelConfig
@@ -67,8 +66,8 @@ class OnlineDPOConfig:
     reference: OnlineReferenceConfig = field(default_factory=OnlineReferenceConfig)
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(num_samples=4))
     sampler: SamplerName = "transformers"
-    """What draws completions: the policy in this process, vLLM in it, in a process of its own, or a
-    server that `fastalign vllm-server` started."""
+    """Engine that draws completions: the model itself (transformers), vLLM in this process, vLLM
+    in its own process, or a server started by `fastalign vllm-server`."""
     vllm: VllmOptions = field(default_factory=VllmOptions)
     pairs: FreshPairsConfig = field(default_factory=FreshPairsConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)

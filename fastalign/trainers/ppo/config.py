@@ -1,4 +1,4 @@
-"""The settings of PPO: `--ppo.*`, `--kl.*`, `--value.*`, `--watch.*`."""
+"""Settings of PPO: `--ppo.*`, `--kl.*`, `--value.*`, `--watch.*`."""
 
 from dataclasses import dataclass, field, fields
 from typing import Literal
@@ -27,31 +27,31 @@ KLEstimator = Literal["k1", "k2", "k3", "full"]
 
 @dataclass(frozen=True)
 class PPOSettings:
-    """The updates on one step's rollouts."""
+    """Advantages and policy updates on the rollouts of a step."""
 
     advantage: Advantage = "gae"
-    """Of a value model (gae); or, without one, of each response beside the others of its prompt:
-    rloo (less their mean), grpo (less the mean, over the standard deviation)."""
+    """Advantage estimator: gae with a value model, or without one rloo (reward minus the mean of
+    the prompt's other responses) or grpo (reward standardised over the prompt's responses)."""
     epochs: int = 4
-    """Passes over a step's rollouts."""
+    """Number of passes over a step's rollouts."""
     mini_batches: int = 1
-    """Optimiser steps of one pass; each has an equal share of the prompts."""
+    """Number of optimiser steps per pass, each with an equal share of the prompts."""
     clip_range: float = 0.2
-    """How far a token's probability ratio counts from 1."""
+    """Clip each token's probability ratio to within this distance of 1."""
     gamma: float = 1.0
-    """Discount of later rewards."""
+    """Discount factor of later rewards."""
     gae_lambda: float = 0.95
-    """Weight of longer returns in gae."""
+    """GAE's lambda, the weight of longer returns."""
     whiten: Whitening = "auto"
-    """What is brought to standard deviation 1 over a step's tokens; auto: gae's advantages."""
+    """Quantities scaled to standard deviation 1 over a step's tokens; auto is gae's advantages."""
     entropy_coefficient: float = 0.0
-    """Weight of the entropy bonus."""
+    """Weight of the entropy bonus in the loss."""
     max_importance_weight: float | None = None
-    """Weight tokens by the trainer's over the sampler's probability, up to this; default: not."""
+    """Weight tokens by trainer over sampler probability, capped at this; by default unweighted."""
     ptx_data: str | None = None
-    """Demonstrations that each update also learns (InstructGPT's PTX): file, folder or hub name."""
+    """Demonstrations that each update also trains on (PTX): a file, folder or hub name."""
     ptx_coefficient: float = 1.0
-    """Weight of their cross-entropy, a mean over tokens."""
+    """Weight of the demonstrations' mean cross-entropy per token."""
 
     def __post_init__(self) -> None:
         for name in ("epochs", "mini_batches"):
@@ -81,32 +81,32 @@ class PPOSettings:
 
     @property
     def whitens_advantages(self) -> bool:
-        """What `whiten` says of advantages."""
+        """Whether advantages are scaled to standard deviation 1."""
         automatic = self.whiten == "auto" and self.advantage == "gae"
         return automatic or self.whiten in ("advantages", "both")
 
     @property
     def whitens_rewards(self) -> bool:
-        """What `whiten` says of rewards; they keep their mean."""
+        """Whether rewards are scaled to standard deviation 1; they keep their mean."""
         return self.whiten in ("rewards", "both")
 
 
 @dataclass(frozen=True)
 class KLConfig:
-    """What holds the policy near the reference."""
+    """The KL penalty that keeps the policy close to the reference."""
 
     coefficient: float = 0.05
-    """Weight of the KL; with a target, where it begins."""
+    """Weight of the KL penalty; its initial value if kl.target adapts it."""
     estimator: KLEstimator = "k1"
-    """Of a token's KL: the log-ratio (k1), half its square (k2), exp(-x) - 1 + x (k3), or the exact
-    KL over the vocabulary (full); in the reward, k1 and full have the KL's gradient, k2 and k3 have
-    not."""
+    """Estimator of a token's KL from its log-ratio x: x (k1), x^2 / 2 (k2), exp(-x) - 1 + x (k3),
+    or the exact KL over the vocabulary (full); in the reward only k1 and full have the KL's
+    gradient."""
     place: Literal["reward", "loss"] = "reward"
-    """Taken from each token's reward, or added to the loss (k2, k3, full)."""
+    """Subtract the KL from each token's reward, or add it to the loss (k2, k3 and full only)."""
     target: float | None = None
-    """Adapt the coefficient so that the KL of a response comes near this many nats."""
+    """Adapt the coefficient so that the mean KL of a response approaches this many nats."""
     horizon: int = 10000
-    """Responses over which the coefficient would change by the whole (clipped) error."""
+    """Number of responses over which the coefficient changes by the whole (clipped) error."""
 
     def __post_init__(self) -> None:
         within("kl.coefficient", self.coefficient, 0)
@@ -127,17 +127,17 @@ class KLConfig:
 
 @dataclass(frozen=True)
 class ValueConfig:
-    """The value model of gae: a reward model's network, read at every token."""
+    """The value model of gae: a reward model's network, evaluated at every token."""
 
     path: str | None = None
-    """A reward model's folder, or a causal model's (under a head of zeros); default: the first of
-    reward.sources that is a folder, otherwise model.path."""
+    """Folder of a reward model or of a causal model (which gets a zero head); by default the first
+    of reward.sources that is a folder, otherwise model.path."""
     lr: float | None = None
-    """Peak learning rate; default: optim.lr."""
+    """Peak learning rate of the value model; by default optim.lr."""
     coefficient: float = 0.1
     """Weight of the value loss."""
     clip_range: float = 0.2
-    """How far a value may move in one step before its loss is clipped."""
+    """Clip the value loss where a value moves further than this in one step."""
 
     def __post_init__(self) -> None:
         above_zero("value.lr", self.lr)
@@ -147,10 +147,10 @@ class ValueConfig:
 
 @dataclass(frozen=True)
 class PPOConfig:
-    """PPO from a reward: a step is the rollouts of train.batch_size prompts and their updates.
+    """PPO, RLOO or GRPO from a reward.
 
-    Exit code 0, 130 after SIGINT, or 3 where --watch.stop ended the run; either way the run is
-    saved and can be resumed.
+    A step samples train.batch_size prompts and updates the policy on them. The exit code is 0, 130
+    after SIGINT, or 3 if --watch.stop ended the run; the run is saved in each case.
     """
 
     model: ModelConfig
@@ -159,8 +159,8 @@ class PPOConfig:
     run: RunConfig
     sampling: SamplingParams = field(default_factory=SamplingParams)
     sampler: SamplerName = "transformers"
-    """What draws completions: the policy in this process, vLLM in it, in a process of its own, or a
-    server that `fastalign vllm-server` started."""
+    """Engine that draws completions: the model itself (transformers), vLLM in this process, vLLM
+    in its own process, or a server started by `fastalign vllm-server`."""
     vllm: VllmOptions = field(default_factory=VllmOptions)
     ppo: PPOSettings = field(default_factory=PPOSettings)
     kl: KLConfig = field(default_factory=KLConfig)

@@ -1,4 +1,4 @@
-"""The settings of a reward model."""
+"""Settings of reward-model training."""
 
 from dataclasses import dataclass, field
 
@@ -16,7 +16,7 @@ from fastalign.trainers.reward.losses import BradleyTerryLoss, RewardLoss
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """A reward model from comparisons."""
+    """Reward-model training on comparisons."""
 
     model: ModelConfig
     data: PreferenceDataConfig

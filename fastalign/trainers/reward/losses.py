@@ -37,7 +37,7 @@ class RewardLoss:
     """What every loss of a reward model has."""
 
     votes: bool = False
-    """Train on each row's vote shares (column votes) in place of its label."""
+    """Train on each row's vote shares (column `votes`) instead of its label."""
 
     name: ClassVar[str]
     has_ties: ClassVar[bool] = False
@@ -62,10 +62,10 @@ class RewardLoss:
 
 @dataclass(frozen=True)
 class BradleyTerryLoss(RewardLoss):
-    """Bradley-Terry; a row's `margin`, where it has one, is how far apart the rewards should be."""
+    """Bradley-Terry; a row's `margin`, if given, is subtracted from the rewards' difference."""
 
     centring_coefficient: float = 0.0
-    """Of the squared sum of a pair's rewards, which holds their mean near zero."""
+    """Weight of the squared sum of a pair's rewards, which keeps their mean near zero."""
 
     name = "bradley_terry"
     uses_margins = True
@@ -101,9 +101,9 @@ class TieLoss(RewardLoss):
     """A loss with ties; what is learned of nu is the logarithm of nu - `least_nu`."""
 
     nu: float = 1.0
-    """How common ties are."""
+    """Frequency of ties."""
     nu_lr: float = 0.0
-    """Peak learning rate of nu (of its logarithm), under optim.schedule; 0: nu stays."""
+    """Peak learning rate of log nu under optim.schedule; 0 keeps nu fixed."""
 
     has_ties = True
     least_nu: ClassVar[float] = 0.0
@@ -148,7 +148,7 @@ class RewardRaoKupperLoss(TieLoss):
     """Bradley-Terry with ties, Rao-Kupper model."""
 
     nu: float = 3.0
-    """How common ties are; equal responses tie with probability (nu - 1) / (nu + 1)."""
+    """Frequency of ties: equal responses tie with probability (nu - 1) / (nu + 1)."""
 
     name = "rao_kupper"
     least_nu = 1.0
@@ -162,7 +162,7 @@ class RewardDavidsonLoss(TieLoss):
     """Bradley-Terry with ties, Davidson model."""
 
     nu: float = 1.0
-    """How common ties are; equal responses tie with probability nu / (nu + 1)."""
+    """Frequency of ties: equal responses tie with probability nu / (nu + 1)."""
 
     name = "davidson"
     of_labels = losses.davidson

@@ -1,4 +1,4 @@
-"""The settings of algorithms that sample: prompts (`--data.*`) and scores (`--reward.*`)."""
+"""Settings of the algorithms that sample: `--data.*`, `--reward.*`, `--watch.*`."""
 
 import math
 from dataclasses import dataclass
@@ -9,30 +9,30 @@ from fastalign.runs.config import within
 
 @dataclass(frozen=True)
 class FrozenReferenceConfig:
-    """The frozen model that the policy is held near; under an adapter it is the base."""
+    """The frozen reference model that the policy is kept close to; the base under an adapter."""
 
     path: str | None = None
-    """Folder or hub name; default: the model that training starts from."""
+    """Folder or hub name; by default the model that training starts from."""
 
 
 @dataclass(frozen=True)
 class WatchConfig:
-    """Limits past which a policy counts as collapsed: it is said and logged (`collapsed`)."""
+    """Limits beyond which a policy counts as collapsed, which is printed and logged."""
 
     stop: bool = False
-    """End the run after `patience` steps past a limit: saved, exit code 3."""
+    """Save and end the run with exit code 3 after `patience` consecutive violating steps."""
     patience: int = 3
-    """Steps in a row."""
+    """Number of consecutive violating steps that watch.stop waits for."""
     min_entropy: float = 0.05
-    """Least mean entropy, in nats a token."""
+    """Minimum mean entropy in nats per token."""
     min_length: float = 1.5
-    """Least mean length of completions, in tokens, their EOS included."""
+    """Minimum mean completion length in tokens, EOS included."""
     max_unfinished: float = 0.95
-    """Largest share of completions without an end."""
+    """Maximum share of completions without an EOS."""
     max_repeated: float = 0.5
-    """Largest share of completions most of whose runs of four tokens are repeats."""
+    """Maximum share of completions in which most four-token sequences are repeats."""
     max_kl: float = 100.0
-    """Largest mean KL of a response to the reference, in nats."""
+    """Maximum mean KL of a response to the reference in nats."""
 
     def __post_init__(self) -> None:
         within("watch.patience", self.patience, 1)
@@ -44,18 +44,18 @@ class WatchConfig:
 
 @dataclass(frozen=True)
 class PromptDataConfig:
-    """Prompts to be answered, and what happens to rows that do not fit."""
+    """The prompts and the handling of rows that do not fit."""
 
-    train: str = ""
-    """File, folder or hub name with a `prompt` column."""
+    train: str
+    """Training prompts: a file, folder or hub name with a `prompt` column."""
     eval: str | None = None
-    """Held-out prompts."""
+    """Held-out prompts with the same column."""
     max_length: int = 512
-    """Most tokens of a prompt; its answers' tokens come on top of it."""
+    """Maximum number of tokens of a prompt, without its answers."""
     on_bad_row: Literal["error", "skip"] = "error"
-    """A row that cannot be used: stop, or skip and count it."""
+    """Stop at a row that cannot be used (error), or skip and count it."""
     on_too_long: Literal["error", "skip"] = "error"
-    """A prompt over max_length, or with no room for an answer: stop, or skip and count it."""
+    """Stop at a prompt longer than max_length or with no room for an answer, or skip it."""
 
     def __post_init__(self) -> None:
         if not self.train:
@@ -66,17 +66,17 @@ class PromptDataConfig:
 
 @dataclass(frozen=True)
 class RewardSourceConfig:
-    """What completions are scored by."""
+    """The rewards that score completions."""
 
-    sources: tuple[str, ...] = ()
-    """Each `module:function` (prompts, completions) -> numbers, a reward model's folder, or a bag
-    of words (.json)."""
+    sources: tuple[str, ...]
+    """One or more rewards: each a `module:function` (prompts, completions) -> numbers, a reward
+    model's folder, or a bag-of-words model (.json)."""
     weights: tuple[float, ...] = ()
-    """Of each source in the sum; default: 1 each."""
+    """Weight of each source in the summed reward; by default 1 each."""
     missing_eos_penalty: float = 0.0
-    """Taken from the score of a completion that did not end."""
+    """Subtracted from the score of a completion without an EOS."""
     normalise: bool = False
-    """Bring scores to mean 0 and standard deviation 1 on samples of the starting policy: once."""
+    """Standardise scores by their mean and standard deviation on the initial policy's samples."""
 
     def __post_init__(self) -> None:
         if not self.sources:
