@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-PACKAGE = ROOT / "fastalign"
-# library: the places that may import it
+from tests.repo.structure import ROOT, Checkout
+
+# library: the folders and files that may import it
 HEAVY = {
     "datasets": {"data"},
     "tensorboard": {"runs"},
@@ -25,14 +25,24 @@ HEAVY = {
 }
 
 
-def imported_roots(path: Path) -> set[str]:
-    roots = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            roots |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            roots.add(node.module.split(".")[0])
-    return roots
+MODULES = {
+    module.path.removeprefix("fastalign/"): {
+        root
+        for node in ast.walk(module.tree)
+        for root in (
+            [alias.name.split(".")[0] for alias in node.names]
+            if isinstance(node, ast.Import)
+            else [node.module.split(".")[0]]
+            if isinstance(node, ast.ImportFrom) and node.module and node.level == 0
+            else []
+        )
+    }
+    for module in Checkout().modules.values()
+}
+
+
+def lies_in(path: str, place: str) -> bool:
+    return path == place or path.startswith(place + "/")
 
 
 def test_import_linter_finds_no_broken_contract() -> None:
@@ -45,23 +55,19 @@ def test_import_linter_finds_no_broken_contract() -> None:
 
 @pytest.mark.parametrize("library", sorted(HEAVY))
 def test_a_heavy_library_is_imported_only_where_it_is_needed(library: str) -> None:
-    allowed = HEAVY[library]
-    strangers = []
-    for path in sorted(PACKAGE.rglob("*.py")):
-        relative = path.relative_to(PACKAGE).as_posix()
-        if library in imported_roots(path) and not any(
-            relative == place or relative.startswith(place + "/") for place in allowed
-        ):
-            strangers.append(relative)
+    strangers = [
+        path
+        for path, roots in MODULES.items()
+        if library in roots and not any(lies_in(path, place) for place in HEAVY[library])
+    ]
     assert strangers == []
 
 
 @pytest.mark.parametrize("layer", ["ops", "losses", "fused", "batch/packed.py"])
 def test_operations_and_losses_import_nothing_heavier_than_torch(layer: str) -> None:
-    place = PACKAGE / layer
-    paths = sorted(place.rglob("*.py")) if place.is_dir() else [place]
-    roots = set().union(*(imported_roots(path) for path in paths))
-    third_party = roots - set(sys.stdlib_module_names) - {"fastalign"}
+    found = [roots for path, roots in MODULES.items() if lies_in(path, layer)]
+    third_party = set().union(*found) - set(sys.stdlib_module_names) - {"fastalign"}
+    assert found
     assert third_party <= {"torch", "triton"}
 
 

@@ -1,16 +1,13 @@
-"""The README's training commands and its benchmark are run, in its order, on small data."""
+"""The README's training commands are run, in its order, on small data."""
 
 import json
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, head_rows, heads
-from benchmarks.heads import HeadCase
 from fastalign.cli.main import main
 from tests.small_runs import WORDS, sentence, write_rows
 
@@ -58,20 +55,3 @@ def test_the_commands_run_one_after_the_other(
         assert (tmp_path / name).exists()
     assert json.loads((tmp_path / "runs/dpo/eval/eval.json").read_text())["accuracy"] >= 0
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
-
-
-def test_the_benchmark_prints_a_table_and_writes_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(heads.CASES, "small", HeadCase("small", 16, 8, 50, 2))
-    (line,) = re.findall(r"^python -m benchmarks\.compare (head .*)$", README, flags=re.MULTILINE)
-    monkeypatch.setattr(sys, "argv", ["compare", *shlex.split(line), "--case=small", "--rounds=2"])
-    monkeypatch.setattr(head_rows, "TESTS", ["tests/losses/test_segments_and_pairs.py"])
-    compare.main()
-    assert "products ms" in capsys.readouterr().out
-    rows = json.loads((tmp_path / "results.json").read_text())
-    assert {"eager", "fastalign", "trl", "liger"} <= {row["implementation"] for row in rows}
-    assert {row["pass"] for row in rows} == set(head_rows.PASSES)
-    names = "case implementation dtype pass milliseconds spread peak_bytes flops device torch"
-    assert {*names.split(), "products_milliseconds", "fraction_of_products"} == rows[0].keys()
