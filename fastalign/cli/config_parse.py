@@ -249,7 +249,7 @@ def section_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
         kind = hints[entry.name]
         if default is None or default == ():  # the text says what no value means
             kind = Annotated[kind, tyro.conf.arg(help_behavior_hint="")]
-        text = partial(field_docs(info.type).get, entry.name)
+        text = entry.metadata.get("help") or partial(field_docs(info.type).get, entry.name)
         specs.append(StructFieldSpec(entry.name, kind, default, text))
     return StructConstructorSpec(info.type, tuple(specs))
 

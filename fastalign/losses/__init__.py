@@ -2,18 +2,26 @@
 
 from fastalign.losses.advantage import grpo_advantage, rloo_advantage, whiten, whitening_scale
 from fastalign.losses.formulas import formula
-from fastalign.losses.policy import importance_weight, ppo_clip, value_clipped
+from fastalign.losses.policy import (
+    importance_weight,
+    negative_logprob,
+    ppo_clip,
+    value_clipped,
+)
 from fastalign.losses.preference import (
     dpo,
     dpo_davidson,
     dpo_label_smoothed,
+    dpo_length_normalised,
+    dpo_length_penalised,
     dpo_rao_kupper,
     dpo_robust,
     hinge,
+    ipo_mean,
     ipo_sum,
+    orpo,
+    simpo,
 )
-from fastalign.losses.preference_length import dpo_length_normalised, dpo_length_penalised, ipo_mean
-from fastalign.losses.preference_reference_free import orpo, simpo
 from fastalign.losses.reward import (
     bradley_terry,
     bradley_terry_votes,
@@ -24,7 +32,6 @@ from fastalign.losses.reward import (
     rao_kupper_outcomes,
     rao_kupper_votes,
 )
-from fastalign.losses.sft import negative_logprob
 from fastalign.ops.preference_loss import PairLogprobs
 from fastalign.ops.segments import segment_sum
 

@@ -8,8 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastalign.losses.policy import ppo_clip
-from fastalign.losses.sft import negative_logprob
+from fastalign.losses.policy import negative_logprob, ppo_clip
 from fastalign.ops.head.fused_linear_loss import LossFunction, TokenChunk
 from fastalign.ops.kl_penalty import kl_penalty
 from fastalign.ops.kl_penalty.api import Estimator

@@ -1,108 +1,84 @@
-"""A pairwise loss of this package with its parameters, as `ops.preference_loss` takes it."""
+"""The table of preference losses, and a loss of it with its parameters as a formula."""
 
 import inspect
-import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from fastalign.losses import preference, preference_length, preference_reference_free
-from fastalign.ops.preference_loss import LinkFunction, PairLink, PairLogprobs, PreferenceFormula
+from fastalign.ops.preference_loss import PairLink, PairLogprobs, PreferenceFormula
 
+PairFunction = TypeVar("PairFunction", bound=Callable[..., Tensor])
+MakeLink = Callable[..., PairLink]
 
-def formula(loss: Callable[..., Tensor], **parameters: float) -> PreferenceFormula:
-    """The formula of a pairwise loss: `formula(dpo, beta=0.1)`.
-
-    For `preference_loss`, and for `fused_linear_preference_loss` in place of a function of pairs.
-
-    Args:
-        loss: One of this package's functions of preference pairs.
-        parameters: Its parameters; those that are not given have its defaults.
-
-    Raises:
-        ValueError: Not one of those functions, a parameter that it has not, or a value that it
-            refuses.
-    """
-    link = _LINKS.get(loss)
-    if link is None:
-        known = ", ".join(function.__name__ for function in _LINKS)
-        raise ValueError(
-            f"loss: expected one of {known} of fastalign.losses, "
-            f"got {getattr(loss, '__name__', loss)!r}"
-        )
-    inputs = []
-    values = {}
-    for name, parameter in inspect.signature(loss).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY:
-            values[name] = float(parameters.get(name, parameter.default))
-        else:
-            inputs.append(name)
-    for name, value in parameters.items():
-        if name not in values:
-            raise ValueError(
-                f"{name}: expected a parameter of {loss.__name__} ({', '.join(values)}), "
-                f"got {name}={value}"
-            )
-    loss(*(getattr(_NO_PAIRS, name) for name in inputs), **values)  # its own checks
-    return PreferenceFormula(loss, tuple(inputs), values, link(**values))
-
-
-def check_pair_loss(pair_loss: Callable[[PairLogprobs], Tensor]) -> None:
-    """Checks that a loss takes pairs: one of this package's functions takes log-probs.
-
-    Raises:
-        ValueError: It is one of those, which `formula` makes into what is wanted.
-    """
-    if any(pair_loss is function for function in _LINKS):
-        name = getattr(pair_loss, "__name__", "")
-        raise ValueError(f"pair_loss: expected a function of pairs or formula({name}), got {name}")
-
-
+# Each preference loss with the maker of its kernel's member; None: no kernel computes it.
+_LOSSES: dict[Callable[..., Tensor], MakeLink | None] = {}
 _NO_PAIRS = PairLogprobs.from_responses(torch.zeros(0), torch.zeros(0), torch.zeros(0).long())
 
 
-def _robust(beta: float, label_smoothing: float) -> PairLink:
-    clean = 1.0 - 2.0 * label_smoothing
-    return PairLink(
-        LinkFunction.LOGISTIC,
-        beta=beta,
-        right=(1.0 - label_smoothing) / clean,
-        wrong=-label_smoothing / clean,
-    )
+def pair_loss(link: MakeLink | None = None) -> Callable[[PairFunction], PairFunction]:
+    """Register the decorated function as a preference loss, and return it unchanged.
+
+    Its positional parameters are fields of `PairLogprobs`; its keyword parameters are numbers with
+    defaults, each an `Annotated[float, HELP]`.
+
+    Args:
+        link: the function from the loss's parameters to what the kernels of `ops.preference_loss`
+            compute; None: the loss is computed by the function itself, on any device.
+    """
+
+    def register(function: PairFunction) -> PairFunction:
+        _LOSSES[function] = link
+        return function
+
+    return register
 
 
-# What the kernels compute for each definition; its tests hold the two together.
-_LINKS: dict[Callable[..., Tensor], Callable[..., PairLink]] = {
-    preference.dpo: lambda beta: PairLink(LinkFunction.LOGISTIC, beta=beta),
-    preference.dpo_label_smoothed: lambda beta, label_smoothing: PairLink(
-        LinkFunction.LOGISTIC, beta=beta, right=1.0 - label_smoothing, wrong=label_smoothing
-    ),
-    preference.dpo_robust: _robust,
-    preference.hinge: lambda beta: PairLink(LinkFunction.HINGE, beta=beta),
-    preference.ipo_sum: lambda beta: PairLink(LinkFunction.SQUARE, threshold=1.0 / (2.0 * beta)),
-    preference_length.ipo_mean: lambda beta: PairLink(
-        LinkFunction.SQUARE, per_token=True, threshold=1.0 / (2.0 * beta)
-    ),
-    preference_length.dpo_length_normalised: lambda beta: PairLink(
-        LinkFunction.LOGISTIC, per_token=True, beta=beta
-    ),
-    preference_length.dpo_length_penalised: lambda beta, alpha: PairLink(
-        LinkFunction.LOGISTIC, beta=beta, length_weight=alpha
-    ),
-    preference_reference_free.simpo: lambda beta, gamma: PairLink(
-        LinkFunction.LOGISTIC, per_token=True, beta=beta, threshold=gamma
-    ),
-    preference_reference_free.orpo: lambda beta: PairLink(
-        LinkFunction.ORPO, per_token=True, beta=beta
-    ),
-    preference.dpo_rao_kupper: lambda beta, nu: PairLink(
-        LinkFunction.LOGISTIC,
-        beta=beta,
-        threshold=math.log(nu),
-        tie_offset=math.log(nu * nu - 1.0),
-    ),
-    preference.dpo_davidson: lambda beta, nu: PairLink(
-        LinkFunction.DAVIDSON, beta=beta, tie_offset=math.log(2.0 * nu)
-    ),
-}
+def pair_losses() -> dict[str, Callable[..., Tensor]]:
+    """Return every registered preference loss by its name, in the order of definition."""
+    return {function.__name__: function for function in _LOSSES}
+
+
+def formula(loss: Callable[..., Tensor], **parameters: float) -> PreferenceFormula:
+    """Return the formula of a preference loss with its parameters: `formula(dpo, beta=0.1)`.
+
+    `preference_loss` takes a formula, and so does `fused_linear_preference_loss` in place of a
+    function of pairs.
+
+    Args:
+        loss: a preference loss of this package.
+        parameters: its parameters; the others have the function's defaults.
+
+    Raises:
+        ValueError: if `loss` is not registered, has no such parameter, or refuses a value.
+    """
+    if loss not in _LOSSES:
+        raise ValueError(
+            f"loss: expected one of {', '.join(pair_losses())} of fastalign.losses, "
+            f"got {getattr(loss, '__name__', loss)!r}"
+        )
+    signature = inspect.signature(loss).parameters.values()
+    inputs = tuple(one.name for one in signature if one.kind is not one.KEYWORD_ONLY)
+    defaults = {one.name: one.default for one in signature if one.kind is one.KEYWORD_ONLY}
+    for name, value in parameters.items():
+        if name not in defaults:
+            raise ValueError(
+                f"{name}: expected a parameter of {loss.__name__} ({', '.join(defaults)}), "
+                f"got {name}={value}"
+            )
+    values = {name: float(value) for name, value in {**defaults, **parameters}.items()}
+    loss(*(getattr(_NO_PAIRS, name) for name in inputs), **values)  # checks the parameters
+    link = _LOSSES[loss]
+    return PreferenceFormula(loss, inputs, values, None if link is None else link(**values))
+
+
+def check_pair_loss(pair_loss: Callable[[PairLogprobs], Tensor]) -> None:
+    """Check that a loss takes pairs; a function of log-probs must be made into a formula first.
+
+    Raises:
+        ValueError: if it is a preference loss of this package and not its formula.
+    """
+    if any(pair_loss is function for function in _LOSSES):
+        name = getattr(pair_loss, "__name__", "")
+        raise ValueError(f"pair_loss: expected a function of pairs or formula({name}), got {name}")

@@ -1,9 +1,17 @@
-"""Losses of a policy and of its value function, per token."""
+"""Losses of a policy and of its value function, per token and unreduced."""
 
 import torch
 from torch import Tensor
 
 from fastalign.losses.arguments import check_positive, check_same_shape
+
+
+def negative_logprob(logprob: Tensor) -> Tensor:
+    """Return -log p, (N,): the cross-entropy of each target token.
+
+    Divide the sum by the number of target tokens of the whole batch, not of a micro-batch.
+    """
+    return -logprob
 
 
 def ppo_clip(

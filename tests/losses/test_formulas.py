@@ -1,14 +1,20 @@
 """`formula`: a function of `losses` with its parameters."""
 
 import math
+from collections.abc import Callable
+from dataclasses import fields
+from typing import Annotated
 
 import pytest
 import torch
+from torch import Tensor
 
-from fastalign import losses
-from fastalign.losses import formula
-from fastalign.ops import PreferenceFormula
+from fastalign import fused_linear_preference_loss, losses
+from fastalign.losses import formula, formulas
+from fastalign.ops import PreferenceFormula, preference_loss
 from fastalign.ops.preference_loss.pairs import PairLogprobs
+from fastalign.trainers import LOSSES
+from fastalign.trainers.dpo.losses import loss_dataclass
 from tests.ops.preference_loss_cases import FORMULAS, WITH_TIES, make
 
 
@@ -68,3 +74,69 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         make_with(loss, parameters)
+
+
+@pytest.fixture
+def exponential(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tensor]:
+    """A loss that no kernel computes: a function and its registration."""
+    monkeypatch.setattr(formulas, "_LOSSES", dict(formulas._LOSSES))
+
+    @formulas.pair_loss()
+    def exponential(
+        policy_chosen_logprob: Tensor,
+        policy_rejected_logprob: Tensor,
+        *,
+        beta: Annotated[float, "Scale of the log-probs."] = 0.5,
+    ) -> Tensor:
+        """Exponential loss, AdaBoost's.
+
+        Return exp(-beta * (log pi(c) - log pi(r))).
+        """
+        return (-beta * (policy_chosen_logprob - policy_rejected_logprob)).exp()
+
+    return exponential
+
+
+def test_a_loss_without_a_kernel_is_computed_by_its_function(
+    exponential: Callable[..., Tensor],
+) -> None:
+    assert list(formulas.pair_losses())[-1] == "exponential"
+    made = formula(exponential, beta=0.25)
+    assert made.kernel is None
+    assert (made.needs_reference, made.uses_ties) == (False, False)
+    logprob = (-torch.rand(8, generator=torch.Generator().manual_seed(0))).requires_grad_()
+    found, sums = preference_loss(logprob, torch.tensor([0, 1, 3, 6, 8]), made)
+    assert torch.equal(found, exponential(sums[0::2], sums[1::2], beta=0.25))
+    found.sum().backward()
+    assert logprob.grad is not None
+    assert (logprob.grad[0] < 0) & (logprob.grad[1] > 0)
+    with pytest.raises(ValueError, match="no kernel computes exponential, got 'triton'"):
+        preference_loss(logprob, torch.tensor([0, 1, 3, 6, 8]), made, backend="triton")
+
+
+def test_a_loss_without_a_kernel_goes_through_the_fused_head(
+    exponential: Callable[..., Tensor],
+) -> None:
+    def run(pair_loss: Callable[[PairLogprobs], Tensor]) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(1)
+        hidden = torch.randn(9, 4, generator=generator).requires_grad_()
+        weight = torch.randn(11, 4, generator=generator).requires_grad_()
+        loss, _ = fused_linear_preference_loss(
+            hidden, weight, torch.arange(9), [0, 2, 5, 7, 9], pair_loss
+        )
+        return [loss, *torch.autograd.grad(loss, (hidden, weight))]
+
+    made = formula(exponential)
+    by_function = run(lambda pairs: made(pairs))
+    assert all(torch.equal(a, b) for a, b in zip(run(made), by_function, strict=True))
+
+
+def test_a_losss_dataclass_has_its_functions_parameters(
+    exponential: Callable[..., Tensor],
+) -> None:
+    made = loss_dataclass(exponential)
+    assert made().beta == 0.5  # type: ignore[call-arg]
+    assert made.__doc__ == "Exponential loss, AdaBoost's."
+    assert [field.metadata["help"] for field in fields(made)] == ["Scale of the log-probs."]
+    assert made(beta=0.25).formula() == formula(exponential, beta=0.25)
+    assert [name for name in LOSSES if LOSSES[name]().name != name] == []  # type: ignore[call-arg]

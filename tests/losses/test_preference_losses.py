@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastalign import losses
-from fastalign.losses.preference_reference_free import log_odds
+from fastalign.losses.preference import log_odds
 
 NUMBERS = {
     "policy_chosen_logprob": -10.0,

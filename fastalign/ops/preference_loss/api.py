@@ -70,11 +70,18 @@ def preference_loss(
     ):
         if value is not None:
             _check_tensor(name, value, shape, kind, logprob.device)
+    if formula.kernel is None and backend == "auto":
+        backend = "reference"
     chosen = choose_backend("preference_loss", backend, logprob.device.type, logprob.dtype)
     if reference_logprob is not None:
         reference_logprob = reference_logprob.detach()
     if chosen == "reference":
         return reference.define(logprob, bounds, formula, reference_logprob, length, tie)
+    if formula.kernel is None:
+        raise ValueError(
+            f"backend: expected 'auto' or 'reference', for no kernel computes {formula.name}, "
+            f"got {backend!r}"
+        )
     losses, sequence_logprob, _ = preference_loss_forward(
         logprob,
         bounds,

@@ -59,7 +59,7 @@ class PreferenceFormula:
     function: Callable[..., Tensor]  # the definition
     inputs: tuple[str, ...]  # the fields of PairLogprobs that it takes by position
     parameters: Mapping[str, float]  # what it takes by name
-    kernel: PairLink
+    kernel: PairLink | None  # None: no kernel computes it
 
     @property
     def name(self) -> str:

@@ -10,7 +10,7 @@ from fastalign.runs.config import (
     RunConfig,
     TrainConfig,
 )
-from fastalign.trainers.dpo.losses import DPOLoss, PreferenceLoss
+from fastalign.trainers.dpo.losses import LOSSES, PreferenceLoss
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class DPOConfig:
     model: ModelConfig
     data: PreferenceDataConfig
     run: RunConfig
-    loss: PreferenceLoss = field(default_factory=DPOLoss)
+    loss: PreferenceLoss = field(default_factory=LOSSES["dpo"])
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)

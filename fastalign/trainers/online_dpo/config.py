@@ -6,7 +6,7 @@ from typing import Literal
 from fastalign.ranks.config import ParallelConfig
 from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
 from fastalign.runs.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
-from fastalign.trainers.dpo.losses import DPOLoss, PreferenceLoss
+from fastalign.trainers.dpo.losses import LOSSES, PreferenceLoss
 from fastalign.trainers.sampling.config import PromptDataConfig, RewardSourceConfig, WatchConfig
 
 
@@ -62,7 +62,7 @@ class OnlineDPOConfig:
     data: PromptDataConfig
     reward: RewardSourceConfig
     run: RunConfig
-    loss: PreferenceLoss = field(default_factory=DPOLoss)
+    loss: PreferenceLoss = field(default_factory=LOSSES["dpo"])
     reference: OnlineReferenceConfig = field(default_factory=OnlineReferenceConfig)
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(num_samples=4))
     sampler: SamplerName = "transformers"
