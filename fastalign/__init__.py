@@ -12,6 +12,7 @@ from fastalign.fused import (
     sequence_logprob,
 )
 from fastalign.ops import (
+    LinearHead,
     LoraWeights,
     VocabularyShard,
     fused_linear_loss,
@@ -20,6 +21,7 @@ from fastalign.ops import (
 )
 
 __all__ = [
+    "LinearHead",
     "LoraWeights",
     "VocabularyShard",
     "fused_linear_dpo_loss",

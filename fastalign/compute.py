@@ -67,6 +67,11 @@ class Compute:
         """Whether gradients are summed over ranks after each batch, not at a step's last one."""
         return self.parallel.strategy == "fsdp" and not self.parallel.no_sync
 
+    @property
+    def product_dtype(self) -> torch.dtype | None:
+        """The dtype of a head's products; None: that of its operands, float32."""
+        return None if self.dtype == torch.float32 else self.dtype
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Autocast to the products' dtype, or nothing in float32."""
         if self.dtype == torch.float32:

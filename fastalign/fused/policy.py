@@ -12,8 +12,8 @@ from fastalign.fused.metrics import metric_means
 from fastalign.losses.chunk_losses import ppo_loss_fn
 from fastalign.ops.head.arguments import LinearBackend
 from fastalign.ops.head.fused_linear_loss import fused_linear_loss
+from fastalign.ops.head.linear_head import LinearHead, LoraWeights
 from fastalign.ops.head.linear_logprob import linear_logprob
-from fastalign.ops.head.lora import LoraWeights
 from fastalign.ops.head.target_rows import TargetRows
 from fastalign.ops.head.vocabulary_shard import VocabularyShard
 from fastalign.ops.segments import segment_sum
@@ -21,7 +21,7 @@ from fastalign.ops.segments import segment_sum
 
 def fused_linear_ppo_loss(
     hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
+    weight: Tensor | LinearHead,  # (V, D)
     targets: Tensor,  # (T,) int64
     old_logprob: Tensor,  # (T,)
     advantage: Tensor,  # (T,)
@@ -52,7 +52,7 @@ def fused_linear_ppo_loss(
 
     Args:
         hidden: Hidden states that predict `targets` (already shifted).
-        weight: The head's weight.
+        weight: The head's weight, or the whole head: then without its fields as keywords.
         targets: Sampled token ids; rows with `ignore_index` are left out of every product, for
             which a GPU is waited for once.
         old_logprob: Log-probs of the policy that sampled, at the same temperature; no gradient.
@@ -118,7 +118,7 @@ def fused_linear_ppo_loss(
 
 def sequence_logprob(
     hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
+    weight: Tensor | LinearHead,  # (V, D)
     targets: Tensor,  # (T,) int64
     cu_seqlens: Tensor | Sequence[int],  # (R + 1,)
     *,
@@ -144,7 +144,7 @@ def sequence_logprob(
 
     Args:
         hidden: Hidden states that predict `targets` (already shifted).
-        weight: The head's weight.
+        weight: The head's weight, or the whole head: then without its fields as keywords.
         targets: Token ids; rows with `ignore_index` are left out of every product, for which a GPU
             is waited for once.
         cu_seqlens: Row bounds of the sequences, from 0 to T.

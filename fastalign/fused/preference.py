@@ -14,14 +14,14 @@ from fastalign.losses.chunk_losses import PairLoss, preference_loss_fn
 from fastalign.losses.formulas import check_pair_loss
 from fastalign.ops.head.arguments import LinearBackend
 from fastalign.ops.head.fused_linear_loss import fused_linear_loss
-from fastalign.ops.head.lora import LoraWeights
+from fastalign.ops.head.linear_head import LinearHead, LoraWeights
 from fastalign.ops.head.target_rows import TargetRows
 from fastalign.ops.head.vocabulary_shard import VocabularyShard
 
 
 def fused_linear_preference_loss(
     hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
+    weight: Tensor | LinearHead,  # (V, D)
     targets: Tensor,  # (T,) int64
     cu_seqlens: Tensor | Sequence[int],  # (2B + 1,)
     pair_loss: PairLoss,
@@ -52,7 +52,7 @@ def fused_linear_preference_loss(
 
     Args:
         hidden: Hidden states that predict `targets` (already shifted).
-        weight: The head's weight.
+        weight: The head's weight, or the whole head: then without its fields as keywords.
         targets: Token ids; rows with `ignore_index` (prompts, padding) are left out of every
             product, for which a GPU is waited for once.
         cu_seqlens: Row bounds of the sequences, in the order chosen, rejected, chosen, ...
@@ -118,7 +118,7 @@ def fused_linear_preference_loss(
 
 def fused_linear_dpo_loss(
     hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
+    weight: Tensor | LinearHead,  # (V, D)
     targets: Tensor,  # (T,) int64
     cu_seqlens: Tensor | Sequence[int],  # (2B + 1,)
     reference_logprob: Tensor,  # (2B,)

@@ -10,14 +10,14 @@ from fastalign.fused.metrics import metric_means
 from fastalign.losses.chunk_losses import sft_loss_fn
 from fastalign.ops.head.arguments import LinearBackend
 from fastalign.ops.head.fused_linear_loss import fused_linear_loss
-from fastalign.ops.head.lora import LoraWeights
+from fastalign.ops.head.linear_head import LinearHead, LoraWeights
 from fastalign.ops.head.target_rows import TargetRows
 from fastalign.ops.head.vocabulary_shard import VocabularyShard
 
 
 def fused_linear_sft_loss(
     hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
+    weight: Tensor | LinearHead,  # (V, D)
     targets: Tensor,  # (T,) int64
     *,
     normaliser: float | Tensor | None = None,
@@ -41,7 +41,7 @@ def fused_linear_sft_loss(
 
     Args:
         hidden: Hidden states that predict `targets` (already shifted).
-        weight: The head's weight.
+        weight: The head's weight, or the whole head: then without its fields as keywords.
         targets: Token ids; rows with `ignore_index` are left out of every product, for which a GPU
             is waited for once.
         normaliser: What the sum over tokens is divided by; None: the number of targets here.

@@ -3,7 +3,7 @@
 from fastalign.compute import PACKINGS, AttentionChoice, Packing, find_device
 from fastalign.models.attention import ATTENTIONS, AttentionPlan, attention_of, attention_reason
 from fastalign.models.compiled import compile_layers
-from fastalign.models.head import Head, lm_head
+from fastalign.models.head import lm_head
 from fastalign.models.load import (
     check_packable,
     is_out_of_memory,
@@ -51,7 +51,6 @@ __all__ = [
     "PACKINGS",
     "AttentionChoice",
     "AttentionPlan",
-    "Head",
     "Packing",
     "RewardScale",
     "Strategy",

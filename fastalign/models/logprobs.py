@@ -136,18 +136,11 @@ def response_logprob(
         (N,) float32 (float64 for a float64 model).
     """
     hidden = predict_hidden(model, batch, packing=packing)
-    head = lm_head(model)
-    logprob = linear_logprob(
+    return linear_logprob(
         hidden,
-        head.weight,
+        lm_head(model),
         batch.targets,
-        bias=head.bias,
         temperature=temperature,
-        softcap=head.softcap,
-        logit_scale=head.logit_scale,
-        lora=head.lora,
         compute_dtype=compute_dtype,
         max_buffer_bytes=max_buffer_bytes,
     )
-    assert isinstance(logprob, Tensor)
-    return logprob

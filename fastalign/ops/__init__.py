@@ -2,9 +2,9 @@
 
 from fastalign.ops.gae import gae
 from fastalign.ops.head.fused_linear_loss import LossFunction, TokenChunk, fused_linear_loss
+from fastalign.ops.head.linear_head import LinearHead, LoraWeights
 from fastalign.ops.head.linear_kl import LinearKL, linear_kl
 from fastalign.ops.head.linear_logprob import linear_logprob
-from fastalign.ops.head.lora import LoraWeights
 from fastalign.ops.head.vocabulary_shard import VocabularyShard
 from fastalign.ops.kl_penalty import KLPenalty, kl_penalty
 from fastalign.ops.preference_loss import PreferenceFormula, preference_loss
@@ -13,6 +13,7 @@ from fastalign.ops.token_logprob import token_logprob
 
 __all__ = [
     "KLPenalty",
+    "LinearHead",
     "LinearKL",
     "LoraWeights",
     "LossFunction",

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
-from fastalign.models import Head, lm_head, predict_hidden
-from fastalign.ops import fused_linear_loss
+from fastalign.models import lm_head, predict_hidden
+from fastalign.ops import LinearHead, fused_linear_loss
 from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.runs.accumulate import BatchLoss
 from fastalign.runs.config import OptimConfig
@@ -24,7 +24,7 @@ FEWEST_NORMS = 32
 # (the batch, which examples it holds) -> the loss function, and its groups' bounds
 MakeLoss = Callable[[PackedBatch, list[int]], tuple[LossFunction, Sequence[int] | None]]
 # (hidden states (N, D), the head, the batch) -> more sums for the metrics
-MeasureHidden = Callable[[Tensor, Head, PackedBatch], dict[str, Tensor]]
+MeasureHidden = Callable[[Tensor, LinearHead, PackedBatch], dict[str, Tensor]]
 # (what the run changes, the step's examples, steps of the run) -> metrics, packed tokens computed
 TakeStep = Callable[[TrainState, list[int], int], tuple[Metrics, int]]
 
@@ -49,16 +49,12 @@ def policy_loss(
         head = lm_head(model)
         loss, metrics = fused_linear_loss(
             hidden,
-            head.weight,
+            head,
             batch.targets,
             bounds,
             loss_fn,
-            bias=head.bias,
             temperature=temperature,
-            softcap=head.softcap,
-            logit_scale=head.logit_scale,
-            lora=head.lora,
-            compute_dtype=compute.dtype if compute.dtype != torch.float32 else None,
+            compute_dtype=compute.product_dtype,
             max_buffer_bytes=compute.max_buffer_bytes,
         )
         return loss, metrics if measure is None else metrics | measure(hidden.detach(), head, batch)

@@ -13,7 +13,7 @@ from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
 from fastalign.data import TokenizedDataset, Tokenizer
 from fastalign.losses.chunk_losses import preference_loss_fn
-from fastalign.models import Head
+from fastalign.ops import LinearHead
 from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.ops.segments import segment_sum
 from fastalign.runs.accumulate import Examples, accumulate, evaluate_by_loss, measure_examples
@@ -157,7 +157,7 @@ def make_preference_loss(loss: PreferenceLoss, pairs: Pairs, normaliser: int) ->
 
 
 @torch.no_grad()
-def logit_sums(hidden: Tensor, head: Head, batch: PackedBatch) -> dict[str, Tensor]:
+def logit_sums(hidden: Tensor, head: LinearHead, batch: PackedBatch) -> dict[str, Tensor]:
     """Mean logits of chosen and rejected tokens, as sums: TRL's `logits/chosen`, `logits/rejected`.
 
     A model with a softcap has no such metric: its mean needs every logit.

@@ -20,7 +20,6 @@ from fastalign.data import (
 )
 from fastalign.models import (
     AttentionPlan,
-    Head,
     adapter_base,
     adapter_off,
     attention_of,
@@ -34,7 +33,7 @@ from fastalign.models import (
     score_at,
     set_pad_token,
 )
-from fastalign.ops import linear_kl
+from fastalign.ops import LinearHead, LinearKL, linear_kl
 from fastalign.ranks.parallel import enter, is_sharded
 from fastalign.runs.load_models import (
     load_for_training,
@@ -204,20 +203,9 @@ def load_value(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> tup
     return share(ready_for_training(value, config), compute), own
 
 
-def head_options(head: Head, compute: Compute, temperature: float) -> dict[str, object]:
-    """What the operations on heads take besides hidden states and weights."""
-    return {
-        "temperature": temperature,
-        "softcap": head.softcap,
-        "logit_scale": head.logit_scale,
-        "compute_dtype": compute.dtype if compute.dtype != torch.float32 else None,
-        "max_buffer_bytes": compute.max_buffer_bytes,
-    }
-
-
 def hidden_and_head(
     model: object, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None
-) -> tuple[Tensor, Head]:
+) -> tuple[Tensor, LinearHead]:
     """Hidden states (N, D) that predict the sampled tokens, and the head that reads them."""
     with compute.autocast():
         hidden = hidden_at(model, batch, batch.predict_index, packing=compute.packing, plan=plan)
@@ -227,10 +215,10 @@ def hidden_and_head(
 @torch.no_grad()
 def reference_head(
     reference: object, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None
-) -> tuple[Tensor, Head]:
+) -> tuple[Tensor, LinearHead]:
     """`hidden_and_head` of the frozen model; of a sharded one the head is a copy that stays."""
 
-    def of_reference() -> tuple[Tensor, Head]:
+    def of_reference() -> tuple[Tensor, LinearHead]:
         hidden, head = hidden_and_head(reference, batch, compute, plan)
         if not is_sharded(reference):
             return hidden, head
@@ -247,24 +235,18 @@ def shared_plan(batch: PackedBatch, compute: Compute) -> AttentionPlan | None:
 
 
 def both_heads(
-    hidden: Tensor,
-    head: Head,
-    reference: Tensor,
-    of_reference: Head,
+    policy: tuple[Tensor, LinearHead],
+    reference: tuple[Tensor, LinearHead],
     targets: Tensor,
     compute: Compute,
     temperature: float,
-) -> dict[str, Tensor]:
-    """Log-probs, entropy and the KL over the vocabulary, each (N,), in one pass over both heads."""
-    both = linear_kl(
-        hidden,
-        head.weight,
-        reference,
-        of_reference.weight,
+) -> LinearKL:
+    """Return log-probs, entropy and the KL over the vocabulary, each (N,), in one pass."""
+    return linear_kl(
+        *policy,
+        *reference,
         targets,
-        bias=head.bias,
-        reference_bias=of_reference.bias,
-        **head_options(head, compute, temperature),  # type: ignore[arg-type]
-    )._asdict()
-    both["full_kl"] = both.pop("kl")
-    return both
+        temperature=temperature,
+        compute_dtype=compute.product_dtype,
+        max_buffer_bytes=compute.max_buffer_bytes,
+    )

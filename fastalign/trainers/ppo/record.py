@@ -23,7 +23,6 @@ from fastalign.runs.metrics import Metrics
 from fastalign.trainers.ppo.models import (
     PPOModels,
     both_heads,
-    head_options,
     hidden_and_head,
     reference_head,
     shared_plan,
@@ -77,26 +76,29 @@ def numbers_of_batch(
     def of_policy() -> dict[str, Tensor]:
         hidden, head = hidden_and_head(models.policy, batch, compute, plan)
         if reference is not None:
-            return both_heads(hidden, head, *reference, batch.targets, compute, temperature)
-        logprob, entropy = linear_logprob(  # type: ignore[call-overload]
+            policy = (hidden, head)
+            found = both_heads(policy, reference, batch.targets, compute, temperature)._asdict()
+            return {**found, "full_kl": found.pop("kl")}
+        logprob, entropy = linear_logprob(
             hidden,
-            head.weight,
+            head,
             batch.targets,
-            bias=head.bias,
-            lora=head.lora,
             return_entropy=True,
-            **head_options(head, compute, temperature),
+            temperature=temperature,
+            compute_dtype=compute.product_dtype,
+            max_buffer_bytes=compute.max_buffer_bytes,
         )
         return {"logprob": logprob, "entropy": entropy}
 
     def of_reference() -> Tensor:
         hidden, head = hidden_and_head(models.reference, batch, compute, plan)
-        return linear_logprob(  # type: ignore[call-overload,no-any-return]
+        return linear_logprob(
             hidden,
-            head.weight,
+            head,
             batch.targets,
-            bias=head.bias,
-            **head_options(head, compute, temperature),
+            temperature=temperature,
+            compute_dtype=compute.product_dtype,
+            max_buffer_bytes=compute.max_buffer_bytes,
         )
 
     reference = reference_head(models.reference, batch, compute, plan) if full_kl else None

@@ -15,7 +15,7 @@ from fastalign.batch.schedule import indices_of_step
 from fastalign.compute import Compute
 from fastalign.losses import importance_weight, value_clipped
 from fastalign.losses.chunk_losses import ppo_loss_fn
-from fastalign.ops import TokenChunk, linear_kl
+from fastalign.ops import TokenChunk
 from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.runs.accumulate import BatchLoss, Examples, accumulate
 from fastalign.runs.metrics import Metrics, mean_metrics
@@ -24,7 +24,7 @@ from fastalign.runs.step import MakeLoss, optimiser_step, policy_loss
 from fastalign.trainers.ppo.config import KLConfig, PPOConfig
 from fastalign.trainers.ppo.models import (
     PPOModels,
-    head_options,
+    both_heads,
     hidden_and_head,
     reference_head,
     shared_plan,
@@ -218,18 +218,10 @@ def full_kl_batch_loss(update: Update, make_loss: MakeLoss, normaliser: int) -> 
 
     def of_batch(batch: PackedBatch, chosen: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         plan = shared_plan(batch, compute)
-        reference, of_reference = reference_head(models.reference, batch, compute, plan)
-        hidden, head = hidden_and_head(models.policy, batch, compute, plan)
-        found = linear_kl(
-            hidden,
-            head.weight,
-            reference,
-            of_reference.weight,
-            batch.targets,
-            bias=head.bias,
-            reference_bias=of_reference.bias,
-            **head_options(head, compute, update.config.sampling.temperature),  # type: ignore[arg-type]
-        )
+        reference = reference_head(models.reference, batch, compute, plan)
+        policy = hidden_and_head(models.policy, batch, compute, plan)
+        temperature = update.config.sampling.temperature
+        found = both_heads(policy, reference, batch.targets, compute, temperature)
         of_all = torch.ones_like(batch.targets, dtype=torch.bool)
         ends = (0, batch.num_targets, 0, batch.num_targets)
         chunk = TokenChunk(found.logprob, found.entropy, ~of_all, of_all, *ends)

@@ -18,15 +18,15 @@ from fastalign.ops.head.arguments import (
 )
 from fastalign.ops.head.fused_linear_loss import chunked, reference, sharded, traced
 from fastalign.ops.head.fused_linear_loss.chunk import LossFunction
+from fastalign.ops.head.linear_head import LinearHead, LoraWeights, as_linear_head, lora_operands
 from fastalign.ops.head.linear_logprob.operands import Needs, head_inputs
 from fastalign.ops.head.linear_logprob.shard_arguments import ShardedHead
-from fastalign.ops.head.lora import LoraWeights, lora_operands
 from fastalign.ops.head.vocabulary_shard import VocabularyShard
 
 
 def fused_linear_loss(
     hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
+    weight: Tensor | LinearHead,  # (V, D)
     targets: Tensor,  # (T,) int64
     segments: Tensor | Sequence[int] | None,  # (G + 1,)
     loss_fn: LossFunction,
@@ -58,7 +58,7 @@ def fused_linear_loss(
 
     Args:
         hidden: Hidden states, any float dtype.
-        weight: The head's weight.
+        weight: The head's weight, or the whole head: then without its fields as keywords.
         targets: Token ids; `ignore_index` gives log-prob 0 and no gradient.
         segments: Row bounds of the groups that `loss_fn` must see together, from 0 to T; on the
             host, or a GPU is waited for. None: every row is a group of its own.
@@ -84,6 +84,16 @@ def fused_linear_loss(
         ValueError: A wrong shape, dtype, device, target, bound, number or backend, or too small a
             budget, or a `loss_fn` whose loss is not a scalar.
     """
+    whole = as_linear_head(
+        weight,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        lora=lora,
+        vocabulary_shard=vocabulary_shard,
+    )
+    weight, bias, softcap, logit_scale = whole.weight, whole.bias, whole.softcap, whole.logit_scale
+    lora, vocabulary_shard = whole.lora, whole.shard
     if vocabulary_shard is not None:
         numbers = (temperature, softcap, logit_scale, ignore_index, lora, compute_dtype)
         shared = ShardedHead(

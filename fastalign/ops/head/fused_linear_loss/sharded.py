@@ -15,9 +15,9 @@ from torch import Tensor
 from fastalign.ops.head.buffers import Buffers
 from fastalign.ops.head.fused_linear_loss import chunked
 from fastalign.ops.head.fused_linear_loss.chunk import LossFunction
+from fastalign.ops.head.linear_head import lora_operands
 from fastalign.ops.head.linear_logprob.shard_arguments import ShardedHead, checked_head
 from fastalign.ops.head.linear_logprob.shard_pass import ShardPass
-from fastalign.ops.head.lora import lora_operands
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """`linear_kl`: two models' hidden states to log-probs and KL without all the logits."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from fastalign.ops.head.arguments import (
     temperature_tensor,
 )
 from fastalign.ops.head.buffers import default_budget
+from fastalign.ops.head.linear_head import LinearHead, as_linear_head
 from fastalign.ops.head.linear_kl.op import linear_kl_forward
 from fastalign.ops.head.linear_kl.reference import pair_statistics
 from fastalign.ops.head.linear_logprob.reference import head_logits
@@ -35,6 +37,34 @@ class LinearKL(NamedTuple):
     reference_logprob: Tensor
     entropy: Tensor
     kl: Tensor
+
+
+def _reference_head(
+    head: LinearHead, weight: Tensor | LinearHead, bias: Tensor | None
+) -> LinearHead:
+    """Return the reference's head, once it and the policy's are ones that this operation reads.
+
+    Raises:
+        ValueError: if a head has an adapter or a shard, or the two transform logits differently.
+    """
+    reference = weight
+    if not isinstance(reference, LinearHead):
+        reference = replace(head, weight=reference, bias=bias, lora=None, shard=None)
+    elif bias is not None and reference.bias is not None:
+        raise ValueError("reference_bias: expected none beside a LinearHead that holds a bias")
+    elif bias is not None:
+        reference = replace(reference, bias=bias)
+    for name, each in (("weight", head), ("reference_weight", reference)):
+        if each.lora is not None or each.shard is not None:
+            field = "lora" if each.shard is None else "shard"
+            raise ValueError(f"{name}: linear_kl expected a head without {field}, got one with it")
+    ours, theirs = ((each.softcap, each.logit_scale) for each in (head, reference))
+    if ours != theirs:
+        raise ValueError(
+            "reference_weight: expected a head with the policy's softcap and logit_scale "
+            f"{ours}, got {theirs}"
+        )
+    return reference
 
 
 def _check_reference(
@@ -91,9 +121,9 @@ def _resolve_dtype(
 
 def linear_kl(
     hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
+    weight: Tensor | LinearHead,  # (V, D)
     reference_hidden: Tensor,  # (T, E)
-    reference_weight: Tensor,  # (V, E)
+    reference_weight: Tensor | LinearHead,  # (V, E)
     targets: Tensor,  # (T,) int64
     *,
     direction: KLDirection = "reverse",
@@ -134,9 +164,10 @@ def linear_kl(
 
     Args:
         hidden: The policy's hidden states, any float dtype, any strides.
-        weight: The policy's head.
+        weight: The policy's head, or its weight.
         reference_hidden: The reference's hidden states; their width may be another.
-        reference_weight: The reference's head, for the same vocabulary; may be `weight`.
+        reference_weight: The reference's head, or its weight, for the same vocabulary; may be
+            `weight`.
         targets: Token ids; `ignore_index` gives zeros and no gradient.
         direction: "reverse" (the penalty of RLHF) or "forward" (distillation).
         bias: The policy's bias.
@@ -159,6 +190,10 @@ def linear_kl(
     Raises:
         ValueError: A wrong shape, dtype, device, target, number or backend, or too small a budget.
     """
+    head = as_linear_head(weight, bias=bias, softcap=softcap, logit_scale=logit_scale)
+    reference = _reference_head(head, reference_weight, reference_bias)
+    weight, bias, softcap, logit_scale = head.weight, head.bias, head.softcap, head.logit_scale
+    reference_weight, reference_bias = reference.weight, reference.bias
     check_head(hidden, weight, targets, bias)
     _check_reference(hidden, weight, reference_hidden, reference_weight, reference_bias)
     check_targets(targets, weight.shape[0], ignore_index)

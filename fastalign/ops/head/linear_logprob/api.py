@@ -15,18 +15,18 @@ from fastalign.ops.head.arguments import (
     resolve_compute_dtype,
     temperature_tensor,
 )
+from fastalign.ops.head.linear_head import LinearHead, LoraWeights, as_linear_head, lora_operands
 from fastalign.ops.head.linear_logprob import sharded
 from fastalign.ops.head.linear_logprob.op import linear_logprob_forward
 from fastalign.ops.head.linear_logprob.reference import head_logits, row_statistics
 from fastalign.ops.head.linear_logprob.shard_arguments import ShardedHead
-from fastalign.ops.head.lora import LoraWeights, lora_operands
 from fastalign.ops.head.vocabulary_shard import VocabularyShard
 
 
 @overload
 def linear_logprob(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | LinearHead,
     targets: Tensor,
     *,
     bias: Tensor | None = ...,
@@ -46,7 +46,7 @@ def linear_logprob(
 @overload
 def linear_logprob(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | LinearHead,
     targets: Tensor,
     *,
     bias: Tensor | None = ...,
@@ -65,7 +65,7 @@ def linear_logprob(
 
 def linear_logprob(
     hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
+    weight: Tensor | LinearHead,  # (V, D)
     targets: Tensor,  # (T,) int64
     *,
     bias: Tensor | None = None,  # (V,)
@@ -108,7 +108,8 @@ def linear_logprob(
 
     Args:
         hidden: Hidden states, any float dtype, any strides.
-        weight: The head's weight; may be the (tied) embedding, or a slice of a larger one.
+        weight: The head's weight; may be the (tied) embedding, or a slice of a larger one. Or the
+            whole head, a `LinearHead`: then without its fields as keywords.
         targets: Token ids; `ignore_index` gives log-prob 0, entropy 0 and no gradient.
         bias: The head's bias.
         temperature: A positive number, or one per row; gets no gradient.
@@ -135,12 +136,22 @@ def linear_logprob(
         ValueError: A wrong shape, dtype, device, target, number or backend, or too small a budget;
             shards that do not cover the vocabulary, or arguments that differ between ranks.
     """
+    head = as_linear_head(
+        weight,
+        bias=bias,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        lora=lora,
+        vocabulary_shard=vocabulary_shard,
+    )
+    weight, bias, softcap, logit_scale = head.weight, head.bias, head.softcap, head.logit_scale
+    lora, vocabulary_shard = head.lora, head.shard
     if vocabulary_shard is not None:
         numbers = (temperature, softcap, logit_scale, ignore_index, lora, compute_dtype)
-        head = ShardedHead(
+        shared = ShardedHead(
             vocabulary_shard, hidden, weight, bias, targets, *numbers, max_buffer_bytes, backend
         )
-        logprob, entropy = sharded.linear_logprob(head, return_entropy)
+        logprob, entropy = sharded.linear_logprob(shared, return_entropy)
         return (logprob, entropy) if return_entropy else logprob
     check_head(hidden, weight, targets, bias)
     check_targets(targets, weight.shape[0], ignore_index)

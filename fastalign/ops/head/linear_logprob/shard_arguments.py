@@ -17,8 +17,8 @@ from fastalign.ops.head.arguments import (
     temperature_tensor,
 )
 from fastalign.ops.head.buffers import default_budget
+from fastalign.ops.head.linear_head import LoraWeights
 from fastalign.ops.head.linear_logprob.operands import HeadInputs, Needs, head_inputs
-from fastalign.ops.head.lora import LoraWeights
 from fastalign.ops.head.products import product_dtype
 from fastalign.ops.head.rank_agreement import checked_together
 from fastalign.ops.head.vocabulary_shard import VocabularyShard

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastalign.ops.head.buffers import Buffers, plan_buffers
 from fastalign.ops.head.head_tile import SoftmaxStatistics
+from fastalign.ops.head.linear_head import lora_operands
 from fastalign.ops.head.linear_logprob.operands import new_gradients
 from fastalign.ops.head.linear_logprob.shard_arguments import CheckedHead, ShardedHead, checked_head
 from fastalign.ops.head.linear_logprob.shard_pass import ShardPass
-from fastalign.ops.head.lora import lora_operands
 from fastalign.ops.head.products import accumulation_dtype
 
 
