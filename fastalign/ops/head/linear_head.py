@@ -104,7 +104,6 @@ class LinearHead:
 
 def as_linear_head(
     weight: Tensor | LinearHead,
-    *,
     bias: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,

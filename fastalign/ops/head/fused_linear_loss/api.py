@@ -84,14 +84,7 @@ def fused_linear_loss(
         ValueError: A wrong shape, dtype, device, target, bound, number or backend, or too small a
             budget, or a `loss_fn` whose loss is not a scalar.
     """
-    whole = as_linear_head(
-        weight,
-        bias=bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        lora=lora,
-        vocabulary_shard=vocabulary_shard,
-    )
+    whole = as_linear_head(weight, bias, softcap, logit_scale, lora, vocabulary_shard)
     weight, bias, softcap, logit_scale = whole.weight, whole.bias, whole.softcap, whole.logit_scale
     lora, vocabulary_shard = whole.lora, whole.shard
     if vocabulary_shard is not None:

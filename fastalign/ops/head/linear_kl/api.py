@@ -190,7 +190,7 @@ def linear_kl(
     Raises:
         ValueError: A wrong shape, dtype, device, target, number or backend, or too small a budget.
     """
-    head = as_linear_head(weight, bias=bias, softcap=softcap, logit_scale=logit_scale)
+    head = as_linear_head(weight, bias, softcap, logit_scale)
     reference = _reference_head(head, reference_weight, reference_bias)
     weight, bias, softcap, logit_scale = head.weight, head.bias, head.softcap, head.logit_scale
     reference_weight, reference_bias = reference.weight, reference.bias

@@ -136,14 +136,7 @@ def linear_logprob(
         ValueError: A wrong shape, dtype, device, target, number or backend, or too small a budget;
             shards that do not cover the vocabulary, or arguments that differ between ranks.
     """
-    head = as_linear_head(
-        weight,
-        bias=bias,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        lora=lora,
-        vocabulary_shard=vocabulary_shard,
-    )
+    head = as_linear_head(weight, bias, softcap, logit_scale, lora, vocabulary_shard)
     weight, bias, softcap, logit_scale = head.weight, head.bias, head.softcap, head.logit_scale
     lora, vocabulary_shard = head.lora, head.shard
     if vocabulary_shard is not None:

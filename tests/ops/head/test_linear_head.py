@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.ops.head.linear_logprob_cases import ROWS, WIDTH, leaves, some_targets
 from torch import Tensor
 
 from fastalign import (
@@ -21,7 +22,6 @@ from fastalign import (
 )
 from fastalign.losses import dpo, formula
 from fastalign.ops import TokenChunk, linear_kl
-from tests.ops.linear_logprob_cases import ROWS, WIDTH, leaves, some_targets
 
 BOUNDS = [0, 5, 9, 16, ROWS]
 KEYWORDS = ("bias", "softcap", "logit_scale", "lora")
