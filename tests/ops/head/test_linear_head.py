@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.ops.head.linear_logprob_cases import ROWS, WIDTH, leaves, some_targets
 from torch import Tensor
 
 from fastalign import (
@@ -22,6 +21,7 @@ from fastalign import (
 )
 from fastalign.losses import dpo, formula
 from fastalign.ops import TokenChunk, linear_kl
+from tests.ops.head.linear_logprob.linear_logprob_cases import ROWS, WIDTH, leaves, some_targets
 
 BOUNDS = [0, 5, 9, 16, ROWS]
 KEYWORDS = ("bias", "softcap", "logit_scale", "lora")
