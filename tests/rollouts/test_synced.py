@@ -103,6 +103,7 @@ def test_weights_are_synced_when_the_policy_has_changed_and_only_then() -> None:
     first = sampler.generate(PROMPTS, PARAMS, seed=1)
     assert sampler.generate(PROMPTS, PARAMS, seed=1) == first
     assert engine.calls == ["sync", "generate", "sleep", "generate", "sleep"]
+    assert "sampling/sampling_logp_difference/max" in sampler.metrics()
     nudge(model)
     sampler.version = 1
     second = sampler.generate(PROMPTS, PARAMS, seed=1)
@@ -114,6 +115,7 @@ def test_weights_are_synced_when_the_policy_has_changed_and_only_then() -> None:
     assert second == expected.generate(PROMPTS, PARAMS, seed=1)
     metrics = sampler.metrics()
     assert metrics["sampling/num_rebuilds"] == 0
+    # measured anew: the new weights were checked too
     assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
     assert metrics["time/sync_seconds"] > 0
     assert sampler.metrics()["time/sync_seconds"] == 0
