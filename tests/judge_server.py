@@ -15,7 +15,7 @@ Reply = tuple[int, str | Iterable[str], dict[str, str]]
 
 @dataclass
 class Served:
-    """Where the endpoint is, and what it was asked: (path, headers, body) each."""
+    """Address of the endpoint and its requests: (path, headers by lower-case names, body) each."""
 
     url: str
     requests: list[tuple[str, dict[str, str], dict[str, Any]]] = field(default_factory=list)
@@ -43,7 +43,8 @@ def judge_server(reply: Callable[[str, int], Reply | None]) -> Iterator[Served]:
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             with lock:
-                served.requests.append((self.path, dict(self.headers), body))
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                served.requests.append((self.path, headers, body))
                 number = len(served.requests)
             made = reply(body["messages"][0]["content"], number)
             if made is None:

@@ -92,7 +92,7 @@ def test_win_rate_by_a_judge(work: Path, capsys: pytest.CaptureFixture[str]) -> 
     out = capsys.readouterr().out
     assert "[answer A]\n{answer_a}" in out  # the question is shown
     assert "0.0% of 8 answers without a verdict" in out
-    assert served.requests[0][1]["Authorization"] == "Bearer sk-secret"
+    assert served.requests[0][1]["authorization"] == "Bearer sk-secret"
     result = json.loads((work / "rate.json").read_text())
     assert (result["num_wins"], result["num_ties"], result["num_losses"]) == (1, 2, 1)
     assert (result["num_answers"], result["share_order_dependent"]) == (8, 0.0)

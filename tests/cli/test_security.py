@@ -112,7 +112,7 @@ def test_a_judge_s_key_is_sent_and_nowhere_written(
         arguments = ["win-rate", "--model.samples", "a.jsonl", "--baseline.samples", "b.jsonl"]
         arguments += ["--judge.endpoint", served.url, "--judge.model", "judge", "--out", "win.json"]
         assert main([*arguments, "--judge.key-variable", "JUDGE_KEY"]) == 0
-        sent = {headers["Authorization"] for _, headers, _ in served.requests}
+        sent = {headers["authorization"] for _, headers, _ in served.requests}
         assert sent == {f"Bearer {SECRET}"}
         out, err = capfd.readouterr()
         assert SECRET not in out + err + texts_under(tmp_path)

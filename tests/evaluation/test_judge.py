@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fastalign.data import Message
+from fastalign.evaluation.judge import chat_endpoint
 from fastalign.evaluation.judge.chat_endpoint import ChatEndpoint, EndpointConfig
 from fastalign.evaluation.judge.judge import (
     both_orders,
@@ -179,7 +180,7 @@ def test_a_refusal_is_not_asked_again_and_never_shows_the_key(
     )
     assert message.endswith("status 401: bad key [key]")
     assert len(served.requests) == 1
-    assert served.requests[0][1]["Authorization"] == "Bearer sk-secret"
+    assert served.requests[0][1]["authorization"] == "Bearer sk-secret"
 
 
 def test_after_a_refusal_nothing_more_is_sent() -> None:
@@ -224,7 +225,36 @@ def test_no_key_is_sent_unless_its_variable_is_named(monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     with judge_server(likes_good) as served:
         judge(served.url)
-    assert all("Authorization" not in headers for _, headers, _ in served.requests)
+    assert all("authorization" not in headers for _, headers, _ in served.requests)
+
+
+def test_nothing_but_the_question_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):
+        monkeypatch.setenv(name, "ours")
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Ours: ours")
+    with judge_server(likes_good) as served:
+        judge(served.url)
+    names = {name.lower() for _, headers, _ in served.requests for name in headers}
+    assert names == {
+        *("host", "accept", "accept-encoding", "connection"),
+        *("content-type", "content-length", "user-agent", "x-stainless-raw-response"),
+    }
+    assert "ours" not in str([headers for _, headers, _ in served.requests])
+
+
+def test_a_redirection_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with judge_server(likes_good) as other:
+        message, _ = failing(
+            lambda question, number: (307, "", {"Location": f"{other.url}/chat/completions"})
+        )
+    assert "status 307" in message
+    assert other.requests == []
+
+
+def test_without_the_package_it_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_endpoint, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"^judge: openai is not installed: pip install 'fasta"):
+        ChatEndpoint(settings("http://here/v1"))
 
 
 def test_a_server_that_is_down_is_said_at_once() -> None:
@@ -244,8 +274,9 @@ def test_a_server_that_goes_down_later_is_tried_again() -> None:
     endpoint.close()
 
 
+@pytest.mark.parametrize("status", [200, 500])
 @pytest.mark.parametrize("drips", [False, True], ids=["silent", "dripping"])
-def test_a_request_has_a_limit_of_time(drips: bool) -> None:
+def test_a_request_has_a_limit_of_time(drips: bool, status: int) -> None:
     over = threading.Event()
 
     def pieces() -> Iterator[str]:
@@ -254,12 +285,12 @@ def test_a_request_has_a_limit_of_time(drips: bool) -> None:
 
     def reply(question: str, number: int) -> Reply | None:
         if drips:
-            return 200, pieces(), {}
+            return status, pieces(), {}
         over.wait()
         return None
 
     with judge_server(reply) as served:
-        with pytest.raises(ValueError, match="ReadTimeout"):
+        with pytest.raises(ValueError, match="TimeoutError" if drips else "ReadTimeout"):
             judge(served.url, PAIRS[:1], timeout_seconds=0.1, retries=0)
         over.set()
 

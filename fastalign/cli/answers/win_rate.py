@@ -33,12 +33,12 @@ from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_s
 
 @dataclass(frozen=True)
 class Side:
-    """Whose answers: a model to sample from, or a file of its samples."""
+    """One side of the comparison: a model to sample from, or a file of its samples."""
 
     path: str | None = None
     """Folder in transformers' layout, or a hub name, to sample from."""
     samples: str | None = None
-    """File that `fastalign generate` wrote, of the same prompts as the other side's."""
+    """File that `fastalign generate` wrote for the same prompts as the other side's."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
     device: str = "auto"
@@ -55,7 +55,7 @@ class WinRateData:
 
 @dataclass(frozen=True)
 class WinRateConfig:
-    """Writes OUT (.json) and, beside it, OUT.verdicts.jsonl: every pair and what was said of it."""
+    """Writes OUT (.json) and, beside it, OUT.verdicts.jsonl with every pair and its verdict."""
 
     model: Side
     baseline: Side
@@ -67,8 +67,8 @@ class WinRateConfig:
     data: WinRateData = field(default_factory=WinRateData)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     sampler: SamplerName = "transformers"
-    """What draws completions: the model in this process, vLLM in it, in a process of its own, or a
-    server that `fastalign vllm-server` started."""
+    """Engine that draws completions: the model in this process, vLLM in this process, or a vLLM
+    server."""
     vllm: VllmOptions = field(default_factory=VllmOptions)
     run: SamplingRun = field(default_factory=SamplingRun)
 
@@ -77,10 +77,10 @@ class WinRateConfig:
 
 
 def check(config: WinRateConfig) -> None:
-    """Refuses settings that would judge nothing, or leave it open who does.
+    """Check that each side has one source and that there is exactly one judge.
 
     Raises:
-        ValueError: naming the setting.
+        ValueError: if not; the message names the setting.
     """
     for name, side in (("model", config.model), ("baseline", config.baseline)):
         if (side.path is None) == (side.samples is None):
@@ -96,7 +96,7 @@ def check(config: WinRateConfig) -> None:
 
 
 def answers_of(side: Side, config: WinRateConfig) -> list[tuple[Content, list[str]]]:
-    """Each prompt with its answers: read, or sampled (the model is freed behind it)."""
+    """Return each prompt with its answers, read or sampled; the model is freed afterwards."""
     if side.samples is not None:
         return load_samples(side.samples)
     assert side.path is not None
@@ -114,7 +114,7 @@ def answers_of(side: Side, config: WinRateConfig) -> list[tuple[Content, list[st
 
 
 def progress(judged: Iterator[Judged], total: int) -> Iterator[Judged]:
-    """Says now and then how many pairs are judged."""
+    """Print now and then how many pairs are judged."""
     shown = 0
     for done, found in enumerate(judged, 1):
         if done == total or done - shown >= total / 5:
@@ -126,7 +126,7 @@ def progress(judged: Iterator[Judged], total: int) -> Iterator[Judged]:
 def write_verdicts(
     path: Path, pairs: Sequence[AnswerPair], judged: Iterator[Judged]
 ) -> list[Judged]:
-    """A row a pair, written as it comes: what a judge was asked and paid for is never lost."""
+    """Write a row for each pair as it comes: a verdict that was paid for is never lost."""
     kept: list[Judged] = []
     with removed_if_empty(path), path.open("w", encoding="utf-8") as file:
         for pair, found in zip(pairs, judged, strict=True):
@@ -146,7 +146,7 @@ def write_verdicts(
 
 @contextmanager
 def removed_if_empty(path: Path) -> Iterator[None]:
-    """A failure before the first verdict leaves no file that the next try would stumble over."""
+    """Remove the file if a failure comes before the first verdict: the next try needs its name."""
     try:
         yield
     except BaseException:
@@ -158,7 +158,7 @@ def removed_if_empty(path: Path) -> Iterator[None]:
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The result in a few lines."""
+    """Return the result in a few lines."""
     lines = [
         f"win rate {result['win_rate']:.3f} ({result['win_rate_low']:.3f} to "
         f"{result['win_rate_high']:.3f}; {result['interval']}): {result['num_wins']} wins, "
@@ -177,7 +177,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit code 0: the JSON is written."""
+    """Compare the two sides and write the JSON; returns exit code 0."""
     config = parse_flags(WinRateConfig, argv, "fastalign win-rate")
     check(config)
     out = new_file(config.out)

@@ -1,20 +1,31 @@
-"""An OpenAI-compatible endpoint: one question, one answer, with patience that has an end."""
+"""An OpenAI-compatible endpoint, through the `openai` package: one question, one answer.
+
+The package's own retries and redirects are off: `judge.retries` and `judge.backoff_seconds` count,
+and prompts go nowhere but to the endpoint.
+"""
 
 import json
 import os
 import random
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
-
-import httpx2
+from urllib.parse import urlsplit
 
 from fastalign.rollouts.engines.connection import shorten
 
 # Answers of a server that may do better later: time-outs, conflicts, too many requests, overload.
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 LONGEST_WAIT_SECONDS = 60.0
+# The headers that are sent. The package would add the machine's platform and variables such as
+# OPENAI_ORG_ID; it reads the last one itself.
+HEADERS = {
+    *("host", "accept", "accept-encoding", "connection", "content-type", "content-length"),
+    *("user-agent", "authorization", "x-stainless-raw-response"),
+}
 
 
 @dataclass(frozen=True)
@@ -26,21 +37,21 @@ class EndpointConfig:
     model: str | None = None
     """Name of the judge, as the endpoint knows it."""
     key_variable: str | None = None
-    """Environment variable that holds the API key; none is sent without it, or written anywhere."""
+    """Environment variable that holds the API key; without it no key is sent."""
     template: str | None = None
     """File with {prompt}, {answer_a} and {answer_b} in place of the question that is printed."""
     temperature: float | None = 0.0
-    """Of the judge; None: the endpoint's own, for models that refuse to be told."""
+    """Sampling temperature of the judge; None: the endpoint's own, for models that take none."""
     max_tokens: int = 1024
-    """Most tokens of an answer; a judge that thinks needs more."""
+    """Most tokens of an answer; a judge that reasons needs more."""
     concurrency: int = 8
-    """Pairs that are asked about at the same time."""
+    """Number of pairs that are judged at the same time."""
     timeout_seconds: float = 120.0
-    """Most time of one request."""
+    """Time limit of one request."""
     retries: int = 5
-    """Further requests where the endpoint is busy, failed, or fell silent."""
+    """Number of further requests if the endpoint is busy, fails or does not answer."""
     backoff_seconds: float = 1.0
-    """Wait before the first of them, doubled for each; an endpoint's Retry-After counts if more."""
+    """Wait before the first retry, doubled for each; a longer Retry-After counts instead."""
 
     def __post_init__(self) -> None:
         for name, least in (("max_tokens", 1), ("concurrency", 1), ("retries", 0)):
@@ -58,13 +69,14 @@ class EndpointConfig:
 
 
 class ChatEndpoint:
-    """Asks questions, from several threads if need be.
+    """Client of one endpoint; several threads may ask at the same time.
 
     Args:
-        config: the endpoint; its `template` is not read here.
+        config: settings of the endpoint; its `template` is not used here.
 
     Raises:
-        ValueError: no endpoint or model, no http(s) address, or no key where one is named.
+        ValueError: if there is no endpoint, model or key where one is named, the address is not
+            http(s), or `openai` is not installed.
     """
 
     def __init__(self, config: EndpointConfig):
@@ -73,11 +85,19 @@ class ChatEndpoint:
         if not config.model:
             raise ValueError("judge.model: expected the judge's name at the endpoint, got none")
         self._key = read_key(config.key_variable)
-        headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}
-        self._client = httpx2.Client(
-            headers=headers,
-            timeout=config.timeout_seconds,
-            limits=httpx2.Limits(max_connections=config.concurrency),
+        if find_spec("openai") is None:
+            raise ValueError("judge: openai is not installed: pip install 'fastalign[judge]'")
+        import openai
+
+        self._openai, self._request = openai, threading.local()
+        hooks = {"request": [self._strip_headers], "response": [self._limit_time]}
+        self._client = openai.OpenAI(
+            base_url=self._url.removesuffix("/chat/completions"),
+            api_key=self._key or "none",  # `_strip_headers` removes it
+            max_retries=0,
+            http_client=openai.DefaultHttpxClient(
+                timeout=config.timeout_seconds, follow_redirects=False, event_hooks=hooks
+            ),
         )
         self._closed = threading.Event()
         self._lock = threading.Lock()
@@ -86,10 +106,10 @@ class ChatEndpoint:
         self.num_retries = 0
 
     def ask(self, question: str) -> str:
-        """The text of the answer; what is no chat completion is returned as it came.
+        """Return the text of the answer; the whole body if it is no chat completion.
 
         Raises:
-            ValueError: the endpoint refuses, or still fails after all retries.
+            ValueError: if the endpoint refuses, or still fails after all retries.
         """
         body: dict[str, Any] = {
             "model": self._config.model,
@@ -103,18 +123,21 @@ class ChatEndpoint:
                 raise ValueError(self._fault or f"judge.endpoint: {self._url}: closed")
             wait = self._config.backoff_seconds * 2**attempt * random.uniform(0.75, 1.25)
             try:
-                status, text, asked_wait = self._post(body)
-            except httpx2.RequestError as error:
-                fault = f"no answer ({type(error).__name__}: {error})"
-                # Nobody has ever answered there: a wrong address, or a server that is not up.
-                final = isinstance(error, httpx2.ConnectError) and not self._reached
-            else:
+                self._request.deadline = time.monotonic() + self._config.timeout_seconds
+                answer = self._client.chat.completions.with_raw_response.create(**body)
                 self._reached = True
-                if status == 200:
-                    return answer_text(text)
-                fault = f"status {status}: {shorten(text)}"
-                final = status not in RETRIED
-                wait = max(wait, asked_wait)
+                return answer_text(answer.text)
+            except self._openai.APIStatusError as error:
+                self._reached = True
+                fault = f"status {error.status_code}: {shorten(error.response.text)}"
+                final = error.status_code not in RETRIED
+                asked = error.response.headers.get("retry-after", "")
+                wait = max(wait, float(asked) if asked.isdecimal() else 0.0)
+            except (self._openai.APIConnectionError, TimeoutError) as error:
+                cause = error.__cause__ or error
+                fault = f"no answer ({type(cause).__name__}: {cause})"
+                # If the endpoint never answered, its address is wrong or it is not running.
+                final = type(cause).__name__ == "ConnectError" and not self._reached
             if final or attempt == self._config.retries:
                 raise ValueError(self._give_up(attempt + 1, fault))
             with self._lock:
@@ -123,33 +146,37 @@ class ChatEndpoint:
         raise AssertionError("the last attempt returns or raises")
 
     def stop(self) -> None:
-        """Ends waits; no thread sends another request, and those under way get their answers."""
+        """End waits: no thread sends another request; those under way get their answers."""
         self._closed.set()
 
     def close(self) -> None:
-        """Ends waits and connections; for when no request is under way.
+        """End waits and connections, when no request is under way.
 
-        A thread would wait for the answer on a closed connection until its time is over.
+        A thread would wait for an answer on a closed connection until its time is over.
         """
         self._closed.set()
         self._client.close()
 
-    def _post(self, body: dict[str, Any]) -> tuple[int, str, float]:
-        """Status, text and Retry-After in seconds of one request, all of it within the time."""
-        deadline = time.monotonic() + self._config.timeout_seconds
-        parts = []
-        with self._client.stream("POST", self._url, json=body) as response:
-            for part in response.iter_bytes():
-                parts.append(part)
-                # The client's own limit is for each piece: an answer could drip for ever.
+    def _strip_headers(self, request: Any) -> None:
+        """Remove the headers that the endpoint need not see, before a request is sent."""
+        kept = HEADERS if self._key else HEADERS - {"authorization"}
+        for name in set(request.headers) - kept:
+            del request.headers[name]
+
+    def _limit_time(self, response: Any) -> None:
+        """Limit the time of a whole response: the client's own limit is for each piece of it."""
+        read, deadline = response.iter_raw, self._request.deadline
+
+        def limited(*arguments: Any) -> Iterator[bytes]:
+            for piece in read(*arguments):
+                yield piece
                 if time.monotonic() > deadline:
-                    raise httpx2.ReadTimeout(f"over {self._config.timeout_seconds:g} seconds")
-        asked = response.headers.get("retry-after", "")
-        text = b"".join(parts).decode("utf-8", errors="replace")
-        return response.status_code, text, float(asked) if asked.isdecimal() else 0.0
+                    raise TimeoutError(f"over {self._config.timeout_seconds:g} seconds")
+
+        response.iter_raw = limited
 
     def _give_up(self, requests: int, fault: str) -> str:
-        """Why; whoever else asks or waits gets the same, instead of trying on."""
+        """Return the reason; all other threads that ask or wait get the same, and stop trying."""
         tries = f" after {requests} requests" if requests > 1 else ""
         text = f"judge.endpoint: {self._url}{tries}: {fault}"
         with self._lock:
@@ -159,33 +186,33 @@ class ChatEndpoint:
 
 
 def chat_url(endpoint: str | None) -> str:
-    """The address that is asked.
+    """Return the address that questions are sent to.
 
     Raises:
-        ValueError: no http(s) address, or one with a password in it, which would be written down.
+        ValueError: if it is not http(s), or holds a password, which would be written to files.
     """
     try:
-        url = httpx2.URL(endpoint or "")
-        known = url.scheme in ("http", "https") and bool(url.host)
-    except httpx2.InvalidURL:
+        url = urlsplit(endpoint or "")
+        known = url.scheme in ("http", "https") and bool(url.hostname) and url.port != 0
+    except ValueError:  # half a bracket, or a port that is no number
         known = False
     if not known:
         raise ValueError(
             f"judge.endpoint: expected an address such as http://localhost:8000/v1, got {endpoint}"
         )
-    if url.userinfo or url.query:
+    if url.username is not None or url.query:
         raise ValueError(
             "judge.endpoint: expected an address without user, password and query; a key belongs "
             "into the variable that judge.key-variable names"
         )
-    return f"{str(url).rstrip('/').removesuffix('/chat/completions')}/chat/completions"
+    return f"{url.geturl().rstrip('/').removesuffix('/chat/completions')}/chat/completions"
 
 
 def read_key(variable: str | None) -> str | None:
-    """The key, or None where no variable is named.
+    """Return the key; None if no variable is named.
 
     Raises:
-        ValueError: the variable is not set, or holds what no header can.
+        ValueError: if the variable is not set, or holds characters that no header can.
     """
     if variable is None:
         return None
@@ -200,7 +227,7 @@ def read_key(variable: str | None) -> str | None:
 
 
 def answer_text(body: str) -> str:
-    """The first choice's text; of another shape, the body as it is."""
+    """Return the first choice's text; the whole body if it has another shape."""
     try:
         content = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError):

@@ -11,8 +11,8 @@ from fastalign.data import content_as_json
 from fastalign.evaluation.judge.chat_endpoint import ChatEndpoint
 from fastalign.evaluation.win_rate import AnswerPair, Judged, prompt_key
 
-PLACES = ("prompt", "answer_a", "answer_b")
-_PLACE = re.compile(r"\{(prompt|answer_a|answer_b)\}")
+PLACEHOLDERS = ("prompt", "answer_a", "answer_b")
+_PLACEHOLDER = re.compile(r"\{(prompt|answer_a|answer_b)\}")
 _VERDICT = re.compile(r"\[\[\s*(a|b|tie)\s*\]\]", re.IGNORECASE)
 # A verdict when the model's answer is A, and when it is B.
 _AS_FIRST = {"A": "win", "B": "loss", "tie": "tie"}
@@ -20,11 +20,11 @@ _AS_SECOND = {"A": "loss", "B": "win", "tie": "tie"}
 
 
 def read_template(path: str | None) -> str:
-    """The question that is asked: the file's text, or our own.
+    """Return the template of the question: the file's text, or the built-in one.
 
     Raises:
-        ValueError: a place is missing in it, or it is not UTF-8.
-        FileNotFoundError: there is no such file.
+        ValueError: if a placeholder is missing in it, or it is not UTF-8.
+        FileNotFoundError: if there is no such file.
     """
     if path is None:
         package = files("fastalign.evaluation.judge")
@@ -35,20 +35,20 @@ def read_template(path: str | None) -> str:
         text = Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"judge.template: {path}: not UTF-8: {error}") from None
-    missing = [place for place in PLACES if f"{{{place}}}" not in text]
+    missing = [name for name in PLACEHOLDERS if f"{{{name}}}" not in text]
     if missing:
         raise ValueError(f"judge.template: {path}: expected {{{missing[0]}}} in it")
     return text
 
 
 def fill(template: str, prompt: str, answer_a: str, answer_b: str) -> str:
-    """The question about two answers; what stands in them is never taken for a place."""
+    """Fill in the template; placeholders in the values are left as they are."""
     values = {"prompt": prompt, "answer_a": answer_a, "answer_b": answer_b}
-    return _PLACE.sub(lambda match: values[match[1]], template)
+    return _PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
 def read_verdict(answer: str) -> str | None:
-    """`A`, `B` or `tie`: the last in double brackets, or the whole answer; None: neither."""
+    """Return `A`, `B` or `tie`: the last in double brackets, or the whole answer; else None."""
     found = _VERDICT.findall(answer)
     word = found[-1] if found else answer.strip().rstrip(".")
     by_name = {"a": "A", "b": "B", "tie": "tie"}
@@ -56,9 +56,9 @@ def read_verdict(answer: str) -> str | None:
 
 
 def both_orders(first: str | None, second: str | None) -> str | None:
-    """The model's verdict from A or B where it stood first, and where it stood second.
+    """Return the verdict on the model, whose answer was A in the first question, B in the second.
 
-    One that changes with the order is a tie; without either there is none.
+    A verdict that changes with the order is a tie; if either is missing, there is none.
     """
     if first is None or second is None:
         return None
@@ -67,7 +67,7 @@ def both_orders(first: str | None, second: str | None) -> str | None:
 
 
 def judge_pair(endpoint: ChatEndpoint, template: str, pair: AnswerPair) -> Judged:
-    """Asks twice; identical answers are a tie without being asked about."""
+    """Ask in both orders; identical answers are a tie without a question."""
     if pair.model == pair.baseline:
         return Judged("tie", {"answers": [], "read": []})
     prompt = prompt_key(content_as_json(pair.prompt))
@@ -82,13 +82,13 @@ def judge_pair(endpoint: ChatEndpoint, template: str, pair: AnswerPair) -> Judge
 def judge_by_endpoint(
     endpoint: ChatEndpoint, template: str, pairs: Sequence[AnswerPair], concurrency: int
 ) -> Iterator[Judged]:
-    """Verdicts in the pairs' order, as they come; `concurrency` pairs are under way at a time.
+    """Yield verdicts in the pairs' order; `concurrency` pairs are judged at the same time.
 
-    `details` holds the two raw `answers`, the model's own first in the first question and second
-    in the second, and what was `read` in them.
+    `details` holds the judge's two raw `answers` (the model's own answer is A in the first question
+    and B in the second) and the verdicts `read` in them.
 
     Raises:
-        ValueError: the endpoint refuses, or fails for good; what is not yet asked is given up.
+        ValueError: if the endpoint refuses, or fails for good; the other questions are not asked.
     """
     threads = ThreadPoolExecutor(concurrency)
     try:
@@ -101,10 +101,10 @@ def judge_by_endpoint(
 
 
 def judge_statistics(judged: Sequence[Judged]) -> dict[str, Any]:
-    """How far the judge can be trusted: answers not understood, verdicts that hang on the order.
+    """Compute measures of the judge's reliability: unreadable answers, dependence on the order.
 
-    `share_first` is how often the answer that stood first won, of all answers that chose one: 0.5
-    for a judge without a preference for a place.
+    `share_first` is the share of verdicts for answer A among those for A or B: 0.5 for a judge
+    without a position bias.
     """
     asked = [found.details["read"] for found in judged if found.details["read"]]
     read = [verdict for pair in asked for verdict in pair]
