@@ -30,15 +30,8 @@ def fastalign_dpo_reference_in_the_step(job: Job, clock: Clock) -> None:
     _watch(job, clock)
     config = _dpo_config(job)
     compute = make_compute(config.train)
-    reference = load_policy(job.reference, device=compute.device, packing=compute.packing)
-    clock.prologue = lambda: sequence_logprobs(
-        reference,
-        job.groups,
-        packing=compute.packing,
-        tokens_per_batch=compute.tokens_per_batch,
-        dtype=compute.dtype,
-        max_buffer_bytes=compute.max_buffer_bytes,
-    )
+    reference = load_policy(job.reference, compute)
+    clock.prologue = lambda: sequence_logprobs(reference, job.groups, compute)
     train_dpo(config)
 
 
@@ -87,7 +80,7 @@ def fastalign_answers(job: Job, clock: Clock) -> None:
     clock.first_loss = lambda: losses[0]
     clock.watch()
     compute, optim = make_compute(_train_config(job)), OptimConfig()
-    model = load_policy(job.policy, device=compute.device, packing=compute.packing)
+    model = load_policy(job.policy, compute)
     state = TrainState(model, make_optimizer(model, optim))
     examples = measure_examples(job.groups, compute.packing)
     while True:

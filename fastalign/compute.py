@@ -1,4 +1,4 @@
-"""Where and how a run's forwards are computed: device, dtype, packing, and by which ranks."""
+"""The settings of a run's forwards: device, dtype, packing, and the ranks that share them."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -11,10 +11,10 @@ from fastalign.ranks.world import ALONE, World
 
 
 def find_device(name: str, argument: str = "device") -> torch.device:
-    """The device of that name; `auto` is a GPU if there is one.
+    """Return the device called `name`; `auto` is a GPU if there is one, else the CPU.
 
     Raises:
-        ValueError: it is not one that can be used here; `argument` is what the caller wrote it in.
+        ValueError: if the device cannot be used; the message begins with `argument`.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -36,44 +36,67 @@ Packing = Literal["shared_prefix", "packed", "padded"]
 
 
 PACKINGS: tuple[Packing, ...] = get_args(Packing)
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
 class Compute:
-    """How forwards are run.
+    """How a run's forwards are computed, and by which ranks.
 
     Attributes:
-        device: where.
-        dtype: of the matrix products; weights are float32 whatever it is.
-        packing: see `predict_hidden`.
-        attention: asked for; each model runs what it can of it.
-        tokens_per_batch: most packed tokens of a forward.
-        max_buffer_bytes: of logits; None: the operation's default.
+        device: device of the batches and of the models that are not offloaded.
+        dtype: dtype of the matrix products. Below float32 they run under autocast, whatever the
+            dtype of the weights; float32: in the dtype of the weights, without autocast.
+        packing: layout of a batch. `shared_prefix` lays each prompt once and all its responses in
+            one row, under shared-prefix attention; `packed` repeats the prompt before each
+            response; `padded` runs one right-padded sequence per response, under the model's own
+            attention.
+        attention: implementation of shared-prefix attention; `auto` takes the first usable one.
+        tokens_per_batch: upper limit of the packed tokens of one forward.
+        max_buffer_bytes: upper limit of the bytes of logits held at a time; None: the default of
+            the operation.
         world: the ranks that share the work.
-        parallel: how they share the models.
+        parallel: how the ranks share the models.
+
+    Raises:
+        ValueError: if `packing` is unknown.
     """
 
-    device: torch.device
-    dtype: torch.dtype
-    packing: Packing
-    attention: AttentionChoice
-    tokens_per_batch: int
-    max_buffer_bytes: int | None
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
+    packing: Packing = "shared_prefix"
+    attention: AttentionChoice = "auto"
+    tokens_per_batch: int = 16384
+    max_buffer_bytes: int | None = None
     world: World = ALONE
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
+    def __post_init__(self) -> None:
+        if self.packing not in PACKINGS:
+            raise ValueError(
+                f"packing: expected one of {', '.join(PACKINGS)}, got {self.packing!r}"
+            )
+
+    @property
+    def share_prompts(self) -> bool:
+        """Argument of `pack`: True unless each response has its own copy of the prompt."""
+        return self.packing != "packed"
+
     @property
     def syncs_each_batch(self) -> bool:
-        """Whether gradients are summed over ranks after each batch, not at a step's last one."""
+        """True if gradients are reduced over ranks after each batch, not only after the last."""
         return self.parallel.strategy == "fsdp" and not self.parallel.no_sync
 
     @property
     def product_dtype(self) -> torch.dtype | None:
-        """The dtype of a head's products; None: that of its operands, float32."""
+        """Dtype of a head's products (`compute_dtype`); None in float32: that of the operands."""
         return None if self.dtype == torch.float32 else self.dtype
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Autocast to the products' dtype, or nothing in float32."""
-        if self.dtype == torch.float32:
+        """Return an autocast context to `dtype`; in float32, one that changes nothing."""
+        if self.product_dtype is None:
             return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        return torch.autocast(self.device.type, dtype=self.product_dtype)
+
+
+ON_CPU = Compute()

@@ -7,7 +7,7 @@ from heapq import heappop, heappush
 from typing import NamedTuple
 
 from fastalign.batch.packed import Group, PackedBatch, pack, ungroup
-from fastalign.ranks.world import ALONE, World
+from fastalign.compute import Compute, Packing
 
 
 @lru_cache(maxsize=2)
@@ -102,9 +102,9 @@ def _spread(places: Sequence[int], sizes: Sequence[int], num_batches: int) -> li
     return batches
 
 
-def packed_lengths(groups: Sequence[Group], *, repeat_prompts: bool) -> list[int]:
-    """Tokens of each group in a batch; `repeat_prompts` counts the prompt for each response."""
-    if not repeat_prompts:
+def packed_lengths(groups: Sequence[Group], packing: Packing) -> list[int]:
+    """Return the tokens of each group in a batch; `shared_prefix` counts a prompt only once."""
+    if packing == "shared_prefix":
         return [group.num_tokens for group in groups]
     return [sum(single.num_tokens for single in ungroup([group])) for group in groups]
 
@@ -127,28 +127,24 @@ def packed_batches(
     groups: Sequence[Group],
     indices: Sequence[int],
     lengths: Sequence[int],
-    *,
-    tokens_per_batch: int,
-    share_prompts: bool,
-    world: World = ALONE,
+    compute: Compute,
 ) -> Iterator[Piece]:
-    """Yields this rank's share of the groups at `indices` as batches within the budget.
+    """Yield this rank's share of the groups at `indices` as batches within the token budget.
 
     Every rank gets as many as the others, since each must take part in every forward of a model
     that they share: one for which nothing is left gets the shortest group, which does not count.
 
     Args:
         groups: the whole data set.
-        indices: which of them, as for `micro_batches`.
-        lengths: of every group, from `packed_lengths`.
-        tokens_per_batch: the budget.
-        share_prompts: as for `pack`.
-        world: the ranks that share them.
+        indices: the groups to take, as for `micro_batches`.
+        lengths: packed tokens of every group, from `packed_lengths`.
+        compute: packing, token budget and ranks.
     """
+    world = compute.world
     batches = micro_batches(
-        indices, lengths, tokens_per_batch=tokens_per_batch, num_ranks=world.size
+        indices, lengths, tokens_per_batch=compute.tokens_per_batch, num_ranks=world.size
     )
     for chosen in batches[world.rank :: world.size]:
         there = chosen or [min(indices, key=lambda index: lengths[index])]
-        batch = pack([groups[i] for i in there], share_prompts=share_prompts)
+        batch = pack([groups[i] for i in there], share_prompts=compute.share_prompts)
         yield Piece(there, batch, counts=bool(chosen))

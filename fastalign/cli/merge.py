@@ -28,6 +28,7 @@ class MergeConfig:
 
 def main(argv: Sequence[str]) -> int:
     """Exit code 0: the folder is written."""
+    from fastalign.compute import Compute
     from fastalign.data import load_tokenizer
     from fastalign.models import adapter_base, load_policy, save_model
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"model.path: {config.model.path} is no adapter's folder (peft's layout)")
     trust = config.model.trust_remote_code
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=trust)
-    model = load_policy(config.model.path, packing="padded", trust_remote_code=trust)
+    model = load_policy(config.model.path, Compute(packing="padded"), trust_remote_code=trust)
     save_model(model, tokenizer, out)
     print(f"merged model written to {out}")
     return 0

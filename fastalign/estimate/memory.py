@@ -138,10 +138,7 @@ def _peak(model: Any, batch: PackedBatch, compute: Compute, states: int, backwar
         with tracker:
             for _ in range(max(backwards, 1)):
                 with torch.set_grad_enabled(backwards > 0):
-                    with compute.autocast():
-                        hidden = hidden_at(
-                            model, batch, positions, packing=compute.packing, plan=plan
-                        )
+                    hidden = hidden_at(model, batch, positions, compute, plan)
                     weight = model.score.weight if head is None else head.weight
                     loss = _Head.apply(hidden, weight, scratch)  # type: ignore[no-untyped-call]
                     del hidden

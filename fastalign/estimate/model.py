@@ -50,12 +50,9 @@ def build(
     with torch.device("meta"):  # peft moves its matrices, which fake tensors do not bear
         model = model_without_weights(
             path,
+            compute,
             reward=isinstance(config, RewardConfig),
             dtype=dtype,
-            device=compute.device,
-            packing=compute.packing,
-            attention_name=compute.attention,
-            compute_dtype=compute.dtype,
             trust_remote_code=config.model.trust_remote_code,
         )
         if trained:

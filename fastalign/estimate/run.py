@@ -185,7 +185,7 @@ def fullest(
             if tokens > most_tokens:
                 largest, most_tokens = members, tokens
     groups = [examples.groups[index] for index in largest]
-    batch = pack(groups, share_prompts=compute.packing != "packed").to(compute.device)
+    batch = pack(groups, share_prompts=compute.share_prompts).to(compute.device)
     return batch, num_batches
 
 

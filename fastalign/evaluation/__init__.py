@@ -21,7 +21,7 @@ from fastalign.evaluation.win_rate import (
     pair_answers,
     win_rate,
 )
-from fastalign.models.logprobs import of_responses, sequence_logprobs
+from fastalign.models.logprobs import response_values, sequence_logprobs
 
 __all__ = [
     "AnswerPair",
@@ -42,10 +42,10 @@ __all__ = [
     "load_reward",
     "longer_wins",
     "mean_margin",
-    "of_responses",
     "pair_answers",
     "pair_measures",
     "preference_accuracy",
+    "response_values",
     "sampled_kl",
     "sequence_logprobs",
     "share_interval",

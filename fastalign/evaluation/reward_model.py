@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastalign.batch.packed import Group, PackedBatch
-from fastalign.compute import find_device
+from fastalign.compute import ON_CPU, Compute, find_device
 from fastalign.data import Content, Encoder, Message, load_tokenizer
 from fastalign.models import (
     RewardScale,
@@ -17,11 +17,8 @@ from fastalign.models import (
     response_reward,
     reward_scale,
 )
-from fastalign.models.logprobs import of_responses
+from fastalign.models.logprobs import response_values
 from fastalign.ranks.parallel import enter, load_on_first, share_by_fsdp
-from fastalign.ranks.world import ALONE, World
-
-TOKENS_PER_BATCH = 16384
 
 
 class ModelReward:
@@ -33,43 +30,42 @@ class ModelReward:
 
     Args:
         path: folder of a saved reward model, or a hub name.
-        device: as for `find_device`.
-        raw: the score as transformers serves it.
+        compute: its device, and its ranks and how they share models; all ranks call this with
+            the same texts. None: a GPU if there is one, else the CPU. The rest of it is not used:
+            scores do not depend on a run's precision or batches.
+        raw: return scores as transformers serves them.
         trust_remote_code: run code that comes with the model.
-        world: the ranks that share the work, all of which call this with the same texts.
-        sharded: each rank holds a part of the weights only (FSDP2).
 
     Raises:
-        ValueError: no reward model there; a causal model is none, its head would be random.
+        ValueError: if there is no reward model; a causal model is refused, since its head would be
+            random.
     """
 
     def __init__(
         self,
         path: str | Path,
+        compute: Compute | None = None,
         *,
-        device: str = "auto",
         raw: bool = False,
         trust_remote_code: bool = False,
-        world: World = ALONE,
-        sharded: bool = False,
     ):
-        self._world = world
         self._tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         self._encoder = Encoder(self._tokenizer)
-        where = find_device(device, "model.device")
-        dtype = torch.bfloat16 if where.type == "cuda" else torch.float32
+        asked = compute or Compute(find_device("auto"))
+        device = asked.device
+        self._compute = Compute(device, world=asked.world, parallel=asked.parallel)
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-        if sharded:
+        if asked.parallel.strategy == "fsdp":
             self._model = load_on_first(
-                world,
-                lambda: load_reward_model(path, device="cpu", fresh_head=False, **options),
-                lambda: model_without_weights(path, reward=True, device=where, **options),
+                asked.world,
+                lambda: load_reward_model(path, ON_CPU, fresh_head=False, **options),
+                lambda: model_without_weights(path, self._compute, reward=True, **options),
             )
             self._model.requires_grad_(False)
-            share_by_fsdp(self._model, dtype=dtype, device=where)
+            share_by_fsdp(self._model, dtype=dtype, device=device)
         else:
-            self._model = load_reward_model(path, device=where, fresh_head=False, **options)
-        self._device = where
+            self._model = load_reward_model(path, self._compute, fresh_head=False, **options)
         self._scale = RewardScale() if raw else reward_scale(self._model)
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
@@ -82,24 +78,15 @@ class ModelReward:
         for place, prompt in enumerate(prompts):
             places.setdefault(as_content(prompt), []).append(place)
         groups = [self._group(prompt, members, completions) for prompt, members in places.items()]
-        rewards = of_responses(
-            self._of_batch,
-            groups,
-            device=self._device,
-            packing="shared_prefix",
-            tokens_per_batch=TOKENS_PER_BATCH,
-            dtype=torch.float32,
-            world=self._world,
-        )
+        rewards = response_values(self._batch_scores, groups, self._compute)
         found: dict[int, float] = {}
         for members, values in zip(places.values(), rewards, strict=True):
             scores = self._scale.normalise(values.double())
             found.update(zip(members, scores.tolist(), strict=True))
         return [found[place] for place in range(len(completions))]
 
-    def _of_batch(self, batch: PackedBatch) -> Tensor:
-        model = self._model
-        return enter(model, lambda: response_reward(model, batch, packing="shared_prefix"))
+    def _batch_scores(self, batch: PackedBatch) -> Tensor:
+        return enter(self._model, lambda: response_reward(self._model, batch, self._compute))
 
     def _group(self, prompt: Content, members: list[int], completions: Sequence[str]) -> Group:
         source = f"answer {members[0] + 1}"

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fastalign.compute import Compute
 from fastalign.data import Content, content_as_json
 from fastalign.evaluation.reward_model import ModelReward
-from fastalign.ranks.world import ALONE, World
 
 # (prompts, completions) -> one number each; a prompt is text or a list of {role, content}
 RewardFunction = Callable[[list[Any], list[str]], Sequence[float]]
@@ -50,17 +50,18 @@ class BagOfWordsReward:
         ]
 
 
-def load_reward(
-    specification: str, *, device: str = "auto", world: World = ALONE, sharded: bool = False
-) -> RewardFunction:
-    """What `module:function` names, the bag of words of a `.json` file, or a reward model's folder.
+def load_reward(specification: str, compute: Compute | None = None) -> RewardFunction:
+    """Load a reward: `module:function`, a bag of words (`.json`) or a reward model's folder.
 
-    Modules are found as Python finds them, and in the current folder; a model goes to `device`, and
-    several ranks share its work (`world` and `sharded` as `ModelReward` has them).
+    Modules are found as Python finds them, and in the current folder.
+
+    Args:
+        specification: the name, file or folder.
+        compute: as for `ModelReward`, which alone needs it.
 
     Raises:
-        ValueError: there is no such module or function, or the folder holds no reward model.
-        FileNotFoundError: there is no such file.
+        ValueError: if there is no such module or function, or the folder holds no reward model.
+        FileNotFoundError: if there is no such file.
     """
     if specification.endswith(".json"):
         if not Path(specification).is_file():
@@ -68,7 +69,7 @@ def load_reward(
         return BagOfWordsReward(specification)
     if Path(specification).is_dir():
         try:
-            return ModelReward(specification, device=device, world=world, sharded=sharded)
+            return ModelReward(specification, compute)
         except ValueError as error:  # whoever gave a reward must not look for it at the model
             raise ValueError(f"reward: {str(error).removeprefix('model.path: ')}") from error
     module_name, colon, name = specification.partition(":")

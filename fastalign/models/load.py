@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fastalign.compute import Packing
+from fastalign.compute import ON_CPU, Compute
 from fastalign.models import attention
 from fastalign.models.head import check_head
 from fastalign.models.lora import merge_adapter
@@ -119,31 +119,26 @@ def check_finite(model: nn.Module, path: str | Path) -> None:
 
 def load_policy(
     path: str | Path,
+    compute: Compute = ON_CPU,
     *,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    packing: Packing = "shared_prefix",
-    attention_name: attention.AttentionChoice = "auto",
-    compute_dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
     nf4: bool = False,
 ) -> Any:
-    """Loads a causal model from a folder in transformers' layout, or from the hub.
+    """Load a causal model from a folder in transformers' layout, or from the hub.
 
     Args:
         path: folder or hub name; of a folder in peft's layout, the base with the adapter merged.
-        dtype: of the parameters.
-        device: where they go.
-        packing: what the model will be run with; anything but `padded` is checked to be exact.
-        attention_name: how a packed row's attention is computed; `auto` may choose.
-        compute_dtype: that it will be computed in; None: `dtype`.
+        compute: how the model will be run: its device; its packing, of which any but `padded`
+            requires an architecture known to be exact; and its attention.
+        dtype: dtype of the parameters.
         trust_remote_code: run code that comes with the model.
         nf4: quantise the weights of every linear layer but the head; such a model is frozen.
 
     Raises:
-        ValueError: no model there, or a classifier; an architecture that cannot be packed, or an
-            unknown head; a weight that is missing or not finite; an adapter that does not fit its
-            base; peft or bitsandbytes is needed and not installed.
+        ValueError: if there is no model, or a classifier; the architecture cannot be packed, or its
+            head is unknown; a weight is missing or not finite; an adapter does not fit its base;
+            peft or bitsandbytes is needed and not installed.
     """
     attention.register()
     base = adapter_base(path)
@@ -155,14 +150,11 @@ def load_policy(
             f"model.path: expected a causal model, got {kind} in {str(source)!r}; a reward model's "
             "language-model head is gone"
         )
-    options = nf4_options(dtype, device) if nf4 else {}
-    if packing != "padded":
+    options = nf4_options(dtype, compute.device) if nf4 else {}
+    if compute.packing != "padded":
         check_packable(config)
     if config.model_type in PACKABLE:
-        chosen = attention.choose_attention(
-            attention_name, torch.device(device), compute_dtype or dtype, config
-        )
-        options["attn_implementation"] = attention.registered_name(chosen)
+        options["attn_implementation"] = attention.implementation_for(config, compute, dtype)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             source,
@@ -183,7 +175,7 @@ def load_policy(
     if base is not None:
         open_adapter(model, path)
         merge_adapter(model)
-    model = model.to(device)
+    model = model.to(compute.device)
     check_finite(model, path)
     disable_dropout(model)
     model.eval()

@@ -1,7 +1,6 @@
-"""Numbers of many responses under a model: sequence log-probs, or any other of a batch."""
+"""Numbers for many responses under a model: sequence log-probs or any other."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -9,138 +8,78 @@ from torch import Tensor
 
 from fastalign.batch.packed import Group, PackedBatch
 from fastalign.batch.schedule import packed_batches, packed_lengths
-from fastalign.compute import Packing
+from fastalign.compute import Compute
 from fastalign.models.head import lm_head
 from fastalign.models.packed import predict_hidden
 from fastalign.ops import linear_logprob
 from fastalign.ops.segments import segment_sum
 from fastalign.ranks.parallel import enter
-from fastalign.ranks.world import ALONE, World
 
 
 @torch.no_grad()
-def of_responses(
-    of_batch: Callable[[PackedBatch], Tensor],
-    groups: Sequence[Group],
-    *,
-    device: torch.device,
-    packing: Packing,
-    tokens_per_batch: int,
-    dtype: torch.dtype,
-    world: World = ALONE,
+def response_values(
+    batch_values: Callable[[PackedBatch], Tensor], groups: Sequence[Group], compute: Compute
 ) -> list[Tensor]:
-    """A number for each response, computed batch by batch, shared by the ranks.
+    """Compute a number for each response, batch by batch, shared by the ranks.
 
     Args:
-        of_batch: (R,) numbers of a batch's responses.
-        groups: prompts with their responses.
-        device: of the batches.
-        packing: see `hidden_at`.
-        tokens_per_batch: most packed tokens of a forward.
-        dtype: of the matrix products: float32, or bfloat16 by autocast.
-        world: the ranks, all of which call this with the same groups.
+        batch_values: returns (R,) numbers for the responses of a batch on `compute.device`.
+        groups: prompts with their responses; the same on every rank.
+        compute: device, packing, token budget and ranks, all of which call this.
 
     Returns:
         For each group (number of responses,) on the CPU, on every rank.
     """
     results: dict[int, Tensor] = {}
-    lengths = packed_lengths(groups, repeat_prompts=packing != "shared_prefix")
-    batches = packed_batches(
-        groups,
-        range(len(groups)),
-        lengths,
-        tokens_per_batch=tokens_per_batch,
-        share_prompts=packing != "packed",
-        world=world,
-    )
-    low = dtype != torch.float32
-    for chosen, on_host, counts in batches:
-        with torch.autocast(device.type, dtype=dtype) if low else nullcontext():
-            values = of_batch(on_host.to(device)).cpu()
+    lengths = packed_lengths(groups, compute.packing)
+    for chosen, batch, counts in packed_batches(groups, range(len(groups)), lengths, compute):
+        values = batch_values(batch.to(compute.device)).cpu()
         if counts:
             sizes = [len(groups[i].response_ids) for i in chosen]
             results.update(zip(chosen, torch.split(values, sizes), strict=True))
-    found = {i: values for part in world.gather(results) for i, values in part.items()}
+    found = {i: values for part in compute.world.gather(results) for i, values in part.items()}
     return [found[i] for i in range(len(groups))]
 
 
-def sequence_logprobs(
-    model: Any,
-    groups: Sequence[Group],
-    *,
-    packing: Packing = "shared_prefix",
-    tokens_per_batch: int = 16384,
-    dtype: torch.dtype = torch.float32,
-    max_buffer_bytes: int | None = None,
-    world: World = ALONE,
-) -> list[Tensor]:
-    """Log-prob of each response, summed over its trained tokens.
+def sequence_logprobs(model: Any, groups: Sequence[Group], compute: Compute) -> list[Tensor]:
+    """Return the log-prob of each response, summed over its trained tokens.
 
     Args:
-        model: a causal model from `load_policy`.
-        groups: prompts with their responses.
-        packing: see `hidden_at`.
-        tokens_per_batch: most packed tokens of a forward.
-        dtype: of the matrix products: float32, or bfloat16 by autocast.
-        max_buffer_bytes: most bytes of logits at a time; None: the operation's default.
-        world: the ranks, all of which call this with the same groups.
+        model: a causal model from `load_policy`, its head on `compute.device`.
+        groups: prompts with their responses; the same on every rank.
+        compute: how forwards are run, and by which ranks, all of which call this.
 
     Returns:
         For each group (number of responses,) float32 on the CPU.
     """
 
-    def of_batch(batch: PackedBatch) -> Tensor:
-        logprob = enter(
-            model,
-            lambda: response_logprob(
-                model,
-                batch,
-                packing=packing,
-                compute_dtype=dtype if dtype != torch.float32 else None,
-                max_buffer_bytes=max_buffer_bytes,
-            ),
-        )
+    def batch_logprobs(batch: PackedBatch) -> Tensor:
+        logprob = enter(model, lambda: response_logprob(model, batch, compute))
         return segment_sum(logprob, batch.target_bounds)
 
-    return of_responses(
-        of_batch,
-        groups,
-        device=lm_head(model).weight.device,  # of an offloaded model, nothing else stays there
-        packing=packing,
-        tokens_per_batch=tokens_per_batch,
-        dtype=dtype,
-        world=world,
-    )
+    return response_values(batch_logprobs, groups, compute)
 
 
 def response_logprob(
-    model: Any,
-    batch: PackedBatch,
-    *,
-    packing: Packing,
-    temperature: float = 1.0,
-    compute_dtype: torch.dtype | None = None,
-    max_buffer_bytes: int | None = None,
+    model: Any, batch: PackedBatch, compute: Compute, *, temperature: float = 1.0
 ) -> Tensor:
-    """Log-prob of every trained token.
+    """Return the log-prob of every trained token.
 
     Args:
         model: a causal model from `load_policy`.
-        batch: on the model's device.
-        packing: see `predict_hidden`.
-        temperature: divides the logits.
-        compute_dtype: dtype of the matrix products; None: the hidden states'.
-        max_buffer_bytes: most bytes of logits at a time; None: the operation's default.
+        batch: batch on the model's device.
+        compute: packing, dtype and buffer limit.
+        temperature: divisor of the logits.
 
     Returns:
         (N,) float32 (float64 for a float64 model).
     """
-    hidden = predict_hidden(model, batch, packing=packing)
+    hidden = predict_hidden(model, batch, compute)
     return linear_logprob(
         hidden,
         lm_head(model),
         batch.targets,
         temperature=temperature,
-        compute_dtype=compute_dtype,
-        max_buffer_bytes=max_buffer_bytes,
+        compute_dtype=compute.product_dtype,
+        max_buffer_bytes=compute.max_buffer_bytes,
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastalign.batch.packed import PackedBatch
-from fastalign.compute import PACKINGS, Packing
+from fastalign.compute import Compute
 from fastalign.models.attention import AttentionPlan
 
 
@@ -14,31 +14,39 @@ def hidden_at(
     model: Any,
     batch: PackedBatch,
     positions: Tensor,
-    *,
-    packing: Packing,
+    compute: Compute,
     plan: AttentionPlan | None = None,
 ) -> Tensor:
-    """Hidden states behind the final norm at K positions of the packed row.
+    """Return the hidden states after the final norm at K positions of the packed row.
+
+    The forward runs under `compute.autocast()`.
 
     Args:
         model: from `load_policy` or `load_reward_model`.
-        batch: on the model's device; for `packed`, made with `share_prompts=False`.
+        batch: batch on the model's device; with the packing `packed`, made with
+            `share_prompts=False`.
         positions: (K,) int64.
-        packing: `shared_prefix` and `packed` run the row as it is, under the shared-prefix
-            attention; `padded` runs one right-padded sequence a response under the model's own.
-        plan: of this batch, if it was made before.
+        compute: packing and dtype.
+        plan: the batch's attention plan, to reuse one; None: a new one.
 
     Returns:
-        (K, D), in the model's compute dtype.
-
-    Raises:
-        ValueError: an unknown packing.
+        (K, D), in the dtype of the model's products.
     """
-    if packing not in PACKINGS:
-        raise ValueError(f"packing: expected one of {', '.join(PACKINGS)}, got {packing!r}")
-    if packing == "padded":
-        hidden, place = padded_hidden(model, batch)
-        return hidden.index_select(0, place[positions])
+    with compute.autocast():
+        if compute.packing == "padded":
+            hidden, place = padded_hidden(model, batch)
+            return hidden.index_select(0, place[positions])
+        plan = AttentionPlan(batch) if plan is None else plan
+        return row_hidden(model, batch, plan).index_select(0, positions)
+
+
+def predict_hidden(model: Any, batch: PackedBatch, compute: Compute) -> Tensor:
+    """Return `hidden_at` the N positions that predict trained tokens (`batch.predict_index`)."""
+    return hidden_at(model, batch, batch.predict_index, compute)
+
+
+def row_hidden(model: Any, batch: PackedBatch, plan: AttentionPlan) -> Tensor:
+    """Return the hidden states (T, D) of the packed row under shared-prefix attention."""
     # A mask of four dimensions is passed through by transformers: no (T, T) mask is ever built.
     unused_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
     output = model.base_model(
@@ -46,23 +54,18 @@ def hidden_at(
         position_ids=batch.position_ids[None],
         attention_mask=unused_mask,
         use_cache=False,
-        fastalign_plan=AttentionPlan(batch) if plan is None else plan,
+        fastalign_plan=plan,
     )
-    row: Tensor = output.last_hidden_state[0]
-    return row.index_select(0, positions)
-
-
-def predict_hidden(model: Any, batch: PackedBatch, *, packing: Packing) -> Tensor:
-    """`hidden_at` of the N positions that predict a trained token (`batch.predict_index`)."""
-    return hidden_at(model, batch, batch.predict_index, packing=packing)
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
 
 
 def padded_hidden(model: Any, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-    """The same tokens by an ordinary forward of right-padded sequences, one a response.
+    """Run the same tokens as right-padded sequences, one per response, L the longest.
 
     Returns:
         Hidden states (R * L, D), and the row of each packed token among them, (T,) int64. A prompt
-        that several responses share is read from the first of them: it is the same in all.
+        that several responses share is read from its first response: it is the same in all.
     """
     layout = batch.layout
     sequences = []

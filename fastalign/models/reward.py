@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging
 
 from fastalign.batch.packed import PackedBatch
-from fastalign.compute import Packing
+from fastalign.compute import ON_CPU, Compute
 from fastalign.models import attention
 from fastalign.models.load import (
     PACKABLE,
@@ -59,33 +59,27 @@ def is_reward_model(config: Any) -> bool:
 
 def load_reward_model(
     path: str | Path,
+    compute: Compute = ON_CPU,
     *,
     seed: int = 0,
     fresh_head: bool = True,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    packing: Packing = "shared_prefix",
-    attention_name: attention.AttentionChoice = "auto",
-    compute_dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """A reward model: a saved one with its head, or a causal model under a fresh one.
+    """Load a reward model: a saved one with its head, or a causal model under a fresh one.
 
     A fresh head is drawn from N(0, 1 / (D + 1)), as in Stiennon et al. (arXiv 2009.01325).
 
     Args:
         path: folder in transformers' layout, or a hub name.
-        seed: of a fresh head.
-        fresh_head: False: a saved head is needed, as for scoring.
-        dtype: of the parameters.
-        device: where they go.
-        packing: what the model will be run with.
-        attention_name: as for `load_policy`.
-        compute_dtype: as for `load_policy`.
+        compute: as for `load_policy`.
+        seed: random seed of a fresh head.
+        fresh_head: False: a saved head is required, as for scoring.
+        dtype: dtype of the parameters.
         trust_remote_code: run code that comes with the model.
 
     Raises:
-        ValueError: no model there, another kind of model, or weights that are missing.
+        ValueError: if there is no model, it is of another kind, or weights are missing.
     """
     attention.register()
     if adapter_base(path) is not None:
@@ -97,11 +91,8 @@ def load_reward_model(
             f"model.path: expected a trained reward model, got {config.architectures or 'none'} in "
             f"{str(path)!r}; fastalign reward trains one"
         )
-    if packing != "padded":
+    if compute.packing != "padded":
         check_packable(config)
-    chosen = attention.choose_attention(
-        attention_name, torch.device(device), compute_dtype or dtype, config
-    )
     try:
         with without_load_report():
             model, found = AutoModelForSequenceClassification.from_pretrained(
@@ -109,7 +100,7 @@ def load_reward_model(
                 num_labels=1,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
-                attn_implementation=attention.registered_name(chosen),
+                attn_implementation=attention.implementation_for(config, compute, dtype),
                 output_loading_info=True,
             )
     except (OSError, RuntimeError, UnpicklingError) as error:
@@ -125,7 +116,7 @@ def load_reward_model(
     if not has_head:
         draw_head(model.score, seed)
     model.get_input_embeddings().padding_idx = None  # every token's embedding is trained
-    model = model.to(device)
+    model = model.to(compute.device)
     check_finite(model, path)
     disable_dropout(model)
     return model.eval()
@@ -161,41 +152,31 @@ def set_pad_token(model: Any, pad_token_id: int) -> None:
     model.config.pad_token_id = pad_token_id
 
 
-def response_reward(model: Any, batch: PackedBatch, *, packing: Packing) -> Tensor:
-    """The score at each response's last token.
-
-    Args:
-        model: from `load_reward_model`.
-        batch: on the model's device.
-        packing: see `hidden_at`.
-
-    Returns:
-        (R,) float32 (float64 for a float64 model), under autocast too.
-    """
-    return score_at(model, batch, batch.response_bounds[:, 1] - 1, packing=packing)
+def response_reward(model: Any, batch: PackedBatch, compute: Compute) -> Tensor:
+    """Return the score (R,) at each response's last token; see `score_at`."""
+    return score_at(model, batch, batch.response_bounds[:, 1] - 1, compute)
 
 
 def score_at(
     model: Any,
     batch: PackedBatch,
     positions: Tensor,
-    *,
-    packing: Packing,
+    compute: Compute,
     plan: attention.AttentionPlan | None = None,
 ) -> Tensor:
-    """The score at K positions of the packed row: a reward, or a value of what stands there.
+    """Return the score at K positions of the packed row: rewards or values.
 
     Args:
         model: from `load_reward_model`.
-        batch: on the model's device.
+        batch: batch on the model's device.
         positions: (K,) int64.
-        packing: see `hidden_at`.
+        compute: packing and dtype.
         plan: see `hidden_at`.
 
     Returns:
         (K,) float32 (float64 for a float64 model), under autocast too.
     """
-    hidden = hidden_at(model, batch, positions, packing=packing, plan=plan)
+    hidden = hidden_at(model, batch, positions, compute, plan)
     weight = model.score.weight[0]
     wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):

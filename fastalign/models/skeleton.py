@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from fastalign.compute import Packing
+from fastalign.compute import Compute
 from fastalign.models import attention
 from fastalign.models.load import PACKABLE, check_packable, disable_dropout, read_config
 from fastalign.models.lora_files import adapter_base
@@ -15,31 +15,28 @@ from fastalign.models.reward import is_reward_model
 
 def model_without_weights(
     path: str | Path,
+    compute: Compute,
     *,
     reward: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-    packing: Packing = "shared_prefix",
-    attention_name: attention.AttentionChoice = "auto",
-    compute_dtype: torch.dtype | None = None,
-    trust_remote_code: bool,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
 ) -> Any:
-    """What `load_policy` or `load_reward_model` would load, freshly initialised.
+    """Build the model that `load_policy` or `load_reward_model` would load, freshly initialised.
 
-    To be called where tensors have no data, fake or meta; arguments as those of `load_policy`.
+    Call it where tensors have no data (meta or fake); the arguments are those of `load_policy`,
+    and `reward` selects `load_reward_model`.
 
     Raises:
-        ValueError: no model there, or one that they refuse.
+        ValueError: if there is no model, or those functions would refuse it.
     """
     attention.register()
     base = None if reward else adapter_base(path)  # a reward model is no adapter
     config = read_config(base or path, trust_remote_code=trust_remote_code)
-    if packing != "padded":
+    if compute.packing != "padded":
         check_packable(config)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if config.model_type in PACKABLE:
-        chosen = attention.choose_attention(attention_name, device, compute_dtype or dtype, config)
-        options["attn_implementation"] = attention.registered_name(chosen)
+        options["attn_implementation"] = attention.implementation_for(config, compute, dtype)
     if reward:
         is_reward_model(config)
         config.num_labels = 1

@@ -44,7 +44,7 @@ class Examples:
 
 def measure_examples(groups: Sequence[Group], packing: Packing) -> Examples:
     """Counts each group's packed tokens once, for every step to cut its batches by."""
-    return Examples(groups, packed_lengths(groups, repeat_prompts=packing != "shared_prefix"))
+    return Examples(groups, packed_lengths(groups, packing))
 
 
 def accumulate(
@@ -72,16 +72,7 @@ def accumulate(
         The loss, the metrics' sums, and the packed tokens computed.
     """
     total = Total()
-    pieces = list(
-        packed_batches(
-            examples.groups,
-            indices,
-            examples.lengths,
-            tokens_per_batch=compute.tokens_per_batch,
-            share_prompts=compute.packing != "packed",
-            world=compute.world,
-        )
-    )
+    pieces = list(packed_batches(examples.groups, indices, examples.lengths, compute))
     for piece in pieces:
         with memory_used_in(f"a batch of {piece.batch.num_tokens} tokens"):
             batch = piece.batch.to(compute.device)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from fastalign.compute import Compute
 from fastalign.models import has_adapter, load_policy, merge_adapter, save_adapter
 from fastalign.ranks.parallel import is_sharded
 from fastalign.ranks.world import World
@@ -52,8 +53,8 @@ def merged(model: Any, adapter: Path, config: AnyConfig, world: World) -> Any:
     lora = config.model.lora
     return load_policy(
         adapter,
+        Compute(packing="padded"),
         dtype=torch.float32 if lora.base == "float32" else torch.bfloat16,
-        packing="padded",
         trust_remote_code=config.model.trust_remote_code,
     )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,19 +52,12 @@ def load_reward_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, 
 
 def load_reward_network(path: str, config: AnyConfig, compute: Compute) -> Any:
     """A reward model's network, its head drawn by the run's seed if it has none."""
-    options: dict[str, Any] = {
-        "packing": compute.packing,
-        "attention_name": compute.attention,
-        "compute_dtype": compute.dtype,
-        "trust_remote_code": config.model.trust_remote_code,
-    }
+    trust = config.model.trust_remote_code
     return loaded(
         path,
         compute,
-        lambda device: load_reward_model(path, seed=config.run.seed, device=device, **options),
-        lambda: model_without_weights(
-            path, reward=True, dtype=torch.float32, device=compute.device, **options
-        ),
+        lambda where: load_reward_model(path, where, seed=config.run.seed, trust_remote_code=trust),
+        lambda: model_without_weights(path, compute, reward=True, trust_remote_code=trust),
     )
 
 
@@ -133,19 +127,13 @@ def load_model(
     Raises:
         ValueError: the tokenizer has more tokens than the model.
     """
-    options: dict[str, Any] = {
-        "dtype": dtype,
-        "packing": compute.packing,
-        "attention_name": compute.attention,
-        "compute_dtype": compute.dtype,
-        "trust_remote_code": config.trust_remote_code,
-    }
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     model = loaded(
         path,
         compute,
-        lambda device: load_policy(path, device=device, nf4=nf4, **options),
-        lambda: model_without_weights(path, reward=False, device=compute.device, **options),
+        lambda where: load_policy(path, where, nf4=nf4, **options),
+        lambda: model_without_weights(path, compute, reward=False, **options),
     )
     check_vocabulary(model, tokenizer, path)
     print(f"attention of {path}: {attention_of(model)}", flush=True)
@@ -191,20 +179,21 @@ def check_sharing(config: AnyConfig) -> None:
 
 
 def loaded(
-    path: str, compute: Compute, load: Callable[[Any], Any], skeleton: Callable[[], Any]
+    path: str, compute: Compute, load: Callable[[Compute], Any], skeleton: Callable[[], Any]
 ) -> Any:
     """A model whose weights each rank has, or, of one that will be sharded, rank 0 alone.
 
     Args:
         path: where the model is read from.
         compute: of the run.
-        load: reads the model to a device.
+        load: reads the model to the device of the `Compute` that it is given.
         skeleton: makes the same model without weights.
     """
     with memory_used_in(f"{LOADING}{path}"):
         if compute.parallel.strategy == "fsdp":
-            return load_on_first(compute.world, lambda: load("cpu"), skeleton)
-        return load(compute.device)
+            host = replace(compute, device=torch.device("cpu"))
+            return load_on_first(compute.world, lambda: load(host), skeleton)
+        return load(compute)
 
 
 def share(model: Any, compute: Compute) -> Any:

@@ -44,8 +44,7 @@ def policy_loss(
 
     def of_batch(batch: PackedBatch, chosen: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
         loss_fn, bounds = make_loss(batch, chosen)
-        with compute.autocast():
-            hidden = predict_hidden(model, batch, packing=compute.packing)
+        hidden = predict_hidden(model, batch, compute)
         head = lm_head(model)
         loss, metrics = fused_linear_loss(
             hidden,

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastalign.batch.packed import Group
+from fastalign.compute import Compute
 from fastalign.evaluation import (
     BagOfWordsReward,
     apply_reward,
@@ -60,7 +61,7 @@ def test_sequence_log_probs_equal_a_plain_forward_in_the_callers_order() -> None
     model = tiny_model("qwen3")
     groups = [Group([1, 4], [[5, 6], [7]]), Group([1], [[9, 9, 9]]), Group([3, 3, 3], [[8], [2]])]
     for tokens in (1, 1000):
-        found = sequence_logprobs(model, groups, tokens_per_batch=tokens)
+        found = sequence_logprobs(model, groups, Compute(tokens_per_batch=tokens))
         for group, values in zip(groups, found, strict=True):
             for response, value in zip(group.response_ids, values, strict=True):
                 ids = torch.tensor([[*group.prompt_ids, *response]])

@@ -9,6 +9,7 @@ import torch
 from torch.nn.attention.varlen import varlen_attn
 
 from fastalign.batch.packed import Group, pack
+from fastalign.compute import Compute
 from fastalign.models import attention, response_logprob
 from fastalign.models.attention import ScoreForm, choice, flex, varlen
 from fastalign.models.attention.blocks import assign_blocks
@@ -37,10 +38,10 @@ def test_logprobs_and_gradients_are_those_of_sdpa(
     monkeypatch.setattr(flex, "BLOCK_TOKENS", block_tokens)
     model = tiny_model(architecture, dtype=torch.float64)
     batch = pack(random_groups())
-    expected = response_logprob(model, batch, packing="shared_prefix")
+    expected = response_logprob(model, batch, Compute())
     expected_gradients = gradients(model, expected)
     model.set_attn_implementation(attention.registered_name(name))
-    actual = response_logprob(model, batch, packing="shared_prefix")
+    actual = response_logprob(model, batch, Compute())
     torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
     for parameter, gradient in gradients(model, actual).items():
         torch.testing.assert_close(

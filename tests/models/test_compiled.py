@@ -11,6 +11,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from fastalign.batch.packed import Group, PackedBatch, pack
+from fastalign.compute import Compute
 from fastalign.models import compile_layers, response_logprob
 from tests.tiny import SETTINGS, tiny_model
 
@@ -43,7 +44,7 @@ def model_of_layers(architecture: str, num_layers: int, monkeypatch: pytest.Monk
 
 def step(model: Any, batch: PackedBatch) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
-    loss = response_logprob(model, batch, packing="shared_prefix").sum()
+    loss = response_logprob(model, batch, Compute()).sum()
     loss.backward()
     return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -101,8 +102,7 @@ def test_inductor_is_the_default_and_saved_names_are_the_models(
         batch = batch_of(seed)
         with torch.no_grad():
             expected, found = (
-                response_logprob(model, batch, packing="shared_prefix")
-                for model in (plain, compiled)
+                response_logprob(model, batch, Compute()) for model in (plain, compiled)
             )
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         # The layer and its attention module, each before and behind the attention function.

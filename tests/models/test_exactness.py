@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastalign.batch.packed import Group, pack
-from fastalign.compute import PACKINGS
+from fastalign.compute import PACKINGS, Compute
 from fastalign.models import lm_head, predict_hidden, response_logprob
 from tests.tiny import SETTINGS, tiny_model
 
@@ -62,7 +62,7 @@ def test_logprobs_and_every_gradient_equal_one_sequence_at_a_time(
     expected = one_at_a_time(model, groups)
     expected_gradients = gradients(model, expected)
     batch = pack(groups, share_prompts=packing != "packed")
-    actual = response_logprob(model, batch, packing=packing)
+    actual = response_logprob(model, batch, Compute(packing=packing))
     # transformers computes rotary frequencies and norms in float32 whatever the weights
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
     for name, gradient in gradients(model, actual).items():
@@ -77,10 +77,10 @@ def test_logprobs_and_every_gradient_equal_one_sequence_at_a_time(
 def test_gradient_checkpointing_changes_nothing(architecture: str) -> None:
     model = tiny_model(architecture)
     batch = pack(random_groups())
-    plain = gradients(model, response_logprob(model, batch, packing="shared_prefix"))
+    plain = gradients(model, response_logprob(model, batch, Compute()))
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    again = gradients(model, response_logprob(model, batch, packing="shared_prefix"))
+    again = gradients(model, response_logprob(model, batch, Compute()))
     for name, gradient in again.items():
         assert torch.equal(gradient, plain[name]), name
 
@@ -89,21 +89,15 @@ def test_gradient_checkpointing_changes_nothing(architecture: str) -> None:
 def test_a_group_does_not_see_its_neighbours(architecture: str) -> None:
     model = tiny_model(architecture)
     groups = random_groups()
-    alone = torch.cat(
-        [response_logprob(model, pack([group]), packing="shared_prefix") for group in groups]
-    )
-    together = response_logprob(model, pack(groups), packing="shared_prefix")
+    alone = torch.cat([response_logprob(model, pack([group]), Compute()) for group in groups])
+    together = response_logprob(model, pack(groups), Compute())
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_a_response_does_not_see_its_sibling() -> None:
     model = tiny_model("llama")
-    first = response_logprob(
-        model, pack([Group([1, 5], [[7, 8], [9, 10, 11]])]), packing="shared_prefix"
-    )
-    other = response_logprob(
-        model, pack([Group([1, 5], [[30, 31], [9, 10, 11]])]), packing="shared_prefix"
-    )
+    first = response_logprob(model, pack([Group([1, 5], [[7, 8], [9, 10, 11]])]), Compute())
+    other = response_logprob(model, pack([Group([1, 5], [[30, 31], [9, 10, 11]])]), Compute())
     torch.testing.assert_close(first[2:], other[2:])
     assert not torch.allclose(first[:2], other[:2])
 
@@ -112,11 +106,11 @@ def test_a_response_does_not_see_its_sibling() -> None:
 def test_the_head_gives_the_models_logits(architecture: str) -> None:
     model = tiny_model(architecture)
     batch = pack([Group([3, 4, 5], [[6, 7, 8]])])
-    hidden = predict_hidden(model, batch, packing="shared_prefix")
+    hidden = predict_hidden(model, batch, Compute())
     logits = model(torch.tensor([[3, 4, 5, 6, 7, 8]])).logits[0, 2:5]
     torch.testing.assert_close(lm_head(model).logits(hidden), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_an_unknown_packing_is_refused() -> None:
     with pytest.raises(ValueError, match="packing: expected one of shared_prefix"):
-        predict_hidden(tiny_model("llama"), pack([Group([1], [[2]])]), packing="dense")
+        Compute(packing="dense")

@@ -7,6 +7,7 @@ import torch
 from transformers import BloomConfig, CohereConfig, CohereForCausalLM, LlamaConfig
 
 from fastalign.batch.packed import Group, pack
+from fastalign.compute import Compute
 from fastalign.models import (
     check_packable,
     lm_head,
@@ -24,8 +25,8 @@ def test_a_saved_model_loads_and_agrees(tmp_path: Path) -> None:
     batch = pack([Group([1, 2], [[3, 4], [5]])])
     loaded = load_policy(tmp_path)
     assert torch.equal(
-        response_logprob(loaded, batch, packing="shared_prefix"),
-        response_logprob(model, batch, packing="shared_prefix"),
+        response_logprob(loaded, batch, Compute()),
+        response_logprob(model, batch, Compute()),
     )
 
 
@@ -52,9 +53,11 @@ def test_it_runs_padded_when_asked(tmp_path: Path) -> None:
     CohereForCausalLM(config).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="'cohere' cannot be packed"):
         load_policy(tmp_path)
-    model = load_policy(tmp_path, packing="padded")
+    model = load_policy(tmp_path, Compute(packing="padded"))
     assert lm_head(model).logit_scale == 0.25
-    logprob = response_logprob(model, pack([Group([3, 4], [[5, 6], [7]])]), packing="padded")
+    logprob = response_logprob(
+        model, pack([Group([3, 4], [[5, 6], [7]])]), Compute(packing="padded")
+    )
     expected = model(torch.tensor([[3, 4, 5, 6]])).logits[0].log_softmax(-1)
     torch.testing.assert_close(logprob[:2], torch.stack([expected[1, 5], expected[2, 6]]))
 
@@ -84,5 +87,5 @@ def test_dropout_is_switched_off(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = load_policy(tmp_path).train()
     batch = pack([Group([1, 2], [[3, 4]])])
-    first = predict_hidden(loaded, batch, packing="shared_prefix")
-    assert torch.equal(first, predict_hidden(loaded, batch, packing="shared_prefix"))
+    first = predict_hidden(loaded, batch, Compute())
+    assert torch.equal(first, predict_hidden(loaded, batch, Compute()))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastalign.batch.packed import Group, pack
-from fastalign.compute import PACKINGS
+from fastalign.compute import PACKINGS, Compute
 from fastalign.models import (
     adapter_off,
     add_adapter,
@@ -48,7 +48,7 @@ def test_logprobs_and_adapter_gradients_equal_one_sequence_at_a_time(
     expected_gradients = adapter_gradients(model, expected)
     assert any("lm_head" in name for name in expected_gradients) == ("lm_head" in targets)
     batch = pack(groups, share_prompts=packing != "packed")
-    actual = response_logprob(model, batch, packing=packing)
+    actual = response_logprob(model, batch, Compute(packing=packing))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
     for name, gradient in adapter_gradients(model, actual).items():
         scale = expected_gradients[name].abs().max()
@@ -66,7 +66,7 @@ def test_the_head_with_its_adapter_gives_the_models_logits(
     model = put_adapter(tiny_model(architecture), *targets)
     check_head(model)
     batch = pack([Group([3, 4, 5], [[6, 7, 8]])])
-    hidden = predict_hidden(model, batch, packing="shared_prefix")
+    hidden = predict_hidden(model, batch, Compute())
     head = lm_head(model)
     logits = model(torch.tensor([[3, 4, 5, 6, 7, 8]])).logits[0, 2:5]
     torch.testing.assert_close(head.logits(hidden), logits, rtol=1e-4, atol=1e-4)
@@ -78,13 +78,13 @@ def test_the_head_with_its_adapter_gives_the_models_logits(
 def test_without_its_adapter_the_model_is_its_base_to_the_bit(targets: list[str]) -> None:
     batch = pack(random_groups())
     model = tiny_model("gpt2")
-    before = response_logprob(model, batch, packing="shared_prefix").detach()
+    before = response_logprob(model, batch, Compute()).detach()
     add_adapter(model, rank=3, alpha=6.0, targets=targets)
-    assert torch.equal(response_logprob(model, batch, packing="shared_prefix"), before)  # B is 0
+    assert torch.equal(response_logprob(model, batch, Compute()), before)  # B is 0
     model = put_adapter(tiny_model("gpt2"), *targets)
     with adapter_off(model):
-        assert torch.equal(response_logprob(model, batch, packing="shared_prefix"), before)
-    after = response_logprob(model, batch, packing="shared_prefix")
+        assert torch.equal(response_logprob(model, batch, Compute()), before)
+    after = response_logprob(model, batch, Compute())
     assert (after - before).abs().max() > 0.1
     assert adapter_gradients(model, after), "the adapter is trained on"
 
@@ -102,9 +102,7 @@ def test_an_adapter_is_float32_on_a_bf16_base_and_its_gradient_no_worse_than_eag
     assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
     groups = random_groups()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logprob = response_logprob(
-            model, pack(groups), packing="shared_prefix", compute_dtype=torch.bfloat16
-        )
+        logprob = response_logprob(model, pack(groups), Compute(dtype=torch.bfloat16))
         ours = adapter_gradients(model, logprob)
         eager = adapter_gradients(model, one_at_a_time(model, groups))
     truth = adapter_gradients(model.double(), one_at_a_time(model.double(), groups))
@@ -126,10 +124,10 @@ def test_an_adapter_is_float32_on_a_bf16_base_and_its_gradient_no_worse_than_eag
 def test_gradient_checkpointing_changes_nothing(architecture: str) -> None:
     model = put_adapter(tiny_model(architecture))
     batch = pack(random_groups())
-    plain = adapter_gradients(model, response_logprob(model, batch, packing="shared_prefix"))
+    plain = adapter_gradients(model, response_logprob(model, batch, Compute()))
     model.train()
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    again = adapter_gradients(model, response_logprob(model, batch, packing="shared_prefix"))
+    again = adapter_gradients(model, response_logprob(model, batch, Compute()))
     for name, gradient in again.items():
         assert gradient.abs().max() > 0
         assert torch.equal(gradient, plain[name]), name
@@ -174,10 +172,10 @@ def test_merged_it_is_an_ordinary_model_of_the_same_numbers(
     names = tiny_model(architecture).state_dict().keys()
     embedding = model.get_input_embeddings().weight.detach().clone()
     batch = pack(random_groups())
-    expected = response_logprob(model, batch, packing="shared_prefix")
+    expected = response_logprob(model, batch, Compute())
     merge_adapter(model)
     assert model.state_dict().keys() == names
     torch.testing.assert_close(
-        response_logprob(model, batch, packing="shared_prefix"), expected, rtol=0, atol=1e-10
+        response_logprob(model, batch, Compute()), expected, rtol=0, atol=1e-10
     )
     assert torch.equal(model.get_input_embeddings().weight, embedding)

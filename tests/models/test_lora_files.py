@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fastalign.batch.packed import pack
+from fastalign.compute import Compute
 from fastalign.models import (
     load_policy,
     merge_adapter,
@@ -45,14 +46,14 @@ def test_peft_and_we_open_it_with_the_same_log_probs(
 ) -> None:
     model = make_adapter(tmp_path, architecture, *targets)
     with torch.no_grad():
-        expected = response_logprob(model, pack(GROUPS), packing="shared_prefix")
+        expected = response_logprob(model, pack(GROUPS), Compute())
         base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
         with quiet_peft():
             theirs = PeftModel.from_pretrained(base, tmp_path / "adapter")
         found = one_at_a_time(theirs.get_base_model(), GROUPS)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
         ours = load_policy(tmp_path / "adapter")
-        found = response_logprob(ours, pack(GROUPS), packing="shared_prefix")
+        found = response_logprob(ours, pack(GROUPS), Compute())
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-4)
         merge_adapter(model)
         save_model(model, make_tokenizer(), tmp_path / "merged")

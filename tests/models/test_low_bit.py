@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.batch.packed import pack
+from fastalign.compute import Compute
 from fastalign.models import load_policy, merge_adapter, response_logprob
 from fastalign.models.fingerprint import model_fingerprint
 from fastalign.models.low_bit import dense_layer, is_quantised
@@ -35,7 +36,7 @@ def make_dense(model: Any) -> Any:
 
 
 def logprob_and_gradients(model: Any) -> tuple[Tensor, dict[str, Tensor]]:
-    logprob = response_logprob(model, BATCH, packing="shared_prefix")
+    logprob = response_logprob(model, BATCH, Compute())
     (torch.linspace(-1, 1, logprob.numel()) * logprob).sum().backward()
     return logprob.detach(), {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
 
@@ -48,7 +49,7 @@ def test_like_the_dense_model_with_the_same_weights(
     targets = ("all-linear", "lm_head")
     model = put_adapter(load(tmp_path, architecture, nf4=True), *targets).train(train)
     with torch.no_grad():  # on some CPUs bitsandbytes packs weights at such a forward
-        response_logprob(model, BATCH, packing="shared_prefix")
+        response_logprob(model, BATCH, Compute())
     found, gradients = logprob_and_gradients(model)
     dense = put_adapter(make_dense(load(tmp_path, architecture, nf4=True)), *targets)
     expected, expected_gradients = logprob_and_gradients(dense)
@@ -76,11 +77,11 @@ def test_every_linear_layer_but_the_head_is_quantised(tmp_path: Path, dtype: tor
 def test_merging_writes_out_what_was_trained(tmp_path: Path, targets: list[str]) -> None:
     model = put_adapter(load(tmp_path, "llama", nf4=True), *targets)
     with torch.no_grad():
-        expected = response_logprob(model, BATCH, packing="shared_prefix")
+        expected = response_logprob(model, BATCH, Compute())
         merge_adapter(model)
         model.save_pretrained(tmp_path / "merged")
         assert not any(is_quantised(part) for part in model.modules())
-        found = response_logprob(load(tmp_path, "merged"), BATCH, packing="shared_prefix")
+        found = response_logprob(load(tmp_path, "merged"), BATCH, Compute())
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -88,7 +89,7 @@ def test_a_quantised_base_has_one_fingerprint(tmp_path: Path) -> None:
     model = load(tmp_path, "llama", nf4=True)
     first = model_fingerprint(model)
     with torch.no_grad():
-        response_logprob(model, BATCH, packing="shared_prefix")
+        response_logprob(model, BATCH, Compute())
     assert model_fingerprint(model) == first
     assert model_fingerprint(put_adapter(model)) == first
     assert model_fingerprint(load(tmp_path, "llama", nf4=True)) == first

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastalign.batch.packed import Group, pack
-from fastalign.compute import PACKINGS
+from fastalign.compute import PACKINGS, Compute
 from fastalign.data import use_distinct_pad
 from fastalign.models import (
     attention,
@@ -50,7 +50,7 @@ def test_scores_and_every_gradient_equal_one_sequence_at_a_time(
     # Squared: the plain scores' coefficients sum to zero, and so would a last bias's gradient.
     expected_gradients = gradients(model, expected.square())
     batch = pack(groups, share_prompts=packing != "packed")
-    actual = response_reward(model, batch, packing=packing)
+    actual = response_reward(model, batch, Compute(packing=packing))
     assert expected.std() > 0.1
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=2e-5)
     for name, gradient in gradients(model, actual.square()).items():
@@ -64,9 +64,9 @@ def test_scores_and_every_gradient_equal_one_sequence_at_a_time(
 def test_the_score_is_float32_under_autocast() -> None:
     model = tiny_reward_model("llama")
     batch = pack(random_groups())
-    exact = response_reward(model, batch, packing="shared_prefix")
+    exact = response_reward(model, batch, Compute())
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        low = response_reward(model, batch, packing="shared_prefix")
+        low = response_reward(model, batch, Compute())
     assert low.dtype == torch.float32
     assert not torch.equal(low, low.bfloat16().float())
     torch.testing.assert_close(low, exact, rtol=0.05, atol=0.2)
@@ -90,13 +90,11 @@ def test_transformers_serves_the_score_that_was_trained(
     tiny_model(architecture, vocab_size=320).save_pretrained(tmp_path / "policy")
     model = load_reward_model(tmp_path / "policy", seed=3)
     set_pad_token(model, use_distinct_pad(tokenizer, {2, last}))
-    trained = response_reward(model, pack(groups), packing="shared_prefix").detach()
+    trained = response_reward(model, pack(groups), Compute()).detach()
     save_reward_model(model, tokenizer, tmp_path / "reward")
 
     again = load_reward_model(tmp_path / "reward")
-    torch.testing.assert_close(
-        response_reward(again, pack(groups), packing="shared_prefix").detach(), trained
-    )
+    torch.testing.assert_close(response_reward(again, pack(groups), Compute()).detach(), trained)
     served = AutoModelForSequenceClassification.from_pretrained(
         # transformers' SDPA leaves out the softcap of gemma2's attention: eager is its definition
         tmp_path / "reward",

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fastalign.batch.packed import Group
+from fastalign.compute import Compute
 from fastalign.models.logprobs import sequence_logprobs
 from fastalign.rollouts import SamplingParams, TransformersSampler
 from tests.tiny import tiny_model
@@ -27,7 +28,7 @@ def test_log_probs_are_the_trainers(architecture: str) -> None:
         Group(prompt, [answer.token_ids for answer in answers])
         for prompt, answers in zip(PROMPTS, completions, strict=True)
     ]
-    expected = sequence_logprobs(model, groups)
+    expected = sequence_logprobs(model, groups, Compute())
     for answers, truth in zip(completions, expected, strict=True):
         found = torch.tensor([sum(answer.logprobs) for answer in answers])
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)

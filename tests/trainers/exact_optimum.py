@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from fastalign.batch.packed import Group
+from fastalign.compute import Compute
 from fastalign.models.logprobs import sequence_logprobs
 from tests.tiny import tiny_model
 
@@ -76,7 +77,7 @@ def make_policy() -> Any:
 
 def answer_logprobs(model: Any) -> Tensor:
     """(P, A): the log-prob of each answer under a model."""
-    return torch.stack(sequence_logprobs(model, answer_groups())).double()
+    return torch.stack(sequence_logprobs(model, answer_groups(), Compute())).double()
 
 
 def best_logprobs(reference_logprob: Tensor, rewards: Tensor, beta: float) -> Tensor:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fastalign.batch.packed import pack
+from fastalign.compute import Compute
 from fastalign.data import load_tokenizer
 from fastalign.models import (
     load_policy,
@@ -177,9 +178,9 @@ def test_resuming_on_another_base_or_rank_is_refused(folder: Path) -> None:
 def test_what_is_written_opens_with_transformers_and_peft(folder: Path) -> None:
     train_sft(with_lora(sft_config(folder, "run"), targets=("all-linear", "lm_head")))
     batch = pack(random_groups())
-    ours = response_logprob(load_policy(folder / "run/model"), batch, packing="shared_prefix")
+    ours = response_logprob(load_policy(folder / "run/model"), batch, Compute())
     opened = load_policy(folder / "run/adapter")
-    again = response_logprob(opened, batch, packing="shared_prefix")
+    again = response_logprob(opened, batch, Compute())
     torch.testing.assert_close(again, ours, rtol=0, atol=1e-5)
     ids = torch.tensor([[3, 4, 5, 6]])
     base = AutoModelForCausalLM.from_pretrained(folder / "llama")

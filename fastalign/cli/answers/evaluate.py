@@ -100,8 +100,9 @@ def judge_pairs(
     data = load_preferences(
         config.data.pairs, tokenizer, max_length=config.data.max_length, ties="drop"
     )
-    policy_logprob = sequence_logprobs(policy, data.groups, packing=config.packing)
-    reference_logprob = sequence_logprobs(reference, data.groups, packing=config.packing)
+    compute = config.model.compute(config.packing)
+    policy_logprob = sequence_logprobs(policy, data.groups, compute)
+    reference_logprob = sequence_logprobs(reference, data.groups, compute)
     accuracy = preference_accuracy(policy_logprob, reference_logprob, data.ties)
     margin = mean_margin(policy_logprob, reference_logprob, config.loss.beta)
     return {
@@ -118,7 +119,7 @@ def judge_samples(
     assert config.data.prompts is not None
     function = None
     if config.reward is not None:
-        function = load_reward(config.reward, device=config.model.device)
+        function = load_reward(config.reward, config.model.compute())
     prompts = read_prompts(config.data.prompts, policy, tokenizer, config.sampling)
     completions = sample(config.model, policy, tokenizer, prompts.prompt_ids, config)
     rows = list(sample_rows(prompts, completions, tokenizer))
@@ -126,9 +127,9 @@ def judge_samples(
         Group(ids, [answer.token_ids for answer in answers])
         for ids, answers in zip(prompts.prompt_ids, completions, strict=True)
     ]
+    compute = config.model.compute(config.packing)
     kl = sampled_kl(
-        sequence_logprobs(policy, groups, packing=config.packing),
-        sequence_logprobs(reference, groups, packing=config.packing),
+        sequence_logprobs(policy, groups, compute), sequence_logprobs(reference, groups, compute)
     )
     lengths = [[float(len(ids)) for ids in group.response_ids] for group in groups]
     result: dict[str, Any] = {**summary("kl", kl)}
@@ -154,7 +155,7 @@ def judge_best_of(
         return {}
     scores = None
     if config.best_of_reward is not None:
-        function = load_reward(config.best_of_reward, device=config.model.device)
+        function = load_reward(config.best_of_reward, config.model.compute())
         flat = apply_reward(function, prompts, [row["completion"] for row in rows])
         for row, score in zip(rows, flat, strict=True):
             row["best_of_score"] = score

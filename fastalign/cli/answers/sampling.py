@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fastalign.compute import find_device
+from fastalign.compute import Compute, Packing, find_device
 from fastalign.data import (
     PromptDataset,
     Tokenizer,
@@ -38,6 +38,10 @@ class SampledModel:
     """Run code that comes with the model."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
+
+    def compute(self, packing: Packing = "shared_prefix") -> Compute:
+        """Return how this model's forwards run: on its device, in the dtype of its weights."""
+        return Compute(find_device(self.device, "model.device"), packing=packing)
 
 
 @dataclass(frozen=True)
@@ -70,13 +74,12 @@ class SamplingSettings(Protocol):
 
 def load_sampled(config: SampledModel) -> tuple[Any, Tokenizer]:
     """The model, in float32 on a CPU and bfloat16 on a GPU, and its tokenizer."""
-    device = find_device(config.device, "model.device")
+    compute = config.compute("padded")
     tokenizer = load_tokenizer(config.path, trust_remote_code=config.trust_remote_code)
     model = load_policy(
         config.path,
-        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-        device=device,
-        packing="padded",
+        compute,
+        dtype=torch.bfloat16 if compute.device.type == "cuda" else torch.float32,
         trust_remote_code=config.trust_remote_code,
     )
     return model, tokenizer

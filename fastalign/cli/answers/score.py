@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     samples = read_samples(config.data.samples)
     model = ModelReward(
         config.model.path,
-        device=config.model.device,
+        config.model.compute(),
         raw=config.raw,
         trust_remote_code=config.model.trust_remote_code,
     )

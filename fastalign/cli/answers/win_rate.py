@@ -17,6 +17,7 @@ from fastalign.cli.answers.sampling import (
     sample,
 )
 from fastalign.cli.config_parse import parse_flags
+from fastalign.compute import Compute, find_device
 from fastalign.data import Content, content_as_json, load_samples
 from fastalign.evaluation.judge.chat_endpoint import ChatEndpoint, EndpointConfig
 from fastalign.evaluation.judge.judge import judge_by_endpoint, judge_statistics, read_template
@@ -185,7 +186,9 @@ def main(argv: Sequence[str]) -> int:
     start = time.perf_counter()
     result: dict[str, Any] = {}
     if config.reward is not None:
-        function = load_reward(config.reward, device=config.model.device)
+        function = load_reward(
+            config.reward, Compute(find_device(config.model.device, "model.device"))
+        )
         pairs = pair_answers(answers_of(config.model, config), answers_of(config.baseline, config))
         judged = write_verdicts(verdicts, pairs, iter(judge_by_reward(function, pairs)))
     else:

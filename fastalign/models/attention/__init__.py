@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from fastalign.batch.packed import PackedBatch
-from fastalign.compute import AttentionChoice
+from fastalign.compute import Compute
 from fastalign.models.attention.blocks import Blocks, dot_product_attention
 from fastalign.models.attention.choice import (
     ATTENTIONS,
@@ -29,13 +29,13 @@ from fastalign.models.attention.varlen import KERNELS, Varlen
 
 __all__ = [
     "ATTENTIONS",
-    "AttentionChoice",
     "AttentionName",
     "AttentionPlan",
     "ScoreForm",
     "attention_of",
     "attention_reason",
     "choose_attention",
+    "implementation_for",
     "register",
     "registered_name",
 ]
@@ -139,6 +139,16 @@ def registered_name(name: AttentionName) -> str:
     """What transformers calls an implementation: a value of `attn_implementation`."""
     # transformers takes every name with "flash" in it for a kernel of its own.
     return f"fastalign_{name.removeprefix('flash_')}"
+
+
+def implementation_for(config: Any, compute: Compute, dtype: torch.dtype) -> str:
+    """Return the value of `attn_implementation` for a model with parameters of `dtype`.
+
+    Raises:
+        ValueError: if the implementation that `compute` names cannot run this model.
+    """
+    products = compute.product_dtype or dtype
+    return registered_name(choose_attention(compute.attention, compute.device, products, config))
 
 
 def attention_of(model: Any) -> str:

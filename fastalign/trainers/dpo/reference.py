@@ -79,16 +79,8 @@ def compute_logprobs(
     """(number of indices, 2) float32 sequence log-probs on the CPU, without any adapter."""
     what = f"the reference's log-probs, in batches of at most {compute.tokens_per_batch} tokens"
     with memory_used_in(what), adapter_off(reference.model):
-        logprobs = sequence_logprobs(
-            reference.model,
-            [examples.groups[i] for i in indices],
-            packing=compute.packing,
-            tokens_per_batch=compute.tokens_per_batch,
-            dtype=compute.dtype,
-            max_buffer_bytes=compute.max_buffer_bytes,
-            world=compute.world,
-        )
-    return torch.stack(logprobs)
+        groups = [examples.groups[i] for i in indices]
+        return torch.stack(sequence_logprobs(reference.model, groups, compute))
 
 
 def check_cached(

@@ -84,16 +84,7 @@ class OnlineReference:
 def response_logprobs(model: Any, groups: Sequence[Group], compute: Compute) -> Tensor:
     """(R,) float32 on the CPU: the log-prob of every response under a model as it stands."""
     with memory_used_in(f"log-probs, in batches of at most {compute.tokens_per_batch} tokens"):
-        found = sequence_logprobs(
-            model,
-            groups,
-            packing=compute.packing,
-            tokens_per_batch=compute.tokens_per_batch,
-            dtype=compute.dtype,
-            max_buffer_bytes=compute.max_buffer_bytes,
-            world=compute.world,
-        )
-    return torch.cat(found)
+        return torch.cat(sequence_logprobs(model, groups, compute))
 
 
 def copy_weights(model: Any) -> dict[str, Tensor]:

@@ -152,8 +152,7 @@ def token_values(
     On the scale of the rewards: a reward model's scores are normalised by its `reward_mean` and
     `reward_std`, and so are the values that begin as its scores.
     """
-    with compute.autocast():
-        raw = score_at(value, batch, batch.predict_index, packing=compute.packing, plan=plan)
+    raw = score_at(value, batch, batch.predict_index, compute, plan)
     return reward_scale(value).normalise(raw)
 
 
@@ -207,9 +206,7 @@ def hidden_and_head(
     model: object, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None
 ) -> tuple[Tensor, LinearHead]:
     """Hidden states (N, D) that predict the sampled tokens, and the head that reads them."""
-    with compute.autocast():
-        hidden = hidden_at(model, batch, batch.predict_index, packing=compute.packing, plan=plan)
-    return hidden, lm_head(model)
+    return hidden_at(model, batch, batch.predict_index, compute, plan), lm_head(model)
 
 
 @torch.no_grad()

@@ -136,14 +136,8 @@ def record_tokens(
     """
     parts = {}
     counts = {"num_micro_batches": 0, "num_packed_tokens": 0}
-    for piece in packed_batches(
-        examples.groups,
-        range(len(examples.groups)),
-        examples.lengths,
-        tokens_per_batch=compute.tokens_per_batch,
-        share_prompts=compute.packing != "packed",
-        world=compute.world,
-    ):
+    everything = range(len(examples.groups))
+    for piece in packed_batches(examples.groups, everything, examples.lengths, compute):
         num_tokens = piece.batch.num_tokens
         with memory_used_in(f"log-probs and values of a batch of {num_tokens} tokens"):
             batch = piece.batch.to(compute.device)

@@ -22,7 +22,7 @@ from fastalign.evaluation import (
     with_tie_rate,
 )
 from fastalign.models import response_reward, set_reward_scale
-from fastalign.models.logprobs import of_responses
+from fastalign.models.logprobs import response_values
 from fastalign.ranks.parallel import enter
 from fastalign.runs.checkpoint.files import write_text_atomically
 from fastalign.trainers.reward.losses import RewardLoss
@@ -35,14 +35,8 @@ NUM_BASELINE_PAIRS = 20000
 
 def pair_rewards(model: Any, groups: Sequence[Group], compute: Compute) -> Tensor:
     """Raw scores (N, 2) float64 of pairs, on the CPU."""
-    rewards = of_responses(
-        lambda batch: enter(model, lambda: response_reward(model, batch, packing=compute.packing)),
-        groups,
-        device=compute.device,
-        packing=compute.packing,
-        tokens_per_batch=compute.tokens_per_batch,
-        dtype=compute.dtype,
-        world=compute.world,
+    rewards = response_values(
+        lambda batch: enter(model, lambda: response_reward(model, batch, compute)), groups, compute
     )
     return torch.stack(rewards).double()
 

@@ -205,8 +205,7 @@ def make_reward_loss(
     """The loss of each micro-batch; the two responses of a pair stay together."""
 
     def of_batch(batch: PackedBatch, chosen: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        with compute.autocast():
-            reward = response_reward(model, batch, packing=compute.packing)
+        reward = response_reward(model, batch, compute)
         labels = pairs.labels.at(chosen, reward.device)
         each = loss.of_pairs(reward.view(-1, 2), labels, learned_nu(model, loss))
         return each.sum() / normaliser, reward_sums(reward.detach(), labels.tie)

@@ -67,15 +67,7 @@ def load_sources(config: RewardSourceConfig, compute: Compute) -> RewardSources:
     """
     return RewardSources(
         names=source_names(config.sources),
-        functions=tuple(
-            load_reward(
-                source,
-                device=str(compute.device),
-                world=compute.world,
-                sharded=compute.parallel.strategy == "fsdp",
-            )
-            for source in config.sources
-        ),
+        functions=tuple(load_reward(source, compute) for source in config.sources),
         weights=config.weights or (1.0,) * len(config.sources),
         world=compute.world,
     )

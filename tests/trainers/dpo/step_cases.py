@@ -35,7 +35,7 @@ def dpo_gradient(
     config = replace(config, loss=LOSSES[loss.pop("name", "dpo")](**loss))
     train = TrainConfig(packing=packing, tokens_per_batch=tokens, device="cpu")  # type: ignore[arg-type]
     compute = make_compute(train)
-    model = load_policy(folder / "llama", packing=packing)  # type: ignore[arg-type]
+    model = load_policy(folder / "llama", compute)
     tokenizer = load_tokenizer(folder / "llama")
     data = load_data(config, config.data.train, tokenizer)
     pairs = dpo.prepare(config, model, tokenizer, data, range(12), compute)

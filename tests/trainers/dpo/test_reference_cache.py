@@ -39,7 +39,7 @@ def logprobs(folder: Path, used: Any = range(12), **train: Any) -> Tensor:
     """The reference log-probs of the fixture's pairs, through the cache."""
     config = dpo_config(folder, "unused")
     compute = make_compute(TrainConfig(device="cpu", **train))
-    model = load_policy(folder / "llama", packing=compute.packing)
+    model = load_policy(folder / "llama", compute)
     tokenizer = load_tokenizer(folder / "llama")
     data = load_data(config, config.data.train, tokenizer)
     values = dpo.prepare(config, model, tokenizer, data, used, compute).reference

@@ -62,7 +62,7 @@ def test_dpo_does_not_depend_on_packing_or_micro_batches(
 def sft_gradient(folder: Path, packing: str, tokens: int) -> tuple[float, dict[str, Tensor]]:
     train = TrainConfig(packing=packing, tokens_per_batch=tokens, device="cpu")  # type: ignore[arg-type]
     compute = make_compute(train)
-    model = load_policy(folder / "llama", packing=packing)  # type: ignore[arg-type]
+    model = load_policy(folder / "llama", compute)
     config = sft_config(folder, "unused")
     data = load_data(config, config.data.train, load_tokenizer(folder / "llama"))
     examples = measure_examples(data.groups, compute.packing)

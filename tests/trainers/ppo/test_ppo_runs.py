@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from fastalign.batch.packed import Group, pack
+from fastalign.compute import Compute
 from fastalign.data import load_tokenizer, use_distinct_pad
 from fastalign.evaluation import ModelReward
 from fastalign.models import (
@@ -66,20 +67,20 @@ def test_the_value_model_starts_as_the_reward_model(folder: Path, pad_is_eos: bo
     assert run.models.value.get_input_embeddings().weight.shape[0] == 320 + pad_is_eos
     tokenizer = load_tokenizer(folder / "llama")
     prompts, texts = ["The menu", "The best"], [" is slow", " camera"]
-    reward = ModelReward(folder / "rm/model", device="cpu")(prompts, texts)
+    reward = ModelReward(folder / "rm/model", Compute())(prompts, texts)
     groups = [
         Group(tokenizer(prompt)["input_ids"], [[*tokenizer(text)["input_ids"][1:], 2]])
         for prompt, text in zip(prompts, texts, strict=True)
     ]
     batch = pack(groups)
     last = batch.response_bounds[:, 1] - 1
-    value = score_at(run.models.value, batch, last, packing="shared_prefix")
+    value = score_at(run.models.value, batch, last, Compute())
     assert value.tolist() == pytest.approx(reward, rel=1e-4)
     # A step's values are that network's, at the tokens that predict.
     rollouts = rollouts_of(run)
     update, _ = update_of(run, rollouts)
     whole = pack(rollouts.groups)
-    expected = score_at(run.models.value, whole, whole.predict_index, packing="shared_prefix")
+    expected = score_at(run.models.value, whole, whole.predict_index, Compute())
     assert update.record.value is not None
     torch.testing.assert_close(update.record.value, expected.detach(), rtol=1e-4, atol=1e-5)
     assert update.record.value.abs().min() > 0
@@ -100,7 +101,7 @@ def test_the_saved_value_model_opens_as_a_reward_model(folder: Path) -> None:
     assert start.keys() == after.keys()
     changed = {name for name in start if not torch.equal(start[name], after[name])}
     assert "score.weight" in changed
-    ModelReward(folder / "run/value", device="cpu")(["The menu"], [" is slow"])
+    ModelReward(folder / "run/value", Compute())(["The menu"], [" is slow"])
     model = AutoModelForCausalLM.from_pretrained(folder / "run/model")
     before = load_policy(folder / "llama")
     assert not torch.equal(model.lm_head.weight, before.lm_head.weight)

@@ -45,7 +45,7 @@ def make_step(
 ) -> tuple[Any, reward.Comparisons, Compute]:
     train = TrainConfig(packing=packing, tokens_per_batch=tokens, device="cpu")  # type: ignore[arg-type]
     compute = make_compute(train)
-    model = load_reward_model(config.model.path, packing=packing)  # type: ignore[arg-type]
+    model = load_reward_model(config.model.path, compute)
     model.score.weight.data *= 3  # rewards far enough apart for the loss to bend
     data = load_data(config, config.data.train, load_tokenizer(config.model.path))
     reward.add_nu(model, config)
@@ -85,7 +85,7 @@ def test_the_gradient_of_bradley_terry_is_the_closed_form(folder: Path) -> None:
     model, pairs, compute = make_step(plain_config(folder, "unused"))
     batch = pack([pairs.examples.groups[i] for i in INDICES])
     last = batch.response_bounds[:, 1] - 1
-    hidden = hidden_at(model, batch, last, packing="shared_prefix").detach()
+    hidden = hidden_at(model, batch, last, Compute()).detach()
     rewards = (hidden @ model.score.weight[0]).detach()
     difference = rewards[0::2] - rewards[1::2]
     away = torch.sigmoid(-difference)[:, None] * (hidden[0::2] - hidden[1::2])
@@ -130,7 +130,7 @@ def test_ties_count_in_the_loss_and_not_in_the_accuracy(folder: Path) -> None:
     assert (metrics["num_pairs"], metrics["num_ties"]) == (3, 3)
     assert (metrics["accuracy"], metrics["margin"]) == (0, 0)
     batch = pack([pairs.examples.groups[i] for i in [3, 7, 11]])
-    found = reward.response_reward(model, batch, packing="shared_prefix").double().tolist()
+    found = reward.response_reward(model, batch, Compute()).double().tolist()
     expected = 0.0
     for first, second in zip(found[0::2], found[1::2], strict=True):
         d, sigmoid = first - second, lambda x: 1 / (1 + math.exp(-x))
@@ -150,7 +150,7 @@ def test_a_rows_margin_is_used_by_bradley_terry_and_named_by_the_others(
     model, pairs, _ = make_step(config)
     assert pairs.labels.margin.tolist() == [0, 0, 0, 2.0, *[0] * 8]
     batch = pack([pairs.examples.groups[3]])
-    chosen, rejected = reward.response_reward(model, batch, packing="shared_prefix").tolist()
+    chosen, rejected = reward.response_reward(model, batch, Compute()).tolist()
     rise = math.log1p(math.exp(2 - chosen + rejected)) - math.log1p(math.exp(rejected - chosen))
     assert with_margin["loss"] - without["loss"] == pytest.approx(rise / 7, rel=1e-4)
     capsys.readouterr()

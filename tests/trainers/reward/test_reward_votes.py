@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from fastalign.batch.packed import pack
+from fastalign.compute import Compute
 from fastalign.data import load_tokenizer
 from fastalign.models import load_reward_model
 from fastalign.runs.config import TrainConfig
@@ -38,7 +39,7 @@ def step_loss(config: RewardConfig, indices: list[int]) -> tuple[float, list[flo
     pairs = reward.prepare(config.loss, data, compute)
     metrics, _ = reward.reward_step(model, config.loss, pairs, indices, compute)
     batch = pack([pairs.examples.groups[i] for i in indices])
-    found = reward.response_reward(model, batch, packing="shared_prefix").double()
+    found = reward.response_reward(model, batch, Compute()).double()
     assert metrics["num_ties"] == sum(i % 4 == 3 for i in indices)
     return float(metrics["loss"]), (found[0::2] - found[1::2]).tolist()
 
