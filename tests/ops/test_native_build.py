@@ -64,11 +64,9 @@ def test_a_compiler_builds_the_cpu_library(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-@pytest.mark.parametrize("architecture", ["80", "90", "100"])
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda p: p.stem)
-def test_the_cuda_sources_compile_without_spills(
-    tmp_path: Path, source: Path, architecture: str
-) -> None:
+def test_the_cuda_sources_compile_without_spills(tmp_path: Path, source: Path) -> None:
+    architectures = (80, 90, 100)
     done = subprocess.run(
         [
             str(NVCC),
@@ -76,7 +74,7 @@ def test_the_cuda_sources_compile_without_spills(
             "-O3",
             "-Werror=all-warnings",
             "-Xptxas=-v",
-            f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+            *(f"-gencode=arch=compute_{one},code=sm_{one}" for one in architectures),
             "-c",
             str(source),
             "-o",
@@ -88,7 +86,7 @@ def test_the_cuda_sources_compile_without_spills(
     )
     assert done.returncode == 0, done.stderr
     spills = [line for line in done.stderr.splitlines() if "spill stores" in line]
-    assert spills
+    assert len(spills) >= len(architectures)
     assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), spills
     shared = [int(size) for size in re.findall(r"(\d+) bytes smem", done.stderr)]
     assert max(shared, default=0) <= 2048, shared  # reductions only: a few words for each warp

@@ -1,9 +1,6 @@
 """A vocabulary shared by two and three processes equals the whole head in one."""
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ from torch import Tensor
 
 from fastalign import VocabularyShard, linear_logprob
 from fastalign.ops.head import buffers as linear_buffers
+from tests.ops.head import vocabulary_parallel_worker
 from tests.ops.head.linear_logprob.linear_logprob_cases import (
     EAGER,
     ROWS,
@@ -26,32 +24,14 @@ from tests.ops.head.linear_logprob.linear_logprob_cases import (
 )
 from tests.ops.head.vocabulary_parallel_cases import CASES, SHARDED, SPLITS, Case, run
 from tests.ops.head.vocabulary_parallel_worker import WORLD
-
-ROOT = Path(__file__).parents[3]
+from tests.rank_processes import run as run_ranks
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each rank found, all cases in one run of three processes."""
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-W", "error", "-m", "tests.ops.head.vocabulary_parallel_worker"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    logs = [(folder / f"rank{rank}.log").open("w") for rank in range(WORLD)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)], cwd=ROOT, env=environment, stdout=log, stderr=log
-        )
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(timeout=180) for process in processes]
-    finally:
-        for process, log in zip(processes, logs, strict=True):
-            process.kill()
-            process.wait()
-            log.close()
-    told = "\n".join((folder / f"rank{rank}.log").read_text()[-2000:] for rank in range(WORLD))
-    assert codes == [0] * WORLD, told
+    run_ranks(WORLD, folder, vocabulary_parallel_worker.main, folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
 
 

@@ -1,9 +1,7 @@
-"""One of three ranks: runs all cases, and saves what came.
+"""One of three ranks: runs all cases, and saves what came. A target of `tests.rank_processes`."""
 
-`python -m tests.ops.head.vocabulary_parallel_worker RANK FOLDER`
-"""
-
-import sys
+import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -110,8 +108,9 @@ def twice(shard: VocabularyShard) -> tuple[Tensor, Tensor]:
     return torch.cat([g.flatten() for g in first]), torch.cat([g.flatten() for g in second])
 
 
-def main(rank: int, folder: Path) -> None:
-    torch.set_num_threads(1)
+def main(folder: Path) -> None:
+    rank = int(os.environ["RANK"])
+    warnings.simplefilter("error")
     torch.use_deterministic_algorithms(True)  # new memory holds NaNs
     dist.init_process_group(
         "gloo",
@@ -137,7 +136,3 @@ def main(rank: int, folder: Path) -> None:
     torch.save(found, folder / f"rank{rank}.pt")
     dist.barrier()
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
