@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
+from torch import Tensor
 
 from fastalign.ops import native_library
 
@@ -66,6 +67,21 @@ def choose_backend(
     return backend  # type: ignore[return-value]
 
 
-def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
-    """Kernels are launched on the current GPU, which need not be the tensor's."""
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Make the tensor's GPU the current one, on which kernels are launched."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def contiguous(value: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+    """Return a kernel's optional operand, contiguous and in its dtype."""
+    return None if value is None else value.to(value.dtype if dtype is None else dtype).contiguous()
+
+
+def unit_columns(matrix: Tensor) -> Tensor:
+    """Return a matrix whose rows are each contiguous: kernels take a stride of rows only."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def new_rows(count: int, num_rows: int, like: Tensor) -> list[Tensor]:
+    """Return `count` uninitialised float32 tensors (num_rows,) for a kernel's results."""
+    return [torch.empty(num_rows, dtype=torch.float32, device=like.device) for _ in range(count)]

@@ -6,10 +6,12 @@ torch. See `csrc/abi.h`.
 
 import ctypes
 import os
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 ABI_VERSION = 3
 FOLDER = Path(__file__).parents[1] / "_native"
@@ -73,7 +75,7 @@ def cpu_isas() -> list[str]:
     ]
 
 
-def address(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+def address(tensor: Tensor | None) -> ctypes.c_void_p:
     """The tensor's first element, or NULL."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
@@ -91,15 +93,21 @@ def _place(device: torch.device) -> list[Argument]:
     return [ctypes.c_int32(torch.get_num_threads()), ctypes.c_int32(ISA_CODES[isa])]
 
 
-def call(name: str, device: torch.device, arguments: list[Argument]) -> None:
-    """Runs fastalign_<name>_<device type>; threads and instruction set, or the stream, are added.
+def call(name: str, device: torch.device, arguments: Sequence[Argument | Tensor | None]) -> None:
+    """Run fastalign_<name>_<device type>; threads and instruction set, or the stream, are added.
+
+    Args:
+        name: name of the C function without prefix and device.
+        device: device of the tensors.
+        arguments: a tensor is passed as its address, None as NULL.
 
     Raises:
-        ValueError: FASTALIGN_CPU_ISA names an instruction set that is not here.
+        ValueError: if FASTALIGN_CPU_ISA names an instruction set that this processor lacks.
     """
     function = getattr(load(device.type), f"fastalign_{name}_{device.type}")
     function.restype = ctypes.c_int32
-    code = function(*arguments, *_place(device))
+    passed = [address(x) if x is None or isinstance(x, Tensor) else x for x in arguments]
+    code = function(*passed, *_place(device))
     if code == 1:
         raise ValueError("FASTALIGN_CPU_ISA: this processor or this build does not have it")
     assert code == 0, f"{name}: native code returned {code}"

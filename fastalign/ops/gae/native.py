@@ -1,34 +1,30 @@
-"""Launcher of the C++ and CUDA kernels, behind the C ABI of `csrc/abi.h`."""
+"""Launcher of the C++ and CUDA kernels, through the C ABI of `csrc/abi.h`."""
 
 import ctypes
 
-import torch
 from torch import Tensor
 
-from fastalign.ops.native_library import Argument, address, call
+from fastalign.ops.backends import contiguous, new_rows
+from fastalign.ops.gae.reference import Inputs
+from fastalign.ops.native_library import call
 
 
-def forward(
-    reward: Tensor,  # (N,)
-    value: Tensor,  # (N,)
-    bounds: Tensor,  # (R + 1,)
-    bootstrap_value: Tensor | None,  # (R,)
-    gamma: float,
-    gae_lambda: float,
-) -> tuple[Tensor, Tensor]:  # (N,), (N,)
-    """Advantages and returns."""
-    advantage = torch.empty(reward.shape, dtype=torch.float32, device=reward.device)
-    returns = torch.empty(reward.shape, dtype=torch.float32, device=reward.device)
-    packed = [tensor.contiguous() for tensor in (reward, value, bounds)]
-    bootstrap_value = None if bootstrap_value is None else bootstrap_value.contiguous()
-    arguments: list[Argument] = [
-        *map(address, packed),
-        ctypes.c_int64(bounds.shape[0] - 1),
-        address(bootstrap_value),
-        ctypes.c_double(gamma),
-        ctypes.c_double(gae_lambda),
-        address(advantage),
-        address(returns),
-    ]
-    call("gae", reward.device, arguments)
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:  # (N,), (N,) float32
+    """Return advantages and returns."""
+    advantage, returns = new_rows(2, inputs.reward.shape[0], inputs.reward)
+    call(
+        "gae",
+        inputs.reward.device,
+        [
+            inputs.reward.contiguous(),
+            inputs.value.contiguous(),
+            inputs.bounds.contiguous(),
+            ctypes.c_int64(inputs.bounds.shape[0] - 1),
+            contiguous(inputs.bootstrap_value),
+            ctypes.c_double(inputs.gamma),
+            ctypes.c_double(inputs.gae_lambda),
+            advantage,
+            returns,
+        ],
+    )
     return advantage, returns

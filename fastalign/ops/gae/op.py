@@ -1,53 +1,37 @@
 """Registration of `gae`: one schema with the backend as argument, one fake, no gradient."""
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastalign.ops.backends import on_device
-from fastalign.ops.gae import reference
+from fastalign.ops.gae import native, reference
+from fastalign.ops.gae.reference import Inputs
+from fastalign.ops.registration import arguments_of
 
 
-def _module(backend: str) -> ModuleType:
-    """The backend's launcher, `forward`."""
-    if backend == "native":
-        from fastalign.ops.gae import native
-
-        return native
+def _launchers(backend: str) -> ModuleType:
+    """Return the backend's `forward`; Triton, which may be missing, is imported late."""
     if backend == "triton":
         from fastalign.ops.gae import triton_kernels
 
         return triton_kernels
-    return reference
+    return native if backend == "native" else reference
 
 
-@torch.library.custom_op("fastalign::gae", mutates_args=())
-def gae_forward(
-    reward: Tensor,
-    value: Tensor,
-    bounds: Tensor,
-    bootstrap_value: Tensor | None,
-    gamma: float,
-    gae_lambda: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    """Advantages and returns, each (N,)."""
-    with on_device(reward):
-        results: tuple[Tensor, Tensor] = _module(backend).forward(
-            reward, value, bounds, bootstrap_value, gamma, gae_lambda
-        )
-    return results
+@torch.library.custom_op(
+    "fastalign::gae", mutates_args=(), schema=f"({arguments_of(Inputs)}) -> (Tensor, Tensor)"
+)
+def gae_forward(*arguments: Any) -> Any:
+    """Return advantages and returns, each (N,)."""
+    inputs = Inputs(*arguments)
+    with on_device(inputs.reward):
+        return _launchers(inputs.backend).forward(inputs)
 
 
 @gae_forward.register_fake
-def _forward_fake(
-    reward: Tensor,
-    value: Tensor,
-    bounds: Tensor,
-    bootstrap_value: Tensor | None,
-    gamma: float,
-    gae_lambda: float,
-    backend: str,
-) -> tuple[Tensor, Tensor]:
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
+    reward = Inputs(*arguments).reward
     return reward.new_empty(reward.shape), reward.new_empty(reward.shape)

@@ -5,10 +5,12 @@ Arithmetic is float64: with gamma and lambda near 1 an advantage is a sum of tho
 
 import struct
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from fastalign.ops.backends import contiguous, new_rows
+from fastalign.ops.gae.reference import Inputs
 
 MAX_BLOCK = 1024
 
@@ -74,30 +76,23 @@ def _halves(number: float) -> tuple[float, float]:
     return high, number - high
 
 
-def forward(
-    reward: Tensor,  # (N,)
-    value: Tensor,  # (N,)
-    bounds: Tensor,  # (R + 1,)
-    bootstrap_value: Tensor | None,  # (R,)
-    gamma: float,
-    gae_lambda: float,
-) -> tuple[Tensor, Tensor]:  # (N,), (N,)
-    """Advantages and returns."""
-    advantage = torch.empty(reward.shape, dtype=torch.float32, device=reward.device)
-    returns = torch.empty(reward.shape, dtype=torch.float32, device=reward.device)
-    if bounds.shape[0] > 1:
-        reward = reward.contiguous()
-        gae_kernel[(bounds.shape[0] - 1,)](
-            reward,
-            value.contiguous(),
-            bounds.contiguous(),
-            reward if bootstrap_value is None else bootstrap_value.contiguous(),
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor]:  # (N,), (N,) float32
+    """Return advantages and returns."""
+    num_tokens, num_responses = inputs.reward.shape[0], inputs.bounds.shape[0] - 1
+    advantage, returns = new_rows(2, num_tokens, inputs.reward)
+    if num_responses:
+        bootstrap_value = contiguous(inputs.bootstrap_value)
+        gae_kernel[(num_responses,)](
+            inputs.reward.contiguous(),
+            inputs.value.contiguous(),
+            inputs.bounds.contiguous(),
+            advantage if bootstrap_value is None else bootstrap_value,  # an unused pointer
             advantage,
             returns,
-            *_halves(gamma),
-            *_halves(gamma * gae_lambda),
+            *_halves(inputs.gamma),
+            *_halves(inputs.gamma * inputs.gae_lambda),
             HAS_BOOTSTRAP_VALUE=bootstrap_value is not None,
-            BLOCK=min(MAX_BLOCK, triton.next_power_of_2(max(reward.shape[0], 1))),
+            BLOCK=min(MAX_BLOCK, triton.next_power_of_2(max(num_tokens, 1))),
             num_warps=4,
         )
     return advantage, returns

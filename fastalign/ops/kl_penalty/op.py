@@ -7,116 +7,74 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.backends import on_device
-from fastalign.ops.kl_penalty import reference
+from fastalign.ops.kl_penalty import native, reference
+from fastalign.ops.kl_penalty.reference import Inputs
+from fastalign.ops.registration import arguments_of
 
 
-def _module(backend: str) -> ModuleType:
-    """The backend's launchers: `forward` and `backward`, the same signatures in each."""
-    if backend == "native":
-        from fastalign.ops.kl_penalty import native
-
-        return native
+def _launchers(backend: str) -> ModuleType:
+    """Return the backend's `forward` and `backward`; Triton, which may be missing, comes late."""
     if backend == "triton":
         from fastalign.ops.kl_penalty import triton_kernels
 
         return triton_kernels
-    return reference
+    return native if backend == "native" else reference
 
 
-@torch.library.custom_op("fastalign::kl_penalty", mutates_args=())
-def kl_penalty_forward(
-    logprob: Tensor,
-    reference_logprob: Tensor,
-    bounds: Tensor,
-    score: Tensor | None,
-    coefficient: float,
-    adaptive_coefficient: Tensor | None,
-    mask: Tensor | None,
-    estimator: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Reward (N,), KL (N,) and its sums (R,)."""
-    with on_device(logprob):
-        results: tuple[Tensor, Tensor, Tensor] = _module(backend).forward(
-            logprob,
-            reference_logprob,
-            bounds,
-            score,
-            coefficient,
-            adaptive_coefficient,
-            mask,
-            estimator,
-        )
-    return results
+@torch.library.custom_op(
+    "fastalign::kl_penalty",
+    mutates_args=(),
+    schema=f"({arguments_of(Inputs)}) -> (Tensor, Tensor, Tensor)",
+)
+def kl_penalty_forward(*arguments: Any) -> Any:
+    """Return the reward (N,), the KL (N,) and its sums (R,)."""
+    inputs = Inputs(*arguments)
+    with on_device(inputs.logprob):
+        return _launchers(inputs.backend).forward(inputs)
 
 
 @kl_penalty_forward.register_fake
-def _forward_fake(
-    logprob: Tensor,
-    reference_logprob: Tensor,
-    bounds: Tensor,
-    score: Tensor | None,
-    coefficient: float,
-    adaptive_coefficient: Tensor | None,
-    mask: Tensor | None,
-    estimator: str,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_tokens, num_responses = logprob.shape[0], bounds.shape[0] - 1
-    sizes = (num_tokens, num_tokens, num_responses)
-    reward, kl, sequence_kl = (logprob.new_empty(size) for size in sizes)
-    return reward, kl, sequence_kl
+def _forward_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = Inputs(*arguments)
+    tokens, num_responses = inputs.logprob, inputs.bounds.shape[0] - 1
+    reward, kl = tokens.new_empty(tokens.shape), tokens.new_empty(tokens.shape)
+    return reward, kl, tokens.new_empty(num_responses)
 
 
-@torch.library.custom_op("fastalign::kl_penalty_backward", mutates_args=())
-def kl_penalty_backward(
-    grad_kl: Tensor | None,
-    grad_sequence_kl: Tensor | None,
-    logprob: Tensor,
-    reference_logprob: Tensor,
-    bounds: Tensor,
-    mask: Tensor | None,
-    estimator: str,
-    backend: str,
-) -> Tensor:
-    """The gradient (N,) of the log-probs."""
-    with on_device(logprob):
-        gradient: Tensor = _module(backend).backward(
-            grad_kl, grad_sequence_kl, logprob, reference_logprob, bounds, mask, estimator
-        )
-    return gradient
+@torch.library.custom_op(
+    "fastalign::kl_penalty_backward",
+    mutates_args=(),
+    schema=f"(Tensor? grad_kl, Tensor? grad_sequence_kl, {arguments_of(Inputs)}) -> Tensor",
+)
+def kl_penalty_backward(*arguments: Any) -> Any:
+    """Return the gradient (N,) of the log-probs."""
+    upstream, inputs = arguments[:2], Inputs(*arguments[2:])
+    with on_device(inputs.logprob):
+        return _launchers(inputs.backend).backward(inputs, *upstream)
 
 
 @kl_penalty_backward.register_fake
-def _backward_fake(
-    grad_kl: Tensor | None,
-    grad_sequence_kl: Tensor | None,
-    logprob: Tensor,
-    reference_logprob: Tensor,
-    bounds: Tensor,
-    mask: Tensor | None,
-    estimator: str,
-    backend: str,
-) -> Tensor:
+def _backward_fake(*arguments: Any) -> Tensor:
+    logprob = Inputs(*arguments[2:]).logprob
     return logprob.new_empty(logprob.shape)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logprob, reference_logprob, bounds, _, _, _, mask, estimator, backend = inputs
+    given = Inputs(*inputs)
     ctx.mark_non_differentiable(output[0])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logprob, reference_logprob, bounds, mask)
-    ctx.options = (estimator, backend)
+    # Not the adaptive coefficient, which may be updated in place before the backward.
+    ctx.save_for_backward(given.logprob, given.reference_logprob, given.bounds, given.mask)
+    ctx.options = (given.estimator, given.backend)
 
 
-def _backward(
-    ctx: Any, _: Any, grad_kl: Tensor | None, grad_sequence_kl: Tensor | None
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, _: Any, grad_kl: Tensor | None, grad_sequence_kl: Tensor | None) -> Any:
     if grad_kl is None and grad_sequence_kl is None:
-        return (None,) * 9
-    upstream = (grad_kl, grad_sequence_kl)
-    gradient = kl_penalty_backward(*upstream, *ctx.saved_tensors, *ctx.options)
-    return gradient, *(None,) * 8
+        return (None,) * len(Inputs._fields)
+    logprob, reference_logprob, bounds, mask = ctx.saved_tensors
+    inputs = Inputs(logprob, reference_logprob, bounds, None, 0.0, None, mask, *ctx.options)
+    gradient = kl_penalty_backward(grad_kl, grad_sequence_kl, *inputs)
+    return gradient, *(None,) * (len(Inputs._fields) - 1)
 
 
 kl_penalty_forward.register_autograd(_backward, setup_context=_setup_context)

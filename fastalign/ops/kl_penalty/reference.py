@@ -3,14 +3,30 @@
 Legend: N tokens of R responses.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastalign.ops.segments import segment_sum
 
 
+class Inputs(NamedTuple):
+    """The arguments of `kl_penalty`, as every backend takes them."""
+
+    logprob: Tensor  # (N,)
+    reference_logprob: Tensor  # (N,)
+    bounds: Tensor  # (R + 1,) int64
+    score: Tensor | None  # (R,)
+    coefficient: float
+    adaptive_coefficient: Tensor | None  # (), in place of `coefficient`
+    mask: Tensor | None  # (N,) bool
+    estimator: str
+    backend: str
+
+
 def last_tokens(bounds: Tensor, mask: Tensor | None, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """The last token of each response whose mask is true, (R,), and whether there is one, (R,)."""
+    """Return each response's last token whose mask is true, (R,), and if there is one, (R,)."""
     latest = torch.arange(-1, num_tokens, device=bounds.device)
     if mask is not None:
         latest[1:].masked_fill_(~mask, -1)
@@ -24,16 +40,10 @@ def _log_ratio(logprob: Tensor, reference_logprob: Tensor, mask: Tensor | None) 
     return log_ratio if mask is None else log_ratio.masked_fill(~mask, 0.0)
 
 
-def define(
-    logprob: Tensor,  # (N,)
-    reference_logprob: Tensor,  # (N,)
-    bounds: Tensor,  # (R + 1,)
-    score: Tensor | None,  # (R,)
-    coefficient: float | Tensor,
-    mask: Tensor | None,  # (N,) bool
-    estimator: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N,), (R,)
-    """Reward, KL and its sums, the last two differentiable: the lines that are replaced."""
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N,), (R,)
+    """Return the reward, the KL and its sums."""
+    logprob, reference_logprob, bounds, score, constant, adaptive, mask, estimator, _ = inputs
+    coefficient = constant if adaptive is None else adaptive
     log_ratio = _log_ratio(logprob, reference_logprob, mask)
     if estimator == "k1":
         kl = log_ratio
@@ -45,46 +55,31 @@ def define(
     sequence_kl = segment_sum(kl, bounds)
     if score is not None:
         last, found = last_tokens(bounds, mask, len(kl))
-        # One place more, for the scores that no token takes.
+        # One extra element takes the scores of responses without a counted token.
         place = last.where(found, len(kl))
         reward = torch.cat([reward, reward.new_zeros(1)]).index_add(0, place, score)[:-1]
         sequence_kl = sequence_kl.masked_fill(~found, torch.nan)
     return reward, kl, sequence_kl
 
 
-def forward(
-    logprob: Tensor,
-    reference_logprob: Tensor,
-    bounds: Tensor,
-    score: Tensor | None,
-    coefficient: float,
-    adaptive_coefficient: Tensor | None,
-    mask: Tensor | None,
-    estimator: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N,), (R,)
-    """See `define`; `adaptive_coefficient` (), if given, stands in for `coefficient`."""
-    chosen = coefficient if adaptive_coefficient is None else adaptive_coefficient
-    return define(logprob, reference_logprob, bounds, score, chosen, mask, estimator)
-
-
 def backward(
+    inputs: Inputs,
     grad_kl: Tensor | None,  # (N,)
     grad_sequence_kl: Tensor | None,  # (R,)
-    logprob: Tensor,  # (N,)
-    reference_logprob: Tensor,  # (N,)
-    bounds: Tensor,  # (R + 1,)
-    mask: Tensor | None,  # (N,) bool
-    estimator: str,
 ) -> Tensor:  # (N,)
-    """By x = logprob - reference_logprob: 1 for k1, x for k2, 1 - exp(-x) for k3."""
-    log_ratio = _log_ratio(logprob, reference_logprob, mask)
+    """Return the gradient of the log-probs.
+
+    The derivative by x = logprob - reference_logprob is 1 for k1, x for k2, 1 - exp(-x) for k3.
+    """
+    mask, estimator = inputs.mask, inputs.estimator
+    log_ratio = _log_ratio(inputs.logprob, inputs.reference_logprob, mask)
     if estimator == "k1":
         slope = torch.ones_like(log_ratio)
     else:
         slope = log_ratio if estimator == "k2" else -torch.expm1(-log_ratio)
     upstream = torch.zeros_like(slope) if grad_kl is None else grad_kl
     if grad_sequence_kl is not None:
-        lengths = bounds.diff()
+        lengths = inputs.bounds.diff()
         upstream = upstream + grad_sequence_kl.repeat_interleave(lengths, output_size=len(slope))
     gradient = upstream * slope
     return gradient if mask is None else gradient.masked_fill(~mask, 0.0)

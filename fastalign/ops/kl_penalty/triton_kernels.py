@@ -7,6 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastalign.ops.backends import new_rows
+from fastalign.ops.kl_penalty.reference import Inputs
+
 MAX_BLOCK = 1024
 
 
@@ -134,82 +137,70 @@ def kl_penalty_bwd_kernel(
         tl.store(gradient_ptr + token, gradient, mask=inside)
 
 
-def _contiguous(value: Tensor | None, otherwise: Tensor) -> Tensor:
-    """The values for a kernel; `otherwise` where there are none and none are read."""
-    return otherwise if value is None else value.contiguous()
+def _contiguous(value: Tensor | None, unused: Tensor) -> Tensor:
+    """Return a kernel's operand; `unused` for what is None and not read."""
+    return unused if value is None else value.contiguous()
 
 
-def _options(num_tokens: int, mask: Tensor | None, estimator: str) -> dict[str, Any]:
-    block = min(MAX_BLOCK, triton.next_power_of_2(max(num_tokens, 1)))
-    return {"ESTIMATOR": estimator, "HAS_MASK": mask is not None, "BLOCK": block, "num_warps": 4}
+def _mask_bytes(inputs: Inputs, unused: Tensor) -> Tensor:
+    return unused if inputs.mask is None else inputs.mask.view(torch.uint8).contiguous()
 
 
-def _new(size: int, like: Tensor) -> Tensor:
-    return torch.empty(size, dtype=torch.float32, device=like.device)
+def _options(inputs: Inputs) -> dict[str, Any]:
+    num_tokens = max(inputs.logprob.shape[0], 1)
+    return {
+        "ESTIMATOR": inputs.estimator,
+        "HAS_MASK": inputs.mask is not None,
+        "BLOCK": min(MAX_BLOCK, triton.next_power_of_2(num_tokens)),
+        "num_warps": 4,
+    }
 
 
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else mask.view(torch.uint8)
-
-
-def forward(
-    logprob: Tensor,  # (N,)
-    reference_logprob: Tensor,  # (N,)
-    bounds: Tensor,  # (R + 1,)
-    score: Tensor | None,  # (R,)
-    coefficient: float,
-    adaptive_coefficient: Tensor | None,  # ()
-    mask: Tensor | None,  # (N,) bool
-    estimator: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N,), (R,)
-    """Reward, KL and its sums."""
-    num_tokens, num_responses = logprob.shape[0], bounds.shape[0] - 1
-    reward, kl = _new(num_tokens, logprob), _new(num_tokens, logprob)
-    sequence_kl = _new(num_responses, logprob)
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N,), (R,) float32
+    """Return the reward, the KL and its sums."""
+    num_tokens, num_responses = inputs.logprob.shape[0], inputs.bounds.shape[0] - 1
+    reward, kl = new_rows(2, num_tokens, inputs.logprob)
+    (sequence_kl,) = new_rows(1, num_responses, inputs.logprob)
     if num_responses:
-        logprob = logprob.contiguous()
+        logprob = inputs.logprob.contiguous()
         kl_penalty_fwd_kernel[(num_responses,)](
             logprob,
-            reference_logprob.contiguous(),
-            bounds.contiguous(),
-            _contiguous(score, logprob),
-            _contiguous(adaptive_coefficient, logprob),
-            _contiguous(_bytes(mask), logprob),
+            inputs.reference_logprob.contiguous(),
+            inputs.bounds.contiguous(),
+            _contiguous(inputs.score, logprob),
+            _contiguous(inputs.adaptive_coefficient, logprob),
+            _mask_bytes(inputs, logprob),
             reward,
             kl,
             sequence_kl,
-            coefficient,
-            HAS_SCORE=score is not None,
-            HAS_ADAPTIVE=adaptive_coefficient is not None,
-            **_options(num_tokens, mask, estimator),
+            inputs.coefficient,
+            HAS_SCORE=inputs.score is not None,
+            HAS_ADAPTIVE=inputs.adaptive_coefficient is not None,
+            **_options(inputs),
         )
     return reward, kl, sequence_kl
 
 
 def backward(
+    inputs: Inputs,
     grad_kl: Tensor | None,  # (N,)
     grad_sequence_kl: Tensor | None,  # (R,)
-    logprob: Tensor,  # (N,)
-    reference_logprob: Tensor,  # (N,)
-    bounds: Tensor,  # (R + 1,)
-    mask: Tensor | None,  # (N,) bool
-    estimator: str,
 ) -> Tensor:  # (N,)
-    """The gradient of the log-probs."""
-    num_tokens, num_responses = logprob.shape[0], bounds.shape[0] - 1
-    gradient = _new(num_tokens, logprob)
+    """Return the gradient of the log-probs."""
+    num_responses = inputs.bounds.shape[0] - 1
+    (gradient,) = new_rows(1, inputs.logprob.shape[0], inputs.logprob)
     if num_responses:
-        logprob = logprob.contiguous()
+        logprob = inputs.logprob.contiguous()
         kl_penalty_bwd_kernel[(num_responses,)](
             _contiguous(grad_kl, logprob),
             _contiguous(grad_sequence_kl, logprob),
             logprob,
-            reference_logprob.contiguous(),
-            bounds.contiguous(),
-            _contiguous(_bytes(mask), logprob),
+            inputs.reference_logprob.contiguous(),
+            inputs.bounds.contiguous(),
+            _mask_bytes(inputs, logprob),
             gradient,
             HAS_GRAD_KL=grad_kl is not None,
             HAS_GRAD_SEQUENCE_KL=grad_sequence_kl is not None,
-            **_options(num_tokens, mask, estimator),
+            **_options(inputs),
         )
     return gradient

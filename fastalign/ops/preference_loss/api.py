@@ -76,7 +76,7 @@ def preference_loss(
     if reference_logprob is not None:
         reference_logprob = reference_logprob.detach()
     if chosen == "reference":
-        return reference.define(logprob, bounds, formula, reference_logprob, length, tie)
+        return reference.forward(logprob, bounds, formula, reference_logprob, length, tie)
     if formula.kernel is None:
         raise ValueError(
             f"backend: expected 'auto' or 'reference', for no kernel computes {formula.name}, "

@@ -1,51 +1,36 @@
-"""Launchers of the C++ and CUDA kernels, behind the C ABI of `csrc/abi.h`."""
+"""Launchers of the C++ and CUDA kernels, through the C ABI of `csrc/abi.h`."""
 
 import ctypes
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from fastalign.ops.native_library import address, call
+from fastalign.ops.backends import contiguous, new_rows
+from fastalign.ops.native_library import call
+from fastalign.ops.preference_loss.reference import Inputs
 
 
-def _as(value: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if value is None else value.to(dtype).contiguous()
-
-
-def forward(
-    logprob: Tensor,  # (N,)
-    bounds: Tensor,  # (2B + 1,)
-    reference_logprob: Tensor | None,  # (2B,)
-    length: Tensor | None,  # (2B,)
-    tie: Tensor | None,  # (B,)
-    link: int,
-    per_token: bool,
-    numbers: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:  # (B,), (2B,), (2B,)
-    """Losses, sequence log-probs, and each loss's derivatives by those."""
-    num_sequences = bounds.shape[0] - 1
-    losses, sequence_logprob, coefficient = (
-        torch.empty(size, dtype=torch.float32, device=logprob.device)
-        for size in (num_sequences // 2, num_sequences, num_sequences)
-    )
-    tensors = (
-        logprob.contiguous(),
-        _as(bounds, torch.int64),
-        _as(reference_logprob, torch.float32),
-        _as(length, torch.int64),
-        _as(tie, torch.bool),
-    )
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:  # (B,), (2B,), (2B,) float32
+    """Return losses, sequence log-probs, and each loss's derivatives by those."""
+    num_sequences = inputs.bounds.shape[0] - 1
+    (losses,) = new_rows(1, num_sequences // 2, inputs.logprob)
+    sequence_logprob, coefficient = new_rows(2, num_sequences, inputs.logprob)
     call(
         "preference_loss_forward",
-        logprob.device,
+        inputs.logprob.device,
         [
-            *(address(value) for value in tensors),
+            inputs.logprob.contiguous(),
+            contiguous(inputs.bounds, torch.int64),
+            contiguous(inputs.reference_logprob, torch.float32),
+            contiguous(inputs.length, torch.int64),
+            contiguous(inputs.tie),
             ctypes.c_int64(num_sequences // 2),
-            ctypes.c_int32(link),
-            ctypes.c_int32(per_token),
-            *(ctypes.c_float(number) for number in numbers),
-            *(address(value) for value in (losses, sequence_logprob, coefficient)),
+            ctypes.c_int32(inputs.link),
+            ctypes.c_int32(inputs.per_token),
+            *(ctypes.c_float(number) for number in inputs.numbers),
+            losses,
+            sequence_logprob,
+            coefficient,
         ],
     )
     return losses, sequence_logprob, coefficient
@@ -58,21 +43,18 @@ def backward(
     bounds: Tensor,  # (2B + 1,)
     num_rows: int,
 ) -> Tensor:  # (N,)
-    """The gradient of the tokens' log-probs."""
-    gradient = torch.empty(num_rows, dtype=torch.float32, device=coefficient.device)
-    tensors = (
-        grad_losses.contiguous(),
-        _as(grad_sequence_logprob, torch.float32),
-        coefficient,
-        _as(bounds, torch.int64),
-    )
+    """Return the gradient of the tokens' log-probs."""
+    (gradient,) = new_rows(1, num_rows, coefficient)
     call(
         "preference_loss_backward",
         coefficient.device,
         [
-            *(address(value) for value in tensors),
+            grad_losses.contiguous(),
+            contiguous(grad_sequence_logprob, torch.float32),
+            coefficient,
+            contiguous(bounds, torch.int64),
             ctypes.c_int64(grad_losses.shape[0]),
-            address(gradient),
+            gradient,
         ],
     )
     return gradient

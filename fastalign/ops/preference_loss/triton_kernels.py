@@ -5,14 +5,14 @@ log(1 + e) is then right without a log1p, which the interpreter lacks. `_pair_lo
 `pair_loss` of `csrc/preference_pair.h`.
 """
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastalign.ops.backends import contiguous, new_rows
 from fastalign.ops.preference_loss.formula import LinkFunction
+from fastalign.ops.preference_loss.reference import Inputs
 
 BLOCK = 1024
 _HINGE = tl.constexpr(int(LinkFunction.HINGE))
@@ -187,39 +187,30 @@ def preference_loss_bwd_kernel(
             tl.store(gradient_ptr + row, value + tl.zeros([BLOCK], tl.float32), mask=row < stop)
 
 
-def forward(
-    logprob: Tensor,  # (N,)
-    bounds: Tensor,  # (2B + 1,)
-    reference_logprob: Tensor | None,  # (2B,)
-    length: Tensor | None,  # (2B,)
-    tie: Tensor | None,  # (B,)
-    link: int,
-    per_token: bool,
-    numbers: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:  # (B,), (2B,), (2B,)
-    """Losses, sequence log-probs, and each loss's derivatives by those."""
-    num_sequences = bounds.shape[0] - 1
-    losses, sequence_logprob, coefficient = (
-        torch.empty(size, dtype=torch.float32, device=logprob.device)
-        for size in (num_sequences // 2, num_sequences, num_sequences)
-    )
-    bounds = bounds.to(torch.int64).contiguous()
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:  # (B,), (2B,), (2B,) float32
+    """Return losses, sequence log-probs, and each loss's derivatives by those."""
+    num_sequences = inputs.bounds.shape[0] - 1
+    (losses,) = new_rows(1, num_sequences // 2, inputs.logprob)
+    sequence_logprob, coefficient = new_rows(2, num_sequences, inputs.logprob)
     if num_sequences:
+        bounds = inputs.bounds.to(torch.int64).contiguous()
+        reference_logprob = contiguous(inputs.reference_logprob, torch.float32)
+        length = contiguous(inputs.length, torch.int64)
         preference_loss_fwd_kernel[(num_sequences // 2,)](
-            logprob.contiguous(),
+            inputs.logprob.contiguous(),
             bounds,
-            losses if reference_logprob is None else reference_logprob.float().contiguous(),
-            bounds if length is None else length.to(torch.int64).contiguous(),
-            losses if tie is None else tie.contiguous().view(torch.int8),
+            losses if reference_logprob is None else reference_logprob,  # an unused pointer
+            bounds if length is None else length,
+            losses if inputs.tie is None else inputs.tie.contiguous().view(torch.int8),
             losses,
             sequence_logprob,
             coefficient,
-            *numbers,
-            LINK=link,
-            PER_TOKEN=per_token,
+            *inputs.numbers,
+            LINK=inputs.link,
+            PER_TOKEN=inputs.per_token,
             HAS_REFERENCE=reference_logprob is not None,
             HAS_LENGTH=length is not None,
-            HAS_TIE=tie is not None,
+            HAS_TIE=inputs.tie is not None,
             BLOCK=BLOCK,
         )
     return losses, sequence_logprob, coefficient
@@ -232,18 +223,18 @@ def backward(
     bounds: Tensor,  # (2B + 1,)
     num_rows: int,
 ) -> Tensor:  # (N,)
-    """The gradient of the tokens' log-probs."""
-    gradient = torch.empty(num_rows, dtype=torch.float32, device=coefficient.device)
+    """Return the gradient of the tokens' log-probs."""
+    (gradient,) = new_rows(1, num_rows, coefficient)
     if num_rows:
         grad_losses = grad_losses.contiguous()
-        rest = grad_losses if grad_sequence_logprob is None else grad_sequence_logprob.contiguous()
+        rest = contiguous(grad_sequence_logprob)
         preference_loss_bwd_kernel[(grad_losses.shape[0],)](
             grad_losses,
-            rest,
+            grad_losses if rest is None else rest,
             coefficient,
             bounds.to(torch.int64).contiguous(),
             gradient,
-            HAS_GRAD_SEQUENCE_LOGPROB=grad_sequence_logprob is not None,
+            HAS_GRAD_SEQUENCE_LOGPROB=rest is not None,
             BLOCK=BLOCK,
         )
     return gradient

@@ -104,6 +104,6 @@ def token_kl(
     dtype = torch.float64 if wide else logits.dtype
     chosen = choose_backend("token_kl", backend, logits.device.type, dtype)
     kl: Tensor = token_kl_forward(
-        logits, reference_logits.detach(), rows, softcap, over_reference, ignored, chosen
+        logits, reference_logits.detach(), rows, ignored, softcap, over_reference, chosen
     )[0]
     return kl

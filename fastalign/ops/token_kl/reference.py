@@ -3,13 +3,27 @@
 Legend: T rows, V vocabulary.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fastalign.ops.token_logprob.reference import LOWEST_LOGPROB, scaled_logits
 
-# Between two log-probs: one of them is a banned token's.
+# Log-probs that differ by more: one of them is a banned token's.
 BANNED_DIFFERENCE = -0.5 * LOWEST_LOGPROB
+
+
+class Inputs(NamedTuple):
+    """The arguments of `token_kl`, as every backend takes them."""
+
+    logits: Tensor  # (T, V)
+    reference_logits: Tensor  # (T, V)
+    temperature: Tensor | None  # (T,)
+    ignored: Tensor | None  # (T,) bool
+    softcap: float | None
+    over_reference: bool
+    backend: str
 
 
 def divergence(
@@ -18,7 +32,7 @@ def divergence(
     over_reference: bool,
     ignored: Tensor | None,  # (T,) bool
 ) -> Tensor:  # (T,)
-    """KL(p || q), or KL(q || p) with `over_reference`; differentiable; 0 where ignored."""
+    """Return KL(p || q), or KL(q || p) with `over_reference`; differentiable; 0 where ignored."""
     own, other = (log_q, log_p) if over_reference else (log_p, log_q)
     difference = own.clamp(min=LOWEST_LOGPROB) - other.clamp(min=LOWEST_LOGPROB)
     kl = (own.exp() * difference).sum(-1).clamp(min=0.0)
@@ -30,10 +44,9 @@ def divergence(
     return kl if ignored is None else kl.masked_fill(ignored, 0.0)
 
 
-def _both(
-    logits: Tensor, reference_logits: Tensor, temperature: Tensor | None, softcap: float | None
-) -> tuple[Tensor, Tensor]:
-    """Both sides' z, in the wider dtype."""
+def _both(inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Return both sides' z, in the wider dtype."""
+    logits, reference_logits, temperature, _, softcap, *_ = inputs
     dtype = torch.promote_types(logits.dtype, reference_logits.dtype)
     return (
         scaled_logits(logits.to(dtype), temperature, softcap),
@@ -41,34 +54,27 @@ def _both(
     )
 
 
-def forward(
-    logits: Tensor,  # (T, V)
-    reference_logits: Tensor,  # (T, V)
-    temperature: Tensor | None,  # (T,)
-    softcap: float | None,
-    over_reference: bool,
-    ignored: Tensor | None,  # (T,) bool
-) -> tuple[Tensor, Tensor, Tensor]:  # each (T,)
-    """KL and the two log-sum-exps."""
-    z, r = _both(logits, reference_logits, temperature, softcap)
-    kl = divergence(z.log_softmax(-1), r.log_softmax(-1), over_reference, ignored)
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:  # each (T,)
+    """Return the KL and the two log-sum-exps."""
+    z, r = _both(inputs)
+    log_p, log_q = z.log_softmax(-1), r.log_softmax(-1)
+    kl = divergence(log_p, log_q, inputs.over_reference, inputs.ignored)
     return kl, z.logsumexp(-1), r.logsumexp(-1)
 
 
 def backward(
-    grad_kl: Tensor,  # (T,)
-    logits: Tensor,  # (T, V)
-    reference_logits: Tensor,  # (T, V)
-    temperature: Tensor | None,  # (T,)
-    softcap: float | None,
-    over_reference: bool,
-    ignored: Tensor | None,  # (T,) bool
+    inputs: Inputs,
     kl: Tensor,  # (T,)
     logsumexp: Tensor,  # (T,)
     reference_logsumexp: Tensor,  # (T,)
+    grad_kl: Tensor,  # (T,)
 ) -> Tensor:  # (T, V), the logits' dtype
-    """D KL(p || q) / d z_v = p_v (log p_v - log q_v - KL);  d KL(q || p) / d z_v = p_v - q_v."""
-    z, r = _both(logits, reference_logits, temperature, softcap)
+    """Return the gradient of the logits.
+
+    d KL(p || q) / d z_v = p_v (log p_v - log q_v - KL);  d KL(q || p) / d z_v = p_v - q_v.
+    """
+    logits, _, temperature, ignored, softcap, over_reference, _ = inputs
+    z, r = _both(inputs)
     log_p, log_q = z - logsumexp[:, None], r - reference_logsumexp[:, None]
     if over_reference:
         gradient = log_p.exp() - log_q.exp()

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastalign.ops.backends import contiguous, new_rows, unit_columns
+from fastalign.ops.token_kl.reference import Inputs
 from fastalign.ops.triton_softmax import add_pair, bounded, divergence, tanh
 from fastalign.ops.triton_table import launch_options
 
@@ -124,84 +126,68 @@ def token_kl_bwd_kernel(
         tl.store(place, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
-def _sides(*logits: Tensor) -> list[Tensor]:
-    return [x if x.stride(1) == 1 else x.contiguous() for x in logits]
-
-
-def _rows(temperature: Tensor | None, ignored: Tensor | None, unused: Tensor) -> list[Tensor]:
+def _operands(inputs: Inputs, unused: Tensor) -> list[Tensor]:
+    """Return both sides, temperature and ignored rows; `unused` for what is None and not read."""
+    temperature = contiguous(inputs.temperature, torch.float32)
+    ignored = contiguous(inputs.ignored)
     return [
-        unused if temperature is None else temperature.to(torch.float32).contiguous(),
-        unused if ignored is None else ignored.contiguous().view(torch.int8),
+        unit_columns(inputs.logits),
+        unit_columns(inputs.reference_logits),
+        unused if temperature is None else temperature,
+        unused if ignored is None else ignored.view(torch.int8),
     ]
 
 
-def _options(
-    kernel: str,
-    sides: list[Tensor],
-    temperature: Tensor | None,
-    softcap: float | None,
-    over_reference: bool,
-    ignored: Tensor | None,
-) -> dict[str, Any]:
+def _options(kernel: str, inputs: Inputs, operands: list[Tensor]) -> dict[str, Any]:
+    logits, reference_logits, *_ = operands
     return {
-        "row_stride": sides[0].stride(0),
-        "reference_stride": sides[1].stride(0),
-        "num_columns": sides[0].shape[1],
-        "softcap": 1.0 if softcap is None else softcap,
-        "OVER_REFERENCE": over_reference,
-        "HAS_TEMPERATURE": temperature is not None,
-        "HAS_SOFTCAP": softcap is not None,
-        "HAS_IGNORED": ignored is not None,
-        **launch_options(kernel, sides[0].shape[1], sides[0].device),
+        "row_stride": logits.stride(0),
+        "reference_stride": reference_logits.stride(0),
+        "num_columns": logits.shape[1],
+        "softcap": 1.0 if inputs.softcap is None else inputs.softcap,
+        "OVER_REFERENCE": inputs.over_reference,
+        "HAS_TEMPERATURE": inputs.temperature is not None,
+        "HAS_SOFTCAP": inputs.softcap is not None,
+        "HAS_IGNORED": inputs.ignored is not None,
+        **launch_options(kernel, logits.shape[1], logits.device),
     }
 
 
-def forward(
-    logits: Tensor,  # (T, V)
-    reference_logits: Tensor,  # (T, V)
-    temperature: Tensor | None,  # (T,)
-    softcap: float | None,
-    over_reference: bool,
-    ignored: Tensor | None,  # (T,) bool
-) -> tuple[Tensor, Tensor, Tensor]:  # each (T,) float32
-    """KL and the two log-sum-exps."""
-    sides = _sides(logits, reference_logits)
-    num_rows = logits.shape[0]
-    out = [torch.empty(num_rows, dtype=torch.float32, device=logits.device) for _ in range(3)]
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:  # each (T,) float32
+    """Return the KL and the two log-sum-exps."""
+    num_rows = inputs.logits.shape[0]
+    kl, logsumexp, reference_logsumexp = new_rows(3, num_rows, inputs.logits)
     if num_rows:
+        operands = _operands(inputs, unused=kl)
         token_kl_fwd_kernel[(num_rows,)](
-            *sides,
-            *_rows(temperature, ignored, out[0]),
-            *out,
-            **_options("token_kl_fwd_kernel", sides, temperature, softcap, over_reference, ignored),
+            *operands,
+            kl,
+            logsumexp,
+            reference_logsumexp,
+            **_options("token_kl_fwd_kernel", inputs, operands),
         )
-    return out[0], out[1], out[2]
+    return kl, logsumexp, reference_logsumexp
 
 
 def backward(
-    grad_kl: Tensor,  # (T,)
-    logits: Tensor,  # (T, V)
-    reference_logits: Tensor,  # (T, V)
-    temperature: Tensor | None,  # (T,)
-    softcap: float | None,
-    over_reference: bool,
-    ignored: Tensor | None,  # (T,) bool
+    inputs: Inputs,
     kl: Tensor,  # (T,)
     logsumexp: Tensor,  # (T,)
     reference_logsumexp: Tensor,  # (T,)
+    grad_kl: Tensor,  # (T,)
 ) -> Tensor:  # (T, V)
-    """The gradient of the logits, in their dtype."""
-    sides = _sides(logits, reference_logits)
+    """Return the gradient of the logits, in their dtype."""
+    logits = inputs.logits
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if logits.shape[0]:
+        operands = _operands(inputs, unused=kl)
         token_kl_bwd_kernel[(logits.shape[0],)](
-            *sides,
-            *_rows(temperature, ignored, kl),
+            *operands,
             kl,
             logsumexp,
             reference_logsumexp,
             grad_kl.contiguous(),
             gradient,
-            **_options("token_kl_bwd_kernel", sides, temperature, softcap, over_reference, ignored),
+            **_options("token_kl_bwd_kernel", inputs, operands),
         )
     return gradient

@@ -1,86 +1,50 @@
-"""Launchers of the C++ and CUDA kernels, behind the C ABI of `csrc/abi.h`."""
+"""Launchers of the C++ and CUDA kernels, through the C ABI of `csrc/abi.h`."""
 
 import ctypes
 
 import torch
 from torch import Tensor
 
-from fastalign.ops.native_library import DTYPE_CODES, Argument, address, call
+from fastalign.ops.backends import contiguous, new_rows, unit_columns
+from fastalign.ops.native_library import DTYPE_CODES, Argument, call
+from fastalign.ops.token_logprob.reference import Inputs
 
 
-def _rows(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.to(torch.float32).contiguous()
-
-
-def _shape(logits: Tensor, softcap: float | None, ignore_index: int) -> list[Argument]:
+def _arguments(inputs: Inputs) -> list[Argument | Tensor | None]:
+    """Return the arguments that both kernels begin with."""
+    logits = unit_columns(inputs.logits)
     return [
+        logits,
         ctypes.c_int32(DTYPE_CODES[logits.dtype]),
         ctypes.c_int64(logits.shape[0]),
         ctypes.c_int64(logits.shape[1]),
         ctypes.c_int64(logits.stride(0)),
-        ctypes.c_float(softcap or 0.0),
-        ctypes.c_int64(ignore_index),
+        ctypes.c_float(inputs.softcap or 0.0),
+        ctypes.c_int64(inputs.ignore_index),
+        inputs.targets.contiguous(),
+        contiguous(inputs.temperature, torch.float32),
     ]
 
 
-def _with_unit_columns(logits: Tensor) -> Tensor:
-    return logits if logits.stride(1) == 1 else logits.contiguous()
-
-
-def forward(
-    logits: Tensor,  # (T, V)
-    targets: Tensor,  # (T,)
-    temperature: Tensor | None,  # (T,)
-    softcap: float | None,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # each (T,) float32
-    """Log-prob, entropy and log-sum-exp."""
-    logits, targets, temperature = (
-        _with_unit_columns(logits),
-        targets.contiguous(),
-        _rows(temperature),
-    )
-
-    def new_rows() -> Tensor:
-        return torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-
-    logprob, entropy, logsumexp = new_rows(), new_rows(), new_rows()
-    arguments = [address(logits), *_shape(logits, softcap, ignore_index)]
-    tensors = (targets, temperature, logprob, entropy, logsumexp)
-    arguments += [address(tensor) for tensor in tensors]
-    call("token_logprob_forward", logits.device, arguments)
-    return logprob, entropy, logsumexp
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:  # each (T,) float32
+    """Return log-prob, entropy and log-sum-exp."""
+    logprob, entropy, logsumexp = new_rows(3, inputs.logits.shape[0], inputs.logits)
+    results = (logprob, entropy, logsumexp)
+    call("token_logprob_forward", inputs.logits.device, [*_arguments(inputs), *results])
+    return results
 
 
 def backward(
+    inputs: Inputs,
+    entropy: Tensor,  # (T,)
+    logsumexp: Tensor,  # (T,)
     grad_logprob: Tensor,  # (T,)
     grad_entropy: Tensor | None,  # (T,)
-    logits: Tensor,  # (T, V)
-    targets: Tensor,  # (T,)
-    temperature: Tensor | None,  # (T,)
-    softcap: float | None,
-    ignore_index: int,
-    logsumexp: Tensor,  # (T,)
-    entropy: Tensor,  # (T,)
 ) -> Tensor:  # (T, V)
-    """The gradient of the logits, in their dtype."""
-    logits, targets, temperature = (
-        _with_unit_columns(logits),
-        targets.contiguous(),
-        _rows(temperature),
-    )
-    grad_logprob, of_entropy = grad_logprob.contiguous(), _rows(grad_entropy)
+    """Return the gradient of the logits, in their dtype."""
+    logits = inputs.logits
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    arguments = [address(logits), *_shape(logits, softcap, ignore_index)]
-    tensors = (
-        targets,
-        temperature,
-        logsumexp,
-        entropy,
-        grad_logprob,
-        of_entropy,
-        gradient,
-    )
-    arguments += [address(tensor) for tensor in tensors]
-    call("token_logprob_backward", logits.device, arguments)
+    upstream = (grad_logprob.contiguous(), contiguous(grad_entropy, torch.float32))
+    rows = (logsumexp, entropy, *upstream, gradient)
+    call("token_logprob_backward", logits.device, [*_arguments(inputs), *rows])
     return gradient

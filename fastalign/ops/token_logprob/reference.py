@@ -3,11 +3,24 @@
 Legend: T rows, V vocabulary.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-# Stands for -inf where 0 * -inf would be NaN.
+# Replaces -inf where 0 * -inf would be NaN.
 LOWEST_LOGPROB = -1e30
+
+
+class Inputs(NamedTuple):
+    """The arguments of `token_logprob`, as every backend takes them."""
+
+    logits: Tensor  # (T, V)
+    targets: Tensor  # (T,)
+    temperature: Tensor | None  # (T,)
+    softcap: float | None
+    ignore_index: int
+    backend: str
 
 
 def scaled_logits(
@@ -15,7 +28,7 @@ def scaled_logits(
     temperature: Tensor | None,  # (T,)
     softcap: float | None,
 ) -> Tensor:  # (T, V), float32 or float64
-    """Z = softcap * tanh(logits / softcap) / temperature."""
+    """Return z = softcap * tanh(logits / softcap) / temperature."""
     z = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     if softcap is not None:
         z = softcap * torch.tanh(z / softcap)
@@ -24,45 +37,28 @@ def scaled_logits(
     return z
 
 
-def define(
-    logits: Tensor,  # (T, V)
-    targets: Tensor,  # (T,)
-    temperature: Tensor | None,  # (T,)
-    softcap: float | None,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor]:  # (T,), (T,)
-    """Log-prob and entropy, differentiable: the lines that the operation replaces."""
-    logprob = scaled_logits(logits, temperature, softcap).log_softmax(-1)
-    ignored = targets == ignore_index
-    picked = logprob.gather(1, targets.masked_fill(ignored, 0)[:, None])[:, 0]
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:  # each (T,)
+    """Return log-prob, entropy and log-sum-exp; zeros in the first two where ignored."""
+    z = scaled_logits(inputs.logits, inputs.temperature, inputs.softcap)
+    logprob = z.log_softmax(-1)
+    ignored = inputs.targets == inputs.ignore_index
+    picked = logprob.gather(1, inputs.targets.masked_fill(ignored, 0)[:, None])[:, 0]
     entropy = -(logprob.exp() * logprob.clamp(min=LOWEST_LOGPROB)).sum(-1)
-    return picked.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0)
-
-
-def forward(
-    logits: Tensor,
-    targets: Tensor,
-    temperature: Tensor | None,
-    softcap: float | None,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # each (T,)
-    """Log-prob, entropy and log-sum-exp; zeros in the first two where ignored."""
-    logprob, entropy = define(logits, targets, temperature, softcap, ignore_index)
-    return logprob, entropy, scaled_logits(logits, temperature, softcap).logsumexp(-1)
+    return picked.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0), z.logsumexp(-1)
 
 
 def backward(
+    inputs: Inputs,
+    entropy: Tensor,  # (T,)
+    logsumexp: Tensor,  # (T,)
     grad_logprob: Tensor,  # (T,)
     grad_entropy: Tensor | None,  # (T,)
-    logits: Tensor,  # (T, V)
-    targets: Tensor,  # (T,)
-    temperature: Tensor | None,  # (T,)
-    softcap: float | None,
-    ignore_index: int,
-    logsumexp: Tensor,  # (T,)
-    entropy: Tensor,  # (T,)
 ) -> Tensor:  # (T, V), the logits' dtype
-    """D logprob / d z_v = 1[v = y] - p_v;  d entropy / d z_v = -p_v (log p_v + entropy)."""
+    """Return the gradient of the logits.
+
+    d logprob / d z_v = 1[v = y] - p_v;  d entropy / d z_v = -p_v (log p_v + entropy).
+    """
+    logits, targets, temperature, softcap, ignore_index, _ = inputs
     z = scaled_logits(logits, temperature, softcap)
     log_p = z - logsumexp[:, None]
     p = log_p.exp()

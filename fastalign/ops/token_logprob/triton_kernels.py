@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastalign.ops.backends import contiguous, new_rows, unit_columns
+from fastalign.ops.token_logprob.reference import Inputs
 from fastalign.ops.triton_softmax import add_block, tanh
 from fastalign.ops.triton_table import launch_options
 
@@ -112,74 +114,60 @@ def token_logprob_bwd_kernel(
         tl.store(place, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
-def _options(
-    kernel: str, logits: Tensor, temperature: Tensor | None, softcap: float | None
-) -> dict[str, Any]:
+def _options(kernel: str, inputs: Inputs, logits: Tensor) -> dict[str, Any]:
     return {
         "row_stride": logits.stride(0),
         "num_columns": logits.shape[1],
-        "softcap": 1.0 if softcap is None else softcap,
-        "HAS_TEMPERATURE": temperature is not None,
-        "HAS_SOFTCAP": softcap is not None,
+        "softcap": 1.0 if inputs.softcap is None else inputs.softcap,
+        "ignore_index": inputs.ignore_index,
+        "HAS_TEMPERATURE": inputs.temperature is not None,
+        "HAS_SOFTCAP": inputs.softcap is not None,
         **launch_options(kernel, logits.shape[1], logits.device),
     }
 
 
-def _contiguous(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.to(torch.float32).contiguous()
-
-
-def forward(
-    logits: Tensor,  # (T, V)
-    targets: Tensor,  # (T,)
-    temperature: Tensor | None,  # (T,)
-    softcap: float | None,
-    ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # each (T,) float32
-    """Log-prob, entropy and log-sum-exp."""
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:  # each (T,) float32
+    """Return log-prob, entropy and log-sum-exp."""
+    logits = unit_columns(inputs.logits)
     num_rows = logits.shape[0]
-    out = [torch.empty(num_rows, dtype=torch.float32, device=logits.device) for _ in range(3)]
+    logprob, entropy, logsumexp = new_rows(3, num_rows, logits)
     if num_rows:
-        rows = _contiguous(temperature)
+        temperature = contiguous(inputs.temperature, torch.float32)
         token_logprob_fwd_kernel[(num_rows,)](
             logits,
-            targets.contiguous(),
-            out[0] if rows is None else rows,
-            *out,
-            ignore_index=ignore_index,
-            **_options("token_logprob_fwd_kernel", logits, temperature, softcap),
+            inputs.targets.contiguous(),
+            logprob if temperature is None else temperature,  # an unused pointer
+            logprob,
+            entropy,
+            logsumexp,
+            **_options("token_logprob_fwd_kernel", inputs, logits),
         )
-    return out[0], out[1], out[2]
+    return logprob, entropy, logsumexp
 
 
 def backward(
+    inputs: Inputs,
+    entropy: Tensor,  # (T,)
+    logsumexp: Tensor,  # (T,)
     grad_logprob: Tensor,  # (T,)
     grad_entropy: Tensor | None,  # (T,)
-    logits: Tensor,  # (T, V)
-    targets: Tensor,  # (T,)
-    temperature: Tensor | None,  # (T,)
-    softcap: float | None,
-    ignore_index: int,
-    logsumexp: Tensor,  # (T,)
-    entropy: Tensor,  # (T,)
 ) -> Tensor:  # (T, V)
-    """The gradient of the logits, in their dtype."""
-    logits = logits if logits.stride(1) == 1 else logits.contiguous()
+    """Return the gradient of the logits, in their dtype."""
+    logits = unit_columns(inputs.logits)
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if logits.shape[0]:
-        rows, of_entropy = _contiguous(temperature), _contiguous(grad_entropy)
+        temperature = contiguous(inputs.temperature, torch.float32)
+        grad_entropy = contiguous(grad_entropy, torch.float32)
         token_logprob_bwd_kernel[(logits.shape[0],)](
             logits,
-            targets.contiguous(),
-            logsumexp if rows is None else rows,
+            inputs.targets.contiguous(),
+            logsumexp if temperature is None else temperature,
             logsumexp,
             entropy,
             grad_logprob.contiguous(),
-            logsumexp if of_entropy is None else of_entropy,
+            logsumexp if grad_entropy is None else grad_entropy,
             gradient,
-            ignore_index=ignore_index,
             HAS_GRAD_ENTROPY=grad_entropy is not None,
-            **_options("token_logprob_bwd_kernel", logits, temperature, softcap),
+            **_options("token_logprob_bwd_kernel", inputs, logits),
         )
     return gradient
