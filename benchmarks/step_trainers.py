@@ -67,13 +67,14 @@ def fastalign_reward(job: Job, clock: Clock) -> None:
 
 def fastalign_answers(job: Job, clock: Clock) -> None:
     """The functions of `train_sft` on prompts with any number of responses, all of them trained."""
+    from fastalign.runs.step import optimiser_step
+
     from fastalign.models import load_policy
     from fastalign.runs.accumulate import measure_examples
     from fastalign.runs.config import OptimConfig
     from fastalign.runs.open import make_compute
     from fastalign.runs.optimizer import make_optimizer
     from fastalign.runs.state import TrainState
-    from fastalign.runs.step import optimiser_step
     from fastalign.trainers.sft import sft_step
 
     losses: list[float] = []

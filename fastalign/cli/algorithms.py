@@ -5,7 +5,7 @@ Nothing heavy is imported here: `fastalign --help` prints the table without load
 
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -18,8 +18,8 @@ class Algorithm:
         summary: one line for `fastalign --help`.
         config: name of its configuration in `fastalign.trainers`.
         train: name of the function in `fastalign.trainers` that runs it.
-        losses: name of its table of losses in `fastalign.trainers`, chosen by `--loss NAME`; None
-            where there is no choice.
+        choices: each setting that is one of several dataclasses, chosen by `--SETTING NAME`, to the
+            name of its table in `fastalign.trainers`.
         samples: whether it draws completions from the policy while it trains.
     """
 
@@ -27,26 +27,24 @@ class Algorithm:
     summary: str
     config: str
     train: str
-    losses: str | None = None
+    choices: Mapping[str, str] = field(default_factory=dict)
     samples: bool = False
 
-    def loss_table(self) -> Mapping[str, type[Any]]:
-        """Return the dataclass of each loss by its name; empty where there is no choice."""
-        return {} if self.losses is None else _trainers(self.losses)
+    def table(self, setting: str) -> Mapping[str, type[Any]]:
+        """Return the dataclasses of a choice by their names; empty if there is no such choice."""
+        return _trainers(self.choices[setting]) if setting in self.choices else {}
 
     def parse(self, arguments: Sequence[str]) -> Any:
         """Return the configuration that `--config FILE` and the flags describe.
 
         Raises:
-            ValueError: an unknown key, flag or loss, or a value that does not fit.
-            FileNotFoundError: there is no such file.
+            ValueError: if a key, flag or name is unknown, or a value does not fit.
+            FileNotFoundError: if there is no such file.
         """
-        from fastalign.cli.config_parse import parse_config, parse_with_loss
+        from fastalign.cli.config_parse import parse_config
 
-        config, command = _trainers(self.config), f"fastalign {self.name}"
-        if self.losses is None:
-            return parse_config(config, arguments, command)
-        return parse_with_loss(config, self.loss_table(), arguments, command)
+        choices = {setting: self.table(setting) for setting in self.choices}
+        return parse_config(_trainers(self.config), arguments, f"fastalign {self.name}", choices)
 
     def run(self, arguments: Sequence[str]) -> int:
         """Train; return the exit code: 0 finished or SIGTERM, 130 after SIGINT, 3 collapsed."""
@@ -66,14 +64,14 @@ ALGORITHMS: dict[str, Algorithm] = {
             "align a model with preference pairs (DPO and its relatives)",
             "DPOConfig",
             "train_dpo",
-            losses="LOSSES",
+            choices={"loss": "LOSSES"},
         ),
         Algorithm(
             "online-dpo",
             "DPO on fresh samples, ordered by a reward",
             "OnlineDPOConfig",
             "train_online_dpo",
-            losses="LOSSES",
+            choices={"loss": "LOSSES"},
             samples=True,
         ),
         Algorithm(
@@ -81,13 +79,14 @@ ALGORITHMS: dict[str, Algorithm] = {
             "train a reward model on comparisons, ties among them",
             "RewardConfig",
             "train_reward",
-            losses="REWARD_LOSSES",
+            choices={"loss": "REWARD_LOSSES"},
         ),
         Algorithm(
             "ppo",
             "align a model with a reward (PPO, or without a critic)",
             "PPOConfig",
             "train_ppo",
+            choices={"ppo.advantage": "ADVANTAGES", "kl": "KL_PENALTIES"},
             samples=True,
         ),
     )

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import copy
 import dataclasses
 import inspect
 import io
@@ -10,7 +11,6 @@ import re
 import shutil
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import field, make_dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
@@ -30,19 +30,38 @@ from fastalign.cli.masking import refuse_secrets
 Config = TypeVar("Config")
 
 
-def parse_config(config: type[Config], arguments: Sequence[str], command: str) -> Config:
-    """Return the configuration that `--config FILE` and the flags after it describe.
+CONFIG_HELP = "Settings can also come from a YAML file, `--config FILE`; flags override it."
+
+
+def parse_config(
+    config: type[Config],
+    arguments: Sequence[str],
+    command: str,
+    choices: Mapping[str, Mapping[str, type[Any]]] | None = None,
+) -> Config:
+    """Return the configuration that `--config FILE` and the flags behind it describe.
+
+    Args:
+        config: the configuration's dataclass.
+        arguments: the command line behind the command.
+        command: the command, for the help.
+        choices: settings that are one of several dataclasses, each with its table; only the flags
+            of the chosen one exist.
 
     Raises:
-        ValueError: if the file has an unknown key, or a flag is unknown, missing or does not fit.
-        FileNotFoundError: if the file does not exist.
+        ValueError: if a key, a flag or a name is unknown, or a value does not fit.
+        FileNotFoundError: if there is no such file.
     """
     path, flags = take_option(arguments, "--config")
-    defaults = {} if path is None else read_yaml(Path(path))
-    return parse_flags(config, merge(config, defaults, path, flags), command, CONFIG_HELP)
-
-
-CONFIG_HELP = "Settings can also come from a YAML file, `--config FILE`; flags override it."
+    values = {} if path is None else read_yaml(Path(path))
+    notes, shape = [CONFIG_HELP], config
+    for setting, table in (choices or {}).items():
+        chosen, flags, values = take_choice(setting, table, flags, values, path)
+        shape = narrowed(shape, setting.split("."), chosen)
+        default = next(iter(table))
+        names = ", ".join(table)
+        notes.append(f"Choices for `--{setting} NAME`: {names} (default: {default}).")
+    return parse_flags(shape, merge(shape, values, path, flags), command, "\n\n".join(notes))
 
 
 def merge(
@@ -146,50 +165,61 @@ def flatten_section(section_type: Any, content: Any, name: str, path: str) -> di
     return flat
 
 
-def parse_with_loss(
-    config: type[Config], losses: Mapping[str, type[Any]], arguments: Sequence[str], command: str
-) -> Config:
-    """Return the configuration of a run, with only the chosen loss's parameters as flags.
+def take_choice(
+    setting: str,
+    table: Mapping[str, type[Any]],
+    flags: Sequence[str],
+    values: dict[str, Any],
+    path: str | None,
+) -> tuple[type[Any], list[str], dict[str, Any]]:
+    """Resolve a setting that is one of several dataclasses, named by `--SETTING NAME` or the file.
 
-    A `--loss NAME` other than the file's loss also drops that loss's parameters.
+    `--loss NAME` over a file that names another loss also discards that loss's parameters.
 
     Args:
-        config: dataclass with a field `loss`.
-        losses: dataclass of each loss by name; the first is the default.
-        arguments: arguments as typed.
-        command: name of the command in the help.
+        setting: the setting's dotted name, `loss` or `ppo.advantage`.
+        table: each dataclass by its name; the first is the default.
+        flags: the caller's flags.
+        values: the file's settings.
+        path: the file, for error messages.
+
+    Returns:
+        The dataclass, the flags without the choice, and the file's settings without the name.
 
     Raises:
-        ValueError: if the loss is unknown, or `parse_config` would raise.
+        ValueError: if the name is not in the table, or the file holds something else there.
     """
-    default = next(iter(losses))
-    path, rest = take_option(arguments, "--config")
-    chosen, flags = take_option(rest, "--loss")
-    values = {} if path is None else read_yaml(Path(path))
-    section = values.get("loss") or {}
-    if isinstance(section, str):
-        section = {"name": section}
-    if not isinstance(section, dict):
-        raise ValueError(f"{path}: loss: expected keys and values, got {section!r}")
-    in_file = section.get("name", default)
+    *sections, key = setting.split(".")
+    option = f"--{setting}"
+    chosen, rest = take_option(flags, option)
+    values = copy.deepcopy(values)
+    owner: Any = values
+    for section in sections:
+        owner = owner.get(section) or {} if isinstance(owner, dict) else {}
+    content = (owner.get(key) if isinstance(owner, dict) else None) or {}
+    if isinstance(content, str):
+        content = {"name": content}
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: {setting}: expected keys and values, got {content!r}")
+    in_file = content.pop("name", next(iter(table)))
     name = chosen or in_file
-    if name not in losses:
-        where = "--loss" if chosen else f"{path}: loss.name"
-        raise ValueError(f"{where}: expected one of {', '.join(losses)}, got {name!r}")
-    parameters = {key: value for key, value in section.items() if key != "name"}
-    values = {**values, "loss": parameters if name == in_file else {}}
-    narrowed = with_loss(config, losses[name])
-    names = f"Losses for `--loss NAME`: {', '.join(losses)} (default: {default})."
-    return parse_flags(
-        narrowed, merge(narrowed, values, path, flags), command, f"{CONFIG_HELP}\n\n{names}"
-    )
+    if name not in table:
+        where = option if chosen else f"{path}: {setting}.name"
+        raise ValueError(f"{where}: expected one of {', '.join(table)}, got {name!r}")
+    if isinstance(owner, dict) and key in owner:
+        owner[key] = content if name == in_file else {}
+    return table[name], rest, values
 
 
-def with_loss(config: type[Config], loss: type[Any]) -> type[Config]:
-    """Return the configuration's class with the field `loss` narrowed to one loss."""
-    section = ("loss", loss, field(default_factory=loss))
+def narrowed(config: type[Any], names: Sequence[str], chosen: type[Any]) -> type[Any]:
+    """Return the configuration with one field's type narrowed, so that its flags alone exist."""
+    name, *rest = names
+    if rest:
+        known = {entry.name: entry.type for entry in dataclasses.fields(config)}
+        chosen = narrowed(known[name], rest, chosen)  # type: ignore[arg-type]
+    section = (name, chosen, dataclasses.field(default_factory=chosen))
     documented = {"__doc__": config.__doc__}
-    return make_dataclass(
+    return dataclasses.make_dataclass(
         config.__name__, [section], bases=(config,), namespace=documented, frozen=True
     )
 
@@ -261,7 +291,7 @@ def field_docs(section: type) -> dict[str, str]:
     for owner in reversed(section.__mro__):
         try:
             (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-        except (OSError, TypeError):  # built in, or made by `with_loss`
+        except (OSError, TypeError):  # built in, or made by `narrowed`
             continue
         assert isinstance(tree, ast.ClassDef)
         for statement, following in itertools.pairwise(tree.body):

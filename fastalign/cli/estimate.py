@@ -46,7 +46,7 @@ def algorithm_of(arguments: Sequence[str]) -> str:
     if "reference" in sections or any(flag.startswith("--reference.") for flag in flags):
         return "dpo"
     for algorithm in ESTIMATED.values():
-        if str(name) in algorithm.loss_table():
+        if str(name) in algorithm.table("loss"):
             return algorithm.name
     of_pairs = isinstance(data := sections.get("data"), dict) and "ties" in data
     if (

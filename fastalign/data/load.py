@@ -55,6 +55,10 @@ class TokenizedDataset:
     report: DataReport
     fingerprint: str
 
+    def __len__(self) -> int:
+        """Return the number of rows."""
+        return len(self.groups)
+
 
 @dataclass(frozen=True)
 class PromptDataset:
@@ -71,6 +75,10 @@ class PromptDataset:
     prompts: list[Content]
     sources: list[str]
     report: DataReport
+
+    def __len__(self) -> int:
+        """Return the number of prompts."""
+        return len(self.prompts)
 
     @property
     def fingerprint(self) -> str:

@@ -22,3 +22,8 @@ def model_fingerprint(model: Any) -> str:
         plain: Tensor = whole(value.detach()).cpu().contiguous()
         digest.update(plain.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def fingerprint_or_none(model: Any) -> str | None:
+    """Return `model_fingerprint(model)`, or None if there is no model."""
+    return None if model is None else model_fingerprint(model)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,109 +10,131 @@ from torch import Tensor
 from fastalign.batch.packed import Group, PackedBatch
 from fastalign.batch.schedule import packed_batches, packed_lengths
 from fastalign.compute import Compute, Packing
+from fastalign.models import lm_head, predict_hidden
+from fastalign.ops import LinearHead, fused_linear_loss
+from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.ranks.parallel import enter
 from fastalign.runs.memory import memory_used_in
 from fastalign.runs.metrics import Metrics, mean_metrics
 
-
-@dataclass(frozen=True)
-class BatchLoss:
-    """A loss of micro-batches.
-
-    Attributes:
-        model: whose gradient its backward adds to.
-        of_batch: (the batch, which examples it holds) -> the loss's part (), sums for the metrics.
-    """
-
-    model: Any
-    of_batch: Callable[[PackedBatch, list[int]], tuple[Tensor, dict[str, Tensor]]]
-
-    def __call__(
-        self, batch: PackedBatch, chosen: list[int], *, sync: bool = True
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Of one micro-batch; `sync`: see `enter`."""
-        return enter(self.model, lambda: self.of_batch(batch, chosen), sync=sync)
+# (a micro-batch, the examples that it holds) -> its part of the loss (), sums for the metrics
+BatchLoss = Callable[[PackedBatch, list[int]], tuple[Tensor, dict[str, Tensor]]]
+# Examples that are cut into batches together in an evaluation: bounds the work, not the result.
+PIECE = 1024
 
 
 @dataclass(frozen=True)
 class Examples:
-    """Groups, and the packed tokens of each under one packing."""
+    """Groups, and the number of packed tokens of each under one packing."""
 
     groups: Sequence[Group]
     lengths: Sequence[int]
 
 
 def measure_examples(groups: Sequence[Group], packing: Packing) -> Examples:
-    """Counts each group's packed tokens once, for every step to cut its batches by."""
+    """Count each group's packed tokens once, for every step to cut its batches by."""
     return Examples(groups, packed_lengths(groups, packing))
-
-
-def accumulate(
-    examples: Examples,
-    indices: Sequence[int],
-    batch_loss: BatchLoss,
-    compute: Compute,
-    *,
-    backward: bool,
-    last: bool = True,
-) -> tuple[float, dict[str, float], int]:
-    """Sums losses and metrics over the examples' micro-batches; adds to gradients if `backward`.
-
-    Several ranks share the micro-batches, and have the same sums and gradients afterwards.
-
-    Args:
-        examples: all there are.
-        indices: which of them.
-        batch_loss: of a micro-batch.
-        compute: how forwards are run.
-        backward: add to the model's gradients.
-        last: whether no more is added to them before they are used.
-
-    Returns:
-        The loss, the metrics' sums, and the packed tokens computed.
-    """
-    total = Total()
-    pieces = list(packed_batches(examples.groups, indices, examples.lengths, compute))
-    for piece in pieces:
-        with memory_used_in(f"a batch of {piece.batch.num_tokens} tokens"):
-            batch = piece.batch.to(compute.device)
-            sync = compute.syncs_each_batch or (last and piece is pieces[-1])
-            with torch.set_grad_enabled(backward):
-                part, metrics = batch_loss(batch, piece.indices, sync=sync)
-            if backward:
-                part = part if piece.counts else part * 0
-                part.backward()  # type: ignore[no-untyped-call]
-            if piece.counts:
-                total.add(part.item(), {k: v.item() for k, v in metrics.items()}, batch.num_tokens)
-    return total_of_ranks(compute.world.gather(total))
 
 
 @dataclass
 class Total:
-    """Sums over micro-batches: the loss, what the metrics are made of, and packed tokens."""
+    """Sums over the micro-batches of all ranks.
+
+    Attributes:
+        loss: the loss.
+        sums: sums that the metrics are made of, and `num_micro_batches`.
+        num_tokens: packed tokens computed.
+    """
 
     loss: float = 0.0
     sums: dict[str, float] = field(default_factory=lambda: {"num_micro_batches": 0})
     num_tokens: int = 0
 
     def add(self, loss: float, sums: dict[str, float], num_tokens: int) -> None:
-        """Adds one batch's."""
+        """Add one micro-batch."""
         self.loss += loss
         add_sums(self.sums, sums)
         self.sums["num_micro_batches"] += 1
         self.num_tokens += num_tokens
 
+    def metrics(self) -> Metrics:
+        """Return `loss`, and the sums as means."""
+        return {"loss": self.loss, **mean_metrics(self.sums)}
 
-def total_of_ranks(totals: Sequence[Total]) -> tuple[float, dict[str, float], int]:
-    """The sums over ranks, in their order, so that all get the same bits."""
+
+def accumulate(
+    model: Any,
+    batch_loss: BatchLoss,
+    examples: Examples,
+    indices: Sequence[int],
+    compute: Compute,
+    *,
+    backward: bool = True,
+    last: bool = True,
+) -> Total:
+    """Sum a loss over examples, and add its gradient to the model's.
+
+    The examples are cut into micro-batches, which the ranks share. Afterwards every rank has the
+    same sums and gradients.
+
+    Args:
+        model: module whose gradient the loss's backward adds to.
+        batch_loss: loss of a micro-batch; it divides by the count of the whole step, so that the
+            result does not depend on how the step is cut.
+        examples: all examples there are.
+        indices: the examples of this step.
+        compute: how forwards are run.
+        backward: whether to compute gradients.
+        last: whether no more is added to them before they are used.
+    """
+    total = Total()
+    pieces = list(packed_batches(examples.groups, indices, examples.lengths, compute))
+    for piece in pieces:
+        with memory_used_in(f"a batch of {piece.batch.num_tokens} tokens"):
+            batch = piece.batch.to(compute.device)
+            # The ranks sum their gradients once, in the step's last backward.
+            sync = compute.syncs_each_batch or (last and piece is pieces[-1])
+            with torch.set_grad_enabled(backward):
+                part, sums = loss_of_batch(model, batch_loss, batch, piece.indices, sync)
+            if backward:
+                # A rank without work computes a batch of another's, and adds nothing by it.
+                part = part if piece.counts else part * 0
+                part.backward()  # type: ignore[no-untyped-call]
+            if piece.counts:
+                total.add(part.item(), {k: v.item() for k, v in sums.items()}, batch.num_tokens)
+    return sum_of_ranks(compute.world.gather(total))
+
+
+def loss_of_batch(
+    model: Any, batch_loss: BatchLoss, batch: PackedBatch, indices: list[int], sync: bool
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute a micro-batch inside of the model's forward, where DDP and FSDP2 hook in."""
+    return enter(model, lambda: batch_loss(batch, indices), sync=sync)
+
+
+def evaluate_by_loss(
+    model: Any, batch_loss: BatchLoss, examples: Examples, compute: Compute
+) -> Metrics:
+    """Return metrics named `eval_...` of all the examples, without gradients."""
+    total = Total(sums={})
+    for start in range(0, len(examples.groups), PIECE):
+        indices = range(start, min(start + PIECE, len(examples.groups)))
+        part = accumulate(model, batch_loss, examples, indices, compute, backward=False)
+        total.loss += part.loss
+        add_sums(total.sums, part.sums)
+    return {f"eval_{name}": value for name, value in total.metrics().items()}
+
+
+def sum_of_ranks(totals: Sequence[Total]) -> Total:
+    """Add the ranks' totals in the ranks' order, so that all get the same bits."""
     sums: dict[str, float] = {}
     for total in totals:
         add_sums(sums, total.sums)
-    return sum(t.loss for t in totals), sums, sum(t.num_tokens for t in totals)
+    return Total(sum(t.loss for t in totals), sums, sum(t.num_tokens for t in totals))
 
 
 def add_sums(sums: dict[str, float], more: dict[str, float]) -> None:
-    """Adds to summed metrics; of those named `min_...` and `max_...` the extreme stays."""
+    """Add to summed metrics in place; for `min_...` and `max_...` the extreme is taken."""
     for name, value in more.items():
         if name not in sums:
             sums[name] = value
@@ -122,17 +144,43 @@ def add_sums(sums: dict[str, float], more: dict[str, float]) -> None:
             sums[name] += value
 
 
-# Examples that are cut into batches together; bounds the work of cutting, not the result.
-PIECE = 1024
+class PolicyLoss(NamedTuple):
+    """A fused loss of one micro-batch, and what it was computed from."""
+
+    loss: Tensor  # (); its backward already holds the head's part
+    sums: dict[str, Tensor]  # for the metrics
+    hidden: Tensor  # (N, D) hidden states that predict the batch's targets, detached
+    head: LinearHead
 
 
-def evaluate_by_loss(examples: Examples, batch_loss: BatchLoss, compute: Compute) -> Metrics:
-    """Metrics named `eval_...` of all the examples; `batch_loss` divides by their whole count."""
-    loss = 0.0
-    sums: dict[str, float] = {}
-    for start in range(0, len(examples.groups), PIECE):
-        indices = range(start, min(start + PIECE, len(examples.groups)))
-        part, part_sums, _ = accumulate(examples, indices, batch_loss, compute, backward=False)
-        loss += part
-        add_sums(sums, part_sums)
-    return {f"eval_{name}": value for name, value in ({"loss": loss} | mean_metrics(sums)).items()}
+def policy_loss(
+    policy: Any,
+    batch: PackedBatch,
+    loss_fn: LossFunction,
+    compute: Compute,
+    *,
+    segments: Sequence[int] | None = None,
+    temperature: float = 1.0,
+) -> PolicyLoss:
+    """Run the policy on a micro-batch and compute a fused loss of its targets' log-probs.
+
+    Args:
+        policy: a causal model.
+        batch: the micro-batch.
+        loss_fn: loss of a chunk's per-token log-probs and entropies, see `fused_linear_loss`.
+        compute: how forwards are run.
+        segments: bounds of targets that must stay together in a chunk; None: any may be split.
+        temperature: divisor of the logits.
+    """
+    hidden, head = predict_hidden(policy, batch, compute), lm_head(policy)
+    loss, sums = fused_linear_loss(
+        hidden,
+        head,
+        batch.targets,
+        segments,
+        loss_fn,
+        temperature=temperature,
+        compute_dtype=compute.product_dtype,
+        max_buffer_bytes=compute.max_buffer_bytes,
+    )
+    return PolicyLoss(loss, sums, hidden.detach(), head)

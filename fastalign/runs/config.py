@@ -4,7 +4,7 @@ An attribute's docstring is the flag's help text.
 """
 
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from fastalign.compute import AttentionChoice, Packing
@@ -272,14 +272,18 @@ class AnyConfig(Protocol):
         """How several ranks share the models and the work."""
 
 
-def config_to_dict(config: AnyConfig) -> dict[str, Any]:
-    """Return the settings as nested dictionaries for `config.yaml`, a loss with its `name`."""
-    values = asdict(config, dict_factory=_with_lists)
-    if "loss" in values:
-        values["loss"] = {"name": config.loss.name, **values["loss"]}  # type: ignore[attr-defined]
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Return the settings as nested dictionaries, as `config.yaml` holds them.
+
+    A setting that is one of several dataclasses (a loss, an advantage) also has its `name`. Tuples
+    become lists, since YAML has no tuples.
+    """
+    values: dict[str, Any] = {}
+    if isinstance(getattr(config, "name", None), str):
+        values["name"] = config.name
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if is_dataclass(value):
+            value = config_to_dict(value)
+        values[entry.name] = list(value) if isinstance(value, tuple) else value
     return values
-
-
-def _with_lists(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a dictionary with lists in place of tuples, which YAML does not have."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in items}

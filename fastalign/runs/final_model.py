@@ -1,7 +1,7 @@
-"""What a run leaves behind: `model/`, of an adapter also `adapter/`, and what else it trained."""
+"""The models that a run writes at its end: `model/`, of an adapter also `adapter/`, and others."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,22 +13,31 @@ from fastalign.models import has_adapter, load_policy, merge_adapter, save_adapt
 from fastalign.ranks.parallel import is_sharded
 from fastalign.ranks.world import World
 from fastalign.runs.config import AnyConfig
-from fastalign.runs.task import Task
 
 
-def save_final_model(config: AnyConfig, model: Any, task: Task, folder: Path) -> None:
-    """Writes what a run leaves behind, on rank 0; the others give it their parts of the weights.
+def save_final_model(
+    config: AnyConfig,
+    world: World,
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    save_model: Callable[[Any, Any, Path], None],
+    other_folders: Mapping[str, Callable[[Path], None]],
+) -> None:
+    """Write a run's models, on rank 0; the other ranks give it their parts of the weights.
 
-    Of an adapter `adapter/` comes first, which is merged into the model after that.
+    An adapter is written first, as `adapter/`, and then merged into the model.
 
     Args:
-        config: of the run.
-        model: what was trained, or the policy among it.
-        task: what the algorithm gave the loop.
-        folder: where to.
+        config: the run's settings.
+        world: the ranks.
+        folder: folder that the models' folders are written into.
+        model: the policy, or the reward model.
+        tokenizer: the tokenizer that is saved with it.
+        save_model: writes (model, tokenizer, folder) in transformers' layout.
+        other_folders: name of each further folder to the function that writes it.
     """
-    world, tokenizer = task.world, task.tokenizer
-    for name, write in task.other_folders.items():
+    for name, write in other_folders.items():
         with written(folder / name, world) as aside:
             write(aside)
     if has_adapter(model):
@@ -40,11 +49,11 @@ def save_final_model(config: AnyConfig, model: Any, task: Task, folder: Path) ->
             return
         model = merged(model, folder / "adapter", config, world)
     with written(folder / "model", world) as aside:
-        task.save_model(model, tokenizer, aside)
+        save_model(model, tokenizer, aside)
 
 
 def merged(model: Any, adapter: Path, config: AnyConfig, world: World) -> Any:
-    """The model with its adapter merged; of a sharded one, rank 0 reads the whole of it again."""
+    """Merge the adapter into the model; if it is sharded, rank 0 reads the whole model again."""
     if not is_sharded(model):
         merge_adapter(model)
         return model
@@ -61,7 +70,7 @@ def merged(model: Any, adapter: Path, config: AnyConfig, world: World) -> Any:
 
 @contextmanager
 def written(final: Path, world: World) -> Iterator[Path]:
-    """A folder for rank 0 to write into: complete under another name first, then renamed."""
+    """Yield a folder for rank 0 to write into, which gets its final name when it is complete."""
     aside = final.with_name(f".writing-{final.name}")
 
     def prepare() -> None:

@@ -1,4 +1,4 @@
-"""How every algorithm begins: ranks, run folder, data, and whether they fit the model."""
+"""Open a run: join the ranks, resolve the device, prepare and lock the run's folder."""
 
 import os
 from collections.abc import Iterator
@@ -19,6 +19,7 @@ from fastalign.ranks.world import ALONE, World, open_world, world_of_environment
 from fastalign.runs.config import AnyConfig, TrainConfig, config_to_dict
 from fastalign.runs.folder import announce, locked, prepare_run_folder
 from fastalign.runs.load_models import check_sharing
+from fastalign.runs.loop import Run
 from fastalign.runs.optimizer import adamw
 from fastalign.runs.out_of_memory import out_of_memory_in_one_line
 from fastalign.runs.state import seed_everything
@@ -27,10 +28,10 @@ from fastalign.runs.state import seed_everything
 def make_compute(
     config: TrainConfig, world: World = ALONE, parallel: ParallelConfig | None = None
 ) -> Compute:
-    """Resolves `auto` settings; of several ranks on a machine each has a GPU of its own.
+    """Resolve `auto` settings; each of several ranks on a machine has a GPU of its own.
 
     Raises:
-        ValueError: a device that is not there.
+        ValueError: if the device is not there.
     """
     device = device_of_rank(config.device, world)
     if world.size > 1 and device.type == "cuda":
@@ -49,10 +50,10 @@ def make_compute(
 
 
 def device_of_rank(name: str, world: World) -> torch.device:
-    """What `train.device` names for this rank; of several on a machine each has a GPU of its own.
+    """Return the device that `train.device` names for this rank.
 
     Raises:
-        ValueError: it is not there, or one GPU is named for several ranks.
+        ValueError: if it is not there, or one GPU is named for several ranks.
     """
     device = find_device(name, "train.device")
     if world.size == 1 or device.type == "cpu":
@@ -70,16 +71,20 @@ def device_of_rank(name: str, world: World) -> torch.device:
 
 
 @contextmanager
-def opened_run(config: AnyConfig) -> Iterator[Compute]:
-    """Joins the ranks; prepares and holds the run's folder; prints the settings; seeds everything.
+def open_run(config: AnyConfig, title: str) -> Iterator[Run]:
+    """Join the ranks, prepare and lock the run's folder, print the settings, seed everything.
 
-    Rank 0 speaks for all: the others print nothing.
+    Only rank 0 prints.
+
+    Args:
+        config: the run's settings.
+        title: name of the algorithm, in front of the progress bar.
 
     Raises:
-        ValueError: the folder holds another run, or is in use; a library is missing; memory did
-            not suffice; settings that do not go together; the ranks do not meet.
+        ValueError: if the folder holds another run or is in use, a library is missing, memory did
+            not suffice, settings contradict each other, or the ranks did not all come.
     """
-    adamw(config.optim.states)  # what is not installed is said before hours of work
+    adamw(config.optim.states)  # a missing library is reported before hours of work
     check_sharing(config)
     world = world_of_environment()
     compute = make_compute(config.train, world, config.parallel)
@@ -101,5 +106,5 @@ def opened_run(config: AnyConfig) -> Iterator[Compute]:
         stack.enter_context(out_of_memory_in_one_line(config))
         announce(values)
         seed_everything(config.run.seed)
-        yield compute
+        yield stack.enter_context(Run(config, title, compute))
         part_from_ranks()

@@ -1,23 +1,29 @@
-"""AdamW, the learning rate as a function of the step, and the gradient's norm."""
+"""One optimiser step: AdamW, the learning rate, the gradient's norm, and steps that are skipped."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
 from torch import nn
 
 from fastalign.runs.config import OptimConfig, States
+from fastalign.runs.state import TrainState
+
+NUM_NORMS = 128  # gradient norms that a spike is compared with
+FEWEST_NORMS = 32
 
 
 def adamw(states: States) -> Any:
-    """The class of the optimiser that keeps its averages so.
+    """Return the optimiser's class for this precision of its averages.
 
     `8bit` (arXiv 2110.02861) keeps a byte for each, and a float32 scale for each 256 of them;
     tensors of fewer than 4,096 elements stay float32. An update is computed in float32.
 
     Raises:
-        ValueError: bitsandbytes is not installed.
+        ValueError: if bitsandbytes is needed and not installed.
     """
     if states == "float32":
         return partial(torch.optim.AdamW, fused=True)  # one pass in place of a dozen
@@ -31,7 +37,7 @@ def adamw(states: States) -> Any:
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (arXiv 1711.05101) over the trainable parameters; matrices alone decay.
+    """Make AdamW (arXiv 1711.05101) over the trainable parameters; only matrices decay.
 
     A parameter with an attribute `lr_scale` has that many times the learning rate.
     """
@@ -54,10 +60,10 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimiz
 
 
 def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
-    """The learning rate of step `step` (counted from 0) of `num_steps`: no state to save.
+    """Return the learning rate of step `step` (from 0) of `num_steps`; there is no state to save.
 
-    Linear warm-up over `warmup_steps`, reaching the peak at its last step; then constant, or from
-    the peak towards zero, which would be reached one step after the last.
+    It warms up linearly over `warmup_steps` and reaches the peak at their last step; then it is
+    constant, or falls towards zero, which it would reach one step after the last.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / config.warmup_steps
@@ -70,11 +76,11 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
 
 
 def clip_gradient(model: nn.Module, max_norm: float) -> torch.Tensor:
-    """The norm of the whole gradient before clipping, (); scales the gradient where it is larger.
+    """Clip the gradient to `max_norm`; return its global norm () before clipping.
 
-    A model with an attribute `clipped_apart` has each of these parts scaled by its own norm, so
-    that a value model far from its targets does not take the policy's step. A non-finite gradient
-    gives a non-finite norm.
+    If the model has an attribute `clipped_apart`, each of those parts is clipped by its own norm,
+    so that a value model far from its targets does not take the policy's step. A non-finite
+    gradient gives a non-finite norm.
     """
     norms = []
     for part in getattr(model, "clipped_apart", (model,)):
@@ -84,3 +90,36 @@ def clip_gradient(model: nn.Module, max_norm: float) -> torch.Tensor:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
         norms.append(norm)
     return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+
+
+def optimiser_step(
+    state: TrainState, loss: float, config: OptimConfig, num_steps: int
+) -> dict[str, float | int]:
+    """Apply the gradient, unless it or the loss is not finite, or it is a spike.
+
+    The caller counts the step.
+
+    Returns:
+        `learning_rate`, `grad_norm` and `skipped` (1 where no weight was changed).
+    """
+    rate = learning_rate(config, state.step, num_steps)
+    norm = float(clip_gradient(state.model, config.grad_clip))
+    finite = bool(torch.isfinite(torch.tensor([loss, norm])).all())
+    taken = finite and not is_spike(norm, state.grad_norms, config.skip_sigma)
+    if taken:
+        state.grad_norms = [*state.grad_norms, norm][-NUM_NORMS:]
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return {"learning_rate": rate, "grad_norm": norm, "skipped": int(not taken)}
+
+
+def is_spike(norm: float, earlier: Sequence[float], sigma: float) -> bool:
+    """Return whether a norm is more than `sigma` standard deviations above the earlier ones' mean.
+
+    With fewer than `FEWEST_NORMS` earlier norms, or a `sigma` of 0, no norm is a spike.
+    """
+    if not sigma or len(earlier) < FEWEST_NORMS:
+        return False
+    return norm > fmean(earlier) + sigma * pstdev(earlier)

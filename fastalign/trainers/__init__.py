@@ -1,4 +1,4 @@
-"""Trainers: one file an algorithm, a flat loop, and functions that they share."""
+"""Trainers: a file or a folder for each algorithm, whose loop is in its `train.py`."""
 
 from fastalign.ranks.config import ParallelConfig
 from fastalign.runs.config import (
@@ -10,7 +10,7 @@ from fastalign.runs.config import (
     RunConfig,
     TrainConfig,
 )
-from fastalign.runs.task import RunResult
+from fastalign.runs.loop import RunResult
 from fastalign.trainers.dpo.config import DPOConfig, ReferenceConfig
 from fastalign.trainers.dpo.losses import LOSSES, PreferenceLoss
 from fastalign.trainers.dpo.train import train_dpo
@@ -20,7 +20,15 @@ from fastalign.trainers.online_dpo.config import (
     OnlineReferenceConfig,
 )
 from fastalign.trainers.online_dpo.train import train_online_dpo
-from fastalign.trainers.ppo.config import KLConfig, PPOConfig, PPOSettings, ValueConfig
+from fastalign.trainers.ppo.advantages import ADVANTAGES, Gae, Grpo, Rloo
+from fastalign.trainers.ppo.config import (
+    KL_PENALTIES,
+    KLInLoss,
+    KLInReward,
+    PPOConfig,
+    PPOSettings,
+    ValueConfig,
+)
 from fastalign.trainers.ppo.train import train_ppo
 from fastalign.trainers.reward.config import RewardConfig
 from fastalign.trainers.reward.losses import REWARD_LOSSES, RewardLoss
@@ -34,13 +42,18 @@ from fastalign.trainers.sampling.config import (
 from fastalign.trainers.sft import SFTConfig, train_sft
 
 __all__ = [
+    "ADVANTAGES",
+    "KL_PENALTIES",
     "LOSSES",
     "REWARD_LOSSES",
     "DPOConfig",
     "DataConfig",
     "FreshPairsConfig",
     "FrozenReferenceConfig",
-    "KLConfig",
+    "Gae",
+    "Grpo",
+    "KLInLoss",
+    "KLInReward",
     "LoraConfig",
     "ModelConfig",
     "OnlineDPOConfig",
@@ -56,6 +69,7 @@ __all__ = [
     "RewardConfig",
     "RewardLoss",
     "RewardSourceConfig",
+    "Rloo",
     "RunConfig",
     "RunResult",
     "SFTConfig",

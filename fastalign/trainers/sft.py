@@ -2,22 +2,29 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
+
+from torch import Tensor
 
 from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
 from fastalign.losses.chunk_losses import sft_loss_fn
-from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.ranks.config import ParallelConfig
-from fastalign.runs.accumulate import Examples, accumulate, evaluate_by_loss, measure_examples
+from fastalign.runs.accumulate import (
+    Examples,
+    Total,
+    accumulate,
+    evaluate_by_loss,
+    measure_examples,
+    policy_loss,
+)
 from fastalign.runs.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from fastalign.runs.data import load_sets
 from fastalign.runs.load_models import load_for_training
-from fastalign.runs.loop import run_loop
-from fastalign.runs.metrics import Metrics, mean_metrics
-from fastalign.runs.open import opened_run
-from fastalign.runs.step import MakeLoss, policy_loss, supervised
-from fastalign.runs.task import RunResult, Task
+from fastalign.runs.loop import RunResult
+from fastalign.runs.metrics import Metrics
+from fastalign.runs.open import open_run
 
 
 @dataclass(frozen=True)
@@ -33,44 +40,30 @@ class SFTConfig:
 
 
 def train_sft(config: SFTConfig) -> RunResult:
-    """Runs supervised fine-tuning to its end, or until it is stopped.
+    """Run supervised fine-tuning until its last step, or until it is stopped.
 
     Raises:
-        ValueError: in one line, whatever of the caller's is wrong.
-        FileNotFoundError: a file that is not there.
+        ValueError: if a setting, a file or the model is at fault; the message is one line.
+        FileNotFoundError: if a file is not there.
     """
-    with opened_run(config) as compute:
-        model, tokenizer = load_for_training(config, compute)
+    with open_run(config, "sft") as run:
+        model, tokenizer = load_for_training(config, run.compute)
         data, held_out = load_sets(config, model, tokenizer)
-        examples = measure_examples(data.groups, compute.packing)
-        evaluate = None
+        examples = measure_examples(data.groups, run.compute.packing)
         if held_out is not None:
-            measured = measure_examples(held_out.groups, compute.packing)
+            eval_examples = measure_examples(held_out.groups, run.compute.packing)
 
-            def evaluate() -> Metrics:
-                make_loss = make_sft_loss(num_targets(measured, range(len(measured.groups))))
-                return evaluate_by_loss(measured, policy_loss(model, make_loss, compute), compute)
-
-        return run_loop(
-            config,
-            model,
-            Task(
-                title="sft",
-                num_examples=len(data.groups),
-                data_fingerprint=data.fingerprint,
-                tokenizer=tokenizer,
-                world=compute.world,
-                take_step=supervised(
-                    lambda indices: sft_step(model, examples, indices, compute),
-                    config.optim,
-                ),
-                evaluate=evaluate,
-            ),
-        )
+        run.begin(model, data)
+        for step in run.steps():
+            total = sft_gradient(model, examples, step.indices, run.compute)
+            step.finish(run.optimise(total))
+            if step.evaluates and held_out is not None:
+                step.log(evaluate_sft(model, eval_examples, run.compute))
+        return run.end(model, tokenizer)
 
 
 def num_targets(examples: Examples, indices: Sequence[int]) -> int:
-    """Trained tokens of these examples: what the summed loss is divided by."""
+    """Return the number of trained tokens of these examples, which the summed loss is divided by."""
     return sum(
         len(examples.groups[i].targets_of(number))
         for i in indices
@@ -78,19 +71,22 @@ def num_targets(examples: Examples, indices: Sequence[int]) -> int:
     )
 
 
-def make_sft_loss(normaliser: float) -> MakeLoss:
-    """The loss function of each micro-batch; tokens need no company, so there are no segments."""
-
-    def make_loss(batch: PackedBatch, chosen: list[int]) -> tuple[LossFunction, None]:
-        return sft_loss_fn(normaliser=normaliser), None
-
-    return make_loss
+def sft_gradient(model: Any, examples: Examples, indices: Sequence[int], compute: Compute) -> Total:
+    """Add the gradient of one step's examples to the model's; return the sums."""
+    batch_loss = partial(sft_batch_loss, model, num_targets(examples, indices), compute)
+    return accumulate(model, batch_loss, examples, indices, compute)
 
 
-def sft_step(
-    model: Any, examples: Examples, indices: Sequence[int], compute: Compute
-) -> tuple[Metrics, int]:
-    """Adds one step's gradient; returns its metrics and the packed tokens computed."""
-    batch_loss = policy_loss(model, make_sft_loss(num_targets(examples, indices)), compute)
-    loss, sums, num_tokens = accumulate(examples, indices, batch_loss, compute, backward=True)
-    return {"loss": loss, **mean_metrics(sums)}, num_tokens
+def sft_batch_loss(
+    model: Any, normaliser: float, compute: Compute, batch: PackedBatch, chosen: list[int]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute a micro-batch's cross-entropy over `normaliser`, and the sums for its metrics."""
+    found = policy_loss(model, batch, sft_loss_fn(normaliser=normaliser), compute)
+    return found.loss, found.sums
+
+
+def evaluate_sft(model: Any, examples: Examples, compute: Compute) -> Metrics:
+    """Return metrics named `eval_...` of all the examples."""
+    normaliser = num_targets(examples, range(len(examples.groups)))
+    batch_loss = partial(sft_batch_loss, model, normaliser, compute)
+    return evaluate_by_loss(model, batch_loss, examples, compute)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from fastalign.runs.step import optimiser_step
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -28,7 +29,6 @@ from fastalign.runs.load_models import checkpoint_activations, share
 from fastalign.runs.open import make_compute
 from fastalign.runs.optimizer import make_optimizer
 from fastalign.runs.state import TrainState
-from fastalign.runs.step import optimiser_step
 from fastalign.trainers.ppo.models import PPOModels
 from fastalign.trainers.ppo.record import numbers_of_batch
 from fastalign.trainers.sft import sft_step

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
+from fastalign.runs.step import is_spike, optimiser_step
 from torch import nn
 
 from fastalign.runs.config import OptimConfig
 from fastalign.runs.optimizer import make_optimizer
 from fastalign.runs.state import TrainState
-from fastalign.runs.step import is_spike, optimiser_step
 from fastalign.trainers import sft as sft_module
 from fastalign.trainers import train_sft
 from tests.small_runs import read_metrics, sft_config

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastalign.runs.step import MakeLoss, policy_loss
 from torch import Tensor
 
 from fastalign import losses
@@ -17,7 +18,6 @@ from fastalign.ops.segments import segment_sum
 from fastalign.rollouts import SamplingParams
 from fastalign.runs.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from fastalign.runs.open import make_compute
-from fastalign.runs.step import MakeLoss, policy_loss
 from fastalign.trainers import (
     KLConfig,
     PPOConfig,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastalign.runs.step import policy_loss
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -24,7 +25,6 @@ from fastalign.models.lora import quiet_peft
 from fastalign.runs.config import LoraConfig, TrainConfig
 from fastalign.runs.data import load_data
 from fastalign.runs.open import make_compute
-from fastalign.runs.step import policy_loss
 from fastalign.trainers import PreferenceDataConfig, RewardConfig, train_dpo, train_sft
 from fastalign.trainers.dpo import train as dpo
 from fastalign.trainers.sft import make_sft_loss

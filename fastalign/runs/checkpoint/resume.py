@@ -1,20 +1,16 @@
-"""A run goes on from its newest good checkpoint, if that began with the same data and weights."""
+"""Resume a run from its newest good checkpoint, if that began with the same data and weights."""
 
 from pathlib import Path
 from typing import Any
 
-from fastalign.models import has_adapter
-from fastalign.models.fingerprint import model_fingerprint
 from fastalign.ranks.world import ALONE, World
 from fastalign.runs.checkpoint.files import CHECKPOINTS, newest_good_checkpoint
 from fastalign.runs.checkpoint.restore import read_state, restore
-from fastalign.runs.checkpoint.writer import CheckpointWriter
-from fastalign.runs.config import AnyConfig, RunConfig
-from fastalign.runs.metrics import METRICS, AnyWriter
+from fastalign.runs.config import RunConfig
+from fastalign.runs.metrics import METRICS
 from fastalign.runs.state import TrainState
-from fastalign.runs.task import Task
 
-# What training begins from and a checkpoint does not hold: it holds their fingerprints.
+# Training begins from these; a checkpoint holds their fingerprints only.
 SOURCES = {
     "data_fingerprint": "training data",
     "base_fingerprint": "frozen base in model.path",
@@ -22,26 +18,20 @@ SOURCES = {
 }
 
 
-def sources_of(task: Task, policy: Any) -> dict[str, Any]:
-    """The fingerprints of what training begins from."""
-    reference, known = task.reference, task.reference_fingerprint
-    return {
-        "data_fingerprint": task.data_fingerprint,
-        "base_fingerprint": model_fingerprint(policy) if has_adapter(policy) else None,
-        "reference_fingerprint": known if reference is None else model_fingerprint(reference),
-    }
-
-
 def resume(run: RunConfig, state: TrainState, sources: dict[str, Any], world: World = ALONE) -> int:
-    """Restores the newest good checkpoint; says which newer ones are damaged.
+    """Restore the newest good checkpoint; print which newer ones are damaged.
 
-    `sources` are the fingerprints of what training began from, as the checkpoint holds them.
+    Args:
+        run: the run's folder and seed, and the parts that are not restored.
+        state: model, optimiser and counters, which are changed in place.
+        sources: fingerprints of the data and frozen models that training began from.
+        world: the ranks.
 
     Returns:
-        How long `metrics.jsonl` was at the checkpoint.
+        Length of `metrics.jsonl` in bytes when the checkpoint was made.
 
     Raises:
-        ValueError: there is none, or it was made with other data, or on another frozen base.
+        ValueError: if there is no good checkpoint, or it was made from other sources.
     """
     checkpoint, faults = newest_good_checkpoint(Path(run.dir) / CHECKPOINTS, world)
     for fault in faults if world.is_first else ():
@@ -59,31 +49,7 @@ def resume(run: RunConfig, state: TrainState, sources: dict[str, Any], world: Wo
 
 
 def whole_lines(folder: Path, num_bytes: int) -> int:
-    """Bytes of the whole lines among the first ones of `metrics.jsonl`, as far as it is there."""
+    """Return the bytes of the whole lines among the first `num_bytes` of `metrics.jsonl`."""
     path = folder / METRICS
     there = path.read_bytes()[:num_bytes] if path.exists() else b""
     return there.rfind(b"\n") + 1
-
-
-def checkpoint_writer(config: AnyConfig, world: World) -> CheckpointWriter:
-    """Of the run's `checkpoints/`."""
-    return CheckpointWriter(
-        Path(config.run.dir) / CHECKPOINTS,
-        config.train.keep_checkpoints,
-        world,
-        background=config.train.async_checkpoints,
-    )
-
-
-def save_run(
-    checkpoints: CheckpointWriter,
-    writer: AnyWriter,
-    task: Task,
-    state: TrainState,
-    sources: dict[str, Any],
-    *,
-    last: bool = True,
-) -> None:
-    """Begins a checkpoint; the run's last is on the disk when this returns."""
-    task.before_save(state)
-    checkpoints.save(state, {"metrics_bytes": writer.num_bytes(), **sources}, wait=last)

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,28 @@ from fastalign.compute import Compute
 from fastalign.data import TokenizedDataset, Tokenizer
 from fastalign.losses.chunk_losses import preference_loss_fn
 from fastalign.ops import LinearHead
-from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.ops.segments import segment_sum
-from fastalign.runs.accumulate import Examples, accumulate, evaluate_by_loss, measure_examples
+from fastalign.runs.accumulate import (
+    Examples,
+    Total,
+    accumulate,
+    evaluate_by_loss,
+    measure_examples,
+    policy_loss,
+)
 from fastalign.runs.data import load_sets
 from fastalign.runs.load_models import load_for_training
-from fastalign.runs.loop import indices_of_run, run_loop
-from fastalign.runs.metrics import Metrics, mean_metrics
-from fastalign.runs.open import opened_run
-from fastalign.runs.step import MakeLoss, policy_loss, supervised
-from fastalign.runs.task import RunResult, Task
+from fastalign.runs.loop import RunResult, indices_of_run
+from fastalign.runs.metrics import Metrics
+from fastalign.runs.open import open_run
 from fastalign.trainers.dpo.config import DPOConfig
 from fastalign.trainers.dpo.losses import PreferenceLoss
-from fastalign.trainers.dpo.reference import default_cache_dir, load_reference, reference_logprobs
+from fastalign.trainers.dpo.reference import (
+    Reference,
+    default_cache_dir,
+    load_reference,
+    reference_logprobs,
+)
 
 
 @dataclass(frozen=True)
@@ -35,9 +45,10 @@ class Pairs:
 
     Attributes:
         examples: groups of two responses, chosen first.
-        reference: (number of pairs, 2) sequence log-probs, NaN where unused; None: no reference.
+        reference: (number of pairs, 2) sequence log-probs of the reference, NaN where unused; None
+            without a reference.
         ties: (number of pairs,) bool.
-        fingerprint: of the reference.
+        fingerprint: fingerprint of the reference, or None.
     """
 
     examples: Examples
@@ -47,120 +58,123 @@ class Pairs:
 
 
 def train_dpo(config: DPOConfig) -> RunResult:
-    """Runs DPO, or the relative that `config.loss` is, to its end or until it is stopped.
+    """Run DPO, or the relative that `config.loss` names, to its last step or until it is stopped.
 
     Raises:
-        ValueError: in one line, whatever of the caller's is wrong.
-        FileNotFoundError: a file that is not there.
+        ValueError: if a setting, a file or a model is at fault; the message is one line.
+        FileNotFoundError: if a file is not there.
     """
-    with opened_run(config) as compute:
-        model, tokenizer = load_for_training(config, compute)
-        data, held_out = load_sets(config, model, tokenizer)
-        sets: list[tuple[TokenizedDataset, Iterable[int]]] = [
-            (data, indices_of_run(config, len(data.groups)))
-        ]
-        if held_out is not None:
-            sets.append((held_out, range(len(held_out.groups))))
-        pairs, *others = prepare_all(config, model, tokenizer, sets, compute)
-        return run_loop(
-            config,
-            model,
-            Task(
-                title="dpo",
-                num_examples=len(data.groups),
-                data_fingerprint=data.fingerprint,
-                tokenizer=tokenizer,
-                world=compute.world,
-                reference_fingerprint=pairs.fingerprint,
-                take_step=supervised(
-                    lambda indices: dpo_step(model, config.loss, pairs, indices, compute),
-                    config.optim,
-                ),
-                evaluate=(
-                    (lambda: evaluate_pairs(model, config.loss, others[0], compute))
-                    if others
-                    else None
-                ),
-            ),
-        )
+    with open_run(config, "dpo") as run:
+        policy, tokenizer = load_for_training(config, run.compute)
+        data, held_out = load_sets(config, policy, tokenizer)
+        pairs, eval_pairs = prepare_pairs(config, policy, tokenizer, (data, held_out), run.compute)
+
+        run.begin(policy, data, reference_fingerprint=pairs.fingerprint)
+        for step in run.steps():
+            total = dpo_gradient(policy, config.loss, pairs, step.indices, run.compute)
+            step.finish(run.optimise(total))
+            if step.evaluates and eval_pairs is not None:
+                step.log(evaluate_pairs(policy, config.loss, eval_pairs, run.compute))
+        return run.end(policy, tokenizer)
 
 
-def prepare(
+def prepare_pairs(
     config: DPOConfig,
     policy: Any,
     tokenizer: Tokenizer,
-    data: TokenizedDataset,
-    used: Iterable[int],
+    sets: tuple[TokenizedDataset, TokenizedDataset | None],
     compute: Compute,
-) -> Pairs:
-    """`prepare_all` for one set of pairs."""
-    return prepare_all(config, policy, tokenizer, [(data, used)], compute)[0]
-
-
-def prepare_all(
-    config: DPOConfig,
-    policy: Any,
-    tokenizer: Tokenizer,
-    sets: Sequence[tuple[TokenizedDataset, Iterable[int]]],
-    compute: Compute,
-) -> list[Pairs]:
-    """Measures the pairs and finds the reference's log-probs of those that will be used.
+) -> tuple[Pairs, Pairs | None]:
+    """Find the reference's log-probs of the training pairs that will be used, and of held-out ones.
 
     Without `reference.path` the policy is the reference: it must still be what it was before the
-    first step, unless it has an adapter, which is put off. Another model is loaded once, and is
-    gone when this returns.
+    first step, unless it has an adapter, which is switched off. Another model is loaded once, and
+    its memory is free again when this returns.
     """
+    data, held_out = sets
     reference = None
     if config.loss.formula().needs_reference:
         reference = load_reference(config, policy, tokenizer, compute)
-    cache = config.reference.cache_dir
-    cache_dir = default_cache_dir() if cache is None else Path(cache).expanduser()
-    prepared = []
-    for data, used in sets:
-        examples = measure_examples(data.groups, compute.packing)
-        logprobs = None
-        if reference is not None:
-            logprobs = reference_logprobs(
-                reference,
-                examples,
-                used,
-                compute,
-                data_fingerprint=data.fingerprint,
-                cache_dir=cache_dir,
-            )
-        fingerprint = None if reference is None else reference.fingerprint
-        prepared.append(Pairs(examples, logprobs, torch.tensor(data.ties), fingerprint))
+    pairs = make_pairs(config, data, indices_of_run(config, len(data)), reference, compute)
+    eval_pairs = None
+    if held_out is not None:
+        eval_pairs = make_pairs(config, held_out, range(len(held_out)), reference, compute)
     del reference
     gc.collect()  # offloading makes cycles, which would keep another model's weights
-    return prepared
+    return pairs, eval_pairs
 
 
-def make_preference_loss(loss: PreferenceLoss, pairs: Pairs, normaliser: int) -> MakeLoss:
-    """The loss function of each micro-batch; the two responses of a pair stay together."""
-    formula = loss.formula()
+def make_pairs(
+    config: DPOConfig,
+    data: TokenizedDataset,
+    used: Iterable[int],
+    reference: Reference | None,
+    compute: Compute,
+) -> Pairs:
+    """Measure the pairs, and find the reference's log-probs of those that will be used."""
+    examples, ties = measure_examples(data.groups, compute.packing), torch.tensor(data.ties)
+    if reference is None:
+        return Pairs(examples, None, ties)
+    cache = config.reference.cache_dir
+    logprobs = reference_logprobs(
+        reference,
+        examples,
+        used,
+        compute,
+        data_fingerprint=data.fingerprint,
+        cache_dir=default_cache_dir() if cache is None else Path(cache).expanduser(),
+    )
+    return Pairs(examples, logprobs, ties, reference.fingerprint)
 
-    def make_loss(batch: PackedBatch, chosen: list[int]) -> tuple[LossFunction, tuple[int, ...]]:
-        device = batch.targets.device
-        reference = pairs.reference
-        bounds = batch.layout.target_bounds
-        loss_fn = preference_loss_fn(
-            formula,
-            bounds,
-            None if reference is None else reference[chosen].flatten().to(device),
-            normaliser=normaliser,
-            tie=pairs.ties[chosen].to(device),
-            beta=loss.beta,
-        )
-        return loss_fn, bounds[::2]
 
-    return make_loss
+def dpo_gradient(
+    policy: Any, loss: PreferenceLoss, pairs: Pairs, indices: Sequence[int], compute: Compute
+) -> Total:
+    """Add the gradient of one step's pairs to the policy's; return the sums."""
+    batch_loss = partial(dpo_batch_loss, policy, loss, pairs, len(indices), compute)
+    return accumulate(policy, batch_loss, pairs.examples, indices, compute)
+
+
+def dpo_batch_loss(
+    policy: Any,
+    loss: PreferenceLoss,
+    pairs: Pairs,
+    normaliser: int,
+    compute: Compute,
+    batch: PackedBatch,
+    chosen: list[int],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute a micro-batch's preference loss, and the sums for its metrics.
+
+    Args:
+        policy: the model.
+        loss: which loss.
+        pairs: all pairs.
+        normaliser: number of pairs of the whole step, which the summed loss is divided by.
+        compute: how forwards are run.
+        batch: the micro-batch.
+        chosen: the pairs that it holds.
+    """
+    device, bounds = batch.targets.device, batch.layout.target_bounds
+    reference = pairs.reference
+    loss_fn = preference_loss_fn(
+        loss.formula(),
+        bounds,
+        None if reference is None else reference[chosen].flatten().to(device),
+        normaliser=normaliser,
+        tie=pairs.ties[chosen].to(device),
+        beta=loss.beta,
+    )
+    # The two responses of a pair must be in one chunk.
+    found = policy_loss(policy, batch, loss_fn, compute, segments=bounds[::2])
+    return found.loss, found.sums | logit_sums(found.hidden, found.head, batch)
 
 
 @torch.no_grad()
 def logit_sums(hidden: Tensor, head: LinearHead, batch: PackedBatch) -> dict[str, Tensor]:
-    """Mean logits of chosen and rejected tokens, as sums: TRL's `logits/chosen`, `logits/rejected`.
+    """Return sums for TRL's `logits/chosen` and `logits/rejected`, the tokens' mean logits.
 
-    A model with a softcap has no such metric: its mean needs every logit.
+    A model with a softcap has no such metrics: their mean would need every logit.
     """
     if head.softcap is not None:
         return {}
@@ -174,20 +188,7 @@ def logit_sums(hidden: Tensor, head: LinearHead, batch: PackedBatch) -> dict[str
     }
 
 
-def evaluate_pairs(model: Any, loss: PreferenceLoss, pairs: Pairs, compute: Compute) -> Metrics:
-    """Metrics named `eval_...` of all the pairs."""
-    make_loss = make_preference_loss(loss, pairs, len(pairs.ties))
-    batch_loss = policy_loss(model, make_loss, compute, logit_sums)
-    return evaluate_by_loss(pairs.examples, batch_loss, compute)
-
-
-def dpo_step(
-    model: Any, loss: PreferenceLoss, pairs: Pairs, indices: Sequence[int], compute: Compute
-) -> tuple[Metrics, int]:
-    """Adds one step's gradient; returns its metrics and the packed tokens computed."""
-    make_loss = make_preference_loss(loss, pairs, len(indices))
-    batch_loss = policy_loss(model, make_loss, compute, logit_sums)
-    value, sums, num_tokens = accumulate(
-        pairs.examples, indices, batch_loss, compute, backward=True
-    )
-    return {"loss": value, **mean_metrics(sums)}, num_tokens
+def evaluate_pairs(policy: Any, loss: PreferenceLoss, pairs: Pairs, compute: Compute) -> Metrics:
+    """Return metrics named `eval_...` of all the pairs."""
+    batch_loss = partial(dpo_batch_loss, policy, loss, pairs, len(pairs.ties), compute)
+    return evaluate_by_loss(policy, batch_loss, pairs.examples, compute)

@@ -1,4 +1,4 @@
-"""What online DPO samples: answers of the policy as it stands, their scores, their KL."""
+"""Online DPO's samples: answers of the policy as it is, their scores, their KL, and the pairs."""
 
 import time
 from collections.abc import Sequence
@@ -28,20 +28,20 @@ from fastalign.trainers.sampling.score import RewardSources, ScoreScale, final_s
 
 
 @dataclass(frozen=True)
-class Online:
-    """What every step of a run uses.
+class OnlineDPOSetup:
+    """The inputs of every step of a run.
 
     Attributes:
-        config: of the run.
+        config: the run's settings.
         compute: how forwards are run.
         model: the policy.
-        tokenizer: of the policy.
-        reference: what the policy is held near; None for a loss without.
-        sampler: draws from the policy.
-        sources: of the rewards.
-        scale: of the scores, measured on the starting policy, or None.
-        prompts: to be answered.
-        held_out: prompts for the evaluation, or None.
+        tokenizer: tokenizer of the policy.
+        reference: the model that the policy is held near; None for a loss without one.
+        sampler: draws completions from the policy.
+        sources: sources of the rewards.
+        scale: scale of the scores, measured on the starting policy, or None.
+        prompts: training prompts.
+        held_out: prompts of the evaluation, or None.
     """
 
     config: OnlineDPOConfig
@@ -74,12 +74,12 @@ class Scored:
     metrics: Metrics
 
 
-def prepare(config: OnlineDPOConfig, compute: Compute) -> Online:
-    """Loads the models, the reward sources and the prompts; measures the scale of scores.
+def prepare_online_dpo(config: OnlineDPOConfig, compute: Compute) -> OnlineDPOSetup:
+    """Load the models, the reward sources and the prompts; measure the scale of scores.
 
     Raises:
-        ValueError: in one line, whatever of the caller's is wrong.
-        FileNotFoundError: a file that is not there.
+        ValueError: if a setting, a file or a model is at fault.
+        FileNotFoundError: if a file is not there.
     """
     sources = load_sources(config.reward, compute)
     model, tokenizer = load_for_training(config, compute)
@@ -93,7 +93,7 @@ def prepare(config: OnlineDPOConfig, compute: Compute) -> Online:
         scale = scale_of_policy(
             sampler, prompts, config.sampling, tokenizer, sources, run_seed=config.run.seed
         )
-    return Online(
+    return OnlineDPOSetup(
         config=config,
         compute=compute,
         model=model,
@@ -108,13 +108,13 @@ def prepare(config: OnlineDPOConfig, compute: Compute) -> Online:
 
 
 def score_samples(
-    online: Online,
+    online: OnlineDPOSetup,
     prompts: PromptDataset,
     indices: Sequence[int],
     params: SamplingParams,
     seed: int,
 ) -> Scored:
-    """Samples the policy as it stands, and scores what it says."""
+    """Sample the policy as it is, and score its completions."""
     rollouts = roll_out(
         online.sampler, prompts, indices, params, online.tokenizer, online.sources, seed=seed
     )
@@ -144,8 +144,8 @@ def score_samples(
     return Scored(rollouts, scores, reference_logprob, metrics)
 
 
-def evaluate_samples(online: Online) -> Metrics:
-    """Metrics named `eval_...` of one sample of each held-out prompt: the same noise every time."""
+def evaluate_samples(online: OnlineDPOSetup) -> Metrics:
+    """Return metrics named `eval_...` of one sample of each held-out prompt, drawn by one seed."""
     single = replace(online.config.sampling, num_samples=1)
     prompts = online.held_out
     assert prompts is not None

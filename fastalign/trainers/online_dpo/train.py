@@ -8,25 +8,23 @@ the judge; with `reference.refresh_every` the rounds of Llama 3, arXiv 2407.2178
 import random
 import time
 from contextlib import closing
-from functools import partial
 
 import torch
 
-from fastalign.runs.accumulate import accumulate, add_sums, measure_examples
-from fastalign.runs.loop import run_loop
-from fastalign.runs.metrics import Metrics, mean_metrics
-from fastalign.runs.open import opened_run
-from fastalign.runs.optimizer import learning_rate
+from fastalign.models.fingerprint import fingerprint_or_none
+from fastalign.runs.accumulate import Total, add_sums, measure_examples
+from fastalign.runs.loop import RunResult
+from fastalign.runs.metrics import Metrics
+from fastalign.runs.open import open_run
+from fastalign.runs.optimizer import learning_rate, optimiser_step
 from fastalign.runs.state import TrainState
-from fastalign.runs.step import optimiser_step, policy_loss
-from fastalign.runs.task import RunResult, Task
-from fastalign.trainers.dpo.train import Pairs, logit_sums, make_preference_loss
+from fastalign.trainers.dpo.train import Pairs, dpo_gradient
 from fastalign.trainers.online_dpo.config import OnlineDPOConfig
 from fastalign.trainers.online_dpo.samples import (
-    Online,
+    OnlineDPOSetup,
     choose_pairs,
     evaluate_samples,
-    prepare,
+    prepare_online_dpo,
     score_samples,
 )
 from fastalign.trainers.sampling.collapse import reason_to_stop, watch
@@ -34,38 +32,35 @@ from fastalign.trainers.sampling.rollout import rollout_seed
 
 
 def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
-    """Runs online DPO to its end or until it is stopped.
+    """Run online DPO to its last step or until it is stopped.
 
     Raises:
-        ValueError: in one line, whatever of the caller's is wrong.
-        FileNotFoundError: a file that is not there.
+        ValueError: if a setting, a file or a model is at fault; the message is one line.
+        FileNotFoundError: if a file is not there.
     """
-    with opened_run(config) as compute:
-        online = prepare(config, compute)
+    with open_run(config, "online-dpo") as run:
+        online = prepare_online_dpo(config, run.compute)
+        run.enter_context(closing(online.sampler))
         reference = online.reference
-        evaluate = None if online.held_out is None else partial(evaluate_samples, online)
-        with closing(online.sampler):
-            return run_loop(
-                config,
-                online.model,
-                Task(
-                    title="online-dpo",
-                    num_examples=len(online.prompts.prompts),
-                    data_fingerprint=online.prompts.fingerprint,
-                    tokenizer=online.tokenizer,
-                    world=compute.world,
-                    take_step=partial(online_step, online),
-                    evaluate=evaluate,
-                    reference=None if reference is None else reference.began_as,
-                    stop_reason=lambda metrics: reason_to_stop(watched(metrics), config.watch),
-                ),
-            )
+
+        run.begin(
+            online.model,
+            online.prompts,
+            reference_fingerprint=fingerprint_or_none(reference and reference.began_as),
+        )
+        for step in run.steps():
+            metrics = online_dpo_step(online, run.state, step.indices, run.num_steps)
+            step.finish(metrics)
+            run.stop(reason_to_stop(watched(metrics), config.watch))
+            if step.evaluates and online.held_out is not None:
+                step.log(evaluate_samples(online))
+        return run.end(online.model, online.tokenizer)
 
 
-def online_step(
-    online: Online, state: TrainState, indices: list[int], num_steps: int
-) -> tuple[Metrics, int]:
-    """Samples, pairs, updates; returns the step's metrics and the packed tokens of the updates."""
+def online_dpo_step(
+    online: OnlineDPOSetup, state: TrainState, indices: list[int], num_steps: int
+) -> Metrics:
+    """Sample these prompts, pair the answers, take the updates on the pairs; return the metrics."""
     config = online.config
     if online.reference is not None:
         online.reference.before_step(state)
@@ -81,11 +76,9 @@ def online_step(
     counts |= online.sampler.metrics()
     counts |= watch(watched(scored.metrics), config.watch, state.kept)
     if not fresh.groups:
-        say_that_all_are_tied(state, len(indices))
+        warn_that_all_are_tied(state, len(indices))
         rate = learning_rate(config.optim, state.step, num_steps)
-        nothing: Metrics = {"loss": 0.0, "learning_rate": rate, "grad_norm": 0.0, "skipped": 0}
-        nothing["time/update_seconds"] = 0.0
-        return {**nothing, **scored.metrics, **counts, "num_updates": 0, "num_micro_batches": 0}, 0
+        return {**NO_UPDATE, "learning_rate": rate, **scored.metrics, **counts}
     places = torch.tensor(fresh.places)
     margin = (scored.scores[places[:, 0]] - scored.scores[places[:, 1]]).mean().item()
     reference = scored.reference_logprob
@@ -95,19 +88,31 @@ def online_step(
         torch.tensor(fresh.ties),
     )
     start = time.perf_counter()
-    metrics, num_tokens = update_on(online, pairs, state, num_steps)
+    metrics = update_on(online, pairs, state, num_steps)
     metrics["time/update_seconds"] = time.perf_counter() - start
     online.sampler.version = state.step + 1
-    return {**metrics, **scored.metrics, "objective/scores_margin": margin, **counts}, num_tokens
+    return {**metrics, **scored.metrics, "objective/scores_margin": margin, **counts}
+
+
+# Metrics of a step without a pair.
+NO_UPDATE: Metrics = {
+    "loss": 0.0,
+    "grad_norm": 0.0,
+    "skipped": 0,
+    "time/update_seconds": 0.0,
+    "num_updates": 0,
+    "num_micro_batches": 0,
+    "num_packed_tokens": 0,
+}
 
 
 def watched(metrics: Metrics) -> Metrics:
-    """What a collapse is told by; a loss without a reference has no KL to watch."""
+    """Add a KL of 0 for a loss without a reference, which has no KL to watch."""
     return {"objective/kl": 0.0, **metrics}
 
 
-def say_that_all_are_tied(state: TrainState, num_prompts: int) -> None:
-    """One line where a step has no pair; of several such steps in a row, at the first."""
+def warn_that_all_are_tied(state: TrainState, num_prompts: int) -> None:
+    """Print one line if a step has no pair; of several such steps in a row, for the first."""
     if state.kept.get("last_step_without_pairs") != state.step - 1:
         print(
             f"step {state.step + 1}: no pair of {num_prompts} prompts (the samples of each have "
@@ -117,38 +122,32 @@ def say_that_all_are_tied(state: TrainState, num_prompts: int) -> None:
     state.kept["last_step_without_pairs"] = state.step
 
 
-def update_on(
-    online: Online, pairs: Pairs, state: TrainState, num_steps: int
-) -> tuple[Metrics, int]:
-    """The updates of a step; the first that is not finite is the last, and changes no weight."""
+def update_on(online: OnlineDPOSetup, pairs: Pairs, state: TrainState, num_steps: int) -> Metrics:
+    """Take the updates of a step; stop at the first that is not finite, which changes no weight."""
     config = online.config
+    whole = Total(sums={})
     losses: list[float] = []
     updates: list[dict[str, float | int]] = []
-    sums: dict[str, float] = {}
-    num_tokens = 0
     for indices in mini_batches(config, len(pairs.ties), state.step):
-        make_loss = make_preference_loss(config.loss, pairs, len(indices))
-        batch_loss = policy_loss(online.model, make_loss, online.compute, logit_sums)
-        loss, part, tokens = accumulate(
-            pairs.examples, indices, batch_loss, online.compute, backward=True
-        )
-        losses.append(loss)
-        updates.append(optimiser_step(state, loss, config.optim, num_steps))
-        add_sums(sums, part)
-        num_tokens += tokens
+        total = dpo_gradient(online.model, config.loss, pairs, indices, online.compute)
+        losses.append(total.loss)
+        updates.append(optimiser_step(state, total.loss, config.optim, num_steps))
+        add_sums(whole.sums, total.sums)
+        whole.num_tokens += total.num_tokens
         if updates[-1]["skipped"]:
             break
+    whole.loss = sum(losses) / len(losses)
     return {
-        "loss": sum(losses) / len(losses),
-        **mean_metrics(sums),
+        **whole.metrics(),
         **updates[-1],
         "grad_norm": sum(update["grad_norm"] for update in updates) / len(updates),
         "num_updates": len(updates),
-    }, num_tokens
+        "num_packed_tokens": whole.num_tokens,
+    }
 
 
 def mini_batches(config: OnlineDPOConfig, num_pairs: int, step: int) -> list[list[int]]:
-    """Which pairs each update takes: a pure function of seed and step."""
+    """Return the pairs of each update: a pure function of seed and step."""
     batches = []
     for epoch in range(config.pairs.epochs):
         order = list(range(num_pairs))

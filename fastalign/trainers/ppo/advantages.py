@@ -1,66 +1,25 @@
-"""From scores and KL to rewards of tokens, and from those to advantages and returns."""
+"""Advantages of tokens from their rewards: `--ppo.advantage gae | rloo | grpo`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from fastalign.losses import grpo_advantage, rloo_advantage, whiten, whitening_scale
-from fastalign.ops import gae, kl_penalty
+from fastalign.ops import gae
 from fastalign.ops.segments import segment_sum
-from fastalign.runs.metrics import Metrics
-from fastalign.trainers.ppo.config import KLConfig, PPOSettings
-from fastalign.trainers.ppo.record import TokenRecord
-
-
-@dataclass(frozen=True)
-class Penalised:
-    """A step's KL and what it makes of the scores.
-
-    Attributes:
-        kl: (N,) the estimate at each token.
-        sequence_kl: (R,) its sums.
-        reward: (N,) -coefficient * kl where the KL is in the reward, plus the score at each
-            response's last token.
-    """
-
-    kl: Tensor
-    sequence_kl: Tensor
-    reward: Tensor
-
-
-def penalise(
-    record: TokenRecord,
-    score: Tensor,  # (R,)
-    config: KLConfig,
-    coefficient: float,
-) -> Penalised:
-    """The reward of every token (arXiv 2203.02155, eq. 2), by the chosen estimate of the KL."""
-    in_reward = coefficient if config.place == "reward" else 0.0
-    if config.estimator != "full":
-        found = kl_penalty(
-            record.logprob,
-            record.reference_logprob,
-            record.bounds,
-            score,
-            coefficient=in_reward,
-            estimator=config.estimator,
-        )
-        return Penalised(found.kl, found.sequence_kl, found.reward)
-    assert record.full_kl is not None
-    reward = -in_reward * record.full_kl
-    reward[record.bounds[1:] - 1] += score
-    return Penalised(record.full_kl, segment_sum(record.full_kl, record.bounds), reward)
+from fastalign.runs.config import within
 
 
 @dataclass(frozen=True)
 class Advantages:
-    """What the updates go by.
+    """The result of an estimate; N tokens.
 
     Attributes:
         advantage: (N,).
-        returns: (N,), what values should be; None without a value model.
-        scale: what whitening multiplied rewards by on their way into the advantage.
+        returns: (N,) targets of the value model; None without one.
+        scale: factor by which whitening multiplied rewards on their way into the advantage.
     """
 
     advantage: Tensor
@@ -68,96 +27,104 @@ class Advantages:
     scale: float
 
 
-def find_advantages(
-    record: TokenRecord, reward: Tensor, settings: PPOSettings, num_samples: int
-) -> Advantages:
-    """The advantage of every token, and the returns where there is a value model.
+@dataclass(frozen=True)
+class AdvantageEstimator:
+    """An estimate of advantages; a subclass holds its own parameters and no others."""
 
-    A response that was cut off ends there: what stands behind it is not bootstrapped, as its score
-    was given for what there is of it.
+    name: ClassVar[str]  # on the command line
+    needs_value: ClassVar[bool] = False  # whether it needs a value model
 
-    Args:
-        record: of the rollouts.
-        reward: (N,) of every token.
-        settings: which advantage, and what is whitened.
-        num_samples: responses of each prompt.
-    """
-    returns, scale = None, 1.0
-    if settings.advantage == "gae":
-        assert record.value is not None
-        if settings.whitens_rewards:
+    def estimate(
+        self, reward: Tensor, value: Tensor | None, bounds: Tensor, num_samples: int
+    ) -> Advantages:
+        """Return the advantage of every token, and the returns if there is a value model.
+
+        A response that was cut off ends there: its continuation is not bootstrapped, since its
+        score was given for the text that there is.
+
+        Args:
+            reward: (N,) reward of every token.
+            value: (N,) value of the state that each token was drawn in, or None.
+            bounds: (R + 1,) int64; response r owns the tokens bounds[r] to bounds[r + 1].
+            num_samples: responses of each prompt.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Gae(AdvantageEstimator):
+    """Generalised advantage estimation by a value model, arXiv 1506.02438."""
+
+    gamma: float = 1.0
+    """Discount of later rewards."""
+    gae_lambda: float = 0.95
+    """Weight of longer returns."""
+    whiten: Literal["advantages", "rewards", "both", "none"] = "advantages"
+    """Scale these to standard deviation 1 over a step's tokens (rewards keep their mean)."""
+
+    name = "gae"
+    needs_value = True
+
+    def __post_init__(self) -> None:
+        within("ppo.advantage.gamma", self.gamma, 0, 1)
+        within("ppo.advantage.gae_lambda", self.gae_lambda, 0, 1)
+
+    def estimate(
+        self, reward: Tensor, value: Tensor | None, bounds: Tensor, num_samples: int
+    ) -> Advantages:
+        """See `AdvantageEstimator.estimate` and `ops.gae`."""
+        assert value is not None
+        scale = 1.0
+        if self.whiten in ("rewards", "both"):
             scale = whitening_scale(reward).item()
             reward = whiten(reward, shift_mean=False)
         advantage, returns = gae(
-            reward,
-            record.value,
-            record.bounds,
-            gamma=settings.gamma,
-            gae_lambda=settings.gae_lambda,
+            reward, value, bounds, gamma=self.gamma, gae_lambda=self.gae_lambda
         )
-    else:
-        formula = {"rloo": rloo_advantage, "grpo": grpo_advantage}[settings.advantage]
-        of_response = formula(segment_sum(reward, record.bounds), num_samples)
-        lengths = record.bounds.diff()
-        advantage = of_response.repeat_interleave(lengths, output_size=record.num_tokens)
-    if settings.whitens_advantages:
-        scale *= whitening_scale(advantage).item()
-        advantage = whiten(advantage)
-    return Advantages(advantage, returns, scale)
+        if self.whiten in ("advantages", "both"):
+            scale *= whitening_scale(advantage).item()
+            advantage = whiten(advantage)
+        return Advantages(advantage, returns, scale)
 
 
-def objective_metrics(
-    record: TokenRecord, found: Penalised, score: Tensor, config: KLConfig, coefficient: float
-) -> Metrics:
-    """TRL's `objective/...`, means over responses; `entropy`, over tokens; `kl_coefficient`."""
-    penalty = coefficient if config.place == "reward" else 0.0
-    non_score = -penalty * found.sequence_kl
-    return {
-        "objective/kl": found.sequence_kl.mean().item(),
-        "objective/entropy": -segment_sum(record.logprob, record.bounds).mean().item(),
-        "objective/non_score_reward": non_score.mean().item(),
-        "objective/rlhf_reward": (score + non_score).mean().item(),
-        "objective/scores": score.mean().item(),
-        "entropy": record.entropy.mean().item(),
-        "kl_coefficient": coefficient,
-    }
+@dataclass(frozen=True)
+class GroupAdvantage(AdvantageEstimator):
+    """One advantage for all tokens of a response, from the other responses to its prompt."""
+
+    whiten: Literal["none", "advantages"] = "none"
+    """Scale advantages to standard deviation 1 over a step's tokens."""
+
+    formula: ClassVar[Callable[[Tensor, int], Tensor]]
+
+    def estimate(
+        self, reward: Tensor, value: Tensor | None, bounds: Tensor, num_samples: int
+    ) -> Advantages:
+        """See `AdvantageEstimator.estimate` and the formula."""
+        of_response = type(self).formula(segment_sum(reward, bounds), num_samples)
+        advantage = of_response.repeat_interleave(bounds.diff(), output_size=len(reward))
+        scale = 1.0
+        if self.whiten == "advantages":
+            scale = whitening_scale(advantage).item()
+            advantage = whiten(advantage)
+        return Advantages(advantage, None, scale)
 
 
-def sampling_metrics(record: TokenRecord) -> Metrics:
-    """How far the sampler's log-probs are from the trainer's, by TRL's names."""
-    difference = record.logprob - record.sampler_logprob
-    ratio = difference.exp()
-    return {
-        "sampling/sampling_logp_difference/mean": difference.abs().mean().item(),
-        "sampling/sampling_logp_difference/max": difference.abs().max().item(),
-        "sampling/importance_sampling_ratio/min": ratio.min().item(),
-        "sampling/importance_sampling_ratio/mean": ratio.mean().item(),
-        "sampling/importance_sampling_ratio/max": ratio.max().item(),
-    }
+@dataclass(frozen=True)
+class Rloo(GroupAdvantage):
+    """The score less the mean of the prompt's other responses, arXiv 2402.14740."""
+
+    name = "rloo"
+    formula = rloo_advantage
 
 
-def value_metrics(record: TokenRecord, returns: Tensor | None) -> Metrics:
-    """How much of the returns' variance the values knew beforehand: 1 all of it, below 0 none."""
-    if returns is None or record.value is None:
-        return {}
-    variance = returns.var(correction=0)
-    left = (returns - record.value).var(correction=0)
-    explained = torch.where(variance > 0, 1 - left / variance, 0.0)
-    return {
-        "critic/explained_var": explained.item(),
-        "val/mean": record.value.mean().item(),
-        "val/returns": returns.mean().item(),
-    }
+@dataclass(frozen=True)
+class Grpo(GroupAdvantage):
+    """The score less the mean of the prompt's responses, over their deviation, arXiv 2402.03300."""
+
+    name = "grpo"
+    formula = grpo_advantage
 
 
-def adapted_coefficient(
-    coefficient: float, kl: float, config: KLConfig, num_responses: int
-) -> float:
-    """The next step's coefficient (arXiv 1909.08593, section 2.2).
-
-    error = clip(kl / target - 1, -0.2, 0.2); coefficient * (1 + error * responses / horizon).
-    """
-    if config.target is None:
-        return coefficient
-    error = min(max(kl / config.target - 1, -0.2), 0.2)
-    return coefficient * (1 + error * num_responses / config.horizon)
+ADVANTAGES: dict[str, type[AdvantageEstimator]] = {
+    estimator.name: estimator for estimator in (Gae, Rloo, Grpo)
+}

@@ -1,7 +1,7 @@
-"""Settings of PPO: `--ppo.*`, `--kl.*`, `--value.*`, `--watch.*`."""
+"""Settings of PPO: `--ppo.*`, `--kl.*`, `--value.*`."""
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fastalign.ranks.config import ParallelConfig
 from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
@@ -13,6 +13,7 @@ from fastalign.runs.config import (
     above_zero,
     within,
 )
+from fastalign.trainers.ppo.advantages import AdvantageEstimator, Gae
 from fastalign.trainers.sampling.config import (
     FrozenReferenceConfig,
     PromptDataConfig,
@@ -20,30 +21,19 @@ from fastalign.trainers.sampling.config import (
     WatchConfig,
 )
 
-Advantage = Literal["gae", "rloo", "grpo"]
-Whitening = Literal["auto", "none", "advantages", "rewards", "both"]
-KLEstimator = Literal["k1", "k2", "k3", "full"]
-
 
 @dataclass(frozen=True)
 class PPOSettings:
     """Advantages and policy updates on the rollouts of a step."""
 
-    advantage: Advantage = "gae"
-    """Advantage estimator: gae with a value model, or without one rloo (reward minus the mean of
-    the prompt's other responses) or grpo (reward standardised over the prompt's responses)."""
+    advantage: AdvantageEstimator = field(default_factory=Gae)
+    """Estimate of advantages; gae needs a value model, rloo and grpo several samples a prompt."""
     epochs: int = 4
     """Number of passes over a step's rollouts."""
     mini_batches: int = 1
     """Number of optimiser steps per pass, each with an equal share of the prompts."""
     clip_range: float = 0.2
     """Clip each token's probability ratio to within this distance of 1."""
-    gamma: float = 1.0
-    """Discount factor of later rewards."""
-    gae_lambda: float = 0.95
-    """GAE's lambda, the weight of longer returns."""
-    whiten: Whitening = "auto"
-    """Quantities scaled to standard deviation 1 over a step's tokens; auto is gae's advantages."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus in the loss."""
     max_importance_weight: float | None = None
@@ -58,71 +48,77 @@ class PPOSettings:
             within(f"ppo.{name}", getattr(self, name), 1)
         if not 0 < self.clip_range < 1:
             raise ValueError(f"ppo.clip_range: expected a number in (0, 1), got {self.clip_range}")
-        within("ppo.gamma", self.gamma, 0, 1)
-        within("ppo.gae_lambda", self.gae_lambda, 0, 1)
         within("ppo.entropy_coefficient", self.entropy_coefficient, 0)
         above_zero("ppo.max_importance_weight", self.max_importance_weight)
         above_zero("ppo.ptx_coefficient", self.ptx_coefficient)
-        if self.advantage != "gae" and (self.gamma, self.gae_lambda) != (1.0, 0.95):
-            raise ValueError(
-                "ppo.gamma, ppo.gae_lambda: settings of gae; expected their defaults under "
-                f"{self.advantage}, got {self.gamma} and {self.gae_lambda}"
-            )
         if self.ptx_data is None and self.ptx_coefficient != 1.0:
             raise ValueError(
                 f"ppo.ptx_coefficient: {self.ptx_coefficient} is a setting of ppo.ptx_data; got no "
                 "data"
             )
-        if self.advantage != "gae" and self.whiten in ("rewards", "both"):
-            raise ValueError(
-                f"ppo.whiten: expected auto, none or advantages under {self.advantage}, which has "
-                f"one reward a response, got {self.whiten}"
-            )
-
-    @property
-    def whitens_advantages(self) -> bool:
-        """Whether advantages are scaled to standard deviation 1."""
-        automatic = self.whiten == "auto" and self.advantage == "gae"
-        return automatic or self.whiten in ("advantages", "both")
-
-    @property
-    def whitens_rewards(self) -> bool:
-        """Whether rewards are scaled to standard deviation 1; they keep their mean."""
-        return self.whiten in ("rewards", "both")
 
 
 @dataclass(frozen=True)
-class KLConfig:
-    """The KL penalty that keeps the policy close to the reference."""
+class KLPenalty:
+    """The KL that holds the policy near the reference; a subclass says where it enters."""
 
     coefficient: float = 0.05
     """Weight of the KL penalty; its initial value if kl.target adapts it."""
-    estimator: KLEstimator = "k1"
+    estimator: Literal["k1", "k2", "k3", "full"] = "k1"
     """Estimator of a token's KL from its log-ratio x: x (k1), x^2 / 2 (k2), exp(-x) - 1 + x (k3),
-    or the exact KL over the vocabulary (full); in the reward only k1 and full have the KL's
-    gradient."""
-    place: Literal["reward", "loss"] = "reward"
-    """Subtract the KL from each token's reward, or add it to the loss (k2, k3 and full only)."""
+    or the exact KL over the vocabulary (full); only k1 and full have the KL's gradient here."""
     target: float | None = None
     """Adapt the coefficient so that the mean KL of a response approaches this many nats."""
     horizon: int = 10000
     """Number of responses over which the coefficient changes by the whole (clipped) error."""
 
+    name: ClassVar[str]  # on the command line
+    in_reward: ClassVar[bool]
+
     def __post_init__(self) -> None:
         within("kl.coefficient", self.coefficient, 0)
         above_zero("kl.target", self.target)
         within("kl.horizon", self.horizon, 1)
-        if self.place == "loss" and self.estimator == "k1":
-            raise ValueError(
-                "kl.estimator: expected k2, k3 or full for a KL in the loss, got k1, whose "
-                "gradient is zero in expectation"
-            )
         if self.target is not None and self.coefficient == 0:
             raise ValueError(
                 "kl.coefficient: expected more than 0 where kl.target adapts it, got 0"
             )
         if self.target is None and self.horizon != 10000:
             raise ValueError(f"kl.horizon: {self.horizon} is a setting of kl.target; got no target")
+
+
+@dataclass(frozen=True)
+class KLInReward(KLPenalty):
+    """The KL is subtracted from each token's reward.
+
+    There k1 and full have the gradient of the KL; k2 and k3 have a biased one.
+    """
+
+    name = "reward"
+    in_reward = True
+
+
+@dataclass(frozen=True)
+class KLInLoss(KLPenalty):
+    """The KL is added to the loss."""
+
+    estimator: Literal["k2", "k3", "full"] = "k3"
+    """Estimator of a token's KL from its log-ratio x: x^2 / 2 (k2), exp(-x) - 1 + x (k3), or the
+    exact KL over the vocabulary (full)."""
+
+    name = "loss"
+    in_reward = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.estimator not in ("k2", "k3", "full"):
+            raise ValueError(
+                "kl.estimator: expected k2, k3 or full for a KL in the loss, got "
+                f"{self.estimator}; the gradient of k1 is zero in expectation"
+            )
+
+
+KL_PENALTIES: dict[str, type[KLPenalty]] = {kl.name: kl for kl in (KLInReward, KLInLoss)}
 
 
 @dataclass(frozen=True)
@@ -163,7 +159,7 @@ class PPOConfig:
     in its own process, or a server started by `fastalign vllm-server`."""
     vllm: VllmOptions = field(default_factory=VllmOptions)
     ppo: PPOSettings = field(default_factory=PPOSettings)
-    kl: KLConfig = field(default_factory=KLConfig)
+    kl: KLPenalty = field(default_factory=KLInReward)
     value: ValueConfig = field(default_factory=ValueConfig)
     reference: FrozenReferenceConfig = field(default_factory=FrozenReferenceConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
@@ -172,7 +168,8 @@ class PPOConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        method, samples = self.ppo.advantage, self.sampling
+        method, samples = self.ppo.advantage.name, self.sampling
+        needs_value = self.ppo.advantage.needs_value
         check_sampler(self.sampler, self.vllm, may_overlap=True)
         if self.vllm.overlap and self.ppo.max_importance_weight is None:
             raise ValueError(
@@ -185,17 +182,17 @@ class PPOConfig:
                 f"temperature above 0, got {samples.top_p}, {samples.top_k} and "
                 f"{samples.temperature}"
             )
-        if method == "grpo" and (self.kl.estimator, self.kl.place) == ("full", "reward"):
+        if method == "grpo" and self.kl.in_reward and self.kl.estimator == "full":
             raise ValueError(
-                "kl.place: expected loss for the exact KL under --ppo.advantage grpo, which scales "
+                "kl: expected loss for the exact KL under --ppo.advantage grpo, which scales "
                 "each prompt's rewards by itself, got reward"
             )
-        if method != "gae" and samples.num_samples < 2:
+        if not needs_value and samples.num_samples < 2:
             raise ValueError(
                 f"sampling.num_samples: expected at least 2 under --ppo.advantage {method}, "
                 f"got {samples.num_samples}"
             )
-        if method != "gae" and self.value != ValueConfig():
+        if not needs_value and self.value != ValueConfig():
             changed = [
                 entry.name
                 for entry in fields(ValueConfig)

@@ -120,7 +120,7 @@ def load_ppo_models(config: PPOConfig, compute: Compute) -> tuple[PPOModels, Tok
     if config.kl.estimator == "full":
         check_full_kl(policy, reference)
     value, value_tokenizer = None, None
-    if config.ppo.advantage == "gae":
+    if config.ppo.advantage.needs_value:
         value, value_tokenizer = load_value(config, tokenizer, compute)
     return PPOModels(policy, reference, value, value_tokenizer), tokenizer
 

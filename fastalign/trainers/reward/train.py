@@ -1,7 +1,8 @@
-"""Reward models: comparisons to a score of responses."""
+"""Reward models: from comparisons to a score of responses."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,40 +11,36 @@ from torch import Tensor
 
 from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
-from fastalign.data import (
-    DataFault,
-    TokenizedDataset,
-    Tokenizer,
-    eos_token_ids,
-    use_distinct_pad,
-)
+from fastalign.data import DataFault, TokenizedDataset, Tokenizer
 from fastalign.evaluation import pair_measures
-from fastalign.models import response_reward, set_pad_token
+from fastalign.models import response_reward
 from fastalign.runs.accumulate import (
-    BatchLoss,
     Examples,
+    Total,
     accumulate,
     evaluate_by_loss,
     measure_examples,
 )
 from fastalign.runs.data import check_positions, load_data, load_sets
-from fastalign.runs.load_models import load_reward_for_training, share
-from fastalign.runs.loop import run_loop
-from fastalign.runs.metrics import Metrics, mean_metrics
-from fastalign.runs.open import opened_run
-from fastalign.runs.step import supervised
-from fastalign.runs.task import RunResult, Task
+from fastalign.runs.load_models import load_reward_for_training
+from fastalign.runs.loop import RunResult
+from fastalign.runs.metrics import Metrics
+from fastalign.runs.open import open_run
 from fastalign.trainers.reward.config import RewardConfig
 from fastalign.trainers.reward.evaluation import (
     baseline_measures,
     judge_pairs,
-    measure_scale,
     pair_rows,
     tie_rate,
     write_evaluation,
 )
 from fastalign.trainers.reward.losses import Labels, RewardLoss
-from fastalign.trainers.reward.tie_parameter import add_nu, learned_nu, save_with_nu
+from fastalign.trainers.reward.model import (
+    learned_nu,
+    nu_metric,
+    save_reward,
+    share_reward_model,
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Comparisons:
 
     Attributes:
         examples: groups of two responses, chosen first.
-        labels: what people said of them.
+        labels: people's verdicts on them.
     """
 
     examples: Examples
@@ -60,59 +57,43 @@ class Comparisons:
 
 
 def train_reward(config: RewardConfig) -> RunResult:
-    """Trains a reward model to the run's end, or until it is stopped.
+    """Train a reward model to the run's last step, or until it is stopped.
 
     Raises:
-        ValueError: in one line, whatever of the caller's is wrong.
-        FileNotFoundError: a file that is not there.
+        ValueError: if a setting, a file or the model is at fault; the message is one line.
+        FileNotFoundError: if a file is not there.
     """
-    with opened_run(config) as compute:
-        model, tokenizer = load_reward_for_training(config, compute)
+    with open_run(config, "reward") as run:
+        model, tokenizer = load_reward_for_training(config, run.compute)
         data, held_out = load_sets(config, model, tokenizer)
-        judged = held_out and to_judge(config, held_out, model, tokenizer)
-        pairs = prepare(config.loss, data, compute)
-        ends = {ids[-1] for group in data.groups for ids in group.response_ids}
-        stops = eos_token_ids(tokenizer, config.model.path)
-        set_pad_token(model, use_distinct_pad(tokenizer, ends.union(stops)))
-        add_nu(model, config)
-        share(model, compute)
-        evaluate = None
+        judged = None if held_out is None else pairs_to_judge(config, held_out, model, tokenizer)
+        pairs = prepare_comparisons(config.loss, data, run.compute)
+        share_reward_model(model, config, data, tokenizer, run.compute)
         if held_out is not None:
-            evaluate = make_evaluate(model, config, held_out, compute)
+            eval_pairs = prepare_comparisons(config.loss, held_out, run.compute)
 
-        def save_model(model: Any, tokenizer: Tokenizer, folder: Path) -> None:
-            measure_scale(model, data, compute, config.run.seed)
-            save_with_nu(model, tokenizer, folder, loss=config.loss)
-
-        result = run_loop(
-            config,
-            model,
-            Task(
-                title="reward",
-                num_examples=len(data.groups),
-                data_fingerprint=data.fingerprint,
-                tokenizer=tokenizer,
-                world=compute.world,
-                take_step=supervised(
-                    lambda indices: reward_step(model, config.loss, pairs, indices, compute),
-                    config.optim,
-                ),
-                evaluate=evaluate,
-                save_model=save_model,
-            ),
-        )
+        run.begin(model, data)
+        for step in run.steps():
+            total = reward_gradient(model, config.loss, pairs, step.indices, run.compute)
+            nu = nu_metric(model, config.loss)
+            step.finish(run.optimise(total) | nu)
+            if step.evaluates and held_out is not None:
+                step.log(evaluate_comparisons(model, config.loss, eval_pairs, run.compute))
+        # Called for a finished run alone: the scores' scale is that of the trained model.
+        save_model = partial(save_reward, config=config, data=data, compute=run.compute)
+        result = run.end(model, tokenizer, save_model=save_model)
         if result.finished and judged is not None:
-            judge(model, config, data, judged, tokenizer, compute)
+            judge(model, config, (data, judged), tokenizer, run.compute)
         return result
 
 
-def to_judge(
+def pairs_to_judge(
     config: RewardConfig, held_out: TokenizedDataset, model: Any, tokenizer: Tokenizer
 ) -> TokenizedDataset:
-    """The held-out pairs that a finished model is judged on: ties, too, if any were dropped.
+    """Return the held-out pairs that a finished model is judged on, dropped ties among them.
 
     Raises:
-        ValueError: all are ties, so that nothing can be right or wrong.
+        ValueError: if all are ties, so that no prediction can be right or wrong.
     """
     if all(held_out.ties):
         raise ValueError(
@@ -126,11 +107,11 @@ def to_judge(
     return data
 
 
-def prepare(loss: RewardLoss, data: TokenizedDataset, compute: Compute) -> Comparisons:
-    """Measures the pairs; says where rows have what the loss has no place for.
+def prepare_comparisons(loss: RewardLoss, data: TokenizedDataset, compute: Compute) -> Comparisons:
+    """Measure the pairs; print how many rows have margins or votes that the loss does not use.
 
     Raises:
-        DataFault: a row without the votes that the loss is to use.
+        DataFault: if a row has no votes and the loss needs them.
     """
     num_margins = sum(margin is not None for margin in data.margins)
     if num_margins and not loss.uses_margins:
@@ -147,10 +128,10 @@ def prepare(loss: RewardLoss, data: TokenizedDataset, compute: Compute) -> Compa
 
 
 def vote_shares(data: TokenizedDataset) -> Tensor:
-    """Shares (number of pairs, 3) of the votes for the first response, the second, and a tie.
+    """Return shares (number of pairs, 3) of the votes for the first response, the second, a tie.
 
     Raises:
-        DataFault: the first row without votes.
+        DataFault: if a row has no votes; it names the first.
     """
     shares = []
     for votes, source in zip(data.votes, data.sources, strict=True):
@@ -165,24 +146,23 @@ def vote_shares(data: TokenizedDataset) -> Tensor:
     return torch.tensor(shares)
 
 
-def make_evaluate(
-    model: Any, config: RewardConfig, data: TokenizedDataset, compute: Compute
-) -> Callable[[], Metrics]:
-    """The held-out pairs' metrics as a function of the model as it stands."""
-    pairs = prepare(config.loss, data, compute)
-    batch_loss = make_reward_loss(model, config.loss, pairs, len(data.groups), compute)
-    return lambda: evaluate_by_loss(pairs.examples, batch_loss, compute)
-
-
 def judge(
     model: Any,
     config: RewardConfig,
-    train: TokenizedDataset,
-    held_out: TokenizedDataset,
+    sets: tuple[TokenizedDataset, TokenizedDataset],
     tokenizer: Tokenizer,
     compute: Compute,
 ) -> None:
-    """Writes what the trained model is worth into the run's `eval/`, and prints the best of it."""
+    """Write the trained model's measures on held-out pairs into the run's `eval/`; print the main.
+
+    Args:
+        model: the reward model.
+        config: the run's settings.
+        sets: training pairs and held-out pairs.
+        tokenizer: tokenizer of both.
+        compute: how forwards are run.
+    """
+    train, held_out = sets
     nu = learned_nu(model, config.loss)
     nu = None if nu is None else nu.detach().cpu()
     rate = None if config.loss.has_ties else tie_rate(train, needed=any(held_out.ties))
@@ -199,22 +179,41 @@ def judge(
     print(f"evaluation written to {folder}", flush=True)
 
 
-def make_reward_loss(
-    model: Any, loss: RewardLoss, pairs: Comparisons, normaliser: int, compute: Compute
-) -> BatchLoss:
-    """The loss of each micro-batch; the two responses of a pair stay together."""
+def reward_gradient(
+    model: Any, loss: RewardLoss, pairs: Comparisons, indices: Sequence[int], compute: Compute
+) -> Total:
+    """Add the gradient of one step's pairs to the model's; return the sums."""
+    batch_loss = partial(reward_batch_loss, model, loss, pairs, len(indices), compute)
+    return accumulate(model, batch_loss, pairs.examples, indices, compute)
 
-    def of_batch(batch: PackedBatch, chosen: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
-        reward = response_reward(model, batch, compute)
-        labels = pairs.labels.at(chosen, reward.device)
-        each = loss.of_pairs(reward.view(-1, 2), labels, learned_nu(model, loss))
-        return each.sum() / normaliser, reward_sums(reward.detach(), labels.tie)
 
-    return BatchLoss(model, of_batch)
+def reward_batch_loss(
+    model: Any,
+    loss: RewardLoss,
+    pairs: Comparisons,
+    normaliser: int,
+    compute: Compute,
+    batch: PackedBatch,
+    chosen: list[int],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute a micro-batch's loss over `normaliser` pairs, and the sums for its metrics."""
+    reward = response_reward(model, batch, compute)
+    labels = pairs.labels.at(chosen, reward.device)
+    each = loss.of_pairs(reward.view(-1, 2), labels, learned_nu(model, loss))
+    return each.sum() / normaliser, reward_sums(reward.detach(), labels.tie)
+
+
+def evaluate_comparisons(
+    model: Any, loss: RewardLoss, pairs: Comparisons, compute: Compute
+) -> Metrics:
+    """Return metrics named `eval_...` of all the pairs."""
+    normaliser = len(pairs.examples.groups)
+    batch_loss = partial(reward_batch_loss, model, loss, pairs, normaliser, compute)
+    return evaluate_by_loss(model, batch_loss, pairs.examples, compute)
 
 
 def reward_sums(reward: Tensor, tie: Tensor) -> dict[str, Tensor]:
-    """TRL's metrics, summed over pairs; accuracy and margin are of those that are no ties."""
+    """Return TRL's metrics, summed over pairs; `accuracy` and `margin` leave ties out."""
     difference = (reward[0::2] - reward[1::2])[~tie]
     return {
         "accuracy": (difference > 0).sum(),
@@ -225,16 +224,3 @@ def reward_sums(reward: Tensor, tie: Tensor) -> dict[str, Tensor]:
         "num_pairs": torch.tensor(tie.numel()),
         "num_ties": tie.sum(),
     }
-
-
-def reward_step(
-    model: Any, loss: RewardLoss, pairs: Comparisons, indices: Sequence[int], compute: Compute
-) -> tuple[Metrics, int]:
-    """Adds one step's gradient; returns its metrics and the packed tokens computed."""
-    batch_loss = make_reward_loss(model, loss, pairs, len(indices), compute)
-    value, sums, num_tokens = accumulate(
-        pairs.examples, indices, batch_loss, compute, backward=True
-    )
-    nu = learned_nu(model, loss)
-    learned = {} if nu is None else {"nu": nu.item()}
-    return {"loss": value, **mean_metrics(sums), **learned}, num_tokens

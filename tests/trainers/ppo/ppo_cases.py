@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastalign.trainers.ppo.prepare import PPORun, prepare
 from torch import Tensor
 
 from fastalign.models import load_policy
@@ -16,7 +17,6 @@ from fastalign.runs.optimizer import make_optimizer
 from fastalign.runs.state import TrainState
 from fastalign.trainers import PPOConfig
 from fastalign.trainers.ppo import train as ppo
-from fastalign.trainers.ppo.prepare import PPORun, prepare
 from fastalign.trainers.ppo.update import Update
 from fastalign.trainers.sampling.rollout import Rollouts, roll_out
 from fastalign.trainers.sampling.score import final_scores

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fastalign.trainers.ppo.prepare import PPORun, prepare
 
 from fastalign.batch.packed import Group, pack
 from fastalign.evaluation import ModelReward
@@ -20,7 +21,6 @@ from fastalign.trainers import (
     train_ppo,
 )
 from fastalign.trainers.ppo.models import token_values
-from fastalign.trainers.ppo.prepare import PPORun, prepare
 from fastalign.trainers.ppo.train import prepare_update
 from fastalign.trainers.sampling.rollout import Rollouts, roll_out
 from tests.small_runs import ppo_config, read_metrics, words_reward

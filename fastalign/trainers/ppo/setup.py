@@ -1,4 +1,4 @@
-"""What every step of a PPO run uses: models, sampler, prompts, reward sources, scale of scores."""
+"""The inputs of every PPO step: models, sampler, prompts, reward sources, scale of scores."""
 
 from dataclasses import dataclass
 
@@ -12,24 +12,24 @@ from fastalign.trainers.sampling.policy_sampler import AnySampler, open_policy_s
 from fastalign.trainers.sampling.rollout import load_prompt_sets, scale_of_policy
 from fastalign.trainers.sampling.score import RewardSources, ScoreScale, load_sources
 
-# Numbers that a checkpoint keeps.
+# Among the numbers that a checkpoint holds.
 SCORE_MEAN, SCORE_STD = "score_mean", "score_std"
 
 
 @dataclass(frozen=True)
-class PPORun:
-    """What every step of a run uses.
+class PPOSetup:
+    """The inputs of every step of a PPO run.
 
     Attributes:
-        config: of the run.
+        config: the run's settings.
         compute: how forwards are run.
         models: policy, reference, value model.
-        tokenizer: of the policy.
-        sampler: draws from the policy.
-        sources: of the rewards.
-        prompts: to be answered.
-        held_out: prompts for the evaluation, or None.
-        ptx: demonstrations, or None.
+        tokenizer: tokenizer of the policy.
+        sampler: draws completions from the policy.
+        sources: sources of the rewards.
+        prompts: training prompts.
+        held_out: prompts of the evaluation, or None.
+        ptx: demonstrations that each update also learns, or None.
     """
 
     config: PPOConfig
@@ -43,19 +43,19 @@ class PPORun:
     ptx: Examples | None
 
 
-def prepare(config: PPOConfig, compute: Compute) -> PPORun:
-    """Loads models, reward sources, prompts and demonstrations.
+def prepare_ppo(config: PPOConfig, compute: Compute) -> PPOSetup:
+    """Load models, reward sources, prompts and demonstrations; open the sampler.
 
     Raises:
-        ValueError: in one line, whatever of the caller's is wrong.
-        FileNotFoundError: a file that is not there.
+        ValueError: if a setting, a file or a model is at fault.
+        FileNotFoundError: if a file is not there.
     """
     sources = load_sources(config.reward, compute)
     models, tokenizer = load_ppo_models(config, compute)
     fewest = models.with_fewest_positions()
     prompts, held_out = load_prompt_sets(config.data, config.sampling, fewest, tokenizer)
     ptx = load_ptx(config, tokenizer, compute)
-    return PPORun(
+    return PPOSetup(
         config=config,
         compute=compute,
         models=models,
@@ -69,7 +69,7 @@ def prepare(config: PPOConfig, compute: Compute) -> PPORun:
 
 
 def load_ptx(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> Examples | None:
-    """Demonstrations for the PTX mix, as long as a prompt with its answer may be, or None."""
+    """Load the demonstrations of `ppo.ptx_data`, at most as long as a prompt with its answer."""
     if config.ppo.ptx_data is None:
         return None
     found = load_sft(
@@ -85,18 +85,18 @@ def load_ptx(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> Examp
     return measure_examples(found.groups, compute.packing)
 
 
-def scale_of_scores(run: PPORun, state: TrainState) -> ScoreScale | None:
-    """What scores are scaled by: measured before the first step, then kept with the run."""
-    if not run.config.reward.normalise:
+def scale_of_scores(ppo: PPOSetup, state: TrainState) -> ScoreScale | None:
+    """Return the scale of scores: measured before the first step, then held by checkpoints."""
+    if not ppo.config.reward.normalise:
         return None
     if SCORE_MEAN not in state.kept:
         found = scale_of_policy(
-            run.sampler,
-            run.prompts,
-            run.config.sampling,
-            run.tokenizer,
-            run.sources,
-            run_seed=run.config.run.seed,
+            ppo.sampler,
+            ppo.prompts,
+            ppo.config.sampling,
+            ppo.tokenizer,
+            ppo.sources,
+            run_seed=ppo.config.run.seed,
         )
         state.kept |= {SCORE_MEAN: found.mean, SCORE_STD: found.std}
         print(f"scores: mean {found.mean:.4g}, standard deviation {found.std:.4g}", flush=True)
