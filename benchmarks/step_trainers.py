@@ -67,15 +67,13 @@ def fastalign_reward(job: Job, clock: Clock) -> None:
 
 def fastalign_answers(job: Job, clock: Clock) -> None:
     """The functions of `train_sft` on prompts with any number of responses, all of them trained."""
-    from fastalign.runs.step import optimiser_step
-
     from fastalign.models import load_policy
     from fastalign.runs.accumulate import measure_examples
     from fastalign.runs.config import OptimConfig
     from fastalign.runs.open import make_compute
-    from fastalign.runs.optimizer import make_optimizer
+    from fastalign.runs.optimizer import make_optimizer, optimiser_step
     from fastalign.runs.state import TrainState
-    from fastalign.trainers.sft import sft_step
+    from fastalign.trainers.sft import sft_gradient
 
     losses: list[float] = []
     clock.first_loss = lambda: losses[0]
@@ -85,8 +83,8 @@ def fastalign_answers(job: Job, clock: Clock) -> None:
     state = TrainState(model, make_optimizer(model, optim))
     examples = measure_examples(job.groups, compute.packing)
     while True:
-        metrics, _ = sft_step(model, examples, range(len(job.groups)), compute)
-        losses.append(float(metrics["loss"]))
+        total = sft_gradient(model, examples, range(len(job.groups)), compute)
+        losses.append(total.loss)
         optimiser_step(state, losses[-1], optim, job.num_steps)
         state.step += 1
 

@@ -22,7 +22,7 @@ from fastalign.runs.config import (
 )
 from fastalign.trainers import (
     DPOConfig,
-    KLConfig,
+    KLInReward,
     PPOConfig,
     PPOSettings,
     PreferenceDataConfig,
@@ -32,6 +32,8 @@ from fastalign.trainers import (
     RewardSourceConfig,
     SFTConfig,
 )
+from fastalign.trainers.dpo.reference import load_reference
+from fastalign.trainers.dpo.train import Pairs, make_pairs
 from fastalign.trainers.reward.losses import RewardRaoKupperLoss
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer
@@ -168,7 +170,7 @@ def ppo_config(folder: Path, run: str, **train: Any) -> PPOConfig:
         run=RunConfig(dir=str(folder / run), resume=train.pop("resume", False)),
         sampling=SamplingParams(max_new_tokens=5, num_samples=2),
         ppo=PPOSettings(epochs=2, mini_batches=2, ptx_data=str(folder / "texts.jsonl")),
-        kl=KLConfig(target=1.0, horizon=100),
+        kl=KLInReward(target=1.0, horizon=100),
         optim=OPTIM,
         train=replace(TRAIN, **train),
     )
@@ -195,3 +197,12 @@ def learning_rate_scales(checkpoint: Path) -> list[float]:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def prepared_pairs(
+    config: DPOConfig, policy: Any, tokenizer: Any, data: Any, used: Any, compute: Any
+) -> Pairs:
+    """Pairs with the reference's log-probs of those that are used, as a DPO run has them."""
+    needed = config.loss.formula().needs_reference
+    reference = load_reference(config, policy, tokenizer, compute) if needed else None
+    return make_pairs(config, data, used, reference, compute)

@@ -63,7 +63,7 @@ def train_sft(config: SFTConfig) -> RunResult:
 
 
 def num_targets(examples: Examples, indices: Sequence[int]) -> int:
-    """Return the number of trained tokens of these examples, which the summed loss is divided by."""
+    """Return the number of trained tokens of these examples, the loss's divisor."""
     return sum(
         len(examples.groups[i].targets_of(number))
         for i in indices

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fastalign.cli.config_parse import parse_config
+from fastalign.cli.algorithms import ALGORITHMS
 from fastalign.cli.main import main
 from fastalign.runs.config import config_to_dict
 from fastalign.trainers import PPOConfig
@@ -21,7 +21,8 @@ BASE = [
 
 
 def parse(arguments: list[str]) -> PPOConfig:
-    return parse_config(PPOConfig, arguments, "fastalign ppo")
+    config: PPOConfig = ALGORITHMS["ppo"].parse(arguments)
+    return config
 
 
 def flags_of(folder: Path, run: str = "run") -> list[str]:
@@ -37,8 +38,9 @@ def flags_of(folder: Path, run: str = "run") -> list[str]:
     "flags",
     [
         [],
-        ["--reward.weights", "1", "-0.5", "--kl.target", "6", "--ppo.whiten", "both"],
+        ["--reward.weights", "1", "-0.5", "--kl.target", "6", "--ppo.advantage.whiten", "both"],
         ["--ppo.advantage", "grpo", "--sampling.num-samples", "4", "--watch.stop"],
+        ["--kl", "loss", "--kl.estimator", "full", "--ppo.advantage.gae-lambda", "1"],
         ["--value.path", "v", "--value.lr", "1e-5", "--ppo.ptx-data", "texts.jsonl"],
     ],
 )
@@ -88,10 +90,10 @@ def test_a_value_for_a_section_or_the_reverse_is_refused(
 def test_the_defaults_are_the_published_ones() -> None:
     config = parse(BASE)
     assert (config.ppo.epochs, config.ppo.mini_batches, config.ppo.clip_range) == (4, 1, 0.2)
-    assert (config.ppo.gamma, config.ppo.gae_lambda, config.value.coefficient) == (1.0, 0.95, 0.1)
+    advantage = config.ppo.advantage
+    assert (advantage.gamma, advantage.gae_lambda, config.value.coefficient) == (1.0, 0.95, 0.1)
     assert (config.kl.coefficient, config.kl.estimator, config.optim.eps) == (0.05, "k1", 1e-5)
-    assert config.ppo.whitens_advantages
-    assert not config.ppo.whitens_rewards
+    assert (advantage.name, advantage.whiten, config.kl.name) == ("gae", "advantages", "reward")
 
 
 def test_a_run_and_one_that_collapses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -116,7 +118,10 @@ def test_a_run_and_one_that_collapses(folder: Path, capsys: pytest.CaptureFixtur
         (["--reward.weights", "1", "2"], "reward.weights: expected 1"),
         (["--data.train", "no.jsonl"], "no.jsonl"),
         (["--ppo.clip-range", "2"], "ppo.clip_range: expected a number in (0, 1), got 2.0"),
-        (["--ppo.advantage", "a2c"], "a2c"),
+        (["--ppo.advantage", "a2c"], "--ppo.advantage: expected one of gae, rloo, grpo, got 'a2c'"),
+        (["--ppo.advantage", "rloo", "--ppo.advantage.gamma", "0.9"], "--ppo.advantage.gamma"),
+        (["--kl", "loss", "--kl.estimator", "k1"], "kl.estimator"),
+        (["--kl", "both"], "--kl: expected one of reward, loss, got 'both'"),
         (["--loss.beta", "0.1"], "--loss.beta"),
         (["--sampling.top-p", "0.9"], "sampling: expected samples of the policy itself"),
         (["--sampling.max-new-tokens", "64"], "expected less than the model's 64 positions"),

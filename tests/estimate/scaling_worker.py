@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from fastalign.runs.step import optimiser_step
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -27,11 +26,11 @@ from fastalign.runs.accumulate import measure_examples
 from fastalign.runs.config import OptimConfig, TrainConfig
 from fastalign.runs.load_models import checkpoint_activations, share
 from fastalign.runs.open import make_compute
-from fastalign.runs.optimizer import make_optimizer
+from fastalign.runs.optimizer import make_optimizer, optimiser_step
 from fastalign.runs.state import TrainState
 from fastalign.trainers.ppo.models import PPOModels
 from fastalign.trainers.ppo.record import numbers_of_batch
-from fastalign.trainers.sft import sft_step
+from fastalign.trainers.sft import sft_gradient
 from tests.estimate.scaling_cases import CASES, HEAVY, PEAKS, Case, groups
 from tests.tiny import put_adapter, tiny_model, tiny_reward_model
 
@@ -142,12 +141,12 @@ def training(case: Case, world: World) -> dict[str, Any]:
     for number in range(2):
         exchanged = Exchanged()
         with exchanged:
-            metrics, _ = sft_step(model, examples, indices, compute)
+            total = sft_gradient(model, examples, indices, compute)
             trained = [p for p in model.parameters() if p.requires_grad]
             found["gradients"] = storages(p.grad for p in trained)
-            optimiser_step(state, float(metrics["loss"]), optim, 2)
+            optimiser_step(state, total.loss, optim, 2)
         state.step = number + 1
-    assert metrics["num_micro_batches"] == case.batches * world.size
+    assert total.sums["num_micro_batches"] == case.batches * world.size
     states = [s[name] for s in state.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     found["weights"] = storages(model.parameters())
     found["states"] = storages(states)
@@ -193,8 +192,8 @@ def peak(case: Case, world: World) -> dict[str, Any]:
         held = [*map(local, model.parameters()), *model.buffers()]
         held += [local(s[n]) for s in state.optimizer.state.values() for n in s if n != "step"]
         with Alive(held) as alive:
-            metrics, _ = sft_step(model, examples, range(len(examples.groups)), compute)
-            optimiser_step(state, float(metrics["loss"]), optim, 2)
+            total = sft_gradient(model, examples, range(len(examples.groups)), compute)
+            optimiser_step(state, total.loss, optim, 2)
     return {"peak": alive.peak}
 
 

@@ -69,8 +69,8 @@ def around(owner: Any, name: str, before: Callable[..., None]) -> None:
 
 
 def count_steps() -> None:
-    def begin(config: Any, state: Any, *_: Any) -> None:
-        NOW.step, NOW.batch = state.step + 1, -1
+    def begin(step: Any, run: Any) -> None:
+        NOW.step, NOW.batch = run.state.step + 1, -1
 
     plain = accumulate.packed_batches
 
@@ -82,9 +82,9 @@ def count_steps() -> None:
     def next_batch(*_: Any, **__: Any) -> None:
         NOW.batch += 1
 
-    around(loop, "one_step", begin)
+    around(loop.Step, "__init__", begin)
     setattr(accumulate, "packed_batches", counted)  # noqa: B010
-    around(accumulate.BatchLoss, "__call__", next_batch)
+    around(accumulate, "loss_of_batch", next_batch)
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,10 @@ class Poison:
     once: bool = False
 
     def install(self) -> None:
-        plain, done = accumulate.BatchLoss.__call__, []
+        plain, done = accumulate.loss_of_batch, []
 
-        def poisoned(loss: Any, *arguments: Any, **options: Any) -> Any:
-            part, sums = plain(loss, *arguments, **options)
+        def poisoned(*arguments: Any) -> Any:
+            part, sums = plain(*arguments)
             here = NOW.step == self.step and NOW.is_at(self.batch) and torch.is_grad_enabled()
             if here and not (self.once and done):
                 done.append(NOW.step)
@@ -121,7 +121,7 @@ class Poison:
                     part.register_hook(lambda gradient: gradient * self.value)
             return part, sums
 
-        setattr(accumulate.BatchLoss, "__call__", poisoned)  # noqa: B010
+        setattr(accumulate, "loss_of_batch", poisoned)  # noqa: B010
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Happens:
 
         owners: dict[str, tuple[Any, str]] = {
             "setup": (dpo, "load_sets"),
-            "batch": (accumulate.BatchLoss, "__call__"),
+            "batch": (accumulate, "loss_of_batch"),
             "rollout": (PolicySampler, "generate"),
             "save": (ShardWriter, "write_data"),
             "leave": (CheckpointWriter, "close"),

@@ -112,7 +112,7 @@ def test_out_of_memory(stage: Stage, run: str, place: Place) -> None:
 def test_stall(stage: Stage, run: str, place: Place) -> None:
     names = ["stalls.txt", *(f"stalls-rank{rank:05d}.txt" for rank in range(1, place.num_ranks))]
     files = [stage.folder / run / name for name in names]
-    hangs = Happens(UntilWritten(files, b"in take_step"), step=4, rank=place.num_ranks - 1)
+    hangs = Happens(UntilWritten(files, b"in dpo_gradient"), step=4, rank=place.num_ranks - 1)
     end = stage.finish(place, run, "--train.stall-seconds", "1", faults=[hangs])
     assert "in __call__" in files[-1].read_text()
     assert_same_bits(end, stage.straight(place))

@@ -26,16 +26,16 @@ def test_a_trace_of_the_step_that_was_asked_for(
 def test_a_stalled_step_leaves_its_stacks(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    make_loss, calls = sft_module.make_sft_loss, []
+    gradient, calls = sft_module.sft_gradient, []
     stalls = folder / "run/stalls.txt"
 
-    def held_up(normaliser: float) -> Any:
+    def held_up(*arguments: Any) -> Any:
         calls.append(1)
         while len(calls) == 2 and b"in held_up" not in stalls.read_bytes():
             pass  # until this stack is written
-        return make_loss(normaliser)
+        return gradient(*arguments)
 
-    monkeypatch.setattr(sft_module, "make_sft_loss", held_up)
+    monkeypatch.setattr(sft_module, "sft_gradient", held_up)
     train_sft(sft_config(folder, "run", max_steps=3, stall_seconds=0.5))
     stacks = stalls.read_text()
     assert "most recent call last" in stacks

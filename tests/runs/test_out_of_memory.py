@@ -23,17 +23,17 @@ from tests.small_runs import dpo_config, read_metrics, sft_config, write_rows
 LIMITED = """
 import resource, sys
 from fastalign.cli.main import main
-from fastalign.trainers import loop
+from fastalign.runs import loop
 
-one_step = loop.one_step
+begin = loop.Step.__init__
 
-def limited(*arguments):
+def limited(step, run):
+    begin(step, run)
     lines = open("/proc/self/status").read().splitlines()
     (size,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSize"))
     resource.setrlimit(resource.RLIMIT_AS, (size + {room}, size + {room}))
-    return one_step(*arguments)
 
-loop.one_step = limited
+loop.Step.__init__ = limited
 sys.exit(main(sys.argv[1:]))
 """
 

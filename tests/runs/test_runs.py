@@ -72,20 +72,20 @@ def test_a_step_that_is_not_finite_changes_no_weight(
 ) -> None:
     import fastalign.trainers.dpo.train as module
 
-    plain = module.dpo_step
+    plain = module.dpo_gradient
     calls = []
 
     def poisoned(model: Any, *arguments: Any) -> Any:
-        metrics, num_tokens = plain(model, *arguments)
+        total = plain(model, *arguments)
         calls.append({name: p.detach().clone() for name, p in model.named_parameters()})
         if len(calls) == 3:
             if where == "loss":
-                metrics["loss"] = float("nan")
+                total.loss = float("nan")
             else:
                 next(model.parameters()).grad[5, 3] = float("inf")
-        return metrics, num_tokens
+        return total
 
-    monkeypatch.setattr(module, "dpo_step", poisoned)
+    monkeypatch.setattr(module, "dpo_gradient", poisoned)
     train_dpo(dpo_config(folder, "run"))
     rows = read_metrics(folder / "run")
     assert [row["skipped"] for row in rows] == [0, 0, 1, 0, 0, 0, 0, 0]
@@ -98,13 +98,14 @@ def test_three_such_steps_in_a_row_end_the_run_without_a_bad_checkpoint(
 ) -> None:
     import fastalign.trainers.sft as module
 
-    plain = module.sft_step
+    plain = module.sft_gradient
 
     def poisoned(*arguments: Any) -> Any:
-        metrics, num_tokens = plain(*arguments)
-        return {**metrics, "loss": float("nan")}, num_tokens
+        total = plain(*arguments)
+        total.loss = float("nan")
+        return total
 
-    monkeypatch.setattr(module, "sft_step", poisoned)
+    monkeypatch.setattr(module, "sft_gradient", poisoned)
     with pytest.raises(ValueError, match="3 steps in a row had a non-finite loss"):
         train_sft(sft_config(folder, "run", save_every=1))
     rows = read_metrics(folder / "run")

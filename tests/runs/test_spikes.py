@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from fastalign.runs.step import is_spike, optimiser_step
 from torch import nn
 
 from fastalign.runs.config import OptimConfig
-from fastalign.runs.optimizer import make_optimizer
+from fastalign.runs.optimizer import is_spike, make_optimizer, optimiser_step
 from fastalign.runs.state import TrainState
 from fastalign.trainers import sft as sft_module
 from fastalign.trainers import train_sft
@@ -56,13 +55,13 @@ def test_a_resumed_run_knows_the_norms_before_it(
         return replace(made, optim=replace(made.optim, skip_sigma=8.0))
 
     train_sft(config(stop_at_step=34))
-    make_loss, calls = sft_module.make_sft_loss, []
+    num_targets, calls = sft_module.num_targets, []
 
-    def spike_first(normaliser: float) -> Any:
+    def spike_first(*arguments: Any) -> Any:
         calls.append(1)
-        return make_loss(normaliser * (1e-4 if len(calls) == 1 else 1))
+        return num_targets(*arguments) * (1e-4 if len(calls) == 1 else 1)
 
-    monkeypatch.setattr(sft_module, "make_sft_loss", spike_first)
+    monkeypatch.setattr(sft_module, "num_targets", spike_first)
     train_sft(config(resume=True))
     assert [row["skipped"] for row in read_metrics(folder / "run")] == [0] * 34 + [1, 0]
     assert "step 35 skipped" in capsys.readouterr().out

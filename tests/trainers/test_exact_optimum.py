@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from fastalign.runs.step import MakeLoss, policy_loss
 from torch import Tensor
 
 from fastalign import losses
@@ -16,14 +15,17 @@ from fastalign.models import load_policy, save_model
 from fastalign.ops import LossFunction, TokenChunk
 from fastalign.ops.segments import segment_sum
 from fastalign.rollouts import SamplingParams
+from fastalign.runs.accumulate import policy_loss
 from fastalign.runs.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
 from fastalign.runs.open import make_compute
 from fastalign.trainers import (
-    KLConfig,
+    Gae,
+    KLInReward,
     PPOConfig,
     PPOSettings,
     PromptDataConfig,
     RewardSourceConfig,
+    Rloo,
     ValueConfig,
     train_ppo,
 )
@@ -67,7 +69,7 @@ def davidson(difference: Tensor) -> tuple[Tensor, Tensor]:
 
 def expected_loss(
     loss: Callable[..., Tensor], comparisons: Comparisons, reference: Tensor, rewards: Tensor
-) -> MakeLoss:
+) -> Callable[[PackedBatch], LossFunction]:
     """The mean over all pairs that the reference draws and a judge compares.
 
     That is, the loss of infinitely many sampled comparisons: each pair of answers in both orders
@@ -84,7 +86,7 @@ def expected_loss(
     if bool(tie.any()):
         cases.append((first, second, tie, True))
 
-    def make_loss(batch: PackedBatch, _: list[int]) -> tuple[LossFunction, tuple[int, ...]]:
+    def make_loss(batch: PackedBatch) -> LossFunction:
         def loss_fn(chunk: TokenChunk) -> tuple[Tensor, dict[str, Tensor]]:
             logprob = segment_sum(chunk.logprob, batch.target_bounds).view(reference.shape)
             total = torch.zeros(())
@@ -97,19 +99,19 @@ def expected_loss(
                 total = total + (drawn * probability).flatten() @ losses_of_pairs.double()
             return total, {}
 
-        return loss_fn, (0, batch.num_targets)
+        return loss_fn
 
     return make_loss
 
 
-def train(model: Any, make_loss: MakeLoss, num_steps: int) -> None:
+def train(model: Any, make_loss: Callable[[PackedBatch], LossFunction], num_steps: int) -> None:
     """Adam, annealed, on the whole problem at once: the batch has every answer to every prompt."""
     batch = pack(answer_groups())
-    batch_loss = policy_loss(model, make_loss, make_compute(TrainConfig(device="cpu")))
+    compute, ends = make_compute(TrainConfig(device="cpu")), (0, batch.num_targets)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.01, num_steps)
     for _ in range(num_steps):
-        loss, _ = batch_loss(batch, [])
+        loss = policy_loss(model, batch, make_loss(batch), compute, segments=ends).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -178,12 +180,10 @@ def test_ppo_finds_the_optimum_from_its_own_samples(
             run=RunConfig(str(tmp_path / "run")),
             sampling=SamplingParams(max_new_tokens=MAX_NEW_TOKENS, num_samples=num_samples),
             ppo=PPOSettings(
-                advantage=advantage,
+                advantage=Gae(gae_lambda=1.0, whiten="none") if critic else Rloo(),
                 epochs=2,
-                gae_lambda=1.0 if critic else 0.95,
-                whiten="none",
             ),
-            kl=KLConfig(coefficient=BETA, estimator=estimator),
+            kl=KLInReward(coefficient=BETA, estimator=estimator),
             value=ValueConfig(lr=1e-2, coefficient=1.0, clip_range=1.0)
             if critic
             else ValueConfig(),

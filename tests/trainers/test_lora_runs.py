@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from fastalign.runs.step import policy_loss
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -15,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from fastalign.batch.packed import pack
 from fastalign.compute import Compute
 from fastalign.data import load_tokenizer
+from fastalign.losses.chunk_losses import sft_loss_fn
 from fastalign.models import (
     load_policy,
     load_reward_model,
@@ -22,16 +22,22 @@ from fastalign.models import (
     save_model,
 )
 from fastalign.models.lora import quiet_peft
+from fastalign.runs.accumulate import policy_loss
 from fastalign.runs.config import LoraConfig, TrainConfig
 from fastalign.runs.data import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import PreferenceDataConfig, RewardConfig, train_dpo, train_sft
-from fastalign.trainers.dpo import train as dpo
-from fastalign.trainers.sft import make_sft_loss
 from tests.models.test_exactness import random_groups
 from tests.products import recorded
 from tests.runs.test_resume import BOTH, assert_same_run
-from tests.small_runs import MakeConfig, dpo_config, read_metrics, saved_tensors, sft_config
+from tests.small_runs import (
+    MakeConfig,
+    dpo_config,
+    prepared_pairs,
+    read_metrics,
+    saved_tensors,
+    sft_config,
+)
 from tests.tiny import put_adapter, tiny_model
 from tests.tokenizers import make_tokenizer
 
@@ -66,7 +72,8 @@ def test_a_frozen_head_costs_two_large_products(
     compute = make_compute(TrainConfig(device="cpu"))
 
     def call() -> None:
-        policy_loss(model, make_sft_loss(batch.num_targets), compute)(batch, [])[0].backward()
+        loss_fn = sft_loss_fn(normaliser=batch.num_targets)
+        policy_loss(model, batch, loss_fn, compute).loss.backward()
 
     call()
     total = 0
@@ -103,7 +110,7 @@ def test_an_adapter_that_has_learned_is_off_in_the_reference(folder: Path) -> No
             put_adapter(model, "all-linear", "lm_head")
         cache = replace(config.reference, cache_dir=str(folder / f"cache-{number}"))
         each = replace(config, reference=cache)
-        pairs = dpo.prepare(each, model, tokenizer, data, range(12), compute)
+        pairs = prepared_pairs(each, model, tokenizer, data, range(12), compute)
         assert pairs.reference is not None
         found.append(pairs.reference)
     assert torch.equal(*found)

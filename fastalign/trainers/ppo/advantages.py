@@ -9,7 +9,7 @@ from torch import Tensor
 from fastalign.losses import grpo_advantage, rloo_advantage, whiten, whitening_scale
 from fastalign.ops import gae
 from fastalign.ops.segments import segment_sum
-from fastalign.runs.config import within
+from fastalign.runs.config import require, within
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class Gae(AdvantageEstimator):
     def __post_init__(self) -> None:
         within("ppo.advantage.gamma", self.gamma, 0, 1)
         within("ppo.advantage.gae_lambda", self.gae_lambda, 0, 1)
+        known = self.whiten in ("advantages", "rewards", "both", "none")
+        require(known, "ppo.advantage.whiten", "advantages, rewards, both or none", self.whiten)
 
     def estimate(
         self, reward: Tensor, value: Tensor | None, bounds: Tensor, num_samples: int
@@ -95,6 +97,11 @@ class GroupAdvantage(AdvantageEstimator):
     """Scale advantages to standard deviation 1 over a step's tokens."""
 
     formula: ClassVar[Callable[[Tensor, int], Tensor]]
+
+    def __post_init__(self) -> None:
+        known = self.whiten in ("none", "advantages")
+        expected = f"none or advantages under {self.name}, which has one reward a response"
+        require(known, "ppo.advantage.whiten", expected, self.whiten)
 
     def estimate(
         self, reward: Tensor, value: Tensor | None, bounds: Tensor, num_samples: int

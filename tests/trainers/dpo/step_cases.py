@@ -17,7 +17,7 @@ from fastalign.runs.data import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import LOSSES
 from fastalign.trainers.dpo import train as dpo
-from tests.small_runs import dpo_config
+from tests.small_runs import dpo_config, prepared_pairs
 
 PACKINGS = ["shared_prefix", "packed", "padded"]
 
@@ -38,9 +38,9 @@ def dpo_gradient(
     model = load_policy(folder / "llama", compute)
     tokenizer = load_tokenizer(folder / "llama")
     data = load_data(config, config.data.train, tokenizer)
-    pairs = dpo.prepare(config, model, tokenizer, data, range(12), compute)
-    metrics, _ = dpo.dpo_step(model, config.loss, pairs, [3, 1, 4, 5, 9, 2, 6], compute)
-    return float(metrics["loss"]), gradients(model)
+    pairs = prepared_pairs(config, model, tokenizer, data, range(12), compute)
+    total = dpo.dpo_gradient(model, config.loss, pairs, [3, 1, 4, 5, 9, 2, 6], compute)
+    return total.loss, gradients(model)
 
 
 def eager_dpo_gradient(folder: Path, dtype: torch.dtype) -> dict[str, Tensor]:

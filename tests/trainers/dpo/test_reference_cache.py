@@ -24,9 +24,8 @@ from fastalign.runs.data import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import LOSSES, train_dpo
 from fastalign.trainers.dpo import reference
-from fastalign.trainers.dpo import train as dpo
 from fastalign.trainers.dpo.reference import digest_of, merge_into_cache, read_cache
-from tests.small_runs import dpo_config, read_metrics, write_rows
+from tests.small_runs import dpo_config, prepared_pairs, read_metrics, write_rows
 from tests.tiny import tiny_model
 from tests.tokenizers import CHATML, WITHOUT_END, make_tokenizer
 
@@ -42,7 +41,7 @@ def logprobs(folder: Path, used: Any = range(12), **train: Any) -> Tensor:
     model = load_policy(folder / "llama", compute)
     tokenizer = load_tokenizer(folder / "llama")
     data = load_data(config, config.data.train, tokenizer)
-    values = dpo.prepare(config, model, tokenizer, data, used, compute).reference
+    values = prepared_pairs(config, model, tokenizer, data, used, compute).reference
     assert values is not None
     return values
 

@@ -17,7 +17,7 @@ from fastalign.runs.open import make_compute
 from fastalign.trainers import DPOConfig, ReferenceConfig, train_dpo
 from fastalign.trainers.dpo import reference
 from fastalign.trainers.dpo import train as dpo
-from tests.small_runs import dpo_config, read_metrics
+from tests.small_runs import dpo_config, prepared_pairs, read_metrics
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer
 
@@ -46,7 +46,7 @@ def test_an_offloaded_reference_has_the_same_log_probs(
         name = f"offload-{offload}"
         config = config_with_reference(folder, name, architecture, offload=offload)
         data = load_data(config, config.data.train, tokenizer)
-        found.append(dpo.prepare(config, policy, tokenizer, data, range(12), compute).reference)
+        found.append(prepared_pairs(config, policy, tokenizer, data, range(12), compute).reference)
     # The same file's name: the fingerprint is taken while the weights are there.
     (first,), (second,) = (
         sorted((folder / f"offload-{offload}/cache").glob("*.safetensors"))
@@ -84,7 +84,7 @@ def test_the_reference_is_loaded_once_and_gone_before_the_first_step(
     folder: Path, offload: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[Any] = []
-    load, step = reference.load_model, dpo.dpo_step
+    load, step = reference.load_model, dpo.dpo_gradient
 
     def watched_load(*arguments: Any) -> Any:
         model, tokenizer = load(*arguments)
@@ -96,7 +96,7 @@ def test_the_reference_is_loaded_once_and_gone_before_the_first_step(
         return step(*arguments)
 
     monkeypatch.setattr(reference, "load_model", watched_load)
-    monkeypatch.setattr(dpo, "dpo_step", watched_step)
+    monkeypatch.setattr(dpo, "dpo_gradient", watched_step)
     config = config_with_reference(folder, "run", "llama", offload=offload)
     train_dpo(config)  # with held-out data, which needs the reference too
     assert len(loaded) == 1

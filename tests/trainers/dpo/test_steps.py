@@ -18,7 +18,7 @@ from fastalign.runs.data import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import sft
 from fastalign.trainers.dpo import train as dpo
-from tests.small_runs import dpo_config, sft_config
+from tests.small_runs import dpo_config, prepared_pairs, sft_config
 from tests.tolerance import assert_no_worse
 from tests.trainers.dpo.step_cases import PACKINGS, dpo_gradient, eager_dpo_gradient, gradients
 
@@ -66,8 +66,8 @@ def sft_gradient(folder: Path, packing: str, tokens: int) -> tuple[float, dict[s
     config = sft_config(folder, "unused")
     data = load_data(config, config.data.train, load_tokenizer(folder / "llama"))
     examples = measure_examples(data.groups, compute.packing)
-    metrics, _ = sft.sft_step(model, examples, [0, 7, 3, 3, 11], compute)
-    return float(metrics["loss"]), gradients(model)
+    total = sft.sft_gradient(model, examples, [0, 7, 3, 3, 11], compute)
+    return total.loss, gradients(model)
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -97,9 +97,9 @@ def test_the_metrics_are_trls(folder: Path) -> None:
     model, tokenizer = load_policy(folder / "llama"), load_tokenizer(folder / "llama")
     compute = make_compute(TrainConfig(device="cpu", tokens_per_batch=30))
     data = load_data(config, config.data.train, tokenizer)
-    pairs = dpo.prepare(config, model, tokenizer, data, range(12), compute)
+    pairs = prepared_pairs(config, model, tokenizer, data, range(12), compute)
     indices = [3, 1, 4]
-    metrics, _ = dpo.dpo_step(model, config.loss, pairs, indices, compute)
+    metrics = dpo.dpo_gradient(model, config.loss, pairs, indices, compute).metrics()
     for number, side in enumerate(("chosen", "rejected")):
         logits, logprobs, entropies = [], [], []
         for index in indices:

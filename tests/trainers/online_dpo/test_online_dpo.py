@@ -333,14 +333,15 @@ def test_updates_of_a_step_share_its_pairs(folder: Path) -> None:
 def test_an_update_that_is_not_finite_ends_the_step(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = online_dpo.accumulate
+    plain = online_dpo.dpo_gradient
     losses = iter([0, 0, 0, 1])
 
-    def poisoned(*arguments: Any, **options: Any) -> Any:
-        loss, *rest = plain(*arguments, **options)
-        return (float("nan") if next(losses, 0) else loss, *rest)
+    def poisoned(*arguments: Any) -> Any:
+        total = plain(*arguments)
+        total.loss = float("nan") if next(losses, 0) else total.loss
+        return total
 
-    monkeypatch.setattr(online_dpo, "accumulate", poisoned)
+    monkeypatch.setattr(online_dpo, "dpo_gradient", poisoned)
     pairs = FreshPairsConfig(epochs=2)
     train_online_dpo(online_config(folder, "run", pairs=pairs, max_steps=3))
     rows = read_metrics(folder / "run")

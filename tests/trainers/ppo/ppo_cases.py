@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastalign.trainers.ppo.prepare import PPORun, prepare
 from torch import Tensor
 
 from fastalign.models import load_policy
@@ -15,9 +14,10 @@ from fastalign.runs.config import TrainConfig
 from fastalign.runs.open import make_compute
 from fastalign.runs.optimizer import make_optimizer
 from fastalign.runs.state import TrainState
-from fastalign.trainers import PPOConfig
+from fastalign.trainers import Gae, PPOConfig
 from fastalign.trainers.ppo import train as ppo
-from fastalign.trainers.ppo.update import Update
+from fastalign.trainers.ppo.setup import PPOSetup, prepare_ppo
+from fastalign.trainers.ppo.update import Experience
 from fastalign.trainers.sampling.rollout import Rollouts, roll_out
 from fastalign.trainers.sampling.score import final_scores
 from tests.small_runs import ppo_config
@@ -46,7 +46,7 @@ class FixedSampler:
 
 
 def plain_config(folder: Path, **sections: Any) -> PPOConfig:
-    """One mini-batch, no scale, no PTX, a fixed coefficient; `sections` are changed settings."""
+    """One mini-batch, no scale, no PTX, a fixed coefficient; `sections` are changed."""
     config = ppo_config(folder, "run")
     config = replace(
         config,
@@ -55,14 +55,17 @@ def plain_config(folder: Path, **sections: Any) -> PPOConfig:
         kl=replace(config.kl, target=None, horizon=10000),
         sampling=replace(config.sampling, max_new_tokens=7),
     )
-    changed = {name: replace(getattr(config, name), **s) for name, s in sections.items()}
+    changed = {
+        name: replace(getattr(config, name), **section) if isinstance(section, dict) else section
+        for name, section in sections.items()
+    }
     return replace(config, **changed)
 
 
-def make_run(config: PPOConfig, *, moved: bool = True, **train: Any) -> PPORun:
+def make_run(config: PPOConfig, *, moved: bool = True, **train: Any) -> PPOSetup:
     """A run whose policy is no longer the reference, nor its value model zero, if `moved`."""
     compute = make_compute(TrainConfig(device="cpu", **train))
-    run = prepare(replace(config, train=replace(config.train, **train)), compute)
+    run = prepare_ppo(replace(config, train=replace(config.train, **train)), compute)
     if moved:
         torch.manual_seed(1)
         for model in (run.models.policy, run.models.value):
@@ -74,7 +77,7 @@ def make_run(config: PPOConfig, *, moved: bool = True, **train: Any) -> PPORun:
     return run
 
 
-def rollouts_of(run: PPORun, indices: Sequence[int] = INDICES) -> Rollouts:
+def rollouts_of(run: PPOSetup, indices: Sequence[int] = INDICES) -> Rollouts:
     return roll_out(
         run.sampler,
         run.prompts,
@@ -86,12 +89,12 @@ def rollouts_of(run: PPORun, indices: Sequence[int] = INDICES) -> Rollouts:
     )
 
 
-def update_of(run: PPORun, rollouts: Rollouts) -> tuple[Update, dict[str, Any]]:
+def experience_of(run: PPOSetup, rollouts: Rollouts) -> tuple[Experience, dict[str, Any]]:
     score = final_scores(run.config.reward, rollouts.rewards, rollouts.ended, None)
-    return ppo.prepare_update(run, rollouts, score, run.config.kl.coefficient)
+    return ppo.make_experience(run, rollouts, score, run.config.kl.coefficient)
 
 
-def state_of(run: PPORun) -> TrainState:
+def state_of(run: PPOSetup) -> TrainState:
     trained = run.models.trained
     return TrainState(trained, make_optimizer(trained, run.config.optim))
 
@@ -121,7 +124,7 @@ def eager_gae(
     return advantages, [a + v for a, v in zip(advantages, value, strict=True)]
 
 
-def eager_loss(run: PPORun, rollouts: Rollouts, scores: Sequence[float]) -> Tensor:
+def eager_loss(run: PPOSetup, rollouts: Rollouts, scores: Sequence[float]) -> Tensor:
     """The first update's whole loss (), by single forwards and the formulas as they are written."""
     config, models = run.config, run.models
     reference = load_policy(config.reference.path or config.model.path)
@@ -139,17 +142,19 @@ def eager_loss(run: PPORun, rollouts: Rollouts, scores: Sequence[float]) -> Tens
             "k3": (-x).exp() - 1 + x,
             "full": (log_p.exp() * (log_p - of_reference[1])).sum(-1),
         }[config.kl.estimator]
-        weight = config.kl.coefficient if config.kl.place == "reward" else 0.0
+        weight = config.kl.coefficient if config.kl.in_reward else 0.0
         reward = (-weight * kl.detach()).tolist()
         reward[-1] += score
-        settings = (config.ppo.gamma, config.ppo.gae_lambda)
+        assert isinstance(config.ppo.advantage, Gae)
+        settings = (config.ppo.advantage.gamma, config.ppo.advantage.gae_lambda)
         advantage, returns = eager_gae(reward, value.tolist(), *settings)
         rows.append((logprob, value, kl, log_p, advantage, returns))
     logprob, value, kl, log_p = (torch.cat([row[i] for row in rows]) for i in range(4))
     advantage = torch.tensor([a for row in rows for a in row[4]], dtype=torch.float64)
     returns = torch.tensor([r for row in rows for r in row[5]], dtype=torch.float64)
     scale = 1.0
-    if config.ppo.whitens_advantages:
+    assert isinstance(config.ppo.advantage, Gae)
+    if config.ppo.advantage.whiten == "advantages":
         scale = 1 / advantage.std(correction=0).item()
         advantage = (advantage - advantage.mean()) * scale
     ratio = (logprob - logprob.detach()).exp()
@@ -157,7 +162,7 @@ def eager_loss(run: PPORun, rollouts: Rollouts, scores: Sequence[float]) -> Tens
     loss = loss + config.value.coefficient * (value - returns).square().mean() / 2
     entropy = -(log_p.exp() * log_p).sum(-1)
     loss = loss - config.ppo.entropy_coefficient * entropy.mean()
-    if config.kl.place == "loss":
+    if not config.kl.in_reward:
         loss = loss + config.kl.coefficient * kl.mean()
     elif config.kl.estimator == "full":  # the derivative of a state's own KL
         loss = loss + config.kl.coefficient * scale * kl.mean()

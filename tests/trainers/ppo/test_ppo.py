@@ -9,49 +9,56 @@ import pytest
 import torch
 
 from fastalign.rollouts import Completion
-from fastalign.runs.accumulate import accumulate, measure_examples
+from fastalign.runs.accumulate import Total, accumulate, measure_examples
+from fastalign.trainers import Gae, KLInLoss
 from fastalign.trainers.ppo import train as ppo
 from fastalign.trainers.ppo import update as ppo_update
-from fastalign.trainers.ppo.update import all_updates, loss_parts, mini_batches, one_update
+from fastalign.trainers.ppo.advantages import ADVANTAGES
+from fastalign.trainers.ppo.train import all_updates
+from fastalign.trainers.ppo.update import LossTerm, loss_terms, mini_batches, one_update
 from tests.small_runs import WORDS, write_rows
 from tests.trainers.dpo.step_cases import PACKINGS, gradients
 from tests.trainers.ppo.ppo_cases import (
     FixedSampler,
     eager_loss,
+    experience_of,
     make_run,
     plain_config,
     rollouts_of,
     state_of,
-    update_of,
 )
 
 FORMS: dict[str, dict[str, Any]] = {
     "k1": {"kl": {"coefficient": 0.3}},
-    "k3": {"kl": {"coefficient": 0.3, "estimator": "k3"}, "ppo": {"gae_lambda": 0.8, "gamma": 0.9}},
+    "k3": {
+        "kl": {"coefficient": 0.3, "estimator": "k3"},
+        "ppo": {"advantage": Gae(gae_lambda=0.8, gamma=0.9)},
+    },
     "full": {"kl": {"coefficient": 0.3, "estimator": "full"}},
     "full-unwhitened": {
         "kl": {"coefficient": 0.3, "estimator": "full"},
-        "ppo": {"whiten": "none"},
+        "ppo": {"advantage": Gae(whiten="none")},
     },
-    "k2-loss": {"kl": {"coefficient": 0.3, "estimator": "k2", "place": "loss"}},
+    "k2-loss": {"kl": KLInLoss(coefficient=0.3, estimator="k2")},
     "full-loss": {
-        "kl": {"coefficient": 0.3, "estimator": "full", "place": "loss"},
+        "kl": KLInLoss(coefficient=0.3, estimator="full"),
         "ppo": {"entropy_coefficient": 0.2},
     },
-    "entropy": {"ppo": {"entropy_coefficient": 0.2, "whiten": "none"}},
+    "entropy": {"ppo": {"entropy_coefficient": 0.2, "advantage": Gae(whiten="none")}},
     "temperature": {"sampling": {"temperature": 0.6}, "kl": {"coefficient": 0.3}},
 }
 
 
 def first_gradient(run: Any, rollouts: Any) -> tuple[float, dict[str, torch.Tensor]]:
-    update, _ = update_of(run, rollouts)
+    experience, _ = experience_of(run, rollouts)
     loss = 0.0
-    for part in loss_parts(update, range(len(rollouts.groups)), 0):
-        value, _, _ = accumulate(
-            part.examples, part.indices, part.batch_loss, run.compute, backward=True
-        )
-        loss += value
+    for term in loss_terms(run, experience, range(len(rollouts.groups)), 0):
+        loss += added(run, term).loss
     return loss, gradients(run.models.trained)
+
+
+def added(run: Any, term: LossTerm) -> Total:
+    return accumulate(term.model, term.batch_loss, term.examples, term.indices, run.compute)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -92,14 +99,14 @@ def test_a_step_does_not_depend_on_packing_or_micro_batches(
 def test_the_ratio_is_one_however_the_tokens_are_batched_later(folder: Path) -> None:
     run = make_run(plain_config(folder))
     rollouts = rollouts_of(run)
-    update, _ = update_of(run, rollouts)
+    experience, _ = experience_of(run, rollouts)
     for packing in PACKINGS:
         other = make_run(plain_config(folder), packing=packing, tokens_per_batch=60)
         examples = measure_examples(rollouts.groups, other.compute.packing)
-        again = replace(
-            update, models=other.models, compute=other.compute, examples=examples, config=run.config
+        again = replace(experience, examples=examples)
+        metrics = one_update(
+            replace(other, config=run.config), again, state_of(other), [3, 0, 4, 2, 1], 0, 8
         )
-        metrics = one_update(again, state_of(other), [3, 0, 4, 2, 1], 0, 8)
         assert metrics["num_micro_batches"] > 2
         assert metrics["val/ratio"] == pytest.approx(1.0, abs=1e-5)
         assert metrics["policy/clipfrac_avg"] == 0
@@ -109,8 +116,8 @@ def test_the_ratio_is_one_however_the_tokens_are_batched_later(folder: Path) -> 
 def test_the_first_update_has_ratio_one_and_later_ones_move_away(folder: Path) -> None:
     """The shape of openai's first step: approxkl and clipfrac 0, then growing over the epochs."""
     run = make_run(plain_config(folder, ppo={"epochs": 4}))
-    update, _ = update_of(run, rollouts_of(run))
-    updates = all_updates(update, state_of(run), 8)
+    experience, _ = experience_of(run, rollouts_of(run))
+    updates = all_updates(run, experience, state_of(run), 8)
     assert len(updates) == 4
     assert updates[0]["val/ratio"] == pytest.approx(1.0, abs=1e-5)
     assert updates[0]["policy/clipfrac_avg"] == 0
@@ -141,13 +148,16 @@ def test_mini_batches_are_each_prompt_once_an_epoch_in_another_order() -> None:
 @pytest.mark.parametrize("method", ["rloo", "grpo"])
 def test_without_a_critic_a_response_has_one_advantage(folder: Path, method: str) -> None:
     config = plain_config(
-        folder, ppo={"advantage": method}, sampling={"num_samples": 3}, kl={"coefficient": 0.3}
+        folder,
+        ppo={"advantage": ADVANTAGES[method]()},
+        sampling={"num_samples": 3},
+        kl={"coefficient": 0.3},
     )
     run = make_run(config)
     assert run.models.value is None
     rollouts = rollouts_of(run)
-    update, _ = update_of(run, rollouts)
-    record, bounds = update.record, update.record.bounds.tolist()
+    experience, _ = experience_of(run, rollouts)
+    record, bounds = experience.record, experience.record.bounds.tolist()
     x = (record.logprob - record.reference_logprob).tolist()
     total = [
         reward - 0.3 * sum(x[first:last])
@@ -161,32 +171,35 @@ def test_without_a_critic_a_response_has_one_advantage(folder: Path, method: str
             others = (sum(group) - value) / 2
             expected = value - others if method == "rloo" else (value - mean) / (std + 1e-4)
             first, last = bounds[start + place], bounds[start + place + 1]
-            found = update.advantage[first:last].tolist()
+            found = experience.advantages.advantage[first:last].tolist()
             assert found == pytest.approx([expected] * (last - first), rel=1e-3, abs=1e-3)
-    whitened = replace(config, ppo=replace(config.ppo, whiten="advantages"))
-    update, _ = update_of(make_run(whitened), rollouts)
-    assert update.advantage.std(correction=0).item() == pytest.approx(1.0, abs=1e-4)
+    advantage = ADVANTAGES[method](whiten="advantages")
+    whitened = replace(config, ppo=replace(config.ppo, advantage=advantage))
+    experience, _ = experience_of(make_run(whitened), rollouts)
+    assert experience.advantages.advantage.std(correction=0).item() == pytest.approx(1.0, abs=1e-4)
 
 
 def test_rewards_are_whitened_without_a_shift_of_their_mean(folder: Path) -> None:
-    config = plain_config(folder, ppo={"whiten": "rewards", "gae_lambda": 1.0})
+    config = plain_config(folder, ppo={"advantage": Gae(whiten="rewards", gae_lambda=1.0)})
     run = make_run(config)
     rollouts = rollouts_of(run)
-    update, _ = update_of(run, rollouts)
+    experience, _ = experience_of(run, rollouts)
     score = rollouts.rewards.float()
-    reward = ppo.penalise(update.record, score, config.kl, config.kl.coefficient).reward
+    reward = ppo.penalise(experience.record, score, config.kl, config.kl.coefficient).reward
     white = (reward - reward.mean()) / reward.std(correction=0) + reward.mean()
-    first = update.record.bounds.tolist()[1]
+    first = experience.record.bounds.tolist()[1]
     # With gamma and lambda 1 the first token's return is the sum of the response's rewards.
-    assert update.returns is not None
-    assert update.returns[0].item() == pytest.approx(white[:first].sum().item(), rel=1e-3)
+    assert experience.advantages.returns is not None
+    assert experience.advantages.returns[0].item() == pytest.approx(
+        white[:first].sum().item(), rel=1e-3
+    )
 
 
 def test_the_metrics_of_a_step(folder: Path) -> None:
     run = make_run(plain_config(folder, reward={"missing_eos_penalty": 2.0}))
     rollouts = rollouts_of(run)
-    update, metrics = update_of(run, rollouts)
-    record = update.record
+    experience, metrics = experience_of(run, rollouts)
+    record = experience.record
     kl = (record.logprob - record.reference_logprob).sum().item() / 10
     assert kl != 0
     assert metrics["objective/kl"] == pytest.approx(kl, rel=1e-4)
@@ -198,16 +211,18 @@ def test_the_metrics_of_a_step(folder: Path) -> None:
     assert metrics["objective/rlhf_reward"] == pytest.approx(score - 0.05 * kl, rel=1e-4)
     assert metrics["objective/entropy"] == pytest.approx(-record.logprob.sum().item() / 10)
     assert metrics["entropy"] == pytest.approx(record.entropy.mean().item())
-    assert update.returns is not None
+    assert experience.advantages.returns is not None
     assert record.value is not None
-    left = (update.returns - record.value).var(correction=0) / update.returns.var(correction=0)
+    left = (experience.advantages.returns - record.value).var(
+        correction=0
+    ) / experience.advantages.returns.var(correction=0)
     assert metrics["critic/explained_var"] == pytest.approx(1 - left.item(), abs=1e-5)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_the_trainers_logprobs_are_the_samplers(folder: Path, temperature: float) -> None:
     run = make_run(plain_config(folder, sampling={"temperature": temperature}))
-    _, metrics = update_of(run, rollouts_of(run))
+    _, metrics = experience_of(run, rollouts_of(run))
     assert metrics["sampling/sampling_logp_difference/max"] < 1e-4
     assert metrics["sampling/importance_sampling_ratio/mean"] == pytest.approx(1.0, abs=1e-4)
 
@@ -228,13 +243,13 @@ def test_a_sampler_that_drifts_is_seen_and_its_tokens_are_weighted(folder: Path)
         for each in exact.completions
     ]
     drifted = replace(exact, completions=answers)
-    update, metrics = update_of(run, drifted)
+    experience, metrics = experience_of(run, drifted)
     assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(1.0, abs=1e-4)
     assert metrics["sampling/importance_sampling_ratio/max"] == pytest.approx(math.e, rel=1e-4)
     assert metrics["sampling/importance_sampling_ratio/min"] == pytest.approx(1 / math.e, rel=1e-4)
     expected = [1.0, 1.5, math.exp(-1.0)]
-    assert update.weight is not None
-    assert update.weight[:3].tolist() == pytest.approx(expected, rel=1e-4)
+    assert experience.weight is not None
+    assert experience.weight[:3].tolist() == pytest.approx(expected, rel=1e-4)
     _, weighted = first_gradient(run, drifted)
     _, plain = first_gradient(make_run(plain_config(folder)), exact)
     name = "policy.lm_head.weight"
@@ -244,7 +259,7 @@ def test_a_sampler_that_drifts_is_seen_and_its_tokens_are_weighted(folder: Path)
 def test_completions_of_an_end_alone_can_be_trained_on(folder: Path) -> None:
     run = make_run(plain_config(folder))
     empty = FixedSampler([Completion([2], [-1.0], "stop"), Completion([7], [-1.0], "length")])
-    metrics, _ = ppo.ppo_step(replace(run, sampler=empty), state_of(run), [0, 1, 2, 3], 8)
+    metrics = ppo.ppo_step(replace(run, sampler=empty), state_of(run), [0, 1, 2, 3], 8)
     numbers = [value for value in metrics.values() if isinstance(value, float)]
     assert all(math.isfinite(value) for value in numbers)
     assert metrics["skipped"] == 0
@@ -260,17 +275,10 @@ def test_one_update_that_is_not_finite_is_skipped_and_counted(
     plain = ppo_update.value_batch_loss
     calls: list[int] = []
 
-    def broken(update: Any, normaliser: int) -> Any:
-        calls.append(normaliser)
-        batch_loss = plain(update, normaliser)
-        if len(calls) != 2:
-            return batch_loss
-
-        def of_batch(*batch: Any) -> Any:
-            loss, metrics = batch_loss.of_batch(*batch)
-            return loss * math.nan, metrics
-
-        return replace(batch_loss, of_batch=of_batch)
+    def broken(*arguments: Any) -> Any:
+        calls.append(1)
+        loss, metrics = plain(*arguments)
+        return loss * (math.nan if len(calls) == 2 else 1), metrics
 
     monkeypatch.setattr(ppo_update, "value_batch_loss", broken)
     state = state_of(run)
@@ -285,7 +293,7 @@ def test_one_update_that_is_not_finite_is_skipped_and_counted(
         return found
 
     monkeypatch.setattr(ppo_update, "optimiser_step", noted)
-    metrics, _ = ppo.ppo_step(run, state, [0, 1, 2], 8)
+    metrics = ppo.ppo_step(run, state, [0, 1, 2], 8)
     assert seen == [(0, False), (1, True), (0, False)]
     assert metrics["skipped"] == 1
     assert math.isnan(metrics["loss"])
@@ -295,10 +303,9 @@ def test_demonstrations_are_learned_beside_the_reward(folder: Path) -> None:
     texts = str(write_rows(folder / "texts.jsonl", [{"text": f"The {word}"} for word in WORDS]))
     config = plain_config(folder, ppo={"ptx_data": texts, "ptx_coefficient": 3.0})
     run = make_run(config)
-    update, _ = update_of(run, rollouts_of(run))
-    (part,) = [part for part in loss_parts(update, range(5), 0) if part.name == "ptx"]
-    arguments = (part.examples, part.indices, part.batch_loss, run.compute)
-    value, _, _ = accumulate(*arguments, backward=True)
+    experience, _ = experience_of(run, rollouts_of(run))
+    (part,) = [part for part in loss_terms(run, experience, range(5), 0) if part.name == "ptx"]
+    value = added(run, part).loss
     assert len(part.indices) == 4
     losses = []
     for index in part.indices:
@@ -308,13 +315,13 @@ def test_demonstrations_are_learned_beside_the_reward(folder: Path) -> None:
         losses.append(-log_p.gather(1, ids[0, 1:, None])[len(group.prompt_ids) - 1 :, 0])
     expected = torch.cat(losses).mean().item()
     assert value == pytest.approx(3 * expected, rel=1e-4)
-    later = [part for part in loss_parts(update, range(5), 1) if part.name == "ptx"]
+    later = [part for part in loss_terms(run, experience, range(5), 1) if part.name == "ptx"]
     assert later[0].indices != part.indices
     gradients(run.models.trained)
-    found = one_update(update, state_of(run), range(5), 0, 8)
+    found = one_update(run, experience, state_of(run), range(5), 0, 8)
     assert found["loss/ptx_avg"] == pytest.approx(expected, rel=1e-4)
     still = replace(config, optim=replace(config.optim, lr=0.0), ppo=replace(config.ppo, epochs=2))
-    updates = all_updates(replace(update, config=still), state_of(run), 8)
+    updates = all_updates(replace(run, config=still), experience, state_of(run), 8)
     assert updates[0]["loss/ptx_avg"] != updates[1]["loss/ptx_avg"], "each update has its own"
     parts = found["loss/policy_avg"] + 0.1 * found["loss/value_avg"] + 3 * found["loss/ptx_avg"]
     assert found["loss"] == pytest.approx(parts)

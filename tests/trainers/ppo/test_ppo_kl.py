@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from fastalign.trainers.ppo.prepare import PPORun, prepare
 
 from fastalign.batch.packed import Group, pack
 from fastalign.evaluation import ModelReward
@@ -14,14 +13,16 @@ from fastalign.models import save_reward_model, set_pad_token, set_reward_scale
 from fastalign.runs.open import make_compute
 from fastalign.runs.state import seed_everything
 from fastalign.trainers import (
-    KLConfig,
+    KL_PENALTIES,
+    KLInReward,
     PPOConfig,
     PPOSettings,
     RewardSourceConfig,
     train_ppo,
 )
 from fastalign.trainers.ppo.models import token_values
-from fastalign.trainers.ppo.train import prepare_update
+from fastalign.trainers.ppo.setup import PPOSetup, prepare_ppo
+from fastalign.trainers.ppo.train import make_experience
 from fastalign.trainers.sampling.rollout import Rollouts, roll_out
 from tests.small_runs import ppo_config, read_metrics, words_reward
 from tests.tiny import tiny_reward_model
@@ -32,7 +33,7 @@ def plain(folder: Path, run: str = "run", **train: Any) -> PPOConfig:
     """One mini-batch an epoch, no PTX, a fixed coefficient: what the first update is known of."""
     config = ppo_config(folder, run, **{"max_steps": 2, **train})
     reward = RewardSourceConfig((words_reward(folder),))
-    return replace(config, reward=reward, ppo=PPOSettings(epochs=4), kl=KLConfig(coefficient=0.1))
+    return replace(config, reward=reward, ppo=PPOSettings(epochs=4), kl=KLInReward(coefficient=0.1))
 
 
 def reward_model(folder: Path) -> str:
@@ -44,10 +45,10 @@ def reward_model(folder: Path) -> str:
     return str(folder / "rm")
 
 
-def begun(config: PPOConfig) -> tuple[PPORun, Rollouts]:
+def begun(config: PPOConfig) -> tuple[PPOSetup, Rollouts]:
     """A run before its first step, and some rollouts of it."""
     seed_everything(0)
-    run = prepare(config, make_compute(config.train))
+    run = prepare_ppo(config, make_compute(config.train))
     rollouts = roll_out(
         run.sampler, run.prompts, range(6), config.sampling, run.tokenizer, run.sources, seed=3
     )
@@ -80,7 +81,7 @@ def test_the_kl_holds_the_policy_near(folder: Path, kl: str, place: str) -> None
     final = []
     for coefficient in (0.0, 1.0):
         config = plain(folder, f"run-{coefficient}", max_steps=30)
-        of_kl = KLConfig(coefficient=coefficient, estimator=kl, place=place)  # type: ignore[arg-type]
+        of_kl = KL_PENALTIES[place](coefficient=coefficient, estimator=kl)  # type: ignore[arg-type]
         train_ppo(replace(config, kl=of_kl, optim=replace(config.optim, lr=1e-2)))
         last = read_metrics(folder / f"run-{coefficient}")[-5:]
         final.append(sum(row["objective/kl"] for row in last))
@@ -88,13 +89,13 @@ def test_the_kl_holds_the_policy_near(folder: Path, kl: str, place: str) -> None
 
 
 def test_the_full_kl_is_the_sum_over_the_vocabulary(folder: Path) -> None:
-    config = replace(plain(folder), kl=KLConfig(coefficient=0.1, estimator="full"))
+    config = replace(plain(folder), kl=KLInReward(coefficient=0.1, estimator="full"))
     run, rollouts = begun(config)
     with torch.no_grad():
         for parameter in run.models.policy.parameters():
             parameter.mul_(1.2)
     score = torch.zeros(len(rollouts.rewards))
-    update, metrics = prepare_update(run, rollouts, score, 0.1)
+    update, metrics = make_experience(run, rollouts, score, 0.1)
     found, place = [], 0
     for group in rollouts.groups:
         for ids in group.response_ids:

@@ -26,16 +26,21 @@ from fastalign.models import (
 from fastalign.runs.config import LoraConfig
 from fastalign.runs.optimizer import clip_gradient
 from fastalign.trainers import (
-    KLConfig,
+    KL_PENALTIES,
+    Gae,
+    Grpo,
+    KLInLoss,
+    KLInReward,
     PPOConfig,
     PPOSettings,
+    Rloo,
     ValueConfig,
     WatchConfig,
     train_ppo,
 )
 from fastalign.trainers.ppo import train as ppo
-from fastalign.trainers.ppo.advantages import adapted_coefficient
 from fastalign.trainers.ppo.models import ActorCritic, value_source
+from fastalign.trainers.ppo.objective import adapted_coefficient
 from fastalign.trainers.sampling.collapse import is_repetitive, signs_of_collapse, watch
 from tests.runs.test_resume import assert_same_run
 from tests.small_runs import learning_rate_scales, ppo_config, read_metrics, write_rows
@@ -190,11 +195,11 @@ def test_scores_and_coefficient_are_kept_with_the_run(folder: Path) -> None:
 
 
 def test_the_coefficient_adapts_by_a_clipped_error() -> None:
-    config = KLConfig(target=6.0, horizon=10000)
+    config = KLInReward(target=6.0, horizon=10000)
     assert adapted_coefficient(0.15, 12.0, config, 512) == 0.15 * (1 + 0.2 * 512 / 10000)
     assert adapted_coefficient(0.15, 6.6, config, 512) == pytest.approx(0.15 * (1 + 0.1 * 0.0512))
     assert adapted_coefficient(0.15, 0.0, config, 512) == 0.15 * (1 - 0.2 * 512 / 10000)
-    assert adapted_coefficient(0.15, 12.0, KLConfig(), 512) == 0.15
+    assert adapted_coefficient(0.15, 12.0, KLInReward(), 512) == 0.15
 
 
 def test_the_reference_may_be_another_model_and_must_stay_the_same(folder: Path) -> None:
@@ -248,8 +253,10 @@ def test_without_a_learning_rate_nothing_drifts_and_each_step_samples_anew(folde
 def test_a_penalty_without_the_kls_gradient_is_said(
     folder: Path, estimator: str, place: str, said: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ppo.advise_on_estimator(plain_config(folder, kl={"estimator": estimator, "place": place}))
-    assert ("k3 in the reward has not the KL's gradient" in capsys.readouterr().out) == said
+    ppo.advise_on_estimator(plain_config(folder, kl=KL_PENALTIES[place](estimator=estimator)))
+    assert (
+        "kl.estimator=k3 in the reward gives a biased KL gradient" in capsys.readouterr().out
+    ) == said
 
 
 def test_scores_far_beyond_a_values_steps_are_said(
@@ -260,7 +267,7 @@ def test_scores_far_beyond_a_values_steps_are_said(
     ppo.advise_on_scale(config, scores)
     assert "standard deviation of 4, and a value moves by at most 0.2" in capsys.readouterr().out
     ppo.advise_on_scale(config, scores / 4)
-    ppo.advise_on_scale(plain_config(folder, ppo={"advantage": "rloo"}), scores)
+    ppo.advise_on_scale(plain_config(folder, ppo={"advantage": Rloo()}), scores)
     assert capsys.readouterr().out == ""
 
 
@@ -347,18 +354,15 @@ def test_a_collapsed_run_is_ended_early_and_can_go_on(folder: Path) -> None:
         ({"sampling": {"top_p": 0.9}}, r"sampling: expected samples of the policy itself"),
         ({"sampling": {"temperature": 0.0}}, r"sampling: expected samples of the policy itself"),
         (
-            {"ppo": {"advantage": "rloo"}, "sampling": {"num_samples": 1}},
+            {"ppo": {"advantage": Rloo()}, "sampling": {"num_samples": 1}},
             r"sampling\.num_samples: expected at least 2 under --ppo\.advantage rloo, got 1",
         ),
-        ({"ppo": {"advantage": "grpo", "whiten": "rewards"}}, r"ppo\.whiten: expected auto, none"),
-        ({"ppo": {"advantage": "grpo", "gae_lambda": 1.0}}, r"ppo\.gamma, ppo\.gae_lambda: "),
         ({"ppo": {"mini_batches": 5}}, r"ppo\.mini_batches: expected at most .* \(4 prompts\)"),
         ({"ppo": {"clip_range": 1.0}}, r"ppo\.clip_range: expected a number in \(0, 1\), got 1"),
         ({"ppo": {"ptx_coefficient": 2.0}}, r"ppo\.ptx_coefficient: 2.0 is a setting of ppo\.ptx"),
-        ({"kl": {"place": "loss"}}, r"kl\.estimator: expected k2, k3 or full .*, got k1"),
         (
-            {"ppo": {"advantage": "grpo"}, "kl": {"estimator": "full"}},
-            r"kl\.place: expected loss for the exact KL under --ppo\.advantage grpo",
+            {"ppo": {"advantage": Grpo()}, "kl": {"estimator": "full"}},
+            r"kl: expected loss for the exact KL under --ppo\.advantage grpo",
         ),
         ({"kl": {"horizon": 5}}, r"kl\.horizon: 5 is a setting of kl\.target"),
         ({"kl": {"target": 1.0, "coefficient": 0.0}}, r"kl\.coefficient: expected more than 0"),
@@ -374,10 +378,24 @@ def test_settings_that_do_not_go_together_are_refused(
         plain_config(folder, **sections)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: KLInLoss(estimator="k1"), r"kl\.estimator: expected k2, k3 or full .*, got k1"),
+        (lambda: Gae(gae_lambda=1.5), r"ppo\.advantage\.gae_lambda: .* at most 1, got 1\.5"),
+        (lambda: Gae(gamma=-0.1), r"ppo\.advantage\.gamma: expected a finite number of at least 0"),
+        (lambda: Rloo(whiten="rewards"), r"ppo\.advantage\.whiten: expected none or advantages"),
+    ],
+)
+def test_a_choice_has_its_own_settings(make: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
 def test_a_setting_of_the_value_model_needs_one(folder: Path) -> None:
     config = ppo_config(folder, "run")
     with pytest.raises(ValueError, match=r"value\.lr: a setting of a value model, which"):
-        replace(config, ppo=PPOSettings(advantage="rloo"), value=ValueConfig(lr=1e-3))
+        replace(config, ppo=PPOSettings(advantage=Rloo()), value=ValueConfig(lr=1e-3))
 
 
 def test_the_exact_kl_needs_a_head_without_an_adapter(folder: Path) -> None:

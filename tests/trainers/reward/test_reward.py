@@ -20,6 +20,7 @@ from fastalign.runs.config import TrainConfig
 from fastalign.runs.data import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import REWARD_LOSSES, RewardConfig, train_reward
+from fastalign.trainers.reward import model as reward_model
 from fastalign.trainers.reward import train as reward
 from tests.small_runs import learning_rate_scales, read_metrics, reward_config, write_rows
 from tests.tiny import tiny_model
@@ -48,13 +49,13 @@ def make_step(
     model = load_reward_model(config.model.path, compute)
     model.score.weight.data *= 3  # rewards far enough apart for the loss to bend
     data = load_data(config, config.data.train, load_tokenizer(config.model.path))
-    reward.add_nu(model, config)
-    return model, reward.prepare(config.loss, data, compute), compute
+    reward_model.add_nu(model, config)
+    return model, reward.prepare_comparisons(config.loss, data, compute), compute
 
 
 def step(config: RewardConfig, *arguments: Any) -> tuple[Any, dict[str, Tensor]]:
     model, pairs, compute = make_step(config, *arguments)
-    metrics, _ = reward.reward_step(model, config.loss, pairs, INDICES, compute)
+    metrics = reward.reward_gradient(model, config.loss, pairs, INDICES, compute).metrics()
     return metrics, gradients(model)
 
 
@@ -89,9 +90,9 @@ def test_the_gradient_of_bradley_terry_is_the_closed_form(folder: Path) -> None:
     rewards = (hidden @ model.score.weight[0]).detach()
     difference = rewards[0::2] - rewards[1::2]
     away = torch.sigmoid(-difference)[:, None] * (hidden[0::2] - hidden[1::2])
-    metrics, _ = reward.reward_step(
+    metrics = reward.reward_gradient(
         model, REWARD_LOSSES["bradley_terry"](), pairs, INDICES, compute
-    )
+    ).metrics()
     torch.testing.assert_close(model.score.weight.grad, -away.mean(0, keepdim=True))
     assert metrics["loss"] == pytest.approx(torch.log1p((-difference).exp()).mean().item())
     assert metrics["accuracy"] == pytest.approx((difference > 0).float().mean().item())
@@ -126,7 +127,7 @@ def test_a_shift_of_all_rewards_changes_nothing_but_the_rewards(
 def test_ties_count_in_the_loss_and_not_in_the_accuracy(folder: Path) -> None:
     config = with_loss(reward_config(folder, "unused"), "rao_kupper", nu=3.0)
     model, pairs, compute = make_step(config)
-    metrics, _ = reward.reward_step(model, config.loss, pairs, [3, 7, 11], compute)
+    metrics = reward.reward_gradient(model, config.loss, pairs, [3, 7, 11], compute).metrics()
     assert (metrics["num_pairs"], metrics["num_ties"]) == (3, 3)
     assert (metrics["accuracy"], metrics["margin"]) == (0, 0)
     batch = pack([pairs.examples.groups[i] for i in [3, 7, 11]])

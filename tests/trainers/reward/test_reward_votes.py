@@ -36,8 +36,8 @@ def step_loss(config: RewardConfig, indices: list[int]) -> tuple[float, list[flo
     model = load_reward_model(config.model.path)
     model.score.weight.data *= 3
     data = load_data(config, config.data.train, load_tokenizer(config.model.path))
-    pairs = reward.prepare(config.loss, data, compute)
-    metrics, _ = reward.reward_step(model, config.loss, pairs, indices, compute)
+    pairs = reward.prepare_comparisons(config.loss, data, compute)
+    metrics = reward.reward_gradient(model, config.loss, pairs, indices, compute).metrics()
     batch = pack([pairs.examples.groups[i] for i in indices])
     found = reward.response_reward(model, batch, Compute()).double()
     assert metrics["num_ties"] == sum(i % 4 == 3 for i in indices)

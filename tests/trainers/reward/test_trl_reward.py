@@ -67,8 +67,8 @@ def test_the_same_loss_gradient_and_metrics(margin: bool, tmp_path: Path) -> Non
     data = load_data(config, config.data.train, load_tokenizer(tmp_path / "llama"))
     in_trl = {tuple(ids[mask.bool()].tolist()) for ids, mask in pairs_of(batch)}
     assert {(*g.prompt_ids, *r) for g in data.groups for r in g.response_ids} == in_trl
-    pairs = reward.prepare(config.loss, data, compute)
-    metrics, _ = reward.reward_step(ours, config.loss, pairs, range(3), compute)
+    pairs = reward.prepare_comparisons(config.loss, data, compute)
+    metrics = reward.reward_gradient(ours, config.loss, pairs, range(3), compute).metrics()
     assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert metrics["loss"] > 0.1
     for name, parameter in ours.named_parameters():
