@@ -46,7 +46,7 @@ from tests.runs.test_resume import assert_same_run
 from tests.small_runs import learning_rate_scales, ppo_config, read_metrics, write_rows
 from tests.tiny import tiny_model, tiny_reward_model
 from tests.tokenizers import make_tokenizer
-from tests.trainers.ppo.ppo_cases import make_run, plain_config, rollouts_of, update_of
+from tests.trainers.ppo.ppo_cases import experience_of, make_run, plain_config, rollouts_of
 
 LORA = LoraConfig(rank=4, alpha=8.0)
 
@@ -83,19 +83,19 @@ def test_the_value_model_starts_as_the_reward_model(folder: Path, pad_is_eos: bo
     assert value.tolist() == pytest.approx(reward, rel=1e-4)
     # A step's values are that network's, at the tokens that predict.
     rollouts = rollouts_of(run)
-    update, _ = update_of(run, rollouts)
+    experience, _ = experience_of(run, rollouts)
     whole = pack(rollouts.groups)
     expected = score_at(run.models.value, whole, whole.predict_index, Compute())
-    assert update.record.value is not None
-    torch.testing.assert_close(update.record.value, expected.detach(), rtol=1e-4, atol=1e-5)
-    assert update.record.value.abs().min() > 0
+    assert experience.record.value is not None
+    torch.testing.assert_close(experience.record.value, expected.detach(), rtol=1e-4, atol=1e-5)
+    assert experience.record.value.abs().min() > 0
 
 
 def test_without_a_reward_model_values_start_at_zero(folder: Path) -> None:
     run = make_run(plain_config(folder), moved=False)
-    update, _ = update_of(run, rollouts_of(run))
-    assert update.record.value is not None
-    assert update.record.value.tolist() == [0.0] * update.record.num_tokens
+    experience, _ = experience_of(run, rollouts_of(run))
+    assert experience.record.value is not None
+    assert experience.record.value.tolist() == [0.0] * experience.record.num_tokens
 
 
 def test_the_saved_value_model_opens_as_a_reward_model(folder: Path) -> None:
