@@ -11,6 +11,7 @@ from fastalign.runs.config import (
     RunConfig,
     TrainConfig,
     above_zero,
+    require,
     within,
 )
 from fastalign.trainers.ppo.advantages import AdvantageEstimator, Gae
@@ -44,6 +45,8 @@ class PPOSettings:
     """Weight of the demonstrations' mean cross-entropy per token."""
 
     def __post_init__(self) -> None:
+        known = isinstance(self.advantage, AdvantageEstimator)
+        require(known, "ppo.advantage", "Gae(), Rloo() or Grpo()", self.advantage)
         for name in ("epochs", "mini_batches"):
             within(f"ppo.{name}", getattr(self, name), 1)
         if not 0 < self.clip_range < 1:
@@ -170,6 +173,7 @@ class PPOConfig:
     def __post_init__(self) -> None:
         method, samples = self.ppo.advantage.name, self.sampling
         needs_value = self.ppo.advantage.needs_value
+        require(isinstance(self.kl, KLPenalty), "kl", "KLInReward() or KLInLoss()", self.kl)
         check_sampler(self.sampler, self.vllm, may_overlap=True)
         if self.vllm.overlap and self.ppo.max_importance_weight is None:
             raise ValueError(

@@ -26,6 +26,7 @@ from fastalign.models import (
 from fastalign.runs.config import LoraConfig
 from fastalign.runs.optimizer import clip_gradient
 from fastalign.trainers import (
+    ADVANTAGES,
     KL_PENALTIES,
     Gae,
     Grpo,
@@ -152,7 +153,7 @@ def test_a_value_path_that_is_no_model_is_named(folder: Path) -> None:
 
 @pytest.mark.parametrize("method", ["gae", "rloo"])
 def test_an_adapter_learns_beside_its_base(folder: Path, method: Any) -> None:
-    config = plain_config(folder, ppo={"advantage": method, "epochs": 2})
+    config = plain_config(folder, ppo={"advantage": ADVANTAGES[method](), "epochs": 2})
     config = replace(config, model=replace(config.model, lora=LORA))
     optim = replace(config.optim, lr=1e-2)
     train_ppo(replace(config, optim=optim))
@@ -218,7 +219,7 @@ def test_the_reference_may_be_another_model_and_must_stay_the_same(folder: Path)
 def test_the_reward_rises(folder: Path, method: Any) -> None:
     config = plain_config(
         folder,
-        ppo={"advantage": method, "epochs": 4},
+        ppo={"advantage": ADVANTAGES[method](), "epochs": 4},
         sampling={"num_samples": 4},
         reward={"normalise": True},
         optim={"lr": 1e-2, "schedule": "constant"},
@@ -384,6 +385,7 @@ def test_settings_that_do_not_go_together_are_refused(
         (lambda: KLInLoss(estimator="k1"), r"kl\.estimator: expected k2, k3 or full .*, got k1"),
         (lambda: Gae(gae_lambda=1.5), r"ppo\.advantage\.gae_lambda: .* at most 1, got 1\.5"),
         (lambda: Gae(gamma=-0.1), r"ppo\.advantage\.gamma: expected a finite number of at least 0"),
+        (lambda: PPOSettings(advantage="rloo"), r"ppo\.advantage: expected Gae.* got 'rloo'"),
         (lambda: Rloo(whiten="rewards"), r"ppo\.advantage\.whiten: expected none or advantages"),
     ],
 )
