@@ -1,6 +1,7 @@
 """The tests' folders are named as the package's, and a bare `pytest` collects every test file."""
 
 import ast
+import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -44,3 +45,23 @@ def test_imports_of_tests_lead_to_files() -> None:
         and not (ROOT / name.replace(".", "/")).is_dir()
     }
     assert missing == set()
+
+
+def test_a_bare_pytest_collects_every_test() -> None:
+    """What `--quick` leaves out is chosen by its own flag, never by a setting."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "pytest"
+    ]
+    assert settings["testpaths"] == ["tests"]
+    assert settings["addopts"] == ["--import-mode=importlib"]
+    assert not settings.keys() & {"norecursedirs", "python_files", "python_functions"}
+    for path in TESTS.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert not names & {"pytest_ignore_collect", "pytest_collect_file"}, path
+        assert path.name.startswith("test_") or not any(n.startswith("test_") for n in names), path
+        assert "collect_ignore" not in {getattr(node, "id", "") for node in ast.walk(tree)}, path
+
+
+def test_continuous_integration_runs_every_test() -> None:
+    assert (ROOT / ".ci/run").read_text().splitlines()[-1].endswith('/../scripts/test.sh"')
