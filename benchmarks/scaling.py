@@ -1,24 +1,33 @@
-"""Models too large for one GPU, on paper: `python -m benchmarks.scaling` rewrites docs/scaling.md.
+"""Memory of models too large for one GPU: `python -m benchmarks.scaling` rewrites docs/scaling.md.
 
-What stands between the document's two marks is what `tables` returns: nothing is measured.
+The text between the document's two marks is the output of `tables`: arithmetic, not measurements.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from benchmarks.scaling_models import MODELS, SIZES, activations_of, weights
-from fastalign.estimate.scaling import Kept, Sharing, gathered, kept, numbers, reducing
-from fastalign.estimate.traffic import (
-    PPOModelWeights,
-    PPOWork,
-    Traffic,
-    forward_traffic,
-    gradient_traffic,
-    ppo_traffic,
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
+
+from fastalign.batch.packed import Group, PackedBatch, pack
+from fastalign.estimate.memory import peak_of_step
+from fastalign.estimate.model import move_to_fake
+from fastalign.estimate.ranks import (
+    ModelWeights,
+    Sharing,
+    gathered,
+    kept,
+    numbers,
+    reducing,
+    weights_of,
 )
+from fastalign.models import add_adapter, attention
 from fastalign.ranks.config import ParallelConfig
+from fastalign.runs.config import TrainConfig
+from fastalign.runs.load_models import checkpoint_activations
+from fastalign.runs.open import make_compute
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
 BEGIN, END = "<!-- python -m benchmarks.scaling -->", "<!-- end -->"
@@ -26,134 +35,168 @@ GIGABYTE = 10**9
 ROOM = 76  # of 80 GB: the rest is the allocator's, NCCL's and CUDA's own
 GPUS = (1, 8, 64)
 BATCHES = 64  # of a step, all ranks together
-EPOCHS = 4
 BF16 = 2
+SIZES: dict[str, dict[str, int]] = {
+    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+    "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80},
+}
+VOCABULARY, HEAD_WIDTH, LORA_RANK = 128256, 128, 16
+# A batch: pairs of 512 tokens after prompts of 512, and at most 1 GiB of logits at a time.
+NUM_PAIRS, LENGTH, LOGITS = 5, 512, 2**30
+FEW = 2  # layers of the small model from which the activations of a deep one are extrapolated
 
 FSDP = ParallelConfig(strategy="fsdp")
 OFFLOAD = ParallelConfig(strategy="fsdp", offload=True)
-DDP = ParallelConfig()
-# What is trained, and how ranks share it.
+# Label: the trained model and the parallel settings; of PPO also whether the trainer samples.
 SETTINGS: dict[str, tuple[str, ParallelConfig]] = {
-    "ddp": ("policy", DDP),
+    "ddp": ("policy", ParallelConfig()),
     "fsdp": ("policy", FSDP),
     "fsdp, no_sync": ("policy", ParallelConfig(strategy="fsdp", no_sync=True)),
     "fsdp, layers stay": ("policy", ParallelConfig(strategy="fsdp", reshard_after_forward=False)),
     "fsdp, offload": ("policy", OFFLOAD),
-    "LoRA, ddp": ("adapter", DDP),
+    "LoRA, ddp": ("adapter", ParallelConfig()),
     "LoRA, fsdp": ("adapter", FSDP),
 }
-# What is trained, how it is shared, whether the trainer samples.
 PPO_SETTINGS: dict[str, tuple[str, ParallelConfig, bool]] = {
-    "ddp": ("policy", DDP, True),
-    "fsdp": ("policy", FSDP, True),
-    "fsdp, vllm-server": ("policy", FSDP, False),
-    "fsdp, offload, vllm-server": ("policy", OFFLOAD, False),
-    "LoRA policy, fsdp": ("adapter", FSDP, True),
-    "LoRA policy, fsdp, vllm-server": ("adapter", FSDP, False),
+    "ppo, ddp": ("policy", ParallelConfig(), True),
+    "ppo, fsdp": ("policy", FSDP, True),
+    "ppo, fsdp, vllm-server": ("policy", FSDP, False),
+    "ppo, fsdp, offload, vllm-server": ("policy", OFFLOAD, False),
+    "ppo, LoRA policy, fsdp": ("adapter", FSDP, True),
+    "ppo, LoRA policy, fsdp, vllm-server": ("adapter", FSDP, False),
 }
 
 
-@dataclass(frozen=True)
-class Cell:
-    """Of one setting on one number of GPUs.
+def make(size: str, kind: str, *, num_layers: int | None = None, gathered: bool = False) -> Any:
+    """Return a model on the meta device.
 
-    Attributes:
-        kept: bytes between computations.
-        passing: what is gathered and reduced, and activations.
-        host: in host memory.
-        sent: by a rank in a step.
+    Args:
+        size: key of `SIZES`.
+        kind: `policy`, `adapter`, `reference`, `reward` or `frozen reward`.
+        num_layers: number of layers if not that of the size.
+        gathered: hold all weights in bf16, as layers compute with them under FSDP2.
     """
+    attention.register()
+    shape = SIZES[size] | ({} if num_layers is None else {"num_hidden_layers": num_layers})
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        num_attention_heads=shape["hidden_size"] // HEAD_WIDTH,
+        num_key_value_heads=8,
+        max_position_embeddings=131072,
+        num_labels=1,
+        **shape,
+    )
+    of_tokens = AutoModelForSequenceClassification if "reward" in kind else AutoModelForCausalLM
+    low = gathered or kind == "adapter"
+    with torch.device("meta"):
+        model = of_tokens.from_config(
+            config,
+            dtype=torch.bfloat16 if low else torch.float32,
+            attn_implementation=attention.registered_name("sdpa"),
+        ).eval()
+        if kind == "adapter":
+            add_adapter(model, rank=LORA_RANK, alpha=2 * LORA_RANK, targets=("all-linear",))
+    if kind in ("reference", "frozen reward"):
+        model.requires_grad_(False)
+    return model
 
-    kept: int
-    passing: int
-    host: int
-    sent: int
 
-    @property
-    def total(self) -> float:
-        """On the GPU."""
-        return (self.kept + self.passing) / GIGABYTE
+@cache
+def weights(size: str, kind: str) -> ModelWeights:
+    """Return a model's weights as a rank keeps them: float32, an adapter's base in bf16."""
+    return weights_of(make(size, kind))
 
 
-def placed(own: Kept, sharing: Sharing) -> tuple[int, int]:
-    """Bytes on the GPU and on the host."""
-    return (0, own.total) if sharing.settings.offload else (own.total, 0)
+@cache
+def batch() -> PackedBatch:
+    """Return a batch of 7,680 tokens, 5,120 of them predicted."""
+    groups = [Group([1] * LENGTH, [[2] * LENGTH, [3] * LENGTH])] * NUM_PAIRS
+    return pack(groups, share_prompts=True)
 
 
-def step_cell(size: str, kind: str, settings: ParallelConfig, ranks: int) -> Cell:
-    """A training step of sft, dpo or reward."""
+@cache
+def activations_of(size: str, kind: str, *, checkpointed: bool, gathered: bool = True) -> int:
+    """Return the bytes of a batch's activations and the head's buffers.
+
+    The first layers are counted as `fastalign estimate` does. Each further layer adds what the last
+    of them added; with checkpointing at most its input, and autocast's bf16 copies of weights that
+    are not gathered in bf16.
+    """
+    few = peak(size, kind, FEW, checkpointed, gathered)
+    more = SIZES[size]["num_hidden_layers"] - FEW
+    if not checkpointed:
+        return few + more * (peak(size, kind, FEW + 1, checkpointed, gathered) - few)
+    wide = [w.size for w in weights(size, kind).layers[0] if not gathered and w.element > 2]
+    element = 4 if wide else 2
+    given = batch().num_tokens * SIZES[size]["hidden_size"] * element
+    return few + more * (given + 2 * sum(wide))
+
+
+def peak(size: str, kind: str, num_layers: int, checkpointed: bool, gathered: bool) -> int:
+    """Return the bytes of activations of a model with `num_layers` layers."""
+    compute = make_compute(TrainConfig(device="cpu", precision="bf16", max_buffer_bytes=LOGITS))
+    model = make(size, kind, num_layers=num_layers, gathered=gathered)
+    move_to_fake(model, compute.device)
+    if checkpointed:
+        checkpoint_activations(model)
+    return peak_of_step(model, batch(), compute, states="float32", several=False).activations
+
+
+def step_bytes(size: str, kind: str, settings: ParallelConfig, ranks: int) -> int:
+    """Return the bytes on a GPU in a training step of sft, dpo or reward."""
     model, sharing = weights(size, kind), Sharing(ranks, BF16, settings)
-    batches = BATCHES // ranks
-    on_gpu, on_host = placed(kept(model, sharing, batches=batches), sharing)
+    own = 0 if settings.offload else kept(model, sharing, batches=BATCHES // ranks).total
     passing = gathered(model, sharing) + reducing(model, sharing)
-    passing += activations_of(size, kind, checkpointed=True, gathered=sharing.sharded)
-    traffic = gradient_traffic(model, sharing, batches)
-    return Cell(on_gpu, passing, on_host, traffic.sent(ranks))
+    return own + passing + activations_of(size, kind, checkpointed=True, gathered=sharing.sharded)
 
 
-def ppo_cell(size: str, kind: str, settings: ParallelConfig, samples: bool, ranks: int) -> Cell:
-    """A step of PPO; the fullest moment is an update, or where the policy is whole to sample."""
+def ppo_bytes(
+    size: str, kind: str, settings: ParallelConfig, samples: bool, ranks: int
+) -> tuple[int, int]:
+    """Return the bytes on a GPU and in host memory in a step of PPO.
+
+    The peak is an update of the policy, or its gathering to sample if the trainer samples.
+    """
     sharing, batches = Sharing(ranks, BF16, settings), BATCHES // ranks
-    policy, value = weights(size, kind), weights(size, "reward")
-    frozen = weights(size, "frozen reward")
-    reference = None if kind == "adapter" else weights(size, "reference")
-    trained = kept(policy, sharing, batches=batches) + kept(value, sharing, batches=batches)
-    still = Kept(sum(kept(m, sharing).weights for m in (frozen, reference) if m is not None))
-    on_gpu, on_host = placed(trained + still, sharing)
+    policy = weights(size, kind)
+    trained = [kept(model, sharing, batches=batches) for model in (policy, weights(size, "reward"))]
+    frozen = ["frozen reward"] + (["reference"] if kind != "adapter" else [])
+    own = sum(each.total for each in trained)
+    own += sum(kept(weights(size, name), sharing).weights for name in frozen)
     update = gathered(policy, sharing) + reducing(policy, sharing)
     update += activations_of(size, kind, checkpointed=True, gathered=sharing.sharded)
     sampling = gathered(policy, sharing, whole=True) if samples else 0
     if not settings.offload:
-        sampling -= trained.gradients  # there are none yet
-    work = PPOWork(EPOCHS, batches, batches, batches, samples)
-    models = PPOModelWeights(policy, reference, value, frozen)
-    traffic: Traffic = ppo_traffic(models, sharing, work)
-    return Cell(on_gpu, max(update, sampling), on_host, traffic.sent(ranks))
+        sampling -= sum(each.gradients for each in trained)  # there are none yet
+    on_gpu, on_host = (0, own) if settings.offload else (own, 0)
+    return on_gpu + max(update, sampling), on_host
 
 
-def number(value: float) -> str:
-    """Three digits or so."""
+def number(num_bytes: float) -> str:
+    """Return gigabytes with about three digits."""
+    value = num_bytes / GIGABYTE
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-def row(name: str, cells: list[Cell]) -> str:
-    """A line of a table: memory of a GPU, bold where it fits, and what is sent."""
-    parts = []
-    for ranks, cell in zip(GPUS, cells, strict=True):
-        memory = number(cell.total)
-        parts.append(f"**{memory}**" if cell.total <= ROOM else memory)
-        if ranks > 1:
-            parts.append(number(cell.sent / GIGABYTE))
-    return f"| {name} | {' | '.join(parts)} |"
-
-
-def heading(first: str) -> list[str]:
-    """A table's first lines."""
-    names = []
-    for ranks in GPUS:
-        names += [f"{ranks} GPU{'s' * (ranks > 1)}"] + ["sent"] * (ranks > 1)
-    return [f"| {first} | {' | '.join(names)} |", "|---" + "|---:" * len(names) + "|"]
-
-
-def step_table(size: str, *, reward: bool) -> Iterator[str]:
-    """Training steps of one size."""
-    yield from heading("reward, GB" if reward else "sft and dpo, GB")
+def rows(size: str) -> Iterator[str]:
+    """Yield the lines of a size's table: memory of a GPU, bold where it fits."""
+    names = [f"{ranks} GPU{'s' * (ranks > 1)}" for ranks in GPUS]
+    yield f"| {size}, GB of a GPU | {' | '.join(names)} |"
+    yield "|---" + "|---:" * len(GPUS) + "|"
+    steps = {f"sft, dpo: {name}": each for name, each in SETTINGS.items()}
     for name, (kind, settings) in SETTINGS.items():
-        if reward and kind == "adapter":
-            continue
-        of = "reward" if reward else kind
-        yield row(name, [step_cell(size, of, settings, ranks) for ranks in GPUS])
-
-
-def ppo_table(size: str) -> Iterator[str]:
-    """PPO of one size."""
-    yield from heading("ppo, GB")
-    for name, (kind, settings, samples) in PPO_SETTINGS.items():
-        yield row(name, [ppo_cell(size, kind, settings, samples, ranks) for ranks in GPUS])
+        if kind == "policy":
+            steps[f"reward: {name}"] = ("reward", settings)
+    cells = {name: [step_bytes(size, *each, n) for n in GPUS] for name, each in steps.items()}
+    for name, ppo in PPO_SETTINGS.items():
+        cells[name] = [ppo_bytes(size, *ppo, n)[0] for n in GPUS]
+    for name, sizes in cells.items():
+        shown = [f"**{number(n)}**" if n <= ROOM * GIGABYTE else number(n) for n in sizes]
+        yield f"| {name} | {' | '.join(shown)} |"
 
 
 def parts_table() -> Iterator[str]:
-    """Where the memory goes in one setting."""
+    """Yield the lines of a table of what takes a GPU's memory under fsdp."""
     yield "| GB of a GPU, fsdp | weights | gradients | AdamW | gathered | reducing | activations |"
     yield "|---|---:|---:|---:|---:|---:|---:|"
     for size in SIZES:
@@ -164,48 +207,34 @@ def parts_table() -> Iterator[str]:
             sizes = [own.weights, own.gradients, own.states]
             sizes += [gathered(model, sharing), reducing(model, sharing)]
             sizes += [activations_of(size, "policy", checkpointed=True)]
-            values = " | ".join(number(each / GIGABYTE) for each in sizes)
+            values = " | ".join(map(number, sizes))
             yield f"| {size}, {ranks} GPU{'s' * (ranks > 1)} | {values} |"
 
 
-def other_table() -> Iterator[str]:
-    """What does not depend on the number of GPUs, or happens once."""
-    yield (
-        "| | parameters | activations | checkpointed | reference's pass: sent a batch, "
-        + "8 GPUs | 64 GPUs | offloaded in all |"
-    )
-    yield "|---|---:|---:|---:|---:|---:|---:|"
+def models_table() -> Iterator[str]:
+    """Yield the lines of a table of each model: size, activations, and what is offloaded."""
+    hosts = " | ".join(f"ppo, {ranks} GPU{'s' * (ranks > 1)}" for ranks in GPUS)
+    yield f"| | parameters | activations | checkpointed | offloaded, all ranks | {hosts} |"
+    yield "|---" + "|---:" * 7 + "|"
     for size in SIZES:
-        model, reference = weights(size, "policy"), weights(size, "reference")
+        model = weights(size, "policy")
         values = [f"{numbers(model.all) / GIGABYTE:.2f} billion"]
         for checkpointed in (False, True):
-            found = activations_of(size, "policy", checkpointed=checkpointed)
-            values.append(number(found / GIGABYTE))
-        for ranks in GPUS[1:]:
-            traffic = forward_traffic(reference, Sharing(ranks, BF16, FSDP))
-            values.append(number(traffic.sent(ranks) / GIGABYTE))
-        values.append(number(kept(model, Sharing(1, BF16, OFFLOAD)).total / GIGABYTE))
+            values.append(number(activations_of(size, "policy", checkpointed=checkpointed)))
+        values.append(number(kept(model, Sharing(1, BF16, OFFLOAD)).total))
+        values += [number(ppo_bytes(size, "policy", OFFLOAD, False, ranks)[1]) for ranks in GPUS]
         yield f"| {size} | {' | '.join(values)} |"
-    yield ""
-    yield "| ppo with offload, GB in host memory for each GPU | 1 GPU | 8 GPUs | 64 GPUs |"
-    yield "|---|---:|---:|---:|"
-    for size in SIZES:
-        cells = [ppo_cell(size, "policy", OFFLOAD, False, ranks) for ranks in GPUS]
-        yield f"| {size} | {' | '.join(number(cell.host / GIGABYTE) for cell in cells)} |"
 
 
 @cache
 def tables() -> str:
-    """Every table of the document."""
-    lines = [*other_table(), "", *parts_table()]
-    for size in SIZES:
-        lines += ["", f"### {MODELS[size]}", "", *step_table(size, reward=False)]
-        lines += ["", *step_table(size, reward=True), "", *ppo_table(size)]
-    return "\n".join(lines)
+    """Return all tables of the document."""
+    found = [models_table(), parts_table(), *map(rows, SIZES)]
+    return "\n\n".join("\n".join(lines) for lines in found)
 
 
 def with_tables(document: str) -> str:
-    """The document with its tables as they are now."""
+    """Return the document with new tables."""
     before, rest = document.split(BEGIN)
     return f"{before}{BEGIN}\n\n{tables()}\n\n{END}{rest.split(END)[1]}"
 

@@ -1,4 +1,4 @@
-"""`fastalign estimate`: what a run will need in memory, and where it goes, before it is started."""
+"""`fastalign estimate`: print the memory that a run will need before it is started."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -10,27 +10,29 @@ import torch
 
 from fastalign.cli.algorithms import ALGORITHMS
 from fastalign.cli.config_parse import read_yaml, take_option
-from fastalign.estimate.ranks import TRAINING, SharedRun
 from fastalign.estimate.run import Estimate, estimate_run
 
 ESTIMATED = {name: each for name, each in ALGORITHMS.items() if not each.samples}
 USAGE = """usage: fastalign estimate [sft | reward | dpo] --config FILE [--ranks N] [--json FILE]
 
-Prints a run's memory by what takes it, and whether it fits; loads no weights, writes no folder.
---ranks N: what each of N ranks (torchrun) holds under the run's `parallel` settings, and what it
-sends in a step; the model's folder needs no more than its configuration and its tokenizer.
-Runs that sample (ppo, online-dpo) are not estimated.
-Without the word, the command is told by its settings: a reference or a loss for policies is dpo's,
-a loss for reward models reward's, and without any of them it is sft.
-Exit code 0: it fits; 1: it does not."""
+Prints the memory of a run by use and phase, and whether it fits. Loads no weights and writes no
+folder: the model's folder needs only its configuration and its tokenizer. Runs that sample (ppo,
+online-dpo) are not estimated.
+
+--ranks N     memory of each of N ranks (torchrun) under the run's `parallel` settings
+--json FILE   also write the estimate to FILE
+
+Without a command, the settings decide: a reference or a policy loss means dpo, a loss of reward
+models means reward, and otherwise it is sft.
+The exit code is 0 if the run fits and 1 if it does not."""
 MEBIBYTE = 2**20
 
 
 def algorithm_of(arguments: Sequence[str]) -> str:
-    """Which command a configuration is for, told by what only one of them has.
+    """Return the command that a configuration is for, by settings that only one command has.
 
     Raises:
-        ValueError: it cannot be told.
+        ValueError: if the settings fit several commands, or a command that samples.
     """
     path, flags = take_option(arguments, "--config")
     loss, flags = take_option(flags, "--loss")
@@ -63,7 +65,7 @@ def algorithm_of(arguments: Sequence[str]) -> str:
 
 
 def available_bytes(device: torch.device) -> int | None:
-    """Memory that this process could have: what it has and what is free; None if unknown."""
+    """Return the bytes that are free for this process; None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     table, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
@@ -77,7 +79,7 @@ def available_bytes(device: torch.device) -> int | None:
 
 
 def table(found: Estimate) -> list[str]:
-    """The estimate by phase, for a person."""
+    """Return the lines of the table of the estimate by phase."""
     names = list(found.phases)
     head = "MiB" if found.shared is None else f"MiB, each of {found.shared.ranks} ranks"
     lines = [f"{head:34}" + "".join(f"{name:>22}" for name in names)]
@@ -99,31 +101,16 @@ def table(found: Estimate) -> list[str]:
     row("activations, logits, temporary", lambda name: found.phases[name].activations)
     row("kept by the allocator", lambda name: found.kept[name])
     row("peak", found.total_of)
-    return lines
-
-
-def exchanged(shared: SharedRun) -> list[str]:
-    """What the ranks send, for a person."""
-    lines = []
-    for phase, traffic in shared.traffic.items():
-        a_step = phase == TRAINING
-        if not (a_step or traffic.sent(shared.ranks)):
-            continue
-        per = f"in {shared.batches} batches of a rank" if a_step else "for each batch of a rank"
-        kinds = (("weights", traffic.gathered), ("gradients", traffic.scattered + traffic.reduced))
-        of = " and ".join(name for name, size in kinds if size)
-        sent = traffic.sent(shared.ranks) / MEBIBYTE
-        lines.append(f"{phase}: each rank sends {sent:,.0f} MiB{of and f' of {of}'} {per}")
-    if shared.host:
-        lines.append(f"in host memory, for each rank: {shared.host / MEBIBYTE:,.0f} MiB")
+    if found.shared is not None and found.shared.host:
+        lines.append(f"in host memory, for each rank: {found.shared.host / MEBIBYTE:,.0f} MiB")
     return lines
 
 
 def take_ranks(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
-    """`--ranks`, and the other flags.
+    """Return the value of `--ranks` and the other flags.
 
     Raises:
-        ValueError: not a number of at least 1.
+        ValueError: if the value is not a number of at least 1.
     """
     text, rest = take_option(arguments, "--ranks")
     if text is None:
@@ -134,7 +121,7 @@ def take_ranks(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
 
 
 def remedies(config: Any, found: Estimate) -> list[str]:
-    """Settings that would help, each with what it would save."""
+    """Return a line for each setting that would save memory."""
     train = config.train
     ranks = None if found.shared is None else found.shared.ranks
     changes: list[tuple[str, Any]] = []
@@ -159,9 +146,8 @@ def remedies(config: Any, found: Estimate) -> list[str]:
 
 
 def as_record(found: Estimate) -> dict[str, Any]:
-    """The estimate, for a program; what is exchanged by its kind, and as each rank sends it."""
-    shared = found.shared
-    return {
+    """Return the estimate as a JSON object."""
+    record: dict[str, Any] = {
         "peak_bytes": found.total_of(found.largest),
         "libraries_bytes": found.libraries,
         "phases": {
@@ -169,24 +155,15 @@ def as_record(found: Estimate) -> dict[str, Any]:
             | {"kept_by_allocator_bytes": found.kept[phase]}
             for phase, parts in found.phases.items()
         },
-    } | (
-        {}
-        if shared is None
-        else {
-            "ranks": shared.ranks,
-            "batches_of_a_rank": shared.batches,
-            "host_bytes": shared.host,
-            "traffic": {
-                phase: {f"{kind}_bytes": size for kind, size in vars(traffic).items()}
-                | {"sent_bytes": traffic.sent(shared.ranks)}
-                for phase, traffic in shared.traffic.items()
-            },
-        }
-    )
+    }
+    if (shared := found.shared) is not None:
+        record |= {"ranks": shared.ranks, "batches_of_a_rank": shared.batches}
+        record["host_bytes"] = shared.host
+    return record
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit code 0 if the run fits, 1 if it does not."""
+    """Run the command; return 0 if the run fits and 1 if it does not."""
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
@@ -207,7 +184,7 @@ def main(argv: Sequence[str]) -> int:
         f"{found.num_trained:,} trained; largest batch {found.num_tokens:,} tokens, "
         f"{found.num_targets:,} predicted; at most {found.num_batches} batches a step"
     )
-    print("\n".join([*table(found), *([] if found.shared is None else exchanged(found.shared))]))
+    print("\n".join(table(found)))
     fits = free is None or peak <= free
     if free is not None:
         what = "it" if ranks is None else "a rank"

@@ -1,7 +1,7 @@
-"""The memory of a run before it is started: the real forward and backward on tensors without data.
+"""Peak memory of a forward and backward pass, run on fake tensors.
 
-The model is built on fake tensors, runs the run's own largest batch, and PyTorch's memory tracker
-follows what is alive; so whatever an architecture keeps is counted, and no weight is read.
+The model processes the run's largest batch on tensors without data while PyTorch's memory tracker
+follows the allocations. No weights are read, and any architecture is counted correctly.
 """
 
 from collections import OrderedDict
@@ -21,26 +21,26 @@ from fastalign.models import attention_of, hidden_at
 from fastalign.models.attention import ATTENTIONS, AttentionPlan
 from fastalign.ops.head.buffers import default_budget
 
-# AdamW's two averages in float32.
+# AdamW's two moments in float32.
 BYTES_OF_STATES = 8
-# bitsandbytes: a byte for each of two averages and a float32 scale for each 256 of them.
+# bitsandbytes: one byte for each of two moments and a float32 scale per 256 of them.
 BYTES_OF_8BIT_STATES = 2 + 2 * 4 / 256
 SMALLEST_8BIT_TENSOR = 4096
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes alive at the fullest moment of a phase.
+    """Bytes allocated at the peak of a phase.
 
     Attributes:
         weights: parameters and buffers, frozen ones included.
-        gradients: of the trained parameters.
-        states: the optimiser's.
-        activations: kept for the backward, the head's buffers, and whatever else is alive.
-        buckets: DDP's copy of gradients.
-        gathered: FSDP2's whole weights beside the parts, at most.
-        reducing: FSDP2's whole gradients on their way to the parts, at most.
-        saving: the copy that a checkpoint is written from while training goes on.
+        gradients: gradients of the trained parameters.
+        states: optimiser states.
+        activations: tensors saved for the backward pass, the head's buffers and temporaries.
+        buckets: DDP's copy of the gradients.
+        gathered: upper bound of FSDP2's gathered weights beside the shards.
+        reducing: upper bound of FSDP2's whole gradients before they are reduced.
+        saving: copy that an asynchronous checkpoint is written from.
     """
 
     weights: int
@@ -54,12 +54,12 @@ class Peak:
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Sum of all of them."""
         return sum(vars(self).values())
 
 
 class _Head(torch.autograd.Function):
-    """Allocates what `fused_linear_loss` does; its kernels cannot run on tensors without data."""
+    """Allocate as `fused_linear_loss` does, whose kernels cannot run on fake tensors."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, buffer_bytes: int) -> Tensor:
@@ -75,7 +75,7 @@ class _Head(torch.autograd.Function):
 
 
 def buffer_bytes(weight: Tensor, num_rows: int, compute: Compute) -> int:
-    """What the head's logits take at a time: within the budget, and no more than there are."""
+    """Return the bytes of logits held at a time: all of them, or the budget."""
     most = compute.max_buffer_bytes
     if most is None:
         most = default_budget(weight.shape[0], compute.dtype, compute.device)
@@ -83,7 +83,7 @@ def buffer_bytes(weight: Tensor, num_rows: int, compute: Compute) -> int:
 
 
 def states_bytes(model: Any, states: str) -> int:
-    """Of AdamW's two averages of every trained parameter."""
+    """Return the bytes of AdamW's two moments of every trained parameter."""
     total = 0.0
     for parameter in model.parameters():
         if parameter.requires_grad:
@@ -93,7 +93,7 @@ def states_bytes(model: Any, states: str) -> int:
 
 
 def fake_mode(device: torch.device) -> ExitStack:
-    """In it, tensors on the device have shapes and no data."""
+    """Return a context in which tensors on the device have shapes but no data."""
     stack = ExitStack()
     stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
     stack.enter_context(torch.device(device))
@@ -103,20 +103,20 @@ def fake_mode(device: torch.device) -> ExitStack:
 def peak_of_step(
     model: Any, batch: PackedBatch, compute: Compute, *, states: str, several: bool
 ) -> Peak:
-    """The fullest moment of a forward and backward of the policy or reward model.
+    """Return the peak of a forward and backward pass of the trained model.
 
     Args:
-        model: on fake tensors.
-        batch: real, on the device: the largest one of the run.
-        compute: how forwards are run.
-        states: `float32` or `8bit`.
-        several: whether a step has several batches, so that gradients are there from the start.
+        model: model on fake tensors.
+        batch: the run's largest batch, a real one on the device.
+        compute: device, dtype and packing of the forward pass.
+        states: format of AdamW's moments, `float32` or `8bit`.
+        several: whether a step has several batches, so that gradients already exist.
     """
     return _peak(model, batch, compute, states_bytes(model, states), 2 if several else 1)
 
 
 def peak_of_forward(model: Any, batch: PackedBatch, compute: Compute) -> Peak:
-    """The fullest moment of a forward without gradients: a reference's, or an evaluation's."""
+    """Return the peak of a forward pass without gradients: a reference's or an evaluation's."""
     return _peak(model, batch, compute, 0, 0)
 
 
@@ -131,7 +131,7 @@ def _peak(model: Any, batch: PackedBatch, compute: Compute, states: int, backwar
     with fake_mode(compute.device):
         tracker = MemTracker()
         for parameter in model.parameters():
-            if not parameter.requires_grad:  # it would hook these too, which torch refuses
+            if not parameter.requires_grad:  # MemTracker would hook these too, which torch refuses
                 nothing = RemovableHandle(OrderedDict())
                 tracker._param_to_grad_hook_handles[parameter] = (nothing, nothing)
         tracker.track_external(model)
@@ -147,7 +147,7 @@ def _peak(model: Any, batch: PackedBatch, compute: Compute, states: int, backwar
                     del loss
                 tracker.reset_mod_stats()
         snapshot = tracker.get_tracker_snapshot("peak")
-    model.zero_grad(set_to_none=True)  # as a step does: what is asked next begins without
+    model.zero_grad(set_to_none=True)  # as a step does: the next peak begins without gradients
     (kinds,) = (v for device, v in snapshot.items() if device.type == compute.device.type)
     found = {getattr(kind, "name", str(kind)): size for kind, size in kinds.items()}
     return Peak(

@@ -1,4 +1,4 @@
-"""The model of a run on tensors without data, and what its weights take."""
+"""A run's models on fake tensors, and the bytes of their weights."""
 
 from typing import Any
 
@@ -12,18 +12,18 @@ from fastalign.runs.config import AnyConfig
 from fastalign.runs.load_models import add_new_adapter, base_dtype, checkpoint_activations
 from fastalign.trainers.reward.config import RewardConfig
 
-# A weight of bitsandbytes' doubly quantised NF4: half a byte, a byte of scale for each 64 of them,
-# and a float32 for each 256 of those.
+# A weight in bitsandbytes' doubly quantised NF4: half a byte, one byte of scale per 64 weights, and
+# a float32 per 256 scales.
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 def trained_model(config: AnyConfig, compute: Compute) -> Any:
-    """What the run trains, adapter included; weights of NF4 are in the dtype of its products.
+    """Return the trained model with its adapter, NF4 weights in the dtype of their products.
 
-    Of a sharded one all weights are: it computes with those that are gathered.
+    All weights of a sharded model have the compute dtype, in which they are gathered.
 
     Raises:
-        ValueError: whatever the run would refuse of it.
+        ValueError: if the run would refuse the model's settings.
     """
     dtype = gathered_dtype(compute, base_dtype(config.model, compute))
     model = build(config, compute, config.model.path, dtype=dtype, trained=True)
@@ -33,21 +33,21 @@ def trained_model(config: AnyConfig, compute: Compute) -> Any:
 
 
 def reference_model(config: AnyConfig, compute: Compute, path: str) -> Any:
-    """Another model in float32, frozen; a sharded one as it is gathered."""
+    """Return a frozen model in float32, or in the compute dtype if it is sharded."""
     dtype = gathered_dtype(compute, torch.float32)
     return build(config, compute, path, dtype=dtype, trained=False)
 
 
 def gathered_dtype(compute: Compute, kept: torch.dtype) -> torch.dtype:
-    """Of the weights that a model computes with, which a rank keeps in `kept`."""
+    """Return the dtype that a model computes with if a rank stores its weights in `kept`."""
     return compute.dtype if compute.parallel.strategy == "fsdp" else kept
 
 
 def build(
     config: AnyConfig, compute: Compute, path: str, *, dtype: torch.dtype, trained: bool
 ) -> Any:
-    """A model of the run, the new adapter on it if it is the trained one."""
-    with torch.device("meta"):  # peft moves its matrices, which fake tensors do not bear
+    """Return a model of the run on fake tensors, with the new adapter if it is trained."""
+    with torch.device("meta"):  # peft moves its matrices, which fake tensors do not support
         model = model_without_weights(
             path,
             compute,
@@ -62,20 +62,20 @@ def build(
 
 
 def move_to_fake(model: nn.Module, device: torch.device) -> None:
-    """Gives parameters and buffers a device, and no data; those that were tied stay so."""
-    places: dict[int, list[tuple[nn.Module, str]]] = {}
+    """Replace parameters and buffers by fake tensors on a device; tied ones stay tied."""
+    owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for part in model.modules():
         for name, parameter in part.named_parameters(recurse=False):
-            places.setdefault(id(parameter), []).append((part, name))
+            owners.setdefault(id(parameter), []).append((part, name))
     with fake_mode(device):
         model.to_empty(device=device)
-    for (first, name), *others in places.values():
+    for (first, name), *others in owners.values():
         for part, its_name in others:
             setattr(part, its_name, getattr(first, name))
 
 
 def weight_bytes(model: Any, config: AnyConfig) -> int:
-    """Of the trained model's parameters and buffers, once each, as they will be kept."""
+    """Return the bytes of the trained model's parameters and buffers as they will be stored."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     total = float(sum(t.numel() * t.element_size() for t in tensors.values()))
     if config.model.lora.base == "nf4":

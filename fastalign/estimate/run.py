@@ -1,4 +1,4 @@
-"""What a run, or each of its ranks, will need in memory by phase: from configuration and data."""
+"""Estimate the memory of a run, or of each of its ranks, from its configuration and data."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -34,14 +34,13 @@ from fastalign.trainers.dpo.config import DPOConfig
 from fastalign.trainers.reward.config import RewardConfig
 from fastalign.trainers.sft import SFTConfig
 
-# What trains on rows that are there before the run, responses and all.
+# Algorithms whose data holds the responses; a run that samples is not estimated.
 OnRows = SFTConfig | DPOConfig | RewardConfig
 
-
-# Freed pages that the allocator cannot use again at the fullest moment, as a share of activations;
-# and where they are checkpointed, in activations of a layer, each layer's being made and freed in
-# between. Measured with the C library's on a CPU (docs/log.md), where an adapter's small tensors
-# between large ones leave three times as much; of a GPU's it is an assumption.
+# Freed memory that the allocator cannot reuse at the peak: a share of the activations, or with
+# checkpointing a number of layers' activations, since each layer's are allocated and freed in turn.
+# Measured with the C library's allocator on a CPU (docs/log.md), where an adapter's small tensors
+# between large ones leave three times as much; the values for a GPU are assumptions.
 SHARE_KEPT = {"cpu": 0.25, "cuda": 0.05}
 LAYERS_KEPT = {"cpu": 2.0, "cuda": 0.5}
 TIMES_WITH_ADAPTER = {"cpu": 3.0, "cuda": 1.0}
@@ -49,19 +48,19 @@ TIMES_WITH_ADAPTER = {"cpu": 3.0, "cuda": 1.0}
 
 @dataclass(frozen=True)
 class Estimate:
-    """A run's memory.
+    """Estimated memory of a run.
 
     Attributes:
-        phases: name to the bytes alive at its fullest moment, on the run's device.
-        libraries: resident before the model is loaded, data included; 0 on a GPU.
-        kept: of each phase, what the allocator keeps beyond what is alive.
-        num_parameters: of the policy or reward model, frozen ones included.
-        num_trained: those with a gradient.
-        num_tokens: packed tokens of the largest batch.
-        num_targets: rows of its head.
-        num_batches: of the step that has most of them, all ranks together.
-        device: where.
-        shared: what ranks make of it: `phases` are then a rank's.
+        phases: bytes at the peak of each phase on the run's device, by the phase's name.
+        libraries: resident bytes before the model is loaded, data included; 0 on a GPU.
+        kept: bytes that the allocator holds beyond the live tensors, by the phase's name.
+        num_parameters: number of parameters of the trained model, frozen ones included.
+        num_trained: number of parameters with a gradient.
+        num_tokens: number of packed tokens of the largest batch.
+        num_targets: number of predicted tokens of the largest batch.
+        num_batches: largest number of batches in a step, all ranks together.
+        device: device of the run.
+        shared: a rank's share if the run has several ranks; `phases` are then a rank's.
     """
 
     phases: dict[str, Peak]
@@ -76,25 +75,25 @@ class Estimate:
     shared: SharedRun | None = field(default=None)
 
     def total_of(self, phase: str) -> int:
-        """Everything at the fullest moment of a phase."""
+        """Return all bytes at the peak of a phase."""
         return self.libraries + self.phases[phase].total + self.kept[phase]
 
     @property
     def largest(self) -> str:
-        """The phase that decides."""
+        """The phase with the highest peak."""
         return max(self.phases, key=self.total_of)
 
 
 def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
-    """Estimates a run's memory without loading weights or writing anything.
+    """Estimate a run's memory without loading weights or writing anything.
 
     Args:
-        config: of the run.
-        ranks: that share the run; None: it is one process's.
+        config: configuration of the run.
+        ranks: number of ranks that share the run; None for a single process.
 
     Raises:
-        ValueError: whatever the run itself would refuse of model and data.
-        FileNotFoundError: a file that is not there.
+        ValueError: if the run itself would refuse the model or the data.
+        FileNotFoundError: if a file does not exist.
     """
     compute = make_compute(config.train)
     if ranks is not None:
@@ -136,13 +135,13 @@ def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
 
 
 def copies_to_save(config: AnyConfig, compute: Compute) -> bool:
-    """Whether a copy of the state lies beside it in a step: on a CPU, where checkpoints go."""
+    """Return whether the copy for an asynchronous checkpoint is on the run's device, a CPU."""
     writes_beside = bool(config.train.save_every) and config.train.async_checkpoints
     return writes_beside and compute.device.type == "cpu"
 
 
 def kept_bytes(model: Any, batch: PackedBatch, compute: Compute, activations: int) -> int:
-    """What the allocator keeps beyond what is alive at a training step's fullest moment."""
+    """Return the bytes that the allocator holds beyond live tensors at a training step's peak."""
     times = TIMES_WITH_ADAPTER[compute.device.type] if has_adapter(model) else 1.0
     share = int(times * SHARE_KEPT[compute.device.type] * activations)
     if not model.is_gradient_checkpointing:
@@ -155,20 +154,20 @@ def kept_bytes(model: Any, batch: PackedBatch, compute: Compute, activations: in
 
 
 def steps_of_run(config: AnyConfig, num_examples: int) -> Iterator[list[int]]:
-    """The examples of each step."""
+    """Yield the indices of each step's examples."""
     for step in range(total_steps(config, num_examples)):
         yield indices_of_step(num_examples, config.train.batch_size, step, seed=config.run.seed)
 
 
 def pieces(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    """The indices, as many at a time as a forward-only phase cuts into batches together."""
+    """Yield the indices in pieces of `size`, which a forward-only phase cuts into batches."""
     return (indices[start : start + size] for start in range(0, len(indices), size))
 
 
 def fullest(
     examples: Examples, parts: Iterable[Sequence[int]], compute: Compute
 ) -> tuple[PackedBatch, int]:
-    """The batch with most tokens, on the device, and the most batches that a part is cut into."""
+    """Return the batch with the most tokens, on the device, and the largest number of batches."""
     lengths = examples.lengths
     largest: Sequence[int] = ()
     most_tokens = num_batches = 0
@@ -192,13 +191,13 @@ def fullest(
 def forwards(
     config: AnyConfig, model: Any, sets: Sequence[Examples], compute: Compute
 ) -> Iterator[tuple[str, Peak]]:
-    """The fullest moments of what is computed without gradients, by name.
+    """Yield the name and the peak of each phase without gradients.
 
     Args:
-        config: of the run.
-        model: from `trained_model`.
-        sets: training data, and held-out data if there are any.
-        compute: how forwards are run.
+        config: configuration of the run.
+        model: model from `trained_model`.
+        sets: training data, and held-out data if there is any.
+        compute: device, dtype and packing of the forward passes.
     """
     if isinstance(config, DPOConfig) and config.loss.formula().needs_reference:
         used = [sorted(indices_of_run(config, len(sets[0].groups)))]
@@ -217,7 +216,7 @@ def forwards(
 
 
 def reference_peak(config: DPOConfig, policy: Any, batch: PackedBatch, compute: Compute) -> Peak:
-    """The fullest moment of computing the reference's log-probs, the policy beside it."""
+    """Return the peak of computing the reference's log-probs, with the policy in memory."""
     of_policy = weight_bytes(policy, config)
     path = config.reference.path
     if path is None:

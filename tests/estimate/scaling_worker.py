@@ -1,4 +1,4 @@
-"""What ranks hold and send, counted: each of `test_scaling.py`'s ranks runs this."""
+"""Memory that ranks hold, counted: each of `test_scaling.py`'s ranks runs this."""
 
 import json
 import os
@@ -13,52 +13,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from fastalign.batch.packed import pack
 from fastalign.compute import Compute
 from fastalign.models import attention
 from fastalign.models.load import disable_dropout
 from fastalign.ranks.config import ParallelConfig
 from fastalign.ranks.parallel import part_from_ranks
-from fastalign.ranks.whole_weights import whole, with_whole_weights
 from fastalign.ranks.world import World
-from fastalign.rollouts import policy_tensors
 from fastalign.runs.accumulate import measure_examples
 from fastalign.runs.config import OptimConfig, TrainConfig
 from fastalign.runs.load_models import checkpoint_activations, share
 from fastalign.runs.open import make_compute
 from fastalign.runs.optimizer import make_optimizer, optimiser_step
 from fastalign.runs.state import TrainState
-from fastalign.trainers.ppo.models import PPOModels
-from fastalign.trainers.ppo.record import numbers_of_batch
 from fastalign.trainers.sft import sft_gradient
 from tests.estimate.scaling_cases import CASES, HEAVY, PEAKS, Case, groups
-from tests.tiny import put_adapter, tiny_model, tiny_reward_model
-
-SCALAR = 64  # a gradient's norm is no weight
-KINDS = {
-    "_allgather_base_": "gathered",
-    "_reduce_scatter_base_": "scattered",
-    "allreduce_": "reduced",
-    "all_gather_into_tensor": "gathered",
-}
-
-
-class Exchanged(TorchDispatchMode):
-    """The sizes of the whole buffers that collectives move, by kind."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found = {"gathered": 0, "scattered": 0, "reduced": 0}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = func.overloadpacket.__name__
-        if func.namespace in ("c10d", "_c10d_functional") and name in KINDS:
-            buffers = out if func.namespace == "_c10d_functional" else args
-            sizes = [t.nbytes for t in tree_leaves(buffers) if isinstance(t, torch.Tensor)]
-            if max(sizes) > SCALAR:
-                self.found[KINDS[name]] += max(sizes)
-        return out
+from tests.tiny import put_adapter, tiny_model
 
 
 class Alive(TorchDispatchMode):
@@ -139,39 +108,14 @@ def training(case: Case, world: World) -> dict[str, Any]:
     indices = list(range(len(examples.groups)))
     found: dict[str, Any] = {}
     for number in range(2):
-        exchanged = Exchanged()
-        with exchanged:
-            total = sft_gradient(model, examples, indices, compute)
-            trained = [p for p in model.parameters() if p.requires_grad]
-            found["gradients"] = storages(p.grad for p in trained)
-            optimiser_step(state, total.loss, optim, 2)
+        total = sft_gradient(model, examples, indices, compute)
+        found["gradients"] = storages(p.grad for p in model.parameters() if p.requires_grad)
+        optimiser_step(state, total.loss, optim, 2)
         state.step = number + 1
     assert total.sums["num_micro_batches"] == case.batches * world.size
     states = [s[name] for s in state.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
     found["weights"] = storages(model.parameters())
     found["states"] = storages(states)
-    return {**found, **exchanged.found}
-
-
-def recording(case: Case, world: World) -> dict[str, Any]:
-    """A batch's log-probs and values of PPO's three models, a sampling, and a sync."""
-    compute = compute_of(case, world)
-    policy, reference, value = tiny_model("llama"), tiny_model("llama"), tiny_reward_model("llama")
-    reference.requires_grad_(False)
-    for model in (policy, reference, value):
-        share(model, compute)
-    models = PPOModels(policy, reference, value, None)
-    packed = pack(groups(1), share_prompts=True)
-    found = {}
-    ids = torch.tensor([[3, 4, 5]])
-    for name, work in {
-        "record": lambda: numbers_of_batch(models, packed, compute, 1.0, False),
-        "sample": lambda: with_whole_weights(policy, lambda: [policy(ids) for _ in range(3)]),
-        "sync": lambda: [whole(t) for _, t in policy_tensors(policy)],
-    }.items():
-        with torch.no_grad(), Exchanged() as exchanged:
-            work()
-        found[name] = exchanged.found
     return found
 
 
@@ -208,8 +152,6 @@ def measure(folder: Path, world: World) -> None:
     for name, case in CASES.items():
         found[name] = training(case, world)
         part_from_ranks()
-    found["recording"] = recording(CASES["fsdp, bf16"], world)
-    part_from_ranks()
     for name, case in PEAKS.items():
         found[f"peak, {name}"] = peak(case, world)
         part_from_ranks()

@@ -1,4 +1,4 @@
-"""What arithmetic says of ranks is what two and three of them hold and send."""
+"""The estimated memory of a rank is what two and three ranks hold."""
 
 import json
 from dataclasses import replace
@@ -10,23 +10,14 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastalign.cli.main import main
+from fastalign.estimate.ranks import ModelWeights, Sharing, gathered, kept, reducing, weights_of
 from fastalign.estimate.run import estimate_run
-from fastalign.estimate.scaling import ModelWeights, Sharing, gathered, kept, reducing, weights_of
-from fastalign.estimate.traffic import (
-    PPOModelWeights,
-    PPOWork,
-    Traffic,
-    forward_traffic,
-    gradient_traffic,
-    ppo_traffic,
-    sync_traffic,
-)
 from fastalign.ranks.config import ParallelConfig
 from tests.estimate import scaling_worker
 from tests.estimate.scaling_cases import CASES, HEAVY, PEAKS, Case
 from tests.rank_processes import run
 from tests.small_runs import dpo_config
-from tests.tiny import put_adapter, tiny_model, tiny_reward_model
+from tests.tiny import put_adapter, tiny_model
 
 Found = dict[int, list[dict[str, Any]]]
 
@@ -53,9 +44,7 @@ def model_of(case: Case) -> ModelWeights:
 
 @pytest.mark.parametrize("ranks", [2, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_kept_and_sent_is_what_ranks_keep_and_send(
-    name: str, ranks: int, found: Found
-) -> None:
+def test_what_is_kept_is_what_ranks_keep(name: str, ranks: int, found: Found) -> None:
     case = CASES[name]
     model, sharing = model_of(case), sharing_of(case, ranks)
     counted = found[ranks][0][name]
@@ -63,36 +52,6 @@ def test_what_is_kept_and_sent_is_what_ranks_keep_and_send(
     assert counted["weights"] == expected.weights
     assert counted["gradients"] == expected.gradients
     assert counted["states"] == expected.states
-    traffic = gradient_traffic(model, sharing, case.batches)
-    for of_rank in found[ranks]:
-        assert {kind: of_rank[name][kind] for kind in vars(traffic)} == vars(traffic)
-
-
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_what_a_step_of_ppo_sends_is_made_of_is_what_ranks_send(ranks: int, found: Found) -> None:
-    sharing = sharing_of(CASES["fsdp, bf16"], ranks)
-    policy, value = weights_of(tiny_model("llama")), weights_of(tiny_reward_model("llama"))
-    counted = found[ranks][0]["recording"]
-    record = forward_traffic(policy, sharing) * 2 + forward_traffic(value, sharing)
-    assert counted["record"] == vars(record)
-    assert counted["sample"] == vars(forward_traffic(policy, sharing))
-    assert counted["sync"] == vars(sync_traffic(policy, sharing))
-    models = PPOModelWeights(policy=policy, reference=policy, value=value, reward=value)
-    work = PPOWork(updates=4, batches=3, record_batches=5, score_batches=6, samples=True)
-    updates = gradient_traffic(policy, sharing, 3) + gradient_traffic(value, sharing, 3)
-    scores = forward_traffic(value, sharing) * 6
-    assert ppo_traffic(models, sharing, work) == (
-        forward_traffic(policy, sharing) + scores + record * 5 + updates * 4
-    )
-    synced = ppo_traffic(models, sharing, replace(work, samples=False))
-    sampled = ppo_traffic(models, sharing, work)
-    assert synced.gathered - sampled.gathered == sharing.element * sum(
-        ranks * weight.part(ranks) for weight in policy.all
-    )  # float32 in place of bfloat16
-    alone = replace(models, reference=None, value=None, reward=None)
-    assert ppo_traffic(alone, sharing, work) == (
-        forward_traffic(policy, sharing) * 11 + gradient_traffic(policy, sharing, 3) * 4
-    )
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
@@ -112,13 +71,6 @@ def test_the_fullest_moment_of_shards_is_below_ddps_and_within_the_bound(
     assert peaks["fsdp"] < 1.5 * peaks["ddp"] / ranks
     layers = sum(4 * weight.size for layer in model.layers for weight in layer)
     assert peaks["fsdp, gathered"] > peaks["fsdp"] + 0.25 * layers
-
-
-def test_a_ring_sends_all_but_a_rank_of_each_buffer() -> None:
-    assert Traffic(gathered=80, scattered=40).sent(4) == 90
-    assert Traffic(reduced=40).sent(4) == 60
-    assert Traffic(reduced=40).sent(1) == 0
-    assert Traffic(reduced=3).sent(2) == 3
 
 
 def test_settings_change_what_they_say() -> None:
@@ -154,10 +106,6 @@ def test_a_runs_estimate_knows_its_ranks(folder: Path) -> None:
     buffers = one.weights - kept(model, Sharing(1, 4)).weights
     assert (step.weights, step.gradients) == (own.weights + buffers, own.gradients)
     assert (step.states, step.gathered) == (own.states, gathered(model, sharing))
-    assert fsdp.shared.traffic == {
-        "training step": gradient_traffic(model, sharing, fsdp.shared.batches),
-        "reference log-probs": forward_traffic(model, sharing),
-    } | ({"evaluation": forward_traffic(model, sharing)} if config.data.eval else {})
     other = replace(config, reference=replace(config.reference, path=config.model.path))
     beside = estimate_run(other, 2).phases["reference log-probs"]
     assert beside.weights == 2 * own.weights + buffers
@@ -177,11 +125,10 @@ def test_ranks_are_asked_for_at_the_command(
     said = capsys.readouterr().out
     assert "MiB, each of 2 ranks" in said
     assert "gathered weights, at most" in said
-    assert "training step: each rank sends" in said
     assert "a rank fits" in said
     record = json.loads(output.read_text())
     assert record["ranks"] == 2
-    assert record["traffic"]["training step"]["scattered_bytes"] > 0
+    assert record["phases"]["training step"]["gathered_bytes"] > 0
     for bad in ("0", "two", "-1"):
         assert main(["estimate", "sft", *words, f"--ranks={bad}"]) == 2
         assert f"--ranks: expected a number of at least 1, got '{bad}'" in capsys.readouterr().err
