@@ -27,8 +27,7 @@ class FrontierConfig:
 
 def main(argv: Sequence[str]) -> int:
     """Exit code 0: page or picture and table are written."""
-    from fastalign.report.frontier import frontier_points
-    from fastalign.report.frontier_files import read_frontier
+    from fastalign.report.frontier import frontier_points, read_frontier
     from fastalign.report.frontier_page import (
         COLUMNS,
         PICTURES,

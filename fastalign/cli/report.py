@@ -24,10 +24,9 @@ class ReportConfig:
 def main(argv: Sequence[str]) -> int:
     """Exit code 0: the page is written."""
     from fastalign.report.page import COLUMNS, render, table
-    from fastalign.report.reward_table import REWARD_COLUMNS, reward_table
+    from fastalign.report.reward import REWARD_COLUMNS, reward_table
     from fastalign.report.runs import read_runs
-    from fastalign.report.speed import SPEED_COLUMNS, speed_table
-    from fastalign.report.time_shares import TIME_COLUMNS, time_table
+    from fastalign.report.speed import SPEED_COLUMNS, TIME_COLUMNS, speed_table, time_table
 
     config = parse_flags(ReportConfig, argv, "fastalign report")
     if not config.runs:

@@ -1,1 +1,1 @@
-"""Reports: the page of one or more runs, and the frontier of reward against KL."""
+"""Reports: a page on one or more runs, and the frontier of reward against KL."""

@@ -1,10 +1,25 @@
-"""Reward against KL over many runs: gathered by method and strength, averaged over seeds."""
+"""Reward against KL of many runs: read, grouped by method and strength, averaged over seeds."""
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
 
 from fastalign.evaluation.statistics import estimate
+from fastalign.report.runs import (
+    Row,
+    best_of_rows,
+    finite,
+    is_collapsed,
+    labels_of,
+    read_lines,
+    read_object,
+    read_run,
+)
 
 Strength = float | str | None
 
@@ -14,14 +29,14 @@ class FrontierRun:
     """One evaluated run.
 
     Attributes:
-        source: the file or folder it was read from.
-        method: which curve it belongs to.
-        strength: its place on the curve (beta, a KL coefficient, n); None: the method has none.
-        seed: of the run, if it is known.
-        reward: mean and standard error over prompts; None: it was not measured, or not finite.
-        kl: likewise, to the reference.
-        kl_is_bound: the KL is the bound of the best of n.
-        collapsed: the run said so.
+        source: file or folder that the run was read from.
+        method: name of the curve that the run belongs to.
+        strength: beta, KL coefficient or n; None if the method has none.
+        seed: seed of the run, if known.
+        reward: mean and standard error over prompts; None if not measured or not finite.
+        kl: KL to the reference, likewise.
+        kl_is_bound: whether the KL is the bound of the best of n.
+        collapsed: whether the run collapsed.
     """
 
     source: str
@@ -36,10 +51,10 @@ class FrontierRun:
 
 @dataclass(frozen=True)
 class FrontierPoint:
-    """The runs of one method and strength.
+    """The average of the runs of one method and strength.
 
-    `reward` and `kl` are means over the measured runs, collapsed ones among them; the standard
-    errors are over runs, or over prompts (`error_over`) where one run was measured.
+    `reward` and `kl` are means over the measured runs, including collapsed ones. The standard
+    errors are over runs, or over prompts (`error_over`) if one run was measured.
     """
 
     method: str
@@ -57,7 +72,7 @@ class FrontierPoint:
 
 
 def frontier_points(runs: Sequence[FrontierRun]) -> list[FrontierPoint]:
-    """A point a method and strength, averaged over seeds; methods as they came, strengths rise."""
+    """Return a point per method (in the order given) and strength (rising), averaged over seeds."""
     gathered: dict[str, dict[Strength, list[FrontierRun]]] = {}
     for run in runs:
         gathered.setdefault(run.method, {}).setdefault(run.strength, []).append(run)
@@ -69,14 +84,14 @@ def frontier_points(runs: Sequence[FrontierRun]) -> list[FrontierPoint]:
 
 
 def in_order(strength: Strength) -> tuple[int, float, str]:
-    """Numbers by size, then words, then none."""
+    """Return a sort key: numbers by size, then words, then None."""
     if isinstance(strength, float):
         return 0, strength, ""
     return (1, 0.0, strength) if strength is not None else (2, 0.0, "")
 
 
 def average(runs: Sequence[FrontierRun]) -> FrontierPoint:
-    """The point of runs that differ in their seed only."""
+    """Return the point of runs that differ only in their seed."""
     means: dict[str, float | None] = {}
     found = [(run.reward, run.kl) for run in runs if run.reward is not None and run.kl is not None]
     for place, name in enumerate(("reward", "kl")):
@@ -103,3 +118,156 @@ def average(runs: Sequence[FrontierRun]) -> FrontierPoint:
         num_collapsed=num_collapsed,
         collapse_rate=num_collapsed / len(runs),
     )
+
+
+ENTRY_KEYS = ("method", "strength", "seed", "run", "best_of", "collapsed")
+
+
+def read_frontier(sources: Sequence[str | Path]) -> list[FrontierRun]:
+    """Read runs from folders, `eval.json` files in them, and lists (.yaml, .json, .jsonl).
+
+    Raises:
+        ValueError: if a file is damaged, an entry lacks its labels, or a run is given twice.
+        FileNotFoundError: if a file or a run's evaluation is missing.
+    """
+    runs: list[FrontierRun] = []
+    for source in sources:
+        path = Path(source)
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file or folder")
+        if path.is_dir():
+            runs += from_folder(path, None)
+            continue
+        content = read_list(path)
+        if isinstance(content, dict):
+            folder = path.resolve().parent
+            runs += from_folder(folder.parent if folder.name == "eval" else folder, path)
+        else:
+            runs += [
+                from_entry(entry, f"{path}: entry {number}", path.parent)
+                for number, entry in enumerate(content, 1)
+            ]
+    seen: dict[tuple[Any, ...], str] = {}
+    for run in runs:
+        key = (run.method, run.strength, run.seed)
+        if run.seed is not None and key in seen:
+            raise ValueError(
+                f"{run.source}: method {run.method}, strength {run.strength}, seed {run.seed} is "
+                f"there already ({seen[key]}); tell them apart in a list"
+            )
+        seen[key] = run.source
+    return runs
+
+
+def read_list(path: Path) -> Any:
+    """Return a file's list of entries, or its mapping if it is an `eval.json`.
+
+    Raises:
+        ValueError: if the file is neither, or damaged.
+    """
+    try:
+        if path.suffix == ".jsonl":
+            lines = path.read_text(encoding="utf-8").splitlines()
+            content: Any = [json.loads(line) for line in lines if line.strip()]
+        elif path.suffix in (".yaml", ".yml"):
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        else:
+            content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path}: damaged: {error}") from None
+    is_evaluation = isinstance(content, dict) and ("reward" in content or "kl" in content)
+    if not is_evaluation and not isinstance(content, list):
+        raise ValueError(
+            f"{path}: expected a list of runs (method, strength, seed, run) or an eval.json, got "
+            f"{type(content).__name__}"
+        )
+    return content
+
+
+def from_folder(folder: Path, evaluation_file: Path | None) -> Iterator[FrontierRun]:
+    """Yield a run labelled by its config.yaml, and its best of n if it is its own reference.
+
+    Raises:
+        ValueError: if a file is damaged, or reward or KL is not measured.
+        FileNotFoundError: if the folder holds no run.
+    """
+    run = read_run(folder)
+    evaluation = run.evaluation
+    if evaluation_file is not None:
+        evaluation = read_object(evaluation_file)
+    method, strength, seed = labels_of(run)
+    source = str(evaluation_file or folder)
+    collapsed = is_collapsed(evaluation, run.metrics)
+    yield measured(source, (method, strength, seed), evaluation, collapsed)
+    for row in best_of_rows(evaluation):
+        if row["n"] > 1:
+            labels = ("best of n", float(row["n"]), seed)
+            yield measured(source, labels, evaluation, False, row["n"])
+
+
+def from_entry(entry: Any, where: str, folder: Path) -> FrontierRun:
+    """Return a run with the labels of a list's entry; its path is relative to the list.
+
+    Raises:
+        ValueError: if a key is unknown or missing, or a value has the wrong type.
+        FileNotFoundError: if the run has no evaluation.
+    """
+    if not isinstance(entry, dict) or not set(entry) <= set(ENTRY_KEYS):
+        raise ValueError(f"{where}: expected the keys {', '.join(ENTRY_KEYS)}, got {entry!r}")
+    for name, kinds in (
+        ("method", (str,)),
+        ("run", (str,)),
+        ("strength", (int, float, str, type(None))),
+        ("seed", (int, type(None))),
+        ("best_of", (int, type(None))),
+        ("collapsed", (bool, type(None))),
+    ):
+        value = entry.get(name)
+        if type(value) not in kinds:
+            allowed = ", ".join(kind.__name__.removesuffix("Type") for kind in kinds)
+            raise ValueError(f"{where}: {name}: expected {allowed}, got {value!r}")
+    path = folder / entry["run"]
+    is_folder = path.is_dir()
+    file = path / "eval" / "eval.json" if is_folder else path
+    home = path if is_folder else path.parent.parent if path.parent.name == "eval" else path.parent
+    metrics = read_lines(home / "metrics.jsonl") if (home / "metrics.jsonl").is_file() else []
+    evaluation = read_object(file) if file.is_file() else None
+    collapsed = bool(entry.get("collapsed")) or is_collapsed(evaluation, metrics)
+    if evaluation is None and not collapsed:
+        raise FileNotFoundError(f"{where}: no {file}; evaluate the run with `fastalign eval`")
+    labels = (entry["method"], as_strength(entry.get("strength")), entry.get("seed"))
+    return measured(f"{where} ({path})", labels, evaluation, collapsed, entry.get("best_of"))
+
+
+def as_strength(value: Any) -> Strength:
+    """Return a number if the value is one, since YAML reads `1e-3` as text."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None if value is None else str(value)
+    return number if math.isfinite(number) else str(value)
+
+
+def measured(
+    source: str,
+    labels: tuple[str, Strength, int | None],
+    evaluation: Row | None,
+    collapsed: bool,
+    best_of: int | None = None,
+) -> FrontierRun:
+    """Return the run with its measures, or with those of its best of n.
+
+    Raises:
+        ValueError: if reward or KL is missing, or the evaluation has no such best of n.
+    """
+    values = evaluation or {}
+    if best_of is not None:
+        rows = [row for row in values.get("best_of_n") or [] if row["n"] == best_of]
+        if not rows:
+            raise ValueError(f"{source}: best_of: the evaluation has no best of {best_of}")
+        values = {**rows[0], "kl": rows[0]["kl_bound"], "kl_se": 0.0}
+    reward, kl = (finite(values, name) for name in ("reward", "kl"))
+    if not collapsed and (reward is None or kl is None):
+        missing = "reward" if reward is None else "kl"
+        raise ValueError(f"{source}: expected a finite {missing} in the evaluation, got none")
+    return FrontierRun(source, *labels, reward, kl, best_of is not None, collapsed)

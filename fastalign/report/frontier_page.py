@@ -1,30 +1,29 @@
-"""The frontier's table, and its picture: one curve a method, from the point they all start at."""
+"""The frontier's table and picture: one curve per method, all from the same starting point."""
 
 import math
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from fastalign.report.frontier import FrontierPoint, Strength
-from fastalign.report.page import with_error
+from fastalign.report.page import fill, with_error
 from fastalign.report.pictures import as_data_uri, bar, new_figure, plain
 
 COLUMNS = ("method", "strength", "reward", "KL", "runs", "collapsed")
 PICTURES = (".png", ".svg", ".pdf")
-# Curves differ in mark as well as colour: not everybody sees colours, and ten are soon used up.
+# Curves differ in mark as well as colour, for colour-blind readers and for more than ten methods.
 MARKS = "osD^vP*X<>"
 
 
 def strength_text(strength: Strength) -> str:
-    """`0.1`, a word as it is, or nothing."""
+    """Return a number as `0.1`, a word as it is, and None as an empty cell."""
     if strength is None:
         return ""
     return strength if isinstance(strength, str) else f"{strength:g}"
 
 
 def frontier_table(points: Sequence[FrontierPoint]) -> list[tuple[str, ...]]:
-    """A row a point under COLUMNS; a KL that is a bound has `≤` in front."""
+    """Return the COLUMNS of each point; a KL that is a bound is marked by `≤`."""
     return [
         (
             point.method,
@@ -39,20 +38,20 @@ def frontier_table(points: Sequence[FrontierPoint]) -> list[tuple[str, ...]]:
 
 
 def pair(mean: float | None, error: float | None) -> tuple[float, float] | None:
-    """A mean and its error, NaN where it is not known; None without a mean."""
+    """Return a mean and its error (NaN if unknown); None without a mean."""
     if mean is None:
         return None
     return mean, math.nan if error is None else error
 
 
 def find_origin(points: Sequence[FrontierPoint], method: str) -> FrontierPoint | None:
-    """The point that the curves start at: of this method (its case does not matter), measured."""
+    """Return the measured point of a method (in any case), where the curves start; else None."""
     found = [p for p in points if p.method.lower() == method.lower() and p.reward is not None]
     return found[0] if found else None
 
 
 def draw_frontier(points: Sequence[FrontierPoint], origin: FrontierPoint | None) -> Any:
-    """Reward against KL, one standard error each way; hollow marks: some of the runs collapsed."""
+    """Draw reward against KL with standard errors; marks are hollow if some runs collapsed."""
     figure, axes = new_figure(8.0, 5.4)
     methods = list(dict.fromkeys(point.method for point in points if point is not origin))
     for number, method in enumerate(methods):
@@ -79,19 +78,19 @@ def draw_frontier(points: Sequence[FrontierPoint], origin: FrontierPoint | None)
         draw_point(axes, origin, "black", "*")
         axes.plot([], [], "*", color="black", label=plain(origin.method))
         axes.axhline(origin.reward, color="black", linewidth=0.6, linestyle=":")
-    axes.set_xlabel("KL to the reference (nats a sequence)")
+    axes.set_xlabel("KL to the reference (nats per sequence)")
     axes.set_ylabel("mean reward")
     axes.legend(fontsize=8, frameon=False)
     return figure
 
 
 def distance(one: FrontierPoint, other: FrontierPoint) -> float:
-    """Between the KLs of two measured points."""
+    """Return the distance between the KLs of two measured points."""
     return abs((one.kl or 0.0) - (other.kl or 0.0))
 
 
 def draw_point(axes: Any, point: FrontierPoint, colour: str, mark: str) -> None:
-    """A mark with its error bars, and its strength beside it."""
+    """Draw a mark with its error bars and its strength."""
     axes.errorbar(
         point.kl,
         point.reward,
@@ -116,16 +115,15 @@ def draw_point(axes: Any, point: FrontierPoint, colour: str, mark: str) -> None:
 def write_frontier(
     points: Sequence[FrontierPoint], origin: FrontierPoint | None, out: Path
 ) -> None:
-    """Writes a page (.html) with picture and table, or the picture alone (.png, .svg, .pdf)."""
-    from jinja2 import Environment, StrictUndefined
-
+    """Write a page (.html) with picture and table, or the picture alone (.png, .svg, .pdf)."""
     figure = draw_frontier(points, origin)
     if out.suffix != ".html":
         figure.savefig(out, dpi=150)
         return
-    source = files("fastalign.report").joinpath("frontier.html.jinja").read_text("utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    text = environment.from_string(source).render(
-        columns=COLUMNS, table=frontier_table(points), picture=as_data_uri(figure)
+    page = fill(
+        "frontier.html.jinja",
+        columns=COLUMNS,
+        table=frontier_table(points),
+        picture=as_data_uri(figure),
     )
-    out.write_text(text, encoding="utf-8")
+    out.write_text(page, encoding="utf-8")

@@ -1,26 +1,29 @@
-"""One self-contained page for one or more runs: table, pictures, samples side by side."""
+"""Render a self-contained page on one or more runs: tables, pictures, samples side by side."""
 
 import math
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Any
 
 import yaml
 
 from fastalign.evaluation.win_rate import prompt_key
 from fastalign.report.pictures import SECTIONS, curve, reward_against_kl
-from fastalign.report.reward_pictures import accuracy_by_length, reliability
-from fastalign.report.reward_table import REWARD_COLUMNS, reward_table
+from fastalign.report.reward import REWARD_COLUMNS, accuracy_by_length, reliability, reward_table
 from fastalign.report.runs import RunRecord, labels_of
-from fastalign.report.speed import SPEED_COLUMNS, speed_table
-from fastalign.report.time_shares import TIME_COLUMNS, time_picture, time_table
+from fastalign.report.speed import (
+    SPEED_COLUMNS,
+    TIME_COLUMNS,
+    speed_table,
+    time_picture,
+    time_table,
+)
 
 NUM_SAMPLES_SHOWN = 24
 COLUMNS = ("method", "training", "reward", "KL", "accuracy", "seconds")
 
 
 def with_error(measure: tuple[float, float] | None) -> str:
-    """`5.81 ± 0.15`, `5.81` where no error is known, or a dash."""
+    """Return `5.81 ± 0.15`, `5.81` if the error is unknown, or a dash."""
     if measure is None:
         return "–"  # noqa: RUF001 (a dash is meant)
     mean, error = measure
@@ -30,7 +33,7 @@ def with_error(measure: tuple[float, float] | None) -> str:
 
 
 def training(run: RunRecord) -> str:
-    """What a run did: `sft`, `dpo, 0.1`, `reward: rao_kupper`, `ppo, 0.05, collapsed`."""
+    """Describe a run: `sft`, `dpo, 0.1`, `reward: rao_kupper`, `ppo, 0.05, collapsed`."""
     method, strength, _ = labels_of(run)
     if any("mean_reward" in row for row in run.metrics):
         method = f"reward: {method}"
@@ -39,7 +42,7 @@ def training(run: RunRecord) -> str:
 
 
 def accuracy(run: RunRecord) -> tuple[float, float] | None:
-    """Of the evaluation; else the last one while it was trained, whose error is not known."""
+    """Return the evaluation's accuracy, or the last logged one with an unknown error."""
     measured = run.measure("accuracy")
     for name in ("eval_accuracy", "eval_rewards/accuracies"):
         last = run.last(name)
@@ -49,7 +52,7 @@ def accuracy(run: RunRecord) -> tuple[float, float] | None:
 
 
 def table(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
-    """A row a run under COLUMNS: measures with their standard errors, seconds spent in training."""
+    """Return the COLUMNS of each run: measures with standard errors, seconds in training steps."""
     return [
         (
             run.name,
@@ -64,7 +67,7 @@ def table(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
 
 
 def side_by_side(runs: Sequence[RunRecord]) -> list[tuple[str, list[dict[str, Any] | None]]]:
-    """Prompts that every sampled run has, each with the runs' first completions."""
+    """Return the prompts that all sampled runs share, each with the runs' first completions."""
     by_run: list[dict[str, dict[str, Any]]] = []
     for run in runs:
         first: dict[str, dict[str, Any]] = {}
@@ -79,21 +82,29 @@ def side_by_side(runs: Sequence[RunRecord]) -> list[tuple[str, list[dict[str, An
     return [(key, [first.get(key) for first in by_run]) for key in common[:NUM_SAMPLES_SHOWN]]
 
 
-def render(runs: Sequence[RunRecord]) -> str:
-    """The page. Whatever models and data wrote is escaped; nothing is loaded from elsewhere."""
-    from jinja2 import Environment, StrictUndefined
+def fill(template: str, **values: Any) -> str:
+    """Return a page from a template beside this module; values of models and data are escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    source = files("fastalign.report").joinpath("report.html.jinja").read_text("utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
-    sections = [
+    loader = PackageLoader("fastalign.report", ".")
+    environment = Environment(
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(template).render(**values)
+
+
+def render(runs: Sequence[RunRecord]) -> str:
+    """Return the report's page, which loads nothing from elsewhere."""
+    drawn = [
         (title, [(label, curve(runs, name, label)) for name, label in names])
         for title, names in SECTIONS
     ]
-    drawn = [
+    shown = [
         (title, [(label, picture) for label, picture in curves if picture is not None])
-        for title, curves in sections
+        for title, curves in drawn
     ]
-    return environment.from_string(source).render(
+    return fill(
+        "report.html.jinja",
         columns=COLUMNS,
         table=table(runs),
         reward_columns=REWARD_COLUMNS,
@@ -106,7 +117,7 @@ def render(runs: Sequence[RunRecord]) -> str:
         time_columns=TIME_COLUMNS,
         time_table=time_table(runs),
         time_picture=time_picture(runs),
-        sections=[(title, curves) for title, curves in drawn if curves],
+        sections=[(title, curves) for title, curves in shown if curves],
         names=[run.name for run in runs],
         samples=side_by_side(runs),
         configs=[(run.name, yaml.safe_dump(run.config, sort_keys=False)) for run in runs],

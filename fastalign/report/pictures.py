@@ -1,4 +1,4 @@
-"""The report's pictures, as PNG data that a page can hold in itself."""
+"""Draw the report's pictures as PNG data that a page can embed."""
 
 import base64
 import io
@@ -8,7 +8,7 @@ from typing import Any
 
 from fastalign.report.runs import RunRecord, best_of_rows
 
-# Metrics that are drawn where a run has them: heading, and (name, label of the axis) below it.
+# Metrics to draw if a run has them, by heading: name and axis label.
 SECTIONS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     (
         "Training",
@@ -16,9 +16,9 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
             ("loss", "loss"),
             ("rewards/margins", "implicit reward margin"),
             ("rewards/accuracies", "implicit reward accuracy"),
-            ("entropy", "entropy (nats a token)"),
+            ("entropy", "entropy (nats per token)"),
             ("grad_norm", "gradient norm"),
-            ("tokens_per_second", "tokens a second"),
+            ("tokens_per_second", "tokens per second"),
             ("peak_memory_bytes", "peak memory (bytes)"),
         ),
     ),
@@ -34,24 +34,24 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
         "PPO",
         (
             ("objective/scores", "score of the answers"),
-            ("objective/rlhf_reward", "score less the KL's penalty"),
-            ("objective/kl", "KL to the reference (nats an answer)"),
+            ("objective/rlhf_reward", "score minus the KL penalty"),
+            ("objective/kl", "KL to the reference (nats per answer)"),
             ("objective/entropy", "entropy of the answers"),
-            ("policy/entropy_avg", "entropy (nats a token)"),
+            ("policy/entropy_avg", "entropy (nats per token)"),
             ("policy/approxkl_avg", "KL of an update"),
             ("policy/clipfrac_avg", "share of clipped ratios"),
             ("val/ratio", "mean ratio"),
             ("loss/policy_avg", "policy loss"),
             ("loss/value_avg", "value loss"),
-            ("critic/explained_var", "variance that the critic explains"),
-            ("completions/mean_length", "tokens of an answer"),
+            ("critic/explained_var", "variance explained by the critic"),
+            ("completions/mean_length", "tokens per answer"),
         ),
     ),
 )
 
 
 def as_data_uri(figure: Any) -> str:
-    """The figure as `data:image/png;base64,...`."""
+    """Return the figure as `data:image/png;base64,...`."""
     stream = io.BytesIO()
     # Without the date and version that matplotlib adds, the same run gives the same bytes.
     figure.savefig(stream, format="png", dpi=110, metadata={"Software": None})
@@ -59,7 +59,7 @@ def as_data_uri(figure: Any) -> str:
 
 
 def new_figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure with one pair of axes, without pyplot's global state."""
+    """Return a figure with one pair of axes, without pyplot's global state."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -70,19 +70,20 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def bar(error: float | None) -> float:
-    """The length of an error bar; of an unknown error, none."""
+    """Return the length of an error bar, 0 for an unknown error."""
     return error if error is not None and math.isfinite(error) else 0.0
 
 
 def plain(text: str) -> str:
-    """Text that matplotlib does not read as mathematics."""
+    """Return text that matplotlib does not parse as mathematics."""
     return text.replace("$", r"\$")
 
 
 def curve(runs: Sequence[RunRecord], name: str, label: str) -> str | None:
-    """A metric of all runs that have it against the step, the held-out value dashed; or None.
+    """Draw a metric of all runs that have it against the step, or return None without any.
 
-    Under gradient norms a cross marks each step that changed no weight, whose own norm may be NaN.
+    Held-out values are dashed. Below gradient norms, a cross marks each step that changed no
+    weight, whose own norm may be NaN.
     """
     found = [(run, *run.series(name)) for run in runs]
     found = [entry for entry in found if entry[1]]
@@ -113,9 +114,9 @@ def curve(runs: Sequence[RunRecord], name: str, label: str) -> str | None:
 
 
 def reward_against_kl(runs: Sequence[RunRecord]) -> str | None:
-    """Mean reward against KL to the reference, with one standard error each way; or None.
+    """Draw mean reward against KL to the reference with standard errors, or return None.
 
-    The best of n of a run that is its own reference is a dashed line, its KL the bound.
+    The best of n of a run that is its own reference is a dashed line at the bound of its KL.
     """
     points = [(run.name, run.measure("kl"), run.measure("reward")) for run in runs]
     if not any(kl and reward for _, kl, reward in points):
@@ -139,7 +140,7 @@ def reward_against_kl(runs: Sequence[RunRecord]) -> str | None:
             places = [(row["kl_bound"], row["reward"]) for row in rows]
             label = f"{plain(run.name)}, best of {', '.join(str(row['n']) for row in rows)} (bound)"
             axes.plot(*zip(*places, strict=True), "x--", color="0.45", linewidth=1, label=label)
-    axes.set_xlabel("KL to the reference (nats a sequence)")
+    axes.set_xlabel("KL to the reference (nats per sequence)")
     axes.set_ylabel("mean reward")
     axes.legend(fontsize=8, frameon=False)
     return as_data_uri(figure)

@@ -1,4 +1,4 @@
-"""A run's folder as the report reads it: settings, metrics, evaluation, samples."""
+"""Read a run's folder: settings, metrics, evaluation, samples, size of the model."""
 
 import json
 import math
@@ -8,24 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from fastalign.report.saved_weights import num_product_weights
+from safetensors import SafetensorError, safe_open
 
 Row = dict[str, Any]
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
+HEADS = ("lm_head.weight", "embed_out.weight", "score.weight")
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run left behind.
+    """The files of a run's folder.
 
     Attributes:
-        name: the folder's.
-        config: `config.yaml`.
-        metrics: `metrics.jsonl`, one dictionary a step.
-        evaluation: `eval/eval.json`, or None.
-        samples: `eval/samples.jsonl`, or nothing.
-        machine: `machine.json`, or nothing.
-        num_product_weights: of `model/`, those that a token is multiplied by; None: not there.
+        name: name of the folder.
+        config: contents of `config.yaml`.
+        metrics: rows of `metrics.jsonl`, one per step.
+        evaluation: contents of `eval/eval.json`, or None.
+        samples: rows of `eval/samples.jsonl`, or none.
+        machine: contents of `machine.json`, or empty.
+        num_product_weights: number of weights in `model/` that a token is multiplied by, or None.
     """
 
     name: str
@@ -38,37 +39,37 @@ class RunRecord:
 
     @property
     def seconds(self) -> float:
-        """Time spent in steps."""
+        """Seconds spent in steps."""
         return math.fsum(number(row.get("step_seconds")) or 0.0 for row in self.metrics)
 
     @property
     def collapsed(self) -> bool:
-        """Whether the run or its evaluation said so."""
+        """Whether the run or its evaluation reports a collapse."""
         return is_collapsed(self.evaluation, self.metrics)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a metric, where it was logged."""
+        """Return the steps at which a metric was logged, and its values."""
         found = [(row.get("step"), number(row.get(name))) for row in self.metrics]
         kept = [(step, value) for step, value in found if type(step) is int and value is not None]
         return [step for step, _ in kept], [value for _, value in kept]
 
     @property
     def skipped_steps(self) -> list[int]:
-        """Steps that changed no weight."""
+        """The steps that changed no weight."""
         return [step for step, value in zip(*self.series("skipped"), strict=True) if value]
 
     def measure(self, name: str) -> tuple[float, float] | None:
-        """A measure of the evaluation and its standard error (NaN if unknown), or None."""
+        """Return a measure of the evaluation and its standard error (NaN if unknown), or None."""
         return finite(self.evaluation or {}, name)
 
     def last(self, name: str) -> float | None:
-        """The last finite value of a metric, or None."""
+        """Return the last finite value of a metric, or None."""
         values = [value for value in self.series(name)[1] if math.isfinite(value)]
         return values[-1] if values else None
 
 
 def number(value: Any) -> float | None:
-    """A logged number; one that JSON could not hold was written as text (`nan`, `inf`)."""
+    """Return a logged number or None; those that JSON lacks were written as text (`nan`, `inf`)."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -76,7 +77,7 @@ def number(value: Any) -> float | None:
 
 
 def finite(values: Row, name: str) -> tuple[float, float] | None:
-    """`name` and its standard error `name_se`, NaN where there is none; None: no finite number."""
+    """Return `name` and its standard error `name_se` (NaN if missing); None if it is not finite."""
     value, error = number(values.get(name)), number(values.get(f"{name}_se"))
     if value is None or not math.isfinite(value):
         return None
@@ -84,17 +85,17 @@ def finite(values: Row, name: str) -> tuple[float, float] | None:
 
 
 def is_collapsed(evaluation: Row | None, metrics: Sequence[Row]) -> bool:
-    """Whether the evaluation says `collapsed`, or the last step that says anything of it.
+    """Return whether `collapsed` is set in the evaluation, or in the last step that logs it.
 
-    That is true, a number other than 0, or a reason in words; a policy may recover.
+    It is set by true, a number other than 0, or a reason in words. A policy may recover.
     """
     of_steps = [row["collapsed"] for row in metrics if "collapsed" in row]
-    said = [(evaluation or {}).get("collapsed"), *of_steps[-1:]]
-    return any(value not in (None, False, 0, "", "0", "0.0", "false") for value in said)
+    values = [(evaluation or {}).get("collapsed"), *of_steps[-1:]]
+    return any(value not in (None, False, 0, "", "0", "0.0", "false") for value in values)
 
 
 def best_of_rows(evaluation: Row | None) -> list[Row]:
-    """The best of n, where the model that was sampled from is the reference."""
+    """Return the best-of-n rows of an evaluation whose model is its own reference."""
     config = (evaluation or {}).get("config") or {}
     paths = [(config.get(name) or {}).get("path") for name in ("model", "reference")]
     if evaluation is None or paths[0] is None or paths[0] != paths[1]:
@@ -103,10 +104,10 @@ def best_of_rows(evaluation: Row | None) -> list[Row]:
 
 
 def labels_of(run: RunRecord) -> tuple[str, float | None, int | None]:
-    """Method, strength and seed as the settings tell them.
+    """Return method, strength and seed according to the settings.
 
-    The method is ppo, or the loss's name (of fresh pairs: `online dpo`), or sft. The strength is
-    the KL's coefficient, or the loss's beta; sft and reward models have none.
+    The method is `ppo`, the loss's name (`online dpo` on fresh pairs), or `sft`. The strength is
+    the KL coefficient or the loss's beta; sft and reward models have none.
     """
 
     def section(name: str) -> Row:
@@ -123,11 +124,11 @@ def labels_of(run: RunRecord) -> tuple[str, float | None, int | None]:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
-    """Reads each; runs whose folders have one name are told apart by the folders above.
+    """Read run folders; runs with the same folder name are named by parent folders too.
 
     Raises:
-        ValueError: a file is damaged.
-        FileNotFoundError: a folder is no run's.
+        ValueError: if a file is damaged.
+        FileNotFoundError: if a folder is not a run's.
     """
     runs = [read_run(folder) for folder in folders]
     parts = [Path(folder).resolve().parts for folder in folders]
@@ -142,11 +143,11 @@ def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
 
 
 def read_run(folder: str | Path) -> RunRecord:
-    """Reads a run's folder.
+    """Read a run's folder.
 
     Raises:
-        ValueError: a file in it is damaged.
-        FileNotFoundError: it is no run's folder.
+        ValueError: if a file in it is damaged.
+        FileNotFoundError: if it is not a run's folder.
     """
     path = Path(folder)
     for name in ("config.yaml", "metrics.jsonl"):
@@ -173,10 +174,10 @@ def read_run(folder: str | Path) -> RunRecord:
 
 
 def read_object(file: Path) -> Row:
-    """One JSON object, such as the measures that `fastalign eval` wrote.
+    """Return a file's JSON object, such as the measures that `fastalign eval` wrote.
 
     Raises:
-        ValueError: no JSON object.
+        ValueError: if the file is not a JSON object.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -188,10 +189,10 @@ def read_object(file: Path) -> Row:
 
 
 def read_lines(path: Path) -> list[Row]:
-    """The objects of a JSON Lines file; a last line that is being written is left out.
+    """Return the objects of a JSON Lines file without a last, unfinished line.
 
     Raises:
-        ValueError: a line is no JSON object.
+        ValueError: if a line is not a JSON object.
     """
     text = path.read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
@@ -199,3 +200,24 @@ def read_lines(path: Path) -> list[Row]:
         if not isinstance(row, dict):
             raise ValueError(f"{path}: object {place}: expected a JSON object, got {row!r:.60}")
     return rows
+
+
+def num_product_weights(folder: Path) -> int | None:
+    """Return the number of a saved model's weights that a token is multiplied by; None if absent.
+
+    Input embeddings that are not tied to the head are looked up, not multiplied.
+
+    Raises:
+        ValueError: if a file is damaged.
+    """
+    sizes: dict[str, int] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                names = tensors.keys()
+                sizes |= {name: math.prod(tensors.get_slice(name).get_shape()) for name in names}
+        except SafetensorError as error:
+            raise ValueError(f"{file}: a file of the run is damaged: {error}") from None
+    if any(name.endswith(HEADS) for name in sizes):
+        sizes = {name: size for name, size in sizes.items() if not name.endswith(EMBEDDINGS)}
+    return sum(sizes.values()) or None

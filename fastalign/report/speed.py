@@ -1,16 +1,17 @@
-"""How fast a run was, and how steady: time, tokens, memory, gradients, work of the device."""
+"""The report's sections on speed: throughput, memory, gradient norms, time by phase."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import median
 
+from fastalign.report.pictures import as_data_uri, new_figure, plain
 from fastalign.report.runs import Row, RunRecord, number
 
 SPEED_COLUMNS = (
     *("run", "steps", "skipped", "s/step", "tokens/s", "peak MiB"),
     *("grad norm", "largest", "model_flops_per_second", "utilisation"),
 )
-# Dense bfloat16 products a second, in FLOPs, as NVIDIA's data sheets have them.
+# Peak dense bfloat16 FLOPs per second, from NVIDIA's data sheets.
 PEAKS = {
     "NVIDIA A100": 312e12,  # and whatever follows a dash, such as -SXM4-80GB
     "NVIDIA A100 80GB PCIe": 312e12,
@@ -24,7 +25,7 @@ PEAKS = {
 
 
 def total(run: RunRecord, of: str) -> float:
-    """Seconds, or packed tokens, of all steps that say both."""
+    """Return the seconds or the packed tokens of all steps that log both."""
     rates = [
         (number(r.get("step_seconds")), number(r.get("tokens_per_second"))) for r in run.metrics
     ]
@@ -33,16 +34,16 @@ def total(run: RunRecord, of: str) -> float:
 
 
 def tokens_per_second(run: RunRecord) -> float | None:
-    """Packed tokens of all steps by the time that they took; None: not logged."""
+    """Return the packed tokens of all steps over their time; None if not logged."""
     seconds = total(run, "seconds")
     return total(run, "tokens") / seconds if seconds else None
 
 
 def model_flops_per_second(run: RunRecord) -> float | None:
-    """6·N a token (4·N where the base is frozen), by the tokens a second; None: unknown.
+    """Return 6 N (4 N with a frozen base) times the tokens per second; None if unknown.
 
-    N are the weights that a token is multiplied by. Attention, what is computed again, and
-    references are not counted; a run that samples does other work too, and has no such number.
+    N is the number of weights that a token is multiplied by. Attention, recomputed activations and
+    references are not counted. Runs that sample have no such number, since they do other work.
     """
     speed, weights = tokens_per_second(run), run.num_product_weights
     if speed is None or weights is None or "sampling" in run.config:
@@ -52,7 +53,7 @@ def model_flops_per_second(run: RunRecord) -> float | None:
 
 
 def peak_of(machine: Row) -> float | None:
-    """FLOPs a second of all of a run's devices; None: not known, or another dtype's products."""
+    """Return the peak FLOPs per second of a run's devices; None if unknown or not bfloat16."""
     if machine.get("products") != "bfloat16":
         return None
     name = str(machine.get("device"))
@@ -63,18 +64,18 @@ def peak_of(machine: Row) -> float | None:
 
 
 def utilisation(run: RunRecord) -> float | None:
-    """Model FLOPs as a share of the devices' peak; None where one of the two is not known."""
+    """Return the model FLOPs as a share of the devices' peak; None if either is unknown."""
     flops, peak = model_flops_per_second(run), peak_of(run.machine)
     return None if flops is None or peak is None else flops / peak
 
 
 def speed_table(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
-    """Rows under SPEED_COLUMNS of the runs that logged their tokens a second."""
+    """Return the SPEED_COLUMNS of each run that logged its tokens per second."""
     return [row_of(run) for run in runs if tokens_per_second(run) is not None]
 
 
 def row_of(run: RunRecord) -> tuple[str, ...]:
-    """One run's numbers; a dash where one is not known."""
+    """Return one run's cells, with a dash for an unknown number."""
 
     def finite(name: str) -> list[float]:
         return [value for value in run.series(name)[1] if math.isfinite(value)]
@@ -95,3 +96,86 @@ def row_of(run: RunRecord) -> tuple[str, ...]:
         shown(model_flops_per_second(run), ".3g"),
         shown(utilisation(run), ".1%"),
     )
+
+
+# Label and metric. The logged time of generating includes the sync, which is shown separately.
+ROLLOUT_PHASES = {
+    "generate": "time/generate_seconds",
+    "sync": "time/sync_seconds",
+    "score": "time/score_seconds",
+    "prepare": "time/prepare_seconds",
+    "update": "time/update_seconds",
+}
+STEP_PHASES = {"gradient": "time/gradient_seconds", "optimizer": "time/optimizer_seconds"}
+PHASES = ROLLOUT_PHASES | STEP_PHASES
+OTHER = "other"
+TIME_COLUMNS = ("run", "seconds an iteration", *PHASES, OTHER)
+
+
+def phase_seconds(run: RunRecord) -> dict[str, float] | None:
+    """Return the mean seconds of each phase of an iteration and of its rest; None if not logged.
+
+    The transformers sampler logs no sync, since it samples from the policy itself.
+    """
+    found = [phases for row in run.metrics if (phases := phases_of(row)) is not None]
+    if not found:
+        return None
+    return {name: math.fsum(row[name] for row in found) / len(found) for name in found[0]}
+
+
+def phases_of(row: Row) -> dict[str, float] | None:
+    """Return the seconds of each phase of one iteration; None if a phase is not logged."""
+    has = STEP_PHASES if STEP_PHASES["gradient"] in row else ROLLOUT_PHASES
+    logged = {name: number(row.get(metric)) for name, metric in has.items()}
+    if PHASES["sync"] not in row:
+        logged["sync"] = 0.0
+    total = number(row.get("step_seconds"))
+    if total is None or None in logged.values():
+        return None
+    phases = {name: logged.get(name) or 0.0 for name in PHASES}
+    if not all(math.isfinite(value) and value >= 0 for value in (total, *phases.values())):
+        return None
+    phases["generate"] = max(0.0, phases["generate"] - phases["sync"])
+    return {**phases, OTHER: max(0.0, total - math.fsum(phases.values()))}
+
+
+def shares(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return each phase's share of the sum."""
+    whole = math.fsum(seconds.values())
+    return {name: value / whole if whole else 0.0 for name, value in seconds.items()}
+
+
+def time_table(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
+    """Return the TIME_COLUMNS of each run that logged its phases."""
+    rows = []
+    for run in runs:
+        seconds = phase_seconds(run)
+        if seconds is not None:
+            whole = math.fsum(seconds.values())
+            rows.append(
+                (run.name, f"{whole:.2f}", *(f"{share:.1%}" for share in shares(seconds).values()))
+            )
+    return rows
+
+
+def time_picture(runs: Sequence[RunRecord]) -> str | None:
+    """Draw a stacked bar of the phases' shares for each run, or return None without any."""
+    found = [(run.name, seconds) for run in runs if (seconds := phase_seconds(run)) is not None]
+    if not found:
+        return None
+    figure, axes = new_figure(7.2, 1.2 + 0.45 * len(found))
+    names = [plain(name) for name, _ in found]
+    places = list(range(len(found)))
+    start = [0.0] * len(found)
+    for index, phase in enumerate((*PHASES, OTHER)):
+        widths = [shares(seconds)[phase] for _, seconds in found]
+        color = "0.8" if phase == OTHER else f"C{index}"
+        axes.barh(places, widths, left=start, label=phase, color=color, height=0.6)
+        start = [left + width for left, width in zip(start, widths, strict=True)]
+    axes.set_yticks(places, names)
+    axes.set_axisbelow(True)
+    axes.invert_yaxis()  # in the table's order
+    axes.set_xlim(0, 1)
+    axes.set_xlabel("share of an iteration's time")
+    figure.legend(loc="outside upper center", ncols=len(PHASES) + 1, fontsize=8, frameon=False)
+    return as_data_uri(figure)

@@ -10,8 +10,7 @@ import yaml
 
 from fastalign.cli.main import main
 from fastalign.evaluation.statistics import estimate
-from fastalign.report.frontier import frontier_points
-from fastalign.report.frontier_files import read_frontier
+from fastalign.report.frontier import frontier_points, read_frontier
 from fastalign.report.frontier_page import draw_frontier, find_origin, frontier_table
 
 

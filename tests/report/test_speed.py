@@ -13,8 +13,7 @@ from transformers import AutoModelForCausalLM
 from fastalign.cli.main import main
 from fastalign.report import pictures
 from fastalign.report.page import render
-from fastalign.report.runs import RunRecord, read_run
-from fastalign.report.saved_weights import num_product_weights
+from fastalign.report.runs import RunRecord, num_product_weights, read_run
 from fastalign.report.speed import (
     PEAKS,
     SPEED_COLUMNS,
@@ -108,7 +107,7 @@ def test_skipped_steps_are_marked_under_the_norms(monkeypatch: pytest.MonkeyPatc
     figures: list[Any] = []
     monkeypatch.setattr(pictures, "as_data_uri", lambda figure: figures.append(figure) or "data:,")
     pictures.curve([RUN], "grad_norm", "gradient norm")
-    pictures.curve([RUN], "tokens_per_second", "tokens a second")
+    pictures.curve([RUN], "tokens_per_second", "tokens per second")
     norms, marks = figures[0].axes[0].lines
     assert list(norms.get_xdata()) == [1, 2, 3]
     assert (list(marks.get_xdata()), marks.get_marker()) == ([2], "x")
@@ -141,7 +140,7 @@ def test_a_real_run_s_numbers(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert cells[:3] == ["run", "3", "0"]
     for cell in (*SPEED_COLUMNS, *cells):
         assert cell in out
-    for label in ("gradient norm", "tokens a second", "peak memory (bytes)"):
+    for label in ("gradient norm", "tokens per second", "peak memory (bytes)"):
         assert f'alt="{label} against the step"' in page
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from fastalign.report import time_shares
+from fastalign.report import speed
 from fastalign.report.page import render
 from fastalign.report.runs import RunRecord, read_run
-from fastalign.report.time_shares import phase_seconds, time_table
+from fastalign.report.speed import phase_seconds, time_table
 from fastalign.rollouts import PolicyAccess, SyncedSampler, policy_tensors
 from fastalign.trainers import train_ppo
 from fastalign.trainers.sampling import policy_sampler
@@ -89,10 +89,8 @@ def test_an_iteration_that_does_not_say_all_counts_for_nothing(bad: dict[str, An
 
 def test_the_bars_lie_behind_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Any] = []
-    monkeypatch.setattr(
-        time_shares, "as_data_uri", lambda figure: figures.append(figure) or "data:,"
-    )
-    time_shares.time_picture([ENGINE, SFT, EMBEDDED])
+    monkeypatch.setattr(speed, "as_data_uri", lambda figure: figures.append(figure) or "data:,")
+    speed.time_picture([ENGINE, SFT, EMBEDDED])
     (axes,) = figures[0].axes
     drawn = {
         str(bars.get_label()): [(bar.get_x(), bar.get_width()) for bar in bars]

@@ -1,4 +1,4 @@
-"""Pictures of reward models: is a probability what it says, and is length what is liked."""
+"""The report's section on reward models: table, calibration, accuracy by length."""
 
 import math
 from collections.abc import Sequence
@@ -6,9 +6,44 @@ from collections.abc import Sequence
 from fastalign.report.pictures import as_data_uri, new_figure, plain
 from fastalign.report.runs import RunRecord
 
+REWARD_COLUMNS = (
+    "reward model",
+    "accuracy",
+    "the longer won",
+    "the shorter won",
+    "log-likelihood",
+    "without ties",
+    "calibration error",
+)
+_BASELINES = (("longer_wins", "the longer wins"), ("bag_of_words", "a bag of words"))
+
+
+def cell(measure: tuple[float, float] | None) -> str:
+    """Return `0.868 ± 0.011`, or an empty cell."""
+    return "" if measure is None else f"{measure[0]:.3f} ± {measure[1]:.3f}"
+
+
+def reward_table(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
+    """Return the REWARD_COLUMNS of each evaluated reward model, with its baselines below it."""
+    rows = []
+    for run in runs:
+        if run.measure("log_likelihood") is None:
+            continue
+        assert run.evaluation is not None
+        names = ("accuracy", "accuracy_longer_won", "accuracy_shorter_won")
+        likelihoods = ("log_likelihood", "log_likelihood_untied")
+        cells = [cell(run.measure(name)) for name in (*names, *likelihoods)]
+        rows.append((run.name, *cells, f"{float(run.evaluation['calibration_error']):.3f}"))
+        for name, label in _BASELINES:
+            accuracy = run.measure(f"{name}_accuracy")
+            if accuracy is not None:
+                blank = [""] * (len(REWARD_COLUMNS) - 2)
+                rows.append((f"{run.name}: {label}", cell(accuracy), *blank))
+    return rows
+
 
 def reliability(runs: Sequence[RunRecord]) -> str | None:
-    """How often the expected winner won, against how sure each model was; or None without any."""
+    """Draw how often the expected winner won against its predicted probability, or return None."""
     found = [(run.name, run.evaluation.get("calibration_bins")) for run in runs if run.evaluation]
     if not any(bins for _, bins in found):
         return None
@@ -34,7 +69,7 @@ def reliability(runs: Sequence[RunRecord]) -> str | None:
 
 
 def accuracy_by_length(runs: Sequence[RunRecord]) -> str | None:
-    """Accuracy by the difference of lengths, where the longer or the shorter won; or None."""
+    """Draw accuracy by difference in length for pairs that the longer or the shorter one won."""
     found = [(run.name, run.evaluation.get("length_bins")) for run in runs if run.evaluation]
     if not any(bins for _, bins in found):
         return None
@@ -65,5 +100,5 @@ def accuracy_by_length(runs: Sequence[RunRecord]) -> str | None:
 
 
 def standard_error(share: float, count: int) -> float:
-    """Of a share of independent pairs."""
+    """Return the standard error of a share of independent pairs."""
     return math.sqrt(share * (1 - share) / count)
