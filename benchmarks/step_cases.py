@@ -129,7 +129,7 @@ def read_groups(path: Path, vocab_size: int, num_groups: int) -> list[Group]:
     Raises:
         ValueError: fewer rows than that fit.
     """
-    from fastalign.cli.new_model import texts_of, train_tokenizer
+    from fastalign.cli.models import texts_of, train_tokenizer
     from fastalign.data import load_preferences
 
     tokenizer = train_tokenizer(texts_of(str(path)), vocab_size - FIRST_WORD + 1)

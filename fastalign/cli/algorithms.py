@@ -1,6 +1,6 @@
 """The training algorithms, in one table that every command reads.
 
-Nothing heavy is imported here: `fastalign --help` prints the table without loading transformers.
+Heavy imports are deferred: `fastalign --help` prints the table without loading transformers.
 """
 
 import importlib
@@ -38,8 +38,8 @@ class Algorithm:
         """Return the configuration that `--config FILE` and the flags describe.
 
         Raises:
-            ValueError: if a key, flag or name is unknown, or a value does not fit.
-            FileNotFoundError: if there is no such file.
+            ValueError: if a key, flag or name is unknown or missing, or a value does not fit.
+            FileNotFoundError: if FILE does not exist.
         """
         from fastalign.cli.config_parse import parse_config
 
@@ -61,14 +61,14 @@ ALGORITHMS: dict[str, Algorithm] = {
         Algorithm("sft", "fine-tune a model on demonstrations", "SFTConfig", "train_sft"),
         Algorithm(
             "dpo",
-            "align a model with preference pairs (DPO and its relatives)",
+            "align a model with preference pairs (DPO and related losses)",
             "DPOConfig",
             "train_dpo",
             choices={"loss": "LOSSES"},
         ),
         Algorithm(
             "online-dpo",
-            "DPO on fresh samples, ordered by a reward",
+            "align a model with DPO on fresh samples ordered by a reward",
             "OnlineDPOConfig",
             "train_online_dpo",
             choices={"loss": "LOSSES"},
@@ -76,14 +76,14 @@ ALGORITHMS: dict[str, Algorithm] = {
         ),
         Algorithm(
             "reward",
-            "train a reward model on comparisons, ties among them",
+            "train a reward model on comparisons, including ties",
             "RewardConfig",
             "train_reward",
             choices={"loss": "REWARD_LOSSES"},
         ),
         Algorithm(
             "ppo",
-            "align a model with a reward (PPO, or without a critic)",
+            "align a model with a reward (PPO, RLOO or GRPO)",
             "PPOConfig",
             "train_ppo",
             choices={"ppo.advantage": "ADVANTAGES", "kl": "KL_PENALTIES"},

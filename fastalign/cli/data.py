@@ -1,4 +1,4 @@
-"""`fastalign data check FILE`: counts, lengths, and every fault of a file by line and column."""
+"""`fastalign data check FILE`: count rows and lengths, and list every fault of a file."""
 
 import sys
 from collections.abc import Sequence
@@ -25,29 +25,29 @@ from fastalign.data import (
 
 @dataclass(frozen=True)
 class CheckData:
-    """How faults are judged."""
+    """Handling of rows that cannot be used."""
 
     on_bad_row: Literal["error", "skip"] = "error"
-    """Exit code when rows are bad: 2, or 0 with the rows counted, as training would skip them."""
+    """Exit with code 2 if there are bad rows, or skip and count them as training would."""
 
 
 @dataclass(frozen=True)
 class CheckConfig:
-    """Reads every row as training would, and prints every fault."""
+    """Read every row as training would and print every fault."""
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """File (.jsonl, .json, .csv, each also .gz; .parquet), folder, or hub name."""
+    """File (.jsonl, .json, .csv, each also .gz; .parquet), folder or hub name."""
     kind: Literal["auto", "sft", "preference", "prompt"] = "auto"
-    """What the rows are; auto: what the first good row's columns say."""
+    """Kind of the rows; auto decides by the columns of the first valid row."""
     tokenizer: str | None = None
-    """Model folder or hub name, to count tokens and try the chat template."""
+    """Model folder or hub name to count tokens and apply the chat template."""
     max_length: int | None = None
-    """Also count rows with more tokens than this (needs a tokenizer)."""
+    """Count rows with more tokens than this; requires a tokenizer."""
     data: CheckData = CheckData()
 
 
 def check(config: CheckConfig) -> DataReport:
-    """Reads the source to its end, or to a fault after which nothing can be trusted."""
+    """Read the source to its end, or to a fault after which no row can be trusted."""
     if config.max_length is not None and config.tokenizer is None:
         raise ValueError("max-length: counting tokens needs --tokenizer, got none")
     encoder = None if config.tokenizer is None else Encoder(load_tokenizer(config.tokenizer))
@@ -77,7 +77,7 @@ def check(config: CheckConfig) -> DataReport:
 
 
 def count_characters(report: DataReport, example: Example) -> None:
-    """Notes the example's lengths in characters."""
+    """Add the example's lengths in characters to the report."""
     prompt, responses = example.prompt, []
     if isinstance(example, SFTExample):
         responses = [example.completion]
@@ -89,7 +89,7 @@ def count_characters(report: DataReport, example: Example) -> None:
 
 
 def num_characters(content: Content) -> int:
-    """Characters of a text, or of all the messages of a conversation."""
+    """Return the number of characters of a text or of a conversation's messages."""
     return len(content) if isinstance(content, str) else sum(len(m.content) for m in content)
 
 
@@ -99,7 +99,7 @@ def measure(
     example: Example,
     max_length: int | None,
 ) -> bool:
-    """Tokenises the example and notes its lengths; returns whether it is too long."""
+    """Tokenise the example, add its lengths to the report, and return whether it is too long."""
     if isinstance(example, PromptExample):
         length = len(encoder.prompt(example))
         if max_length is not None and length > max_length:
@@ -116,7 +116,7 @@ def measure(
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit code 0: all rows can be used, or the bad ones are to be skipped; 2 otherwise."""
+    """Run the command; return 0 if all rows are usable or bad ones may be skipped, otherwise 2."""
     if argv[:1] != ["check"]:
         if argv and argv[0] in ("-h", "--help"):
             print("usage: fastalign data check FILE [--help]")

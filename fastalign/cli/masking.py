@@ -1,4 +1,4 @@
-"""Secrets come from environment variables alone: never in settings, never in what is printed."""
+"""Keep secrets out of settings and output; they belong in environment variables."""
 
 import os
 import re
@@ -13,9 +13,9 @@ _SHORTEST = 8  # shorter values may be words
 
 
 def masked(text: str) -> str:
-    """The text without passwords of addresses, secret parts of queries, and values of variables.
+    """Return the text without passwords in URLs, secrets in queries, and secret variables' values.
 
-    A variable is secret by its name, if the last word of it is TOKEN, KEY, SECRET or PASSWORD.
+    A variable is secret if the last word of its name is TOKEN, KEY, SECRET or PASSWORD.
     """
     text = _QUERY.sub(r"\1***", _USER.sub(r"\1***@", text))
     for name, value in os.environ.items():
@@ -25,10 +25,10 @@ def masked(text: str) -> str:
 
 
 def refuse_secrets(arguments: Sequence[str]) -> None:
-    """Refuses settings with a secret in them: they are printed, and saved in the run's folder.
+    """Refuse settings with a secret, since they are printed and saved in the run's folder.
 
     Raises:
-        ValueError: naming the setting, without its value.
+        ValueError: if a setting holds a secret; the message names it without its value.
     """
     flag = "the first argument"
     for word in arguments:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastalign.cli.algorithms import ALGORITHMS
 from fastalign.cli.config_parse import take_option
-from fastalign.cli.tables import show
+from fastalign.cli.report import show
 from fastalign.preflight.checks import COLUMNS, preflight, table
 from fastalign.preflight.meeting import Deadline, Disagreement, Meeting, is_stuck
 from fastalign.ranks.world import World, world_of_environment

@@ -1,28 +1,60 @@
-"""`fastalign report RUN...`: a table, and one self-contained page with pictures."""
+"""`fastalign report` and `fastalign frontier`: tables on the terminal, and pages with pictures."""
 
+import json
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
+from rich.console import Console
+from rich.table import Table
 
 from fastalign.cli.config_parse import parse_flags
-from fastalign.cli.tables import show
+
+RUN_ARGUMENT = tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")
 
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Reads each run's settings, metrics, evaluation and samples, and the size of its model."""
+    """Write a page on runs: settings, metrics, evaluation, samples, size of the model."""
 
-    runs: Annotated[tuple[str, ...], tyro.conf.Positional]
-    """Folders of runs (--run.dir)."""
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, RUN_ARGUMENT]
+    """Run folders (--run.dir)."""
     out: str = "report.html"
-    """Page to write; an older one is replaced."""
+    """Page to write, replacing an older one."""
+
+
+@dataclass(frozen=True)
+class FrontierConfig:
+    """Average runs over their seeds; write a picture to OUT and the points to OUT.table.json."""
+
+    runs: Annotated[tuple[str, ...], tyro.conf.Positional, RUN_ARGUMENT]
+    """Run folders or eval.json files in them (labelled by config.yaml), or lists (.yaml, .json,
+    .jsonl) of entries with `method`, `strength`, `seed`, `run` (its folder or eval.json) and
+    `best_of`."""
+    out: str = "frontier.html"
+    """Page (.html) or picture (.png, .svg, .pdf) to write, replacing an older one."""
+    origin: str = "sft"
+    """Method whose point all curves start at, if it is among the runs."""
+
+
+def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int = 1) -> None:
+    """Print a table with `num_left` columns of words on the left and numbers right-aligned.
+
+    Without a terminal, whose width limits it, the table has up to 140 columns.
+    """
+    shown = Table()
+    for number, column in enumerate(columns):
+        shown.add_column(column, justify="left" if number < num_left else "right", no_wrap=True)
+    for row in rows:
+        shown.add_row(*row)
+    Console(markup=False, width=None if sys.stdout.isatty() else 140).print(shown)
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit code 0: the page is written."""
+    """Run `fastalign report`; return 0 when the page is written."""
     from fastalign.report.page import COLUMNS, render, table
     from fastalign.report.reward import REWARD_COLUMNS, reward_table
     from fastalign.report.runs import read_runs
@@ -33,14 +65,43 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError("expected one run's folder or more, got none")
     runs = read_runs(config.runs)
     show(COLUMNS, table(runs), num_left=2)
-    rewards = reward_table(runs)
-    if rewards:
-        show(REWARD_COLUMNS, rewards)
-    for columns, rows in ((SPEED_COLUMNS, speed_table(runs)), (TIME_COLUMNS, time_table(runs))):
+    for columns, rows in (
+        (REWARD_COLUMNS, reward_table(runs)),
+        (SPEED_COLUMNS, speed_table(runs)),
+        (TIME_COLUMNS, time_table(runs)),
+    ):
         if rows:
             show(columns, rows)
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(render(runs), encoding="utf-8")
     print(f"report written to {out}")
+    return 0
+
+
+def frontier(argv: Sequence[str]) -> int:
+    """Run `fastalign frontier`; return 0 when the picture and the table are written."""
+    from fastalign.report.frontier import frontier_points, read_frontier
+    from fastalign.report.frontier_page import (
+        COLUMNS,
+        PICTURES,
+        find_origin,
+        frontier_table,
+        write_frontier,
+    )
+
+    config = parse_flags(FrontierConfig, argv, "fastalign frontier")
+    if not config.runs:
+        raise ValueError("expected runs, eval.json files or lists of them, got none")
+    out = Path(config.out)
+    if out.suffix not in (".html", *PICTURES):
+        raise ValueError(f"out: expected .html, {', '.join(PICTURES)}, got {out}")
+    points = frontier_points(read_frontier(config.runs))
+    show(COLUMNS, frontier_table(points), num_left=2)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_frontier(points, find_origin(points, config.origin), out)
+    table = out.with_suffix(".table.json")
+    text = json.dumps([asdict(point) for point in points], indent=1, ensure_ascii=False)
+    table.write_text(text + "\n", encoding="utf-8")
+    print(f"written to {out} and {table}")
     return 0

@@ -1,4 +1,4 @@
-"""`fastalign eval`: accuracy on held-out pairs; reward and KL to the reference of fresh samples."""
+"""`fastalign eval`: accuracy on held-out pairs; reward and KL of fresh samples."""
 
 import json
 import time
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.batch.packed import Group
-from fastalign.cli.answers.generate import sample_rows
 from fastalign.cli.answers.sampling import (
     SampledModel,
     SamplingRun,
@@ -16,6 +15,8 @@ from fastalign.cli.answers.sampling import (
     new_file,
     read_prompts,
     sample,
+    sample_rows,
+    write_rows,
 )
 from fastalign.cli.config_parse import parse_flags
 from fastalign.compute import Packing
@@ -37,7 +38,7 @@ from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_s
 
 @dataclass(frozen=True)
 class EvalReference:
-    """The model that KL and implicit rewards are measured against."""
+    """The reference model of the KL and the implicit reward."""
 
     path: str
     """Folder in transformers' layout, or a hub name."""
@@ -45,48 +46,48 @@ class EvalReference:
 
 @dataclass(frozen=True)
 class EvalData:
-    """Held-out data; give prompts, pairs, or both."""
+    """Held-out prompts, preference pairs, or both."""
 
     prompts: str | None = None
-    """Prompts to sample from, for reward and KL."""
+    """Prompts to sample completions for, which reward and KL are measured on."""
     pairs: str | None = None
-    """Preference pairs, for the accuracy; ties are left out and counted."""
+    """Preference pairs that accuracy is measured on, without ties, which are counted."""
     max_length: int = 1024
-    """Most tokens of a prompt with one response; a longer pair is an error."""
+    """Maximum number of tokens of a prompt with one response; a longer pair is an error."""
 
 
 @dataclass(frozen=True)
 class EvalLoss:
-    """The implicit reward's scale."""
+    """Scale of the implicit reward."""
 
     beta: float = 0.1
-    """Of the margin; the accuracy does not depend on it."""
+    """Scale of the margin, which does not change the accuracy."""
 
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Writes OUT (JSON) and, beside it, samples.jsonl."""
+    """Measure accuracy on pairs, or reward and KL of samples; write OUT and samples.jsonl."""
 
     model: SampledModel
     reference: EvalReference
     out: str
-    """File (.json) to write."""
+    """File (.json) to write, which must not exist."""
     data: EvalData = field(default_factory=EvalData)
     reward: str | None = None
-    """`module:function` (prompts, completions) -> numbers, a reward model's folder, or a .json."""
+    """`module:function` (prompts, completions) -> numbers, a reward model, or a .json file."""
     best_of: tuple[int, ...] = ()
-    """Reward of the best of so many answers (1 2 4 8 16); at least the largest number are drawn."""
+    """Also measure the reward of the best of n answers for each n, such as 1 2 4 8 16."""
     best_of_reward: str | None = None
-    """What chooses the best, as for `reward`; None: the reward itself."""
+    """Reward that chooses the best answer; by default `reward` itself."""
     loss: EvalLoss = field(default_factory=EvalLoss)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     sampler: SamplerName = "transformers"
-    """What draws completions: the model in this process, vLLM in it, in a process of its own, or a
-    server that `fastalign vllm-server` started."""
+    """Engine that draws completions: the model itself (transformers), vLLM in this process, vLLM
+    in its own process, or a server started by `fastalign vllm-server`."""
     vllm: VllmOptions = field(default_factory=VllmOptions)
     run: SamplingRun = field(default_factory=SamplingRun)
     packing: Packing = "shared_prefix"
-    """How log-probs are computed; padded for architectures that cannot be packed."""
+    """Packing of the log-prob computation; padded for architectures that cannot be packed."""
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler, self.vllm)
@@ -95,7 +96,7 @@ class EvalConfig:
 def judge_pairs(
     config: EvalConfig, policy: Any, reference: Any, tokenizer: Tokenizer
 ) -> dict[str, float | int]:
-    """Accuracy and margin of the implicit reward."""
+    """Return the accuracy and the margin of the implicit reward."""
     assert config.data.pairs is not None
     data = load_preferences(
         config.data.pairs, tokenizer, max_length=config.data.max_length, ties="drop"
@@ -115,7 +116,7 @@ def judge_pairs(
 def judge_samples(
     config: EvalConfig, policy: Any, reference: Any, tokenizer: Tokenizer
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Reward and KL of fresh samples, and the samples."""
+    """Return reward and KL of fresh samples, and the samples."""
     assert config.data.prompts is not None
     function = None
     if config.reward is not None:
@@ -150,7 +151,7 @@ def judge_samples(
 def judge_best_of(
     config: EvalConfig, prompts: list[Any], rows: list[dict[str, Any]], rewards: list[list[float]]
 ) -> dict[str, Any]:
-    """`best_of_n`: for each n the reward of the best of n, and the bound of its KL."""
+    """Return `best_of_n`: for each n the reward of the best of n and the bound of its KL."""
     if not config.best_of:
         return {}
     scores = None
@@ -169,10 +170,10 @@ def judge_best_of(
 
 
 def check(config: EvalConfig) -> None:
-    """Refuses settings that would measure nothing, or something else.
+    """Check that the settings measure something, and on samples of the policy itself.
 
     Raises:
-        ValueError: naming the setting.
+        ValueError: if they do not; the message names the setting.
     """
     if config.data.prompts is None and config.data.pairs is None:
         raise ValueError("data: expected data.prompts or data.pairs, got neither")
@@ -193,7 +194,7 @@ def check(config: EvalConfig) -> None:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit code 0: the JSON is written."""
+    """Run the command; return 0 when the JSON is written."""
     config = parse_flags(EvalConfig, argv, "fastalign eval")
     check(config)
     most = max(config.sampling.num_samples, *config.best_of, 1)
@@ -213,8 +214,7 @@ def main(argv: Sequence[str]) -> int:
         result |= found
     result = {**result, "seconds": time.perf_counter() - start, "config": asdict(config)}
     if rows:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        Path(out.parent, "samples.jsonl").write_text(text, encoding="utf-8")
+        write_rows(Path(out.parent, "samples.jsonl"), rows)
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     for name in ("reward", "kl", "accuracy"):
         if name in result:

@@ -1,10 +1,7 @@
-"""`fastalign generate`: completions of a file of prompts."""
+"""`fastalign generate`: sample completions for a file of prompts."""
 
-import json
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from fastalign.cli.answers.sampling import (
     SampledModel,
@@ -13,11 +10,11 @@ from fastalign.cli.answers.sampling import (
     new_file,
     read_prompts,
     sample,
+    sample_rows,
+    write_rows,
 )
 from fastalign.cli.config_parse import parse_flags
-from fastalign.data import PromptDataset, Tokenizer, content_as_json
 from fastalign.rollouts import (
-    Completion,
     SamplerName,
     SamplingParams,
     VllmOptions,
@@ -27,7 +24,7 @@ from fastalign.rollouts import (
 
 @dataclass(frozen=True)
 class GenerateData:
-    """Prompts."""
+    """The prompts."""
 
     prompts: str
     """File, folder or hub name with a `prompt` column."""
@@ -35,16 +32,16 @@ class GenerateData:
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Writes one row a completion: prompt, completion, logprob, finish_reason, sample."""
+    """Write a row per completion: prompt, completion, logprob, finish_reason, sample."""
 
     model: SampledModel
     data: GenerateData
     out: str
-    """File (.jsonl) to write."""
+    """File (.jsonl) to write, which must not exist."""
     sampling: SamplingParams = field(default_factory=SamplingParams)
     sampler: SamplerName = "transformers"
-    """What draws completions: the model in this process, vLLM in it, in a process of its own, or a
-    server that `fastalign vllm-server` started."""
+    """Engine that draws completions: the model itself (transformers), vLLM in this process, vLLM
+    in its own process, or a server started by `fastalign vllm-server`."""
     vllm: VllmOptions = field(default_factory=VllmOptions)
     run: SamplingRun = field(default_factory=SamplingRun)
 
@@ -52,30 +49,14 @@ class GenerateConfig:
         check_sampler(self.sampler, self.vllm)
 
 
-def sample_rows(
-    prompts: PromptDataset, completions: Sequence[Sequence[Completion]], tokenizer: Tokenizer
-) -> Iterator[dict[str, Any]]:
-    """The rows that are written: `logprob` is of the whole completion, in nats."""
-    for prompt, answers in zip(prompts.prompts, completions, strict=True):
-        for number, answer in enumerate(answers):
-            yield {
-                "prompt": content_as_json(prompt),
-                "completion": tokenizer.decode(answer.token_ids, skip_special_tokens=True),
-                "logprob": math.fsum(answer.logprobs),
-                "finish_reason": answer.finish_reason,
-                "sample": number,
-            }
-
-
 def main(argv: Sequence[str]) -> int:
-    """Exit code 0: the file is written."""
+    """Run the command; return 0 when the file is written."""
     config = parse_flags(GenerateConfig, argv, "fastalign generate")
     out = new_file(config.out)
     model, tokenizer = load_sampled(config.model)
     prompts = read_prompts(config.data.prompts, model, tokenizer, config.sampling)
     completions = sample(config.model, model, tokenizer, prompts.prompt_ids, config)
     rows = list(sample_rows(prompts, completions, tokenizer))
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    out.write_text(text, encoding="utf-8")
+    write_rows(out, rows)
     print(f"{len(rows)} completions of {len(prompts.prompts)} prompts written to {out}")
     return 0

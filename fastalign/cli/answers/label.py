@@ -1,11 +1,10 @@
-"""`fastalign label`: sampled completions to preference pairs, by a reward."""
+"""`fastalign label`: make preference pairs from sampled completions and a reward."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastalign.cli.answers.sampling import new_file
+from fastalign.cli.answers.sampling import new_file, write_rows
 from fastalign.cli.config_parse import parse_flags
 from fastalign.data import Content, content_as_json, load_samples
 from fastalign.evaluation import apply_reward, load_reward
@@ -13,29 +12,29 @@ from fastalign.evaluation import apply_reward, load_reward
 
 @dataclass(frozen=True)
 class LabelData:
-    """Samples."""
+    """The samples."""
 
     samples: str
-    """File that `fastalign generate` wrote: `prompt` and `completion`, several of each prompt."""
+    """File written by `fastalign generate` with several completions per prompt."""
     ties: Literal["drop", "keep"] = "drop"
-    """Prompts whose completions all have the same reward: drop and count, or write as ties."""
+    """Drop and count prompts whose completions all have the same reward, or keep them as ties."""
 
 
 @dataclass(frozen=True)
 class LabelConfig:
-    """Writes, for each prompt, its best completion as chosen and its worst as rejected."""
+    """Write each prompt's best completion as chosen and its worst as rejected."""
 
     data: LabelData
     reward: str
-    """`module:function` (prompts, completions) -> numbers, a reward model's folder, or a .json."""
+    """`module:function` (prompts, completions) -> numbers, a reward model, or a .json file."""
     out: str
-    """File (.jsonl) to write."""
+    """File (.jsonl) to write, which must not exist."""
 
 
 def best_and_worst(
     groups: Sequence[tuple[Content, list[str]]], rewards: Sequence[float], ties: str
 ) -> Iterator[dict[str, Any] | None]:
-    """One row a prompt, or None where there is no pair: one distinct answer, or a dropped tie."""
+    """Yield a row per prompt, or None for a dropped tie or a prompt with one distinct answer."""
     place = 0
     for prompt, completions in groups:
         scored = list(zip(rewards[place : place + len(completions)], completions, strict=True))
@@ -54,23 +53,15 @@ def best_and_worst(
         if not first.strip() or not second.strip() or (label == "tie" and ties == "drop"):
             yield None
         elif ties == "keep":
-            yield {
-                "prompt": as_json,
-                "response_a": sides[0],
-                "response_b": sides[1],
-                "label": label,
-            }
+            row = {"prompt": as_json, "response_a": sides[0], "response_b": sides[1]}
+            yield row | {"label": label}
         else:
-            yield {
-                "prompt": as_json,
-                "chosen": sides[0],
-                "rejected": sides[1],
-                "margin": best[0] - worst[0],
-            }
+            row = {"prompt": as_json, "chosen": sides[0], "rejected": sides[1]}
+            yield row | {"margin": best[0] - worst[0]}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit code 0: the file is written."""
+    """Run the command; return 0 when the file is written."""
     config = parse_flags(LabelConfig, argv, "fastalign label")
     function = load_reward(config.reward)
     groups = load_samples(config.data.samples)
@@ -83,8 +74,7 @@ def main(argv: Sequence[str]) -> int:
             f"data.samples: no prompt of {config.data.samples} has two answers that differ in "
             "reward; sample more of each (--sampling.num-samples)"
         )
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in pairs)
-    new_file(config.out).write_text(text, encoding="utf-8")
+    write_rows(new_file(config.out), pairs)
     dropped = len(rows) - len(pairs)
     print(
         f"{len(pairs)} pairs written to {config.out}; {dropped} prompts without one (ties, blanks)"

@@ -1,6 +1,8 @@
-"""What the commands that sample share: a model on its device, and its samples."""
+"""Functions of the commands that sample: load a model, read prompts, sample, write rows."""
 
-from collections.abc import Sequence
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,7 @@ from fastalign.compute import Compute, Packing, find_device
 from fastalign.data import (
     PromptDataset,
     Tokenizer,
+    content_as_json,
     eos_token_ids,
     load_prompts,
     load_tokenizer,
@@ -30,14 +33,14 @@ from fastalign.rollouts import (
 
 @dataclass(frozen=True)
 class SampledModel:
-    """The model that is sampled from."""
+    """The model to sample from."""
 
     path: str
     """Folder in transformers' layout, or a hub name."""
     trust_remote_code: bool = False
-    """Run code that comes with the model."""
+    """Run the Python code that comes with the model."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
+    """Device such as cpu, cuda or cuda:1; auto takes a GPU if there is one."""
 
     def compute(self, packing: Packing = "shared_prefix") -> Compute:
         """Return how this model's forwards run: on its device, in the dtype of its weights."""
@@ -46,14 +49,14 @@ class SampledModel:
 
 @dataclass(frozen=True)
 class SamplingRun:
-    """Randomness."""
+    """Randomness of the samples."""
 
     seed: int = 0
-    """Of the samples; the same seed draws the same tokens, however they are batched."""
+    """Random seed; the same seed draws the same tokens however they are batched."""
 
 
 class SamplingSettings(Protocol):
-    """The settings of a command that samples."""
+    """Interface of the settings of a command that samples."""
 
     @property
     def sampling(self) -> SamplingParams:
@@ -61,11 +64,11 @@ class SamplingSettings(Protocol):
 
     @property
     def run(self) -> SamplingRun:
-        """With which seed."""
+        """The seed."""
 
     @property
     def sampler(self) -> SamplerName:
-        """By what."""
+        """The engine that draws completions."""
 
     @property
     def vllm(self) -> VllmOptions:
@@ -73,7 +76,7 @@ class SamplingSettings(Protocol):
 
 
 def load_sampled(config: SampledModel) -> tuple[Any, Tokenizer]:
-    """The model, in float32 on a CPU and bfloat16 on a GPU, and its tokenizer."""
+    """Load a model, in float32 on a CPU and bfloat16 on a GPU, and its tokenizer."""
     compute = config.compute("padded")
     tokenizer = load_tokenizer(config.path, trust_remote_code=config.trust_remote_code)
     model = load_policy(
@@ -88,10 +91,10 @@ def load_sampled(config: SampledModel) -> tuple[Any, Tokenizer]:
 def read_prompts(
     source: str, model: Any, tokenizer: Tokenizer, params: SamplingParams
 ) -> PromptDataset:
-    """Prompts that leave room for their answers.
+    """Read prompts that leave room for their answers.
 
     Raises:
-        ValueError: a bad row, or a prompt that is too long.
+        ValueError: if a row is bad, or a prompt is too long.
     """
     limit = getattr(model.config, "max_position_embeddings", None) or 2**31
     room = limit - params.max_new_tokens
@@ -103,20 +106,20 @@ def read_prompts(
 
 
 class Progress:
-    """Says now and then how many of `total` completions are done."""
+    """Prints the number of finished completions every fifth of `total`."""
 
     def __init__(self, total: int):
         self._total, self._done, self._shown = total, 0, 0
 
     def add(self, count: int) -> None:
-        """So many more are done; engines say 0 to show that they live."""
+        """Add finished completions; engines report 0 as a sign of life."""
         self._done += count
         if count and (self._done == self._total or self._done - self._shown >= self._total / 5):
             self._shown = self._done
             print(f"sampled {self._done} of {self._total}", flush=True)
 
     def restart(self) -> None:
-        """All of them are drawn again."""
+        """Start again from 0, when all completions are drawn again."""
         self._done = self._shown = 0
 
 
@@ -127,11 +130,11 @@ def open_sampler(
     prompt_ids: Sequence[Sequence[int]],
     settings: SamplingSettings,
 ) -> Sampler:
-    """What `--sampler` names, on a loaded model.
+    """Open the sampler that `--sampler` names for a loaded model.
 
     Raises:
-        ValueError: vLLM is not installed, or cannot run this model or these settings.
-        SamplerFailed: an engine did not start, or no server is there in time.
+        ValueError: if vLLM is not installed, or cannot run this model or these settings.
+        SamplerFailed: if an engine does not start, or no server answers in time.
     """
     stops, params = eos_token_ids(tokenizer, source.path), settings.sampling
     progress = Progress(len(prompt_ids) * params.num_samples)
@@ -161,24 +164,45 @@ def sample(
     prompt_ids: Sequence[Sequence[int]],
     settings: SamplingSettings,
 ) -> list[list[Completion]]:
-    """Completions of each prompt; says now and then how many are done.
+    """Return completions of each prompt, printing the progress.
 
     Raises:
-        ValueError: as `open_sampler`, or what the sampler refuses.
-        SamplerFailed: the engine failed, or computes with other weights than the model's.
+        ValueError: if `open_sampler` raises it, or the sampler refuses the settings.
+        SamplerFailed: if the engine fails, or computes with other weights than the model's.
     """
     with closing(open_sampler(source, model, tokenizer, prompt_ids, settings)) as sampler:
         return sampler.generate(prompt_ids, settings.sampling, seed=settings.run.seed)
 
 
 def new_file(out: str) -> Path:
-    """The path to write, its folder made.
+    """Return the path to write after creating its folder.
 
     Raises:
-        ValueError: it exists: nothing is overwritten.
+        ValueError: if the file exists, since nothing is overwritten.
     """
     path = Path(out)
     if path.exists():
         raise ValueError(f"out: {path} exists; remove it or choose another name")
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
+
+
+def sample_rows(
+    prompts: PromptDataset, completions: Sequence[Sequence[Completion]], tokenizer: Tokenizer
+) -> Iterator[dict[str, Any]]:
+    """Yield a row per completion; `logprob` is that of the whole completion in nats."""
+    for prompt, answers in zip(prompts.prompts, completions, strict=True):
+        for number, answer in enumerate(answers):
+            yield {
+                "prompt": content_as_json(prompt),
+                "completion": tokenizer.decode(answer.token_ids, skip_special_tokens=True),
+                "logprob": math.fsum(answer.logprobs),
+                "finish_reason": answer.finish_reason,
+                "sample": number,
+            }
+
+
+def write_rows(out: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON Lines."""
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    out.write_text(text, encoding="utf-8")

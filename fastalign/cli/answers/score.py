@@ -1,11 +1,10 @@
-"""`fastalign score`: the rewards of a file of answers under a trained reward model."""
+"""`fastalign score`: score a file of answers with a reward model."""
 
-import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastalign.cli.answers.sampling import SampledModel, new_file
+from fastalign.cli.answers.sampling import SampledModel, new_file, write_rows
 from fastalign.cli.config_parse import parse_flags
 from fastalign.data import read_samples
 from fastalign.evaluation import ModelReward, apply_reward
@@ -18,26 +17,26 @@ class ScoringModel(SampledModel):
 
 @dataclass(frozen=True)
 class ScoreData:
-    """Answers."""
+    """The answers."""
 
     samples: str
-    """File with `prompt` and `completion`, as `fastalign generate` writes it."""
+    """File with `prompt` and `completion`, as written by `fastalign generate`."""
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """Writes every row again with its `reward`; an answer is scored with its end behind it."""
+    """Write every row with its `reward`, scored at the EOS that is appended to the answer."""
 
     model: ScoringModel
     data: ScoreData
     out: str
-    """File (.jsonl) to write."""
+    """File (.jsonl) to write, which must not exist."""
     raw: bool = False
-    """Scores as transformers serves them, not normalised by the model's reward_mean, reward_std."""
+    """Write the scores of transformers, without normalising by reward_mean and reward_std."""
 
 
 def main(argv: Sequence[str]) -> int:
-    """Exit code 0: the file is written."""
+    """Run the command; return 0 when the file is written."""
     config = parse_flags(ScoreConfig, argv, "fastalign score")
     out = new_file(config.out)
     samples = read_samples(config.data.samples)
@@ -51,8 +50,7 @@ def main(argv: Sequence[str]) -> int:
         model, [sample.prompt for sample in samples], [sample.completion for sample in samples]
     )
     rows = [{**s.values, "reward": reward} for s, reward in zip(samples, rewards, strict=True)]
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    out.write_text(text, encoding="utf-8")
+    write_rows(out, rows)
     print(
         f"{len(rows)} answers scored, mean {statistics.fmean(rewards):.3f}, from "
         f"{min(rewards):.3f} to {max(rewards):.3f}; written to {config.out}"

@@ -39,37 +39,37 @@ class Side:
     path: str | None = None
     """Folder in transformers' layout, or a hub name, to sample from."""
     samples: str | None = None
-    """File that `fastalign generate` wrote for the same prompts as the other side's."""
+    """File written by `fastalign generate` for the same prompts as the other side."""
     trust_remote_code: bool = False
-    """Run code that comes with the model."""
+    """Run the Python code that comes with the model."""
     device: str = "auto"
-    """cpu, cuda, cuda:1, ...; auto: a GPU if there is one."""
+    """Device such as cpu, cuda or cuda:1; auto takes a GPU if there is one."""
 
 
 @dataclass(frozen=True)
 class WinRateData:
-    """Prompts."""
+    """The prompts."""
 
     prompts: str | None = None
-    """File, folder or hub name with a `prompt` column, for sides that are sampled from."""
+    """File, folder or hub name with a `prompt` column, if a side is sampled from."""
 
 
 @dataclass(frozen=True)
 class WinRateConfig:
-    """Writes OUT (.json) and, beside it, OUT.verdicts.jsonl with every pair and its verdict."""
+    """Compare two models' answers; write OUT and every pair's verdict to OUT.verdicts.jsonl."""
 
     model: Side
     baseline: Side
     out: str
-    """File (.json) to write."""
+    """File (.json) to write, which must not exist."""
     reward: str | None = None
-    """Judge: `module:function` (prompts, completions) -> numbers, a reward model, or a .json."""
+    """Reward as judge: `module:function`, a reward model, or a .json file."""
     judge: EndpointConfig = field(default_factory=EndpointConfig)
     data: WinRateData = field(default_factory=WinRateData)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     sampler: SamplerName = "transformers"
-    """Engine that draws completions: the model in this process, vLLM in this process, or a vLLM
-    server."""
+    """Engine that draws completions: the model itself (transformers), vLLM in this process, vLLM
+    in its own process, or a server started by `fastalign vllm-server`."""
     vllm: VllmOptions = field(default_factory=VllmOptions)
     run: SamplingRun = field(default_factory=SamplingRun)
 
@@ -106,7 +106,7 @@ def answers_of(side: Side, config: WinRateConfig) -> list[tuple[Content, list[st
     model, tokenizer = load_sampled(source)
     prompts = read_prompts(config.data.prompts, model, tokenizer, config.sampling)
     drawn = sample(source, model, tokenizer, prompts.prompt_ids, config)
-    # A prompt that stands in the file twice is one prompt with twice the answers, as in a file.
+    # A prompt given twice is one prompt with twice the answers, as in a file of samples.
     found: dict[Content, list[str]] = {}
     for prompt, answers in zip(prompts.prompts, drawn, strict=True):
         texts = [tokenizer.decode(a.token_ids, skip_special_tokens=True) for a in answers]
@@ -178,7 +178,7 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Compare the two sides and write the JSON; returns exit code 0."""
+    """Run the command; return 0 when the JSON is written."""
     config = parse_flags(WinRateConfig, argv, "fastalign win-rate")
     check(config)
     out = new_file(config.out)

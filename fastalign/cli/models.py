@@ -1,4 +1,4 @@
-"""`fastalign new-model`: a tokenizer and a small Llama from scratch, for trying things out."""
+"""`fastalign new-model` and `fastalign merge`: make a small model, or merge an adapter."""
 
 import itertools
 import json
@@ -19,42 +19,42 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class NewModelData:
-    """Text for the tokenizer."""
+    """The text that trains the tokenizer."""
 
     train: str
-    """File, folder or hub name; all its text is read."""
+    """File, folder or hub name whose text is all read."""
 
 
 @dataclass(frozen=True)
 class NewModelRun:
-    """Randomness."""
+    """Randomness of the weights."""
 
     seed: int = 0
-    """Of the weights."""
+    """Random seed of the weights."""
 
 
 @dataclass(frozen=True)
 class NewModelConfig:
-    """Trains a byte-level BPE tokenizer and writes a random Llama beside it."""
+    """Train a byte-level BPE tokenizer and write it with a small Llama of random weights."""
 
     data: NewModelData
     out: str
-    """Folder to write, in transformers' layout."""
+    """Folder to write in transformers' layout."""
     vocab_size: int = 4096
-    """Tokens, three special ones included; at least 259."""
+    """Size of the vocabulary, three special tokens included; at least 259."""
     hidden_size: int = 128
     """Width of the hidden states."""
     layers: int = 4
     """Number of layers."""
     heads: int = 4
-    """Attention heads."""
+    """Number of attention heads."""
     max_positions: int = 1024
-    """Longest sequence."""
+    """Maximum sequence length."""
     run: NewModelRun = field(default_factory=NewModelRun)
 
 
 def texts_of(source: str) -> Iterator[str]:
-    """Every text in the rows of a source: plain columns and the contents of messages."""
+    """Yield every text in the rows of a source: plain columns and the contents of messages."""
     from fastalign.data import DataFault, read_texts
 
     for text in read_texts(source):
@@ -64,7 +64,7 @@ def texts_of(source: str) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
-    """A byte-level BPE tokenizer with BOS, EOS and pad; it puts BOS in front, as Llama's does."""
+    """Train a byte-level BPE tokenizer with BOS, EOS and pad; it prepends BOS, as Llama's does."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -90,7 +90,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 
 def make_model(config: NewModelConfig, num_tokens: int) -> Any:
-    """A Llama with random weights and tied embeddings."""
+    """Return a Llama with random weights and tied embeddings."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -112,8 +112,8 @@ def make_model(config: NewModelConfig, num_tokens: int) -> Any:
     )
 
 
-def main(argv: Sequence[str]) -> int:
-    """Exit code 0: the folder is written."""
+def new_model(argv: Sequence[str]) -> int:
+    """Run `fastalign new-model`; return 0 when the folder is written."""
     config = parse_flags(NewModelConfig, argv, "fastalign new-model")
     if config.vocab_size < 256 + len(SPECIAL_TOKENS):
         raise ValueError(f"vocab-size: expected at least 259, got {config.vocab_size}")
@@ -126,9 +126,7 @@ def main(argv: Sequence[str]) -> int:
             f"hidden-size: expected a multiple of twice the {config.heads} heads, "
             f"got {config.hidden_size}"
         )
-    out = Path(config.out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out: {out} exists and is not an empty folder")
+    out = empty_folder(config.out)
     texts = texts_of(config.data.train)
     first = next(texts, None)
     if first is None:
@@ -140,3 +138,52 @@ def main(argv: Sequence[str]) -> int:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     print(json.dumps({"out": str(out), "tokens": len(tokenizer), "parameters": num_parameters}))
     return 0
+
+
+@dataclass(frozen=True)
+class MergeModel:
+    """The adapter."""
+
+    path: str
+    """Folder in peft's layout, which names its base."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the base."""
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Add an adapter to the float32 weights of its base and write the model to OUT."""
+
+    model: MergeModel
+    out: str
+    """Folder to write in transformers' layout."""
+
+
+def merge(argv: Sequence[str]) -> int:
+    """Run `fastalign merge`; return 0 when the folder is written."""
+    from fastalign.compute import Compute
+    from fastalign.data import load_tokenizer
+    from fastalign.models import adapter_base, load_policy, save_model
+
+    config = parse_flags(MergeConfig, argv, "fastalign merge")
+    out = empty_folder(config.out)
+    if adapter_base(config.model.path) is None:
+        raise ValueError(f"model.path: {config.model.path} is no adapter's folder (peft's layout)")
+    trust = config.model.trust_remote_code
+    tokenizer = load_tokenizer(config.model.path, trust_remote_code=trust)
+    model = load_policy(config.model.path, Compute(packing="padded"), trust_remote_code=trust)
+    save_model(model, tokenizer, out)
+    print(f"merged model written to {out}")
+    return 0
+
+
+def empty_folder(out: str) -> Path:
+    """Return the folder to write.
+
+    Raises:
+        ValueError: if it exists and is not an empty folder.
+    """
+    folder = Path(out)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"out: {folder} exists and is not an empty folder")
+    return folder
