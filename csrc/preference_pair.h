@@ -1,6 +1,6 @@
 // One preference pair: its loss and the derivatives by the log-probs of its two responses. Both
-// libraries compute it here, in double, once a pair; the definitions are those of
-// fastalign/losses/preference*.py, and formula.py beside the operation says what is what.
+// libraries compute it here, in double, once a pair. fastalign/losses/preference.py defines the
+// losses; PairLink of fastalign/ops/preference_loss/formula.py explains the numbers.
 #pragma once
 
 #include <float.h>
@@ -32,7 +32,7 @@ struct PairLoss {
     double loss, slope[2];
 };
 
-// Comparisons are such that a NaN stays one, and no infinity is subtracted from another.
+// Comparisons keep a NaN, and never subtract an infinity from another.
 FASTALIGN_SHARED double softplus(double x) { return (x < 0 ? 0 : x) + log1p(exp(-fabs(x))); }
 
 FASTALIGN_SHARED double sigmoid(double x) {
@@ -53,7 +53,7 @@ FASTALIGN_SHARED double link_loss(const PreferenceFormula& f, double x, bool tie
         return distance * distance;
     }
     if (f.link == DAVIDSON) {
-        // By q = e^-|x|/2: the denominator, over its larger end, is 1 + q^2 + 2 nu q.
+        // With q = e^-|x|/2 the denominator, divided by its largest term, is 1 + q^2 + 2 nu q.
         const double q = exp(-fabs(x) / 2), tied = exp(double(f.tie_offset)) * q;
         const double sum = q * q + tied, win = (x < 0 ? q * q : 1) / (1 + sum),
                      loss = (x < 0 ? 1 : q * q) / (1 + sum);
@@ -98,14 +98,14 @@ FASTALIGN_SHARED PairLoss pair_loss(const PreferenceFormula& f, const Preference
     return {loss, {by_margin * f.beta * weight[0], -by_margin * f.beta * weight[1]}};
 }
 
-// Reads pair number `index` of arrays that may be NULL but for bounds.
+// Reads pair number `index`; every array but bounds may be NULL.
 FASTALIGN_SHARED PreferencePair read_pair(int64_t index, const double* policy,
                                           const int64_t* bounds, const float* reference_logprob,
                                           const int64_t* length, const uint8_t* tie) {
     PreferencePair pair;
     for (int side = 0; side < 2; ++side) {
         const int64_t sequence = 2 * index + side;
-        // Rounded as it is returned: a policy that is its reference has a margin of exactly 0.
+        // Rounded as it is returned: a policy that equals its reference has a margin of exactly 0.
         pair.policy[side] = static_cast<float>(policy[side]);
         pair.reference[side] = reference_logprob ? reference_logprob[sequence] : 0;
         pair.length[side] = static_cast<double>(length ? length[sequence]

@@ -1,4 +1,4 @@
-"""Advantages of whole responses from the scores of a prompt's n samples, and whitening."""
+"""Advantages of whole responses from the scores of a prompt's samples, and whitening."""
 
 from torch import Tensor
 
@@ -7,16 +7,16 @@ def rloo_advantage(
     score: Tensor,  # (R,)
     num_samples: int,
 ) -> Tensor:
-    """REINFORCE leave-one-out (Kool et al. 2019; arXiv 2402.14740), (R,).
+    """Return REINFORCE leave-one-out advantages (Kool et al. 2019; arXiv 2402.14740), (R,).
 
-    r_i less the mean of the other samples of its prompt.
+    Each is the response's score minus the mean score of its prompt's other responses.
 
     Args:
-        score: Of each response; the n samples of one prompt lie next to each other.
-        num_samples: n, of every prompt.
+        score: score of each response; a prompt's responses are adjacent.
+        num_samples: responses of each prompt.
 
     Raises:
-        ValueError: n below 2, or scores that are not n of each prompt.
+        ValueError: if `num_samples` < 2, or R is not a multiple of it.
     """
     group = _grouped(score, num_samples)
     others = (group.sum(1, keepdim=True) - group) / (num_samples - 1)
@@ -29,17 +29,18 @@ def grpo_advantage(
     *,
     eps: float = 1e-4,
 ) -> Tensor:
-    """GRPO's group-relative advantages (arXiv 2402.03300, section 4.1.2), (R,).
+    """Return GRPO's group-relative advantages (arXiv 2402.03300, section 4.1.2), (R,).
 
-    (r_i - mean) / (std + eps), of each prompt's n samples.
+    Each is (r_i - mean) / (std + eps) over its prompt's responses; the standard deviation is the
+    sample's, with num_samples - 1.
 
     Args:
-        score: Of each response; the n samples of one prompt lie next to each other.
-        num_samples: n, of every prompt.
-        eps: Keeps a group of equal scores at 0; the standard deviation is the sample's (n - 1).
+        score: score of each response; a prompt's responses are adjacent.
+        num_samples: responses of each prompt.
+        eps: added to the standard deviation, so that equal scores give advantages of 0.
 
     Raises:
-        ValueError: n below 2, or scores that are not n of each prompt.
+        ValueError: if `num_samples` < 2, or R is not a multiple of it.
     """
     group = _grouped(score, num_samples)
     centred = group - group.mean(1, keepdim=True)
@@ -47,10 +48,11 @@ def grpo_advantage(
 
 
 def whiten(values: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Tensor:
-    """Values of standard deviation 1, and of mean 0 if `shift_mean`; in the same shape.
+    """Scale values to standard deviation 1 and, with `shift_mean`, shift them to mean 0.
 
-    (x - mean) / sqrt(var + eps) [+ mean], as in openai/lm-human-preferences, the code of
-    arXiv 1909.08593, which shifts advantages and leaves rewards their mean.
+    Return (x - mean) / sqrt(var + eps) [+ mean] in the shape and dtype of `values`, as in
+    openai/lm-human-preferences, the code of arXiv 1909.08593, which shifts advantages but not
+    rewards.
     """
     mean = values.double().mean()
     white = (values - mean) * whitening_scale(values, eps=eps)
@@ -58,12 +60,12 @@ def whiten(values: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Ten
 
 
 def whitening_scale(values: Tensor, *, eps: float = 1e-8) -> Tensor:
-    """What `whiten` multiplies by: 1 / sqrt(var + eps), () float64."""
+    """Return the factor of `whiten`, 1 / sqrt(var + eps), () float64."""
     return (values.double().var(correction=0) + eps).rsqrt()
 
 
 def _grouped(score: Tensor, num_samples: int) -> Tensor:
-    """(R / n, n)."""
+    """Return the scores as (R / num_samples, num_samples)."""
     if num_samples < 2:
         raise ValueError(f"num_samples: expected at least 2 of each prompt, got {num_samples}")
     if score.ndim != 1 or score.numel() % num_samples:

@@ -1,13 +1,13 @@
-"""Checks shared by the losses."""
+"""Checks of arguments, shared by the losses."""
 
 from torch import Tensor
 
 
 def check_same_shape(**tensors: Tensor | None) -> None:
-    """Checks that all tensors given have the shape of the first.
+    """Check that all tensors have the shape of the first; None is skipped.
 
     Raises:
-        ValueError: Naming the first that differs.
+        ValueError: if one differs; the message names it.
     """
     given = {name: value for name, value in tensors.items() if value is not None}
     first, expected = next((name, value.shape) for name, value in given.items())
@@ -19,10 +19,10 @@ def check_same_shape(**tensors: Tensor | None) -> None:
 
 
 def check_positive(**numbers: float | Tensor) -> None:
-    """Checks that every number is above zero.
+    """Check that every number is above zero.
 
     Raises:
-        ValueError: Naming the first that is not.
+        ValueError: if one is not; the message names it.
     """
     for name, value in numbers.items():
         if not value > 0:
@@ -30,10 +30,12 @@ def check_positive(**numbers: float | Tensor) -> None:
 
 
 def check_label_smoothing(label_smoothing: float) -> None:
-    """Checks 0 <= label_smoothing < 0.5: from one half on, the labels say nothing, or the opposite.
+    """Check that 0 <= label_smoothing < 0.5.
+
+    Labels of which half are wrong carry no information.
 
     Raises:
-        ValueError: It is not.
+        ValueError: if it is outside that range.
     """
     if not 0.0 <= label_smoothing < 0.5:
         raise ValueError(
@@ -41,12 +43,12 @@ def check_label_smoothing(label_smoothing: float) -> None:
         )
 
 
-def check_shares(shares: Tensor, of_pairs: Tensor) -> None:
-    """Checks that there are three shares for each pair; `of_pairs` is (B,).
+def check_shares(shares: Tensor, per_pair: Tensor) -> None:
+    """Check that there are three shares for each pair; `per_pair` is any tensor (B,).
 
     Raises:
-        ValueError: It is not so.
+        ValueError: if `shares` is not (B, 3).
     """
-    expected = (*of_pairs.shape, 3)
+    expected = (*per_pair.shape, 3)
     if shares.shape != expected:
         raise ValueError(f"shares: expected {expected}, got {tuple(shares.shape)}")

@@ -1,4 +1,4 @@
-"""The formulas as functions of a chunk of tokens: what `fused_linear_loss` calls.
+"""Losses as functions of a chunk of tokens, which `fused_linear_loss` calls.
 
 B pairs, whose 2B responses lie in the order chosen, rejected, chosen, rejected, ...
 """
@@ -28,34 +28,33 @@ def preference_loss_fn(
     margin: Tensor | None = None,  # (B,)
     beta: float = 0.1,
 ) -> LossFunction:
-    """A loss of preference pairs for `fused_linear_loss`, whose groups must be the pairs.
+    """Make a loss of preference pairs for `fused_linear_loss`, whose groups must be the pairs.
 
-    That is, `segments=response_bounds[::2]`. Chunks may hold any number of pairs.
+    The call's `segments` are `response_bounds[::2]`; a chunk may hold any number of pairs.
 
     Args:
-        pair_loss: `formula(dpo, beta=0.1)`, which goes to the kernels of `preference_loss`; or
+        pair_loss: `formula(dpo, beta=0.1)`, which the kernels of `preference_loss` compute; or
             any function from `PairLogprobs` of B pairs to losses (B,), for example
             `lambda pairs: dpo(*pairs.logprobs(), beta=0.1)`.
-        response_bounds: Row bounds of the responses, in the order chosen, rejected, chosen, ...
-        reference_logprob: The reference model's log-prob of each response, or None.
-        normaliser: What the sum of pair losses is divided by: pairs of the *whole* step.
-        tie: Which pairs are ties; None: no pair is.
-        margin: Passed on to a function; no formula has a place for it.
-        beta: The scale of the rewards in the metrics.
+        response_bounds: row bounds of the responses, in the order chosen, rejected, chosen, ...
+        reference_logprob: the reference model's log-prob of each response, or None.
+        normaliser: divisor of the sum of the pairs' losses: pairs of the *whole* step.
+        tie: pairs that are ties; None: no pair is.
+        margin: passed on to a function; a formula takes none.
+        beta: scale of the rewards in the metrics.
 
     Returns:
         The loss function. Its metrics are sums: over pairs `logps/chosen`, `logps/rejected`,
-        `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (ties
-        left out of this one), counted by `num_pairs` and `num_ties`; over tokens `entropy`
-        and `mean_token_accuracy`, counted by `num_target_tokens`.
+        `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (without
+        ties), counted by `num_pairs` and `num_ties`; over tokens `entropy` and
+        `mean_token_accuracy`, counted by `num_target_tokens`.
 
     Raises:
-        ValueError: Lengths that do not fit each other, or a margin for a formula.
+        ValueError: if lengths do not fit each other, or a formula is given a margin.
     """
     if margin is not None and isinstance(pair_loss, PreferenceFormula):
         raise ValueError(
-            f"margin: expected None, for the formula {pair_loss.name} has no place for it, "
-            "got a tensor"
+            f"margin: expected None, for the formula {pair_loss.name} takes none, got a tensor"
         )
     bounds = torch.as_tensor(response_bounds, dtype=torch.int64)
     num_responses = bounds.numel() - 1
@@ -72,7 +71,7 @@ def preference_loss_fn(
         responses = slice(2 * chunk.group_start, 2 * chunk.group_stop)
         device = chunk.logprob.device
         local = bounds[responses.start : responses.stop + 1] - chunk.row_start
-        local = local.to(device, non_blocking=True)  # no waiting for a GPU
+        local = local.to(device, non_blocking=True)  # does not wait for the GPU
         losses, found = _pair_losses(
             pair_loss,
             chunk,
@@ -88,10 +87,10 @@ def preference_loss_fn(
 
 
 def sft_loss_fn(*, normaliser: float | Tensor) -> LossFunction:
-    """The cross-entropy of all target tokens over `normaliser`, for `fused_linear_loss`.
+    """Make the loss of `fused_linear_loss` that is cross-entropy over `normaliser`.
 
     Args:
-        normaliser: The number of target tokens of the *whole* step.
+        normaliser: number of target tokens of the *whole* step.
 
     Returns:
         The loss function. Its metrics are sums over tokens: `entropy`, `mean_token_accuracy`,
@@ -116,21 +115,21 @@ def ppo_loss_fn(
     estimator: Estimator = "k3",
     normaliser: float | Tensor,
 ) -> LossFunction:
-    """PPO's clipped loss less an entropy bonus over `normaliser`, for `fused_linear_loss`.
+    """Make PPO's loss for `fused_linear_loss`: clipped loss minus entropy bonus, over `normaliser`.
 
-    With a `reference_logprob`, also the KL to the reference as a loss: `kl_coefficient` times the
-    estimate of `ops.kl_penalty`.
+    With a `reference_logprob` it adds a KL to the reference: `kl_coefficient` times the estimate of
+    `ops.kl_penalty`.
 
     Args:
-        old_logprob: Log-probs of the policy that sampled, for all rows of the call.
-        advantage: Advantages, for all rows of the call.
-        clip_range: As in `ppo_clip`.
-        entropy_coefficient: The weight of the entropy bonus.
-        weight: Of each token's clipped loss (`importance_weight`), for all rows; None: 1.
-        reference_logprob: Of the tokens under the reference, for all rows; None: no KL here.
-        kl_coefficient: The weight of the KL.
+        old_logprob: log-probs under the policy that sampled, for all rows of the call.
+        advantage: advantages, for all rows of the call.
+        clip_range: as in `ppo_clip`.
+        entropy_coefficient: weight of the entropy bonus.
+        weight: factor of each token's clipped loss (`importance_weight`), for all rows; None: 1.
+        reference_logprob: log-probs under the reference, for all rows; None: no KL in the loss.
+        kl_coefficient: weight of the KL.
         estimator: `k2` or `k3`; the gradient of `k1` is zero in expectation.
-        normaliser: The number of target tokens of the *whole* step.
+        normaliser: number of target tokens of the *whole* step.
 
     Returns:
         The loss function. Its metrics are sums over target tokens: `policy/approxkl_avg`,
@@ -138,7 +137,7 @@ def ppo_loss_fn(
         and those of `sft_loss_fn`.
 
     Raises:
-        ValueError: `k1` as a loss.
+        ValueError: if the estimator of a KL in the loss is `k1`.
     """
     if reference_logprob is not None and estimator == "k1":
         raise ValueError("estimator: expected 'k2' or 'k3' for a KL in the loss, got 'k1'")
@@ -173,7 +172,7 @@ def ppo_loss_fn(
 
 
 def _kl_of_chunk(chunk: TokenChunk, reference_logprob: Tensor, estimator: Estimator) -> Tensor:
-    """The summed estimate of the chunk's targets, ()."""
+    """Return the sum of the KL estimates of the chunk's targets, ()."""
     reference = reference_logprob.to(chunk.logprob)
     bounds = torch.tensor([0, chunk.logprob.numel()], device=reference.device)
     found = kl_penalty(
@@ -200,7 +199,7 @@ def _pair_losses(
     tie: Tensor | None,  # (B,)
     margin: Tensor | None,  # (B,)
 ) -> tuple[Tensor, PairLogprobs]:
-    """The losses (B,) of a chunk's pairs, and the pairs."""
+    """Return the losses (B,) of a chunk's pairs, and the pairs."""
     length = segment_sum(chunk.is_target.float(), bounds).long()
     if isinstance(pair_loss, PreferenceFormula):
         losses, logprob = preference_loss(

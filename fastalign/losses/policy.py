@@ -21,21 +21,18 @@ def ppo_clip(
     *,
     clip_range: float = 0.2,
 ) -> Tensor:
-    """PPO's clipped objective, negated (arXiv 1707.06347, eq. 7), (T,).
+    """Return PPO's clipped objective, negated (arXiv 1707.06347, eq. 7), (T,).
 
     -min(r A, clip(r, 1 - clip_range, 1 + clip_range) A), r = exp(logprob - old_logprob).
 
     Args:
-        logprob: Of the sampled tokens under the policy.
-        old_logprob: Under the policy that sampled; no gradient flows.
-        advantage: No gradient flows.
-        clip_range: Epsilon, in (0, 1).
-
-    Returns:
-        One loss a token.
+        logprob: log-probs of the sampled tokens under the policy.
+        old_logprob: log-probs under the policy that sampled; no gradient flows.
+        advantage: advantage of each token; no gradient flows.
+        clip_range: the paper's epsilon, in (0, 1).
 
     Raises:
-        ValueError: Shapes that differ, or a clip range outside (0, 1).
+        ValueError: if shapes differ, or the clip range is outside (0, 1).
     """
     for name, value in (("old_logprob", old_logprob), ("advantage", advantage)):
         if value.shape != logprob.shape:
@@ -55,21 +52,18 @@ def value_clipped(
     *,
     clip_range: float = 0.2,
 ) -> Tensor:
-    """PPO's clipped value loss, (T,), as in openai/lm-human-preferences (arXiv 1909.08593).
+    """Return PPO's clipped value loss, (T,), as in openai/lm-human-preferences (arXiv 1909.08593).
 
     max((v - R)^2, (clip(v, v_old - clip_range, v_old + clip_range) - R)^2) / 2.
 
     Args:
-        value: Of each token's state.
-        old_value: When the advantages were computed; no gradient flows.
-        returns: What the value should be; no gradient flows.
-        clip_range: Above 0; infinite: not clipped.
-
-    Returns:
-        One loss a token.
+        value: value of each token's state.
+        old_value: value from which the advantages were computed; no gradient flows.
+        returns: target of the value; no gradient flows.
+        clip_range: largest step from `old_value`, above 0; infinity does not clip.
 
     Raises:
-        ValueError: Shapes that differ, or a clip range that is not positive.
+        ValueError: if shapes differ, or the clip range is not positive.
     """
     check_same_shape(value=value, old_value=old_value, returns=returns)
     check_positive(clip_range=clip_range)
@@ -84,18 +78,19 @@ def importance_weight(
     *,
     max_weight: float,
 ) -> Tensor:
-    """Truncated importance weights (Ionides 2008, "Truncated importance sampling"), (T,), detached.
+    """Return truncated importance weights, (T,), detached.
 
-    min(exp(logprob - sampler_logprob), max_weight): what the losses of tokens are multiplied by
-    that were drawn with other log-probs than the trainer's.
+    min(exp(logprob - sampler_logprob), max_weight): Ionides (2008), "Truncated importance
+    sampling". They multiply the losses of tokens whose sampler had other log-probs than the
+    trainer.
 
     Args:
-        logprob: Of the tokens under the trainer's policy, before its update.
-        sampler_logprob: Under the distribution that they were drawn from.
-        max_weight: Above 0.
+        logprob: log-probs of the tokens under the trainer's policy, before its update.
+        sampler_logprob: log-probs under the distribution that they were drawn from.
+        max_weight: largest weight, above 0.
 
     Raises:
-        ValueError: Shapes that differ, or a weight that is not positive.
+        ValueError: if shapes differ, or `max_weight` is not positive.
     """
     check_same_shape(logprob=logprob, sampler_logprob=sampler_logprob)
     check_positive(max_weight=max_weight)

@@ -35,10 +35,10 @@ def log_ratio_difference(
     reference_chosen_logprob: Tensor,
     reference_rejected_logprob: Tensor,
 ) -> Tensor:
-    """The h of this module's head, (B,): beta * h is the difference of implicit rewards.
+    """Return h, (B,): beta * h is the difference of implicit rewards.
 
     Raises:
-        ValueError: Shapes differ.
+        ValueError: if shapes differ.
     """
     check_same_shape(
         policy_chosen_logprob=policy_chosen_logprob,
@@ -204,7 +204,7 @@ def ipo_sum(
 
 
 def per_token(logprob: Tensor, length: Tensor) -> Tensor:
-    """The mean log-prob of a response's tokens, (B,); 0 for an empty response."""
+    """Return the mean log-prob of a response's tokens, (B,); 0 for an empty response."""
     return logprob / length.clamp(min=1).to(logprob.dtype)
 
 
@@ -392,14 +392,14 @@ def orpo(
 
 
 def log_odds(logprob: Tensor) -> Tensor:
-    """log(p / (1 - p)) from log p, element by element.
+    """Return log(p / (1 - p)) from log p, element by element.
 
-    Finite even where rounding makes p exactly 1: log p is taken as at most -eps of its dtype, and
-    gets no gradient beyond it.
+    It is finite even where rounding makes p exactly 1: log p is clamped to at most -eps of its
+    dtype, without a gradient where it is clamped.
     """
     bounded = logprob.clamp(max=-torch.finfo(logprob.dtype).eps)
     # log(1 - e^x) without cancellation: Maechler (2012), "Accurately computing log(1 - exp(-|a|))".
-    # Each branch sees only values that it can take, or its NaN gradient would spread through where.
+    # Each branch gets only values in its domain: a NaN gradient would pass through `where`.
     near_one = bounded > -math.log(2.0)
     high = torch.where(near_one, bounded, -1.0)
     low = torch.where(near_one, -1.0, bounded)

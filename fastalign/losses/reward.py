@@ -1,10 +1,10 @@
 """Losses of a reward model, per pair; B pairs.
 
 The probabilities of winning and tying depend on the difference of two rewards only, so adding a
-constant to every reward changes nothing (but for the centring term).
+constant to every reward changes nothing but the centring term.
 
-`rao_kupper_outcomes` and `davidson_outcomes` are the two models of ties; the losses with a label
-and the losses with vote shares both read them.
+`rao_kupper_outcomes` and `davidson_outcomes` are the two models of ties; the losses of labels and
+of vote shares are computed from them.
 """
 
 import math
@@ -23,14 +23,14 @@ def bradley_terry(
     margin: Tensor | None = None,  # (B,)
     centring_coefficient: float = 0.0,
 ) -> Tensor:
-    """-log sigmoid(r_c - r_r - margin) + centring_coefficient * (r_c + r_r)^2, (B,).
+    """Return -log sigmoid(r_c - r_r - margin) + centring_coefficient * (r_c + r_r)^2, (B,).
 
-    Bradley and Terry (1952), as in InstructGPT (arXiv 2203.02155, eq. 1); the margin is that of
-    Llama 2 (arXiv 2307.09288, eq. 2); the centring term, which fixes the constant that the rest
-    leaves free, is of Eisenstein et al. (arXiv 2312.09244, section 4).
+    Bradley and Terry (1952), as in InstructGPT (arXiv 2203.02155, eq. 1). The margin is that of
+    Llama 2 (arXiv 2307.09288, eq. 2). The centring term of Eisenstein et al. (arXiv 2312.09244,
+    section 4) fixes the constant that the rest leaves free.
 
     Raises:
-        ValueError: Shapes differ.
+        ValueError: if shapes differ.
     """
     check_same_shape(chosen_reward=chosen_reward, rejected_reward=rejected_reward, margin=margin)
     difference = chosen_reward - rejected_reward
@@ -50,21 +50,21 @@ def bradley_terry_votes(
     margin: Tensor | None = None,  # (B,)
     centring_coefficient: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy (B,) of vote shares with Bradley and Terry's probabilities, and centring.
+    """Return the cross-entropy (B,) of vote shares with Bradley and Terry's probabilities.
 
     A vote for a tie is half a vote for each side: with w = shares_first + shares_tie / 2 and
-    d = r_1 - r_2 - margin, the loss is -w log sigmoid(d) - (1 - w) log sigmoid(-d). All votes for
-    the first give `bradley_terry`.
+    d = r_1 - r_2 - margin, the loss is -w log sigmoid(d) - (1 - w) log sigmoid(-d), plus the
+    centring term of `bradley_terry`. If all votes are for the first, it is `bradley_terry`.
 
     Args:
-        first_reward: (B,).
-        second_reward: (B,).
-        shares: (B, 3) of the votes for the first, the second, and a tie; each row sums to 1.
-        margin: (B,) as in `bradley_terry`.
+        first_reward: reward of the first response.
+        second_reward: reward of the second response.
+        shares: shares of the votes for the first, the second, and a tie; each row sums to 1.
+        margin: as in `bradley_terry`.
         centring_coefficient: as in `bradley_terry`.
 
     Raises:
-        ValueError: Shapes differ.
+        ValueError: if shapes differ.
     """
     check_same_shape(first_reward=first_reward, second_reward=second_reward, margin=margin)
     check_shares(shares, first_reward)
@@ -79,18 +79,18 @@ def bradley_terry_votes(
 
 
 def rao_kupper_outcomes(difference: Tensor, *, nu: float | Tensor) -> Tensor:
-    """Log-probabilities (B, 3) of a win, a loss and a tie under Rao and Kupper's model.
+    """Return log-probabilities (B, 3) of a win, a loss and a tie under Rao and Kupper's model.
 
     Rao and Kupper (1967), as used by Chen et al. (arXiv 2409.17431). With difference d = r_1 - r_2:
     p(win) = sigmoid(d - ln nu); p(tie) = (nu^2 - 1) sigmoid(d - ln nu) sigmoid(-d - ln nu).
 
     Args:
-        difference: (B,) reward of the first minus that of the second.
-        nu: Above 1; at d = 0, p(tie) = (nu - 1) / (nu + 1), so nu = 3 ties with one half. A tensor
-            () may be learned.
+        difference: reward of the first minus that of the second, (B,).
+        nu: number above 1, or a tensor () that may be learned. At d = 0,
+            p(tie) = (nu - 1) / (nu + 1): one half for nu = 3.
 
     Raises:
-        ValueError: nu <= 1.
+        ValueError: if nu <= 1.
     """
     if not nu > 1.0:
         raise ValueError(f"nu: expected a number above 1, got {nu}")
@@ -101,18 +101,18 @@ def rao_kupper_outcomes(difference: Tensor, *, nu: float | Tensor) -> Tensor:
 
 
 def davidson_outcomes(difference: Tensor, *, nu: float | Tensor) -> Tensor:
-    """Log-probabilities (B, 3) of a win, a loss and a tie under Davidson's model.
+    """Return log-probabilities (B, 3) of a win, a loss and a tie under Davidson's model.
 
     Davidson (1970), as used by Chen et al. (arXiv 2409.17431). With difference d = r_1 - r_2:
     p(win) = 1 / (1 + e^-d + 2 nu e^(-d/2)); p(tie) = 2 nu e^(-d/2) over the same denominator.
 
     Args:
-        difference: (B,) reward of the first minus that of the second.
-        nu: Above 0; at d = 0, p(tie) = nu / (nu + 1), so nu = 1 ties with one half. A tensor ()
-            may be learned.
+        difference: reward of the first minus that of the second, (B,).
+        nu: number above 0, or a tensor () that may be learned. At d = 0, p(tie) = nu / (nu + 1):
+            one half for nu = 1.
 
     Raises:
-        ValueError: nu <= 0.
+        ValueError: if nu <= 0.
     """
     check_positive(nu=nu)
     weights = torch.stack(
@@ -122,60 +122,60 @@ def davidson_outcomes(difference: Tensor, *, nu: float | Tensor) -> Tensor:
 
 
 def rao_kupper(difference: Tensor, tie: Tensor, *, nu: float | Tensor) -> Tensor:
-    """Negative log-likelihood (B,) of a win, or of a tie where `tie`: see `rao_kupper_outcomes`.
+    """Return -log p (B,) of a win, or of a tie where `tie`, under `rao_kupper_outcomes`.
 
     Args:
-        difference: (B,) reward of the chosen minus that of the rejected.
-        tie: (B,) bool.
-        nu: Above 1; may be a tensor ().
+        difference: reward of the chosen minus that of the rejected, (B,).
+        tie: pairs that are ties, (B,) bool.
+        nu: number above 1, or a tensor ().
 
     Raises:
-        ValueError: nu <= 1, or shapes differ.
+        ValueError: if nu <= 1, or shapes differ.
     """
     check_same_shape(difference=difference, tie=tie)
     return _of_label(rao_kupper_outcomes(difference, nu=nu), tie)
 
 
 def davidson(difference: Tensor, tie: Tensor, *, nu: float | Tensor) -> Tensor:
-    """Negative log-likelihood (B,) of a win, or of a tie where `tie`: see `davidson_outcomes`.
+    """Return -log p (B,) of a win, or of a tie where `tie`, under `davidson_outcomes`.
 
     Args:
-        difference: (B,) reward of the chosen minus that of the rejected.
-        tie: (B,) bool.
-        nu: Above 0; may be a tensor ().
+        difference: reward of the chosen minus that of the rejected, (B,).
+        tie: pairs that are ties, (B,) bool.
+        nu: number above 0, or a tensor ().
 
     Raises:
-        ValueError: nu <= 0, or shapes differ.
+        ValueError: if nu <= 0, or shapes differ.
     """
     check_same_shape(difference=difference, tie=tie)
     return _of_label(davidson_outcomes(difference, nu=nu), tie)
 
 
 def rao_kupper_votes(difference: Tensor, shares: Tensor, *, nu: float | Tensor) -> Tensor:
-    """Cross-entropy (B,) of vote shares with the probabilities of `rao_kupper_outcomes`.
+    """Return the cross-entropy (B,) of vote shares with the probabilities of `rao_kupper_outcomes`.
 
     Args:
-        difference: (B,) reward of the first minus that of the second.
-        shares: (B, 3) of the votes for the first, the second, and a tie; each row sums to 1.
-        nu: Above 1; may be a tensor ().
+        difference: reward of the first minus that of the second, (B,).
+        shares: shares of the votes for the first, the second, and a tie, (B, 3); rows sum to 1.
+        nu: number above 1, or a tensor ().
 
     Raises:
-        ValueError: nu <= 1, or shapes differ.
+        ValueError: if nu <= 1, or shapes differ.
     """
     check_shares(shares, difference)
     return -(shares * rao_kupper_outcomes(difference, nu=nu)).sum(-1)
 
 
 def davidson_votes(difference: Tensor, shares: Tensor, *, nu: float | Tensor) -> Tensor:
-    """Cross-entropy (B,) of vote shares with the probabilities of `davidson_outcomes`.
+    """Return the cross-entropy (B,) of vote shares with the probabilities of `davidson_outcomes`.
 
     Args:
-        difference: (B,) reward of the first minus that of the second.
-        shares: (B, 3) of the votes for the first, the second, and a tie; each row sums to 1.
-        nu: Above 0; may be a tensor ().
+        difference: reward of the first minus that of the second, (B,).
+        shares: shares of the votes for the first, the second, and a tie, (B, 3); rows sum to 1.
+        nu: number above 0, or a tensor ().
 
     Raises:
-        ValueError: nu <= 0, or shapes differ.
+        ValueError: if nu <= 0, or shapes differ.
     """
     check_shares(shares, difference)
     return -(shares * davidson_outcomes(difference, nu=nu)).sum(-1)

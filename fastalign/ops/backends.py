@@ -1,4 +1,4 @@
-"""Which backend of an operation runs: a named one, or raises with the reason and the remedy."""
+"""Choice of an operation's backend, and what the launchers of its backends share."""
 
 import importlib.util
 import os
@@ -15,12 +15,12 @@ BACKENDS: tuple[str, ...] = get_args(BackendName)
 
 
 def triton_interprets() -> bool:
-    """Whether Triton kernels run in Python: read by Triton when a kernel is decorated."""
+    """Return True if Triton kernels run in Python; Triton reads it when a kernel is decorated."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def unusable_reason(backend: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why a backend cannot run on this device and dtype, with the remedy; None: it can."""
+    """Return why a backend cannot run on this device and dtype, and the remedy; None: it can."""
     if backend in ("reference", "torch"):
         return None
     if dtype == torch.float64:
@@ -44,10 +44,10 @@ def unusable_reason(backend: str, device_type: str, dtype: torch.dtype) -> str |
 def choose_backend(
     operation: str, backend: str, device_type: str, dtype: torch.dtype
 ) -> Literal["reference", "triton", "native"]:
-    """The backend that runs. `auto` takes native, then (on a GPU) Triton, then the reference.
+    """Return the backend to run: "auto" takes native, then (on a GPU) Triton, then the reference.
 
     Raises:
-        ValueError: an unknown name, or a named backend that cannot run here.
+        ValueError: if the name is unknown, or a named backend cannot run here.
     """
     if backend not in BACKENDS:
         known = ", ".join(repr(name) for name in BACKENDS)

@@ -1,7 +1,6 @@
-"""The compiled libraries in `fastalign/_native`, loaded through their plain C ABI.
+"""The compiled libraries in `fastalign/_native`, loaded through the plain C ABI of `csrc/abi.h`.
 
-They include no torch header: what passes between is addresses and sizes, so one build serves every
-torch. See `csrc/abi.h`.
+They include no torch header: only addresses and sizes are passed, so one build serves every torch.
 """
 
 import ctypes
@@ -26,13 +25,13 @@ _REMEDY = {
 
 
 def library_path(device_type: str) -> Path:
-    """Where the library for `cpu` or `cuda` is, if it was built."""
+    """Return the path of the library for `cpu` or `cuda`, which need not exist."""
     return FOLDER / f"libfastalign_{device_type}.so"
 
 
 @lru_cache(maxsize=2)
 def _load(device_type: str) -> ctypes.CDLL | str:
-    """The library, or why it cannot be used."""
+    """Return the library, or the reason why it cannot be used."""
     path = library_path(device_type)
     if not path.is_file():
         return f"the {device_type} library was not built; {_REMEDY[device_type]}"
@@ -49,7 +48,7 @@ def _load(device_type: str) -> ctypes.CDLL | str:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def unusable_reason(device_type: str) -> str | None:
-    """Why there is no library for this device type, with the remedy; None: there is."""
+    """Return why there is no library for a device type, and the remedy; None: there is one."""
     if device_type not in _REMEDY:
         return f"there is no native code for device {device_type!r}"
     found = _load(device_type)
@@ -57,14 +56,14 @@ def unusable_reason(device_type: str) -> str | None:
 
 
 def load(device_type: str) -> ctypes.CDLL:
-    """The library for a device type that `unusable_reason` has nothing against."""
+    """Return the library for a device type for which `unusable_reason` is None."""
     found = _load(device_type)
     assert not isinstance(found, str), found
     return found
 
 
 def cpu_isas() -> list[str]:
-    """Instruction sets that the CPU library has and this processor runs, best last."""
+    """Return the instruction sets that the CPU library has and this processor runs, best last."""
     library = load("cpu")
     library.fastalign_cpu_isa_usable.restype = ctypes.c_int32
     library.fastalign_cpu_isa_usable.argtypes = [ctypes.c_int32]
@@ -76,7 +75,7 @@ def cpu_isas() -> list[str]:
 
 
 def address(tensor: Tensor | None) -> ctypes.c_void_p:
-    """The tensor's first element, or NULL."""
+    """Return the address of the tensor's first element, or NULL."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
@@ -84,7 +83,7 @@ Argument = ctypes.c_int32 | ctypes.c_int64 | ctypes.c_float | ctypes.c_double | 
 
 
 def _place(device: torch.device) -> list[Argument]:
-    """The arguments that say where and how wide: threads and instruction set, or the stream."""
+    """Return the last arguments: on a CPU threads and instruction set, on a GPU the stream."""
     if device.type == "cuda":
         return [ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)]
     isa = os.environ.get("FASTALIGN_CPU_ISA", "best")

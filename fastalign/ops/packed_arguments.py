@@ -11,12 +11,12 @@ from fastalign.ops.segments import check_bounds
 def check_packed(
     bounds: Tensor, tokens: Mapping[str, Tensor | None], responses: Mapping[str, Tensor | None]
 ) -> None:
-    """Checks bounds (R + 1,), floating tensors (N,) of tokens, and (R,) of responses.
+    """Check bounds (R + 1,), floating tensors (N,) of tokens, and (R,) of responses.
 
-    The first of `tokens` is given, and the others must be as long and on its device.
+    The first of `tokens` must be given; the others must have its length and device.
 
     Raises:
-        ValueError: Naming the first that has a wrong shape, dtype or device.
+        ValueError: if one has a wrong shape, dtype or device; the message names it.
     """
     first, like = next(iter(tokens.items()))
     assert like is not None
@@ -35,15 +35,15 @@ def check_packed(
 
 
 def check_device(name: str, value: Tensor | None, first: str, like: Tensor) -> None:
-    """Checks that a tensor is where another is.
+    """Check that a tensor is on the device of another.
 
     Raises:
-        ValueError: It is not.
+        ValueError: if it is not.
     """
     if value is not None and value.device != like.device:
         raise ValueError(f"{name}: expected on {like.device} as {first} is, got {value.device}")
 
 
 def compute_dtype(like: Tensor) -> torch.dtype:
-    """What is computed in: float64 for float64, else float32."""
+    """Return the dtype of the computation: float64 for float64, else float32."""
     return torch.float64 if like.dtype == torch.float64 else torch.float32

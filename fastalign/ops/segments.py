@@ -1,24 +1,24 @@
-"""Sums over the tokens of each response."""
+"""Sums over segments of packed rows, for example the tokens of each response."""
 
 import torch
 from torch import Tensor
 
 
 def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:
-    """The sum of values[bounds[r] : bounds[r + 1]] for each segment r, (R,).
+    """Return the sum of values[bounds[r] : bounds[r + 1]] for each segment r, (R,).
 
-    Accumulated in float64 and rounded once: the log-prob of a 4,000-token response, added up in
-    float32, would be off by thousandths of a nat. Differentiable; the same bits every time.
+    Sums are accumulated in float64 and rounded once: in float32 the log-prob of a 4,000-token
+    response would be off by thousandths of a nat. Differentiable and deterministic.
 
     Args:
-        values: (N,) floating.
-        bounds: (R + 1,) integers that do not fall, from 0 to N, on the device of `values`.
+        values: floating tensor (N,).
+        bounds: integers (R + 1,) that do not fall, from 0 to N, on the device of `values`.
 
     Returns:
         (R,) in the dtype of `values`; 0 for an empty segment.
 
     Raises:
-        ValueError: A wrong shape or dtype; on a CPU, also bounds that do not go from 0 to N.
+        ValueError: if a shape or dtype is wrong or, on a CPU, bounds do not rise from 0 to N.
     """
     if values.ndim != 1 or not values.is_floating_point():
         raise ValueError(
@@ -32,10 +32,10 @@ def segment_sum(values: Tensor, bounds: Tensor) -> Tensor:
 
 
 def check_bounds(bounds: Tensor, num_rows: int) -> None:
-    """Checks the bounds of segments: their shape and dtype; on a CPU, also their values.
+    """Check the bounds of segments: their shape and dtype; on a CPU, also their values.
 
     Raises:
-        ValueError: Not integers (R + 1,), or they do not rise from 0 to `num_rows`.
+        ValueError: if they are not integers (R + 1,), or do not rise from 0 to `num_rows`.
     """
     if not isinstance(bounds, Tensor):
         raise ValueError(f"bounds: expected a tensor (R + 1,), got {type(bounds).__name__}")

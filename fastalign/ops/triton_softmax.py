@@ -1,4 +1,4 @@
-"""What the Triton kernels share: tanh, and the running statistics of a softmax."""
+"""Parts of the Triton kernels: tanh, the logit transform, and a softmax's running statistics."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    """Tanh, which tl has for GPUs only."""
+    """Compute tanh, which tl has for GPUs only."""
     # From the side where the exponential cannot overflow.
     e = tl.exp(-2.0 * tl.abs(x))
     t = (1.0 - e) / (1.0 + e)
@@ -14,15 +14,23 @@ def tanh(x):
 
 
 @triton.jit
+def transform(x, softcap, scale, HAS_SOFTCAP: tl.constexpr):
+    """Return z = softcap * tanh(x / softcap) * scale, where scale is 1 / temperature."""
+    if HAS_SOFTCAP:
+        x = softcap * tanh(x / softcap)
+    return x * scale
+
+
+@triton.jit
 def add_block(m, total, weighted, z, scale=1.0):
-    """The maximum m, the sums of exp(z - m) and of (z - m) exp(z - m), with one more block z.
+    """Add a block z to the maximum m and the sums of exp(z - m) and of (z - m) exp(z - m).
 
     With a scale, the sums are those of scale * z.
     """
     new_m = tl.maximum(m, tl.max(z, axis=0))
     # -inf - -inf is NaN, and so is 0 * -inf; a NaN of the logits stays one.
     subtracted = tl.where(new_m == -float("inf"), 0.0, new_m)
-    # Before anything finite was seen there is nothing to rescale.
+    # Until a finite value comes total is 0, and drop * total would be -inf * 0.
     drop = tl.where(m == -float("inf"), 0.0, (m - subtracted) * scale)
     shrink = tl.exp(drop)
     shifted = (z - subtracted) * scale
@@ -35,13 +43,13 @@ def add_block(m, total, weighted, z, scale=1.0):
 
 @triton.jit
 def bounded(shifted):
-    """A banned token's logit as a finite number: 0 * -inf is NaN. A NaN stays one."""
+    """Bound a banned token's logit from below, for 0 * -inf is NaN; a NaN stays one."""
     return tl.where(shifted < -1e30, -1e30, shifted)
 
 
 @triton.jit
 def _less(z, m):
-    # Before anything finite was seen m is -inf, and -inf - -inf is NaN.
+    # Until a finite value comes m is -inf, and -inf - -inf is NaN.
     return bounded(z - tl.where(m == -float("inf"), 0.0, m))
 
 
@@ -52,11 +60,11 @@ def _drop(m, new_m):
 
 @triton.jit
 def add_pair(m, total, weighted, n, reference_total, cross, largest, z, r, OVER: tl.constexpr):
-    """A policy's and a reference's running statistics with one more block, z and r.
+    """Add a block, z and r, to the running statistics of a policy and a reference.
 
     m, total and weighted are the policy's as in `add_block`; n and reference_total the
     reference's maximum and sum. With d = (z - m) - (r - n), cross is the sum of exp(z - m) d and
-    largest the largest d; with OVER (the reference) d is the other way round, and the weight
+    largest the largest d; with OVER (the reference) d has the other sign, and its weight is
     exp(r - n).
     """
     new_m, new_n = tl.maximum(m, tl.max(z, axis=0)), tl.maximum(n, tl.max(r, axis=0))
@@ -64,7 +72,7 @@ def add_pair(m, total, weighted, n, reference_total, cross, largest, z, r, OVER:
     shrink, reference_shrink = tl.exp(drop), tl.exp(reference_drop)
     s, t = _less(z, new_m), _less(r, new_n)
     e, f = tl.exp(s), tl.exp(t)
-    # how much d of the columns seen so far changes
+    # New maxima change d of all columns so far by the same amount, so the sums can be corrected.
     change = drop - reference_drop
     d = s - t
     if OVER:
@@ -81,13 +89,13 @@ def add_pair(m, total, weighted, n, reference_total, cross, largest, z, r, OVER:
 
 @triton.jit
 def divergence(total, reference_total, cross, largest, OVER: tl.constexpr):
-    """The mean of d, and the KL, from what `add_pair` has summed."""
+    """Return the mean of d, and the KL, from the sums of `add_pair`."""
     if OVER:
         mean = cross / reference_total
         kl = mean - tl.log(reference_total / total)
     else:
         mean = cross / total
         kl = mean - tl.log(total / reference_total)
-    # rounding may leave it a hair below zero; a difference as large as a ban's is one
+    # Rounding may leave the KL slightly below zero. A d above 5e29 comes from a banned token.
     kl = tl.where(kl < 0.0, 0.0, kl)
     return mean, tl.where(largest > 5e29, float("inf"), kl)

@@ -1,9 +1,8 @@
-"""How wide the blocks of each Triton kernel are: a table, measured beforehand, never in a run.
+"""Block widths and warps of each Triton kernel: a table measured beforehand, never in a run.
 
-`triton_table.json` holds, for each kernel, configurations by the oldest compute capability (80 for
-8.0) that they are for, and the GPU they were measured on; null where nobody has measured yet, and
-the numbers are an estimate. `python -m benchmarks.tune` measures on the GPU that is there and
-writes the table.
+`triton_table.json` lists configurations of each kernel, each with the oldest compute capability
+that it is for (80 for 8.0) and the GPU that it was measured on; null means an estimate. `python -m
+benchmarks.tune` measures on the GPU of its machine and writes the table.
 """
 
 import json
@@ -16,7 +15,7 @@ import triton
 
 TABLE = Path(__file__).with_suffix(".json")
 OLDEST = 80
-# Rows shorter than this do not feed more than four warps.
+# Blocks narrower than this have too little work for more than four warps.
 FEW_COLUMNS = 2048
 
 
@@ -30,14 +29,14 @@ class Configuration:
     measured_on: str | None
 
     def options(self, num_columns: int) -> dict[str, int]:
-        """The launch's BLOCK and num_warps for rows of `num_columns`."""
+        """Return BLOCK and num_warps of a launch for rows of `num_columns`."""
         block = min(self.block, triton.next_power_of_2(num_columns))
         return {"BLOCK": block, "num_warps": self.num_warps if block >= FEW_COLUMNS else 4}
 
 
 @lru_cache(maxsize=1)
 def read_table() -> dict[str, list[Configuration]]:
-    """Each kernel's configurations, the newest capability first."""
+    """Return each kernel's configurations, the newest capability first."""
     table = json.loads(TABLE.read_text(encoding="utf-8"))
     return {
         kernel: sorted(
@@ -51,7 +50,7 @@ def read_table() -> dict[str, list[Configuration]]:
 
 @lru_cache(maxsize=16)
 def _capability(device: torch.device) -> int:
-    """10 * major + minor; of the interpreter, that of the oldest GPU."""
+    """Return 10 * major + minor; for the interpreter, that of the oldest GPU."""
     if device.type != "cuda":
         return OLDEST
     major, minor = torch.cuda.get_device_capability(device)
@@ -59,12 +58,12 @@ def _capability(device: torch.device) -> int:
 
 
 def configuration(kernel: str, capability: int) -> Configuration:
-    """The newest one that is not newer than the capability, or the oldest of all."""
+    """Return the newest configuration not newer than the capability, else the oldest of all."""
     entries = read_table()[kernel]
     fitting = [entry for entry in entries if entry.from_capability <= capability]
     return (fitting or entries[-1:])[0]
 
 
 def launch_options(kernel: str, num_columns: int, device: torch.device) -> dict[str, int]:
-    """BLOCK and num_warps of a kernel for rows of `num_columns` on a device."""
+    """Return BLOCK and num_warps of a kernel for rows of `num_columns` on a device."""
     return configuration(kernel, _capability(device)).options(num_columns)

@@ -1,4 +1,4 @@
-"""`gae`: the advantages and returns of PPO.
+"""`gae`: advantages and returns of PPO.
 
 Legend: N tokens of R responses, packed end to end.
 """
@@ -21,9 +21,9 @@ def gae(
     bootstrap_value: Tensor | None = None,  # (R,)
     backend: BackendName = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation (arXiv 1506.02438, eq. 16), for packed responses.
+    """Return advantages and returns by GAE (arXiv 1506.02438, eq. 16), for packed responses.
 
-    The same as these lines for each response, with T tokens, in one pass over all of them:
+    Equivalent to these lines for each response of T tokens, in one pass over all responses:
 
         next_value = cat([value[1:], bootstrap_value])
         delta = reward + gamma * next_value - value
@@ -33,26 +33,25 @@ def gae(
         returns = advantage[:T] + value
 
     No gradient flows: advantages and returns are data to PPO. Kernels compute in float64 and round
-    once. Every token of a response takes its place in the sum; leave out what is not trained
-    before packing.
+    once. Every token of a response counts in the sum; leave out untrained tokens before packing.
 
     Args:
-        reward: Of each token: float32, bfloat16, float16, or float64 (reference only).
-        value: Estimated at each token's state, before the token is taken.
-        bounds: Response r has the tokens bounds[r]..bounds[r + 1]; they rise from 0 to N.
-        gamma: The discount, in [0, 1].
-        gae_lambda: The weight of longer returns, in [0, 1].
-        bootstrap_value: The value after each response's last token, for responses that were cut
-            off; None: 0, as for responses that ended.
+        reward: reward of each token: float32, bfloat16, float16, or float64 (reference only).
+        value: value of each token's state, before the token is taken.
+        bounds: token bounds that rise from 0 to N; response r is bounds[r]..bounds[r + 1].
+        gamma: discount factor, in [0, 1].
+        gae_lambda: weight of longer returns, in [0, 1].
+        bootstrap_value: value after each response's last token, for responses that were cut off;
+            None: 0, as for responses that ended.
         backend: "auto" takes native code where it was built, else Triton on a GPU, else the
-            reference; a named one runs or raises.
+            reference; a named backend runs or raises.
 
     Returns:
         (advantage, returns), each (N,), in float32 (float64 for float64 rewards).
 
     Raises:
-        ValueError: A wrong shape, dtype, device or number, or an unusable backend; on a CPU, also
-            wrong bounds.
+        ValueError: if a shape, dtype, device or number is wrong, or the backend is unusable; on a
+            CPU, also if bounds are wrong.
     """
     check_packed(bounds, {"reward": reward, "value": value}, {"bootstrap_value": bootstrap_value})
     for name, number in (("gamma", gamma), ("gae_lambda", gae_lambda)):

@@ -1,4 +1,4 @@
-"""The Triton kernel of `gae`: one program a response, a scan of each block, from the end.
+"""The Triton kernel of `gae`: one program a response, which scans block after block from the end.
 
 Arithmetic is float64: with gamma and lambda near 1 an advantage is a sum of thousands of terms.
 """
@@ -17,7 +17,7 @@ MAX_BLOCK = 1024
 
 @triton.jit
 def _then(a_first, b_first, a, b):
-    """The map x -> a x + b after x -> a_first x + b_first."""
+    """Compose x -> a_first x + b_first with x -> a x + b after it."""
     return a_first * a, a * b_first + b
 
 
@@ -41,7 +41,11 @@ def gae_kernel(
     HAS_BOOTSTRAP_VALUE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A_t = delta_t + decay A_(t+1): maps x -> a x + b, composed from the response's end."""
+    """Compute A_t = delta_t + decay A_(t+1) for one response.
+
+    Each token is a map x -> a x + b with a = decay and b = delta; a scan composes the maps of a
+    block in parallel, and `carried` is the last advantage of the block before.
+    """
     response = tl.program_id(0).to(tl.int64)
     begin = tl.load(bounds_ptr + response)
     end = tl.load(bounds_ptr + response + 1)
@@ -52,7 +56,7 @@ def gae_kernel(
         following = tl.load(bootstrap_value_ptr + response)
     carried = tl.full((), 0.0, tl.float64)
     for start in range(0, end - begin, BLOCK):
-        # Counted from the end, so that an ordinary scan runs backwards in time.
+        # Tokens are counted from the end, so that an ordinary scan runs backwards in time.
         place = tl.arange(0, BLOCK)
         token = end - 1 - start - place
         inside = token >= begin
@@ -71,7 +75,7 @@ def gae_kernel(
 
 
 def _halves(number: float) -> tuple[float, float]:
-    """A double as the sum of two floats, which are what a kernel takes."""
+    """Split a double into two floats that sum to it: Triton passes Python floats as float32."""
     high = struct.unpack("f", struct.pack("f", number))[0]
     return high, number - high
 

@@ -17,7 +17,7 @@ Estimator = Literal["k1", "k2", "k3"]
 
 
 class KLPenalty(NamedTuple):
-    """What `kl_penalty` returns."""
+    """Result of `kl_penalty`."""
 
     reward: Tensor
     """(N,), detached: -coefficient * kl, plus each response's score at its last token."""
@@ -38,9 +38,9 @@ def kl_penalty(
     mask: Tensor | None = None,  # (N,) bool
     backend: BackendName = "auto",
 ) -> KLPenalty:
-    """KL estimates of sampled tokens and the shaped reward of InstructGPT, for packed responses.
+    """Return KL estimates of sampled tokens and the shaped reward of RLHF, for packed responses.
 
-    The same as these lines, in one pass and with sums accumulated in float64:
+    Equivalent to these lines, in one pass and with sums accumulated in float64:
 
         x = logprob - reference_logprob
         kl = {"k1": x, "k2": x**2 / 2, "k3": expm1(-x) + x}[estimator]
@@ -49,33 +49,34 @@ def kl_penalty(
         reward = -coefficient * kl.detach()
         reward[last_token] += score
 
-    The reward is that of arXiv 1909.08593, eq. 2, and arXiv 2203.02155, eq. 2, whose log-ratio is
-    spread over the tokens; the estimators are those of Schulman, "Approximating KL divergence"
-    (2020). `kl` and `sequence_kl` are differentiable in `logprob`, for a KL in the loss: on samples
-    of the policy, k2's gradient is that of KL(policy || reference) in expectation, k3's that of
-    KL(reference || policy), and k1's is zero. `reward` is detached: it is data to PPO.
+    The reward is that of Ziegler et al. (arXiv 1909.08593, eq. 2) and InstructGPT (arXiv
+    2203.02155, eq. 2), with the log-ratio spread over the tokens; the estimators are those of
+    Schulman, "Approximating KL divergence" (2020). `kl` and `sequence_kl` are differentiable in
+    `logprob`, for a KL in the loss: on samples of the policy, k2's gradient is that of
+    KL(policy || reference) in expectation, k3's that of KL(reference || policy), and k1's is zero.
+    `reward` is detached: it is data to PPO.
 
     Args:
-        logprob: Of the sampled tokens under the policy: float32, bfloat16, float16, or float64
-            (reference only).
-        reference_logprob: Under the reference; no gradient flows.
-        bounds: Response r has the tokens bounds[r]..bounds[r + 1]; they rise from 0 to N.
-        score: One reward a response, added at its last token whose mask is true; no gradient.
-        coefficient: The KL's weight, not negative; a tensor () for one that is adapted without
-            waiting for a GPU.
+        logprob: log-probs of the sampled tokens under the policy: float32, bfloat16, float16, or
+            float64 (reference only).
+        reference_logprob: log-probs under the reference; no gradient flows.
+        bounds: token bounds that rise from 0 to N; response r is bounds[r]..bounds[r + 1].
+        score: one reward a response, added at its last token whose mask is true; no gradient.
+        coefficient: weight of the KL, not negative; a tensor () can be adapted without waiting for
+            a GPU.
         estimator: "k1", "k2" or "k3".
-        mask: Tokens that count; the others have no KL, no reward and no gradient, whatever their
+        mask: tokens that count; the others have no KL, no reward and no gradient, whatever their
             log-probs.
         backend: "auto" takes native code where it was built, else Triton on a GPU, else the
-            reference; a named one runs or raises.
+            reference; a named backend runs or raises.
 
     Returns:
         Reward, kl and sequence_kl, in float32 (float64 for float64 log-probs).
 
     Raises:
-        ValueError: A wrong shape, dtype, device or number, an unusable backend; on a CPU, also
-            wrong bounds, or a score whose response has no token that counts. On a GPU, and in
-            compiled code, that response's sequence_kl is NaN.
+        ValueError: if a shape, dtype, device or number is wrong, or the backend is unusable; on a
+            CPU, also if bounds are wrong, or a scored response has no token that counts. On a GPU
+            and in compiled code that response's sequence_kl is NaN.
     """
     tokens = {"logprob": logprob, "reference_logprob": reference_logprob}
     check_packed(bounds, tokens, {"score": score})
@@ -112,7 +113,7 @@ def _check_mask(mask: Tensor | None, logprob: Tensor) -> None:
 
 
 def _check_scored(bounds: Tensor, mask: Tensor | None, num_tokens: int) -> None:
-    """On a CPU, checks that every score has a token to be added to."""
+    """Check on a CPU that every score has a token to be added to."""
     if bounds.device.type != "cpu" or torch.compiler.is_compiling():
         return
     _, found = last_tokens(bounds, mask, num_tokens)
@@ -127,7 +128,7 @@ def _check_scored(bounds: Tensor, mask: Tensor | None, num_tokens: int) -> None:
 def _coefficient(
     coefficient: float | Tensor, logprob: Tensor, dtype: torch.dtype
 ) -> tuple[float, Tensor | None]:
-    """The number, or the tensor that stands in for it."""
+    """Return the coefficient as a number and None, or as 0 and the tensor that replaces it."""
     is_tensor = isinstance(coefficient, Tensor)
     if isinstance(coefficient, Tensor):
         if coefficient.ndim != 0 or coefficient.requires_grad:

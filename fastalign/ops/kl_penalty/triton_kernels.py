@@ -15,7 +15,7 @@ MAX_BLOCK = 1024
 
 @triton.jit
 def _series(x):
-    """exp(-x) - 1 + x for |x| < 0.5, where the sum of its terms would cancel."""
+    """Compute exp(-x) - 1 + x for |x| < 0.5 by its series, for its terms would cancel."""
     p = 1.0 / 5040 - x * (1.0 / 40320 - x * (1.0 / 362880))
     p = 1.0 / 24 - x * (1.0 / 120 - x * (1.0 / 720 - x * p))
     return x * x * (0.5 - x * (1.0 / 6 - x * p))
@@ -45,7 +45,7 @@ def _slope(x, ESTIMATOR: tl.constexpr):
 
 @triton.jit
 def _log_ratio(logprob_ptr, reference_ptr, mask_ptr, token, inside, HAS_MASK: tl.constexpr):
-    """The log-ratio, and which tokens count; 0 at the others."""
+    """Load the log-ratio, 0 at tokens that do not count, and the tokens that do."""
     counts = inside
     if HAS_MASK:
         counts = tl.load(mask_ptr + token, mask=inside, other=0) != 0
@@ -72,7 +72,7 @@ def kl_penalty_fwd_kernel(
     HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One response: its last token that counts, then KL and reward block by block."""
+    """Find one response's last token that counts, then compute KL and reward block by block."""
     response = tl.program_id(0).to(tl.int64)
     begin = tl.load(bounds_ptr + response)
     end = tl.load(bounds_ptr + response + 1)
@@ -83,6 +83,7 @@ def kl_penalty_fwd_kernel(
     if HAS_SCORE:
         score = tl.load(score_ptr + response)
         if HAS_MASK:
+            # A first pass over the mask: the score belongs to one token, which must be known.
             last = begin - 1
             for start in range(begin, end, BLOCK):
                 token = start + tl.arange(0, BLOCK)
@@ -101,6 +102,7 @@ def kl_penalty_fwd_kernel(
         tl.store(reward_ptr + token, reward, mask=inside)
         total += tl.sum(kl.to(tl.float64), axis=0)
     if HAS_SCORE:
+        # No token takes the score: NaN, since a kernel cannot raise.
         total = tl.where(last < begin, float("nan"), total)
     tl.store(sequence_kl_ptr + response, total.to(tl.float32))
 
@@ -120,7 +122,7 @@ def kl_penalty_bwd_kernel(
     HAS_MASK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One response: (grad_kl + grad_sequence_kl) * slope."""
+    """Write one response's gradient, (grad_kl + grad_sequence_kl) * slope."""
     response = tl.program_id(0).to(tl.int64)
     end = tl.load(bounds_ptr + response + 1)
     of_sequence = 0.0

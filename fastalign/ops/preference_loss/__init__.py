@@ -1,4 +1,4 @@
-"""`preference_loss`: per-token log-probs to the loss of each preference pair, and its gradient."""
+"""`preference_loss`: the loss of each preference pair, from per-token log-probs."""
 
 from fastalign.ops.preference_loss.api import preference_loss
 from fastalign.ops.preference_loss.formula import LinkFunction, PairLink, PreferenceFormula

@@ -1,4 +1,4 @@
-"""`preference_loss`: per-token log-probs to the loss of each preference pair."""
+"""`preference_loss`: the loss of each preference pair, from per-token log-probs."""
 
 import torch
 from torch import Tensor
@@ -20,38 +20,40 @@ def preference_loss(
     tie: Tensor | None = None,  # (B,) bool
     backend: BackendName = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Losses (B,) of preference pairs, and the log-probs (2B,) of their sequences.
+    """Return losses (B,) of preference pairs, and the log-probs (2B,) of their sequences.
 
-    The same as these lines, for any pairwise loss of `fastalign.losses`, in one launch that also
-    finds the derivatives, so that the backward is a second one:
+    Equivalent to these lines, for any preference loss of `fastalign.losses`, in one launch that
+    also computes the derivatives, so that the backward is only one more:
 
         sums = stack([part.sum(dtype=float64) for part in logprob.split(lengths)]).float()
         h = (sums - reference_logprob)[0::2] - (sums - reference_logprob)[1::2]
         losses = -logsigmoid(beta * h)  # for `formula(dpo, beta=beta)`
 
     Differentiable in `logprob`, through both results: each token's gradient is its sequence's. The
-    loss is that of the log-probs as they are returned, rounded once, so a policy that is its
-    reference loses exactly ln 2.
+    loss is computed from the log-probs as they are returned, rounded once, so DPO's loss of a
+    policy that equals its reference is exactly ln 2.
 
     Args:
-        logprob: Log-probs of tokens, float32, or float64 (reference only); a token that does not
-            count holds 0.
-        bounds: Row bounds of the sequences in the order chosen, rejected, chosen, ..., from 0 to
-            N; only on a CPU is that checked.
-        formula: Which loss, from `fastalign.losses.formula`.
-        reference_logprob: The reference model's log-prob of each sequence; gets no gradient. Given
-            where the formula compares with a reference, and only there.
-        length: The number of tokens that count in each sequence; None: all its rows.
-        tie: Which pairs are ties; only for formulas with a place for them. None: no pair is.
+        logprob: log-probs of tokens, float32, or float64 (reference only); 0 for a token that does
+            not count.
+        bounds: row bounds of the sequences in the order chosen, rejected, chosen, ..., from 0 to
+            N; they are checked on a CPU only.
+        formula: loss with its parameters, from `fastalign.losses.formula`.
+        reference_logprob: the reference model's log-prob of each sequence, if and only if the
+            formula compares with a reference; gets no gradient.
+        length: number of tokens that count in each sequence; None: all its rows.
+        tie: pairs that are ties, for formulas that distinguish them; None: no pair is.
         backend: "auto" takes native code where it was built, else Triton on a GPU, else the
-            reference; a named one runs or raises.
+            reference; a named backend runs or raises. A formula without a kernel takes the
+            reference.
 
     Returns:
         (losses, sequence log-probs), in the dtype of `logprob`.
 
     Raises:
-        ValueError: A wrong shape, dtype or device, bounds that do not rise from 0 to N, a reference
-            or ties that the formula lacks or has no place for, or an unusable backend.
+        ValueError: if a shape, dtype or device is wrong, bounds do not rise from 0 to N, a
+            reference is missing, a reference or ties are given to a formula without, or the
+            backend is unusable.
     """
     if logprob.ndim != 1 or logprob.dtype not in (torch.float32, torch.float64):
         raise ValueError(

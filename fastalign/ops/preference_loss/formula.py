@@ -1,4 +1,4 @@
-"""A pairwise loss as two things: the Python function that defines it, and what kernels compute."""
+"""A preference loss with its parameters: the function that defines it, and its kernel's member."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from fastalign.ops.preference_loss.pairs import PairLogprobs
 
 
 class LinkFunction(IntEnum):
-    """What turns a pair's margin x into its loss, in the order of `csrc/preference_pair.h`."""
+    """Functions from a pair's margin x to its loss, in the order of `csrc/preference_pair.h`."""
 
     LOGISTIC = 0  # right * softplus(threshold - x) + wrong * softplus(threshold + x)
     HINGE = 1  # max(0, 1 - x)
@@ -21,11 +21,12 @@ class LinkFunction(IntEnum):
 
 @dataclass(frozen=True)
 class PairLink:
-    """A formula as the kernels compute it: a link of the margin x (ORPO's: of both log-probs).
+    """The member of the kernels' family of losses that computes a formula.
 
-    x = beta * h + length_weight * (|c| - |r|), with h the difference of log-ratios; where
-    `per_token`, of means over tokens. A tie has `right` and `wrong` 1 and loses `tie_offset` less;
-    in Davidson's model also x/2 more.
+    It is a link function of the margin x = beta * h + length_weight * (|c| - |r|), with h the
+    difference of log-ratios, of means over tokens if `per_token`; ORPO's is one of both log-probs.
+    A tie has `right` and `wrong` 1 and a loss lower by `tie_offset`; in Davidson's model also
+    higher by x/2.
     """
 
     link: LinkFunction
@@ -38,7 +39,7 @@ class PairLink:
     tie_offset: float = 0.0
 
     def numbers(self) -> list[float]:
-        """The numbers in the order in which kernels take them."""
+        """Return the numbers in the order in which kernels take them."""
         return [
             self.beta,
             self.length_weight,
@@ -51,14 +52,14 @@ class PairLink:
 
 @dataclass(frozen=True)
 class PreferenceFormula:
-    """A pairwise loss with its parameters; `fastalign.losses.formula` makes them.
+    """A preference loss with its parameters, made by `fastalign.losses.formula`.
 
-    Called on `PairLogprobs` it is the loss, by its definition.
+    Called on `PairLogprobs`, it computes the loss by its definition.
     """
 
     function: Callable[..., Tensor]  # the definition
-    inputs: tuple[str, ...]  # the fields of PairLogprobs that it takes by position
-    parameters: Mapping[str, float]  # what it takes by name
+    inputs: tuple[str, ...]  # fields of PairLogprobs that it takes by position
+    parameters: Mapping[str, float]  # numbers that it takes by name
     kernel: PairLink | None  # None: no kernel computes it
 
     @property
@@ -68,19 +69,19 @@ class PreferenceFormula:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether it compares with a reference model."""
+        """True if the loss compares with a reference model."""
         return "reference_chosen_logprob" in self.inputs
 
     @property
     def uses_ties(self) -> bool:
-        """Whether it has a place for pairs of which neither answer is better."""
+        """True if the loss distinguishes ties: pairs of which neither answer is better."""
         return "tie" in self.inputs
 
     def __call__(self, pairs: PairLogprobs) -> Tensor:
-        """Losses (B,) of B pairs.
+        """Return the losses (B,) of B pairs.
 
         Raises:
-            ValueError: It needs a reference, and the pairs have none.
+            ValueError: if the loss needs a reference and the pairs have none.
         """
         if self.needs_reference:
             pairs.logprobs()

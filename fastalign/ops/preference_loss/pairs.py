@@ -1,4 +1,4 @@
-"""The log-probs of preference pairs: what a preference loss is a function of."""
+"""The log-probs of preference pairs, of which a preference loss is a function."""
 
 from dataclasses import dataclass
 
@@ -8,10 +8,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PairLogprobs:
-    """B pairs; a log-prob is that of a whole response, a length its number of target tokens.
+    """Whole-response log-probs of B pairs; a length is a number of target tokens.
 
-    Where `tie` is True neither answer is better, and chosen and rejected are merely the first and
-    the second.
+    Where `tie` is True neither answer is better: chosen and rejected are the first and the second.
     """
 
     policy_chosen_logprob: Tensor  # (B,)
@@ -24,10 +23,10 @@ class PairLogprobs:
     margin: Tensor | None = None  # (B,)
 
     def logprobs(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Policy chosen, policy rejected, reference chosen, reference rejected: `dpo`'s arguments.
+        """Return `dpo`'s arguments: policy chosen and rejected, reference chosen and rejected.
 
         Raises:
-            ValueError: There is no reference.
+            ValueError: if there is no reference.
         """
         if self.reference_chosen_logprob is None or self.reference_rejected_logprob is None:
             raise ValueError("reference_logprob: expected one, for this loss needs it, got None")
@@ -39,9 +38,10 @@ class PairLogprobs:
         )
 
     def implicit_rewards(self, beta: float) -> tuple[Tensor, Tensor]:
-        """Detached rewards (B,) of chosen and rejected: beta * (log policy - log reference).
+        """Return detached rewards (B,) of chosen and rejected.
 
-        DPO (arXiv 2305.18290, section 5); without a reference, beta * log policy.
+        They are beta * (log policy - log reference), DPO's (arXiv 2305.18290, section 5); without a
+        reference, beta * log policy.
         """
         chosen = self.policy_chosen_logprob.detach()
         rejected = self.policy_rejected_logprob.detach()
@@ -60,7 +60,7 @@ class PairLogprobs:
         tie: Tensor | None = None,  # (B,) bool
         margin: Tensor | None = None,  # (B,)
     ) -> "PairLogprobs":
-        """Makes pairs of responses that alternate: chosen, rejected, chosen, rejected."""
+        """Make pairs of responses in the order chosen, rejected, chosen, rejected, ..."""
         chosen, rejected = policy_logprob[0::2], policy_logprob[1::2]
         return cls(
             chosen,

@@ -1,8 +1,7 @@
 """Triton kernels of `preference_loss`, one program a pair.
 
-Sums, and a pair's few operations after them, are in float64: on exponents as large as those here
-log(1 + e) is then right without a log1p, which the interpreter lacks. `_pair_loss` is the
-`pair_loss` of `csrc/preference_pair.h`.
+Sums, and a pair's few operations after them, are in float64: log(1 + e) is then accurate without a
+log1p, which the interpreter lacks. `_pair_loss` is the `pair_loss` of `csrc/preference_pair.h`.
 """
 
 import torch
@@ -65,7 +64,7 @@ def _log_odds(logprob):
 
 @triton.jit
 def _pair_loss(chosen, rejected, tie, numbers, LINK: tl.constexpr):
-    """From each side's weighted log-ratio, weight and length: the loss, and its derivatives."""
+    """Compute a loss and its derivatives from each side's weighted log-ratio, weight and length."""
     ratio, weight, length = chosen
     other_ratio, other_weight, other_length = rejected
     beta, length_weight, threshold, right, wrong, tie_offset = numbers
@@ -102,7 +101,7 @@ def _sequence(
     PER_TOKEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Writes a sequence's log-prob; its weighted log-ratio, its weight and its length."""
+    """Store a sequence's log-prob; return its weighted log-ratio, its weight and its length."""
     logprob_ptr, bounds_ptr, reference_ptr, length_ptr, sequence_logprob_ptr = pointers
     start = tl.load(bounds_ptr + sequence)
     stop = tl.load(bounds_ptr + sequence + 1)
@@ -110,7 +109,7 @@ def _sequence(
     for first in range(start, stop, BLOCK):
         row = first + tl.arange(0, BLOCK)
         sums += tl.load(logprob_ptr + row, mask=row < stop, other=0.0).to(tl.float64)
-    # Rounded as it is returned: a policy that is its reference has a margin of exactly 0.
+    # Rounded as it is returned: a policy that equals its reference has a margin of exactly 0.
     logprob = tl.sum(sums, axis=0).to(tl.float32)
     tl.store(sequence_logprob_ptr + sequence, logprob)
     ratio = logprob.to(tl.float64)
@@ -148,7 +147,7 @@ def preference_loss_fwd_kernel(
     HAS_TIE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One pair: both sums, the loss, and its derivatives by the two."""
+    """Compute one pair's sums, its loss, and the derivatives of the loss by the two sums."""
     pair = tl.program_id(0).to(tl.int64)
     pointers = (logprob_ptr, bounds_ptr, reference_ptr, length_ptr, sequence_logprob_ptr)
     chosen = _sequence(2 * pair, pointers, HAS_REFERENCE, HAS_LENGTH, PER_TOKEN, BLOCK)
@@ -173,7 +172,7 @@ def preference_loss_bwd_kernel(
     HAS_GRAD_SEQUENCE_LOGPROB: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One pair: each token gets what its sequence gets."""
+    """Write one pair's gradient: every token of a sequence gets the sequence's."""
     pair = tl.program_id(0).to(tl.int64)
     grad_loss = tl.load(grad_losses_ptr + pair)
     for side in range(2):

@@ -1,4 +1,4 @@
-"""`token_kl`: two models' logits to the KL divergence at each token."""
+"""`token_kl`: the KL divergence at each token, from two models' logits."""
 
 from typing import Literal, get_args
 
@@ -13,10 +13,10 @@ KLDirection = Literal["reverse", "forward"]
 
 
 def is_over_reference(direction: str) -> bool:
-    """Whether the KL's expectation is over the reference: "forward".
+    """Return True if the KL's expectation is over the reference ("forward").
 
     Raises:
-        ValueError: Neither of the two directions.
+        ValueError: if the direction is unknown.
     """
     if direction not in get_args(KLDirection):
         raise ValueError(f"direction: expected 'reverse' or 'forward', got {direction!r}")
@@ -56,7 +56,7 @@ def token_kl(
     ignored: Tensor | None = None,  # (T,) bool
     backend: BackendName = "auto",
 ) -> Tensor:
-    """KL divergence (T,), in nats, over the whole vocabulary between policy and reference.
+    """Return the KL divergence (T,) in nats between policy and reference over the vocabulary.
 
     With p the policy's softmax and q the reference's, for each token:
 
@@ -64,8 +64,8 @@ def token_kl(
         forward: KL(reference || policy) = sum_v q_v (log q_v - log p_v)
 
     "reverse" is the penalty of RLHF (Ziegler et al. 2019, arXiv 1909.08593, eq. 2), exact instead
-    of sampled; "forward" is that of distillation (Hinton et al. 2015, arXiv 1503.02531). The same
-    as these lines, with one pass over the two and no (T, V) tensor beside them:
+    of sampled; "forward" is that of distillation (Hinton et al. 2015, arXiv 1503.02531).
+    Equivalent to these lines, with one pass over both and no other (T, V) tensor:
 
         z = softcap * tanh(logits.float() / softcap) / temperature
         r = softcap * tanh(reference_logits.float() / softcap) / temperature
@@ -74,25 +74,25 @@ def token_kl(
         kl = (log_q.exp() * (log_q - log_p)).sum(-1)  # forward
 
     but never negative. A banned token (-inf, or lower than the row's largest logit by 1e30) has
-    probability 0 and adds nothing on the side of the expectation; where only the other side bans
-    it, the KL is inf, and its row's gradient NaN. Differentiable in `logits` alone: the reference
-    is a constant.
+    probability 0. Banned by the side of the expectation, it adds nothing; banned only by the other
+    side, it makes the KL inf and its row's gradient NaN. Differentiable in `logits` alone: the
+    reference is a constant.
 
     Args:
-        logits: The policy's: float32, bfloat16, float16, or float64 (reference only).
-        reference_logits: The reference model's; the dtype may be another.
+        logits: logits of the policy: float32, bfloat16, float16, or float64 (reference only).
+        reference_logits: logits of the reference model; the dtype may differ.
         direction: "reverse" or "forward", as above.
-        temperature: A positive number, or one per row, for both sides; gets no gradient.
+        temperature: positive number, or one per row, for both sides; gets no gradient.
         softcap: Gemma 2's final logit softcap (arXiv 2408.00118) for both sides, or None.
-        ignored: Rows that get KL 0 and no gradient, whatever they hold.
+        ignored: rows that get KL 0 and no gradient, whatever they hold.
         backend: "auto" takes native code where it was built, else Triton on a GPU, else the
-            reference; a named one runs or raises.
+            reference; a named backend runs or raises.
 
     Returns:
         KL in float32 (float64 where either side is float64).
 
     Raises:
-        ValueError: A wrong shape, dtype, device or number, or an unusable backend.
+        ValueError: if a shape, dtype, device or number is wrong, or the backend is unusable.
     """
     _check(logits, reference_logits, ignored)
     over_reference = is_over_reference(direction)

@@ -1,6 +1,6 @@
 """Triton kernels of `token_kl`, one program a row.
 
-One read of both sides' logits forward; one read and one write backward. Arithmetic is float32.
+The forward reads both sides once; the backward reads both and writes once. Arithmetic is float32.
 """
 
 from typing import Any
@@ -12,15 +12,8 @@ from torch import Tensor
 
 from fastalign.ops.backends import contiguous, new_rows, unit_columns
 from fastalign.ops.token_kl.reference import Inputs
-from fastalign.ops.triton_softmax import add_pair, bounded, divergence, tanh
+from fastalign.ops.triton_softmax import add_pair, bounded, divergence, tanh, transform
 from fastalign.ops.triton_table import launch_options
-
-
-@triton.jit
-def _z(x, softcap, scale, HAS_SOFTCAP: tl.constexpr):
-    if HAS_SOFTCAP:
-        x = softcap * tanh(x / softcap)
-    return x * scale
 
 
 @triton.jit
@@ -42,7 +35,7 @@ def token_kl_fwd_kernel(
     HAS_IGNORED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: the maxima, the sums of exponentials and of their products, online."""
+    """Reduce one row of each side to the statistics of `add_pair`, online."""
     row = tl.program_id(0).to(tl.int64)
     scale = 1.0
     if HAS_TEMPERATURE:
@@ -57,8 +50,8 @@ def token_kl_fwd_kernel(
         inside = column < num_columns
         x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
         y = tl.load(reference_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        z = tl.where(inside, _z(x, softcap, scale, HAS_SOFTCAP), lowest)
-        r = tl.where(inside, _z(y, softcap, scale, HAS_SOFTCAP), lowest)
+        z = tl.where(inside, transform(x, softcap, scale, HAS_SOFTCAP), lowest)
+        r = tl.where(inside, transform(y, softcap, scale, HAS_SOFTCAP), lowest)
         m, total, weighted, n, reference_total, cross, largest = add_pair(
             m, total, weighted, n, reference_total, cross, largest, z, r, OVER_REFERENCE
         )
@@ -91,7 +84,10 @@ def token_kl_bwd_kernel(
     HAS_IGNORED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: g p (log p - log q - KL), or g (p - q), through z's slope."""
+    """Write one row's gradient, g p (log p - log q - KL) dz / dlogit.
+
+    With OVER_REFERENCE it is g (p - q) dz / dlogit. An infinite KL has a NaN gradient.
+    """
     row = tl.program_id(0).to(tl.int64)
     kept = True
     if HAS_IGNORED:
@@ -115,7 +111,7 @@ def token_kl_bwd_kernel(
             x = softcap * t
             slope = scale * (1.0 - t * t)
         log_p = x * scale - logsumexp
-        log_q = _z(y.to(tl.float32), softcap, scale, HAS_SOFTCAP) - reference_logsumexp
+        log_q = transform(y.to(tl.float32), softcap, scale, HAS_SOFTCAP) - reference_logsumexp
         p = tl.exp(log_p)
         if OVER_REFERENCE:
             bracket = p - tl.exp(log_q)

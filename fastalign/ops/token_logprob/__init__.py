@@ -1,4 +1,4 @@
-"""`token_logprob`: logits to the log-probs of given tokens, and the entropy."""
+"""`token_logprob`: log-probs of given tokens, and entropies, from logits."""
 
 from fastalign.ops.token_logprob.api import token_logprob
 

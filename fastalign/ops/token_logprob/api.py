@@ -1,4 +1,4 @@
-"""`token_logprob`: logits to the log-probs of given tokens."""
+"""`token_logprob`: log-probs of given tokens from logits."""
 
 from typing import Literal, overload
 
@@ -46,9 +46,9 @@ def token_logprob(
     ignore_index: int = -100,
     backend: BackendName = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probs (T,) of `targets`, and, if asked, the entropies (T,) in nats.
+    """Return log-probs (T,) of `targets` and, if asked, entropies (T,) in nats.
 
-    The same as these lines, with one pass over the logits and no (T, V) tensor beside them:
+    Equivalent to these lines, with one pass over the logits and no other (T, V) tensor:
 
         z = softcap * tanh(logits.float() / softcap) / temperature
         logprob = log_softmax(z, dim=-1)
@@ -59,19 +59,20 @@ def token_logprob(
 
     Args:
         logits: float32, bfloat16, float16, or float64 (reference only).
-        targets: Token ids; `ignore_index` gives log-prob 0, entropy 0 and no gradient.
-        temperature: A positive number, or one per row; gets no gradient.
+        targets: token ids; `ignore_index` gives log-prob 0, entropy 0 and no gradient.
+        temperature: positive number, or one per row; gets no gradient.
         softcap: Gemma 2's final logit softcap (arXiv 2408.00118), or None.
-        return_entropy: Also return each row's entropy.
-        ignore_index: The target that is ignored.
+        return_entropy: also return each row's entropy.
+        ignore_index: target that marks a row to ignore.
         backend: "auto" takes native code where it was built, else Triton on a GPU, else the
-            reference; a named one runs or raises.
+            reference; a named backend runs or raises.
 
     Returns:
         Log-probs in float32 (float64 for float64 logits), or (log-probs, entropies).
 
     Raises:
-        ValueError: A wrong shape, dtype, device, target or number, or an unusable backend.
+        ValueError: if a shape, dtype, device, target or number is wrong, or the backend is
+            unusable.
     """
     if logits.ndim != 2 or not logits.is_floating_point() or logits.dtype.itemsize < 2:
         raise ValueError(

@@ -1,6 +1,6 @@
 """Triton kernels of `token_logprob`, one program a row.
 
-One read of the logits forward; one read and one write backward. Arithmetic is float32.
+The forward reads the logits once; the backward reads and writes once. Arithmetic is float32.
 """
 
 from typing import Any
@@ -12,15 +12,8 @@ from torch import Tensor
 
 from fastalign.ops.backends import contiguous, new_rows, unit_columns
 from fastalign.ops.token_logprob.reference import Inputs
-from fastalign.ops.triton_softmax import add_block, tanh
+from fastalign.ops.triton_softmax import add_block, tanh, transform
 from fastalign.ops.triton_table import launch_options
-
-
-@triton.jit
-def _transform(x, softcap, scale, HAS_SOFTCAP: tl.constexpr):
-    if HAS_SOFTCAP:
-        x = softcap * tanh(x / softcap)
-    return x * scale
 
 
 @triton.jit
@@ -39,7 +32,10 @@ def token_logprob_fwd_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row's maximum m, sum of exp(z - m) and of (z - m) exp(z - m), online."""
+    """Reduce one row to its maximum m and the sums of exp(z - m) and (z - m) exp(z - m), online.
+
+    With S and U the two sums, logsumexp = m + log S and the entropy is log S - U / S.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     scale = 1.0
@@ -53,13 +49,15 @@ def token_logprob_fwd_kernel(
         column = start + tl.arange(0, BLOCK)
         inside = column < num_columns
         x = tl.load(start_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
-        z = tl.where(inside, _transform(x, softcap, scale, HAS_SOFTCAP), -float("inf"))
+        z = tl.where(inside, transform(x, softcap, scale, HAS_SOFTCAP), -float("inf"))
         m, total, weighted = add_block(m, total, weighted, z)
     log_total = tl.log(total)
     ignored = target == ignore_index
+    # An ignored target is no column, so its row reads column 0 and discards it.
     x = tl.load(start_ptr + tl.where(ignored, 0, target)).to(tl.float32)
-    logprob = _transform(x, softcap, scale, HAS_SOFTCAP) - m - log_total
+    logprob = transform(x, softcap, scale, HAS_SOFTCAP) - m - log_total
     entropy = log_total - weighted / total
+    # Rounding may leave it slightly below zero; tl.maximum would drop a NaN.
     entropy = tl.where(entropy < 0.0, 0.0, entropy)
     tl.store(logprob_ptr + row, tl.where(ignored, 0.0, logprob))
     tl.store(entropy_ptr + row, tl.where(ignored, 0.0, entropy))
@@ -85,7 +83,11 @@ def token_logprob_bwd_kernel(
     HAS_GRAD_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of columns of one row: g (1[v = y] - p) - e p (log p + H), through z's slope."""
+    """Write one row's gradient, [g (1[v = y] - p) - e p (log p + H)] dz / dlogit.
+
+    g and e are the gradients of log-prob and entropy; p comes back from the log-sum-exp, so one
+    read is enough.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets_ptr + row)
     ignored = target == ignore_index

@@ -1,4 +1,4 @@
-"""Each loss of a reward model as a small dataclass: its parameters on the command line."""
+"""The losses of a reward model as small dataclasses: their parameters on the command line."""
 
 import math
 from collections.abc import Callable
@@ -14,12 +14,12 @@ from fastalign import losses
 
 @dataclass(frozen=True)
 class Labels:
-    """What is known of B pairs.
+    """The labels of B pairs.
 
     Attributes:
-        tie: (B,) bool.
-        margin: (B,); 0 where the row has none.
-        shares: (B, 3) of the votes for the first, the second and a tie; None without votes.
+        tie: pairs that are ties, (B,) bool.
+        margin: difference of rewards to exceed, (B,); 0 where the row has none.
+        shares: shares of the votes for the first, the second and a tie, (B, 3); None without votes.
     """
 
     tie: Tensor
@@ -27,14 +27,14 @@ class Labels:
     shares: Tensor | None
 
     def at(self, chosen: list[int], device: torch.device) -> "Labels":
-        """Those of some of the pairs, on a device."""
+        """Return the labels of the chosen pairs, on a device."""
         shares = None if self.shares is None else self.shares[chosen].to(device)
         return Labels(self.tie[chosen].to(device), self.margin[chosen].to(device), shares)
 
 
 @dataclass(frozen=True)
 class RewardLoss:
-    """What every loss of a reward model has."""
+    """The options and methods of every loss of a reward model."""
 
     votes: bool = False
     """Train on each row's vote shares (column `votes`) instead of its label."""
@@ -45,18 +45,18 @@ class RewardLoss:
 
     @property
     def uses_ties(self) -> bool:
-        """Whether a row that says tie is of use: to a model of ties, or for its votes."""
+        """True if rows labelled as ties can be trained on: by a model of ties, or by votes."""
         return self.has_ties or self.votes
 
-    def of_pairs(self, rewards: Tensor, pairs: "Labels", nu: Tensor | None) -> Tensor:
-        """Each pair's loss (B,) of rewards (B, 2), the chosen response's first.
+    def pair_losses(self, rewards: Tensor, pairs: Labels, nu: Tensor | None) -> Tensor:
+        """Return the losses (B,) of rewards (B, 2), the chosen response's first.
 
-        `nu` () is the one that is being learned, None where none is.
+        `nu` () is the tie parameter if it is learned, else None.
         """
         raise NotImplementedError
 
     def outcomes(self, difference: Tensor, nu: Tensor | None) -> Tensor:
-        """Log-probabilities (B, 3) of a win, a loss and a tie, of differences (B,)."""
+        """Return log-probabilities (B, 3) of a win, a loss and a tie, of differences (B,)."""
         raise NotImplementedError
 
 
@@ -77,8 +77,8 @@ class BradleyTerryLoss(RewardLoss):
                 f"{self.centring_coefficient!r}"
             )
 
-    def of_pairs(self, rewards: Tensor, pairs: Labels, nu: Tensor | None) -> Tensor:
-        """See `losses.bradley_terry`, `losses.bradley_terry_votes`."""
+    def pair_losses(self, rewards: Tensor, pairs: Labels, nu: Tensor | None) -> Tensor:
+        """Return `losses.bradley_terry`, or `losses.bradley_terry_votes` for votes."""
         chosen, rejected = rewards.unbind(-1)
         margin, coefficient = pairs.margin, self.centring_coefficient
         if not self.votes:
@@ -91,14 +91,14 @@ class BradleyTerryLoss(RewardLoss):
         )
 
     def outcomes(self, difference: Tensor, nu: Tensor | None) -> Tensor:
-        """A tie has probability 0."""
+        """Return log-probabilities (B, 3); a tie has probability 0."""
         never = torch.full_like(difference, -math.inf)
         return torch.stack((F.logsigmoid(difference), F.logsigmoid(-difference), never), dim=-1)
 
 
 @dataclass(frozen=True)
 class TieLoss(RewardLoss):
-    """A loss with ties; what is learned of nu is the logarithm of nu - `least_nu`."""
+    """A loss with ties; a learned nu is parametrised by log(nu - `least_nu`)."""
 
     nu: float = 1.0
     """Frequency of ties."""
@@ -107,9 +107,9 @@ class TieLoss(RewardLoss):
 
     has_ties = True
     least_nu: ClassVar[float] = 0.0
-    of_labels: ClassVar[Callable[..., Tensor]]
-    of_votes: ClassVar[Callable[..., Tensor]]
-    of_outcomes: ClassVar[Callable[..., Tensor]]
+    label_loss: ClassVar[Callable[..., Tensor]]
+    vote_loss: ClassVar[Callable[..., Tensor]]
+    tie_outcomes: ClassVar[Callable[..., Tensor]]
 
     def __post_init__(self) -> None:
         if not self.least_nu < self.nu < float("inf"):
@@ -123,24 +123,24 @@ class TieLoss(RewardLoss):
 
     @property
     def log_nu(self) -> float:
-        """What a learned nu begins at."""
+        """Initial value of log(nu - `least_nu`)."""
         return math.log(self.nu - self.least_nu)
 
     def nu_of(self, log_nu: Tensor) -> Tensor:
-        """Nu, () float64: near `least_nu` a float32 would be rounded to it."""
+        """Return nu, () float64: near `least_nu`, float32 would round to it."""
         return self.least_nu + log_nu.double().exp()
 
-    def of_pairs(self, rewards: Tensor, pairs: Labels, nu: Tensor | None) -> Tensor:
-        """See `losses.rao_kupper`, `losses.davidson`, and the same with `_votes`."""
+    def pair_losses(self, rewards: Tensor, pairs: Labels, nu: Tensor | None) -> Tensor:
+        """Return `label_loss` of the differences, or `vote_loss` for votes."""
         difference = rewards[:, 0] - rewards[:, 1]
         value = self.nu if nu is None else nu
         if self.votes:
-            return type(self).of_votes(difference, pairs.shares, nu=value)
-        return type(self).of_labels(difference, pairs.tie, nu=value)
+            return type(self).vote_loss(difference, pairs.shares, nu=value)
+        return type(self).label_loss(difference, pairs.tie, nu=value)
 
     def outcomes(self, difference: Tensor, nu: Tensor | None) -> Tensor:
-        """See `losses.rao_kupper_outcomes`, `losses.davidson_outcomes`."""
-        return type(self).of_outcomes(difference, nu=self.nu if nu is None else nu)
+        """Return the tie model's log-probabilities (B, 3)."""
+        return type(self).tie_outcomes(difference, nu=self.nu if nu is None else nu)
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,9 @@ class RewardRaoKupperLoss(TieLoss):
 
     name = "rao_kupper"
     least_nu = 1.0
-    of_labels = losses.rao_kupper
-    of_votes = losses.rao_kupper_votes
-    of_outcomes = losses.rao_kupper_outcomes
+    label_loss = losses.rao_kupper
+    vote_loss = losses.rao_kupper_votes
+    tie_outcomes = losses.rao_kupper_outcomes
 
 
 @dataclass(frozen=True)
@@ -165,13 +165,11 @@ class RewardDavidsonLoss(TieLoss):
     """Frequency of ties: equal responses tie with probability nu / (nu + 1)."""
 
     name = "davidson"
-    of_labels = losses.davidson
-    of_votes = losses.davidson_votes
-    of_outcomes = losses.davidson_outcomes
+    label_loss = losses.davidson
+    vote_loss = losses.davidson_votes
+    tie_outcomes = losses.davidson_outcomes
 
 
 REWARD_LOSSES: dict[str, type[RewardLoss]] = {
-    "bradley_terry": BradleyTerryLoss,
-    "rao_kupper": RewardRaoKupperLoss,
-    "davidson": RewardDavidsonLoss,
+    loss.name: loss for loss in (BradleyTerryLoss, RewardRaoKupperLoss, RewardDavidsonLoss)
 }

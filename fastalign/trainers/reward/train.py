@@ -199,7 +199,7 @@ def reward_batch_loss(
     """Compute a micro-batch's loss over `normaliser` pairs, and the sums for its metrics."""
     reward = response_reward(model, batch, compute)
     labels = pairs.labels.at(chosen, reward.device)
-    each = loss.of_pairs(reward.view(-1, 2), labels, learned_nu(model, loss))
+    each = loss.pair_losses(reward.view(-1, 2), labels, learned_nu(model, loss))
     return each.sum() / normaliser, reward_sums(reward.detach(), labels.tie)
 
 
