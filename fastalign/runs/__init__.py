@@ -1,1 +1,1 @@
-"""What every run shares: settings, folder, loop, checkpoints, metrics."""
+"""Runs: the settings, folder, loop, checkpoints and metrics that all algorithms share."""

@@ -83,7 +83,7 @@ def accumulate(
             result does not depend on how the step is cut.
         examples: all examples there are.
         indices: the examples of this step.
-        compute: how forwards are run.
+        compute: device, dtype, packing and ranks of the forwards.
         backward: whether to compute gradients.
         last: whether no more is added to them before they are used.
     """
@@ -168,7 +168,7 @@ def policy_loss(
         policy: a causal model.
         batch: the micro-batch.
         loss_fn: loss of a chunk's per-token log-probs and entropies, see `fused_linear_loss`.
-        compute: how forwards are run.
+        compute: device, dtype, packing and ranks of the forwards.
         segments: bounds of targets that must stay together in a chunk; None: any may be split.
         temperature: divisor of the logits.
     """

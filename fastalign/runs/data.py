@@ -1,4 +1,4 @@
-"""A run's data: loaded under its rules, none longer than the model's positions."""
+"""A run's data: loaded under its rules, with no row longer than the model's positions."""
 
 from typing import Any
 
@@ -7,10 +7,10 @@ from fastalign.runs.config import PreferenceDataConfig
 
 
 def check_lengths(model: Any, data: TokenizedDataset) -> None:
-    """Refuses data longer than the model's positions; says what was left out of the data.
+    """Print the rows that were left out; raise if a row has more tokens than the model positions.
 
     Raises:
-        ValueError: see `check_positions`.
+        ValueError: if a row is too long, see `check_positions`.
     """
     line = data.report.losses_line()
     if line is not None:
@@ -21,10 +21,10 @@ def check_lengths(model: Any, data: TokenizedDataset) -> None:
 
 
 def check_positions(model: Any, data: TokenizedDataset) -> None:
-    """Refuses data longer than the model's positions.
+    """Check that no row has more tokens than the model has positions.
 
     Raises:
-        ValueError: naming the first row that is too long.
+        ValueError: if a row is too long; it names the first.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is None:
@@ -41,7 +41,7 @@ def check_positions(model: Any, data: TokenizedDataset) -> None:
 def load_data(
     config: Any, source: str, tokenizer: Tokenizer, *, keep_ties: bool = False
 ) -> TokenizedDataset:
-    """A source under the run's rules: demonstrations, or pairs; a loss with ties keeps them."""
+    """Load demonstrations or pairs under the run's rules; a loss with ties keeps ties."""
     data = config.data
     if isinstance(data, PreferenceDataConfig):
         return load_preferences(
@@ -64,11 +64,11 @@ def load_data(
 def load_sets(
     config: Any, model: Any, tokenizer: Tokenizer
 ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """Training data, and held-out data if there are any, none longer than the model's positions.
+    """Load the training data, and the held-out data if there are any.
 
     Raises:
-        ValueError: whatever is wrong with a source, naming file and row.
-        FileNotFoundError: a file that is not there.
+        ValueError: if a source is at fault, naming file and row, or a row is too long.
+        FileNotFoundError: if a file does not exist.
     """
     sources = [config.data.train, *([] if config.data.eval is None else [config.data.eval])]
     sets = [load_data(config, source, tokenizer) for source in sources]

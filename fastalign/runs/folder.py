@@ -60,16 +60,18 @@ GO_ON_DIFFERENTLY = {
 
 
 def as_yaml(values: dict[str, Any]) -> str:
-    """The settings as `config.yaml` holds them."""
+    """Return the settings as the text of `config.yaml`."""
     text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
     return text
 
 
 def changed_settings(saved: dict[str, Any], values: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """What a resumed run changes: `optim.lr (1e-06, now 2e-06)`.
+    """Compare a resumed run's settings with the saved ones.
+
+    A change reads `optim.lr (1e-06, now 2e-06)`.
 
     Returns:
-        Settings that it may not change, and those with which it goes on, if not to the bit.
+        Changes that are refused, and changes under which the run continues, if not bitwise.
     """
     before, now = flat_settings(saved), flat_settings(values)
     refused: list[str] = []
@@ -96,14 +98,14 @@ def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def has_steps(folder: Path) -> bool:
-    """Whether a run took a step there; one that could not may be started again."""
+    """Return whether a run took a step there; without one it may be started again."""
     metrics = folder / "metrics.jsonl"
     logged = metrics.exists() and metrics.stat().st_size > 0
     return logged or bool(list_checkpoints(folder / CHECKPOINTS))
 
 
 def prepare_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
-    """Makes the folder, or checks that it holds the run that is to be resumed.
+    """Make the folder, or check that it holds the run that is to be resumed.
 
     Raises:
         ValueError: it holds a run and `resume` is not asked for; or it holds none, or one with
@@ -140,10 +142,10 @@ def prepare_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) ->
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Holds the folder for this process, so that two runs cannot write into one.
+    """Lock the folder for this process, so that two runs cannot write into it.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: if another process holds the lock.
     """
     with (folder / ".lock").open("w") as file:
         try:
@@ -154,7 +156,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 def announce(values: dict[str, Any]) -> None:
-    """Prints the resolved settings."""
+    """Print the resolved settings."""
     print(as_yaml(values), end="", flush=True)
 
 
@@ -162,10 +164,10 @@ MACHINE_FILE = "machine.json"
 
 
 def write_machine(folder: Path, train: dict[str, Any]) -> None:
-    """Writes device, number of processes, dtype of the products, and versions.
+    """Write device, number of processes, dtype of the products, and versions to `machine.json`.
 
     Args:
-        folder: of the run.
+        folder: folder of the run.
         train: the run's settings of that name.
 
     Raises:

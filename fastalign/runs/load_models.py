@@ -24,7 +24,7 @@ from fastalign.runs.memory import LOADING, memory_used_in
 
 
 def load_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokenizer]:
-    """The policy with float32 master weights, or a frozen base with an adapter; its tokenizer.
+    """Load the policy with float32 master weights, or a frozen base with an adapter; its tokenizer.
 
     Raises:
         ValueError: what `base_dtype`, `load_model` and `add_adapter` refuse.
@@ -42,7 +42,7 @@ def load_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokeniz
 
 
 def load_reward_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokenizer]:
-    """A reward model with float32 master weights, and its tokenizer; the caller shares it."""
+    """Load a reward model with float32 master weights, and its tokenizer; the caller shares it."""
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     model = load_reward_network(config.model.path, config, compute)
     check_vocabulary(model, tokenizer, config.model.path)
@@ -51,7 +51,7 @@ def load_reward_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, 
 
 
 def load_reward_network(path: str, config: AnyConfig, compute: Compute) -> Any:
-    """A reward model's network, its head drawn by the run's seed if it has none."""
+    """Load a reward model's network; draw a head by the run's seed if it has none."""
     trust = config.model.trust_remote_code
     return loaded(
         path,
@@ -62,12 +62,12 @@ def load_reward_network(path: str, config: AnyConfig, compute: Compute) -> Any:
 
 
 def is_skeleton(model: Any) -> bool:
-    """Whether the model has no weights yet, being another rank's to read."""
+    """Return whether the model has no weights yet, because another rank reads them."""
     return any(p.is_meta for p in model.parameters())
 
 
 def ready_for_training(model: Any, config: AnyConfig) -> Any:
-    """The model with its activations checkpointed and its layers compiled, if that is asked for."""
+    """Checkpoint the model's activations and compile its layers, if the settings ask for it."""
     if config.train.gradient_checkpointing:
         checkpoint_activations(model)
     if config.train.compile:
@@ -82,7 +82,7 @@ def checkpoint_activations(model: Any) -> None:
 
 
 def base_dtype(config: ModelConfig, compute: Compute) -> torch.dtype:
-    """Of the weights under an adapter; where all are trained they are float32.
+    """Return the dtype of the weights under an adapter; without one it is float32.
 
     Raises:
         ValueError: an adapter on an adapter, or a precision that does not go with the run's.
@@ -102,7 +102,7 @@ def base_dtype(config: ModelConfig, compute: Compute) -> torch.dtype:
 
 
 def add_new_adapter(model: Any, config: ModelConfig) -> None:
-    """Puts the adapter that the settings describe on a model, if they do."""
+    """Add the adapter that the settings describe to a model, if they describe one."""
     lora = config.lora
     if lora.rank:
         add_adapter(
@@ -122,7 +122,7 @@ def load_model(
     dtype: torch.dtype = torch.float32,
     nf4: bool = False,
 ) -> tuple[Any, Tokenizer]:
-    """A causal model, which the caller shares among the ranks, and the tokenizer beside it.
+    """Load a causal model, which the caller shares among the ranks, and its tokenizer.
 
     Raises:
         ValueError: the tokenizer has more tokens than the model.
@@ -181,11 +181,11 @@ def check_sharing(config: AnyConfig) -> None:
 def loaded(
     path: str, compute: Compute, load: Callable[[Compute], Any], skeleton: Callable[[], Any]
 ) -> Any:
-    """A model whose weights each rank has, or, of one that will be sharded, rank 0 alone.
+    """Load a model on each rank; if it will be sharded, load the weights on rank 0 alone.
 
     Args:
-        path: where the model is read from.
-        compute: of the run.
+        path: folder or hub name of the model.
+        compute: device, dtype, packing and ranks of the forwards.
         load: reads the model to the device of the `Compute` that it is given.
         skeleton: makes the same model without weights.
     """
@@ -197,7 +197,7 @@ def loaded(
 
 
 def share(model: Any, compute: Compute) -> Any:
-    """The model as the run's ranks share it; it must be as it will be trained.
+    """Share the model among the run's ranks; it must be as it will be trained.
 
     A frozen model that is not sharded is each rank's own.
     """

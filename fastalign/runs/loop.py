@@ -302,7 +302,7 @@ class Step:
         indices: examples of the training data that it is taken on.
         evaluates: whether an evaluation on held-out data is due behind it.
         start: when it began, by `time.perf_counter`.
-        metrics: what is logged of it, once it is finished.
+        metrics: metrics of the step that are logged, once it is finished.
     """
 
     def __init__(self, run: Run) -> None:

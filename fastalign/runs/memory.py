@@ -1,4 +1,4 @@
-"""What this process holds, and one line where it could not get more."""
+"""Memory of this process, and notes on what was being done when it did not suffice."""
 
 import resource
 import sys
@@ -24,7 +24,7 @@ def resident_bytes() -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """The most that was held so far: by PyTorch on a GPU, or by the process."""
+    """Return the peak memory so far: PyTorch's on a GPU, otherwise the process's."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     unit = 1 if sys.platform == "darwin" else 1024
@@ -33,7 +33,7 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 @contextmanager
 def memory_used_in(what: str) -> Iterator[None]:
-    """Notes on an error of memory what was being done."""
+    """Add a note of what was being done to an error of memory."""
     try:
         yield
     except Exception as error:

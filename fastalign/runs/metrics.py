@@ -1,4 +1,4 @@
-"""What a run says as it goes: `metrics.jsonl`, TensorBoard, and a progress bar or plain lines."""
+"""A run's output: `metrics.jsonl`, TensorBoard, and a progress bar or plain lines."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ BOARD_BYTES = 2**18  # that must be free for TensorBoard's writer to go on
 
 
 def mean_metrics(sums: dict[str, float]) -> Metrics:
-    """A step's summed metrics as means, by `fused.metric_means`."""
+    """Return a step's summed metrics as means, by `fused.metric_means`."""
     tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in sums.items()}
     return {name: value.item() for name, value in metric_means(tensors).items()}
 
@@ -58,7 +58,7 @@ class MetricsWriter:
         )
 
     def write(self, metrics: Metrics) -> None:
-        """Appends one object; a number that JSON cannot hold (NaN, Inf) becomes a string."""
+        """Append one object; a number that JSON cannot hold (NaN, Inf) becomes a string."""
         plain = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
         self._append(json.dumps(plain).encode() + b"\n")
         self._on_board(partial(self._add_scalars, metrics))
@@ -102,7 +102,7 @@ class MetricsWriter:
 
 
 class NoWriter:
-    """What a rank writes to that does not speak for the run."""
+    """The writer of every rank but the first: it writes nothing."""
 
     def write(self, metrics: Metrics) -> None:
         """Nothing."""
@@ -134,8 +134,8 @@ class ProgressDisplay:
 
     Args:
         title: shown in front.
-        num_steps: of the whole run.
-        step: where it begins.
+        num_steps: steps of the whole run.
+        step: step that the run begins after.
     """
 
     def __init__(self, title: str, num_steps: int, step: int) -> None:
@@ -153,7 +153,7 @@ class ProgressDisplay:
             self._task = self._bar.add_task(title, total=num_steps, completed=step, numbers="")
 
     def __enter__(self) -> "ProgressDisplay":
-        """Shows the bar."""
+        """Show the bar."""
         if self._bar is not None:
             self._bar.start()
         return self
@@ -169,14 +169,14 @@ class ProgressDisplay:
             self._bar.stop()
 
     def say(self, line: str) -> None:
-        """Prints a line beside the bar."""
+        """Print a line beside the bar."""
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False)
         else:
             print(line, flush=True)
 
     def update(self, metrics: Metrics) -> None:
-        """Shows one step's metrics."""
+        """Show one step's metrics."""
         step = int(metrics["step"])
         numbers = f"loss {metrics['loss']:.4f}  {metrics['tokens_per_second']:.0f} tokens/s"
         for name in ("rewards/accuracies", "accuracy"):

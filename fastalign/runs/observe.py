@@ -1,4 +1,4 @@
-"""What a run shows of itself while it goes: a trace of one step, the stacks of a stalled one."""
+"""Observe a run: a trace of one step, and the stacks of a stalled one."""
 
 import faulthandler
 import sys
@@ -20,7 +20,7 @@ PATIENCE_SECONDS = 30.0  # that the writing thread may be late
 
 @contextmanager
 def traced(folder: Path, *, wanted: bool, step: int, world: World = ALONE) -> Iterator[None]:
-    """Writes what the step's operations took, as Chrome and Perfetto read it, if it is wanted.
+    """Write a trace of the step's operations for Chrome and Perfetto, if it is wanted.
 
     Every rank writes a file of its own.
     """
@@ -46,8 +46,8 @@ class StallWatch:
     interpreter does so without. That reads frames while they may change, so it is the last resort.
 
     Args:
-        folder: of the run.
-        seconds: that a step may take; 0: any.
+        folder: folder of the run.
+        seconds: time limit of a step; 0 disables the watch.
         world: the ranks, each with a file of its own.
     """
 
@@ -86,7 +86,7 @@ class StallWatch:
         faulthandler.dump_traceback_later(later, repeat=True, file=self._file)
 
     def _watch(self, over: threading.Event) -> None:
-        """Writes the stacks each time that the step has taken as long again."""
+        """Write the stacks each time that the step has taken as long again."""
         assert self._file is not None
         while not over.wait(self._seconds):
             self._rearm()

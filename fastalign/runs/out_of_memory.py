@@ -13,7 +13,7 @@ from fastalign.runs.memory import LOADING, STEP
 
 @contextmanager
 def out_of_memory_in_one_line(config: AnyConfig) -> Iterator[None]:
-    """Ends an error of memory in one line: where, and which settings to change.
+    """Turn an error of memory into one line: where it happened, and which settings to change.
 
     Raises:
         ValueError: memory did not suffice.
@@ -32,7 +32,7 @@ def out_of_memory_in_one_line(config: AnyConfig) -> Iterator[None]:
 
 
 def how_to_go_on(folder: Path) -> str:
-    """What to do after a setting was changed."""
+    """Return the sentence that says how to continue after a setting was changed."""
     checkpoints = list_checkpoints(folder / CHECKPOINTS)
     if checkpoints:
         return f"The run goes on from {checkpoints[0].name} with the changed setting, --run.resume"
@@ -42,7 +42,7 @@ def how_to_go_on(folder: Path) -> str:
 
 
 def remedies(config: AnyConfig, what: str) -> str:
-    """Settings that need less memory in what was being done, with their present values.
+    """Return settings that need less memory in what was being done, with their present values.
 
     Outside of computations on batches, and where a model is read, it is the models that fill it.
     """

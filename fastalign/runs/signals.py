@@ -18,7 +18,7 @@ class StopRequest:
 
     Attributes:
         received: the signal, or None.
-        agreed: what all ranks stop for, at one step; None: they go on.
+        agreed: signal that all ranks stop for at one step, or None.
     """
 
     received: signal.Signals | None = None
@@ -32,7 +32,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Notes the first signal; a second one has its ordinary effect at once.
+    """Record the first signal; a second one has its ordinary effect at once.
 
     Behind a collective that failed SIGTERM is ignored: this rank has yet to say who is gone, and
     `torchrun` asks all to end as soon as it sees one gone. Outside the main thread Python cannot

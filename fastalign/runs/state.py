@@ -18,7 +18,7 @@ class TrainState:
         num_skipped_in_a_row: latest steps that were skipped as non-finite.
         num_tokens: packed tokens computed so far.
         kept: an algorithm's own numbers, by name; a checkpoint holds them to the last bit.
-        grad_norms: of the latest steps that were taken, oldest first.
+        grad_norms: gradient norms of the latest steps that were applied, oldest first.
         rollouts: completions that were begun for the next step, as JSON holds them.
         reference: weights of a reference that is renewed as the run goes, by the model's names;
             empty where there is none.
@@ -35,7 +35,7 @@ class TrainState:
     reference: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def counters(self) -> dict[str, Any]:
-        """The numbers, as JSON holds them."""
+        """Return the counters, as JSON holds them."""
         return {
             "step": self.step,
             "num_skipped_in_a_row": self.num_skipped_in_a_row,
@@ -52,7 +52,7 @@ def seed_everything(seed: int) -> None:
 
 
 def random_state() -> dict[str, torch.Tensor]:
-    """The states of torch's generators, as tensors."""
+    """Return the states of torch's generators, as tensors."""
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -60,7 +60,7 @@ def random_state() -> dict[str, torch.Tensor]:
 
 
 def restore_random_state(state: dict[str, torch.Tensor]) -> None:
-    """Puts back what `random_state` took, or a part of it."""
+    """Restore the states that `random_state` returned, or a part of them."""
     if "cpu" in state:
         torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():

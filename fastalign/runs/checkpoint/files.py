@@ -19,13 +19,13 @@ REMOVED = ".removing-"
 
 
 def sha256_of(path: Path) -> str:
-    """The file's SHA-256, in hexadecimal."""
+    """Return the file's SHA-256 in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sync(path: Path) -> None:
-    """Returns when the file's or folder's content is on the disk."""
+    """Flush a file's or folder's content to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -34,7 +34,7 @@ def sync(path: Path) -> None:
 
 
 def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader finds the old content or the new, never half of it."""
+    """Write a file atomically: a reader finds the old content or the new, never half of it."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.write_bytes(content)
@@ -46,12 +46,12 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
 
 
 def write_text_atomically(path: Path, text: str) -> None:
-    """The same for text, as UTF-8."""
+    """Write text atomically, as UTF-8."""
     write_bytes_atomically(path, text.encode())
 
 
 def entry_of(path: Path) -> dict[str, Any]:
-    """What the manifest holds of a file: its size and its SHA-256."""
+    """Return a file's entry in the manifest: its size and its SHA-256."""
     return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
@@ -74,13 +74,13 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def clear_left_behind(folder: Path) -> None:
-    """Removes what a run that was killed had begun to write, or to remove."""
+    """Remove folders that a killed run had begun to write or to remove."""
     for half in (*folder.glob(f"{ASIDE}*"), *folder.glob(f"{REMOVED}*")):
         shutil.rmtree(half)
 
 
 def discard(checkpoint: Path) -> None:
-    """Removes a checkpoint; one that is half removed is not listed any more."""
+    """Remove a checkpoint; once the removal has begun it is not listed any more."""
     hidden = checkpoint.with_name(f"{REMOVED}{checkpoint.name}")
     checkpoint.rename(hidden)
     shutil.rmtree(hidden)
@@ -89,7 +89,7 @@ def discard(checkpoint: Path) -> None:
 def publish(
     aside: Path, final: Path, texts: dict[str, str], written: dict[str, Any], keep: int
 ) -> None:
-    """Gives a folder of synced files its manifest and its name; then removes old checkpoints.
+    """Write the manifest of a folder of synced files, rename the folder, remove old checkpoints.
 
     At every moment a checkpoint that was good before is still there, or the new one is.
 
@@ -147,7 +147,7 @@ def read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]]:
 
 
 def fault_of_file(path: Path, size: int, digest: str) -> str | None:
-    """What is wrong with one file, or None."""
+    """Return the fault of one file, or None."""
     if not path.is_file():
         return f"{path.name} is missing"
     if path.stat().st_size != size:
@@ -158,7 +158,7 @@ def fault_of_file(path: Path, size: int, digest: str) -> str | None:
 
 
 def fault_of(checkpoint: Path, world: World = ALONE) -> str | None:
-    """What is wrong with a checkpoint, or None: every file is there and has its hash.
+    """Return the fault of a checkpoint, or None if every file is there and has its hash.
 
     Each rank reads a share of the files; all come to the same answer.
     """
@@ -175,7 +175,7 @@ def fault_of(checkpoint: Path, world: World = ALONE) -> str | None:
 
 
 def newest_good_checkpoint(folder: Path, world: World = ALONE) -> tuple[Path, list[str]]:
-    """The newest checkpoint without a fault, and a line for each newer one that has one.
+    """Return the newest checkpoint without a fault, and a line for each newer one with a fault.
 
     Raises:
         ValueError: there is none.

@@ -47,8 +47,8 @@ FORMAT = 2
 ROLLOUTS = "rollouts.json"
 
 
-def only_one_process_is_meant() -> None:
-    """A run of one process needs no process group, of which DCP warns each time it is used."""
+def ignore_missing_group() -> None:
+    """Silence DCP's warning about a missing process group, which one process does not need."""
     # Not for a while only: it warns in a thread, and filters are the whole process's.
     warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
 
@@ -85,7 +85,7 @@ def check_parts(
     parameters: Mapping[str, Tensor],
     afresh: Collection[Part],
 ) -> None:
-    """Compares the shards with `state.json`'s list and with the model.
+    """Compare the shards with the list in `state.json` and with the model.
 
     Raises:
         ValueError: a part is missing, or foreign, or has another shape.
@@ -128,7 +128,7 @@ def restore(
     seed: int = 0,
     afresh: Collection[Part] = (),
 ) -> dict[str, Any]:
-    """Loads a checkpoint without a fault into `state`; returns its `state.json`.
+    """Load a checkpoint without a fault into `state`; return its `state.json`.
 
     Args:
         checkpoint: its folder.
@@ -161,14 +161,14 @@ def restore(
     }
     restore_counters(checkpoint, state, saved, afresh)
     restore_random(wanted, state.step, seed, world.rank)
-    say_what_differs(saved, stored, world, afresh)
+    print_resume_differences(saved, stored, world, afresh)
     return saved
 
 
 def restore_counters(
     checkpoint: Path, state: TrainState, saved: Mapping[str, Any], afresh: Collection[Part]
 ) -> None:
-    """Puts back the numbers, and the completions that were begun.
+    """Restore the counters, and the completions that were under way.
 
     Raises:
         ValueError: one is missing.
@@ -185,8 +185,8 @@ def restore_counters(
 def load_tensors(
     targets: dict[str, Tensor], reader: HuggingFaceStorageReader, world: World
 ) -> None:
-    """Reads into tensors in place, of each what this rank holds of it."""
-    only_one_process_is_meant()
+    """Read into tensors in place; each rank reads its own part of each."""
+    ignore_missing_group()
     try:
         load(targets, storage_reader=reader, no_dist=world.size == 1)
     except CheckpointException as error:
@@ -194,13 +194,13 @@ def load_tensors(
 
 
 def random_targets(stored: Mapping[str, Stored], rank: int) -> dict[str, Tensor]:
-    """Copies of this rank's present random states, of those that are on the disk."""
+    """Return copies of this rank's random states that the checkpoint has, to be read into."""
     now = {random_name(rank, device): value for device, value in random_state().items()}
     return {name: value for name, value in now.items() if name in stored}
 
 
 def restore_random(wanted: Mapping[str, Tensor], step: int, seed: int, rank: int) -> None:
-    """Puts back a rank's random states; where one is not there, all begin by run, rank, step."""
+    """Restore a rank's random states; if one is missing, seed all by run, rank and step."""
     names = {random_name(rank, device): device for device in random_state()}
     found = {device: wanted[name] for name, device in names.items() if name in wanted}
     if len(found) < len(names):
@@ -208,10 +208,10 @@ def restore_random(wanted: Mapping[str, Tensor], step: int, seed: int, rank: int
     restore_random_state(found)
 
 
-def say_what_differs(
+def print_resume_differences(
     saved: Mapping[str, Any], stored: Mapping[str, Stored], world: World, afresh: Collection[Part]
 ) -> None:
-    """Prints once what of the run is not as it was."""
+    """Print once how the resumed run differs from the saved one."""
     devices = random_state()
     names = {random_name(rank, device) for rank in range(world.size) for device in devices}
     if not world.is_first:

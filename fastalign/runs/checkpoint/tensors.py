@@ -21,22 +21,22 @@ RANDOM = "random."
 
 
 def trainable_parameters(model: Any) -> dict[str, Tensor]:
-    """What a run changes, by name; without a frozen base it is every parameter."""
+    """Return the parameters that a run trains, by name."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def local_part(value: Tensor) -> Tensor:
-    """What this rank holds of a tensor."""
+    """Return this rank's part of a tensor."""
     return value.to_local() if isinstance(value, DTensor) else value
 
 
 def random_name(rank: int, device: str) -> str:
-    """Of a rank's random state."""
+    """Return the checkpoint's name of one rank's random state, e.g. `random.rank0.cpu`."""
     return f"{RANDOM}rank{rank}.{device}"
 
 
 def described(name: str) -> str:
-    """A tensor's name in words: `optimizer state of lm_head.weight (exp_avg)`."""
+    """Return a tensor's name in words: `optimizer state of lm_head.weight (exp_avg)`."""
     if name.startswith(MODEL):
         return f"weight of {name.removeprefix(MODEL)}"
     if name.startswith(OPTIMIZER):
@@ -73,13 +73,13 @@ def tensors_of(state: TrainState, rank: int) -> dict[str, Tensor]:
 
 
 def optimizer_states(state: TrainState) -> dict[str, dict[str, Any]]:
-    """The optimiser's state of every parameter that has one, by the parameter's name."""
+    """Return the optimiser's state of every parameter that has one, by the parameter's name."""
     held = state.optimizer.state
     return {name: held[p] for name, p in state.model.named_parameters() if held.get(p)}
 
 
 def optimizer_settings(state: TrainState) -> dict[str, Any]:
-    """What the optimiser holds beside tensors, as JSON: its groups, and numbers in its states."""
+    """Return the optimiser's groups and the numbers in its states, as JSON holds them."""
     names = {p: name for name, p in state.model.named_parameters()}
     groups = [
         {**group, "params": [names[p] for p in group["params"]]}
@@ -97,11 +97,11 @@ def optimizer_settings(state: TrainState) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Stored:
-    """What is on the disk of one tensor.
+    """A tensor on the disk.
 
     Attributes:
-        shape: of all of it.
-        dtype: of its elements.
+        shape: shape of the whole tensor.
+        dtype: dtype of its elements.
     """
 
     shape: torch.Size
@@ -115,7 +115,7 @@ class Stored:
 
 
 def owner_of(name: str) -> str | None:
-    """The parameter that a tensor belongs to; None of a random state."""
+    """Return the parameter that a tensor belongs to, or None for a random state."""
     if name.startswith(OPTIMIZER):
         return name.removeprefix(OPTIMIZER).rpartition(".")[0]
     prefix = next((prefix for prefix in (MODEL, REFERENCE) if name.startswith(prefix)), None)
@@ -123,7 +123,7 @@ def owner_of(name: str) -> str | None:
 
 
 def is_like_owner(name: str) -> bool:
-    """Whether a tensor has its parameter's shape; states of 8 bits have shapes of their own."""
+    """Return whether a tensor has its parameter's shape; 8-bit states have shapes of their own."""
     return name.startswith((MODEL, REFERENCE)) or name.endswith((".exp_avg", ".exp_avg_sq"))
 
 
@@ -141,7 +141,7 @@ def owned_targets(
 def load_optimizer(
     state: TrainState, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
 ) -> None:
-    """Gives the optimiser its states and its groups' settings, both by the parameters' names.
+    """Load the optimiser's states and its groups' settings, both by the parameters' names.
 
     Raises:
         ValueError: its groups hold other parameters.

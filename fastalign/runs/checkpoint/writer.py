@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from fastalign.ranks.world import ALONE, World
 from fastalign.runs.checkpoint.files import ASIDE, STATE, clear_left_behind, entry_of, publish, sync
-from fastalign.runs.checkpoint.restore import FORMAT, ROLLOUTS, only_one_process_is_meant
+from fastalign.runs.checkpoint.restore import FORMAT, ROLLOUTS, ignore_missing_group
 from fastalign.runs.checkpoint.tensors import (
     local_part,
     optimizer_settings,
@@ -35,13 +35,13 @@ SMALLEST_FILE_BYTES = 2**26
 
 
 def num_bytes(item: WriteItem) -> int:
-    """Of what one rank writes of a tensor."""
+    """Return the bytes that one rank writes of a tensor."""
     assert item.tensor_data is not None
     return item.tensor_data.chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
 
 
 def file_of_each(plans: list[SavePlan]) -> dict[str, int]:
-    """The number of each tensor's file, from 1; the same on all ranks."""
+    """Return the number of each tensor's file, from 1; the same on all ranks."""
     sizes: dict[str, int] = {}
     for item in (item for plan in plans for item in plan.items):
         sizes[item.index.fqn] = max(sizes.get(item.index.fqn, 0), num_bytes(item))
@@ -62,7 +62,7 @@ class ShardWriter(HuggingFaceStorageWriter):
     Args:
         final: the folder that it becomes.
         keep: checkpoints to keep.
-        content: of `state.json`.
+        content: content of `state.json`.
         texts: more files, by their names.
     """
 
@@ -72,11 +72,11 @@ class ShardWriter(HuggingFaceStorageWriter):
         super().__init__(str(self.aside), save_distributed=True)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Nothing: rank 0 makes the folder, when what was left behind there is gone."""
+        """Return the plan unchanged; rank 0 makes the folder in `prepare_global_plan`."""
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """On rank 0, before any rank writes: makes the folder."""
+        """Make the folder, on rank 0 and before any rank writes."""
         folder = self.final.parent
         if not folder.exists():
             folder.mkdir(parents=True)
@@ -89,7 +89,7 @@ class ShardWriter(HuggingFaceStorageWriter):
     def write_data(
         self, plan: SavePlan, planner: SavePlanner
     ) -> torch.futures.Future[list[WriteResult]]:
-        """Writes, syncs and hashes the files of this rank."""
+        """Write, sync and hash the files of this rank."""
         results = super().write_data(plan, planner).wait()
         names = {result.storage_data.relative_path for result in results}
         entries = {name: entry_of(self.aside / name) for name in names}
@@ -98,7 +98,7 @@ class ShardWriter(HuggingFaceStorageWriter):
         return done
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """On rank 0, when every rank's files are on the disk."""
+        """Publish the checkpoint, on rank 0 and when every rank's files are on the disk."""
         written = {k: v for rank in results for r in rank for k, v in r.storage_data.items()}
         content = self._content | {"tensors": sorted(metadata.state_dict_metadata)}
         texts = {STATE: json.dumps(content, indent=1), **self._texts}
@@ -106,7 +106,7 @@ class ShardWriter(HuggingFaceStorageWriter):
 
 
 def not_finite(state: TrainState) -> str | None:
-    """The name of a weight of which this rank holds a value that is not finite."""
+    """Return the name of a weight whose part on this rank is not finite, or None."""
     for name, value in (*trainable_parameters(state.model).items(), *state.reference.items()):
         if not bool(torch.isfinite(local_part(value)).all()):
             return name
@@ -138,10 +138,10 @@ class CheckpointWriter:
         self._group = dist.new_group(backend="gloo") if world.size > 1 else None
 
     def save(self, state: TrainState, extra: dict[str, Any], *, wait: bool = False) -> Path:
-        """Begins to write `folder/step-NNNNNN`, when the one before is done.
+        """Begin to write `folder/step-NNNNNN`, after the one before is done.
 
         Args:
-            state: what to save; it may change when this returns.
+            state: model, optimiser and counters to save; they may change after this returns.
             extra: more for `state.json` (JSON).
             wait: return when it is on the disk; then nothing is copied first.
 
@@ -158,7 +158,7 @@ class CheckpointWriter:
         if alone and self._group is None and dist.is_available() and dist.is_initialized():
             self._group = dist.new_group(backend="gloo")  # another library's may have GPUs alone
         how: dict[str, Any] = {"process_group": self._group, "no_dist": alone}
-        only_one_process_is_meant()
+        ignore_missing_group()
         future: Future[Any]
         if self._background and not wait:
             future = async_save(tensors, storage_writer=writer, **how)  # type: ignore[assignment]
@@ -174,7 +174,7 @@ class CheckpointWriter:
         return writer.final
 
     def check(self) -> None:
-        """Raises what the checkpoint that is being written failed with; does not wait for it.
+        """Raise the error of the checkpoint that is being written; do not wait for it.
 
         Raises:
             OSError: it could not be written.
@@ -183,7 +183,7 @@ class CheckpointWriter:
             self.finish()
 
     def finish(self) -> None:
-        """Returns when the checkpoint that was begun is on the disk.
+        """Wait until the checkpoint that was begun is on the disk.
 
         Raises:
             OSError: it could not be written; what was written of it is removed.
@@ -199,7 +199,7 @@ class CheckpointWriter:
         raise failure_of(pending.writer.final, failure) from failure
 
     def close(self) -> None:
-        """Finishes where a run ends by an error of its own: a failure is printed, not raised."""
+        """Finish when the run ends by another error: print a failure instead of raising it."""
         try:
             self.finish()
         except Exception as error:
@@ -219,7 +219,7 @@ class CheckpointWriter:
 
 
 def failure_of(final: Path, failure: BaseException) -> Exception:
-    """A failed save in one line: which checkpoint, and what the system said."""
+    """Return an error of one line that names the checkpoint and the system's reason."""
     if not isinstance(failure, CheckpointException):  # of the collectives: a rank is gone
         return RuntimeError(f"checkpoint {final} was not written: {failure!r}")
     rank, (cause, _) = next(iter(failure.failures.items()))

@@ -43,7 +43,7 @@ class Reference:
 
     Attributes:
         model: the model.
-        fingerprint: of its configuration and weights.
+        fingerprint: hash of its configuration and weights.
     """
 
     model: Any
@@ -76,7 +76,7 @@ def load_reference(
 def compute_logprobs(
     reference: Reference, examples: Examples, indices: Sequence[int], compute: Compute
 ) -> Tensor:
-    """(number of indices, 2) float32 sequence log-probs on the CPU, without any adapter."""
+    """Return sequence log-probs without any adapter, (number of indices, 2) float32 on the CPU."""
     what = f"the reference's log-probs, in batches of at most {compute.tokens_per_batch} tokens"
     with memory_used_in(what), adapter_off(reference.model):
         groups = [examples.groups[i] for i in indices]
@@ -91,7 +91,7 @@ def check_cached(
     examples: Examples,
     compute: Compute,
 ) -> int:
-    """Computes the first, the last and a few other cached pairs again; returns how many.
+    """Compute the first, the last and a few other cached pairs again; return how many.
 
     Raises:
         ValueError: a value is not what the file says, by more than rounding.
@@ -138,9 +138,9 @@ def reference_logprobs(
         reference: the model.
         examples: pairs.
         indices: the examples that the run will use; the others may stay NaN.
-        compute: how forwards are run.
-        data_fingerprint: of the examples' token ids.
-        cache_dir: where cache files are.
+        compute: device, dtype, packing and ranks of the forwards.
+        data_fingerprint: hash of the examples' token ids.
+        cache_dir: folder of the cache files.
 
     Returns:
         (number of examples, 2) float32 on the CPU.
@@ -199,7 +199,7 @@ def default_cache_dir() -> Path:
 def cache_path(
     cache_dir: Path, data_fingerprint: str, fingerprint: str, dtype: torch.dtype
 ) -> Path:
-    """The cache file of these examples under the model with that fingerprint."""
+    """Return the cache file of these examples under the model with that fingerprint."""
     parts = [VERSION, data_fingerprint, fingerprint, str(dtype)]
     return cache_dir / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()}.safetensors"
 
@@ -210,7 +210,7 @@ def digest_of(values: Tensor) -> str:
 
 
 def read_cache(path: Path, num_examples: int) -> tuple[Tensor, str | None]:
-    """What a cache file knows, and what is wrong with the file.
+    """Read a cache file.
 
     Returns:
         (num_examples, 2) float32, NaN where nothing is known, which is everywhere without a file
@@ -233,12 +233,12 @@ def read_cache(path: Path, num_examples: int) -> tuple[Tensor, str | None]:
 
 
 def put_aside(path: Path) -> Path:
-    """Where a damaged file goes."""
+    """Return the path that a damaged file is renamed to."""
     return path.with_name(f"{path.name}.damaged")
 
 
 def merge_into_cache(path: Path, values: Tensor) -> Tensor:
-    """Adds what the file does not know yet, so that runs at the same time lose nothing.
+    """Merge values into the file under a lock, so that simultaneous runs lose nothing.
 
     The first value written stays: what a run was given is what it finds again when it is resumed.
 
@@ -247,7 +247,7 @@ def merge_into_cache(path: Path, values: Tensor) -> Tensor:
         values: (number of examples, 2) float32, NaN where nothing is known.
 
     Returns:
-        What the file now holds.
+        Values that the file now holds.
 
     Raises:
         OSError: it cannot be written.

@@ -151,7 +151,7 @@ def dpo_batch_loss(
         loss: which loss.
         pairs: all pairs.
         normaliser: number of pairs of the whole step, which the summed loss is divided by.
-        compute: how forwards are run.
+        compute: device, dtype, packing and ranks of the forwards.
         batch: the micro-batch.
         chosen: the pairs that it holds.
     """

@@ -1,4 +1,4 @@
-"""The reference of an algorithm that samples: asked in every step, and at times renewed."""
+"""The reference of online DPO: evaluated in every step, and renewed at intervals."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,10 +24,10 @@ class OnlineReference:
     """Another model; or the policy with its adapter off; or the policy with earlier weights.
 
     Args:
-        config: of the run.
+        config: settings of the run.
         policy: before its first step.
-        tokenizer: of the policy.
-        compute: how forwards are run.
+        tokenizer: tokenizer of the policy.
+        compute: device, dtype, packing and ranks of the forwards.
 
     Raises:
         ValueError: another model's vocabulary is not the policy's.
@@ -58,57 +58,57 @@ class OnlineReference:
         return self._policy if fixed else self._other
 
     def with_fewest_positions(self) -> Any:
-        """The model that decides how long a prompt with its answer may be."""
+        """Return the model with the fewest positions, which limits a prompt with its answer."""
         models = [self._policy] if self._other is None else [self._policy, self._other]
         return min(
             models, key=lambda m: getattr(m.config, "max_position_embeddings", None) or 2**31
         )
 
     def before_step(self, state: TrainState) -> None:
-        """Renews the reference when it is due; what a checkpoint must hold of it is in `state`."""
+        """Renew the reference when it is due; `state` then holds its weights for checkpoints."""
         if self._every:
             if state.step % self._every == 0:
                 state.reference = copy_weights(self._policy)
             self._weights = state.reference
 
     def logprobs(self, groups: Sequence[Group]) -> Tensor:
-        """(R,) float32 on the CPU: the log-prob of every response."""
+        """Return the log-prob of every response, (R,) float32 on the CPU."""
         if self._other is not None:
             return response_logprobs(self._other, groups, self._compute)
         weights = self._weights
-        as_it_was = adapter_off(self._policy) if weights is None else put_in(self._policy, weights)
-        with as_it_was:
-            return response_logprobs(self._policy, groups, self._compute)
+        policy = self._policy
+        with adapter_off(policy) if weights is None else swapped_weights(policy, weights):
+            return response_logprobs(policy, groups, self._compute)
 
 
 def response_logprobs(model: Any, groups: Sequence[Group], compute: Compute) -> Tensor:
-    """(R,) float32 on the CPU: the log-prob of every response under a model as it stands."""
+    """Return the log-prob of every response under a model as it is, (R,) float32 on the CPU."""
     with memory_used_in(f"log-probs, in batches of at most {compute.tokens_per_batch} tokens"):
         return torch.cat(sequence_logprobs(model, groups, compute))
 
 
 def copy_weights(model: Any) -> dict[str, Tensor]:
-    """What training changes of a model, as it is now."""
+    """Return a copy of the weights that training changes."""
     return {name: value.clone() for name, value in trainable_parameters(model).items()}
 
 
 @contextmanager
-def put_in(model: Any, weights: dict[str, Tensor]) -> Iterator[None]:
-    """The model with other weights; its parameters are the same objects, and get theirs back."""
+def swapped_weights(model: Any, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Put other weights into the model for a while; its parameters stay the same objects."""
     parameters = {name: p for name, p in model.named_parameters() if name in weights}
     assert parameters.keys() == weights.keys()
     # Sharded parameters are gathered from where they lie: those are written over and restored.
     own = copy_weights(model) if is_sharded(model) else {k: p.data for k, p in parameters.items()}
     try:
-        put(parameters, weights, copy=is_sharded(model))
+        assign_weights(parameters, weights, copy=is_sharded(model))
         yield
     finally:
-        put(parameters, own, copy=is_sharded(model))
+        assign_weights(parameters, own, copy=is_sharded(model))
 
 
 @torch.no_grad()
-def put(parameters: dict[str, Tensor], values: dict[str, Tensor], *, copy: bool) -> None:
-    """Gives parameters these values: their bytes, or themselves."""
+def assign_weights(parameters: dict[str, Tensor], values: dict[str, Tensor], *, copy: bool) -> None:
+    """Assign values to parameters: copy their bytes, or replace the storage."""
     for name, parameter in parameters.items():
         if copy:
             parameter.copy_(values[name])

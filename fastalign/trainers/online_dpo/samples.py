@@ -33,7 +33,7 @@ class OnlineDPOSetup:
 
     Attributes:
         config: the run's settings.
-        compute: how forwards are run.
+        compute: device, dtype, packing and ranks of the forwards.
         model: the policy.
         tokenizer: tokenizer of the policy.
         reference: the model that the policy is held near; None for a loss without one.
@@ -61,7 +61,7 @@ class Scored:
     """Rollouts with what is known of their R responses.
 
     Attributes:
-        rollouts: of some prompts.
+        rollouts: prompts with their sampled responses.
         scores: (R,) float32, what pairs are ordered by.
         reference_logprob: (R,) float32, or None without a reference.
         metrics: TRL's `objective/...`, and those of the rollouts; `entropy` is a token's, estimated
@@ -161,7 +161,7 @@ class FreshPairs:
 
     Attributes:
         groups: each with two responses, the better one first.
-        places: of the two among the rollouts' R responses.
+        places: indices of the two among the rollouts' R responses.
         ties: whether the two have the same score.
         num_ties_dropped: prompts of which there is no pair.
     """
@@ -175,7 +175,7 @@ class FreshPairs:
 def choose_pairs(
     groups: Sequence[Group], scores: Tensor, ties: Literal["drop", "use"]
 ) -> FreshPairs:
-    """A pair of each prompt; the first of equals is taken.
+    """Choose a pair of each prompt; of equal samples the first is taken.
 
     Samples of one score have no best. With `use` two of them that differ are a tie; where all are
     the same tokens there is nothing to compare, whatever their scores.
@@ -183,7 +183,7 @@ def choose_pairs(
     Args:
         groups: prompts with their samples.
         scores: (R,), in the order of the groups' responses.
-        ties: what happens to prompts whose samples have one score.
+        ties: `drop` or `use` prompts whose samples all have one score.
     """
     chosen: list[tuple[Group, tuple[int, int], bool]] = []
     start = 0

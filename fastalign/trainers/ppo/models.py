@@ -66,7 +66,7 @@ class ActorCritic(nn.Module):
 
 @dataclass(frozen=True)
 class PPOModels:
-    """What a run computes with.
+    """The models of a PPO run.
 
     Attributes:
         policy: is trained and sampled from.
@@ -82,7 +82,7 @@ class PPOModels:
 
     @property
     def trained(self) -> Any:
-        """What the optimiser changes."""
+        """The module whose parameters are trained."""
         return self.policy if self.value is None else ActorCritic(self.policy, self.value)
 
     @property
@@ -91,7 +91,7 @@ class PPOModels:
         return None if self.reference is self.policy else self.reference
 
     def with_fewest_positions(self) -> Any:
-        """The one that decides how long a prompt with its answer may be."""
+        """Return the model with the fewest positions, which limits a prompt with its answer."""
         models: Sequence[Any] = [
             m for m in (self.policy, self.reference, self.value) if m is not None
         ]
@@ -100,12 +100,12 @@ class PPOModels:
         )
 
     def save_value(self, folder: Path) -> None:
-        """Writes the value model in a reward model's layout."""
+        """Write the value model in a reward model's layout."""
         save_reward_model(self.value, self.value_tokenizer, folder)
 
 
 def load_ppo_models(config: PPOConfig, compute: Compute) -> tuple[PPOModels, Tokenizer]:
-    """Loads the three, and the policy's tokenizer.
+    """Load policy, reference and value model, and the policy's tokenizer.
 
     Raises:
         ValueError: a model that is none, or whose tokens mean something else.
@@ -126,7 +126,7 @@ def load_ppo_models(config: PPOConfig, compute: Compute) -> tuple[PPOModels, Tok
 
 
 def check_full_kl(policy: Any, reference: Any) -> None:
-    """Refuses two heads that one pass over both cannot read.
+    """Check that one pass can read both heads.
 
     Raises:
         ValueError: an adapter on the head, or another softcap or scale of the logits.
@@ -147,7 +147,7 @@ def check_full_kl(policy: Any, reference: Any) -> None:
 def token_values(
     value: Any, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None
 ) -> Tensor:
-    """The value (N,) of the state that each token was drawn in.
+    """Return the value (N,) of the state that each token was drawn in.
 
     On the scale of the rewards: a reward model's scores are normalised by its `reward_mean` and
     `reward_std`, and so are the values that begin as its scores.
@@ -157,13 +157,13 @@ def token_values(
 
 
 def value_source(config: PPOConfig) -> str:
-    """What the value model starts from."""
+    """Return the path that the value model is loaded from."""
     folders = [source for source in config.reward.sources if Path(source).is_dir()]
     return config.value.path or next(iter(folders), config.model.path)
 
 
 def load_value(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> tuple[Any, Tokenizer]:
-    """The value model, its learning rate, and its tokenizer.
+    """Load the value model and its tokenizer; set its learning rate.
 
     A reward model keeps its head; a causal model gets one of zeros, since nothing is known yet.
 
@@ -205,7 +205,7 @@ def load_value(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> tup
 def hidden_and_head(
     model: object, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None
 ) -> tuple[Tensor, LinearHead]:
-    """Hidden states (N, D) that predict the sampled tokens, and the head that reads them."""
+    """Return hidden states (N, D) that predict the sampled tokens, and the head that reads them."""
     return hidden_at(model, batch, batch.predict_index, compute, plan), lm_head(model)
 
 
@@ -213,7 +213,7 @@ def hidden_and_head(
 def reference_head(
     reference: object, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None
 ) -> tuple[Tensor, LinearHead]:
-    """`hidden_and_head` of the frozen model; of a sharded one the head is a copy that stays."""
+    """Return `hidden_and_head` of the frozen model; if it is sharded, with a copy of its head."""
 
     def of_reference() -> tuple[Tensor, LinearHead]:
         hidden, head = hidden_and_head(reference, batch, compute, plan)
@@ -227,7 +227,7 @@ def reference_head(
 
 
 def shared_plan(batch: PackedBatch, compute: Compute) -> AttentionPlan | None:
-    """One plan of the batch's attention for every model; padded batches have none."""
+    """Return one plan of the batch's attention for every model; None for padded batches."""
     return None if compute.packing == "padded" else AttentionPlan(batch)
 
 

@@ -1,4 +1,4 @@
-"""What is known of each sampled token before the updates: log-probs, KL, value, entropy.
+"""Numbers of each sampled token before the updates: log-probs, KL, value, entropy.
 
 N tokens of R responses, in the rollouts' order. All passes run the same packed batch, so a prompt
 is computed once for its responses in each of them.
@@ -37,7 +37,7 @@ class TokenRecord:
 
     Attributes:
         bounds: (R + 1,) int64, response r owns the tokens [r] to [r + 1] of the N.
-        group_bounds: of each prompt's responses together, G + 1 numbers.
+        group_bounds: G + 1 bounds of each prompt's responses together.
         logprob: (N,) under the policy before the updates, by the trainer.
         reference_logprob: (N,) under the reference.
         sampler_logprob: (N,) under what the token was drawn from.
@@ -61,7 +61,7 @@ class TokenRecord:
         return self.group_bounds[-1]
 
     def rows_of(self, groups: Sequence[int]) -> Tensor:
-        """The places of these groups' tokens among the N, in the groups' order."""
+        """Return the indices of these groups' tokens among the N, in the groups' order."""
         bounds = self.group_bounds
         return torch.cat([torch.arange(bounds[g], bounds[g + 1]) for g in groups])
 
@@ -70,7 +70,7 @@ class TokenRecord:
 def numbers_of_batch(
     models: PPOModels, batch: PackedBatch, compute: Compute, temperature: float, full_kl: bool
 ) -> dict[str, Tensor]:
-    """The numbers of one batch's tokens, each (N,)."""
+    """Compute the numbers of one batch's tokens, each (N,)."""
     plan = shared_plan(batch, compute)
 
     def of_policy() -> dict[str, Tensor]:
@@ -121,14 +121,14 @@ def record_tokens(
     temperature: float,
     full_kl: bool,
 ) -> tuple[TokenRecord, Metrics]:
-    """Runs the policy, the reference and the value model on the rollouts.
+    """Run the policy, the reference and the value model on the rollouts.
 
     Args:
-        models: of the run.
-        rollouts: what was sampled.
+        models: policy, reference and value model.
+        rollouts: prompts with their sampled responses.
         examples: its groups, measured.
-        compute: how forwards are run.
-        temperature: that the samples were drawn at; the policy is the model at that temperature.
+        compute: device, dtype, packing and ranks of the forwards.
+        temperature: temperature of the samples; the policy is the model at that temperature.
         full_kl: also compute the KL over the vocabulary.
 
     Returns:
@@ -165,14 +165,14 @@ def record_tokens(
 
 
 def num_response_tokens(examples: Examples) -> list[int]:
-    """Of each group."""
+    """Return the number of response tokens of each group."""
     return [sum(len(ids) for ids in group.response_ids) for group in examples.groups]
 
 
 def joined_parts(
     examples: Examples, parts: Mapping[tuple[int, ...], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """Each number of all tokens (N,), from those of batches, by the groups that they hold."""
+    """Join the batches' numbers into one (N,) of all tokens, by the groups of each batch."""
     sizes = num_response_tokens(examples)
     places: dict[str, list[Tensor]] = {}
     for chosen, found in parts.items():

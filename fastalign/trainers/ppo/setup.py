@@ -22,7 +22,7 @@ class PPOSetup:
 
     Attributes:
         config: the run's settings.
-        compute: how forwards are run.
+        compute: device, dtype, packing and ranks of the forwards.
         models: policy, reference, value model.
         tokenizer: tokenizer of the policy.
         sampler: draws completions from the policy.

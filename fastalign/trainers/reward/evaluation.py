@@ -1,4 +1,4 @@
-"""What a trained reward model is worth on held-out pairs, beside baselines: `eval/eval.json`."""
+"""A trained reward model's measures on held-out pairs, beside baselines: `eval/eval.json`."""
 
 import json
 import math
@@ -42,7 +42,7 @@ def pair_rewards(model: Any, groups: Sequence[Group], compute: Compute) -> Tenso
 
 
 def measure_scale(model: Any, data: TokenizedDataset, compute: Compute, seed: int) -> None:
-    """Writes the scores' mean and spread, over training pairs drawn by the seed, into the model."""
+    """Write the scores' mean and deviation over some training pairs into the model."""
     count = min(NUM_SCALE_PAIRS, len(data.groups))
     chosen = [data.groups[i] for i in indices_of_step(len(data.groups), count, 0, seed=seed)]
     set_reward_scale(model, pair_rewards(model, chosen, compute).flatten())
@@ -60,12 +60,12 @@ def judge_pairs(
 
     Args:
         model: the reward model.
-        loss: that it was trained by.
+        loss: loss that the model was trained by.
         nu: (), the learned one, or None.
-        rate: of a model without ties: the probability of each tie, so that likelihoods of all pairs
-            can be compared between models.
+        rate: probability of a tie under a model without ties, so that likelihoods of all pairs can
+            be compared between models.
         data: the pairs.
-        compute: how forwards are run.
+        compute: device, dtype, packing and ranks of the forwards.
     """
     rewards = pair_rewards(model, data.groups, compute)
     outcomes = loss.outcomes(rewards[:, 0] - rewards[:, 1], nu)
@@ -109,7 +109,7 @@ def tie_rate(train: TokenizedDataset, needed: bool) -> float:
 def texts_of(
     data: TokenizedDataset, tokenizer: Tokenizer, limit: int | None = None
 ) -> list[tuple[str, str]]:
-    """The texts of the pairs that are no ties, the preferred one first; the first `limit`."""
+    """Return the texts of the first `limit` pairs that are no ties, the preferred one first."""
     untied = [group for group, tie in zip(data.groups, data.ties, strict=True) if not tie]
     texts = []
     for group in untied[:limit]:
@@ -141,7 +141,7 @@ def pair_rows(pairs: JudgedPairs, sources: Sequence[str]) -> list[dict[str, obje
 def write_evaluation(
     folder: Path, measures: dict[str, object], rows: Sequence[dict[str, object]]
 ) -> None:
-    """Writes `eval.json` and `pairs.jsonl`; a number that JSON cannot hold becomes a string."""
+    """Write `eval.json` and `pairs.jsonl`; a number that JSON cannot hold becomes a string."""
     folder.mkdir(parents=True, exist_ok=True)
     plain = {name: _plain(value) for name, value in measures.items()}
     lines = "".join(json.dumps(row) + "\n" for row in rows)

@@ -160,7 +160,7 @@ def judge(
         config: the run's settings.
         sets: training pairs and held-out pairs.
         tokenizer: tokenizer of both.
-        compute: how forwards are run.
+        compute: device, dtype, packing and ranks of the forwards.
     """
     train, held_out = sets
     nu = learned_nu(model, config.loss)

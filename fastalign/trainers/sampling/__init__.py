@@ -1,1 +1,1 @@
-"""What algorithms that sample from the policy share."""
+"""Sampling from the policy and scoring its completions, for the algorithms that do so."""

@@ -1,4 +1,4 @@
-"""Whether a policy has collapsed: entropy, length, repeats and KL of its samples beside limits."""
+"""Watch for a collapsed policy by limits on its samples' entropy, length, repeats and KL."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ COLLAPSED_IN_A_ROW = "collapsed_in_a_row"  # among the numbers that a checkpoint
 
 
 def is_repetitive(token_ids: Sequence[int]) -> bool:
-    """Whether fewer than half of its runs of four tokens are distinct; below three runs, no."""
+    """Return whether fewer than half of at least three runs of four tokens are distinct."""
     runs = [
         tuple(token_ids[place : place + RUN_LENGTH])
         for place in range(len(token_ids) - RUN_LENGTH + 1)
@@ -19,12 +19,12 @@ def is_repetitive(token_ids: Sequence[int]) -> bool:
 
 
 def repeated_ratio(completions: Sequence[Sequence[int]]) -> float:
-    """The share of repetitive completions."""
+    """Return the share of repetitive completions."""
     return sum(is_repetitive(ids) for ids in completions) / len(completions)
 
 
 def signs_of_collapse(metrics: Metrics, config: WatchConfig) -> list[str]:
-    """One phrase for each limit that a step's samples are past."""
+    """Return one phrase for each limit that a step's samples exceed."""
     lowest = {
         "entropy": ("entropy", config.min_entropy),
         "completions/mean_length": ("mean length", config.min_length),
@@ -48,10 +48,10 @@ def signs_of_collapse(metrics: Metrics, config: WatchConfig) -> list[str]:
 
 
 def watch(metrics: Metrics, config: WatchConfig, kept: dict[str, float]) -> Metrics:
-    """Says a collapse when it begins; `collapsed` is the number of such steps in a row.
+    """Print when a collapse begins or ends; return `collapsed`, the number of such steps in a row.
 
     Args:
-        metrics: of the step.
+        metrics: metrics of the step.
         config: the limits.
         kept: the run's own numbers, of which the count is one.
     """
@@ -67,7 +67,7 @@ def watch(metrics: Metrics, config: WatchConfig, kept: dict[str, float]) -> Metr
 
 
 def reason_to_stop(metrics: Metrics, config: WatchConfig) -> str | None:
-    """Why the run should end, if its settings say that it may."""
+    """Return the reason to end the run, or None; only `watch.stop` lets it end."""
     if not config.stop or metrics["collapsed"] < config.patience:
         return None
     signs = ", ".join(signs_of_collapse(metrics, config))

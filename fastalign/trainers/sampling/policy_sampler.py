@@ -41,11 +41,11 @@ class SamplingConfig(Protocol):
 
     @property
     def sampling(self) -> SamplingParams:
-        """How completions are drawn."""
+        """Sampling parameters of the completions."""
 
     @property
     def sampler(self) -> SamplerName:
-        """By what."""
+        """The engine that draws them."""
 
     @property
     def vllm(self) -> VllmOptions:
@@ -54,7 +54,7 @@ class SamplingConfig(Protocol):
 
 @contextmanager
 def sampling_mode(model: Any, compute: Compute) -> Iterator[None]:
-    """The model as it is sampled from: in eval mode, its products in the run's dtype.
+    """Set the model to eval mode, with its products in the run's dtype, while it is sampled from.
 
     Gradient checkpointing, which forbids a cache of keys and values, is off in eval mode; compiled
     layers run as they were, since a cache of another length would compile them anew.
@@ -73,9 +73,9 @@ class PolicySampler:
 
     Args:
         model: the policy.
-        tokenizer: of the policy.
-        path: what it was loaded from: its generation settings may list more ends of a completion.
-        compute: how forwards are run.
+        tokenizer: tokenizer of the policy.
+        path: folder of the model, whose generation settings may list more end tokens.
+        compute: device, dtype, packing and ranks of the forwards.
     """
 
     def __init__(self, model: Any, tokenizer: Tokenizer, path: str, compute: Compute):
@@ -105,15 +105,15 @@ class PolicySampler:
         return [answers for of_rank in world.gather(found) for answers in of_rank]
 
     def sync_weights(self, named_tensors: Any, version: int) -> None:
-        """Nothing is copied: the weights are the policy's own."""
+        """Set the version; nothing is copied, since the weights are the policy's own."""
         self.version = version
 
     def metrics(self) -> Metrics:
-        """Nothing that an engine of its own would have to tell."""
+        """Return no metrics, since there is no engine of its own."""
         return {}
 
     def close(self) -> None:
-        """Lets go of the model."""
+        """Release the model."""
         self._sampler.close()
 
 
@@ -121,7 +121,7 @@ AnySampler = PolicySampler | SyncedSampler | OverlappedSampler | RankZeroSampler
 
 
 def overlapped(sampler: AnySampler) -> OverlappedSampler | RankZeroSampler | None:
-    """The sampler, if it works on a step while the one before trains; None: it does not."""
+    """Return the sampler if it samples a step while the one before trains, else None."""
     if isinstance(sampler, RankZeroSampler):
         return sampler if sampler.overlaps else None
     return sampler if isinstance(sampler, OverlappedSampler) else None
@@ -130,7 +130,7 @@ def overlapped(sampler: AnySampler) -> OverlappedSampler | RankZeroSampler | Non
 def open_policy_sampler(
     config: SamplingConfig, model: Any, tokenizer: Tokenizer, compute: Compute
 ) -> AnySampler:
-    """What `--sampler` names, on the policy that is being trained.
+    """Open the sampler that `--sampler` names on the policy that is being trained.
 
     Raises:
         ValueError: vLLM is not installed, or cannot run this model or these settings.

@@ -50,7 +50,7 @@ class Rollouts:
 def load_prompt_sets(
     data: PromptDataConfig, params: SamplingParams, model: Any, tokenizer: Tokenizer
 ) -> tuple[PromptDataset, PromptDataset | None]:
-    """Training prompts, and held-out ones if there are any; all leave room for an answer.
+    """Load the training prompts, and held-out ones if there are any; all leave room for an answer.
 
     Raises:
         ValueError: whatever is wrong with a source, naming file and row.
@@ -82,7 +82,7 @@ def load_prompt_sets(
 
 
 def rollout_seed(run_seed: int, purpose: str, step: int) -> int:
-    """Of one step's samples: a pure function, so that a resumed run draws the same tokens."""
+    """Return the seed of one step's samples, so that a resumed run draws the same tokens."""
     # A string is hashed with SHA-512, so neighbouring seeds and steps are unrelated.
     return random.Random(f"{run_seed}/{purpose}/{step}").getrandbits(60)
 
@@ -97,15 +97,15 @@ def roll_out(
     *,
     seed: int,
 ) -> Rollouts:
-    """Samples `params.num_samples` completions of each prompt and scores their texts.
+    """Sample `params.num_samples` completions of each prompt and score their texts.
 
     Args:
         sampler: draws from the policy.
         prompts: the whole data set.
         indices: which of them; one may occur twice, and is then sampled twice.
-        params: how completions are drawn.
-        tokenizer: of the policy.
-        sources: of the rewards.
+        params: sampling parameters.
+        tokenizer: tokenizer of the policy.
+        sources: sources of the rewards.
         seed: the same one draws the same tokens from the same policy.
 
     Raises:
@@ -143,7 +143,7 @@ def roll_out(
 
 
 def length_metrics(completions: Sequence[Completion]) -> Metrics:
-    """TRL's `completions/{mean,min,max}_length`, and `clipped_ratio`: the share without an EOS."""
+    """Return TRL's `completions/{mean,min,max}_length` and `clipped_ratio` (without an EOS)."""
     lengths = [len(answer.token_ids) for answer in completions]
     unfinished = sum(answer.finish_reason == "length" for answer in completions)
     return {
@@ -163,7 +163,7 @@ def scale_of_policy(
     *,
     run_seed: int,
 ) -> ScoreScale:
-    """The scale of scores, measured on one sample of each of 256 prompts.
+    """Measure the scale of scores on one sample of each of 256 prompts.
 
     Raises:
         ValueError: the rewards are all the same.

@@ -24,9 +24,9 @@ class RewardSources:
     """Loaded sources; the three are parallel.
 
     Attributes:
-        names: in the metrics, each another.
+        names: distinct names of the sources in the metrics.
         functions: (prompts, completions) -> numbers.
-        weights: in the sum.
+        weights: weight of each source in the sum.
         world: the ranks, all of which ask for the same scores.
     """
 
@@ -36,7 +36,7 @@ class RewardSources:
     world: World = ALONE
 
     def score(self, prompts: Sequence[Content], texts: Sequence[str]) -> tuple[Tensor, Metrics]:
-        """The weighted sum of every completion's rewards, (R,) float64, and each source's mean.
+        """Return the weighted sum of rewards of each completion, (R,) float64, and metrics.
 
         Raises:
             ValueError: a source returns another number of rewards, or one that is not finite.
@@ -59,7 +59,7 @@ class RewardSources:
 
 
 def load_sources(config: RewardSourceConfig, compute: Compute) -> RewardSources:
-    """Loads every source; reward models go to the run's device, sharded as its other models.
+    """Load every source; reward models go to the run's device, sharded as its other models.
 
     Raises:
         ValueError: a source that is none.
@@ -74,7 +74,7 @@ def load_sources(config: RewardSourceConfig, compute: Compute) -> RewardSources:
 
 
 def source_names(sources: Sequence[str]) -> tuple[str, ...]:
-    """Short and distinct names: a path's last part, of `.../rm/model` `rm`; then a number."""
+    """Return short, distinct names: a path's last part (`rm` of `.../rm/model`), then a number."""
     short = []
     for source in sources:
         path = Path(source.rstrip("/"))
@@ -88,18 +88,18 @@ def source_names(sources: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class ScoreScale:
-    """What scores are brought to mean 0 and standard deviation 1 by."""
+    """The scale that brings scores to mean 0 and standard deviation 1."""
 
     mean: float
     std: float
 
     def apply(self, rewards: Tensor) -> Tensor:
-        """(R,) to (R,)."""
+        """Return scaled rewards, (R,) to (R,)."""
         return (rewards - self.mean) / self.std
 
 
 def measure_scale(rewards: Sequence[float]) -> ScoreScale:
-    """The scale of the starting policy's rewards.
+    """Measure the scale of the starting policy's rewards.
 
     Raises:
         ValueError: they are all the same.
@@ -116,7 +116,7 @@ def measure_scale(rewards: Sequence[float]) -> ScoreScale:
 def final_scores(
     config: RewardSourceConfig, rewards: Tensor, ended: Tensor, scale: ScoreScale | None
 ) -> Tensor:
-    """What is trained on: rewards (R,) scaled, less the penalty where not `ended` (R,) bool.
+    """Return the scores to train on: rewards (R,), scaled, less a penalty where not `ended`.
 
     Returns:
         (R,) float32.
