@@ -108,8 +108,8 @@ def prepare_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) ->
     """Make the folder, or check that it holds the run that is to be resumed.
 
     Raises:
-        ValueError: it holds a run and `resume` is not asked for; or it holds none, or one with
-            other settings, and it is.
+        ValueError: if the folder holds a run and `resume` is False, or if `resume` is True and it
+            holds no run, or one with other settings.
     """
     config = folder / "config.yaml"
     if folder.exists() and not folder.is_dir():
@@ -171,7 +171,7 @@ def write_machine(folder: Path, train: dict[str, Any]) -> None:
         train: the run's settings of that name.
 
     Raises:
-        ValueError: a device that is not there.
+        ValueError: if the device does not exist.
     """
     device = find_device(train["device"], "train.device")
     on_gpu = device.type == "cuda"

@@ -27,7 +27,7 @@ def load_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokeniz
     """Load the policy with float32 master weights, or a frozen base with an adapter; its tokenizer.
 
     Raises:
-        ValueError: what `base_dtype`, `load_model` and `add_adapter` refuse.
+        ValueError: if `base_dtype`, `load_model` or `add_adapter` raises it.
     """
     model, tokenizer = load_model(
         config.model.path,
@@ -85,7 +85,7 @@ def base_dtype(config: ModelConfig, compute: Compute) -> torch.dtype:
     """Return the dtype of the weights under an adapter; without one it is float32.
 
     Raises:
-        ValueError: an adapter on an adapter, or a precision that does not go with the run's.
+        ValueError: if the model already is an adapter, or the base's precision is not the run's.
     """
     lora = config.lora
     if lora.rank and adapter_base(config.path) is not None:
@@ -125,7 +125,7 @@ def load_model(
     """Load a causal model, which the caller shares among the ranks, and its tokenizer.
 
     Raises:
-        ValueError: the tokenizer has more tokens than the model.
+        ValueError: if the tokenizer has more tokens than the model.
     """
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
@@ -144,7 +144,7 @@ def check_vocabulary(model: Any, tokenizer: Tokenizer, path: str) -> None:
     """Refuses a tokenizer that has more tokens than the model.
 
     Raises:
-        ValueError: naming the folder.
+        ValueError: if it does; the message names the folder.
     """
     num_rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > num_rows:
@@ -157,7 +157,7 @@ def check_sharing(config: AnyConfig) -> None:
     """Refuses what FSDP2's shards do not go with.
 
     Raises:
-        ValueError: naming the settings.
+        ValueError: if settings contradict each other; the message names them.
     """
     if config.parallel.strategy != "fsdp":
         return

@@ -122,7 +122,7 @@ def metrics_writer(folder: Path, world: World, *, num_bytes: int, step: int) -> 
     """Rank 0's writer; another rank's does nothing.
 
     Raises:
-        ValueError: the file holds less than the checkpoint knows.
+        ValueError: if the file is shorter than it was at the checkpoint.
     """
     writer: list[MetricsWriter] = []
     world.first_does(lambda: writer.append(MetricsWriter(folder, num_bytes=num_bytes, step=step)))

@@ -16,7 +16,7 @@ def out_of_memory_in_one_line(config: AnyConfig) -> Iterator[None]:
     """Turn an error of memory into one line: where it happened, and which settings to change.
 
     Raises:
-        ValueError: memory did not suffice.
+        ValueError: if memory did not suffice.
     """
     try:
         yield

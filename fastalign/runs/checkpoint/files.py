@@ -126,7 +126,7 @@ def read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]]:
     """Size and SHA-256 of every file that a checkpoint should hold.
 
     Raises:
-        ValueError: what is wrong with the manifest.
+        ValueError: if the manifest is damaged.
     """
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
@@ -178,7 +178,7 @@ def newest_good_checkpoint(folder: Path, world: World = ALONE) -> tuple[Path, li
     """Return the newest checkpoint without a fault, and a line for each newer one with a fault.
 
     Raises:
-        ValueError: there is none.
+        ValueError: if there is none.
     """
     faults: list[str] = []
     for checkpoint in world.of_first(list_checkpoints(folder)):

@@ -57,7 +57,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """`state.json` of a checkpoint that has no fault.
 
     Raises:
-        ValueError: it has another format.
+        ValueError: if it has another format.
     """
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     if state.get("format") != FORMAT:
@@ -88,7 +88,7 @@ def check_parts(
     """Compare the shards with the list in `state.json` and with the model.
 
     Raises:
-        ValueError: a part is missing, or foreign, or has another shape.
+        ValueError: if a part is missing, unknown, or of another shape.
     """
 
     def refuse(what: str) -> ValueError:
@@ -138,7 +138,7 @@ def restore(
         afresh: parts that are not read.
 
     Raises:
-        ValueError: a part is missing, or is not of this run.
+        ValueError: if a part is missing, or is not of this run.
     """
     saved = read_state(checkpoint)
     reader = HuggingFaceStorageReader(str(checkpoint))
@@ -171,7 +171,7 @@ def restore_counters(
     """Restore the counters, and the completions that were under way.
 
     Raises:
-        ValueError: one is missing.
+        ValueError: if a counter is missing.
     """
     if (checkpoint / ROLLOUTS).exists() and "rollouts" not in afresh:
         state.rollouts = json.loads((checkpoint / ROLLOUTS).read_text(encoding="utf-8"))

@@ -144,7 +144,7 @@ def load_optimizer(
     """Load the optimiser's states and its groups' settings, both by the parameters' names.
 
     Raises:
-        ValueError: its groups hold other parameters.
+        ValueError: if its groups hold other parameters.
     """
     names = {p: name for name, p in state.model.named_parameters()}
     grouped = [[names[p] for p in group["params"]] for group in state.optimizer.param_groups]

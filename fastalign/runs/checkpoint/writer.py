@@ -146,8 +146,8 @@ class CheckpointWriter:
             wait: return when it is on the disk; then nothing is copied first.
 
         Raises:
-            AssertionError: a weight is not finite; no checkpoint ever holds one.
-            OSError: this one, or the one before, could not be written.
+            AssertionError: if a weight is not finite; no checkpoint ever holds one.
+            OSError: if this one, or the one before, could not be written.
         """
         self.finish()
         bad = next((name for name in self._world.gather(not_finite(state)) if name), None)
@@ -177,7 +177,7 @@ class CheckpointWriter:
         """Raise the error of the checkpoint that is being written; do not wait for it.
 
         Raises:
-            OSError: it could not be written.
+            OSError: if it could not be written.
         """
         if self._pending is not None and all(self._world.gather(self._pending.future.done())):
             self.finish()
@@ -186,7 +186,7 @@ class CheckpointWriter:
         """Wait until the checkpoint that was begun is on the disk.
 
         Raises:
-            OSError: it could not be written; what was written of it is removed.
+            OSError: if it could not be written; what was written of it is removed.
         """
         pending, self._pending = self._pending, None
         if pending is None:

@@ -56,7 +56,7 @@ def load_reference(
     """Another model, or the policy before its first step, or the frozen base of its adapter.
 
     Raises:
-        ValueError: its vocabulary is not the policy's, or a library is missing.
+        ValueError: if its vocabulary is not the policy's, or a library is missing.
     """
     path, offload = config.reference.path, config.reference.offload
     if path is None:
@@ -94,7 +94,7 @@ def check_cached(
     """Compute the first, the last and a few other cached pairs again; return how many.
 
     Raises:
-        ValueError: a value is not what the file says, by more than rounding.
+        ValueError: if a value differs from the file's by more than rounding.
     """
     chosen = {cached[0], cached[-1]} if cached else set()
     rest = [i for i in cached if i not in chosen]
@@ -146,7 +146,7 @@ def reference_logprobs(
         (number of examples, 2) float32 on the CPU.
 
     Raises:
-        ValueError: a cached value that is not the reference's, or a log-prob that is not finite.
+        ValueError: if a cached value is not the reference's, or a log-prob is not finite.
     """
     path = cache_path(cache_dir, data_fingerprint, reference.fingerprint, compute.dtype)
     world = compute.world
@@ -250,7 +250,7 @@ def merge_into_cache(path: Path, values: Tensor) -> Tensor:
         Values that the file now holds.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: if it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / ".lock").open("w") as lock:

@@ -30,7 +30,7 @@ class OnlineReference:
         compute: device, dtype, packing and ranks of the forwards.
 
     Raises:
-        ValueError: another model's vocabulary is not the policy's.
+        ValueError: if another model's vocabulary is not the policy's.
     """
 
     def __init__(

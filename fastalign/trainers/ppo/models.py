@@ -108,7 +108,7 @@ def load_ppo_models(config: PPOConfig, compute: Compute) -> tuple[PPOModels, Tok
     """Load policy, reference and value model, and the policy's tokenizer.
 
     Raises:
-        ValueError: a model that is none, or whose tokens mean something else.
+        ValueError: if a model cannot be loaded, or its tokens mean something else.
     """
     policy, tokenizer = load_for_training(config, compute)
     reference = policy
@@ -129,7 +129,7 @@ def check_full_kl(policy: Any, reference: Any) -> None:
     """Check that one pass can read both heads.
 
     Raises:
-        ValueError: an adapter on the head, or another softcap or scale of the logits.
+        ValueError: if the head has an adapter, or the heads' softcaps or scales differ.
     """
     ours, theirs = lm_head(policy), lm_head(reference)
     if ours.lora is not None:
@@ -168,7 +168,7 @@ def load_value(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> tup
     A reward model keeps its head; a causal model gets one of zeros, since nothing is known yet.
 
     Raises:
-        ValueError: no such model, or its tokens do not mean what the policy's do.
+        ValueError: if there is no such model, or its tokens are not the policy's.
     """
     path = value_source(config)
     name = "value.path" if config.value.path else "the value model (default of value.path)"

@@ -133,8 +133,8 @@ def open_policy_sampler(
     """Open the sampler that `--sampler` names on the policy that is being trained.
 
     Raises:
-        ValueError: vLLM is not installed, or cannot run this model or these settings.
-        SamplerFailed: an engine did not start, or no server is there in time.
+        ValueError: if vLLM is not installed, or cannot run this model or these settings.
+        SamplerFailed: if an engine does not start, or no server answers in time.
     """
     path = config.model.path
     if config.sampler == "transformers":

@@ -53,8 +53,8 @@ def load_prompt_sets(
     """Load the training prompts, and held-out ones if there are any; all leave room for an answer.
 
     Raises:
-        ValueError: whatever is wrong with a source, naming file and row.
-        FileNotFoundError: a file that is not there.
+        ValueError: if a source is at fault, naming file and row.
+        FileNotFoundError: if a file does not exist.
     """
     limit = getattr(model.config, "max_position_embeddings", None) or 2**31
     room = limit - params.max_new_tokens
@@ -109,7 +109,7 @@ def roll_out(
         seed: the same one draws the same tokens from the same policy.
 
     Raises:
-        ValueError: what the sampler or a reward source refuses.
+        ValueError: if the sampler or a reward source raises it.
     """
     prompt_ids = [prompts.prompt_ids[i] for i in indices]
     contents = [prompts.prompts[i] for i in indices]
@@ -166,7 +166,7 @@ def scale_of_policy(
     """Measure the scale of scores on one sample of each of 256 prompts.
 
     Raises:
-        ValueError: the rewards are all the same.
+        ValueError: if all rewards are the same.
     """
     single = SamplingParams(
         params.max_new_tokens, params.temperature, params.top_p, params.top_k, num_samples=1

@@ -39,7 +39,7 @@ class RewardSources:
         """Return the weighted sum of rewards of each completion, (R,) float64, and metrics.
 
         Raises:
-            ValueError: a source returns another number of rewards, or one that is not finite.
+            ValueError: if a source returns another number of rewards, or one that is not finite.
         """
         total = torch.zeros(len(texts), dtype=torch.float64)
         metrics: Metrics = {}
@@ -62,8 +62,8 @@ def load_sources(config: RewardSourceConfig, compute: Compute) -> RewardSources:
     """Load every source; reward models go to the run's device, sharded as its other models.
 
     Raises:
-        ValueError: a source that is none.
-        FileNotFoundError: a file that is not there.
+        ValueError: if a source cannot be loaded.
+        FileNotFoundError: if a file does not exist.
     """
     return RewardSources(
         names=source_names(config.sources),
@@ -102,7 +102,7 @@ def measure_scale(rewards: Sequence[float]) -> ScoreScale:
     """Measure the scale of the starting policy's rewards.
 
     Raises:
-        ValueError: they are all the same.
+        ValueError: if all rewards are the same.
     """
     scale = ScoreScale(fmean(rewards), pstdev(rewards))
     if not scale.std > 0:
