@@ -14,7 +14,7 @@ from fastalign.compute import Compute
 from fastalign.estimate.memory import BYTES_OF_STATES, Peak
 from fastalign.estimate.model import reference_model, trained_model
 from fastalign.ranks.config import ParallelConfig
-from fastalign.ranks.layers import decoder_layers
+from fastalign.ranks.parallel import decoder_layers
 from fastalign.ranks.world import World
 from fastalign.runs.config import AnyConfig
 from fastalign.runs.load_models import check_sharing

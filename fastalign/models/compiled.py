@@ -4,7 +4,7 @@ import os
 import shutil
 from typing import Any
 
-from fastalign.ranks.layers import decoder_layers
+from fastalign.ranks.parallel import decoder_layers
 
 
 def compile_layers(model: Any, *, backend: str = "inductor") -> None:

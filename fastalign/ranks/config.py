@@ -1,4 +1,4 @@
-"""How the ranks that `torchrun` starts share a run's models and its work."""
+"""Settings of the ranks that `torchrun` starts: how they share a run's models and its work."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -19,9 +19,10 @@ class ParallelConfig:
     offload: bool = False
     """With fsdp, keep weights, gradients and optimiser states in host memory."""
     timeout_seconds: float = 1800.0
-    """Seconds that a rank waits for the others at any one point before it gives up."""
-    silence_seconds: float = 60.0
-    """Seconds without a sign of life after which the others report a rank and end; 0 disables."""
+    """Time limit in seconds of every collective; a rank that hangs is named after it."""
+    silence_seconds: float = 20.0
+    """Seconds that ranks have to answer once a collective has failed, before they are named as
+    missing."""
 
     def __post_init__(self) -> None:
         if self.strategy not in ("ddp", "fsdp"):

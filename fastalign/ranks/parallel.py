@@ -1,9 +1,9 @@
-"""A model among several ranks: DDP, or FSDP2's shards, by one door that computations enter.
+"""Models that several ranks share: DDP, or FSDP2's shards.
 
-Both act where a module's forward begins and ends. A computation here is more than that forward:
-the head's weight is read by a fused loss behind it. So the whole computation is run as the forward
-of an `Entry` around the model, and FSDP2 keeps what is outside of the layers (embedding, final norm
-and head) gathered until it is done: the head is whole through all chunks of a loss.
+DDP and FSDP2 hook into `Module.forward`; a fused loss also reads the head's weight after it. So the
+whole computation runs inside the forward of an `Entry` around the model, and FSDP2 keeps the
+parameters outside of the layers (embedding, final norm and head) gathered until it is done: the
+head is whole through all chunks of a loss.
 """
 
 import gc
@@ -30,7 +30,6 @@ from torch.distributed.fsdp import (
 )
 from torch.nn.parallel import DistributedDataParallel
 
-from fastalign.ranks.layers import decoder_layers
 from fastalign.ranks.world import World
 
 T = TypeVar("T")
@@ -38,48 +37,49 @@ Strategy = Literal["ddp", "fsdp"]
 
 
 class Entry(nn.Module):
-    """The door of a model.
+    """A wrapper in whose forward computations with a model run.
 
     Args:
-        model: whose parameters it holds.
-        lets_go: whether, sharded, layers are let go of behind a forward, and whether the rest is.
+        model: the wrapped model.
+        reshard: of a sharded model, free gathered weights after a forward: those of the layers, and
+            those outside of them.
     """
 
-    def __init__(self, model: nn.Module, lets_go: tuple[bool, bool] = (True, True)):
+    def __init__(self, model: nn.Module, reshard: tuple[bool, bool] = (True, True)):
         super().__init__()
         self.model = model
-        self.lets_go = lets_go
+        self.reshard_after = reshard
 
     def forward(self, computation: Callable[[], Any]) -> Any:
-        """What the computation returns: a tensor, or tuples and dictionaries of them."""
+        """Return the computation's result: a tensor, or tuples and dictionaries of them."""
         return computation()
 
 
-# Of models that several ranks share; the others have no entry. It is an attribute of the model, so
-# that a model and its entry are let go of together.
+# Only models that several ranks share have an entry. It is an attribute of the model, so that a
+# model and its entry are freed together.
 _ENTRY = "fastalign_entry"
 _SHARED: "WeakSet[nn.Module]" = WeakSet()
 
 
 def entry_of(model: Any) -> "Entry | DistributedDataParallel | None":
-    """The door of a model that ranks share; None: it is this process's alone."""
+    """Return the wrapper of a model that ranks share, None for a model of this process alone."""
     found: Entry | DistributedDataParallel | None = model.__dict__.get(_ENTRY)
     return found
 
 
-def _let_in(model: nn.Module, entry: "Entry | DistributedDataParallel") -> None:
-    object.__setattr__(model, _ENTRY, entry)  # past what would make it a part of the model
+def _attach_entry(model: nn.Module, entry: "Entry | DistributedDataParallel") -> None:
+    object.__setattr__(model, _ENTRY, entry)  # nn.Module's own would register it as a submodule
     _SHARED.add(model)
 
 
 def enter(model: Any, computation: Callable[[], T], *, sync: bool = True) -> T:
-    """Runs a computation with the model; every rank must, as often as the others.
+    """Run a computation with the model, on every rank equally often.
 
     Args:
-        model: shared by ranks or not.
-        computation: its result holds every tensor that a backward will begin from.
-        sync: whether the ranks' gradients are added up in that backward; those of earlier
-            computations without it are added then.
+        model: a model that ranks share, or one of this process alone.
+        computation: a function whose result holds every tensor that a backward will begin from.
+        sync: sum the ranks' gradients in that backward, with those of earlier computations without
+            it.
     """
     entry = entry_of(model)
     if entry is None:
@@ -95,24 +95,24 @@ def enter(model: Any, computation: Callable[[], T], *, sync: bool = True) -> T:
     found: T = entry(computation)
     if isinstance(entry, FSDPModule) and not torch.is_grad_enabled():
         for part in sharded_parts(entry):
-            part.reshard()  # no backward will; parameters are the shards again
+            part.reshard()  # without a backward FSDP2 would leave them gathered
     return found
 
 
 def sharded_parts(entry: nn.Module) -> list[FSDPModule]:
-    """What FSDP2 gathers and lets go of by itself: the layers, and the rest."""
+    """Return the modules that FSDP2 gathers one at a time: the layers, and `entry` for the rest."""
     return [part for part in entry.modules() if isinstance(part, FSDPModule)]
 
 
 def is_sharded(model: Any) -> bool:
-    """Whether each rank holds a part of the model's weights only."""
+    """Return True if each rank holds only a part of the model's weights."""
     return isinstance(entry_of(model), FSDPModule)
 
 
 def part_from_ranks() -> None:
-    """Models are this process's alone again, before the ranks' process group is closed.
+    """Detach all models from their wrappers, before the ranks' process group is closed.
 
-    What reduces gradients has threads that must end first.
+    DDP's reducers have threads that must end first.
     """
     if not _SHARED:
         return
@@ -123,15 +123,15 @@ def part_from_ranks() -> None:
 
 
 def load_on_first(world: World, load: Callable[[], Any], skeleton: Callable[[], Any]) -> Any:
-    """A model that is to be sharded: rank 0's with its weights, the others' on the meta device.
+    """Load a model that is to be sharded: with weights on rank 0, on the meta device elsewhere.
 
     Args:
         world: the ranks, all of which call this.
-        load: reads the weights into host memory.
-        skeleton: makes the same model without them.
+        load: a function that reads the weights into host memory.
+        skeleton: a function that makes the same model without weights.
 
     Raises:
-        ValueError: what loading it raised on rank 0, on every rank.
+        ValueError: if loading it raised one on rank 0; on every rank.
     """
     model = None
 
@@ -146,18 +146,34 @@ def load_on_first(world: World, load: Callable[[], Any], skeleton: Callable[[], 
     return model
 
 
+def decoder_layers(model: Any, argument: str) -> list[nn.Module]:
+    """Return the layers that transformers marks as such.
+
+    Raises:
+        ValueError: if there are none; the message names `argument`, which needs them.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+    if not layers:
+        raise ValueError(
+            f"{argument}: {type(model).__name__} has no decoder layers that transformers marks"
+        )
+    return layers
+
+
 def share_by_ddp(model: Any) -> None:
-    """Every rank holds the model, rank 0's at first; gradients are summed over the ranks."""
+    """Give every rank rank 0's weights; backwards in `enter` sum gradients over the ranks."""
     with warnings.catch_warnings():
         # Its successor is not in every torch that is supported; buffers are constants here.
         warnings.simplefilter("ignore", FutureWarning)
         entry = DistributedDataParallel(Entry(model), broadcast_buffers=False)
     entry.register_comm_hook(None, _summed)
-    _let_in(model, entry)
+    _attach_entry(model, entry)
 
 
 def _summed(_: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-    """Losses are divided by counts of the whole step: gradients are summed, not averaged."""
+    """Sum gradients, not average them: losses are divided by counts of the whole step."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
     return work.get_future().then(lambda future: future.value()[0])  # type: ignore[no-any-return]
@@ -171,16 +187,16 @@ def share_by_fsdp(
     reshard_after_forward: bool = True,
     offload: bool = False,
 ) -> None:
-    """Each rank holds a part of every weight (FSDP2), which are rank 0's at first.
+    """Shard rank 0's weights over the ranks (FSDP2).
 
-    Layers are gathered when they compute; what is outside of them while a computation lasts.
+    Layers are gathered when they compute, the parameters outside of them while a computation lasts.
     Parameters become other objects, which keep their names and `lr_scale`.
 
     Args:
-        model: on rank 0 with its weights; on other ranks it may be on the `meta` device.
-        dtype: that layers compute in: gathered weights have it; gradients are summed in float32.
-        device: where the shards go, and where the model computes.
-        reshard_after_forward: let go of a layer's weights between its forward and its backward.
+        model: the model; with its weights on rank 0, on other ranks it may be on the `meta` device.
+        dtype: dtype of gathered weights, in which layers compute; gradients are summed in float32.
+        device: device of the shards, and of the computation.
+        reshard_after_forward: free a layer's gathered weights between its forward and its backward.
         offload: keep shards, gradients and optimiser states in host memory.
     """
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -189,7 +205,7 @@ def share_by_fsdp(
     options = _options(mesh, dtype, device, offload)
     for layer in decoder_layers(model, "parallel.strategy"):
         fully_shard(layer, reshard_after_forward=reshard_after_forward, **options)
-    # Of a frozen model the head is let go of too: no backward will.
+    # A frozen model has no backward, after which FSDP2 would free the head.
     trained = any(p.requires_grad for p in model.parameters())
     entry = Entry(model, (reshard_after_forward, not trained))
     fully_shard(entry, reshard_after_forward=not trained, **options)
@@ -202,14 +218,14 @@ def share_by_fsdp(
     for name, parameter in model.named_parameters():
         if name in scales:
             parameter.lr_scale = scales[name]
-    _let_in(model, entry)
-    # FSDP2 notes what is trained when it is first entered: an adapter may be off later.
+    _attach_entry(model, entry)
+    # FSDP2 records which parameters are trained in its first forward; an adapter may be off later.
     with torch.no_grad():
         enter(model, lambda: None)
 
 
 def _options(mesh: DeviceMesh, dtype: torch.dtype, device: torch.device, offload: bool) -> Any:
-    """What `fully_shard` is told of every part."""
+    """Return the keyword arguments of `fully_shard` that all parts share."""
     low, pin = dtype != torch.float32, device.type == "cuda"
     return {
         "mesh": mesh,
@@ -225,7 +241,7 @@ def _options(mesh: DeviceMesh, dtype: torch.dtype, device: torch.device, offload
 def _receive(
     model: Any, weights: dict[str, Tensor], home: torch.device, device: torch.device
 ) -> None:
-    """Gives every rank its shards of rank 0's weights, and rank 0's buffers."""
+    """Send every rank its shards of rank 0's weights, and rank 0's buffers."""
     if any(p.is_meta for p in model.parameters()):
         model.to_empty(device=home)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)

@@ -1,4 +1,4 @@
-"""Weights that ranks share, whole again: to be written, to be sent, to be sampled with."""
+"""Whole weights of models that ranks share, to be written, sent, or sampled with."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -19,9 +19,9 @@ T = TypeVar("T")
 
 
 def whole_state(model: Any) -> dict[str, Tensor] | None:
-    """Every tensor whole, by name; None on the ranks that have none to write.
+    """Return every tensor whole, by name; None on the ranks that have none to write.
 
-    Of a sharded model they are gathered into rank 0's host memory, which all ranks must ask for.
+    A sharded model's are gathered into rank 0's host memory, for which all ranks must call this.
     """
     if is_sharded(model):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -34,19 +34,19 @@ def whole_state(model: Any) -> dict[str, Tensor] | None:
 
 
 def writes(model: Any) -> bool:
-    """Whether it is for this rank to write the model to disk."""
+    """Return True on the rank that writes the model to disk."""
     return entry_of(model) is None or dist.get_rank() == 0
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A sharded tensor gathered, which every rank must ask for alike; others as they are."""
+    """Gather a sharded tensor, for which every rank must call this; return others as they are."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def with_whole_weights(model: Any, computation: Callable[[], T]) -> T:
-    """Runs what ranks do unequally often, such as sampling: each holds the whole model meanwhile.
+    """Run a computation while every rank holds the whole model, on every rank.
 
-    Every rank must call it.
+    Within it the ranks may use the model unequally often, as in sampling.
     """
     entry = entry_of(model)
     if not isinstance(entry, FSDPModule):
@@ -60,5 +60,5 @@ def with_whole_weights(model: Any, computation: Callable[[], T]) -> T:
         return found
     finally:
         for part in parts:
-            part.set_reshard_after_forward(entry.lets_go[part is entry], recurse=False)
+            part.set_reshard_after_forward(entry.reshard_after[part is entry], recurse=False)
             part.reshard()

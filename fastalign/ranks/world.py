@@ -1,41 +1,52 @@
-"""The processes of one run, as `torchrun` starts them: who this one is, and what all agree on.
+"""The processes of one run, as `torchrun` starts them: their numbers, and their process group.
 
-A run of one process needs no process group; every method is then the identity.
+A run of one process needs no process group; every method of `World` is then the identity.
 """
 
 import os
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import HashStore  # type: ignore[attr-defined]
+from torch.distributed import (  # type: ignore[attr-defined]
+    HashStore,
+    PrefixStore,
+    Store,
+    TCPStore,
+)
 
 T = TypeVar("T")
 
 
-RANK_FAILED = 4  # exit code of a rank that ends because another is gone
+RANK_FAILED = 4  # exit code of a rank that ends because another is missing
+FAREWELL_SECONDS = 5.0
 
 
 class RankFailed(RuntimeError):
-    """Another rank of the run is gone; the message names it."""
+    """Another rank of the run is missing; the message names it."""
+
+
+class RanksDiffer(ValueError):
+    """A fault that every rank raises alike: one process of a machine is enough to print it."""
 
 
 @dataclass(frozen=True)
 class World:
     """This process among those of its run.
 
-    Whether there are others is said by `size` alone: a library may have opened a process group of
-    its own in a run of one process.
+    Only `size` decides whether there are others: a library may have opened a process group of its
+    own in a run of one process.
 
     Attributes:
-        rank: from 0.
-        size: processes of the run.
-        local_rank: on this machine, from 0; the number of its GPU.
+        rank: number of this process, from 0.
+        size: number of processes of the run.
+        local_rank: number of this process on its machine, from 0; also the number of its GPU.
     """
 
     rank: int = 0
@@ -44,11 +55,11 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process speaks and writes for all."""
+        """True on rank 0, which prints and writes for all."""
         return self.rank == 0
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, in the ranks' order, on every rank."""
+        """Return every rank's value, in the ranks' order, on every rank."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -56,7 +67,7 @@ class World:
         return found
 
     def of_first(self, value: T) -> T:
-        """Rank 0's value, on every rank."""
+        """Return rank 0's value on every rank."""
         if self.size == 1:
             return value
         found = [value]
@@ -66,11 +77,11 @@ class World:
     def first_does(
         self, work: Callable[[], T], errors: tuple[type[Exception], ...] = (ValueError, OSError)
     ) -> T:
-        """What the work returns on rank 0, on every rank; what it raises there is raised on all.
+        """Run `work` on rank 0 alone; return its result, or raise its error, on every rank.
 
         Args:
-            work: is done on rank 0 alone.
-            errors: that it may raise; others end rank 0 only.
+            work: the function that rank 0 calls.
+            errors: types of errors that are raised on every rank; others end rank 0 only.
         """
         if self.size == 1:
             return work()
@@ -91,11 +102,11 @@ class World:
         return value  # type: ignore[no-any-return]
 
     def barrier(self) -> None:
-        """Returns when every rank has come here."""
+        """Return when every rank has called this."""
         self.gather(None)
 
     def part_of(self, count: int) -> range:
-        """This rank's share of `count` things in a row; shares differ by one at most."""
+        """Return this rank's share of `count` items in order; shares differ by one at most."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
 
@@ -103,10 +114,10 @@ ALONE = World()
 
 
 def world_of_environment() -> World:
-    """What `torchrun` says of this process; without it, a run of one.
+    """Return this process's place as `torchrun` sets it in the environment, or a run of one.
 
     Raises:
-        ValueError: a variable is missing, or is no number in its range.
+        ValueError: if a variable is missing, or is no number in its range.
     """
     if "WORLD_SIZE" not in os.environ:
         return ALONE
@@ -124,38 +135,180 @@ def world_of_environment() -> World:
 
 @contextmanager
 def open_world(world: World, *, timeout_seconds: float, always: bool = False) -> Iterator[None]:
-    """Joins the ranks in a process group: gloo for host memory, NCCL for GPUs.
+    """Join the ranks in a process group: gloo for host memory, NCCL for GPUs.
 
     Args:
-        world: of this process.
-        timeout_seconds: that a rank waits for the others before it gives up.
-        always: a run of one process gets a group too.
+        world: place of this process.
+        timeout_seconds: time limit of the start, and of every collective.
+        always: open a group in a run of one process too.
 
     Raises:
-        ValueError: the ranks do not meet in time.
+        RanksDiffer: if ranks are missing, or were started with another WORLD_SIZE.
+        ValueError: if rank 0 is not reached, or no process group can be made.
     """
     if world.size == 1 and not always:
         yield
         return
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    alone: dict[str, Any] = {"store": HashStore(), "rank": 0, "world_size": 1}
+    store = HashStore() if world.size == 1 else meet(world, timeout_seconds)
     try:
         dist.init_process_group(
-            backend,
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
             timeout=timedelta(seconds=timeout_seconds),
-            **(alone if world.size == 1 else {}),
+            store=PrefixStore("group", store),
+            rank=world.rank,
+            world_size=world.size,
         )
     except (dist.DistError, RuntimeError, ValueError) as error:
-        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-        first = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"rank {world.rank} of {world.size} on {socket.gethostname()}: the ranks did not meet "
-            f"at {address}: {first}"
+            f"{here(world)} has no process group (GLOO_SOCKET_IFNAME): {first_line(error)}"
         ) from error
     try:
         yield
     except BaseException:
         if world.size == 1:
             dist.destroy_process_group()
-        raise  # with others, the process ends: taking leave would wait for them
+        raise  # with other ranks the process ends: an orderly exit would wait for them
     dist.destroy_process_group()
+
+
+def meet(world: World, seconds: float) -> Store:
+    """Return the store that the ranks share, once all of them have connected to it.
+
+    `init_process_group` would wait for a missing rank too, but cannot name it.
+
+    Raises:
+        RanksDiffer: if ranks are missing after `seconds`, or were started with another WORLD_SIZE.
+        ValueError: if rank 0 cannot listen at its port, or is not reached.
+    """
+    store, serves = open_store(world, seconds)
+    store.set(f"arrived/{world.rank}", f"{world.size} {socket.gethostname()}")
+    if world.is_first:
+        store.set("fault", fault_of_arrivals(store, world.size, seconds))
+    try:
+        # Rank 0 may have come later than this one, and then waits for the others as long.
+        store.wait(["fault"], timedelta(seconds=2 * seconds))
+        fault = store.get("fault").decode()
+    except dist.DistError as error:
+        raise ValueError(f"{here(world)} has no answer of rank 0: {first_line(error)}") from error
+    if not fault:
+        return store
+    store.set(f"heard/{world.rank}", "")
+    if serves:  # the others read the fault in this process
+        with suppress(dist.DistError):
+            keys = [f"heard/{r}" for r in range(world.size) if store.check([f"arrived/{r}"])]
+            store.wait(keys, timedelta(seconds=FAREWELL_SECONDS))
+    raise RanksDiffer(fault)
+
+
+def open_store(world: World, seconds: float) -> tuple[Store, bool]:
+    """Connect to the store of torchrun's agent, or to the one that rank 0 opens without an agent.
+
+    Returns:
+        The store, and whether this process serves it.
+
+    Raises:
+        ValueError: if rank 0 cannot listen at its port, or is not reached.
+    """
+    host, port = master_address()
+    serves = world.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    try:
+        if not serves:
+            wait_for_listener(host, port, seconds)
+        timeout = timedelta(seconds=seconds)
+        store = TCPStore(host, port, None, serves, timeout, wait_for_workers=False)
+    except (OSError, dist.DistError) as error:
+        reason = first_line(error).rpartition("message: ")[2]
+        if serves:
+            raise ValueError(
+                f"MASTER_PORT: rank 0 on {socket.gethostname()} cannot listen at {port} "
+                f"({reason}); expected a free port"
+            ) from error
+        raise ValueError(
+            f"{here(world)} does not reach rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT) in "
+            f"{seconds:g} seconds: {reason}"
+        ) from error
+    # After a restart by torchrun the agent's store still holds the keys of the attempt before.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return PrefixStore(f"fastalign/{attempt}", store), serves
+
+
+def wait_for_listener(host: str, port: int, seconds: float) -> None:
+    """Return when something listens there; TCPStore itself would log each try that fails.
+
+    Raises:
+        OSError: if nothing does in time.
+    """
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=seconds).close()
+            return
+        except OSError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.1)
+
+
+def fault_of_arrivals(store: Store, size: int, seconds: float) -> str:
+    """Wait until all ranks are in the store; return a message on those that do not fit, or ''."""
+    keys = [f"arrived/{rank}" for rank in range(size)]
+    with suppress(dist.DistError):
+        store.wait(keys, timedelta(seconds=seconds))
+    arrived = [key for key in keys if store.check([key])]
+    sizes, hosts = {}, {}
+    for key in arrived:
+        rank = int(key.partition("/")[2])
+        sizes[rank], hosts[rank] = store.get(key).decode().split(" ", 1)
+    missing = [rank for rank in range(size) if rank not in hosts]
+    if missing:
+        come = named(list(hosts), hosts)
+        return f"{named(missing, {})} of {size} did not come in {seconds:g} seconds; here: {come}"
+    return "; ".join(differing("WORLD_SIZE", [sizes[rank] for rank in range(size)], hosts))
+
+
+def differing(name: str, values: Sequence[str], hosts: Mapping[int, str]) -> list[str]:
+    """Return one message if not all ranks have rank 0's value, else an empty list."""
+    others = [rank for rank, value in enumerate(values) if value != values[0]]
+    if not others:
+        return []
+    found = ", ".join(sorted({values[rank] for rank in others}))
+    return [f"{name}: {values[0]} on rank 0 on {hosts[0]}, but {found} on {named(others, hosts)}"]
+
+
+def named(ranks: Sequence[int], hosts: Mapping[int, str]) -> str:
+    """Return ranks by machine, where it is known: `ranks 0, 1 on a; rank 2 on b; rank 3`."""
+    by_host: dict[str, list[str]] = {}
+    for rank in ranks:
+        by_host.setdefault(hosts.get(rank, ""), []).append(str(rank))
+    return "; ".join(
+        f"rank{'s' if len(found) > 1 else ''} {', '.join(found)}" + (f" on {host}" if host else "")
+        for host, found in by_host.items()
+    )
+
+
+def master_address() -> tuple[str, int]:
+    """Return the host and port of the ranks' store, from the environment.
+
+    Raises:
+        ValueError: if a variable is missing, is no port, or is a name without an address.
+    """
+    host, text = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not host:
+        raise ValueError("MASTER_ADDR: expected the name or address of rank 0's machine, got none")
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise ValueError(f"MASTER_PORT: expected a port from 1 to 65535, got {text!r}")
+    try:
+        socket.getaddrinfo(host, int(text))
+    except OSError as error:
+        raise ValueError(f"MASTER_ADDR: {host} has no address here ({error.strerror})") from None
+    return host, int(text)
+
+
+def here(world: World) -> str:
+    """Return this process's name in messages."""
+    return f"rank {world.rank} of {world.size} on {socket.gethostname()}"
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -145,6 +145,7 @@ class Run:
             config.train.keep_checkpoints,
             world,
             background=config.train.async_checkpoints,
+            timeout_seconds=config.parallel.timeout_seconds,
         )
         loop.callback(self._checkpoints.close)
         self._signals = loop.enter_context(stop_on_signal())

@@ -13,7 +13,7 @@ import torch
 
 from fastalign.compute import Compute, find_device
 from fastalign.ranks.config import ParallelConfig
-from fastalign.ranks.heartbeat import watched_by_ranks
+from fastalign.ranks.failure import record_collectives, watched_by_ranks
 from fastalign.ranks.parallel import part_from_ranks
 from fastalign.ranks.world import ALONE, World, open_world, world_of_environment
 from fastalign.runs.config import AnyConfig, TrainConfig, config_to_dict
@@ -90,6 +90,8 @@ def open_run(config: AnyConfig, title: str) -> Iterator[Run]:
     compute = make_compute(config.train, world, config.parallel)
     values = config_to_dict(config)
     folder = Path(config.run.dir)
+    if world.size > 1:
+        record_collectives(folder)
     with ExitStack() as stack:
         stack.enter_context(
             open_world(

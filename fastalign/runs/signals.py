@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-from fastalign.ranks.heartbeat import is_of_ranks
+from fastalign.ranks.failure import is_of_ranks
 
 EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from fastalign.cli import main as cli
 from fastalign.cli import preflight
-from fastalign.preflight import checks
 
 assert preflight.ALGORITHMS
 
@@ -23,7 +22,8 @@ def become(rank: dict[str, Any], folder: Path) -> None:
     for number, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
     os.environ.update(rank["environment"])
-    checks.version = lambda name: rank["versions"].get(name) or metadata.version(name)
+    preflight.version = lambda name: rank["versions"].get(name) or metadata.version(name)
+    cli.SECONDS_OF_FIRST = 0  # no torchrun ends the others when one prints its error
     sys.argv = ["fastalign", "preflight", *rank["arguments"]]
     try:
         cli.console()

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fastalign.cli.main import main
-from fastalign.preflight.checks import faults_of
+from fastalign.cli.preflight import faults_of
 from tests.rank_processes import free_port
 
 ROOT = Path(__file__).parents[2]

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from fastalign.cli import main as cli
 from fastalign.runs import accumulate, loop
 from fastalign.runs.checkpoint.writer import CheckpointWriter, ShardWriter
 from fastalign.trainers.dpo import reference
@@ -53,6 +54,7 @@ def run(faults: Sequence[Fault], alone: bool, arguments: Sequence[str]) -> None:
     for fault in faults:
         if fault.rank in (None, rank):
             fault.install()
+    cli.SECONDS_OF_FIRST = 0  # no torchrun ends the others when one prints its error
     count_steps()  # around the faults, which go by it
     ranks.command(*arguments)
 

@@ -13,7 +13,7 @@ from tests.faults.real import HEARD, Outcome, Stage, assert_nothing_left_behind,
 from tests.faults.table import ALONE, DDP, FSDP, FSDP3, Place, fault
 
 KILLED = -signal.SIGKILL
-SILENCE = ("--parallel.silence-seconds", "5")
+SILENCE = ("--parallel.timeout-seconds", "5", "--parallel.silence-seconds", "1")
 
 
 @fault(
@@ -84,11 +84,9 @@ def one_ends(
     started = stage.start(place, run, *flags, faults=[happens], trainer=trainer, **how)
     outcome = stage.end(run, started, stopped=rank if stops else None)
     assert outcome.codes == ends(place, rank, KILLED), "\n".join(outcome.outputs)
-    for other in set(range(place.num_ranks)) - {rank} if rank or not stops else ():
+    for other in set(range(place.num_ranks)) - {rank}:
         assert f"rank {rank} of {place.num_ranks} (" in outcome.outputs[other], outcome.outputs
-    flags = (*SILENCE, "--run.resume") if stops else ("--run.resume",)
-    if happens.where == "setup":
-        flags = flags[:-1]
+    flags = () if happens.where == "setup" else ("--run.resume",)
     end = stage.finish(place, run, *flags, trainer=trainer)
     assert_nothing_left_behind(end)
     assert_same_bits(end, stage.straight(place, trainer))
@@ -118,12 +116,9 @@ def test_a_rank_killed_in_a_rollout(stage: Stage, run: str, place: Place) -> Non
 
 
 SILENT = (
-    "the others: `has shown no life for 5 seconds (--parallel.silence-seconds); the run goes on "
-    "from its newest checkpoint with --run.resume`, naming the rank, exit code 4; the same"
-)
-UNANSWERED = (
-    "the others: `the store at ..., where the ranks met (rank 0 holds it, or torchrun), has not "
-    "answered for 5 seconds`, exit code 4; the same"
+    "the others, once a collective has timed out (--parallel.timeout-seconds): `has not answered "
+    "for 1 seconds (--parallel.silence-seconds); the run goes on from its newest checkpoint with "
+    "--run.resume`, naming the rank, exit code 4; the same"
 )
 
 
@@ -147,7 +142,7 @@ def test_a_rank_stopped_in_a_rollout(stage: Stage, run: str, place: Place) -> No
     one_ends(stage, place, run, Happens(STOPPED, "rollout", step=3, rank=1), trainer="ppo")
 
 
-@fault("SIGSTOP to rank 0, which holds the store where the ranks met", DDP, does=UNANSWERED)
+@fault("SIGSTOP to rank 0, which holds the store where the ranks met", DDP, does=SILENT)
 def test_the_first_rank_stopped(stage: Stage, run: str, place: Place) -> None:
     one_ends(stage, place, run, Happens(STOPPED, step=4, rank=0), first_holds_store=True)
 

@@ -22,7 +22,7 @@ HEAVY = {
     "vllm": {"rollouts/engines/library.py"},
     "peft": {"models/lora.py", "models/lora_files.py"},
     "bitsandbytes": {"models/low_bit.py", "runs/optimizer.py"},
-    "transformers": {"models", "ranks/layers.py", "data/tokenizer.py", "rollouts", "cli"},
+    "transformers": {"models", "ranks/parallel.py", "data/tokenizer.py", "rollouts", "cli"},
 }
 
 

@@ -6,11 +6,13 @@ import json
 import shutil
 from concurrent.futures import Future
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata
@@ -127,15 +129,26 @@ class CheckpointWriter:
         keep: checkpoints to keep.
         world: the ranks.
         background: write while training goes on; the weights are copied first.
+        timeout_seconds: time limit of the ranks' collectives while they write.
     """
 
     def __init__(
-        self, folder: Path, keep: int, world: World = ALONE, *, background: bool = True
+        self,
+        folder: Path,
+        keep: int,
+        world: World = ALONE,
+        *,
+        background: bool = True,
+        timeout_seconds: float = 1800.0,
     ) -> None:
         self._folder, self._keep, self._world, self._background = folder, keep, world, background
+        self._timeout = timedelta(seconds=timeout_seconds)
         self._pending: _Pending | None = None
         # Training's own collectives are under way while a checkpoint is written.
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        self._group = self._new_group() if world.size > 1 else None
+
+    def _new_group(self) -> ProcessGroup:
+        return dist.new_group(backend="gloo", timeout=self._timeout)  # type: ignore[no-any-return]
 
     def save(self, state: TrainState, extra: dict[str, Any], *, wait: bool = False) -> Path:
         """Begin to write `folder/step-NNNNNN`, after the one before is done.
@@ -156,7 +169,7 @@ class CheckpointWriter:
         tensors = tensors_of(state, self._world.rank)
         alone = self._world.size == 1
         if alone and self._group is None and dist.is_available() and dist.is_initialized():
-            self._group = dist.new_group(backend="gloo")  # another library's may have GPUs alone
+            self._group = self._new_group()  # another library's may have GPUs alone
         how: dict[str, Any] = {"process_group": self._group, "no_dist": alone}
         ignore_missing_group()
         future: Future[Any]
