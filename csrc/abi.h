@@ -19,10 +19,10 @@ extern "C" {
 #define FASTALIGN_ABI_VERSION 3
 #define FASTALIGN_EXPORT __attribute__((visibility("default")))
 
-// The version above, checked when the library is loaded.
+// Returns the version above, which is checked when the library is loaded.
 FASTALIGN_EXPORT int32_t fastalign_abi_version(void);
 
-// Whether this build has the instruction set and this processor runs it.
+// Returns 1 if this build has the instruction set and this processor runs it.
 FASTALIGN_EXPORT int32_t fastalign_cpu_isa_usable(int32_t isa);
 
 // z = softcap tanh(logits / softcap) / temperature (softcap 0: none; temperature (T,) or NULL).
@@ -41,7 +41,7 @@ FASTALIGN_EXPORT int32_t fastalign_token_logprob_backward_cpu(
     const float* logsumexp, const float* entropy, const float* grad_logprob,
     const float* grad_entropy, void* gradient, int32_t num_threads, int32_t isa);
 
-// Whether this processor has what the next function needs: AVX-512 with bfloat16 instructions.
+// Returns 1 if this processor has what the next function needs: AVX-512 with bfloat16.
 FASTALIGN_EXPORT int32_t fastalign_product_bf16_usable_cpu(void);
 
 // c (num_rows, num_columns) float32 = a (num_rows, depth) b (depth, num_columns), both bfloat16, or
@@ -87,7 +87,7 @@ FASTALIGN_EXPORT int32_t fastalign_preference_loss_backward_cpu(
 // dtype), x = logprob - reference_logprob, both (N,); 0 where mask (N,) is 0 (NULL: all count).
 // sequence_kl (R,) its sums, added in double. reward (N,) = -coefficient kl, and 0 where mask is
 // 0; score (R,) or NULL is added at the last token that counts; where there is none, sequence_kl
-// is NaN. adaptive_coefficient () stands in for coefficient unless NULL.
+// is NaN. adaptive_coefficient () replaces coefficient unless NULL.
 FASTALIGN_EXPORT int32_t fastalign_kl_penalty_forward_cpu(
     const float* logprob, const float* reference_logprob, const int64_t* bounds,
     int64_t num_responses, const float* score, float coefficient, const float* adaptive_coefficient,

@@ -27,7 +27,7 @@ struct Divergence {
 };
 
 // KL(policy || reference), or KL(reference || policy); `read(column, count)` gives what is shifted.
-// A difference as large as a ban's is one: a token with probability that the other side bans.
+// A difference as large as -LOWEST / 2 comes from a token with probability that the other side bans.
 template <bool OVER_REFERENCE, typename Read>
 Divergence read_divergence(int64_t num_columns, const Read& read) {
     double policy_total = 0, reference_total = 0, weighted = 0, cross = 0;
@@ -60,7 +60,7 @@ Divergence read_divergence(int64_t num_columns, const Read& read) {
     const double mean = cross / own, kl = mean - std::log(own / other);
     Divergence found{policy_total, reference_total,
                      std::log(policy_total) - weighted / policy_total, mean, kl};
-    // rounding may leave it, and a sure row's entropy, a hair below zero
+    // rounding may leave it, and the entropy of a certain row, slightly below zero
     if (found.kl < 0) found.kl = 0;
     if (found.entropy < 0) found.entropy = 0;
     if (banned) found.kl = std::numeric_limits<double>::infinity();

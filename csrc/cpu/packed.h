@@ -1,4 +1,4 @@
-// Shares packed responses among threads.
+// Divides packed responses among threads.
 #pragma once
 
 #include <cstdint>

@@ -8,7 +8,7 @@
 
 namespace fastalign {
 
-// Fewer elements than this a thread are done sooner than the thread has started.
+// A thread with fewer elements than this takes longer to start than to compute them.
 constexpr int64_t MIN_ELEMENTS_PER_THREAD = 1 << 16;
 
 // Calls function(first, last) on spans of 0..num_rows, each `elements_per_row` elements of work.
@@ -26,7 +26,7 @@ void for_each_span(int64_t num_rows, int64_t elements_per_row, int32_t num_threa
     for (auto& thread : threads) thread.join();
 }
 
-// Whether this build has the instruction set and this processor runs it.
+// True if this build has the instruction set and this processor runs it.
 inline bool isa_usable(int32_t isa) {
     switch (isa) {
         case 0:
@@ -43,7 +43,7 @@ inline bool isa_usable(int32_t isa) {
     }
 }
 
-// The function for `isa` (-1: the best) among those for portable, AVX2 and AVX-512; NULL: none.
+// Returns the function for `isa` (-1: the best) of those for portable, AVX2 and AVX-512, or NULL.
 template <typename Function>
 Function choose_isa(int32_t isa, Function portable, Function avx2, Function avx512) {
     const Function functions[3] = {portable, avx2, avx512};

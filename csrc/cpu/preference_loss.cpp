@@ -1,12 +1,12 @@
-// preference_loss on a CPU: a pair at a time, pairs shared among threads. Memory-bound, so compiled
-// once for every instruction set.
+// preference_loss on a CPU: one pair at a time, with the pairs divided among threads. It is bound
+// by memory, so one build serves every instruction set.
 #include "../abi.h"
 #include "../preference_pair.h"
 #include "parallel.h"
 
 namespace {
 
-// Eight sums side by side, so that an addition need not wait for the one before.
+// Eight partial sums: an addition does not wait for the one before, which a single sum would.
 double sum(const float* values, int64_t count) {
     constexpr int LANES = 8;
     double lanes[LANES] = {};

@@ -28,14 +28,14 @@ struct Divergence {
     // How much d changes where s - t changes by this.
     __device__ static float change(float by) { return OVER_REFERENCE ? -by : by; }
 
-    // How much what was seen so far is lowered by a new maximum. Nothing finite seen yet: by
-    // nothing (-inf - -inf is NaN).
+    // By how much a new maximum lowers the shifted values so far; 0 before the first finite value
+    // (-inf - -inf is NaN).
     __device__ static float drop(float from, float to) {
         return from == to || from == -CUDART_INF_F ? 0.0f : bounded(from - to);
     }
 
-    // Moves the statistics to maxima that are no smaller; both at once, and without fused
-    // multiply-adds, so that two equal sides differ by exactly nothing.
+    // Rescales the statistics to maxima that are no smaller; both at once, and without fused
+    // multiply-adds, so that two equal sides have a KL of exactly 0.
     __device__ void raise(float to, float reference_to) {
         const float by = drop(maximum, to), reference_by = drop(reference_maximum, reference_to);
         const float shrink = expf(by), reference_shrink = expf(reference_by);
@@ -77,8 +77,8 @@ struct Divergence {
     __device__ float mean() const { return cross / (OVER_REFERENCE ? reference_total : total); }
     __device__ float ratio() const { return total / reference_total; }
 
-    // A d as large as a ban's is one: a token with probability that the other side bans. Rounding
-    // may leave the KL a hair below zero.
+    // So large a d comes from a token with probability that the other side bans. Rounding may leave
+    // the KL slightly below zero.
     __device__ float kl() const {
         if (largest > -0.5f * LOWEST) return CUDART_INF_F;
         const float found = mean() - change(logf(ratio()));

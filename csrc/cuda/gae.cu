@@ -23,7 +23,7 @@ struct Arguments {
 struct Affine {
     double a, b;
 
-    // This map after `first`.
+    // Returns the map that applies `first`, then this one.
     __device__ Affine after(Affine first) const { return {a * first.a, a * first.b + b}; }
     __device__ double operator()(double x) const { return a * x + b; }
 };
@@ -59,8 +59,8 @@ struct Piece {
     }
 };
 
-// What this thread's map is applied to: `carried` through the maps of the threads before it.
-// `carried` becomes what follows the whole block.
+// Returns the value that this thread's map is applied to: `carried` through the maps of the threads
+// before it. `carried` becomes the value after the whole block.
 __device__ double scan_block(Affine mine, Affine* of_warp, double& carried) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (int offset = 1; offset < 32; offset <<= 1) {
@@ -80,7 +80,7 @@ __device__ double scan_block(Affine mine, Affine* of_warp, double& carried) {
 }
 
 __global__ void __launch_bounds__(THREADS) gae_kernel(Arguments given) {
-    // Two, so that one barrier a tile is enough.
+    // Two buffers, so that one barrier a tile is enough.
     __shared__ Affine of_warp[2][WARPS];
     const int64_t response = blockIdx.x;
     const int64_t begin = given.bounds[response], end = given.bounds[response + 1];

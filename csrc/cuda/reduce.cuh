@@ -14,8 +14,8 @@ struct Softmax {
 
     __device__ static Softmax empty() { return {-CUDART_INF_F, 0.0f, 0.0f}; }
 
-    // Moves the statistics to a larger maximum. Nothing seen yet: nothing to move (-inf - -inf is
-    // NaN).
+    // Rescales the statistics to a larger maximum. Before the first finite value the sums are 0 and
+    // stay so (-inf - -inf is NaN).
     __device__ void raise(float to, float scale = 1.0f) {
         if (maximum == -CUDART_INF_F) {
             maximum = to;
