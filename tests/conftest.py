@@ -5,6 +5,7 @@ or a GPU: `FASTALIGN_TEST_GPU=1 pytest tests/gpu` is the second.
 """
 
 import gc
+import json
 import os
 from pathlib import Path
 
@@ -15,13 +16,43 @@ if os.environ.get("FASTALIGN_TEST_GPU") != "1":
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-# Whose files take minutes: they come first, so that at the end no process works on one alone.
 HERE = Path(__file__).parent
-LONG = {"faults", "ranks", "rollouts", "runs", "trainers"}
+# Seconds that each file takes; ./scripts/test.sh --record-durations rewrites it.
+DURATIONS = HERE / "durations.json"
+SLOW_SECONDS = 10.0
+measured: dict[str, float] = {}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--record-durations", action="store_true", help=f"rewrite {DURATIONS.name}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.relative_to(HERE).parts[0] not in LONG)
+    """The longest file comes first: at the end no process works on one alone.
+
+    Tests of files that take long are marked `slow`, which `./scripts/test.sh --quick` leaves out.
+    """
+    seconds = json.loads(DURATIONS.read_text(encoding="utf-8"))
+
+    def of_file(item: pytest.Item) -> float:
+        return float(seconds.get(item.path.relative_to(HERE).as_posix(), 0.0))
+
+    items.sort(key=of_file, reverse=True)
+    for item in items:
+        if of_file(item) > SLOW_SECONDS:
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    name = report.location[0].removeprefix("tests/")
+    measured[name] = measured.get(name, 0.0) + report.duration
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    is_worker = hasattr(session.config, "workerinput")
+    if session.config.getoption("--record-durations") and not is_worker:
+        found = {name: round(n) for name, n in sorted(measured.items()) if n >= 1}
+        DURATIONS.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
 
 
 def pytest_collection_finish() -> None:
