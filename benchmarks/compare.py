@@ -1,9 +1,9 @@
-"""`python -m benchmarks.compare NAME`: implementations side by side, as a table and JSON.
+"""`python -m benchmarks.compare NAME`: compare implementations in a table and JSON.
 
-A head's loss and gradient (`head`, `dpo-loss`, `orpo`, `linear-logprob`), every operation's
-backends (`operations`), or whole optimiser steps beside TRL's trainers (`dpo-step`, `sft-step`,
-`reward-step`) and by the number of answers to a prompt (`answers-step`), or samplers (`rollout`).
-Nothing whose result differs from the eager one's is timed.
+NAME is a head's loss and gradient (`head`, `dpo-loss`, `orpo`, `linear-logprob`), every operation's
+backends (`operations`), optimiser steps beside TRL's trainers (`dpo-step`, `sft-step`,
+`reward-step`) or by the number of answers to a prompt (`answers-step`), or samplers (`rollout`).
+An implementation whose result differs from the eager one's is not timed.
 """
 
 import argparse
@@ -25,7 +25,7 @@ OPERATIONS = "operations"
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Return the parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare",
         description=__doc__,
@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=list(DTYPES),
         action="append",
-        help="may be repeated; default: both on a CPU (steps, rollout: float32), bfloat16 on a GPU",
+        help="may be repeated; by default both on a CPU (float32 for steps), bfloat16 on a GPU",
     )
     parser.add_argument(
         "--case",
@@ -49,22 +49,29 @@ def make_parser() -> argparse.ArgumentParser:
     )
     known = sorted({peer for peers in PEERS.values() for peer in peers})
     parser.add_argument(
-        "--peer", choices=known, action="append", help="of a head; may be repeated; default: all"
+        "--peer",
+        choices=known,
+        action="append",
+        help="peer of a head; may be repeated; by default all",
     )
-    parser.add_argument("--rounds", type=int, default=5, help="timed calls of each implementation")
+    parser.add_argument(
+        "--rounds", type=int, default=5, help="number of timed calls of each implementation"
+    )
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
     steps = parser.add_argument_group("whole steps")
     steps.add_argument(
         "--model", choices=list(step_cases.SHAPES), action="append", help="may be repeated"
     )
-    steps.add_argument("--pairs", type=int, help="rows of a step; default: 8, on a GPU 16")
-    steps.add_argument("--threads", type=int, help="of a CPU (samplers too); default: torch's")
+    steps.add_argument("--pairs", type=int, help="rows of a step; by default 8, on a GPU 16")
+    steps.add_argument(
+        "--threads", type=int, help="CPU threads of steps and samplers; by default torch's"
+    )
     steps.add_argument("--data", type=Path, help="preference rows of the case `chat`")
     return parser
 
 
 def cases_of(name: str) -> set[str]:
-    """The cases that a comparison has."""
+    """Return the cases of a comparison."""
     if name == OPERATIONS:
         return set()
     if name == ROLLOUT:
@@ -73,7 +80,7 @@ def cases_of(name: str) -> set[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line, checked."""
+    """Return the checked arguments of the command line."""
     parser = make_parser()
     arguments = parser.parse_args()
     name = arguments.name
@@ -99,7 +106,7 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("--case chat: expected a file of preference rows in --data, got none")
     if arguments.data is not None and not arguments.data.exists():
         parser.error(f"--data: {arguments.data} is not there")
-    if arguments.json:  # found out before the work, not after it
+    if arguments.json:  # fail before the work, not after it
         try:
             arguments.json.parent.mkdir(parents=True, exist_ok=True)
             arguments.json.open("a", encoding="utf-8").close()
@@ -112,7 +119,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def compare(arguments: argparse.Namespace) -> list[Any]:
-    """Runs every case and prints the table."""
+    """Run every case and print the table."""
     name, device, rounds = arguments.name, arguments.device, arguments.rounds
     if name == ROLLOUT:
         return list(compare_all_rollouts(arguments))
@@ -131,7 +138,7 @@ def compare(arguments: argparse.Namespace) -> list[Any]:
 
 
 def main() -> None:
-    """Runs every case, prints the table, writes the JSON."""
+    """Run every case, print the table, write the JSON."""
     arguments = parse_arguments()
     rows = compare(arguments)
     if arguments.json:

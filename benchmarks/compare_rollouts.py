@@ -1,4 +1,4 @@
-"""Samplers side by side: tokens a second, and what it takes to give an engine new weights."""
+"""Compare samplers: tokens per second, and the time to give an engine new weights."""
 
 import argparse
 import sys
@@ -20,10 +20,10 @@ ROLLOUT = "rollout"
 def measure_samplers(
     samplers: Mapping[str, Opener], job: RolloutJob, num_rounds: int
 ) -> dict[str, Times]:
-    """Opens all of these, then interleaves them: a call of each a round, then a sync of each.
+    """Open all samplers, then interleave them: in each round a call and a sync of each.
 
-    One that does not open, breaks, or does not sample from the policy is not timed, with the
-    reason; ours that samples from something else ends the program.
+    A sampler that does not open, fails, or does not sample from the policy is not timed, and its
+    reason is kept. The program exits if one of ours samples from other weights.
     """
     found = {name: Times() for name in samplers}
     workers: dict[str, SamplerWorker] = {}
@@ -57,7 +57,7 @@ def measure_samplers(
         for name, worker in list(workers.items()):
             try:
                 found[name].peak_bytes = worker.turn("peak")
-                worker.turn("check")  # of the weights that the last sync brought
+                worker.turn("check")  # the weights after the last sync
             except SamplerFault as fault:
                 fails(name, fault)
     finally:
@@ -69,7 +69,7 @@ def measure_samplers(
 def compare_rollouts(
     samplers: Mapping[str, Opener], job: RolloutJob, num_rounds: int
 ) -> dict[str, Times]:
-    """On a CPU all samplers take turns; on a GPU, one after another, since each takes a share."""
+    """Measure samplers interleaved on a CPU, and one after another on a GPU, which each fills."""
     if job.device == "cpu":
         return measure_samplers(samplers, job, num_rounds)
     found: dict[str, Times] = {}
@@ -79,7 +79,7 @@ def compare_rollouts(
 
 
 def compare_all_rollouts(arguments: argparse.Namespace) -> list[RolloutRow]:
-    """Measures every case and dtype, and prints the table."""
+    """Measure every case and dtype, and print the table."""
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     samplers, missing = usable_samplers()

@@ -1,4 +1,4 @@
-"""Whole steps side by side: who is compared on what, and whether they agree."""
+"""Compare optimiser steps: write the cases, check that losses agree, time the trainers."""
 
 import argparse
 import importlib.util
@@ -40,12 +40,12 @@ NAMES = (*TRAINERS, ANSWERS)
 NUM_ANSWERS = (2, 4, 8)
 PEER = "trl"
 PRODUCTS = "products"
-# |loss - eager loss| / |eager loss| of the first step; the eager one is float32 for all.
+# |loss - eager loss| / |eager loss| of the first step; the eager loss is float32.
 AGREEMENT = {"float32": 1e-4, "bfloat16": 2e-2}
 
 
 def usable_trainers(name: str) -> dict[str, Trainer]:
-    """Those whose package is here."""
+    """Return the trainers whose package is installed."""
     if importlib.util.find_spec("trl") is not None:
         return dict(TRAINERS[name])
     print("without trl: it is not installed")
@@ -55,7 +55,7 @@ def usable_trainers(name: str) -> dict[str, Trainer]:
 def make_job(
     name: str, shape: ModelShape, groups: list[Group], folder: Path, arguments: argparse.Namespace
 ) -> Job:
-    """Writes models and rows for all trainers of a comparison."""
+    """Write the models and rows of a comparison and return its job."""
     write_model(shape, folder / "policy", 0, reward=name == "reward-step")
     if name == "dpo-step":
         write_model(shape, folder / "reference", 1)
@@ -76,7 +76,7 @@ def make_job(
 
 
 def disagreement(implementation: str, loss: float, truth: float, dtype: str) -> str | None:
-    """What is wrong with a loss, or None; ours ends the program."""
+    """Return how a loss differs from the eager one, or None; exit if it is ours."""
     error = abs(loss - truth) / abs(truth)
     if error <= AGREEMENT[dtype]:
         return None
@@ -92,12 +92,12 @@ def disagreement(implementation: str, loss: float, truth: float, dtype: str) -> 
 def measure_turns(
     contestants: Mapping[str, tuple[Trainer, Job]], truths: Mapping[str, float], num_rounds: int
 ) -> dict[str, Turns]:
-    """Starts a process for each, refuses those whose loss is wrong, and interleaves the others.
+    """Start a process for each contestant, stop those with a wrong loss, and time the others.
 
     Args:
-        contestants: by name.
-        truths: the eager loss, by name; without one there is no loss to compare.
-        num_rounds: timed turns of each.
+        contestants: trainer and job by name.
+        truths: eager loss by name; a contestant without one is not checked.
+        num_rounds: number of timed turns of each contestant.
     """
     workers: dict[str, Worker] = {}
     turns: dict[str, Turns] = {}
@@ -127,10 +127,9 @@ def measure_turns(
 def compare_case(
     name: str, job: Job, case: str, trainers: Mapping[str, Trainer], num_rounds: int
 ) -> list[StepRow]:
-    """Checks agreement, then measures the trainers' steps and the bare products.
+    """Check agreement, then measure the trainers' steps and the bare products.
 
-    On a CPU one turn of each a round; on a GPU, whose memory would not hold them together, all
-    turns of one after all of another.
+    The turns are interleaved on a CPU; a GPU, which could not hold all trainers, runs them in turn.
     """
     _say(f"{case}, {job.shape.name}, {job.dtype}: the eager loss ...")
     truth = TRUTHS[name](job)
@@ -148,7 +147,7 @@ def compare_case(
 
 
 def compare_answers(jobs: Mapping[int, Job], case: str, num_rounds: int) -> list[StepRow]:
-    """Our step by the number of answers to a prompt; the ratio is to the fewest answers' step."""
+    """Measure our step by the number of answers to a prompt, relative to the fewest."""
     contestants: dict[str, tuple[Trainer, Job]] = {}
     truths: dict[str, float] = {}
     for number, job in jobs.items():
@@ -169,7 +168,7 @@ def compare_answers(jobs: Mapping[int, Job], case: str, num_rounds: int) -> list
 def groups_of(
     name: str, case: str, shape: ModelShape, num_answers: int, arguments: argparse.Namespace
 ) -> list[Group]:
-    """The rows of a case."""
+    """Return the rows of a case."""
     num_pairs = arguments.pairs or DEFAULT_PAIRS[arguments.device]
     if case == "chat":
         try:
@@ -184,7 +183,7 @@ def groups_of(
 
 
 def compare_all_steps(arguments: argparse.Namespace) -> list[StepRow]:
-    """Measures every dtype, model and case, and prints the table."""
+    """Measure every dtype, model and case, and print the table."""
     name = arguments.name
     cases = arguments.case or [*DEFAULT_CASES, *(["chat"] if arguments.data else [])]
     if name == ANSWERS:
@@ -192,7 +191,7 @@ def compare_all_steps(arguments: argparse.Namespace) -> list[StepRow]:
     elif "chat" not in cases:
         print("without chat: it takes a file of preference rows (--data)")
     if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)  # here too: the eager loss, and the table
+        torch.set_num_threads(arguments.threads)  # this process computes the eager loss
     trainers = {} if name == ANSWERS else usable_trainers(name)
     rows: list[StepRow] = []
     for model in arguments.model or DEFAULT_SHAPES[arguments.device]:

@@ -1,7 +1,7 @@
-"""Heads side by side: who is compared on what, whether they agree, and their table.
+"""Compare head implementations: check that they agree, time them, print a table.
 
-Before a time is printed, every implementation's result is compared with the eager one's; `head`
-also runs the head's tests first, and refuses to time what fails them.
+Every implementation's result is compared with the eager one's before it is timed; `head` also runs
+the head's tests first and stops if they fail.
 """
 
 import functools
@@ -31,10 +31,10 @@ from benchmarks.measure import Prepared, device_name, measure
 from benchmarks.peers import usable_peers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# |loss - eager loss| / |eager loss|: rounding of the logits to the dtype is the eager one's own.
+# |loss - eager loss| / |eager loss|; the eager loss itself rounds its logits to the dtype.
 AGREEMENT = {torch.float32: 1e-4, torch.bfloat16: 5e-2}
-# Name: (whether the weight is trained, products). Where the gradient is computed in the forward,
-# the backward alone does next to nothing.
+# Name: (whether the weight is trained, number of products). An implementation that computes the
+# gradient in its forward pass does almost nothing in the backward pass.
 PASSES = {
     "forward": (True, 1),
     "backward": (True, 2),
@@ -69,7 +69,7 @@ class Row:
 def implementations_of(
     name: str, device: str, wanted: list[str]
 ) -> dict[str, Callable[[HeadInputs], Tensor]]:
-    """What is compared, with the wanted peers that can run here."""
+    """Return our implementations and the wanted peers that can run here."""
     peers, reasons = usable_peers(name, device, wanted)
     for peer, reason in reasons.items():
         print(f"without {peer}: {reason}")
@@ -79,7 +79,7 @@ def implementations_of(
 def agreeing(
     case: HeadCase, inputs: HeadInputs, functions: dict[str, Callable[[HeadInputs], Tensor]]
 ) -> dict[str, Callable[[HeadInputs], Tensor]]:
-    """Those whose result is the eager one's; the others are named, and ours ends the program."""
+    """Return the implementations that agree with eager; print others, and exit if one is ours."""
     truth = forward_only(functions["eager"], inputs)
     found = {}
     for implementation, function in functions.items():
@@ -97,7 +97,7 @@ def agreeing(
 def call_of(
     pass_: str, function: Callable[[HeadInputs], Tensor], inputs: HeadInputs
 ) -> Callable[[], object] | Prepared:
-    """What is timed of an implementation."""
+    """Return the timed call of an implementation."""
     if pass_ == "backward":
         run = functools.partial(backward, inputs=inputs)
         return Prepared(functools.partial(forward, function, inputs), run)
@@ -113,12 +113,12 @@ def compare_case(
     num_rounds: int,
     functions: dict[str, Callable[[HeadInputs], Tensor]],
 ) -> list[Row]:
-    """Checks agreement, then measures one case's implementations and its bare products."""
+    """Check agreement, then measure the implementations and the bare products of a case."""
     inputs = make_inputs(case, device, DTYPES[dtype_name])
     functions = agreeing(case, inputs, functions)
     rows = []
     for pass_, (trained, num_products) in PASSES.items():
-        # one pair is about memory, and so takes one pass
+        # a case of one pair measures memory and needs only one pass
         if pass_ != "forward+backward" and (name != "head" or case.num_pairs == 1):
             continue
         print(f"{case.name}, {dtype_name}, {pass_} ...", file=sys.stderr, flush=True)
@@ -151,7 +151,7 @@ def compare_case(
 
 
 def print_table(rows: list[Row]) -> None:
-    """The rows, aligned, for a person."""
+    """Print the rows as a table."""
     print(
         f"{'case':22}{'pass':26}{'implementation':15}{'dtype':10}{'ms':>9}{'spread':>8}"
         f"{'peak MiB':>10}{'products ms':>13}{'of products':>13}"
@@ -166,7 +166,7 @@ def print_table(rows: list[Row]) -> None:
 
 
 def refuse_on_a_red_test() -> None:
-    """Ends the program where the head's own tests fail."""
+    """Exit if the head's own tests fail."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", *TESTS]
     done = subprocess.run(command, cwd=ROOT, check=False)
     if done.returncode != 0:
@@ -181,7 +181,7 @@ def compare_heads(
     num_rounds: int,
     wanted_peers: list[str],
 ) -> list[Row]:
-    """Measures every case (none named: the defaults) and prints the table."""
+    """Measure the cases (the defaults if none is named) and print the table."""
     if name == "head":
         refuse_on_a_red_test()
     functions = implementations_of(name, device, wanted_peers)

@@ -1,4 +1,4 @@
-"""The head's cases: what each implementation computes, its FLOPs, and that all agree."""
+"""Cases and implementations of the head benchmarks, with their FLOPs."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,11 +28,11 @@ class HeadCase:
     num_pairs: int
 
     def flops(self, num_products: int) -> int:
-        """FLOPs of `num_products` products of T x D x V."""
+        """Return the FLOPs of `num_products` products of T x D x V."""
         return 2 * num_products * self.num_tokens * self.hidden_size * self.vocab_size
 
 
-# Shapes of real models' heads. The CPU's are smaller, in T.
+# Shapes of real models' heads, with a smaller T for CPUs.
 CASES = {
     case.name: case
     for case in (
@@ -47,7 +47,7 @@ CASES = {
         HeadCase("t500_d768_v50257", 500, 768, 50257, 2),
     )
 }
-# What runs where no case is named: by comparison and device.
+# The cases of a comparison and a device if none is named.
 DEFAULT_CASES = {
     ("head", "cpu"): ("smollm2-135m", "qwen2.5-0.5b-t512", "smollm2-135m-one-pair"),
     ("head", "cuda"): ("smollm2-135m", "qwen2.5-0.5b", "gemma-2-2b", "llama-3-8b", "qwen3-8b"),
@@ -68,13 +68,13 @@ class HeadInputs:
     weight: Tensor  # (V, D)
     targets: Tensor  # (T,)
     cu_seqlens: Tensor  # (2B + 1,)
-    lengths: tuple[int, ...]  # (2B,), on the host for all
-    reference_logprob: Tensor  # (2B,), zeros: every peer takes that
-    places: tuple[Tensor, Tensor, Tensor] | None = None  # of the bare products
+    lengths: tuple[int, ...]  # (2B,), on the host
+    reference_logprob: Tensor  # (2B,), zeros, which every peer supports
+    outputs: tuple[Tensor, Tensor, Tensor] | None = None  # buffers of the bare products
 
 
 def make_inputs(case: HeadCase, device: str, dtype: torch.dtype) -> HeadInputs:
-    """Seeded inputs whose softmax is neither flat nor certain: logits of standard deviation 3."""
+    """Return seeded inputs whose softmax is neither flat nor certain: logits of deviation 3."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(case.num_tokens, case.hidden_size, generator=generator)
     weight = torch.randn(case.vocab_size, case.hidden_size, generator=generator)
@@ -93,26 +93,26 @@ def make_inputs(case: HeadCase, device: str, dtype: torch.dtype) -> HeadInputs:
 
 
 def eager_logprob(inputs: HeadInputs) -> Tensor:
-    """What most people write: all logits, then a float32 log-softmax."""
+    """Return log-probs the usual way: all logits, then a float32 log-softmax."""
     logits = (inputs.hidden @ inputs.weight.T).float()
     return logits.log_softmax(-1).gather(1, inputs.targets[:, None])[:, 0]
 
 
 def dpo_of(logprob: Tensor, inputs: HeadInputs) -> Tensor:
-    """The DPO loss (arXiv 2305.18290, eq. 7) of per-token log-probs."""
-    # in float64, for everybody: thousands of nats added up in float32 would be the difference
+    """Return the DPO loss (arXiv 2305.18290, eq. 7) of per-token log-probs."""
+    # float64 for all implementations: rounding of float32 sums would exceed their differences
     sums = [part.sum(dtype=torch.float64) for part in logprob.split(inputs.lengths)]
     ratio = torch.stack(sums) - inputs.reference_logprob
     return -torch.nn.functional.logsigmoid(BETA * (ratio[0::2] - ratio[1::2])).mean().float()
 
 
 def eager_dpo(inputs: HeadInputs) -> Tensor:
-    """The DPO loss on `eager_logprob`."""
+    """Return the DPO loss on `eager_logprob`."""
     return dpo_of(eager_logprob(inputs), inputs)
 
 
 def fastalign_dpo(inputs: HeadInputs) -> Tensor:
-    """The same loss by `fused_linear_dpo_loss`."""
+    """Return the DPO loss by `fused_linear_dpo_loss`."""
     loss, _ = fused_linear_dpo_loss(
         inputs.hidden,
         inputs.weight,
@@ -125,14 +125,14 @@ def fastalign_dpo(inputs: HeadInputs) -> Tensor:
 
 
 def eager_orpo(inputs: HeadInputs) -> Tensor:
-    """The ORPO loss (arXiv 2403.07691, eq. 6 and 7) on `eager_logprob`."""
+    """Return the ORPO loss (arXiv 2403.07691, eq. 6 and 7) on `eager_logprob`."""
     sums = torch.stack([part.sum() for part in eager_logprob(inputs).split(inputs.lengths)])
     lengths = torch.tensor(inputs.lengths, device=sums.device)
     return orpo(sums[0::2], sums[1::2], lengths[0::2], lengths[1::2], beta=BETA).mean()
 
 
 def fastalign_orpo(inputs: HeadInputs) -> Tensor:
-    """The same loss by `fused_linear_preference_loss`."""
+    """Return the ORPO loss by `fused_linear_preference_loss`."""
     loss, _ = fused_linear_preference_loss(
         inputs.hidden,
         inputs.weight,
@@ -144,19 +144,19 @@ def fastalign_orpo(inputs: HeadInputs) -> Tensor:
 
 
 def fastalign_logprob(inputs: HeadInputs) -> Tensor:
-    """The same log-probs by `linear_logprob`."""
+    """Return log-probs by `linear_logprob`."""
     logprob = linear_logprob(inputs.hidden, inputs.weight, inputs.targets)
     assert isinstance(logprob, Tensor)
     return logprob
 
 
 def products(inputs: HeadInputs, num_products: int = 3) -> None:
-    """The bare matrix products of a head (logits, dHidden, dWeight), into places that are there."""
+    """Compute the bare matrix products of a head (logits, dHidden, dWeight) into fixed buffers."""
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
-    if inputs.places is None:
+    if inputs.outputs is None:
         logits = hidden.new_zeros(hidden.shape[0], weight.shape[0])
-        inputs.places = (logits, torch.zeros_like(hidden), torch.zeros_like(weight))
-    logits, of_hidden, of_weight = inputs.places
+        inputs.outputs = (logits, torch.zeros_like(hidden), torch.zeros_like(weight))
+    logits, of_hidden, of_weight = inputs.outputs
     torch.mm(hidden, weight.t(), out=logits)
     if num_products > 1:
         torch.mm(logits, weight, out=of_hidden)
@@ -165,24 +165,24 @@ def products(inputs: HeadInputs, num_products: int = 3) -> None:
 
 
 def forward_only(function: Callable[[HeadInputs], Tensor], inputs: HeadInputs) -> Tensor:
-    """The loss, without gradients."""
+    """Return the loss without gradients."""
     with torch.no_grad():
         return function(inputs).sum()
 
 
 def forward(function: Callable[[HeadInputs], Tensor], inputs: HeadInputs) -> Tensor:
-    """The loss, with whatever the backward wants."""
+    """Return the loss with its graph."""
     return function(inputs).sum()
 
 
 def backward(loss: Tensor, inputs: HeadInputs) -> None:
-    """The gradients of `forward`'s loss: then thrown away."""
+    """Compute the gradients of `forward`'s loss and discard them."""
     loss.backward()
     inputs.hidden.grad = inputs.weight.grad = None
 
 
 def forward_backward(function: Callable[[HeadInputs], Tensor], inputs: HeadInputs) -> Tensor:
-    """One loss and its gradients, in `hidden` and, unless frozen, `weight`: then thrown away."""
+    """Compute a loss and its gradients with respect to `hidden` and an unfrozen `weight`."""
     loss = forward(function, inputs)
     backward(loss, inputs)
     return loss.detach()

@@ -1,4 +1,4 @@
-"""Times functions side by side: interleaved, median and spread, peak memory of each alone."""
+"""Time functions side by side: interleaved calls, median, spread and peak memory."""
 
 import statistics
 import time
@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
-# A function that has taken this long in its timed calls, at least two, is timed no more.
+# A function is not timed again after two calls that took this long in total.
 ENOUGH_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A call whose beginning is not timed: `run` is, on what `prepare` returned."""
+    """A call whose preparation is not timed; `run` is, with the result of `prepare`."""
 
     prepare: Callable[[], Any]
     run: Callable[[Any], object]
@@ -29,9 +29,8 @@ class Measurement:
     Attributes:
         milliseconds: median of the rounds.
         spread: (slowest - fastest) / median.
-        peak_bytes: most memory in use during one call beyond what was in use before it: the CUDA
-            allocator's peak, or on a CPU the process's peak resident size; None where the system
-            cannot tell.
+        peak_bytes: peak memory of one call beyond that before it: the CUDA allocator's, or on a CPU
+            the resident size of the process; None if the system does not report it.
     """
 
     milliseconds: float
@@ -40,7 +39,7 @@ class Measurement:
 
 
 def device_name(device: str) -> str:
-    """The GPU's name, or the processor's with the threads that torch uses."""
+    """Return the GPU's name, or the processor's with the number of torch's threads."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     table = Path("/proc/cpuinfo")
@@ -50,7 +49,7 @@ def device_name(device: str) -> str:
 
 
 def resident_bytes(field: str, process: Path = Path("/proc/self")) -> int:
-    """`VmRSS` (now) or `VmHWM` (peak since the last reset) of a process, on Linux."""
+    """Return `VmRSS` (now) or `VmHWM` (peak since the last reset) of a process on Linux."""
     for line in (process / "status").read_text(encoding="utf-8").splitlines():
         if line.startswith(field + ":"):
             return int(line.split()[1]) * 1024
@@ -58,7 +57,7 @@ def resident_bytes(field: str, process: Path = Path("/proc/self")) -> int:
 
 
 def peak_bytes(call: Prepared, device: str) -> int | None:
-    """Peak memory of one call beyond what was in use before it."""
+    """Return the peak memory of one call beyond that before it."""
     state = call.prepare()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -77,7 +76,7 @@ def peak_bytes(call: Prepared, device: str) -> int | None:
 
 
 def seconds(call: Prepared, device: str) -> float:
-    """Wall-clock seconds of one call, the device's queue drained on both sides."""
+    """Return the wall-clock seconds of one call, synchronised before and after."""
     state = call.prepare()
     if device == "cuda":
         torch.cuda.synchronize()
@@ -95,12 +94,12 @@ def _unprepared(function: Callable[[], object]) -> Prepared:
 def measure(
     functions: Mapping[str, Callable[[], object] | Prepared], device: str, *, num_rounds: int
 ) -> dict[str, Measurement]:
-    """Measures each function, one call of each a round, so that all meet the same machine.
+    """Measure each function with one call per round, so that a busy machine affects all alike.
 
     Args:
-        functions: name to a call without arguments, or a prepared one.
+        functions: calls without arguments, or prepared ones, by name.
         device: `cpu` or `cuda`.
-        num_rounds: timed calls of each function, after one call to warm up; fewer of a slow one.
+        num_rounds: number of timed calls after one to warm up; fewer of a slow function.
     """
     calls = {
         name: function if isinstance(function, Prepared) else _unprepared(function)

@@ -1,7 +1,4 @@
-"""Every backend of each operation side by side, as bytes a second beside a copy's.
-
-The copy moves as many bytes as the pass must, in the same run.
-"""
+"""Compare the backends of each operation by bytes per second, beside a copy of as many bytes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -38,7 +35,7 @@ class OperationRow:
 
 
 def usable(backend: str, device: str, dtype: torch.dtype) -> bool:
-    """Whether to time it: Triton on a CPU would be its interpreter."""
+    """Return whether to time a backend; Triton on a CPU would be its interpreter."""
     if backend == "torch":
         return True
     if (backend, device) == ("triton", "cpu"):
@@ -47,14 +44,14 @@ def usable(backend: str, device: str, dtype: torch.dtype) -> bool:
 
 
 def copy_of(device: str, num_bytes: int) -> Callable[[], object]:
-    """A copy that reads and writes `num_bytes` together."""
+    """Return a copy that reads and writes `num_bytes` in total."""
     source = torch.ones(max(num_bytes // 2, 1), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
 
 
 def compare_operations(device: str, dtype_name: str, num_rounds: int) -> list[OperationRow]:
-    """Measures every pass; `dtype_name` is that of logits, and of the tile's gradient."""
+    """Measure every pass; `dtype_name` is the dtype of logits and of the tile's gradient."""
     dtype = getattr(torch, dtype_name)
     rows: list[OperationRow] = []
     for make in (
@@ -91,7 +88,7 @@ def compare_operations(device: str, dtype_name: str, num_rounds: int) -> list[Op
 
 
 def print_operations(rows: list[OperationRow]) -> None:
-    """The rows, aligned, for a person."""
+    """Print the rows as a table."""
     print(
         f"{'pass':32}{'backend':12}{'dtype':10}{'ms':>10}{'spread':>8}{'GB/s':>9}{'of a copy':>11}"
     )

@@ -1,6 +1,6 @@
 """The passes of each operation that `benchmarks.operations` and `benchmarks.tune` measure.
 
-Each states the bytes that it cannot do without: what it must read and write once.
+Each states the bytes that it must read and write at least.
 """
 
 from collections.abc import Callable
@@ -21,16 +21,15 @@ from fastalign.ops.head.head_tile import (
 )
 from fastalign.ops.head.kl_tile import read_pair
 
-# T and V of the passes over logits; sequences, and tokens of each, of the others.
+# T and V of the passes over logits; number of sequences and their length of the others.
 SIZES = {"cpu": (512, 49152, 64, 1024), "cuda": (4096, 128256, 512, 4096)}
-
 
 TILE = ("torch", "native", "triton")
 
 
 @dataclass(frozen=True)
 class Pass:
-    """One pass: what runs, for a backend, and the bytes that it must move."""
+    """A pass: its call for a backend, and the bytes that it must move."""
 
     name: str
     kernel: str | None  # in Triton's table
@@ -40,7 +39,7 @@ class Pass:
 
 
 def logit_passes(device: str, dtype: torch.dtype) -> list[Pass]:
-    """The passes over (T, V) logits."""
+    """Return the passes over (T, V) logits."""
     num_rows, num_columns, *_ = SIZES[device]
     generator = torch.Generator(device).manual_seed(0)
     logits = torch.randn(num_rows, num_columns, device=device, generator=generator).to(dtype)
@@ -87,7 +86,7 @@ def logit_passes(device: str, dtype: torch.dtype) -> list[Pass]:
 
 
 def head_tile_passes(device: str, place_dtype: torch.dtype) -> list[Pass]:
-    """The passes over a head's float32 tile (destroyed); gradients have the products' dtype."""
+    """Return the passes over a head's float32 tile, which they overwrite."""
     tile, targets, ignored = _tile_inputs(device, 1)
     tile = tile[0]
     place = torch.empty_like(tile, dtype=place_dtype)
@@ -116,7 +115,7 @@ def head_tile_passes(device: str, place_dtype: torch.dtype) -> list[Pass]:
 
 
 def kl_tile_passes(device: str, place_dtype: torch.dtype) -> list[Pass]:
-    """The passes over two heads' float32 tiles (destroyed)."""
+    """Return the passes over two heads' float32 tiles, which they overwrite."""
     tiles, targets, ignored = _tile_inputs(device, 2)
     places = torch.empty_like(tiles, dtype=place_dtype)
     scratch = tiles.new_empty(4, 8, tiles.shape[2])
@@ -134,7 +133,7 @@ def kl_tile_passes(device: str, place_dtype: torch.dtype) -> list[Pass]:
 
 
 def _tile_inputs(device: str, num_tiles: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Tiles (num_tiles, C, V), targets (C,), and no ignored row."""
+    """Return tiles (num_tiles, C, V), targets (C,) and a mask without ignored rows."""
     num_rows, num_columns, *_ = SIZES[device]
     generator = torch.Generator(device).manual_seed(0)
     tiles = torch.randn(num_tiles, num_rows, num_columns, device=device, generator=generator)
@@ -143,7 +142,7 @@ def _tile_inputs(device: str, num_tiles: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def sequence_passes(device: str) -> list[Pass]:
-    """The passes over packed tokens, one float32 each."""
+    """Return the passes over packed float32 values, one per token."""
     *_, num_sequences, length = SIZES[device]
     generator = torch.Generator(device).manual_seed(0)
     num_tokens = num_sequences * length

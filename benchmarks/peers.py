@@ -1,8 +1,8 @@
-"""The peers of the head benchmark: each gives the same DPO loss from the same inputs.
+"""The peers of the head benchmark, which compute the same loss from the same inputs.
 
-A peer is a function that returns its implementation, and raises ImportError or ValueError, with the
-reason, where it cannot run. Reference log-probs are zero, and sequences equally long, because not
-every peer takes others.
+A peer is a function that returns its implementation, and raises ImportError or ValueError with the
+reason if it cannot run. Reference log-probs are zero and sequences equally long, since not every
+peer supports others.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,13 +18,13 @@ TORCH_CHUNK_ROWS = 512
 
 
 def torch_compile(device: str) -> Implementation:
-    """The eager lines under torch.compile."""
+    """Return the eager loss under torch.compile."""
     compiled: Implementation = torch.compile(eager_dpo, dynamic=False, fullgraph=True)
     return compiled
 
 
 def torch_linear_cross_entropy(device: str) -> Implementation:
-    """torch.nn.functional.linear_cross_entropy, in chunks; its `auto` takes 8 rows on a CPU."""
+    """Return torch's linear_cross_entropy in chunks; its `auto` takes 8 rows on a CPU."""
     options = torch.nn.LinearCrossEntropyOptions(
         batch_chunk_size=TORCH_CHUNK_ROWS, chunking_method=None, acc_policy="accurate"
     )
@@ -39,7 +39,7 @@ def torch_linear_cross_entropy(device: str) -> Implementation:
 
 
 def trl(device: str) -> Implementation:
-    """TRL's fused head, as its DPO trainer calls it (without the entropy that it can add)."""
+    """Return TRL's fused head as its DPO trainer calls it, without the optional entropy."""
     from trl.kernels import ChunkedLogProbFunction
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
@@ -61,14 +61,14 @@ def trl(device: str) -> Implementation:
 
 
 def liger_dpo(device: str) -> Implementation:
-    """Liger's fused DPO loss; its rows are (chosen..., rejected...), equally long."""
+    """Return Liger's fused DPO loss, whose rows are (chosen..., rejected...) of equal length."""
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
     return _liger(LigerFusedLinearDPOLoss(use_ref_model=False))
 
 
 def liger_orpo(device: str) -> Implementation:
-    """Liger's fused ORPO loss."""
+    """Return Liger's fused ORPO loss."""
     from liger_kernel.chunked_loss import LigerFusedLinearORPOLoss
 
     return _liger(LigerFusedLinearORPOLoss(beta=BETA))
@@ -91,7 +91,7 @@ def _liger(function: Callable[[Tensor, Tensor, Tensor], Any]) -> Implementation:
 
 
 def cut_cross_entropy(device: str) -> Implementation:
-    """Apple's cut cross-entropy, exact (without its gradient filter); CUDA only."""
+    """Return Apple's cut cross-entropy on CUDA, exact (without its gradient filter)."""
     if device != "cuda":
         raise ValueError("it has kernels for CUDA only")
     from cut_cross_entropy import linear_cross_entropy
@@ -121,7 +121,7 @@ PEERS: dict[str, dict[str, Callable[[str], Implementation]]] = {
 def usable_peers(
     comparison: str, device: str, wanted: Sequence[str] = ()
 ) -> tuple[dict[str, Implementation], dict[str, str]]:
-    """Those of the wanted peers (none: all) that can be imported here, and why others cannot."""
+    """Return the wanted peers (all if none is named) that can run here, and why others cannot."""
     usable, reasons = {}, {}
     known = PEERS.get(comparison, {})
     for name in wanted or known:

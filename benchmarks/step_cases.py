@@ -1,7 +1,7 @@
-"""What a step is measured on: rows of token ids, a model's shape, and both as files.
+"""The inputs of a step: rows of token ids and a model's shape, written as files.
 
-Every trainer reads its rows as text: a word stands for a token id, and a tokenizer of such words is
-written beside the model. So each runs as its users run it, on the same token ids.
+Trainers read rows as text: each word stands for a token id, and a tokenizer of these words is
+written with the model. So every trainer runs as its users run it, on the same token ids.
 """
 
 import json
@@ -21,7 +21,7 @@ MAX_LENGTH = 1024  # both trainers' own default; no row is longer
 
 @dataclass(frozen=True)
 class StepCase:
-    """Lengths are drawn evenly between two bounds, EOS included; None: they come from a file."""
+    """Bounds of uniformly drawn lengths, EOS included; None if the rows come from a file."""
 
     name: str
     prompt_lengths: tuple[int, int] | None
@@ -30,7 +30,7 @@ class StepCase:
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A configuration by transformers' names; weights are random."""
+    """A model configuration by transformers' names; weights are random."""
 
     name: str
     model_type: str
@@ -44,18 +44,18 @@ class ModelShape:
 
     @property
     def head_dim(self) -> int:
-        """Of the attention."""
+        """Size of an attention head."""
         return self.hidden_size // self.num_heads
 
     def products(self) -> list[tuple[int, int]]:
-        """(inputs, outputs) of every linear layer in the blocks."""
+        """Return (inputs, outputs) of every linear layer in the blocks."""
         width, kv = self.hidden_size, self.num_key_value_heads * self.head_dim
         attention = [(width, width), (width, kv), (width, kv), (width, width)]
         mlp = [(width, self.intermediate_size)] * 2 + [(self.intermediate_size, width)]
         return (attention + mlp) * self.num_layers
 
     def config(self) -> Any:
-        """The configuration, with tied embeddings as all of these have."""
+        """Return the configuration, with tied embeddings as in all of these models."""
         from transformers import CONFIG_MAPPING
 
         return CONFIG_MAPPING[self.model_type](
@@ -104,9 +104,9 @@ DEFAULT_PAIRS = {"cpu": 8, "cuda": 16}
 def make_groups(
     case: StepCase, vocab_size: int, num_groups: int, num_responses: int
 ) -> list[Group]:
-    """Prompts of random ids, each with so many responses that end in EOS; always the same.
+    """Return fixed prompts of random ids, each with `num_responses` that end in EOS.
 
-    More responses are added to the same prompts and responses.
+    A larger `num_responses` keeps the prompts and the first responses.
     """
     assert case.prompt_lengths is not None
     assert case.response_lengths is not None
@@ -124,10 +124,10 @@ def make_groups(
 
 
 def read_groups(path: Path, vocab_size: int, num_groups: int) -> list[Group]:
-    """Some of a file's preference rows, by a byte-level BPE that is trained on the file itself.
+    """Return some preference rows of a file, tokenised by a BPE that is trained on the file.
 
     Raises:
-        ValueError: fewer rows than that fit.
+        ValueError: if fewer than `num_groups` rows fit.
     """
     from fastalign.cli.models import texts_of, train_tokenizer
     from fastalign.data import load_preferences
@@ -155,12 +155,12 @@ def read_groups(path: Path, vocab_size: int, num_groups: int) -> list[Group]:
 
 
 def word(token: int) -> str:
-    """The text of a token id."""
+    """Return the word of a token id."""
     return {PAD: "<pad>", EOS: "</s>", UNKNOWN: "<unk>"}.get(token, f"w{token}")
 
 
 def write_rows(groups: Sequence[Group], path: Path, kind: str) -> list[dict[str, str]]:
-    """The groups as JSON Lines in TRL's columns; EOS is left to the trainers, who both add it."""
+    """Write the groups as JSON Lines in TRL's columns, without EOS, which the trainers add."""
     names = {"sft": ("completion",), "preference": ("chosen", "rejected")}[kind]
     rows = []
     for group in groups:
@@ -174,7 +174,7 @@ def write_rows(groups: Sequence[Group], path: Path, kind: str) -> list[dict[str,
 
 
 def make_tokenizer(vocab_size: int) -> Any:
-    """A tokenizer of the words that stand for token ids."""
+    """Return a tokenizer of the words that stand for token ids."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -190,7 +190,7 @@ def make_tokenizer(vocab_size: int) -> Any:
 
 
 def write_model(shape: ModelShape, folder: Path, seed: int, *, reward: bool = False) -> None:
-    """Random weights, with a language-model head or a reward's, and the tokenizer."""
+    """Write a model with random weights and the tokenizer."""
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from transformers.utils import logging
 

@@ -1,4 +1,4 @@
-"""The table of whole steps: its columns, and what they leave to be said."""
+"""The table of optimiser steps and its notes."""
 
 import importlib.metadata
 import statistics
@@ -13,18 +13,18 @@ from benchmarks.step_worker import Job
 
 NOTES = """\
 A step is one turn of the trainer's own loop, from the end of one optimizer.step() to the end of the
-next: batch, forward, backward, clipping, AdamW, logging. Every first loss was compared with one
-that plain lines compute. useful: tokens of prompts once, and of responses. computed: tokens that
-went through the blocks, with padding, repeated prompts and the reference's forward. of products:
-time of the bare matrix products of the useful tokens, in the same run, over the step's. peak MiB:
-most memory in a step, weights, gradients and optimiser state included. ratio: the time of TRL's
-step (of the fewest answers' step) over this one's."""
+next: batch, forward, backward, clipping, AdamW, logging. Every first loss was compared with an
+eager one. useful: tokens of prompts, counted once, and of responses. computed: tokens that went
+through the blocks, with padding, repeated prompts and the reference's forward. of products: time of
+the bare matrix products of the useful tokens, in the same run, over the step's. peak MiB: peak
+memory of a step, with weights, gradients and optimiser state. ratio: time of TRL's step (or of the
+step with the fewest answers) over this one's."""
 NOTES_ON_TRL = """\
-All trainers have the same rows, weights, dtype, learning rates and clipping, each in a process of
-its own. TRL has its defaults but for gradient checkpointing, which is off for all. Its DPO step
-runs the reference model, unless that was done before the first step, as fastalign does it; the row
-with the reference in the step has fastalign compute those log-probs again in every step. On a CPU
-TRL's head computes the logits of every position, on a GPU those of predicted tokens alone."""
+All trainers have the same rows, weights, dtype, learning rates and clipping, each in its own
+process. TRL has its defaults except for gradient checkpointing, which is off for all. TRL's DPO
+step runs the reference model unless its log-probs are precomputed, as fastalign does; in the row
+"reference in the step" fastalign also computes them in every step. TRL's head computes the logits
+of every position on a CPU, and only those of predicted tokens on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -32,28 +32,27 @@ class StepRow:
     """One line of the table; the JSON file is a list of these.
 
     Attributes:
-        case: lengths of the rows.
-        model: its shape.
-        implementation: whose step.
-        dtype: of the products.
+        case: name of the rows' lengths.
+        model: name of the model's shape.
+        implementation: name of the trainer.
+        dtype: dtype of the products.
         pass_: what is timed.
-        milliseconds: median of the turns.
+        milliseconds: median time of the turns.
         spread: (slowest - fastest) / median.
-        peak_bytes: most memory in the timed turns, the model's own included: resident beyond what
-            was resident before the model was built, or the CUDA allocator's; None where the system
-            cannot tell.
-        flops: that no implementation can avoid (`useful_flops`).
-        products_milliseconds: of the bare matrix products of the useful tokens, in the same run.
-        fraction_of_products: these over the step.
-        loss: of the first step.
-        tokens_useful: prompts once, and every response.
-        tokens_computed: that went through the blocks in a step: padding, repeated prompts and the
-            reference's forward included.
+        peak_bytes: peak memory of the timed turns, the model included: resident memory beyond that
+            before the model was built, or the CUDA allocator's; None if not reported.
+        flops: FLOPs that no implementation can avoid (`useful_flops`).
+        products_milliseconds: time of the bare matrix products of the useful tokens.
+        fraction_of_products: `products_milliseconds` over `milliseconds`.
+        loss: loss of the first step.
+        tokens_useful: tokens of prompts, counted once, and of responses.
+        tokens_computed: tokens that went through the blocks in a step, with padding, repeated
+            prompts and the reference's forward.
         ratio_to_peer: the peer's time over this one's.
-        utilisation: `flops` a second over the GPU's peak in bfloat16; None where it is not known.
-        device: by name.
-        torch: version.
-        trl: version, where it was run.
+        utilisation: `flops` per second over the GPU's bfloat16 peak; None if unknown.
+        device: name of the device.
+        torch: version of torch.
+        trl: version of TRL if it was run.
     """
 
     case: str
@@ -79,14 +78,14 @@ class StepRow:
 
 @dataclass
 class Turns:
-    """What a worker told.
+    """The results of a worker.
 
     Attributes:
-        job: its job.
-        loss: of its first step.
-        num_tokens: that went through its blocks in a turn.
-        seconds: of each timed turn.
-        peak_bytes: in all of them.
+        job: job of the worker.
+        loss: loss of its first step.
+        num_tokens: number of tokens that went through the blocks in a turn.
+        seconds: seconds of each timed turn.
+        peak_bytes: peak memory of all timed turns.
     """
 
     job: Job
@@ -97,12 +96,12 @@ class Turns:
 
     @property
     def milliseconds(self) -> float:
-        """The median."""
+        """Median time of the turns."""
         return 1e3 * statistics.median(self.seconds)
 
 
 def peak_flops(job: Job, device: str) -> float | None:
-    """Of the GPU in this dtype, where it is known."""
+    """Return the GPU's peak FLOPs per second in bfloat16, or None if unknown."""
     if job.device != "cuda" or job.dtype != "bfloat16":
         return None
     return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in device), None)
@@ -111,13 +110,13 @@ def peak_flops(job: Job, device: str) -> float | None:
 def rows_of(
     case: str, found: Mapping[str, Turns], products: Mapping[str, Turns], peer: str, *, head: bool
 ) -> list[StepRow]:
-    """The table's lines.
+    """Return the rows of the table.
 
     Args:
-        case: lengths of the rows.
-        found: by implementation.
-        products: the bare products beside each of them.
-        peer: the implementation whose time the others' is a ratio to.
+        case: name of the rows' lengths.
+        found: turns by implementation.
+        products: turns of the bare products by implementation.
+        peer: implementation that the ratios refer to.
         head: whether the model has a language-model head.
     """
     rows = []
@@ -154,7 +153,7 @@ def rows_of(
 
 
 def print_steps(rows: Sequence[StepRow]) -> None:
-    """The rows, aligned, for a person."""
+    """Print the rows as a table."""
     print(
         f"{'case':14}{'model':14}{'implementation':34}{'dtype':9}{'ms':>9}{'spread':>8}"
         f"{'peak MiB':>10}{'loss':>10}{'useful':>8}{'computed':>10}{'of products':>13}"
@@ -172,7 +171,7 @@ def print_steps(rows: Sequence[StepRow]) -> None:
         )
 
 
-# Who does the same work: the reference in no step, or in every one.
+# Trainers that do the same work: the reference in no step, or in every one.
 LIKE_FOR_LIKE = {
     "fastalign": "trl, reference precomputed",
     "fastalign, reference in the step": "trl",
@@ -180,7 +179,7 @@ LIKE_FOR_LIKE = {
 
 
 def print_like_for_like(rows: Sequence[StepRow]) -> None:
-    """How rows that do the same work compare."""
+    """Print how trainers that do the same work compare."""
     by_name = {(row.case, row.model, row.dtype, row.implementation): row for row in rows}
     for row in rows:
         name = LIKE_FOR_LIKE.get(row.implementation)
@@ -196,7 +195,7 @@ def print_like_for_like(rows: Sequence[StepRow]) -> None:
 
 
 def print_notes(rows: Sequence[StepRow]) -> None:
-    """What the table does not say by itself."""
+    """Print the notes on the table."""
     print(NOTES)
     if any(row.trl for row in rows):
         print(NOTES_ON_TRL)

@@ -1,8 +1,8 @@
-"""The trainers whose steps are compared: each is set up as its users would, and its loop is run.
+"""The trainers whose steps are compared, set up as their users would set them up.
 
-TRL's trainers keep their defaults but for what makes the comparison one of equals: no gradient
-checkpointing (ours has it off too), the dtype that was asked for, and rows in their order. Both
-sides have AdamW, the same learning rates and schedule, and clip the gradient's norm at 1.
+TRL's trainers keep their defaults except for gradient checkpointing (off, as in ours), the dtype,
+and the order of the rows. Both sides use AdamW, the same learning rates and schedule, and clip the
+gradient norm at 1.
 """
 
 import json
@@ -13,7 +13,7 @@ from benchmarks.step_worker import Clock, Job, Trainer
 
 
 def fastalign_dpo(job: Job, clock: Clock) -> None:
-    """`train_dpo`: reference log-probs are computed once, before the first step."""
+    """Run `train_dpo`, which computes reference log-probs once, before the first step."""
     from fastalign.trainers import train_dpo
 
     _watch(job, clock)
@@ -21,7 +21,7 @@ def fastalign_dpo(job: Job, clock: Clock) -> None:
 
 
 def fastalign_dpo_reference_in_the_step(job: Job, clock: Clock) -> None:
-    """The same, and in every turn the reference's log-probs of the step's rows once more."""
+    """Run `train_dpo` and compute the reference's log-probs of the step's rows in every turn."""
     from fastalign.models import load_policy
     from fastalign.models.logprobs import sequence_logprobs
     from fastalign.runs.open import make_compute
@@ -47,7 +47,7 @@ def _dpo_config(job: Job) -> Any:
 
 
 def fastalign_sft(job: Job, clock: Clock) -> None:
-    """`train_sft`."""
+    """Run `train_sft`."""
     from fastalign.runs.config import DataConfig
     from fastalign.trainers import SFTConfig, train_sft
 
@@ -57,7 +57,7 @@ def fastalign_sft(job: Job, clock: Clock) -> None:
 
 
 def fastalign_reward(job: Job, clock: Clock) -> None:
-    """`train_reward`."""
+    """Run `train_reward`."""
     from fastalign.trainers import PreferenceDataConfig, RewardConfig, train_reward
 
     _watch(job, clock)
@@ -66,7 +66,7 @@ def fastalign_reward(job: Job, clock: Clock) -> None:
 
 
 def fastalign_answers(job: Job, clock: Clock) -> None:
-    """The functions of `train_sft` on prompts with any number of responses, all of them trained."""
+    """Run the functions of `train_sft` on prompts with any number of trained responses."""
     from fastalign.models import load_policy
     from fastalign.runs.accumulate import measure_examples
     from fastalign.runs.config import OptimConfig
@@ -121,12 +121,12 @@ def _logged_loss(job: Job) -> float:
 
 
 def trl_dpo(job: Job, clock: Clock) -> None:
-    """TRL's DPOTrainer: the reference is a model of its own, and is run in every step."""
+    """Run TRL's DPOTrainer with a separate reference model in every step."""
     _trl_dpo(job, clock, precompute_ref_log_probs=False)
 
 
 def trl_dpo_precomputed(job: Job, clock: Clock) -> None:
-    """The same with its option to compute the reference's log-probs before the first step."""
+    """Run TRL's DPOTrainer with reference log-probs precomputed before the first step."""
     _trl_dpo(job, clock, precompute_ref_log_probs=True)
 
 
@@ -143,12 +143,12 @@ def _trl_dpo(job: Job, clock: Clock, *, precompute_ref_log_probs: bool) -> None:
         **_trl_data(job),
     )
     if precompute_ref_log_probs:
-        trainer.ref_model = None  # it has done its work; TRL would keep it
+        trainer.ref_model = None  # no longer needed; TRL would keep it in memory
     _run_trl(trainer, clock)
 
 
 def trl_sft(job: Job, clock: Clock) -> None:
-    """TRL's SFTTrainer."""
+    """Run TRL's SFTTrainer."""
     from trl import SFTConfig, SFTTrainer
 
     clock.watch()
@@ -158,7 +158,7 @@ def trl_sft(job: Job, clock: Clock) -> None:
 
 
 def trl_reward(job: Job, clock: Clock) -> None:
-    """TRL's RewardTrainer."""
+    """Run TRL's RewardTrainer."""
     from trl import RewardConfig, RewardTrainer
 
     clock.watch()

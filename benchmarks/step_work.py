@@ -1,4 +1,4 @@
-"""What a step cannot do without: its loss written out, its FLOPs, and its bare matrix products."""
+"""Eager loss, necessary FLOPs and bare matrix products of a step."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,13 +11,13 @@ from benchmarks.step_cases import ModelShape
 from benchmarks.step_worker import Clock, Job
 from fastalign.batch.packed import Group
 
-# FLOPs a second of dense bfloat16 products, by what a GPU's name contains: makers' data sheets.
+# Peak dense bfloat16 FLOPs per second by part of the GPU's name, from data sheets.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 @torch.no_grad()
 def eager_logprobs(model: Any, groups: Sequence[Group]) -> list[list[Tensor]]:
-    """The log-probs of each response's tokens, one sequence at a time, from all its logits."""
+    """Return the log-probs of each response's tokens, computed one sequence at a time."""
     found = []
     for group in groups:
         responses = []
@@ -31,7 +31,7 @@ def eager_logprobs(model: Any, groups: Sequence[Group]) -> list[list[Tensor]]:
 
 
 def eager_dpo(job: Job) -> float:
-    """The DPO loss (arXiv 2305.18290, eq. 7)."""
+    """Return the DPO loss (arXiv 2305.18290, eq. 7)."""
     policy = eager_logprobs(_causal_model(job, job.policy), job.groups)
     reference = eager_logprobs(_causal_model(job, job.reference), job.groups)
     margins = []
@@ -42,14 +42,14 @@ def eager_dpo(job: Job) -> float:
 
 
 def eager_sft(job: Job) -> float:
-    """The mean cross-entropy of all responses' tokens."""
+    """Return the mean cross-entropy of all responses' tokens."""
     logprobs = eager_logprobs(_causal_model(job, job.policy), job.groups)
     return float(-torch.cat([part for responses in logprobs for part in responses]).mean())
 
 
 @torch.no_grad()
 def eager_reward(job: Job) -> float:
-    """The Bradley-Terry loss of the scores at each sequence's last token."""
+    """Return the Bradley-Terry loss of the scores at each sequence's last token."""
     from transformers import AutoModelForSequenceClassification
 
     model = AutoModelForSequenceClassification.from_pretrained(job.policy, dtype=torch.float32)
@@ -79,20 +79,20 @@ TRUTHS: dict[str, Callable[[Job], float]] = {
 
 
 def head_rows(groups: Sequence[Group]) -> int:
-    """Tokens that are predicted."""
+    """Return the number of predicted tokens."""
     return sum(len(ids) for group in groups for ids in group.response_ids)
 
 
 def useful_tokens(groups: Sequence[Group]) -> int:
-    """Prompts once, and every response."""
+    """Return the number of tokens of prompts, counted once, and of responses."""
     return sum(group.num_tokens for group in groups)
 
 
 def useful_flops(shape: ModelShape, groups: Sequence[Group], *, head: bool) -> int:
-    """FLOPs of one forward and backward of the policy that no implementation can avoid.
+    """Return the FLOPs of a forward and backward pass that no implementation can avoid.
 
-    Products of every useful token with the blocks' weights, of every predicted one with the head's
-    (unless the head is a reward's), and attention of every token to those it may see.
+    These are the products of every useful token with the blocks' weights and of every predicted
+    token with a language-model head, and the attention of every token to those it may see.
     """
     blocks = useful_tokens(groups) * sum(rows * columns for rows, columns in shape.products())
     of_head = head_rows(groups) * shape.hidden_size * shape.vocab_size if head else 0
@@ -106,7 +106,7 @@ def useful_flops(shape: ModelShape, groups: Sequence[Group], *, head: bool) -> i
 
 
 def run_products(job: Job, clock: Clock, *, head: bool = True) -> None:
-    """Not a trainer: the bare products of the useful tokens, forward and both of the backward."""
+    """Run the bare products of the useful tokens, forward and backward, in place of a trainer."""
     dtype = getattr(torch, job.dtype)
     tokens, width = useful_tokens(job.groups), job.shape.hidden_size
     work = [(tokens, *product) for product in job.shape.products()]
@@ -132,5 +132,5 @@ def run_products(job: Job, clock: Clock, *, head: bool = True) -> None:
 
 
 def run_products_without_head(job: Job, clock: Clock) -> None:
-    """The same for a reward model."""
+    """Run the bare products of a reward model."""
     run_products(job, clock, head=False)

@@ -1,8 +1,8 @@
-"""A process of its own for each trainer: one turn of its training loop whenever it is asked.
+"""Run each trainer in its own process, one turn of its training loop per request.
 
-A turn is what lies between two ends of `optimizer.step()`, in the trainer's own loop: logging,
-making the next batch, forward, backward, clipping, the step. torch's hook on every optimiser cuts
-all trainers' loops at the same place, and nothing of them is rewritten.
+A turn lies between two ends of `optimizer.step()` in the trainer's own loop: logging, next batch,
+forward, backward, clipping, step. torch's hook on optimisers stops all trainers at the same point
+without changing their code.
 """
 
 import multiprocessing
@@ -22,26 +22,26 @@ from benchmarks.measure import CLEAR_REFS, resident_bytes
 from benchmarks.step_cases import ModelShape
 from fastalign.batch.packed import Group
 
-# Turns before the first timed one: the second is whole, and counts tokens.
+# Turns before the first timed one; the second is the first complete one and counts tokens.
 WARM_UP_TURNS = 2
 PRELOADED = ["benchmarks.step_trainers", "fastalign.trainers", "trl.trainer.dpo_trainer"]
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a trainer is given.
+    """The inputs of a trainer.
 
     Attributes:
         policy: folder of the model to train.
         reference: folder of the reference; unused without one.
-        rows: JSON Lines.
+        rows: JSON Lines file of the rows.
         groups: the same rows as token ids.
-        shape: of the models.
-        scratch: folder of the trainer's own.
+        shape: shape of the models.
+        scratch: folder for the trainer's files.
         device: `cpu` or `cuda`.
-        dtype: of the products, by torch's name.
-        num_steps: that the learning rate's schedule ends after; never reached.
-        num_threads: of a CPU.
+        dtype: torch's name of the products' dtype.
+        num_steps: length of the learning-rate schedule, which is never reached.
+        num_threads: number of CPU threads.
     """
 
     policy: Path
@@ -57,15 +57,15 @@ class Job:
 
 
 class Finished(BaseException):
-    """Leaves a trainer's loop; no trainer catches it."""
+    """Raised to leave a trainer's loop; no trainer catches it."""
 
 
 class Clock:
-    """Ends, times and counts the turns of one trainer's loop.
+    """Ends, times and counts the turns of a trainer's loop.
 
     Attributes:
-        first_loss: set by whoever builds the trainer: the loss of its first step.
-        prologue: what else a turn does, before the trainer's loop goes on.
+        first_loss: function that returns the loss of the first step; the trainer sets it.
+        prologue: optional further work at the beginning of a turn.
     """
 
     first_loss: Callable[[], float]
@@ -80,7 +80,7 @@ class Clock:
         self._resident = 0
 
     def watch(self) -> None:
-        """To be called when everything is imported and nothing is built yet."""
+        """Observe optimisers and count tokens; called after all imports, before models are built."""
         register_optimizer_step_post_hook(lambda *_: self.end_turn())
         forward = torch.nn.Embedding.forward
 
@@ -93,7 +93,7 @@ class Clock:
             self._resident = resident_bytes("VmRSS")
 
     def end_turn(self) -> None:
-        """Says how long the turn was, waits to be asked for another, and begins it."""
+        """Send the turn's time, wait for the next request, and begin a turn."""
         self._synchronise()
         seconds = time.perf_counter() - self._start
         self._num_turns += 1
@@ -129,7 +129,7 @@ Trainer = Callable[[Job, Clock], None]
 
 
 def serve(trainer: Trainer, job: Job, connection: Connection) -> None:
-    """The process: its output goes to a file, and its turns when they are asked for."""
+    """Run a trainer in this process, with its output in a file."""
     log = os.open(job.scratch / "output.txt", os.O_WRONLY | os.O_CREAT, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -149,12 +149,12 @@ class Worker:
     """A trainer in its process.
 
     Attributes:
-        loss: of its first step.
-        num_tokens: token ids that went through the blocks in one turn.
+        loss: loss of its first step.
+        num_tokens: number of tokens that went through the blocks in one turn.
     """
 
     def __init__(self, name: str, trainer: Trainer, job: Job):
-        # CUDA forbids forks once anything has asked it for a device; a CPU saves the imports.
+        # CUDA cannot be used after a fork; on a CPU, forks save the imports.
         method = "spawn" if job.device == "cuda" else "forkserver"
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
@@ -167,13 +167,13 @@ class Worker:
         self.loss, self.num_tokens = self._answer()
 
     def turn(self) -> tuple[float, int | None]:
-        """Seconds of one turn, and the peak of memory in all timed turns so far, in bytes."""
+        """Run a turn; return its seconds and the peak memory of all timed turns so far in bytes."""
         self._connection.send(True)
         seconds, peak = self._answer()
         return seconds, peak
 
     def stop(self) -> None:
-        """Ends the process."""
+        """End the process."""
         if self._process.is_alive():
             self._connection.send(False)
         self._process.join()

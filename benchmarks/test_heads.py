@@ -27,7 +27,7 @@ CALLS = [(name, key) for name, functions in FUNCTIONS.items() for key in functio
 @pytest.mark.parametrize("case", SOME_CASES, ids=lambda case: case.name)
 @pytest.mark.parametrize(("name", "implementation"), CALLS)
 def test_head(benchmark, case: HeadCase, name: str, implementation: str) -> None:
-    """One forward and backward of one implementation, checked against the eager one first."""
+    """Time a forward and backward pass after checking it against the eager one."""
     inputs = make_inputs(case, DEVICE, DTYPE)
     function = FUNCTIONS[name][implementation]
     truth = forward_backward(IMPLEMENTATIONS[name]["eager"], inputs)
@@ -38,7 +38,7 @@ def test_head(benchmark, case: HeadCase, name: str, implementation: str) -> None
 
 @pytest.mark.parametrize("case", SOME_CASES, ids=lambda case: case.name)
 def test_products(benchmark, case: HeadCase) -> None:
-    """The bare matrix products beside which the heads are judged."""
+    """Time the bare matrix products that the heads are compared with."""
     inputs = make_inputs(case, DEVICE, DTYPE)
     benchmark.group = f"products {case.name} {DTYPE}"
     benchmark.pedantic(products, (inputs,), rounds=3, warmup_rounds=1)

@@ -1,7 +1,7 @@
-"""`python -m benchmarks.tune`: measures the Triton kernels' blocks and warps on this GPU.
+"""`python -m benchmarks.tune`: tune the Triton kernels' blocks and warps on this GPU.
 
-Writes what was fastest into `fastalign/ops/triton_table.json`, for GPUs from this one's compute
-capability on; entries for older ones stay.
+Writes the fastest configurations into `fastalign/ops/triton_table.json` for GPUs of this compute
+capability or newer; entries for older ones stay.
 """
 
 import argparse
@@ -23,7 +23,7 @@ ROUNDS = 10
 
 
 def fastest(passes: Sequence[Pass], candidates: Sequence[Configuration]) -> Configuration:
-    """The candidate with the least time over a kernel's passes, measured interleaved."""
+    """Return the candidate with the least time over a kernel's passes, measured interleaved."""
     table = read_table()
     calls = {}
     for index, candidate in enumerate(candidates):
@@ -43,7 +43,7 @@ def fastest(passes: Sequence[Pass], candidates: Sequence[Configuration]) -> Conf
 
 
 def tuned(dtype: torch.dtype) -> dict[str, Configuration]:
-    """The best configuration of each kernel of the table on this GPU."""
+    """Return the best configuration of each kernel of the table on this GPU."""
     major, minor = torch.cuda.get_device_capability()
     name = torch.cuda.get_device_name()
     candidates = [
@@ -62,7 +62,7 @@ def tuned(dtype: torch.dtype) -> dict[str, Configuration]:
 def merged(
     table: dict[str, list[Configuration]], found: dict[str, Configuration]
 ) -> dict[str, list[Configuration]]:
-    """The table with what was found in place of entries for the same capability."""
+    """Return the table with new entries in place of those for the same capability."""
     result = dict(table)
     for kernel, configuration in found.items():
         others = [
@@ -75,7 +75,7 @@ def merged(
 
 
 def write_table(table: dict[str, list[Configuration]], path: Path = TABLE) -> None:
-    """One line a kernel."""
+    """Write the table with one line per kernel."""
     lines = [
         f" {json.dumps(kernel)}: {json.dumps([asdict(entry) for entry in entries])}"
         for kernel, entries in table.items()
@@ -84,7 +84,7 @@ def write_table(table: dict[str, list[Configuration]], path: Path = TABLE) -> No
 
 
 def main() -> None:
-    """Measures, prints and writes."""
+    """Run the tuning, print and write the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     arguments = parser.parse_args()

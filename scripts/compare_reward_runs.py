@@ -1,7 +1,7 @@
-"""Compares two reward models by the log-likelihood of the same held-out pairs, pair by pair.
+"""Compare two reward models by the log-likelihood of the same held-out pairs, pair by pair.
 
-Differences of pairs vary less than the pairs do, so their mean has a smaller standard error than
-the two means that `fastalign report` shows.
+Differences vary less than the pairs themselves, so their mean has a smaller standard error than
+the two means in `fastalign report`.
 
     python scripts/compare_reward_runs.py runs/rao_kupper runs/bradley_terry
 """
@@ -16,10 +16,10 @@ from fastalign.evaluation import estimate
 
 
 def read_pairs(folder: Path) -> list[dict[str, Any]]:
-    """The rows of `eval/pairs.jsonl`.
+    """Return the rows of `eval/pairs.jsonl`.
 
     Raises:
-        ValueError: there is none; the run has no held-out pairs, or is not finished.
+        ValueError: if there is none: the run has no held-out pairs, or is not finished.
     """
     path = folder / "eval" / "pairs.jsonl"
     if not path.is_file():
@@ -28,10 +28,10 @@ def read_pairs(folder: Path) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    """Exit code 0: compared; 2: the caller's mistake, in one line."""
-    parser = argparse.ArgumentParser(description="Log-likelihood of the same pairs, run by run.")
+    """Print the comparison; return 0, or 2 after a caller's mistake."""
+    parser = argparse.ArgumentParser(description="Compare two reward models on the same pairs.")
     parser.add_argument("first", type=Path, help="folder of a run (--run.dir)")
-    parser.add_argument("second", type=Path, help="folder of another")
+    parser.add_argument("second", type=Path, help="folder of another run")
     options = parser.parse_args()
     try:
         first, second = read_pairs(options.first), read_pairs(options.second)

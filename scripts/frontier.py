@@ -1,6 +1,6 @@
-"""Reward against KL of every method at several strengths and seeds, all from one SFT model.
+"""Measure reward against KL of every method at several strengths and seeds from one SFT model.
 
-`./scripts/frontier.sh` calls it. What is finished is not run again, so an interrupted call goes on.
+`./scripts/frontier.sh` calls it. An interrupted call can be repeated: finished runs are skipped.
 """
 
 import argparse
@@ -28,9 +28,9 @@ class Job:
     """One run and its evaluation.
 
     Attributes:
-        folder: of the run.
-        commands: `fastalign`'s arguments, one list after the other.
-        result: a file that is there when it is done.
+        folder: folder of the run.
+        commands: arguments of successive `fastalign` commands.
+        result: file that exists when the job is done.
     """
 
     folder: Path
@@ -40,19 +40,19 @@ class Job:
 
 @dataclass(frozen=True)
 class LabelledJob:
-    """A job, and the points of the picture that it gives: method, strength, seed."""
+    """A job and the labels of its points: method, strength, seed."""
 
     job: Job
     labels: list[dict[str, Any]]
 
 
 def use_one_thread() -> None:
-    """Each worker has a core of its own; libraries read this when they are imported."""
+    """Limit libraries, which read this on import, to the one core of each worker."""
     os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def execute(job: Job) -> tuple[Job, float, str | None]:
-    """Runs a job's commands; returns its seconds, and how it failed, if it did."""
+    """Run a job's commands; return the job, its seconds, and the error or None."""
     from fastalign.cli.main import main
 
     start = time.perf_counter()
@@ -72,13 +72,13 @@ def execute(job: Job) -> tuple[Job, float, str | None]:
 
 
 def run_all(jobs: Sequence[Job], num_workers: int) -> None:
-    """Runs what is not done yet, as many at a time as there are workers.
+    """Run the unfinished jobs, `num_workers` at a time.
 
     Raises:
-        SystemExit: a job failed; the others were run.
+        SystemExit: if a job failed, after all others have run.
     """
     waiting = [job for job in jobs if not job.result.exists()]
-    print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them done before", flush=True)
+    print(f"{len(jobs)} runs, {len(jobs) - len(waiting)} of them already finished", flush=True)
     failed = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(num_workers, context, initializer=use_one_thread) as pool:
@@ -96,7 +96,7 @@ def run_all(jobs: Sequence[Job], num_workers: int) -> None:
 
 
 def write_preferred(pairs: Path, out: Path) -> None:
-    """The preferred answer of each pair that is no tie, as demonstrations."""
+    """Write the preferred answer of each pair without a tie as a demonstration."""
     lines = []
     for line in pairs.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
@@ -108,7 +108,7 @@ def write_preferred(pairs: Path, out: Path) -> None:
 
 
 def evaluation(model: Path, run: Path, folder: Path, seed: int, *more: str) -> tuple[str, ...]:
-    """The command that measures a model against the SFT model."""
+    """Return the command that evaluates a model against the SFT model."""
     return (
         *("eval", "--model.path", str(model), "--reference.path", str(folder / "sft" / "model")),
         *("--reward", str(SAMPLES / "reward.json"), "--sampling.max-new-tokens", "40"),
@@ -118,7 +118,7 @@ def evaluation(model: Path, run: Path, folder: Path, seed: int, *more: str) -> t
 
 
 def shared_jobs(folder: Path, quick: bool) -> list[Job]:
-    """The SFT model, and the learned reward from it: one after the other."""
+    """Return the jobs of the SFT model and of the reward model that starts from it."""
     base, sft, reward = folder / "base", folder / "sft", folder / "reward"
     texts = ("--data.train", str(SAMPLES / "texts_train.jsonl.gz"))
     shape = ("--vocab-size", "768", "--hidden-size", "128", "--layers", "4", "--heads", "4")
@@ -136,7 +136,7 @@ def shared_jobs(folder: Path, quick: bool) -> list[Job]:
 
 
 def method_jobs(experiment: dict[str, Any], folder: Path, quick: bool) -> Iterator[LabelledJob]:
-    """The runs of the experiment's methods, and the best of n of the SFT model."""
+    """Yield the runs of the experiment's methods, and the best of n of the SFT model."""
     sft, reward = folder / "sft" / "model", folder / "reward" / "model"
     made = {
         "reward": reward,
@@ -174,11 +174,13 @@ def method_jobs(experiment: dict[str, Any], folder: Path, quick: bool) -> Iterat
 
 
 def main() -> None:
-    """Everything, into one folder."""
+    """Run the experiment in a folder and draw its frontier."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path, help="where everything is written")
-    parser.add_argument("--quick", action="store_true", help="two strengths, one seed")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at a time")
+    parser.add_argument("folder", type=Path, help="folder to write everything to")
+    parser.add_argument("--quick", action="store_true", help="run two strengths and one seed only")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="number of simultaneous runs"
+    )
     options = parser.parse_args()
     folder: Path = options.folder
     experiment = yaml.safe_load((RECIPES / "experiment.yaml").read_text(encoding="utf-8"))

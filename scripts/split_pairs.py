@@ -1,8 +1,8 @@
-"""Splits a file of comparisons into training and held-out pairs, the same way every time.
+"""Split a file of comparisons into training and held-out pairs, the same way every time.
 
-A pair goes where a hash of its prompt and its two responses says, whichever of them comes first: so
-neither the order of the rows nor a seed matters, and a pair that occurs twice is on one side. The
-two files have single responses in common, as comparisons of one collection do.
+A hash of the prompt and the two responses, in either order, decides: neither the order of the rows
+nor a seed matters, and all copies of a pair are on one side. Single responses may occur in both
+files, as comparisons of one collection share them.
 
     python scripts/split_pairs.py pairs.jsonl.gz --train train.jsonl --held-out held_out.jsonl
 """
@@ -21,11 +21,11 @@ from fastalign.data.readers.rows import read_rows
 SIDES = (("response_a", "response_b"), ("chosen", "rejected"))
 
 
-def place_of(where: str, row: Mapping[str, object]) -> float:
-    """A number in [0, 1) that depends on the pair alone.
+def fraction_of(where: str, row: Mapping[str, object]) -> float:
+    """Return a number in [0, 1) that depends only on the pair.
 
     Raises:
-        DataFault: the row holds no pair.
+        DataFault: if the row holds no pair.
     """
     found = next((sides for sides in SIDES if all(side in row for side in sides)), None)
     if found is None:
@@ -36,12 +36,14 @@ def place_of(where: str, row: Mapping[str, object]) -> float:
 
 
 def main() -> int:
-    """Exit code 0: both files are written; 2: the caller's mistake, in one line."""
-    parser = argparse.ArgumentParser(description="Splits comparisons by pairs, by a hash.")
+    """Write both files; return 0, or 2 after a caller's mistake."""
+    parser = argparse.ArgumentParser(
+        description="Split comparisons into training and held-out pairs by a hash."
+    )
     parser.add_argument("pairs", help="file, folder or hub name")
     parser.add_argument("--train", required=True, help="file (.jsonl) to write")
     parser.add_argument("--held-out", required=True, help="file (.jsonl) to write")
-    parser.add_argument("--share", type=float, default=0.1, help="of the held-out pairs")
+    parser.add_argument("--share", type=float, default=0.1, help="share of the held-out pairs")
     options = parser.parse_args()
     try:
         if not 0 < options.share < 1:
@@ -50,7 +52,7 @@ def main() -> int:
         for row in read_rows(options.pairs, COLUMNS):
             if isinstance(row, DataFault):
                 raise row
-            held_out = place_of(row.where, row.values) < options.share
+            held_out = fraction_of(row.where, row.values) < options.share
             parts[held_out].append(json.dumps(row.values, ensure_ascii=False) + "\n")
         for held_out, path in ((False, Path(options.train)), (True, Path(options.held_out))):
             if path.exists():

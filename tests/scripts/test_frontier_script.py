@@ -97,6 +97,6 @@ def test_a_run_that_fails_is_named_and_a_finished_one_left_alone(
     with pytest.raises(SystemExit, match=r"1 runs failed; see log.txt in .*bad$"):
         frontier.run_all([bad, finished], 1)
     out = capsys.readouterr().out
-    assert "2 runs, 1 of them done before" in out
+    assert "2 runs, 1 of them already finished" in out
     assert "no-such-flag" in out
     assert "$ fastalign sft --no-such-flag" in (tmp_path / "bad" / "log.txt").read_text()
