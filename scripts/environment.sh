@@ -1,5 +1,5 @@
-# Sourced by the other scripts: makes .venv once, installs fastalign with the tested versions.
-# FASTALIGN_VENV and PYTHON choose another folder and interpreter; FASTALIGN_EXTRAS the extras.
+# Sourced by the other scripts: make .venv once and install fastalign with the tested versions.
+# FASTALIGN_VENV and PYTHON choose another folder and interpreter, FASTALIGN_EXTRAS the extras.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
@@ -10,13 +10,13 @@ if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
     exit 2
 fi
 
-# The stamp holds what was installed, so that a second call starts at once and a changed pin does not.
+# The stamp records what was installed: a second call starts at once, and a changed pin reinstalls.
 stamp="$FASTALIGN_VENV/.fastalign-installed"
 wanted=$(cat pyproject.toml setup.py constraints.txt csrc/*.* csrc/*/*.* | cksum; echo "${FASTALIGN_NATIVE:-1} ${FASTALIGN_EXTRAS:-}")
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     echo "Installing into $FASTALIGN_VENV (once; a few minutes)"
     [ -x "$FASTALIGN_VENV/bin/python" ] || "$PYTHON" -m venv "$FASTALIGN_VENV"
-    # torch first and pinned: no later step may replace it by another build.
+    # torch first and pinned, so that no later step replaces it by another build.
     "$FASTALIGN_VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
     "$FASTALIGN_VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt \
         -e ".${FASTALIGN_EXTRAS:+[$FASTALIGN_EXTRAS]}"

