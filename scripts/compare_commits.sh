@@ -53,7 +53,9 @@ short() {
     fastalign dpo "${pairs[@]}" --data.ties drop --loss simpo "${common[@]}" --train.packing padded --train.max-steps 4 --run.dir "$1/simpo"
     fastalign reward "${pairs[@]}" --loss bradley_terry "${common[@]}" --data.ties drop --train.max-steps 6 --run.dir "$1/reward"
     fastalign online-dpo "${prompts[@]}" "${common[@]}" --reference.refresh-every 2 --train.max-steps 4 --run.dir "$1/online"
-    for choice in "rloo --kl.estimator full" "grpo --kl.place loss --kl.estimator k3"; do
+    kl=--kl  # older commits: --kl.place
+    ! grep -qs -- "--kl.place" tests/repo/command_line_options.txt || kl=--kl.place
+    for choice in "rloo --kl.estimator full" "grpo $kl loss --kl.estimator k3"; do
         fastalign ppo "${prompts[@]}" "${common[@]}" --sampling.num-samples 4 --train.max-steps 3 --run.dir "$1/${choice%% *}" --ppo.advantage $choice
     done
 }
