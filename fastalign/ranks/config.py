@@ -6,7 +6,7 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """How several ranks (torchrun) share the models and each step's examples."""
+    """Settings of several ranks (torchrun), which share the models and each step's examples."""
 
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """Keep all weights on every rank (ddp), or shard weights, gradients and optimiser states over

@@ -1,0 +1,67 @@
+"""Ranks that are not beside the missing one in a ring name it too, and no other."""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from fastalign.ranks.config import ParallelConfig
+from fastalign.ranks.failure import watched_by_ranks
+from fastalign.ranks.world import RANK_FAILED, RankFailed, open_world, world_of_environment
+from tests import rank_processes
+
+SIZE, MISSING = 5, 2
+
+
+def sums(how: str, timeout_seconds: float) -> None:
+    """Sum in a loop, in which one rank is killed, stopped, or ends by an error of its own."""
+    world = world_of_environment()
+    config = ParallelConfig(silence_seconds=2)
+    try:
+        with (
+            open_world(world, timeout_seconds=timeout_seconds),
+            watched_by_ranks(world, config),
+        ):
+            for step in range(4):
+                if world.rank == MISSING and step == 3:
+                    if how == "error":
+                        raise KeyError("of its own")
+                    os.kill(os.getpid(), getattr(signal, how))
+                dist.all_reduce(torch.ones(64))
+    except RankFailed as error:
+        print(error, flush=True)
+        os._exit(RANK_FAILED)
+    except KeyError:
+        os._exit(1)
+
+
+@pytest.mark.parametrize(
+    ("how", "code", "problem", "timeout_seconds"),
+    [
+        ("SIGKILL", -signal.SIGKILL, "is gone", 600),
+        ("error", 1, "ended: 'of its own'", 600),
+        ("SIGSTOP", -signal.SIGKILL, "has not answered for 2 seconds", 6),
+    ],
+)
+def test_every_other_rank_names_the_missing_one_alone(
+    how: str, code: int, problem: str, timeout_seconds: float, tmp_path: Path
+) -> None:
+    start = time.monotonic()
+    started = rank_processes.start(SIZE, tmp_path / "logs", sums, how, timeout_seconds)
+    others = [rank for rank in range(SIZE) if rank != MISSING]
+    for rank in others:
+        started.processes[rank].join(120)
+    assert time.monotonic() - start < 120
+    started.processes[MISSING].kill()
+    codes = started.join()
+    outputs = [started.output(rank) for rank in others]
+    assert codes == [code if rank == MISSING else RANK_FAILED for rank in range(SIZE)], outputs
+    pid = started.processes[MISSING].pid
+    for rank, output in zip(others, outputs, strict=True):
+        assert f"rank {rank}: rank {MISSING} of {SIZE} (" in output
+        assert f", {pid}) {problem}" in output
+        assert output.count(f" of {SIZE} (") == 1
