@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -65,9 +65,9 @@ def main(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if argv else 2
-    text, arguments = take_option(argv, "--timeout-seconds")
+    seconds, arguments = take_option(argv, "--timeout-seconds")
     size, arguments = take_option(arguments, "--world-size")
-    seconds = seconds_of(text)
+    limit = SECONDS if seconds is None else seconds_of(seconds)
     if not arguments or arguments[0] not in ALGORITHMS:
         got = repr(arguments[0]) if arguments else "none"
         raise ValueError(f"expected a command ({', '.join(ALGORITHMS)}) and its flags, got {got}")
@@ -76,8 +76,8 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"--world-size: expected {size} ranks, got {world.size} (WORLD_SIZE)")
     config = ALGORITHMS[arguments[0]].parse(arguments[1:])
     try:
-        with ended_after(seconds, world):
-            rows = preflight(config, world, seconds / 2)
+        with ended_after(limit, world):
+            rows = preflight(config, world, limit / 2)
     except (RanksDiffer, RankFailed) as error:
         ignore_sigterm()  # torchrun ends all ranks once the first leaves, and this one has to print
         if world.local_rank == 0:
@@ -90,27 +90,24 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def seconds_of(text: str | None) -> float:
-    """Return the time limit that an argument sets.
+def seconds_of(text: str) -> float:
+    """Return the number of seconds that an argument holds.
 
     Raises:
         ValueError: if it is no positive number.
     """
-    try:
-        seconds = SECONDS if text is None else float(text)
-    except ValueError:
-        seconds = 0.0
-    if not 0 < seconds < float("inf"):
-        raise ValueError(f"--timeout-seconds: expected a positive number, got {text}")
-    return seconds
+    with suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    raise ValueError(f"--timeout-seconds: expected a positive number, got {text}")
 
 
 @contextmanager
 def ended_after(seconds: float, world: World) -> Iterator[None]:
-    """End this process with a line after `seconds`, in native code that no exception reaches too.
+    """End this process with a message after `seconds`.
 
-    A disk that hangs and a port where something else than a store listens can be waited for without
-    an end.
+    No exception reaches a thread that waits for a disk that hangs, or for a port where something
+    else than a store listens.
     """
 
     def end() -> None:
@@ -143,47 +140,38 @@ def preflight(config: AnyConfig, world: World, seconds: float) -> list[tuple[str
     Raises:
         RanksDiffer: if something is at fault, on every rank.
         RankFailed: if a rank is missing.
-        ValueError: if this rank does not reach rank 0.
+        ValueError: if this rank does not reach rank 0, or a sum over the ranks is wrong.
     """
     parallel = ParallelConfig(silence_seconds=seconds / 4)
     with open_world(world, timeout_seconds=seconds), watched_by_ranks(world, parallel):
         device, mine = facts_of(config, world)
-        facts = agree(world, mine, faults_of)
-        folder = Path(config.run.dir).expanduser()
-        disks = agree(world, folder_facts(folder, world), faults_of_folder)
-        agree(world, {"host": mine["host"], "fault": fault_of_sums(world, device)}, own_faults)
+        free, faults_of_folder = look_at_folder(Path(config.run.dir).expanduser(), world)
+        mine |= {"free": free, "faults": mine["faults"] + faults_of_folder}
+        facts = world.gather(mine)
+        faults = faults_of(facts)
+        if faults:
+            raise RanksDiffer("; ".join(faults))
+        check_sums(world, device)
     return [
         (
             str(rank),
             row["host"],
             row["device"],
             *(row["versions"][name] for name in PACKAGES),
-            f"{disk['free'] / 2**30:.1f} GiB",
+            f"{row['free'] / 2**30:.1f} GiB",
         )
-        for rank, (row, disk) in enumerate(zip(facts, disks, strict=True))
+        for rank, row in enumerate(facts)
     ]
-
-
-def agree(world: World, mine: Facts, judge: Callable[[list[Facts]], list[str]]) -> list[Facts]:
-    """Gather every rank's findings; raise unless `judge` finds no fault in them.
-
-    Raises:
-        RanksDiffer: if it does, on every rank.
-    """
-    facts = world.gather(mine)
-    faults = judge(facts)
-    if faults:
-        raise RanksDiffer("; ".join(faults))
-    return facts
 
 
 def facts_of(config: AnyConfig, world: World) -> tuple[torch.device, Facts]:
     """Return the device of this rank, and the facts that ranks compare."""
-    fault, gpu = "", None
+    faults, gpu = [], None
     try:
         device = device_of_rank(config.train.device, world)
     except ValueError as error:
-        device, fault = torch.device("cpu"), str(error)
+        device = torch.device("cpu")
+        faults.append(str(error))
     if device.type == "cuda":
         torch.cuda.set_device(device)
         gpu = str(torch.cuda.get_device_properties(device).uuid)
@@ -193,25 +181,19 @@ def facts_of(config: AnyConfig, world: World) -> tuple[torch.device, Facts]:
         "host": platform.node(),
         "device": str(device),
         "gpu": gpu,
-        "fault": fault,
+        "faults": faults,
         "versions": {name: version(name) for name in PACKAGES},
         "settings": settings,
     }
 
 
-def own_faults(facts: Sequence[Facts]) -> list[str]:
-    """Return each rank's own fault with the rank's name."""
-    return [
-        f"{named([rank], {rank: found['host']})}: {found['fault']}"
-        for rank, found in enumerate(facts)
-        if found["fault"]
-    ]
-
-
 def faults_of(facts: Sequence[Facts]) -> list[str]:
     """Return one message per inconsistency between ranks (versions, settings, shared GPU)."""
     hosts = {rank: str(found["host"]) for rank, found in enumerate(facts)}
-    faults = own_faults(facts)
+    faults = []
+    for fault in dict.fromkeys(fault for found in facts for fault in found["faults"]):
+        ranks = [rank for rank, found in enumerate(facts) if fault in found["faults"]]
+        faults.append(f"{named(ranks, hosts)}: {fault}")
     for package in PACKAGES:
         faults += differing(package, [found["versions"][package] for found in facts], hosts)
     if not faults:
@@ -228,15 +210,16 @@ def faults_of(facts: Sequence[Facts]) -> list[str]:
     return faults
 
 
-def folder_facts(folder: Path, world: World) -> Facts:
-    """Write a file on rank 0, look for it on the others; remove all that was made.
+def look_at_folder(folder: Path, world: World) -> tuple[int, list[str]]:
+    """Write a file on rank 0 and look for it on the others; remove what was made.
 
     Returns:
-        The machine, the folder, its free bytes, whether rank 0's file is there, and an error or "".
+        Bytes that are free on its disk, and one message for each fault.
     """
-    word, made = world.of_first(secrets.token_hex(8)), []
-    shared, own = (folder / f".preflight-{word}{end}" for end in ("", f"-{world.rank}"))
-    fault, sees, free = "", True, 0
+    word = world.of_first(secrets.token_hex(8))
+    shared, own = folder / f".preflight-{word}", folder / f".preflight-{word}-{world.rank}"
+    made: list[Path] = []
+    faults, free = [], 0
     try:
         if world.is_first:
             missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -244,26 +227,26 @@ def folder_facts(folder: Path, world: World) -> Facts:
             made = missing
             shared.touch()
     except OSError as error:
-        fault = f"cannot be written ({error.strerror})"
-    fault = world.of_first(fault)
-    if not fault:
-        sees = appears(shared)
-    if not fault and sees:
+        faults.append(f"run.dir: {folder} cannot be written ({error.strerror})")
+    if world.of_first(not faults):
         try:
-            own.touch()
-            own.unlink()
-            free = shutil.disk_usage(folder).free
+            if appears(shared):
+                own.touch()
+                own.unlink()
+                free = shutil.disk_usage(folder).free
+            else:
+                faults.append(
+                    f"run.dir: {folder} is not shared: it does not hold the file that rank 0 wrote"
+                )
         except OSError as error:
-            fault = f"cannot be written ({error.strerror})"
+            faults.append(f"run.dir: {folder} cannot be written ({error.strerror})")
     world.barrier()  # all have looked
-    if world.is_first:
-        with suppress(OSError):
+    with suppress(OSError):
+        if world.is_first:
             shared.unlink()
-    for path in made:
-        with suppress(OSError):  # a run has begun in it
-            path.rmdir()
-    where = {"host": platform.node(), "folder": str(folder.absolute())}
-    return {**where, "free": free, "sees": sees, "fault": fault}
+        for path in made:
+            path.rmdir()  # fails where a run has begun in it
+    return free, faults
 
 
 def appears(path: Path) -> bool:
@@ -276,36 +259,23 @@ def appears(path: Path) -> bool:
     return True
 
 
-def faults_of_folder(rows: Sequence[Facts]) -> list[str]:
-    """Return one message for the ranks that do not see rank 0's file, one for each other fault."""
-    hosts = {rank: str(row["host"]) for rank, row in enumerate(rows)}
-    blind = [rank for rank, row in enumerate(rows) if not row["sees"]]
-    faults = []
-    if blind:
-        faults.append(
-            f"run.dir: {rows[blind[0]]['folder']} is not shared: on {named(blind, hosts)} it does "
-            f"not hold the file that rank 0 on {hosts[0]} wrote"
-        )
-    for fault in dict.fromkeys(row["fault"] for row in rows if row["fault"]):
-        ranks = [rank for rank, row in enumerate(rows) if row["fault"] == fault]
-        faults.append(f"run.dir: {rows[ranks[0]]['folder']} {fault} on {named(ranks, hosts)}")
-    return faults
+def check_sums(world: World, device: torch.device) -> None:
+    """Sum over all ranks: by gloo, and on GPUs by NCCL.
 
-
-def fault_of_sums(world: World, device: torch.device) -> str:
-    """Sum over all ranks, by gloo and on GPUs by NCCL; return what is wrong with it, or ""."""
-    if world.size == 1:
-        return ""
-    for place in dict.fromkeys((torch.device("cpu"), device)):
+    Raises:
+        ValueError: if a sum is wrong, or NCCL fails.
+    """
+    for place in dict.fromkeys((torch.device("cpu"), device)) if world.size > 1 else ():
         number = torch.tensor(float(world.rank + 1), device=place)
         try:
             dist.all_reduce(number)
-            total = number.item()
+            total, expected = number.item(), world.size * (world.size + 1) / 2
         except (RuntimeError, ValueError) as error:
             if place.type == "cpu":
                 raise  # a rank is missing
-            return f"a sum on {place}: {first_line(error)} (NCCL_SOCKET_IFNAME)"
-        expected = world.size * (world.size + 1) / 2
+            reason = f"{first_line(error)} (NCCL_SOCKET_IFNAME)"
+            raise ValueError(f"{here(world)}: a sum on {place}: {reason}") from error
         if total != expected:
-            return f"a sum on {place}: expected {expected:g}, got {total:g}"
-    return ""
+            raise ValueError(
+                f"{here(world)}: a sum on {place}: expected {expected:g}, got {total:g}"
+            )

@@ -113,7 +113,8 @@ def test_a_folder_that_is_not_shared_is_named_with_who_does_not_see_it(
     )
     assert codes(found) == [2, 2, 2]
     (line,) = found[0][2].splitlines()
-    assert f"run.dir: {folders[2]} is not shared: on rank 2 on {socket.gethostname()} it" in line
+    host = socket.gethostname()
+    assert f"rank 2 on {host}: run.dir: {folders[2]} is not shared: it does not hold" in line
     assert found[1][2] == ""
     assert list(tmp_path.iterdir()) == []
 
@@ -216,7 +217,7 @@ def test_arguments_that_do_not_fit_are_named(capsys: pytest.CaptureFixture[str])
 
 
 def facts(host: str, device: str, gpu: str | None, **others: Any) -> dict[str, Any]:
-    found = {"host": host, "size": 3, "device": device, "gpu": gpu, "fault": "", "settings": {}}
+    found = {"host": host, "device": device, "gpu": gpu, "faults": [], "settings": {}}
     return {
         **found,
         "versions": dict.fromkeys(("torch", "fastalign", "transformers"), "1"),
@@ -230,5 +231,5 @@ def test_two_ranks_on_one_gpu_are_named() -> None:
     assert faults_of([one, two, one]) == ["ranks 0, 2 on a have one GPU (cuda:0)"]
     (fault,) = faults_of([one, two, facts("b", "cpu", None)])
     assert fault == "train.device: cuda on rank 0 on a, but cpu on rank 2 on b"
-    (fault,) = faults_of([one, two, facts("b", "cpu", None, fault="no GPU 2")])
+    (fault,) = faults_of([one, two, facts("b", "cpu", None, faults=["no GPU 2"])])
     assert fault == "rank 2 on b: no GPU 2"
