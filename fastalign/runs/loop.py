@@ -161,9 +161,7 @@ class Run:
         while self.state.step < self.num_steps and not self._stopped:
             self._step = step = Step(self)
             yield step
-            step.end(None, None, None)
-            self._record(step)
-            self._step = None
+            self._close_step(last=False)
             if not self._stopped and self.state.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise ValueError(
                     f"stopped at step {self.state.step}: {MAX_SKIPPED_IN_A_ROW} steps in a row had "
@@ -208,6 +206,9 @@ class Run:
             save_model: writes (model, tokenizer, folder) in transformers' layout.
             other_folders: name of each further folder to the function that writes it.
         """
+        if self._step is not None:  # the trainer left its loop early
+            self._close_step(last=True)
+            self._loop.close()
         step, export = self.state.step, self.config.run.export
         finished = export is None and step >= self.num_steps
         if finished or export is not None:
@@ -241,21 +242,30 @@ class Run:
             SamplerFailed: if the sampler failed; the message says which step is saved.
         """
         step, failed = self._step, None
-        if isinstance(error, SamplerFailed) and step is not None:
-            # Either no weight was changed by the step yet, or it is over and in its evaluation.
-            if step.finished:
-                self._record(step, last=True)
-            else:
-                self._save(last=True)
-            failed = SamplerFailed(f"{error}; step {self.state.step} is saved, {GO_ON}")
         stack = ExitStack()
         stack.push(self._resources)
         stack.push(self._loop)
         if step is not None:
             stack.push(step.end)
-        stack.__exit__(kind, error, trace)
+        try:
+            if isinstance(error, SamplerFailed) and step is not None:
+                # Either the step has changed no weight yet, or it is over and in its evaluation.
+                if step.finished:
+                    self._record(step, last=True)
+                else:
+                    self._save(last=True)
+                failed = SamplerFailed(f"{error}; step {self.state.step} is saved, {GO_ON}")
+        finally:
+            stack.__exit__(kind, error, trace)
         if failed is not None:
             raise failed from error
+
+    def _close_step(self, *, last: bool) -> None:
+        """End the present step and record it."""
+        assert self._step is not None
+        self._step.end(None, None, None)
+        self._record(self._step, last=last)
+        self._step = None
 
     def _record(self, step: "Step", *, last: bool = False) -> None:
         """Log a step, and save it where a checkpoint is due or the run ends behind it."""
