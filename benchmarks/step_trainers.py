@@ -22,8 +22,7 @@ def fastalign_dpo(job: Job, clock: Clock) -> None:
 
 def fastalign_dpo_reference_in_the_step(job: Job, clock: Clock) -> None:
     """Run `train_dpo` and compute the reference's log-probs of the step's rows in every turn."""
-    from fastalign.models import load_policy
-    from fastalign.models.logprobs import sequence_logprobs
+    from fastalign.models import load_policy, sequence_logprobs
     from fastalign.runs.open import make_compute
     from fastalign.trainers import train_dpo
 

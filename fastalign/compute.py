@@ -41,7 +41,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Compute:
-    """How a run's forwards are computed, and by which ranks.
+    """Settings of forwards: device, dtype, packing, limits, and the ranks that share them.
 
     Attributes:
         device: device of the batches and of the models that are not offloaded.

@@ -9,8 +9,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from fastalign.models import add_adapter, attention
-from fastalign.models.load import disable_dropout
+from fastalign.models import add_adapter, attention, disable_dropout
 
 SHARED = {
     "hidden_size": 32,

@@ -1,4 +1,4 @@
-"""The one batch: prompts and their responses laid end to end in one row, without padding.
+"""The packed batch: prompts and their responses concatenated in one row, without padding.
 
 Legend: T packed tokens, N predicted tokens, G groups (prompts), R responses.
 """
@@ -20,7 +20,7 @@ class Group:
     Attributes:
         prompt_ids: at least one token; the last one predicts each response's first.
         response_ids: one or more responses, each of at least one token.
-        response_loss_mask: which response tokens are trained on; None: all of them.
+        response_loss_mask: True for the response tokens to train on; None: all of them.
     """
 
     prompt_ids: Sequence[int]
@@ -49,7 +49,7 @@ class Group:
         return len(self.prompt_ids) + sum(len(response) for response in self.response_ids)
 
     def targets_of(self, number: int) -> list[int]:
-        """Places of the trained tokens within response `number`."""
+        """Return the positions of the trained tokens within response `number`."""
         if self.response_loss_mask is None:
             return list(range(len(self.response_ids[number])))
         return [place for place, used in enumerate(self.response_loss_mask[number]) if used]
@@ -57,7 +57,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where everything lies, as Python numbers: the host plans from it without asking a GPU."""
+    """The bounds of a batch as Python numbers, so that the host plans without a GPU sync."""
 
     prompt_bounds: tuple[tuple[int, int], ...]
     response_bounds: tuple[tuple[int, int], ...]
@@ -67,18 +67,18 @@ class Layout:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Groups laid end to end: each prompt once, followed by its responses.
+    """Concatenated groups: each prompt once, followed by its responses.
 
     Attributes:
         input_ids: (T,) int64.
         position_ids: (T,) int64; each response continues its prompt's positions.
         prompt_bounds: (G, 2) int64, first token and one past the last.
-        response_bounds: (R, 2) int64, likewise.
+        response_bounds: (R, 2) int64, first token and one past the last.
         response_prompt: (R,) int64, the group of each response.
-        predict_index: (N,) int64, positions whose hidden state predicts a trained token.
-        targets: (N,) int64, that token.
-        target_bounds: (R + 1,) int64, response r owns rows [r] to [r + 1] of the N.
-        layout: the same bounds as Python numbers.
+        predict_index: (N,) int64, positions whose hidden states predict the trained tokens.
+        targets: (N,) int64, the trained tokens.
+        target_bounds: (R + 1,) int64; response r owns rows [r] to [r + 1] of the N.
+        layout: the bounds as Python numbers.
     """
 
     input_ids: Tensor
@@ -107,7 +107,7 @@ class PackedBatch:
         return len(self.layout.response_bounds)
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        """The same batch with its tensors on `device`."""
+        """Return the batch with its tensors on `device`."""
         return PackedBatch(
             layout=self.layout,
             **{
@@ -119,7 +119,7 @@ class PackedBatch:
 
 
 def ungroup(groups: Sequence[Group]) -> list[Group]:
-    """One group for each response, in the same order of responses; prompts are repeated."""
+    """Return one group per response, in the same order; prompts are repeated."""
     return [
         Group(
             group.prompt_ids,
@@ -132,15 +132,15 @@ def ungroup(groups: Sequence[Group]) -> list[Group]:
 
 
 def pack(groups: Sequence[Group], *, share_prompts: bool = True) -> PackedBatch:
-    """Lays groups end to end.
+    """Concatenate groups to a batch.
 
     Args:
-        groups: at least one.
-        share_prompts: False repeats the prompt in front of each response, as packing without
-            prefix sharing does; the order of responses and of predicted tokens is the same.
+        groups: at least one group.
+        share_prompts: False repeats the prompt before each response; the order of responses and of
+            predicted tokens stays the same.
 
     Raises:
-        ValueError: no groups.
+        ValueError: if there are no groups.
     """
     if not groups:
         raise ValueError("pack: expected at least one group, got none")

@@ -1,4 +1,4 @@
-"""Which examples a step takes, and how they are cut into forwards that fit in memory."""
+"""The schedule: the examples of each step, cut into micro-batches that fit in memory."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -13,20 +13,20 @@ from fastalign.compute import Compute, Packing
 @lru_cache(maxsize=2)
 def _permutation(num_examples: int, seed: int, epoch: int) -> list[int]:
     order = list(range(num_examples))
-    # A string is hashed with SHA-512, so neighbouring seeds and epochs are unrelated.
+    # random.Random hashes a string with SHA-512, so similar seeds and epochs are unrelated.
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order
 
 
 def indices_of_step(num_examples: int, batch_size: int, step: int, *, seed: int) -> list[int]:
-    """The examples of one step: a pure function of its arguments, so a run resumes anywhere.
+    """Return the examples of one step, a pure function of the arguments: a run resumes anywhere.
 
-    Epochs are shuffled independently and laid end to end; step s takes the places
-    `[s * batch_size, (s + 1) * batch_size)`. Each epoch serves each example once, every step has
-    exactly `batch_size` examples, and a step may reach into the next epoch.
+    Epochs are shuffled independently and concatenated; step s takes the positions
+    `[s * batch_size, (s + 1) * batch_size)`. Each epoch has each example once, every step has
+    exactly `batch_size` examples, and a step may continue into the next epoch.
 
     Raises:
-        ValueError: no examples, or a batch size below 1.
+        ValueError: if there are no examples, or the batch size is below 1.
     """
     if num_examples < 1:
         raise ValueError(f"num_examples: expected at least 1, got {num_examples}")
@@ -45,22 +45,22 @@ def indices_of_step(num_examples: int, batch_size: int, step: int, *, seed: int)
 def micro_batches(
     indices: Sequence[int], lengths: Sequence[int], *, tokens_per_batch: int, num_ranks: int = 1
 ) -> list[list[int]]:
-    """Cuts a step's examples into batches of at most `tokens_per_batch` tokens.
+    """Cut a step's examples into batches of at most `tokens_per_batch` tokens.
 
-    As few batches as first-fit decreasing finds, then filled evenly: a step a little over the
-    budget makes two halves, and not a full batch and a crumb, which would take as long and need
-    the memory of the full one. An example longer than the budget travels alone. Within a batch the
-    step's order is kept. Several ranks take turns, so that each has as many batches as the others;
-    the last ones are empty where there are too few examples.
+    First-fit decreasing finds the number of batches, which are then filled evenly: a step a little
+    over the budget makes two halves rather than a full batch and a small one, which would take as
+    long and need the memory of the full one. An example longer than the budget is a batch of its
+    own. Within a batch the step's order is kept. Ranks take batches in turn, and each has as many
+    as the others; the last ones are empty if there are too few examples.
 
     Args:
         indices: the step's examples; one may occur twice.
         lengths: packed tokens of every example of the data set, by index.
-        tokens_per_batch: the budget.
-        num_ranks: the number of batches is a multiple of it.
+        tokens_per_batch: upper limit of a batch's tokens.
+        num_ranks: divisor of the number of batches.
 
     Raises:
-        ValueError: a budget below 1.
+        ValueError: if the limit is below 1.
     """
     if tokens_per_batch < 1:
         raise ValueError(f"tokens_per_batch: expected at least 1, got {tokens_per_batch}")
@@ -92,7 +92,7 @@ def _first_fit(places: Sequence[int], sizes: Sequence[int], budget: int) -> list
 
 
 def _spread(places: Sequence[int], sizes: Sequence[int], num_batches: int) -> list[list[int]]:
-    # Longest processing time first: each to the batch that holds the fewest tokens so far.
+    # Longest-processing-time rule: the next largest example goes to the batch with fewest tokens.
     batches: list[list[int]] = [[] for _ in range(num_batches)]
     loads = [(0, number) for number in range(num_batches)]
     for place in places:
@@ -110,12 +110,12 @@ def packed_lengths(groups: Sequence[Group], packing: Packing) -> list[int]:
 
 
 class Piece(NamedTuple):
-    """A part of what is computed together.
+    """A micro-batch of one rank.
 
     Attributes:
-        indices: of its groups.
+        indices: indices of its groups.
         batch: the groups.
-        counts: whether they are this rank's; if not, it only keeps the other ranks company.
+        counts: False if the batch only fills up the rank's turn; its results are to be dropped.
     """
 
     indices: list[int]
@@ -131,8 +131,8 @@ def packed_batches(
 ) -> Iterator[Piece]:
     """Yield this rank's share of the groups at `indices` as batches within the token budget.
 
-    Every rank gets as many as the others, since each must take part in every forward of a model
-    that they share: one for which nothing is left gets the shortest group, which does not count.
+    Every rank gets as many batches as the others, since all of them must take part in every forward
+    of a sharded model: a rank without groups gets the shortest group, which does not count.
 
     Args:
         groups: the whole data set.

@@ -1,12 +1,5 @@
-"""Data: rows of any format to checked examples to token ids, with every fault named."""
+"""Data: rows of any format to checked examples to token ids, with every fault located."""
 
-from fastalign.batch.schedule import (
-    indices_of_step,
-    micro_batches,
-    packed_batches,
-    packed_lengths,
-)
-from fastalign.data.checked import read_examples
 from fastalign.data.columns import Kind
 from fastalign.data.conversation import Message, content_as_json
 from fastalign.data.examples import (
@@ -15,6 +8,7 @@ from fastalign.data.examples import (
     PreferenceExample,
     PromptExample,
     SFTExample,
+    Votes,
 )
 from fastalign.data.load import (
     PromptDataset,
@@ -23,10 +17,9 @@ from fastalign.data.load import (
     load_prompts,
     load_sft,
 )
+from fastalign.data.read import Sample, load_samples, read_examples, read_samples, read_texts
 from fastalign.data.readers.row import DataFault
 from fastalign.data.report import DataReport
-from fastalign.data.samples import Sample, load_samples, read_samples
-from fastalign.data.texts import read_texts
 from fastalign.data.tokenise import Encoder
 from fastalign.data.tokenizer import (
     Tokenizer,
@@ -36,7 +29,6 @@ from fastalign.data.tokenizer import (
     load_tokenizer,
     use_distinct_pad,
 )
-from fastalign.data.votes import Votes
 
 __all__ = [
     "Content",
@@ -58,15 +50,11 @@ __all__ = [
     "check_token_meanings",
     "content_as_json",
     "eos_token_ids",
-    "indices_of_step",
     "load_preferences",
     "load_prompts",
     "load_samples",
     "load_sft",
     "load_tokenizer",
-    "micro_batches",
-    "packed_batches",
-    "packed_lengths",
     "read_examples",
     "read_samples",
     "read_texts",

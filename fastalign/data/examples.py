@@ -1,16 +1,18 @@
 """Rows to checked examples: what their columns must hold."""
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fastalign.data.columns import UNSUPPORTED, Kind, missing, present
 from fastalign.data.conversation import Message, check_order, content, messages
-from fastalign.data.implicit_prompt import split_messages, split_text
-from fastalign.data.readers.row import DataFault, Row, show
-from fastalign.data.votes import Votes, votes_of
+from fastalign.data.readers.row import DataFault, Row, show, show_names
 
 Content = str | tuple[Message, ...]
+# Anthropic's hh-rlhf writes whole dialogues as text; a reply starts after this mark.
+_REPLY_MARK = "\n\nAssistant:"
+_VOTE_SIDES = ("a", "b", "tie")
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,24 @@ class SFTExample:
     completion: Content
     source: str
     form: str
+
+
+@dataclass(frozen=True)
+class Votes:
+    """Counts of a comparison's votes; their sum is above 0."""
+
+    a: float
+    b: float
+    tie: float
+
+    def swapped(self) -> "Votes":
+        """The same votes after the two responses changed places."""
+        return Votes(self.b, self.a, self.tie)
+
+    def shares(self) -> tuple[float, float, float]:
+        """Of all votes: for the first response, for the second, for a tie."""
+        total = self.a + self.b + self.tie
+        return self.a / total, self.b / total, self.tie / total
 
 
 @dataclass(frozen=True)
@@ -202,3 +222,79 @@ def _margin(row: Row) -> float | None:
 
 def _style(value: Content) -> str:
     return "plain text" if isinstance(value, str) else "a conversation"
+
+
+def split_text(where: str, column: str, first: str, second: str) -> tuple[str, str, str]:
+    r"""`(prompt, first response, second response)` of two texts with a common beginning.
+
+    The cut is after the last common `\n\nAssistant:`, else before the word in which the texts
+    part, so that both responses start at the same whole word.
+
+    Raises:
+        DataFault: there is no common beginning, or nothing follows it on one side.
+    """
+    common = os.path.commonprefix([first, second])  # noqa: RUF071 (characters are meant)
+    mark = common.rfind(_REPLY_MARK)
+    if mark >= 0:
+        cut = mark + len(_REPLY_MARK)
+    else:
+        cut = max((index for index, letter in enumerate(common) if letter.isspace()), default=0)
+    if not first[:cut].strip():
+        problem = "no prompt column, and the two sides have no common beginning to serve as one"
+        raise DataFault(where, problem, column)
+    if not first[cut:].strip() or not second[cut:].strip():
+        raise DataFault(where, "nothing follows what the two sides have in common", column)
+    return first[:cut], first[cut:], second[cut:]
+
+
+def split_messages(
+    where: str, column: str, first: tuple[Message, ...], second: tuple[Message, ...]
+) -> tuple[tuple[Message, ...], tuple[Message, ...], tuple[Message, ...]]:
+    """`(prompt, first response, second response)`: the prompt is all messages in common.
+
+    Raises:
+        DataFault: there are none in common, or nothing follows them on one side.
+    """
+    count = 0
+    while count < min(len(first), len(second)) and first[count] == second[count]:
+        count += 1
+    if count == 0:
+        problem = "no prompt column, and the two sides have no first message in common"
+        raise DataFault(where, problem, column)
+    if count == len(first) or count == len(second):
+        raise DataFault(where, "nothing follows what the two sides have in common", column)
+    return first[:count], first[count:], second[count:]
+
+
+def votes_of(row: Row) -> Votes | None:
+    """The row's votes, or None where it has none; a missing `tie` counts 0.
+
+    Raises:
+        DataFault: no object of counts, a count below 0 or not finite, or no vote at all.
+    """
+    value = row.values.get("votes")
+    if value is None or (row.textual and value == ""):
+        return None
+    if not isinstance(value, dict):
+        remedy = "; CSV cannot hold objects, use .jsonl" if row.textual else ""
+        problem = f"expected an object of counts {{a, b, tie}}, got {show(value)}{remedy}"
+        raise DataFault(row.where, problem, "votes")
+    named = {key for key, count in value.items() if count is not None}
+    if not {"a", "b"} <= named <= set(_VOTE_SIDES):
+        problem = f"expected the keys a, b and tie, got {show_names(value)}"
+        raise DataFault(row.where, problem, "votes")
+    counts = [_count(row, side, value.get(side)) for side in _VOTE_SIDES]
+    if not sum(counts) > 0:
+        raise DataFault(row.where, "expected at least one vote, got none", "votes")
+    return Votes(*counts)
+
+
+def _count(row: Row, side: str, value: object) -> float:
+    if value is None:
+        return 0.0
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DataFault(row.where, f"{side}: expected a count, got {show(value)}", "votes")
+    if not 0 <= value <= 1e30 or not math.isfinite(value):
+        problem = f"{side}: expected a finite count of at least 0, got {show(value)}"
+        raise DataFault(row.where, problem, "votes")
+    return float(value)

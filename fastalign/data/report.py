@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fastalign.batch.packed import Group
+from fastalign.batch import Group
 from fastalign.data.readers.row import DataFault
 
 

@@ -1,11 +1,22 @@
-"""Evaluation: accuracy on pairs, reward and KL of samples, win rate, best of n, the report."""
+"""Evaluation: accuracy on pairs, reward and KL of samples, win rate, best of n."""
 
-from fastalign.evaluation.best_of_n import best_of_n, best_of_n_kl_bound, best_of_n_reward
 from fastalign.evaluation.judged_pairs import JudgedPairs, pair_measures, with_tie_rate
-from fastalign.evaluation.measures import mean_margin, preference_accuracy, sampled_kl
+from fastalign.evaluation.measures import (
+    best_of_n,
+    best_of_n_kl_bound,
+    best_of_n_reward,
+    mean_margin,
+    preference_accuracy,
+    sampled_kl,
+)
 from fastalign.evaluation.pair_baselines import BagOfWordsBaseline, longer_wins
-from fastalign.evaluation.reward_model import ModelReward
-from fastalign.evaluation.rewards import BagOfWordsReward, apply_reward, load_reward
+from fastalign.evaluation.rewards import (
+    BagOfWordsReward,
+    ModelReward,
+    RewardFunction,
+    apply_reward,
+    load_reward,
+)
 from fastalign.evaluation.statistics import (
     Estimate,
     Interval,
@@ -21,7 +32,6 @@ from fastalign.evaluation.win_rate import (
     pair_answers,
     win_rate,
 )
-from fastalign.models.logprobs import response_values, sequence_logprobs
 
 __all__ = [
     "AnswerPair",
@@ -32,6 +42,7 @@ __all__ = [
     "Judged",
     "JudgedPairs",
     "ModelReward",
+    "RewardFunction",
     "apply_reward",
     "best_of_n",
     "best_of_n_kl_bound",
@@ -45,9 +56,7 @@ __all__ = [
     "pair_answers",
     "pair_measures",
     "preference_accuracy",
-    "response_values",
     "sampled_kl",
-    "sequence_logprobs",
     "share_interval",
     "summary",
     "win_rate",

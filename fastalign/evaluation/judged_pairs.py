@@ -1,4 +1,4 @@
-"""What a reward model is judged by: held-out pairs with its rewards and its probabilities."""
+"""Measures of a reward model: held-out pairs with its rewards and its probabilities."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ NUM_LENGTH_BINS = 5
 
 @dataclass(frozen=True)
 class JudgedPairs:
-    """N pairs under a reward model; where it is no tie, people preferred the first response.
+    """N pairs under a reward model; unless it is a tie, people preferred the first response.
 
     Attributes:
         rewards: (N, 2) float64.
@@ -30,30 +30,30 @@ class JudgedPairs:
     lengths: Tensor
 
     def untied(self) -> "JudgedPairs":
-        """Those that are no ties."""
+        """Return the pairs that are not ties."""
         keep = ~self.tie
         return JudgedPairs(
             self.rewards[keep], self.outcomes[keep], self.tie[keep], self.lengths[keep]
         )
 
     def hits(self) -> Tensor:
-        """(N,) 1 where the first response has the larger reward, one half where they are equal."""
+        """Return (N,): 1 if the first response has the larger reward, 1/2 if they are equal."""
         difference = self.rewards[:, 0] - self.rewards[:, 1]
         return (difference > 0).double() + (difference == 0).double() / 2
 
     def win_probability(self) -> Tensor:
-        """(N,) that the first response wins, given that one of the two does."""
+        """Return (N,): the probability that the first response wins, given that there is no tie."""
         return torch.sigmoid(self.outcomes[:, 0] - self.outcomes[:, 1])
 
     def log_likelihood(self) -> Tensor:
-        """(N,) log-probability of what people said: a win, or a tie."""
+        """Return (N,): the log-probability of the label, a win of the first response or a tie."""
         return torch.where(self.tie, self.outcomes[:, 2], self.outcomes[:, 0])
 
 
 def with_tie_rate(outcomes: Tensor, rate: float) -> Tensor:
-    """Outcomes (N, 3) of a model without ties, to which each pair ties with the same probability.
+    """Return outcomes (N, 3) of a model without ties, given one tie probability for all pairs.
 
-    So a model that knows no ties has a likelihood of pairs that are: the best that one number can.
+    So a model without ties has a likelihood of tied pairs that can be compared with others.
     """
     p = torch.tensor(rate, dtype=outcomes.dtype)
     untied = outcomes[:, :2] + torch.log1p(-p)
@@ -61,27 +61,27 @@ def with_tie_rate(outcomes: Tensor, rate: float) -> Tensor:
 
 
 def pair_measures(pairs: JudgedPairs) -> dict[str, object]:
-    """Measures of a reward model, each with its standard error and count; ties are no hits.
+    """Compute the measures of a reward model, each mean with its standard error and count.
 
-    Accuracy, margin, calibration and lengths are of pairs that are no ties; `log_likelihood` is of
-    all pairs, `log_likelihood_untied` of the others given that they are no ties.
+    Accuracy, margin, calibration and lengths leave out ties; `log_likelihood` is of all pairs, and
+    `log_likelihood_untied` of those that are not ties, given that they are not.
 
     Raises:
-        ValueError: no pair that is no tie.
+        ValueError: if all pairs are ties.
     """
     untied = pairs.untied()
     if not len(untied.tie):
-        raise ValueError("data.eval: expected at least one pair that is no tie, got none")
+        raise ValueError("data.eval: expected at least one pair that is not a tie, got none")
     hits = untied.hits()
     margin = untied.rewards[:, 0] - untied.rewards[:, 1]
     bins = calibration_bins(untied)
     longer = untied.lengths[:, 0] > untied.lengths[:, 1]
     shorter = untied.lengths[:, 0] < untied.lengths[:, 1]
     measures: dict[str, object] = {
-        **summary("accuracy", of(hits)),
-        **summary("margin", of(margin)),
-        **summary("log_likelihood", of(pairs.log_likelihood())),
-        **summary("log_likelihood_untied", of(untied.win_probability().log())),
+        **summary("accuracy", mean_of(hits)),
+        **summary("margin", mean_of(margin)),
+        **summary("log_likelihood", mean_of(pairs.log_likelihood())),
+        **summary("log_likelihood_untied", mean_of(untied.win_probability().log())),
         "calibration_error": calibration_error(bins),
         "calibration_bins": bins,
         "length_bins": length_bins(untied),
@@ -89,21 +89,21 @@ def pair_measures(pairs: JudgedPairs) -> dict[str, object]:
     }
     for name, chosen in (("longer_won", longer), ("shorter_won", shorter)):
         if chosen.any():
-            measures |= summary(f"accuracy_{name}", of(hits[chosen]))
+            measures |= summary(f"accuracy_{name}", mean_of(hits[chosen]))
     return measures
 
 
-def of(values: Tensor) -> Estimate:
-    """The mean of values (N,)."""
+def mean_of(values: Tensor) -> Estimate:
+    """Estimate the mean of values (N,)."""
     return estimate(values.tolist())
 
 
 def calibration_bins(pairs: JudgedPairs) -> list[dict[str, float]]:
-    """Pairs by the probability of the response that the model expects to win, in equal steps.
+    """Group pairs by the probability of the response that the model expects to win.
 
     Returns:
-        For each step from 0.5 to 1 that holds pairs: its bounds `low` and `high`, `count`, the mean
-        `confidence` and the `accuracy`.
+        For each of the equal bins from 0.5 to 1 that holds pairs: its bounds `low` and `high`,
+        `count`, the mean `confidence` and the `accuracy`.
     """
     win = pairs.win_probability()
     confidence = torch.maximum(win, 1.0 - win)
@@ -128,28 +128,28 @@ def calibration_bins(pairs: JudgedPairs) -> list[dict[str, float]]:
 
 
 def calibration_error(bins: Sequence[dict[str, float]]) -> float:
-    """Mean distance of confidence and accuracy, over bins by their counts.
+    """Return the expected calibration error of Guo et al. 2017 (arXiv 1706.04599, eq. 5).
 
-    The expected calibration error of Guo et al. 2017 (arXiv 1706.04599, eq. 5).
+    It is the mean over bins of |confidence - accuracy|, weighted by their counts.
     """
     total = sum(b["count"] for b in bins)
     return sum(b["count"] * abs(b["confidence"] - b["accuracy"]) for b in bins) / total
 
 
 def length_bins(pairs: JudgedPairs) -> list[dict[str, float | None]]:
-    """Pairs by how far apart the responses' lengths are, about as many in each bin.
+    """Group pairs by the difference of their responses' lengths, in bins of about equal counts.
 
     Returns:
         For each bin: its bounds `low` and `high` in tokens, `count`, `share_longer_won` of pairs
-        whose lengths differ, and how often the model is right where the longer response won
-        (`accuracy_longer_won`, with `count_longer_won`) and where the shorter one did; None where
-        there are none.
+        whose lengths differ, and the model's accuracy where the longer response won
+        (`accuracy_longer_won`, with `count_longer_won`) and where the shorter one did; None
+        without such pairs.
     """
     difference = pairs.lengths[:, 0] - pairs.lengths[:, 1]
     size = difference.abs()
     ordered = size.sort().values
     shares = [n / NUM_LENGTH_BINS for n in range(1, NUM_LENGTH_BINS + 1)]
-    # The largest of each bin; bins that one common length would leave empty are merged.
+    # Upper bounds of the bins: a set, since a frequent difference can be the bound of several.
     ends = {int(ordered[math.ceil(share * len(size)) - 1]) for share in shares}
     bins: list[dict[str, float | None]] = []
     low = int(ordered[0])

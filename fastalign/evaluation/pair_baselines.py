@@ -1,4 +1,4 @@
-"""What a reward model must beat: the longer response wins; a bag of words."""
+"""Baselines of a reward model: the longer response wins, and a bag of words."""
 
 import re
 from collections import Counter
@@ -8,19 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Of the squared weights, in a sum over pairs: what scikit-learn's logistic regression has.
+# Factor of the squared weights in a sum over pairs, as in scikit-learn's logistic regression.
 PENALTY = 0.5
 MAX_ITERATIONS = 200
 
 
 def longer_wins(lengths: Tensor) -> Tensor:
-    """(N,) 1 where the first of two lengths (N, 2) is the larger, one half where they are equal."""
+    """Return (N,): 1 if the first of two lengths (N, 2) is the larger, 1/2 if they are equal."""
     difference = lengths[:, 0] - lengths[:, 1]
     return (difference > 0).double() + (difference == 0).double() / 2
 
 
 def count_words(text: str) -> Counter[str]:
-    """How often each word of a text occurs in it, whatever its case."""
+    """Count the words of a text, ignoring case."""
     return Counter(re.findall(r"\w+", text.lower()))
 
 
@@ -28,13 +28,13 @@ class BagOfWordsBaseline:
     """A logistic regression on differences of word counts, trained on pairs.
 
     The probability that the first response wins is sigmoid(w . (counts_1 - counts_2)); w is the
-    maximum of the likelihood less PENALTY |w|^2. A word that training did not have counts nothing.
+    maximum of the log-likelihood minus PENALTY |w|^2. Words not seen in training are ignored.
 
     Args:
         pairs: texts of the preferred and the other response.
 
     Raises:
-        ValueError: no pairs.
+        ValueError: if there are no pairs.
     """
 
     def __init__(self, pairs: Sequence[tuple[str, str]]):
@@ -46,12 +46,12 @@ class BagOfWordsBaseline:
         self._weights = _fit(self._matrix(differences))
 
     def margin(self, pairs: Sequence[tuple[str, str]]) -> Tensor:
-        """(N,) float64: positive where the first response is the expected winner."""
+        """Return (N,) float64, positive where the first response is the expected winner."""
         matrix = self._matrix([_difference(*pair) for pair in pairs])
         return torch.mv(matrix, self._weights)
 
     def _matrix(self, differences: Sequence[dict[str, int]]) -> Tensor:
-        """Sparse (N, words)."""
+        """Return the sparse matrix (N, words) of the differences."""
         rows, columns, values = [], [], []
         for row, difference in enumerate(differences):
             for word, value in difference.items():

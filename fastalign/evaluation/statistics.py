@@ -19,10 +19,10 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of independent values.
+    """Estimate the mean of independent values.
 
     Raises:
-        ValueError: no values.
+        ValueError: if there are no values.
     """
     if not values:
         raise ValueError("estimate: expected at least one value, got none")
@@ -33,13 +33,13 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def estimate_of_groups(groups: Sequence[Sequence[float]]) -> Estimate:
-    """The mean of values that are independent between groups only (samples of one prompt)."""
+    """Estimate the mean of values that are independent between groups only (prompts)."""
     return estimate([math.fsum(group) / len(group) for group in groups])
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A confidence interval of 95 %, and how it was found."""
+    """A 95 % confidence interval, and the method it was computed by."""
 
     low: float
     high: float
@@ -47,9 +47,9 @@ class Interval:
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Of a share of `count` independent cases (Wilson 1927, score interval); within [0, 1].
+    """Return the score interval (Wilson 1927) of a share of `count` independent cases.
 
-    A case that counts one half makes the interval a little too wide, never too narrow.
+    It lies within [0, 1]. Cases that count one half make it a little too wide, never too narrow.
     """
     spread = NORMAL_QUANTILE**2 / count
     centre = (share + spread / 2) / (1 + spread)
@@ -60,7 +60,7 @@ def wilson_interval(share: float, count: int) -> tuple[float, float]:
 def bootstrap_interval(
     groups: Sequence[Sequence[float]], *, num_resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Of the mean over all values, by resampling whole groups (percentile bootstrap)."""
+    """Return the percentile bootstrap interval of the mean, resampling whole groups."""
     sums = torch.tensor([math.fsum(group) for group in groups], dtype=torch.float64)
     counts = torch.tensor([len(group) for group in groups], dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
@@ -75,14 +75,14 @@ def bootstrap_interval(
 
 
 def share_interval(groups: Sequence[Sequence[float]]) -> Interval:
-    """Of the mean of values in [0, 1]; values of one group (a prompt's) may depend on each other.
+    """Return the interval of a mean of values in [0, 1] that are independent between groups only.
 
-    With one value a group the values are independent: Wilson. With several, groups are resampled;
-    where all have the same mean resampling would find no spread at all, and Wilson takes each
-    group as one case.
+    With one value per group it is Wilson's. With several, groups (prompts) are resampled; if all
+    groups have the same mean, which resampling would take for no spread at all, it is Wilson's with
+    each group as one case.
 
     Raises:
-        ValueError: no values.
+        ValueError: if there are no values.
     """
     filled = [group for group in groups if group]
     if not filled:
@@ -96,5 +96,5 @@ def share_interval(groups: Sequence[Sequence[float]]) -> Interval:
 
 
 def summary(name: str, value: Estimate) -> dict[str, float | int]:
-    """`name`, `name_se` and `name_count`, as the JSON of an evaluation holds them."""
+    """Return `name`, `name_se` and `name_count`, as in the JSON of an evaluation."""
     return {name: value.mean, f"{name}_se": value.standard_error, f"{name}_count": value.count}

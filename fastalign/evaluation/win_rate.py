@@ -1,4 +1,4 @@
-"""Win rate of one model's answers against another's: pairs of answers, verdicts, the share won."""
+"""Win rate of one model's answers against another's: answer pairs, verdicts, and the share won."""
 
 import math
 from collections.abc import Sequence
@@ -11,13 +11,13 @@ from fastalign.evaluation.statistics import share_interval
 
 
 def prompt_key(prompt: Any) -> str:
-    """A prompt as one text: of a conversation, its turns."""
+    """Return a prompt as one text; a conversation as its turns with their roles."""
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"[{turn['role']}] {turn['content']}" for turn in prompt)
 
 
-# What a verdict counts for the model that is judged.
+# Score of each verdict for the model that is judged.
 SCORES = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 Groups = Sequence[tuple[Content, list[str]]]
 
@@ -29,8 +29,8 @@ class AnswerPair:
     Attributes:
         prompt: plain text, or the messages.
         model: the answer that is judged.
-        baseline: the answer it stands against.
-        sample: its number among the prompt's.
+        baseline: the answer it is compared with.
+        sample: number of the answer among the prompt's answers.
     """
 
     prompt: Content
@@ -41,11 +41,11 @@ class AnswerPair:
 
 @dataclass(frozen=True)
 class Judged:
-    """What was said of a pair.
+    """The verdict on a pair.
 
     Attributes:
-        verdict: `win`, `tie` or `loss` of the model; None: none could be read.
-        details: the raw material, as it is written beside the result.
+        verdict: `win`, `tie` or `loss` of the model; None: the judge's reply had none.
+        details: rewards, or the judge's replies, which are written beside the result.
     """
 
     verdict: str | None
@@ -53,10 +53,10 @@ class Judged:
 
 
 def pair_answers(model: Groups, baseline: Groups) -> list[AnswerPair]:
-    """The k-th answer of one to each prompt with the k-th of the other, in the model's order.
+    """Pair the k-th answers to each prompt, in the model's order.
 
     Raises:
-        ValueError: they answer other prompts, or one of them answers a prompt more often.
+        ValueError: if the prompts, or the numbers of answers to one, differ.
     """
     others = dict(baseline)
     missing = [prompt for prompt, _ in model if prompt not in others]
@@ -79,13 +79,13 @@ def pair_answers(model: Groups, baseline: Groups) -> list[AnswerPair]:
 
 
 def shorten(prompt: Content) -> str:
-    """The beginning of a prompt, quoted."""
+    """Return the beginning of a prompt in quotes."""
     text = repr(content_as_json(prompt))
     return text if len(text) <= 60 else text[:57] + "..."
 
 
 def judge_by_reward(function: RewardFunction, pairs: Sequence[AnswerPair]) -> list[Judged]:
-    """The answer with the larger reward wins; equal rewards are a tie."""
+    """Judge pairs by a reward: the larger one wins, equal ones tie."""
     prompts = [pair.prompt for pair in pairs]
     ours = apply_reward(function, prompts, [pair.model for pair in pairs])
     theirs = apply_reward(function, prompts, [pair.baseline for pair in pairs])
@@ -99,12 +99,12 @@ def judge_by_reward(function: RewardFunction, pairs: Sequence[AnswerPair]) -> li
 
 
 def win_rate(pairs: Sequence[AnswerPair], judged: Sequence[Judged]) -> dict[str, Any]:
-    """Share of pairs that the model won, ties counted one half, with its interval of 95 %.
+    """Compute the share of pairs that the model won, ties as one half, with a 95 % interval.
 
-    Pairs without a verdict are counted, and left out of the share.
+    Pairs without a verdict are counted, but left out of the share.
 
     Raises:
-        ValueError: no pair has a verdict.
+        ValueError: if no pair has a verdict.
     """
     by_prompt: dict[Content, list[float]] = {}
     for pair, found in zip(pairs, judged, strict=True):

@@ -1,4 +1,4 @@
-"""A causal model's head, as the numbers that `linear_logprob` and `fused_linear_loss` take."""
+"""The language-model head of a causal model as a `LinearHead`."""
 
 from typing import Any
 
@@ -7,15 +7,15 @@ import torch
 from fastalign.models.lora import layer_adapter
 from fastalign.ops import LinearHead
 
-# How each configuration names a factor of its logits, and whether it multiplies or divides.
+# Names of the factor of the logits in configurations, and whether it divides them.
 LOGIT_SCALES = {"logit_scale": False, "lm_head_multiplier": False, "logits_scaling": True}
 
 
 def lm_head(model: Any) -> LinearHead:
-    """Reads the head of a transformers causal model.
+    """Read the head of a transformers causal model.
 
     Raises:
-        ValueError: the model has no output embeddings.
+        ValueError: if the model has no output embeddings.
     """
     embeddings = model.get_output_embeddings()
     if embeddings is None:
@@ -36,10 +36,10 @@ def lm_head(model: Any) -> LinearHead:
 
 @torch.no_grad()
 def check_head(model: Any) -> None:
-    """Compares the head's own logits with the model's on two tokens.
+    """Check on two tokens that the head gives the logits that the model gives.
 
     Raises:
-        ValueError: the model does something to its logits that `LinearHead` does not know.
+        ValueError: if the model transforms its logits in a way that `LinearHead` does not have.
     """
     input_ids = torch.tensor([[0, 1]], device=model.device)
     hidden = model.base_model(input_ids, use_cache=False).last_hidden_state

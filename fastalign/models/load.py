@@ -1,78 +1,40 @@
-"""Loads and saves causal models; refuses by name those that cannot be packed exactly."""
+"""Load and save causal models and reward models in transformers' layout."""
 
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging
 
 from fastalign.compute import ON_CPU, Compute
 from fastalign.models import attention
+from fastalign.models.architecture import (
+    PACKABLE,
+    check_packable,
+    disable_dropout,
+    is_reward_model,
+)
 from fastalign.models.head import check_head
-from fastalign.models.lora import merge_adapter
+from fastalign.models.lora import base_state, merge_adapter
 from fastalign.models.lora_files import CONFIG_FILE, adapter_base, open_adapter
 from fastalign.models.low_bit import keep_differentiable, nf4_options
-from fastalign.ranks.whole_weights import whole_state
+from fastalign.ranks.whole_weights import whole, whole_state
 
-# Tested: packed log-probs and every gradient equal those of one sequence at a time.
-PACKABLE = (
-    "llama",
-    "qwen2",
-    "qwen3",
-    "mistral",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "gpt_neox",
-)
-# Rotary frequencies that depend on the longest sequence in the batch.
-BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 CPU_ALLOCATOR = "DefaultCPUAllocator"
-
-
-def check_packable(config: Any) -> None:
-    """Refuses an architecture that is not known to be exact when packed.
-
-    Raises:
-        ValueError: names the architecture and the way out.
-    """
-    way_out = "use packing: padded (--train.packing padded)"
-    if config.model_type not in PACKABLE:
-        raise ValueError(
-            f"model type {config.model_type!r} cannot be packed: known to be exact are "
-            f"{', '.join(PACKABLE)}; {way_out}"
-        )
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in [rope, *[value for value in rope.values() if isinstance(value, dict)]]:
-        if parameters.get("rope_type") in BATCH_DEPENDENT_ROPE:
-            raise ValueError(
-                f"model type {config.model_type!r} with rope_type {parameters['rope_type']!r} "
-                "cannot be packed: its frequencies depend on the longest sequence of a batch; "
-                f"{way_out}"
-            )
-    if getattr(config, "reorder_and_upcast_attn", False):
-        raise ValueError(
-            f"reorder_and_upcast_attn of {config.model_type!r} cannot be packed; {way_out}"
-        )
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout to 0: policy and reference must be the same function."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+SCORE_WEIGHT = "score.weight"
 
 
 def read_config(path: str | Path, *, trust_remote_code: bool) -> Any:
-    """The configuration of a model.
+    """Read the configuration of a model.
 
     Raises:
-        ValueError: there is no model at `path`, or an adapter alone.
+        ValueError: if there is no model at `path`, or an adapter alone.
     """
     if (Path(path).expanduser() / CONFIG_FILE).is_file():
         raise ValueError(
@@ -88,26 +50,17 @@ def read_config(path: str | Path, *, trust_remote_code: bool) -> Any:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocation failed; PyTorch's on a CPU raises a plain RuntimeError."""
+    """Return True if an allocation failed; PyTorch on a CPU raises a plain RuntimeError for it."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
 
 
-def unreadable_weights(path: str | Path, error: Exception) -> ValueError:
-    """The one line about weights that are missing or damaged."""
-    if isinstance(error, UnpicklingError):  # torch's text says how to run it all the same
-        first = "a file is a pickle of more than tensors, which is not run"
-    else:
-        first = str(error).strip().splitlines()[0]
-    return ValueError(f"model.path: the weights in {str(path)!r} cannot be read: {first}")
-
-
 def check_finite(model: nn.Module, path: str | Path) -> None:
-    """Refuses a model with a weight that is not a number: every loss of it would be none.
+    """Check that every weight is finite; with one that is not, every loss would be NaN.
 
     Raises:
-        ValueError: naming the first such weight.
+        ValueError: if a weight is not; names the first one.
     """
     for name, value in model.named_parameters():
         if value.is_floating_point() and not bool(value.isfinite().all()):
@@ -115,6 +68,53 @@ def check_finite(model: nn.Module, path: str | Path) -> None:
                 f"model.path: the weights in {str(path)!r} are damaged: {name} holds a value that "
                 "is not finite"
             )
+
+
+def model_options(
+    config: Any, compute: Compute, dtype: torch.dtype, trust_remote_code: bool
+) -> dict[str, Any]:
+    """Return the options that `from_pretrained` and `from_config` share.
+
+    Raises:
+        ValueError: if the architecture cannot be packed as `compute` wants, or its attention
+            cannot run.
+    """
+    attention.register()
+    if compute.packing != "padded":
+        check_packable(config)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if config.model_type in PACKABLE:
+        options["attn_implementation"] = attention.implementation_for(config, compute, dtype)
+    return options
+
+
+def read_model(auto: Any, path: str | Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Call `auto.from_pretrained`; return the model, and which keys were missing or unexpected.
+
+    Raises:
+        ValueError: if weights are missing or damaged.
+    """
+    try:
+        model, keys = auto.from_pretrained(path, output_loading_info=True, **options)
+    except (OSError, RuntimeError, UnpicklingError) as error:
+        if is_out_of_memory(error):
+            raise
+        if isinstance(error, UnpicklingError):  # torch's own text explains how to run it anyway
+            first = "a file is a pickle of more than tensors, which is not run"
+        else:
+            first = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"model.path: the weights in {str(path)!r} cannot be read: {first}"
+        ) from error
+    return model, keys
+
+
+def ready(model: Any, path: str | Path, device: torch.device) -> Any:
+    """Move a model to its device, check its weights, and put it in evaluation mode."""
+    model = model.to(device)
+    check_finite(model, path)
+    disable_dropout(model)
+    return model.eval()
 
 
 def load_policy(
@@ -140,55 +140,186 @@ def load_policy(
             head is unknown; a weight is missing or not finite; an adapter does not fit its base;
             peft or bitsandbytes is needed and not installed.
     """
-    attention.register()
     base = adapter_base(path)
     source = path if base is None else base
     config = read_config(source, trust_remote_code=trust_remote_code)
     kind = (config.architectures or [""])[0]
     if kind.endswith("Classification"):
         raise ValueError(
-            f"model.path: expected a causal model, got {kind} in {str(source)!r}; a reward model's "
-            "language-model head is gone"
+            f"model.path: expected a causal model, got {kind} in {str(source)!r}, a classifier "
+            "without a language-model head"
         )
-    options = nf4_options(dtype, compute.device) if nf4 else {}
-    if compute.packing != "padded":
-        check_packable(config)
-    if config.model_type in PACKABLE:
-        options["attn_implementation"] = attention.implementation_for(config, compute, dtype)
-    try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, UnpicklingError) as error:
-        raise unreadable_weights(source, error) from error
-    if found["missing_keys"]:  # transformers would draw them at random
+    low_bit = nf4_options(dtype, compute.device) if nf4 else {}
+    options = model_options(config, compute, dtype, trust_remote_code) | low_bit
+    model, keys = read_model(AutoModelForCausalLM, source, options)
+    if keys["missing_keys"]:  # transformers would draw them at random
         raise ValueError(
-            f"model.path: the weights in {str(source)!r} are not all there: no "
-            f"{min(found['missing_keys'])}"
+            f"model.path: the weights in {str(source)!r} are incomplete: no "
+            f"{min(keys['missing_keys'])}"
         )
     if nf4:
         keep_differentiable(model)
     if base is not None:
         open_adapter(model, path)
         merge_adapter(model)
-    model = model.to(compute.device)
-    check_finite(model, path)
-    disable_dropout(model)
-    model.eval()
+    model = ready(model, path, compute.device)
     check_head(model)
     return model
 
 
-def save_model(model: Any, tokenizer: Any, folder: str | Path) -> None:
-    """Writes weights, configuration and tokenizer in transformers' layout.
+def load_reward_model(
+    path: str | Path,
+    compute: Compute = ON_CPU,
+    *,
+    seed: int = 0,
+    fresh_head: bool = True,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a reward model: a saved one with its head, or a causal model under a fresh one.
 
-    Of a model that ranks share, all call this, and rank 0 writes.
+    A fresh head is drawn from N(0, 1 / (D + 1)), as in Stiennon et al. (arXiv 2009.01325).
+
+    Args:
+        path: folder in transformers' layout, or a hub name.
+        compute: as for `load_policy`.
+        seed: random seed of a fresh head.
+        fresh_head: False: a saved head is required, as for scoring.
+        dtype: dtype of the parameters.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ValueError: if there is no model, it is of another kind, or weights are missing.
+    """
+    if adapter_base(path) is not None:
+        raise ValueError(f"model.path: {path} is an adapter; merge it first (fastalign merge)")
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    has_head = is_reward_model(config)
+    if not has_head and not fresh_head:
+        raise ValueError(
+            f"model.path: expected a trained reward model, got {config.architectures or 'none'} in "
+            f"{str(path)!r}; fastalign reward trains one"
+        )
+    options = model_options(config, compute, dtype, trust_remote_code) | {"num_labels": 1}
+    with without_load_report():
+        model, keys = read_model(AutoModelForSequenceClassification, path, options)
+    # transformers draws missing weights at random; only a fresh head may be.
+    missing = set(keys["missing_keys"]) - (set() if has_head else {SCORE_WEIGHT})
+    foreign = {name for name in keys["unexpected_keys"] if name.startswith("score")}
+    if missing or foreign:
+        what = f"has no {min(missing)}" if missing else f"has a {min(foreign)}"
+        raise ValueError(
+            f"model.path: expected a reward model with score.weight alone as its head, but "
+            f"{str(path)!r} {what}"
+        )
+    if not has_head:
+        draw_head(model.score, seed)
+    model.get_input_embeddings().padding_idx = None  # every token's embedding is trained
+    return ready(model, path, compute.device)
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Silence transformers' warning that a head is new, which is intended here."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+@torch.no_grad()
+def draw_head(score: nn.Linear, seed: int) -> None:
+    """Fill the weight (1, D) from a generator of its own: it depends on the seed alone."""
+    generator = torch.Generator().manual_seed(seed)
+    std = (score.in_features + 1) ** -0.5
+    values = torch.randn(score.weight.shape, generator=generator) * std
+    score.weight.copy_(values)
+
+
+def model_without_weights(
+    path: str | Path,
+    compute: Compute,
+    *,
+    reward: bool,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Build the model that `load_policy` or `load_reward_model` would load, freshly initialised.
+
+    Call it where tensors have no data (meta or fake).
+
+    Args:
+        path: as for the two functions.
+        compute: as for the two functions.
+        reward: build what `load_reward_model` would load.
+        dtype: dtype of the parameters.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ValueError: if there is no model, or the function would refuse it.
+    """
+    base = None if reward else adapter_base(path)  # a reward model is no adapter
+    config = read_config(base or path, trust_remote_code=trust_remote_code)
+    options = model_options(config, compute, dtype, trust_remote_code)
+    if reward:
+        is_reward_model(config)
+        config.num_labels = 1
+        model = AutoModelForSequenceClassification.from_config(config, **options)
+        model.get_input_embeddings().padding_idx = None  # as `load_reward_model` has it
+    else:
+        model = AutoModelForCausalLM.from_config(config, **options)
+    disable_dropout(model)
+    return model.eval()
+
+
+def save_model(
+    model: Any, tokenizer: Any, folder: str | Path, *, leave_out: tuple[str, ...] = ()
+) -> None:
+    """Write weights, configuration and tokenizer in transformers' layout.
+
+    If ranks share the model, all of them call this, and rank 0 writes.
+
+    Args:
+        model: the model; None on a rank that has none.
+        tokenizer: its tokenizer.
+        folder: folder to write.
+        leave_out: names of parameters that are not the architecture's own.
     """
     state = None if model is None else whole_state(model)
-    if state is not None:
-        model.save_pretrained(folder, state_dict=state)
-        tokenizer.save_pretrained(folder)
+    if state is None:
+        return
+    weights = {name: value for name, value in state.items() if name not in leave_out}
+    model.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
+def save_reward_model(
+    model: Any, tokenizer: Any, folder: str | Path, *, leave_out: tuple[str, ...] = ()
+) -> None:
+    """Write a reward model whose pad token is set, so that transformers serves the same scores.
+
+    The arguments are those of `save_model`; the tokenizer has the same pad token.
+    """
+    assert model.config.pad_token_id == tokenizer.pad_token_id, "the served score depends on it"
+    save_model(model, tokenizer, folder, leave_out=leave_out)
+
+
+def model_fingerprint(model: Any) -> str:
+    """Return the SHA-256 of the configuration and every weight's name, shape, dtype and bytes.
+
+    A sharded model has the fingerprint of the whole one, and all its ranks have to call this. An
+    adapter is left out, so that runs with different adapters share what they compute of a base.
+    """
+    digest = hashlib.sha256(model.config.to_json_string().encode())
+    for name, value in sorted(base_state(model).items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+        plain: Tensor = whole(value.detach()).cpu().contiguous()
+        digest.update(plain.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def fingerprint_or_none(model: Any) -> str | None:
+    """Return `model_fingerprint(model)`, or None if there is no model."""
+    return None if model is None else model_fingerprint(model)

@@ -20,10 +20,10 @@ ALL_LINEAR = "all-linear"
 
 
 def require_peft(what: str) -> None:
-    """Refuses to go on without peft.
+    """Check that peft is installed.
 
     Raises:
-        ValueError: it is not installed; `what` needs it.
+        ValueError: if it is not; the message begins with `what`, which needs it.
     """
     try:
         import peft  # noqa: F401
@@ -33,10 +33,10 @@ def require_peft(what: str) -> None:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Without peft's warnings of what is taken care of.
+    """Silence two warnings of peft that do not apply here.
 
-    They are of transposed layers, whose orientation it finds out itself, and of tied heads, which
-    are untied here before anything is merged.
+    They concern transposed layers, whose orientation peft detects, and tied heads, which are untied
+    here before a merge.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -44,16 +44,16 @@ def quiet_peft() -> Iterator[None]:
 
 
 def linear_names(model: Any) -> dict[str, nn.Module]:
-    """Every layer that an adapter may go on, by its full name; the head is the last one."""
+    """Return every layer that can have an adapter, by its full name; the head is the last one."""
     kinds = (nn.Linear, Conv1D)
     return {name: part for name, part in model.named_modules() if isinstance(part, kinds)}
 
 
 def target_endings(model: Any, targets: Sequence[str]) -> list[str]:
-    """The endings that peft looks for, `all-linear` spelled out.
+    """Return the name endings for peft, with `all-linear` expanded.
 
     Raises:
-        ValueError: a target that no linear layer's name ends in; says what there is.
+        ValueError: if no linear layer's name ends in a target; lists the layers' names.
     """
     head = model.get_output_embeddings()
     layers = linear_names(model)
@@ -75,17 +75,17 @@ def target_endings(model: Any, targets: Sequence[str]) -> list[str]:
 def add_adapter(
     model: Any, *, rank: int, alpha: float, targets: Sequence[str], use_rslora: bool = False
 ) -> None:
-    """Freezes the model and puts a float32 adapter on it whose B is 0 (arXiv 2106.09685).
+    """Freeze the model and add a float32 adapter whose B is 0 (LoRA, arXiv 2106.09685).
 
     Args:
         model: a causal model from `load_policy`; changed in place.
         rank: r of the matrices A (r, D) and B (V, r).
-        alpha: the adapter's product is scaled by alpha / r.
+        alpha: numerator of the adapter's scaling alpha / r.
         targets: `all-linear` (every linear layer but the head), or endings of layers' names.
-        use_rslora: scale by alpha / sqrt(r) (arXiv 2312.03732).
+        use_rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
 
     Raises:
-        ValueError: a target that the model has not, or peft is not installed.
+        ValueError: if the model has no such layer, or peft is not installed.
     """
     require_peft("model.lora.rank")
     from peft import LoraConfig
@@ -104,18 +104,18 @@ def add_adapter(
 
 
 def has_adapter(model: Any) -> bool:
-    """Whether an adapter is on the model."""
+    """Return True if the model has an adapter."""
     return bool(getattr(model, "peft_config", None))
 
 
 def adapter_rank(model: Any) -> int:
-    """Of the adapter on the model; 0: there is none."""
+    """Return the rank of the model's adapter; 0 if it has none."""
     return int(model.peft_config[ADAPTER].r) if has_adapter(model) else 0
 
 
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
-    """The model as if it had no adapter: its frozen base; nothing to do where it has none."""
+    """Disable the adapter inside the context, so that the model is its frozen base."""
     if not has_adapter(model):
         yield
         return
@@ -127,7 +127,7 @@ def adapter_off(model: Any) -> Iterator[None]:
 
 
 def layer_adapter(layer: Any) -> LoraWeights | None:
-    """The adapter on a linear layer, or None: there is none, or it is off."""
+    """Return the adapter of a linear layer; None if there is none, or it is disabled."""
     if not hasattr(layer, "lora_A") or layer.disable_adapters:
         return None
     return LoraWeights(
@@ -136,7 +136,7 @@ def layer_adapter(layer: Any) -> LoraWeights | None:
 
 
 def base_state(model: Any) -> dict[str, Any]:
-    """The state of the model without its adapter, under the names that it had before."""
+    """Return the model's state without its adapter, under the names of the base model."""
     state: dict[str, Any] = model.state_dict()
     if not has_adapter(model):
         return state
@@ -148,7 +148,7 @@ def base_state(model: Any) -> dict[str, Any]:
 
 
 def dense_state(model: Any) -> Iterator[tuple[str, Any]]:
-    """`base_state` with each quantised weight as the dense one that the model computes with."""
+    """Yield `base_state`, each quantised weight replaced by the dense one that it stands for."""
     layers = {name.replace(".base_layer", ""): part for name, part in model.named_modules()}
     for name, value in base_state(model).items():
         layer_name, _, rest = name.partition(".weight")
@@ -160,7 +160,7 @@ def dense_state(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 def untie_head(model: Any) -> None:
-    """Gives the head a weight of its own if it is the embedding's: the two will differ."""
+    """Give the head its own copy of a weight tied to the embedding, since the two will differ."""
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     if head.weight is embedding.weight:
         head = getattr(head, "base_layer", head)
@@ -170,11 +170,11 @@ def untie_head(model: Any) -> None:
 
 @torch.no_grad()
 def merge_adapter(model: Any) -> None:
-    """Adds the adapter's product to each weight, in place; leaves an ordinary model, not frozen.
+    """Merge the adapter into the weights, in place; the result is an ordinary, trainable model.
 
-    A weight keeps its dtype, and the sum is rounded to it, by peft's own merge. Quantised layers
-    become dense ones in the dtype of the other weights: quantising them again would lose more of
-    a small change than it keeps.
+    A weight keeps its dtype, to which peft's merge rounds the sum. Quantised layers become dense
+    ones in the dtype of the other weights: quantising them again would lose more of a small change
+    than it keeps.
     """
     from peft.tuners.lora import LoraLayer
 

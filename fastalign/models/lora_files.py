@@ -1,4 +1,4 @@
-"""Adapters in peft's layout: `adapter_model.safetensors` and `adapter_config.json`."""
+"""Adapters saved in peft's layout: `adapter_model.safetensors` and `adapter_config.json`."""
 
 import json
 from dataclasses import replace
@@ -17,9 +17,9 @@ PREFIX = "base_model.model."  # of names in peft's files
 
 
 def save_adapter(model: Any, folder: str | Path) -> None:
-    """Writes the adapter in peft's layout; `PeftModel.from_pretrained(base, folder)` opens it.
+    """Write the adapter in peft's layout; `PeftModel.from_pretrained(base, folder)` opens it.
 
-    Of a model that ranks share, all call this, and rank 0 writes.
+    If ranks share the model, all of them call this, and rank 0 writes.
     """
     from peft.functional import get_peft_model_state_dict
 
@@ -35,11 +35,11 @@ def save_adapter(model: Any, folder: str | Path) -> None:
 
 
 def adapter_base(path: str | Path) -> str | None:
-    """The base that a local adapter folder names; None: it is no adapter folder.
+    """Return the base that a local adapter folder names; None for any other folder.
 
     Raises:
-        ValueError: it is not LoRA, or beside a model, or damaged; its base is not there; peft is
-            not installed.
+        ValueError: if the adapter is not LoRA, is beside a model, or is damaged; its base does not
+            exist; or peft is not installed.
     """
     folder = Path(path).expanduser()
     file = folder / CONFIG_FILE
@@ -67,10 +67,10 @@ def adapter_base(path: str | Path) -> str | None:
 
 
 def open_adapter(model: Any, folder: str | Path) -> None:
-    """Puts a saved adapter on its base, in place; its matrices are float32 whatever the base is.
+    """Add a saved adapter to its base, in place; its matrices are float32 whatever the base is.
 
     Raises:
-        ValueError: its files are damaged, or it was not made for this model.
+        ValueError: if its files are damaged, or it was not made for this model.
     """
     from peft import PeftConfig
     from peft.functional import (

@@ -1,4 +1,4 @@
-"""Frozen weights in 4 bits, through bitsandbytes (NF4 of QLoRA, arXiv 2305.14314)."""
+"""Frozen weights in 4 bits through bitsandbytes: NF4 of QLoRA (arXiv 2305.14314)."""
 
 from typing import Any
 
@@ -8,14 +8,14 @@ from transformers.pytorch_utils import Conv1D
 
 
 def nf4_options(dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
-    """What `from_pretrained` takes so that all linear layers but the head are NF4.
+    """Return options of `from_pretrained` that quantise all linear layers but the head to NF4.
 
     Args:
-        dtype: of the products and of every other weight.
-        device: where the weights are quantised and stay.
+        dtype: dtype of the products and of every other weight.
+        device: device of the weights.
 
     Raises:
-        ValueError: bitsandbytes is not installed.
+        ValueError: if bitsandbytes is not installed.
     """
     try:
         import bitsandbytes  # noqa: F401
@@ -35,14 +35,15 @@ def nf4_options(dtype: torch.dtype, device: torch.device | str) -> dict[str, Any
 
 
 def is_quantised(layer: nn.Module) -> bool:
-    """Whether the layer's weight is bitsandbytes' of 4 bits."""
+    """Return True if the layer's weight is one of bitsandbytes in 4 bits."""
     return hasattr(getattr(layer, "weight", None), "quant_state")
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Forbids the form for inference that bitsandbytes gives weights on a CPU, at a first forward.
+    """Stop bitsandbytes from repacking weights on a CPU for inference at the first forward.
 
-    It rounds their scales to bfloat16, has no gradient, and takes no width but multiples of 64.
+    That form rounds their scales to bfloat16, has no gradient, and requires widths that are
+    multiples of 64.
     """
     for part in model.modules():
         if is_quantised(part):
@@ -50,12 +51,12 @@ def keep_differentiable(model: nn.Module) -> None:
 
 
 def dense_layer(layer: Any, dtype: torch.dtype, delta: Tensor | None = None) -> nn.Module:
-    """The layer that the model had before it was quantised, with the weights it computes with.
+    """Return a quantised layer as the dense layer that it replaced, with dequantised weights.
 
     Args:
-        layer: bitsandbytes' layer.
-        dtype: of the result.
-        delta: (V, D) added to the weight in float32.
+        layer: layer of bitsandbytes.
+        dtype: dtype of the result.
+        delta: (V, D) to add to the weight in float32.
     """
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 

@@ -24,8 +24,7 @@ from typing import Any, TypeVar
 
 from fastalign.batch.schedule import indices_of_step
 from fastalign.compute import Compute
-from fastalign.models import has_adapter, save_model
-from fastalign.models.fingerprint import model_fingerprint
+from fastalign.models import has_adapter, model_fingerprint, save_model
 from fastalign.rollouts import OverlappedSampler, RankZeroSampler, SamplerFailed
 from fastalign.runs.accumulate import Total
 from fastalign.runs.checkpoint.files import CHECKPOINTS

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fastalign.data import eos_token_ids, load_sft, load_tokenizer
-from fastalign.data.readers.hub_rows import is_hub_name
+from fastalign.data.readers.rows import is_hub_name
 from tests.tokenizers import make_tokenizer
 
 

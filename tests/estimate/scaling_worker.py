@@ -14,8 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastalign.compute import Compute
-from fastalign.models import attention
-from fastalign.models.load import disable_dropout
+from fastalign.models import attention, disable_dropout
 from fastalign.ranks.config import ParallelConfig
 from fastalign.ranks.parallel import part_from_ranks
 from fastalign.ranks.world import World

@@ -43,7 +43,7 @@ def test_measures_by_hand() -> None:
     mean = sum(each) / 4
     spread = math.sqrt(sum((value - mean) ** 2 for value in each) / 3)
     assert found["log_likelihood_se"] == pytest.approx(spread / 2)
-    with pytest.raises(ValueError, match="at least one pair that is no tie"):
+    with pytest.raises(ValueError, match="at least one pair that is not a tie"):
         pair_measures(judged([1.0], [True]))
 
 

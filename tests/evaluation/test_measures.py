@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastalign.batch.packed import Group
+from fastalign.batch import Group
 from fastalign.compute import Compute
 from fastalign.evaluation import (
     BagOfWordsReward,
@@ -19,8 +19,7 @@ from fastalign.evaluation import (
     preference_accuracy,
     sampled_kl,
 )
-from fastalign.models import save_model
-from fastalign.models.logprobs import sequence_logprobs
+from fastalign.models import save_model, sequence_logprobs
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer
 

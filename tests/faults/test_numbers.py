@@ -101,8 +101,7 @@ def test_bad_model(stage: Stage, run: str, place: Place) -> None:
 @fault(
     "a weight that is missing from the model's folder",
     *(ALONE, FSDP),
-    does="`the weights in ... are not all there: no model.layers.1.mlp.up_proj.weight`, exit "
-    "code 2",
+    does="`the weights in ... are incomplete: no model.layers.1.mlp.up_proj.weight`, exit code 2",
 )
 def test_a_weight_is_missing(stage: Stage, run: str, place: Place) -> None:
     bad = stage.folder / f"bad-{run}"

@@ -32,7 +32,7 @@ from fastalign.evaluation import (
     sampled_kl,
     summary,
 )
-from fastalign.models.logprobs import sequence_logprobs
+from fastalign.models import sequence_logprobs
 from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
 
 

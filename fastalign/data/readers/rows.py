@@ -5,12 +5,16 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 from fastalign.data.readers.files import data_format, find_files
-from fastalign.data.readers.hub_rows import hub_rows, is_hub_name
 from fastalign.data.readers.json_rows import json_rows, jsonl_rows
 from fastalign.data.readers.row import DataFault, Row
 from fastalign.data.readers.table_rows import csv_rows, parquet_rows
 
 _LOOKS_LOCAL = re.compile(r"^[./~]|\.(jsonl|json|csv|parquet|gz|txt|tsv|zip)$|\s|/.*/", re.I)
+_HUB_NAME = re.compile(
+    r"(?P<name>[\w-][\w.-]*(?:/[\w-][\w.-]*)?)"
+    r"(?::(?P<config>[^:\[\]]+)(?=:))?"
+    r"(?::(?P<split>\w+(?:\[[^\]]*\])?))?"
+)
 
 
 def read_rows(source: str | Path, columns: Collection[str]) -> Iterator[Row | DataFault]:
@@ -57,3 +61,30 @@ def _not_empty(name: str, rows: Iterator[Row | DataFault]) -> Iterator[Row | Dat
         yield row
     if empty:
         raise DataFault(name, "the file holds no rows")
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether the text can be `owner/name`, `owner/name:split` or `owner/name:config:split`."""
+    return _HUB_NAME.fullmatch(source) is not None
+
+
+def hub_rows(source: str) -> Iterator[Row | DataFault]:
+    """Rows of a hub data set, numbered from 1; the split is `train` unless named.
+
+    Raises:
+        DataFault: the hub (or its local cache) has no such data set, configuration or split.
+    """
+    match = _HUB_NAME.fullmatch(source)
+    assert match is not None, source
+    from datasets import load_dataset
+
+    split = match["split"] or "train"
+    try:
+        table = load_dataset(match["name"], match["config"], split=split)
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataFault(
+            source, f"no such file or folder here, and not from the hub: {reason}"
+        ) from None
+    for number, values in enumerate(table, start=1):
+        yield Row(f"{source}:{number}", values)

@@ -1,7 +1,7 @@
-"""Shared-prefix attention: what a transformers layer calls, and how it is computed.
+"""Shared-prefix attention: the function that transformers' layers call, and its implementations.
 
 Each implementation is registered with transformers (`registered_name`). With a plan (a packed
-row) it attends segment by segment; without one (generation, padded batches) it is ordinary
+row) it attends segment by segment; without one (generation, padded batches) it computes ordinary
 attention under transformers' own mask, softcap included.
 """
 
@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fastalign.batch.packed import PackedBatch
+from fastalign.batch import PackedBatch
 from fastalign.compute import Compute
 from fastalign.models.attention.blocks import Blocks, dot_product_attention
 from fastalign.models.attention.choice import (
@@ -40,15 +40,15 @@ __all__ = [
     "registered_name",
 ]
 
-# Arguments that change what attention computes, and that no form here implements.
+# Arguments that change what attention computes, and that no implementation here supports.
 REFUSED = ("s_aux", "position_bias", "cross_attention_states")
 
 
 class AttentionPlan:
-    """One batch's attention: planned once, on the host, for whichever implementation asks.
+    """One batch's attention, planned once on the host and shared by all layers.
 
     Args:
-        batch: on the device where attention runs.
+        batch: batch on the device where attention runs.
     """
 
     def __init__(self, batch: PackedBatch) -> None:
@@ -68,7 +68,7 @@ class AttentionPlan:
         return Flex(self._segments, self._device)
 
     def prepare(self, name: AttentionName) -> None:
-        """Does now what is to be done on the host for an implementation."""
+        """Do the host's work for an implementation now, rather than at the first `attend`."""
         getattr(self, {"sdpa": "_blocks", "flex": "_flex"}.get(name, "_varlen"))
 
     def attend(
@@ -79,7 +79,7 @@ class AttentionPlan:
         value: Tensor,  # (T, H_kv, d)
         form: ScoreForm,
     ) -> Tensor:  # (T, H, d)
-        """Attention of the packed row."""
+        """Compute the attention of the packed row."""
         if name == "sdpa":
             return self._blocks.attend(query, key, value, form)
         if name == "flex":
@@ -87,7 +87,7 @@ class AttentionPlan:
         return self._varlen.attend(KERNELS[name], query, key, value, form)
 
 
-# Its blocks change with each batch; compiled layers (`--train.compile`) call it as it is.
+# Not traced by compiled layers (`--train.compile`): its blocks change with each batch.
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def shared_prefix_attention(
     module: nn.Module,
@@ -95,39 +95,47 @@ def shared_prefix_attention(
     key: Tensor,  # (b, H_kv, K, d)
     value: Tensor,  # (b, H_kv, K, d)
     attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    fastalign_plan: AttentionPlan | None = None,
     *,
     implementation: AttentionName,
-    **kwargs: Any,
+    fastalign_plan: AttentionPlan | None = None,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """The function that a transformers attention layer calls.
+    """Compute attention for a transformers attention layer, which calls this function.
+
+    Args:
+        module: the layer.
+        query: queries.
+        key: keys.
+        value: values.
+        attention_mask: mask of transformers; ignored with a plan.
+        implementation: implementation for packed rows.
+        fastalign_plan: plan of a packed row, with b = 1; None: ordinary attention.
+        options: further arguments of the layer: `scaling`, `sliding_window`, `softcap`, `dropout`
+            and others.
 
     Raises:
-        ValueError: the layer passes something that is not implemented here (attention sinks, a
+        ValueError: if the layer passes something that is not implemented here (attention sinks, a
             position bias), or dropout.
     """
     for name in REFUSED:
-        if kwargs.get(name) is not None:
+        if options.get(name) is not None:
             raise ValueError(
                 f"{type(module).__name__} passes {name}, which fastalign does not implement; "
                 "use packing: padded"
             )
+    dropout, window, softcap = (
+        options.pop(name, None) for name in ("dropout", "sliding_window", "softcap")
+    )
     if dropout:
         raise ValueError(f"{type(module).__name__}: expected attention dropout 0, got {dropout}")
-    form = ScoreForm(scaling, sliding_window, softcap)
+    form = ScoreForm(options.get("scaling"), window, softcap)
     if fastalign_plan is None and softcap is None:
-        output, _ = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output, None
     if fastalign_plan is None:
         output = dot_product_attention(query, key, value, attention_mask, form)
         return output.transpose(1, 2).contiguous(), None
-    # Rotary embeddings leave autocast's dtype; SDPA would return to it, other kernels would not.
+    # Rotary embeddings return float32 under autocast; SDPA would cast back, other kernels do not.
     if torch.is_autocast_enabled(query.device.type):
         low = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(low), key.to(low), value.to(low)
@@ -136,8 +144,8 @@ def shared_prefix_attention(
 
 
 def registered_name(name: AttentionName) -> str:
-    """What transformers calls an implementation: a value of `attn_implementation`."""
-    # transformers takes every name with "flash" in it for a kernel of its own.
+    """Return transformers' name of an implementation: a value of `attn_implementation`."""
+    # transformers treats every name that contains "flash" as a kernel of its own.
     return f"fastalign_{name.removeprefix('flash_')}"
 
 
@@ -152,14 +160,14 @@ def implementation_for(config: Any, compute: Compute, dtype: torch.dtype) -> str
 
 
 def attention_of(model: Any) -> str:
-    """What computes a model's attention: one of `ATTENTIONS`, or transformers' own name for it."""
+    """Return what computes a model's attention: one of `ATTENTIONS`, or transformers' own name."""
     registered = {registered_name(name): name for name in ATTENTIONS}
     implementation: str = model.config._attn_implementation
     return registered.get(implementation, implementation)
 
 
 def register() -> None:
-    """Makes every implementation known to transformers."""
+    """Register every implementation with transformers."""
     for name in ATTENTIONS:
         function = partial(shared_prefix_attention, implementation=name)
         AttentionInterface.register(registered_name(name), function)

@@ -1,7 +1,7 @@
 """Shared-prefix attention by scaled dot products of a few padded blocks: any device, any dtype.
 
-Prompts of like length share a block, and so do responses of like lengths behind prompts of like
-lengths; a response's block has its prompt's keys in front of its own.
+Prompts of similar length share a block, and so do responses of similar length whose prompts have
+similar lengths; in a response's block, its prompt's keys precede its own.
 
 Legend: T packed tokens, b segments of a block, P prompt keys, M own tokens, H heads, d head size.
 """
@@ -18,23 +18,24 @@ from torch import Tensor
 from fastalign.models.attention.rows import Gather
 from fastalign.models.attention.segments import ScoreForm, Segments
 
-# Of a block's scores at least this share belong to real tokens, unless little is lost.
+# At least this share of a block's scores belongs to real tokens, unless its segments differ by at
+# most MIN_FILL_TOKENS: then padding costs little.
 MIN_FILL = 0.75
 MIN_FILL_TOKENS = 8
-# A block has at most this many scores for each head, unless one segment alone has more.
+# Limit of a block's scores for each head, unless one segment alone has more.
 MAX_SCORES = 2**24
 
 
 @dataclass
 class Block:
-    """Segments of like lengths, padded to the longest.
+    """Segments of similar lengths, padded to the longest.
 
     Attributes:
         prompt_length: (b,) int64, keys of each segment's prompt; 0 for prompts.
-        own_length: (b,) int64.
-        num_prompt: P, the longest prompt.
-        num_own: M, the longest segment.
-        masks: masks made so far, by sliding window.
+        own_length: (b,) int64, tokens of each segment.
+        num_prompt: P, the length of the longest prompt.
+        num_own: M, the length of the longest segment.
+        masks: cache of the masks, by sliding window.
     """
 
     prompt_length: Tensor
@@ -44,17 +45,17 @@ class Block:
     masks: dict[int | None, Tensor | None] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor | None:
-        """(b, 1, M, P + M) bool: may query (row) attend to key (column); None: plainly causal.
+        """Return (b, 1, M, P + M) bool, True where a query may attend to a key; None: plain causal.
 
-        A padding query stands where its segment's last token does, so no row is empty (its softmax
-        would be NaN); it is never read.
+        A padding query has the position of its segment's last token, so that no row is empty (its
+        softmax would be NaN); its output is never read.
         """
         if window not in self.masks:
             self.masks[window] = self._mask(window)
         return self.masks[window]
 
     def _mask(self, window: int | None) -> Tensor | None:
-        # Padding is behind every real key of a prompt's block, where causality hides it.
+        # In a prompt's block padding follows every real key, so causality alone hides it.
         if self.num_prompt == 0 and (window is None or self.num_own <= window):
             return None
         device = self.own_length.device
@@ -72,7 +73,7 @@ class Block:
 
 @dataclass
 class _Members:
-    """Segments of one block: their numbers, and the bounds of their (queries, keys)."""
+    """Members of one block: their numbers, and the smallest and largest (queries, keys)."""
 
     numbers: list[int]
     scores: int
@@ -80,7 +81,7 @@ class _Members:
     most: tuple[int, int]
 
     def take(self, number: int, queries: int, keys: int) -> bool:
-        """Adds a segment unless too much of the block would be padding."""
+        """Add a segment unless too much of the block would be padding; return True if added."""
         least = min(self.least[0], queries), min(self.least[1], keys)
         most = max(self.most[0], queries), max(self.most[1], keys)
         padded_scores = (len(self.numbers) + 1) * most[0] * most[1]
@@ -94,7 +95,7 @@ class _Members:
 
 
 def assign_blocks(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
-    """Puts segments of like (queries, keys) together: each into the first block that it fills."""
+    """Assign each segment of (queries, keys) to the first block that it fits into."""
     blocks: list[_Members] = []
     for number in sorted(range(len(sizes)), key=lambda n: (-sizes[n][0] * sizes[n][1], n)):
         queries, keys = sizes[number]
@@ -104,7 +105,7 @@ def assign_blocks(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
 
 
 def padded(start: Tensor, length: Tensor, copy: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    """(b, width) tokens from `start`, the last one repeated, and their copies, -1 where padded."""
+    """Return (b, width) tokens from `start`, padded by the last, and copy numbers, -1 if padded."""
     offset = torch.arange(width)[None]
     index = start[:, None] + torch.minimum(offset, (length - 1)[:, None])
     return index, torch.where(offset < length[:, None], copy[:, None], -1)
@@ -114,8 +115,8 @@ class Blocks:
     """The blocks of one batch.
 
     Args:
-        segments: of the batch's row.
-        device: where attention runs.
+        segments: segments of the batch's row.
+        device: device of the attention.
     """
 
     def __init__(self, segments: Segments, device: torch.device) -> None:
@@ -158,7 +159,7 @@ class Blocks:
         value: Tensor,  # (T, H_kv, d)
         form: ScoreForm,
     ) -> Tensor:  # (T, H, d)
-        """Attention of a packed row, block by block."""
+        """Compute the attention of the packed row, block by block."""
         sizes = [(len(b.own_length), b.num_own, b.num_prompt + b.num_own) for b in self.blocks]
         of_queries = torch.split(self.queries(query), [b * m for b, m, _ in sizes])
         of_keys, of_values = (
@@ -178,7 +179,7 @@ class Blocks:
 
 
 def _heads_first(rows: Tensor, num: int, length: int) -> Tensor:
-    """(b * L, H, d) to (b, H, L, d)."""
+    """Reshape (b * L, H, d) to (b, H, L, d)."""
     return rows.view(num, length, *rows.shape[1:]).transpose(1, 2)
 
 
@@ -189,10 +190,10 @@ def dot_product_attention(
     mask: Tensor | None,  # (b or 1, 1, L, K), bool or additive; None: causal, bottom-right aligned
     form: ScoreForm,  # its window is in the mask
 ) -> Tensor:  # (b, H, L, d)
-    """Scaled dot-product attention; written out where a softcap rules out the fused kernels."""
+    """Compute scaled dot-product attention; explicitly where a softcap rules out fused kernels."""
     softcap = form.softcap
     num_shared = query.shape[1] // key.shape[1]
-    # On a GPU a mask and grouped heads together are left to the slow path that forms the scores.
+    # On a GPU, a mask with grouped heads would take the slow path that materialises the scores.
     if num_shared > 1 and (softcap is not None or query.is_cuda):
         key, value = (rows.repeat_interleave(num_shared, dim=1) for rows in (key, value))
         num_shared = 1

@@ -1,4 +1,4 @@
-"""Which implementation of shared-prefix attention runs, or why it cannot."""
+"""The choice of an implementation of shared-prefix attention, and why one cannot run."""
 
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
@@ -9,14 +9,14 @@ from fastalign.compute import AttentionChoice
 
 AttentionName = Literal["sdpa", "flash_attn", "varlen", "flex"]
 ATTENTIONS: tuple[AttentionName, ...] = get_args(AttentionName)
-# Assumed, not measured: no GPU was at hand.
+# Assumed order of speed, not measured.
 ORDER_ON_CUDA: tuple[AttentionName, ...] = ("flash_attn", "varlen", "flex", "sdpa")
 FLASH = ("flash_attn", "varlen")
 MAX_FLASH_HEAD_SIZE = 256
 
 
 def head_size(config: Any) -> int:
-    """The width of an attention head."""
+    """Return the size of an attention head."""
     size = getattr(config, "head_dim", None)
     return int(size or config.hidden_size // config.num_attention_heads)
 
@@ -24,13 +24,13 @@ def head_size(config: Any) -> int:
 def attention_reason(
     name: AttentionName, device: torch.device, dtype: torch.dtype, config: Any = None
 ) -> str | None:
-    """Why an implementation cannot run, with the remedy; None: it can.
+    """Return why an implementation cannot run, with a remedy; None if it can.
 
     Args:
-        name: of the implementation.
-        device: where the model is.
-        dtype: that attention is computed in.
-        config: the model's; None: any model's.
+        name: the implementation.
+        device: device of the model.
+        dtype: dtype of queries, keys and values.
+        config: configuration of the model; None: check only what does not depend on a model.
     """
     if name == "sdpa":
         return None
@@ -47,7 +47,7 @@ def attention_reason(
     if config is None:
         return None
     if head_size(config) > MAX_FLASH_HEAD_SIZE:
-        return f"heads of {head_size(config)} are too wide; at most {MAX_FLASH_HEAD_SIZE}"
+        return f"it needs heads of at most {MAX_FLASH_HEAD_SIZE}, and they are {head_size(config)}"
     if name == "varlen" and getattr(config, "attn_logit_softcapping", None) is not None:
         return f"it has no softcap, which {config.model_type} needs"
     return None
@@ -56,10 +56,10 @@ def attention_reason(
 def choose_attention(
     wanted: AttentionChoice, device: torch.device, dtype: torch.dtype, config: Any
 ) -> AttentionName:
-    """The implementation that runs: `auto` may choose, a named one runs or is refused.
+    """Return the named implementation, or the first usable one for `auto`.
 
     Raises:
-        ValueError: an unknown name, or one that cannot run, with the reason.
+        ValueError: if the name is unknown, or it cannot run; gives the reason.
     """
     if wanted != "auto":
         if wanted not in ATTENTIONS:

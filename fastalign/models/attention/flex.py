@@ -1,6 +1,6 @@
 """Shared-prefix attention by PyTorch's FlexAttention: softcaps and float32 on a GPU.
 
-The mask's blocks are found on the host from the segments, so no (T, T) mask is ever formed.
+The mask's blocks are computed on the host from the segments, so no (T, T) mask is ever built.
 
 Legend: T packed tokens, H heads, d head size.
 """
@@ -22,12 +22,12 @@ BLOCK_TOKENS = 128
 
 @functools.cache
 def compiled_flex_attention() -> Callable[..., Any]:
-    """FlexAttention compiled once; uncompiled, it forms every score."""
+    """Return FlexAttention, compiled once; uncompiled, it materialises every score."""
     return torch.compile(flex_attention, dynamic=True)
 
 
 def visited_blocks(segments: Segments, block_tokens: int) -> Tensor:
-    """(Q, K) bool: whether a block of queries (row) may attend to any key of a block (column)."""
+    """Return (Q, K) bool: True if a block of queries may attend to any key of a block of keys."""
     num_blocks = -(-segments.num_tokens // block_tokens)
     visited = torch.zeros(num_blocks, num_blocks, dtype=torch.bool)
     start, prompt_start = segments.start // block_tokens, segments.prompt_start // block_tokens
@@ -46,8 +46,8 @@ class Flex:
     """The mask of one batch.
 
     Args:
-        segments: of the batch's row.
-        device: where attention runs.
+        segments: segments of the batch's row.
+        device: device of the attention.
     """
 
     def __init__(self, segments: Segments, device: torch.device) -> None:
@@ -67,7 +67,7 @@ class Flex:
         self._masks: dict[int | None, BlockMask] = {}
 
     def mask(self, window: int | None) -> BlockMask:
-        """Which key each query may attend to."""
+        """Return the block mask for a sliding window."""
         if window not in self._masks:
             group, number, position = self._group, self._number, self._position
 
@@ -96,7 +96,7 @@ class Flex:
         value: Tensor,  # (T, H_kv, d)
         form: ScoreForm,
     ) -> Tensor:  # (T, H, d)
-        """Attention of a packed row, in one call."""
+        """Compute the attention of the packed row in one call."""
         softcap = form.softcap
 
         def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Rows of a packed tensor gathered for attention, some of them several times, and back.
+"""Gather rows of a packed tensor for attention, some of them several times, with a gradient.
 
 Legend: T packed tokens, M gathered places, H heads, d head dimension.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
-    """The integers of `[start, start + length)` for each pair, laid end to end; on the host."""
+    """Concatenate the integers of `[start, start + length)` for each pair; on the host."""
     ends = lengths.cumsum(0)
     total = int(ends[-1])
     first = starts - (ends - lengths)
@@ -22,15 +22,15 @@ def ranges(starts: Tensor, lengths: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Gather:
-    """Which token stands at each place, and where each token's copies stand.
+    """The token at each gathered place, and the places of each token's copies.
 
-    A token of a prompt is copied once for each response. Its gradient is the sum of its copies',
-    added copy by copy in float32: the order is fixed, so the sum is repeatable on a GPU too.
+    A prompt's token is copied once for each response. Its gradient is the sum over its copies,
+    added copy by copy in float32: the order is fixed, so the sum is deterministic on a GPU too.
 
     Attributes:
         index: (M,) int64, the token at each place; padding places repeat some token.
         places: (T,) int64, the place of each token's first copy.
-        more: for each further copy: the tokens that have one, and its places.
+        more: for each further copy number, the tokens that have such a copy, and its places.
     """
 
     index: Tensor
@@ -39,9 +39,9 @@ class Gather:
 
     @classmethod
     def of(cls, index: Tensor, copy: Tensor, device: torch.device) -> Gather:
-        """From host tensors (M,): the token of each place, and which copy of it: 0.., -1 padding.
+        """Make a gather from host tensors (M,): each place's token and copy number.
 
-        Every token must have a copy 0.
+        Copies are numbered from 0, which every token has to have; padding has the number -1.
         """
         parts = []
         for number in range(int(copy.max()) + 1):
@@ -58,7 +58,7 @@ class Gather:
         )
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Rows (T, H, d) to places (M, H, d)."""
+        """Gather rows (T, H, d) to places (M, H, d)."""
         gathered: Tensor = _Gather.apply(rows, self)  # type: ignore[no-untyped-call]
         return gathered
 
@@ -77,6 +77,6 @@ class _Gather(torch.autograd.Function):
             return first, None
         wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
         total = first.to(wide)
-        for tokens, places in gather.more:  # a token occurs once in each: nothing collides
+        for tokens, places in gather.more:  # each token occurs once: no two additions collide
             total.index_add_(0, tokens, gradient.index_select(0, places).to(wide))
         return total.to(gradient.dtype), None

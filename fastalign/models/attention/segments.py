@@ -1,4 +1,4 @@
-"""Which tokens attend to which in a packed row, and how, as every implementation reads it.
+"""The segments of a packed row: which tokens attend to which, for every implementation.
 
 A row is a sequence of segments: a prompt, its responses, the next prompt, and so on. A segment
 attends to itself causally; a response also attends to all of its prompt, and never to a sibling.
@@ -11,17 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastalign.batch.packed import Layout
+from fastalign.batch import Layout
 
 
 @dataclass(frozen=True)
 class ScoreForm:
-    """What a layer makes of its scores, whichever implementation computes them.
+    """A layer's transformation of its attention scores.
 
     Attributes:
-        scaling: of queries times keys; None: 1 / sqrt(head size).
-        window: how many keys back a query sees, itself included; None: all.
-        softcap: c of c * tanh(score / c); None: none.
+        scaling: factor of query-key products; None: 1 / sqrt(head size).
+        window: number of keys that a query sees, up to its own position; None: all.
+        softcap: c of c * tanh(score / c); None: no softcap.
     """
 
     scaling: float | None = None
@@ -29,7 +29,7 @@ class ScoreForm:
     softcap: float | None = None
 
     def scale(self, head_size: int) -> float:
-        """The scaling of heads of a size."""
+        """Return the scaling for a head size."""
         return head_size**-0.5 if self.scaling is None else self.scaling
 
 
@@ -40,9 +40,9 @@ class Segments:
     Attributes:
         start: (S,) int64, first token.
         length: (S,) int64.
-        prompt_start: (S,) int64, a response's prompt's first token; of a prompt: its own.
+        prompt_start: (S,) int64, first token of a response's prompt; of a prompt: its own.
         prompt_length: (S,) int64; of a prompt: 0.
-        number: (S,) int64: 0 a prompt, 1.. the responses of the prompt before them.
+        number: (S,) int64, 0 for a prompt, 1.. for its responses, which follow it.
     """
 
     start: Tensor
@@ -53,16 +53,16 @@ class Segments:
 
     @property
     def num_tokens(self) -> int:
-        """T."""
+        """T: tokens of the row."""
         return int(self.start[-1] + self.length[-1])
 
     def of_tokens(self, values: Tensor) -> Tensor:
-        """A value (S,) of each segment for each of its tokens, (T,)."""
+        """Repeat a value of each segment (S,) for each of its tokens, (T,)."""
         return torch.repeat_interleave(values, self.length, output_size=self.num_tokens)
 
 
 def segments_of(layout: Layout) -> Segments:
-    """Reads the segments off a batch's layout, which covers its row without gaps."""
+    """Return the segments of a batch's layout, which covers its row without gaps."""
     rows = [(start, stop - start, start, 0, 0) for start, stop in layout.prompt_bounds]
     counts = [0] * len(rows)
     for (start, stop), group in zip(layout.response_bounds, layout.response_prompt, strict=True):

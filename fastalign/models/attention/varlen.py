@@ -1,7 +1,7 @@
 """Shared-prefix attention by one variable-length flash call: flash-attn's, or PyTorch's own.
 
-Every segment is a sequence of queries where it lies; its keys are its prompt's, gathered in front
-of its own. Both kernels align causality at the bottom right, which is what a response needs.
+Each segment is a sequence of queries, used in place; its keys are gathered: those of its prompt,
+then its own. Both kernels align causality at the bottom right, as a response needs it.
 
 Legend: T packed tokens, S segments, M gathered keys, H heads, d head size.
 """
@@ -19,13 +19,13 @@ from fastalign.models.attention.segments import ScoreForm, Segments
 
 
 class Bounds(NamedTuple):
-    """Where sequences begin and end in packed queries and keys, as flash kernels take them.
+    """Bounds of the sequences in packed queries and keys, as flash kernels take them.
 
     Attributes:
         queries: (S + 1,) int32.
         keys: (S + 1,) int32.
-        max_queries: of the longest sequence.
-        max_keys: of the longest sequence.
+        max_queries: queries of the longest sequence.
+        max_keys: keys of the sequence with most keys.
     """
 
     queries: Tensor
@@ -42,7 +42,7 @@ VarlenKernel = Callable[[Tensor, Tensor, Tensor, Bounds, ScoreForm], Tensor]
 def flash_attn_kernel(
     query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, form: ScoreForm
 ) -> Tensor:
-    """The flash-attn package; its deterministic backward, so that a resumed run keeps its bits."""
+    """Call the flash-attn package; its deterministic backward keeps resumed runs bitwise equal."""
     from flash_attn import flash_attn_varlen_func
 
     output: Tensor = flash_attn_varlen_func(
@@ -65,7 +65,7 @@ def flash_attn_kernel(
 def torch_kernel(
     query: Tensor, key: Tensor, value: Tensor, bounds: Bounds, form: ScoreForm
 ) -> Tensor:
-    """`torch.nn.attention.varlen`; it has no softcap, and is not chosen where there is one."""
+    """Call `torch.nn.attention.varlen`, which has no softcap."""
     from torch.nn.attention.varlen import varlen_attn
 
     assert form.softcap is None
@@ -89,8 +89,8 @@ class Varlen:
     """The bounds and gathered keys of one batch.
 
     Args:
-        segments: of the batch's row.
-        device: where attention runs.
+        segments: segments of the batch's row.
+        device: device of the attention.
     """
 
     def __init__(self, segments: Segments, device: torch.device) -> None:
@@ -115,5 +115,5 @@ class Varlen:
         value: Tensor,  # (T, H_kv, d)
         form: ScoreForm,
     ) -> Tensor:  # (T, H, d)
-        """Attention of a packed row, in one call."""
+        """Compute the attention of the packed row in one call."""
         return kernel(query, self.keys(key), self.keys(value), self.bounds, form)

@@ -19,9 +19,13 @@ from torch import Tensor
 
 from fastalign.compute import Compute
 from fastalign.data import Tokenizer, check_same_vocabulary
-from fastalign.models import adapter_off, find_offload, offload_layers
-from fastalign.models.fingerprint import model_fingerprint
-from fastalign.models.logprobs import sequence_logprobs
+from fastalign.models import (
+    adapter_off,
+    find_offload,
+    model_fingerprint,
+    offload_layers,
+    sequence_logprobs,
+)
 from fastalign.runs.accumulate import Examples
 from fastalign.runs.checkpoint.files import write_bytes_atomically
 from fastalign.runs.load_models import load_model, share

@@ -10,8 +10,7 @@ from torch import Tensor
 from fastalign.batch.packed import Group
 from fastalign.compute import Compute
 from fastalign.data import Tokenizer, check_same_vocabulary
-from fastalign.models import adapter_off, has_adapter
-from fastalign.models.logprobs import sequence_logprobs
+from fastalign.models import adapter_off, has_adapter, sequence_logprobs
 from fastalign.ranks.parallel import is_sharded
 from fastalign.runs.checkpoint.tensors import trainable_parameters
 from fastalign.runs.load_models import load_model, share

@@ -11,7 +11,7 @@ from contextlib import closing
 
 import torch
 
-from fastalign.models.fingerprint import fingerprint_or_none
+from fastalign.models import fingerprint_or_none
 from fastalign.runs.accumulate import Total, add_sums, measure_examples
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastalign.batch.schedule import indices_of_step
 from fastalign.losses import importance_weight
-from fastalign.models.fingerprint import fingerprint_or_none
+from fastalign.models import fingerprint_or_none
 from fastalign.runs.accumulate import measure_examples
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics

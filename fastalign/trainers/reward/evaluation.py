@@ -21,8 +21,7 @@ from fastalign.evaluation import (
     summary,
     with_tie_rate,
 )
-from fastalign.models import response_reward, set_reward_scale
-from fastalign.models.logprobs import response_values
+from fastalign.models import response_reward, response_values, set_reward_scale
 from fastalign.ranks.parallel import enter
 from fastalign.runs.checkpoint.files import write_text_atomically
 from fastalign.trainers.reward.losses import RewardLoss

@@ -1,0 +1,74 @@
+"""Compilation and offloading of a model, one decoder layer at a time."""
+
+import os
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from fastalign.ranks.parallel import decoder_layers
+
+
+def compile_layers(model: Any, *, backend: str = "inductor") -> None:
+    """Compile each decoder layer in place, so that layers of one kind compile once.
+
+    Parameters keep their names. The number of tokens is symbolic, so batches of different sizes
+    run one program. Shared-prefix attention stays outside of the program; embeddings, the final
+    norm and the head are not compiled.
+
+    Args:
+        model: a causal model from `load_policy`.
+        backend: backend of torch.compile.
+
+    Raises:
+        ValueError: if the model has no layers that transformers marks as such, or there is no C++
+            compiler for a model on a CPU.
+    """
+    layers = decoder_layers(model, "train.compile")
+    compiler = os.environ.get("CXX", "g++")
+    if backend == "inductor" and model.device.type == "cpu" and shutil.which(compiler) is None:
+        raise ValueError(
+            f"train.compile: on a CPU it needs a C++ compiler; {compiler} is not there"
+        )
+    for layer in layers:
+        layer.compile(dynamic=True, backend=backend)
+
+
+def find_offload() -> Callable[..., Any]:
+    """Return Accelerate's `cpu_offload`.
+
+    Raises:
+        ValueError: if accelerate is not installed.
+    """
+    try:
+        from accelerate import cpu_offload
+    except ImportError as error:
+        raise ValueError(
+            "reference.offload needs accelerate: pip install 'fastalign[offload]'"
+        ) from error
+    offload: Callable[..., Any] = cpu_offload
+    return offload
+
+
+def offload_layers(model: Any, device: torch.device) -> None:
+    """Make a model in host memory compute on `device`, with one layer's weights there at a time.
+
+    The head's weight stays on the device, since log-probs are computed from it outside of any
+    layer. For inference only; whatever needs all weights at once (a fingerprint, saving) has to
+    come before.
+
+    Args:
+        model: a causal model from `load_policy`, on the CPU.
+        device: the device to compute on.
+
+    Raises:
+        ValueError: if accelerate is not installed.
+    """
+    offload = find_offload()
+    if device.type == "cuda":  # pinned memory is copied several times as fast
+        for parameter in model.parameters():
+            parameter.data = parameter.data.pin_memory()
+    layers = sorted(model._no_split_modules or [])
+    offload(model.base_model, device, preload_module_classes=layers)
+    model.get_output_embeddings().to(device)
