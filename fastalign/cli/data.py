@@ -110,7 +110,7 @@ def measure(
     longest = max(len(response) for response in row.group.response_ids)
     if max_length is not None and len(row.group.prompt_ids) + longest > max_length:
         return True
-    report.num_seams += row.crosses_seam
+    report.num_crossing += row.crosses_boundary
     report.add_lengths(row.group)
     return False
 

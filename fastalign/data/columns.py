@@ -1,4 +1,4 @@
-"""The columns that rows may have, and which are asked for when one is missing.
+"""The known columns of rows, and the message when one is missing.
 
 The names are TRL's; `response_a`, `response_b`, `label` (`a`, `b` or `tie`) and `votes` are ours.
 """
@@ -41,10 +41,10 @@ _OTHER_NAMES = {
 
 
 def kind_of(row: Row) -> Kind:
-    """What a row's columns make it: `preference` before `sft` before `prompt`.
+    """Return the kind of a row by its columns: `preference` before `sft` before `prompt`.
 
     Raises:
-        DataFault: no known set of columns.
+        DataFault: if its columns are those of no kind.
     """
     names = row.values
     if any(name in names for name in ("chosen", "rejected", "response_a", "response_b")):
@@ -59,12 +59,12 @@ def kind_of(row: Row) -> Kind:
 
 
 def present(row: Row, names: tuple[str, ...]) -> list[str]:
-    """Those of the columns that are there and not null."""
+    """Return those of the columns that exist and are not null."""
     return [name for name in names if row.values.get(name) is not None]
 
 
 def missing(row: Row, kind: str, names: tuple[str, ...]) -> DataFault:
-    """The fault of a row without a column that its kind needs."""
+    """Return the fault of a row without a column that its kind needs."""
     for name in names:
         if name in row.values and row.values[name] is None:
             return DataFault(row.where, "expected text or a list of messages, got null", name)
@@ -74,7 +74,7 @@ def missing(row: Row, kind: str, names: tuple[str, ...]) -> DataFault:
 
 
 def _rename(names: Mapping[str, object]) -> str:
-    """A suggestion when a column is there under another spelling."""
+    """Suggest a name if a column exists under another spelling."""
     for name in names:
         plain = name.strip().lower()
         meant = plain if plain in COLUMNS else _OTHER_NAMES.get(plain)

@@ -1,4 +1,4 @@
-"""Messages `{role, content}`: read from a row, and checked for an order that can be learned."""
+"""Conversations of messages `{role, content}`: reading them from rows and checking their order."""
 
 import re
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from typing import Any
 from fastalign.data.readers.row import DataFault, Row, show, show_names
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-# Which roles may follow which; None stands for the beginning.
+# Roles that may follow each role; None is the beginning.
 _NEXT: dict[str | None, tuple[str, ...]] = {
     None: ("system", "developer", "user"),
     "system": ("user",),
@@ -17,7 +17,7 @@ _NEXT: dict[str | None, tuple[str, ...]] = {
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
-# Parts of a message that would be lost if they were passed over.
+# Parts of a message that are not supported, and would be lost if ignored.
 _UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinking", "images")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PRINTED_LIST = re.compile(r"\s*\[\s*\{.*['\"]role['\"]\s*:.*\}\s*\]\s*", re.DOTALL)
@@ -32,17 +32,17 @@ class Message:
 
 
 def content_as_json(content: str | Sequence[Message]) -> Any:
-    """Plain text as it is; a conversation as a list of {role, content}."""
+    """Return plain text unchanged, and a conversation as a list of {role, content}."""
     if isinstance(content, str):
         return content
     return [{"role": turn.role, "content": turn.content} for turn in content]
 
 
 def check_text(where: str, column: str, value: object, name: str = "") -> str:
-    """The value as text that can be learned from.
+    """Check that a value is text that can be trained on, and return it.
 
     Raises:
-        DataFault: not text, blank, NUL characters, or half a surrogate pair.
+        DataFault: if it is not text, is blank, or has NUL characters or half a surrogate pair.
     """
     if not isinstance(value, str):
         raise DataFault(where, f"{name}expected text, got {show(value)}", column)
@@ -65,10 +65,10 @@ def check_text(where: str, column: str, value: object, name: str = "") -> str:
 
 
 def content(row: Row, column: str) -> str | tuple[Message, ...]:
-    """A column that holds plain text or a list of messages.
+    """Return a column's plain text or messages.
 
     Raises:
-        DataFault: neither, or a list of messages printed as text.
+        DataFault: if it is neither, or a list of messages printed as text.
     """
     value = row.values.get(column)
     if isinstance(value, list):
@@ -85,10 +85,10 @@ def content(row: Row, column: str) -> str | tuple[Message, ...]:
 
 
 def messages(row: Row, column: str) -> tuple[Message, ...]:
-    """A column that holds a list of messages; the order is checked by `check_order`.
+    """Return a column's messages; `check_order` checks their order.
 
     Raises:
-        DataFault: not a list, an empty one, or a faulty message, which is named by its number.
+        DataFault: if it is not a list, is empty, or has a faulty message, given by its number.
     """
     value = row.values.get(column)
     if not isinstance(value, list):
@@ -130,10 +130,10 @@ def check_order(
     before: Sequence[Message] = (),
     last: tuple[str, ...] = ("assistant",),
 ) -> None:
-    """Checks that each turn may follow the one before it, and that the last has a role of `last`.
+    """Check that each turn may follow the previous one, and that the last has a role of `last`.
 
     Raises:
-        DataFault: naming the message by its number within the column.
+        DataFault: if not; gives the message by its number within the column.
     """
     previous = before[-1].role if before else None
     for index, message in enumerate(turns, start=1):

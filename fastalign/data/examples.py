@@ -1,4 +1,4 @@
-"""Rows to checked examples: what their columns must hold."""
+"""Rows to checked examples: the required values of their columns."""
 
 import math
 import os
@@ -17,9 +17,9 @@ _VOTE_SIDES = ("a", "b", "tie")
 
 @dataclass(frozen=True)
 class SFTExample:
-    """A demonstration. `prompt` is None for `text` and `messages` rows, whose whole is completion.
+    """A demonstration; for `text` and `messages` rows `prompt` is None, and all is completion.
 
-    Of a conversation every assistant turn of `completion` is learned, and nothing else.
+    In a conversation every assistant turn of `completion` is trained on, and nothing else.
     """
 
     prompt: Content | None
@@ -37,20 +37,20 @@ class Votes:
     tie: float
 
     def swapped(self) -> "Votes":
-        """The same votes after the two responses changed places."""
+        """Return the votes with the two responses swapped."""
         return Votes(self.b, self.a, self.tie)
 
     def shares(self) -> tuple[float, float, float]:
-        """Of all votes: for the first response, for the second, for a tie."""
+        """Return the shares of the votes for the first response, the second, and a tie."""
         total = self.a + self.b + self.tie
         return self.a / total, self.b / total, self.tie / total
 
 
 @dataclass(frozen=True)
 class PreferenceExample:
-    """A comparison. Of a tie, `chosen` is response a and `rejected` is response b.
+    """A comparison; in a tie, `chosen` is response a and `rejected` is response b.
 
-    `votes.a` are those for `chosen`, whichever response that was in the file.
+    `votes.a` counts the votes for `chosen`, whichever response it was in the file.
     """
 
     prompt: Content
@@ -65,7 +65,7 @@ class PreferenceExample:
 
 @dataclass(frozen=True)
 class PromptExample:
-    """A prompt to be answered."""
+    """A prompt to answer."""
 
     prompt: Content
     source: str
@@ -76,10 +76,10 @@ Example = SFTExample | PreferenceExample | PromptExample
 
 
 def parse(row: Row, kind: Kind) -> Example:
-    """The checked example of a row.
+    """Check a row and return its example.
 
     Raises:
-        DataFault: a column that is missing, null, of the wrong type, empty, contradictory.
+        DataFault: if a column is missing, null, of the wrong type, empty or contradictory.
     """
     for name in UNSUPPORTED:
         if row.values.get(name):
@@ -141,7 +141,7 @@ def _preference(row: Row) -> PreferenceExample:
     prompt, first, second, explicit = _with_prompt(row, names, first, second)
     _check_pair(row, prompt, {names[0]: first, names[1]: second})
     label = _label(row, compared=bool(compared))
-    # Of chosen and rejected nobody can say which was a: such a row's votes are not looked at.
+    # Votes name responses a and b, and a row with chosen and rejected does not say which is which.
     votes = votes_of(row) if compared else None
     if label == "b":
         first, second = second, first
@@ -154,7 +154,7 @@ def _preference(row: Row) -> PreferenceExample:
 def _with_prompt(
     row: Row, names: tuple[str, str], first: Content, second: Content
 ) -> tuple[Content, Content, Content, bool]:
-    """`(prompt, first, second, explicit)`; an implicit prompt is what both sides begin with."""
+    """Return `(prompt, first, second, explicit)`; an implicit prompt is the common beginning."""
     explicit = "prompt" in row.values
     if explicit:
         prompt = content(row, "prompt")
@@ -177,7 +177,7 @@ def _asks(side: Content, question: str) -> bool:
 
 
 def _check_pair(row: Row, prompt: Content, responses: Mapping[str, Content]) -> None:
-    """Prompt and responses are all plain text, or all conversations in a proper order."""
+    """Check that prompt and responses are all plain text, or all conversations in a valid order."""
     for column, response in responses.items():
         if isinstance(prompt, str) != isinstance(response, str):
             problem = f"the prompt is {_style(prompt)} but this is {_style(response)}"
@@ -225,13 +225,13 @@ def _style(value: Content) -> str:
 
 
 def split_text(where: str, column: str, first: str, second: str) -> tuple[str, str, str]:
-    r"""`(prompt, first response, second response)` of two texts with a common beginning.
+    r"""Return `(prompt, first response, second response)` of two texts with a common beginning.
 
-    The cut is after the last common `\n\nAssistant:`, else before the word in which the texts
-    part, so that both responses start at the same whole word.
+    The cut is after the last common `\n\nAssistant:`, else before the first word that differs, so
+    that both responses start with a whole word.
 
     Raises:
-        DataFault: there is no common beginning, or nothing follows it on one side.
+        DataFault: if there is no common beginning, or nothing follows it on one side.
     """
     common = os.path.commonprefix([first, second])  # noqa: RUF071 (characters are meant)
     mark = common.rfind(_REPLY_MARK)
@@ -250,10 +250,10 @@ def split_text(where: str, column: str, first: str, second: str) -> tuple[str, s
 def split_messages(
     where: str, column: str, first: tuple[Message, ...], second: tuple[Message, ...]
 ) -> tuple[tuple[Message, ...], tuple[Message, ...], tuple[Message, ...]]:
-    """`(prompt, first response, second response)`: the prompt is all messages in common.
+    """Return `(prompt, first response, second response)`; the prompt is all common messages.
 
     Raises:
-        DataFault: there are none in common, or nothing follows them on one side.
+        DataFault: if no message is common, or nothing follows them on one side.
     """
     count = 0
     while count < min(len(first), len(second)) and first[count] == second[count]:
@@ -267,10 +267,11 @@ def split_messages(
 
 
 def votes_of(row: Row) -> Votes | None:
-    """The row's votes, or None where it has none; a missing `tie` counts 0.
+    """Return the row's votes, or None if it has none; a missing `tie` counts 0.
 
     Raises:
-        DataFault: no object of counts, a count below 0 or not finite, or no vote at all.
+        DataFault: if they are not an object of counts, a count is below 0 or not finite, or all
+            counts are 0.
     """
     value = row.values.get("votes")
     if value is None or (row.textual and value == ""):

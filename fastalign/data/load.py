@@ -1,4 +1,4 @@
-"""A source to token ids: every row is used, or refused or counted as the caller asked."""
+"""A source to token ids; rows that cannot be used raise an error or are counted, as asked."""
 
 import hashlib
 from collections.abc import Callable
@@ -31,12 +31,13 @@ class TokenizedDataset:
     """Rows as token ids; the lists are parallel.
 
     Attributes:
-        groups: one for each row: SFT one response, preferences chosen and rejected (a tie: a, b).
-        ties: whether the row is a tie.
-        margins: its margin, or None.
-        votes: its votes, those for the first response as `a`, or None.
-        sources: its place, `file.jsonl:12`.
-        report: what was read and left out.
+        groups: prompt and responses of each row: one response for SFT; for preferences chosen and
+            rejected, or in a tie a and b.
+        ties: True for each row that is a tie.
+        margins: each row's margin, or None.
+        votes: each row's votes, those for the first response as `a`, or None.
+        sources: each row's location, such as `file.jsonl:12`.
+        report: counts of the rows read and left out.
         fingerprint: SHA-256 of the groups, ties, margins and votes.
     """
 
@@ -60,8 +61,8 @@ class PromptDataset:
     Attributes:
         prompt_ids: the tokens that a sampler continues.
         prompts: plain text, or the messages.
-        sources: the row's place.
-        report: what was read and left out.
+        sources: each row's location.
+        report: counts of the rows read and left out.
     """
 
     prompt_ids: list[list[int]]
@@ -88,17 +89,17 @@ def load_sft(
     on_bad_row: OnBadRow = "error",
     on_too_long: OnTooLong = "error",
 ) -> TokenizedDataset:
-    """Demonstrations: `text`, `messages`, or `prompt` and `completion`.
+    """Load demonstrations: `text`, `messages`, or `prompt` and `completion`.
 
     Args:
         source: file, folder or hub name.
-        tokenizer: of the model to be trained.
-        max_length: most tokens of a prompt with its response.
+        tokenizer: tokenizer of the model to train.
+        max_length: upper limit of the tokens of a prompt with its response.
         on_bad_row: `error` raises the first bad row, `skip` counts them.
         on_too_long: `error`, `skip` (counted), or `truncate` the response (counted).
 
     Raises:
-        ValueError: a bad or too long row under `error`, or no row left.
+        ValueError: if a row is bad or too long under `error`, or no row is left.
     """
     encoder = Encoder(tokenizer)
 
@@ -118,18 +119,18 @@ def load_preferences(
     on_too_long: OnTooLong = "error",
     ties: Ties = "error",
 ) -> TokenizedDataset:
-    """Comparisons: `chosen` and `rejected`, or `response_a`, `response_b` and `label`.
+    """Load comparisons: `chosen` and `rejected`, or `response_a`, `response_b` and `label`.
 
     Args:
         source: file, folder or hub name.
-        tokenizer: of the model to be trained.
-        max_length: most tokens of the prompt with one response.
+        tokenizer: tokenizer of the model to train.
+        max_length: upper limit of the tokens of the prompt with one response.
         on_bad_row: `error` raises the first bad row, `skip` counts them.
         on_too_long: `error`, `skip` (counted), or `truncate` the responses (counted).
         ties: `keep` them, `drop` them (counted), or `error`.
 
     Raises:
-        ValueError: a bad or too long row or a tie under `error`, or no row left.
+        ValueError: if a row is bad, too long or a tie under `error`, or no row is left.
     """
     encoder = Encoder(tokenizer)
 
@@ -148,17 +149,17 @@ def load_prompts(
     on_bad_row: OnBadRow = "error",
     on_too_long: Literal["error", "skip"] = "error",
 ) -> PromptDataset:
-    """Prompts to be answered: a `prompt` column; other columns are not looked at.
+    """Load prompts to answer from the column `prompt`; other columns are ignored.
 
     Args:
         source: file, folder or hub name.
-        tokenizer: of the model that answers.
-        max_length: most tokens of a prompt.
+        tokenizer: tokenizer of the model that answers.
+        max_length: upper limit of the tokens of a prompt.
         on_bad_row: `error` raises the first bad row, `skip` counts them.
         on_too_long: `error` or `skip` (counted).
 
     Raises:
-        ValueError: a bad or too long row under `error`, or no row left.
+        ValueError: if a row is bad or too long under `error`, or no row is left.
     """
     encoder = Encoder(tokenizer)
     report = DataReport(str(source))
@@ -201,7 +202,7 @@ def _load(
         if tie and ties == "error":
             raise DataFault(
                 example.source,
-                "a tie, for which this loss has no place; drop ties (--data.ties drop) or take a "
+                "a tie, which this loss does not support; drop ties (--data.ties drop) or use a "
                 "loss with ties (--loss dpo_rao_kupper or dpo_davidson; for a reward model "
                 "rao_kupper or davidson)",
                 "label",
@@ -238,14 +239,14 @@ def _load(
 
 def _count(report: DataReport, example: Example, row: TokenisedRow, group: Group) -> None:
     report.forms[example.form] += 1
-    report.num_seams += row.crosses_seam
+    report.num_crossing += row.crosses_boundary
     report.add_lengths(group)
 
 
 def fit(
     group: Group, source: str, report: DataReport, max_length: int, on_too_long: OnTooLong
 ) -> Group | None:
-    """The group within `max_length`, or None where it is left out and counted."""
+    """Return the group within `max_length`, or None if it is left out, which is counted."""
     num_prompt = len(group.prompt_ids)
     longest = num_prompt + max(len(response) for response in group.response_ids)
     if longest <= max_length:
@@ -260,13 +261,13 @@ def fit(
         if learned and (len(cut) < 2 or cut[0] != cut[1]):
             report.num_truncated += 1
             return kept
-    # What nothing would be left of to learn from cannot be truncated.
+    # A row that would have nothing left to train on cannot be truncated.
     refuse_long(report, source, longest, max_length, "error" if on_too_long == "error" else "skip")
     return None
 
 
 def refuse(report: DataReport, fault: DataFault, on_bad_row: OnBadRow) -> None:
-    """Raises the fault, or counts it."""
+    """Raise the fault, or count it."""
     if on_bad_row == "error":
         raise fault
     report.faults.append(fault)
@@ -275,18 +276,18 @@ def refuse(report: DataReport, fault: DataFault, on_bad_row: OnBadRow) -> None:
 def refuse_long(
     report: DataReport, source: str, length: int, max_length: int, on_too_long: str
 ) -> None:
-    """Raises for a row over `max_length`, or counts it."""
+    """Raise an error for a row over `max_length`, or count it."""
     if on_too_long == "error":
         raise DataFault(
             source,
-            f"expected at most {max_length} tokens (data.max_length), got {length}; raise it, or "
-            "say what to do with such rows (--data.on-too-long)",
+            f"expected at most {max_length} tokens (data.max_length), got {length}; raise the "
+            "limit, or use --data.on-too-long skip or truncate",
         )
     report.num_too_long += 1
 
 
 def require_rows(report: DataReport) -> None:
-    """Raises when nothing is left of a source."""
+    """Check that a row is left of the source."""
     if report.num_used == 0:
         why = report.losses_line() or f"{report.source}: no rows"
         first = f"; the first fault: {report.faults[0]}" if report.faults else ""

@@ -19,13 +19,14 @@ _NO_TEXT = {"label", "votes", "margin"}
 def read_examples(
     source: str | Path, kind: Kind | None, report: DataReport, *, on_bad_row: OnBadRow
 ) -> Iterator[Example]:
-    """Yields the checked examples of a source; `None` takes the first good row's kind.
+    """Yield the checked examples of a source; for a `kind` of None, that of the first good row.
 
-    Faulty rows go into the report; with `error` the first one is raised. All rows are plain text
-    or all are conversations: a mixture is two exports in one file, and trains half of it wrongly.
+    Faulty rows are added to the report; with `error` the first one is raised. All rows have to be
+    plain text, or all conversations: a mixture is two exports in one file, and would train half
+    of it wrongly.
 
     Raises:
-        DataFault: a bad row under `error`; or whatever `on_bad_row` says, a fault of a whole file.
+        DataFault: if a row is bad under `error`, or a whole file is, whatever `on_bad_row` is.
     """
     first: Example | None = None
     for row in read_rows(source, COLUMNS):
@@ -46,10 +47,10 @@ def read_examples(
 
 
 def check_style(first: Example, example: Example) -> None:
-    """Refuses a conversation among plain rows and plain text among conversations.
+    """Check that a row is plain text or a conversation as the first row is.
 
     Raises:
-        DataFault: the row differs from the first one.
+        DataFault: if it differs from the first row.
     """
     styles = [isinstance(content_of(row), str) for row in (first, example)]
     if styles[0] != styles[1]:
@@ -61,7 +62,7 @@ def check_style(first: Example, example: Example) -> None:
 
 
 def content_of(example: Example) -> Content:
-    """A part of the example that shows whether it is plain text or a conversation."""
+    """Return a part of the example that shows whether it is plain text or a conversation."""
     if isinstance(example, SFTExample):
         return example.completion
     return example.prompt
@@ -73,8 +74,8 @@ class Sample:
 
     Attributes:
         prompt: plain text, or the messages.
-        completion: may be empty: a model can end at once.
-        values: the row as it stands in the file.
+        completion: the answer; empty if the model ended at once.
+        values: the columns of the row in the file.
     """
 
     prompt: Content
@@ -83,10 +84,10 @@ class Sample:
 
 
 def read_samples(source: str | Path) -> list[Sample]:
-    """Every row, in the file's order.
+    """Read all rows, in the file's order.
 
     Raises:
-        DataFault: a row without a prompt or a completion.
+        DataFault: if a row has no prompt or no completion.
     """
     samples = []
     for row in read_rows(source, COLUMNS):
@@ -103,7 +104,7 @@ def read_samples(source: str | Path) -> list[Sample]:
 
 
 def load_samples(source: str | Path) -> list[tuple[Content, list[str]]]:
-    """Each prompt with its completions, in the order of their first row.
+    """Return each prompt with its completions, in the order of their first row.
 
     Raises:
         DataFault: as `read_samples`.
@@ -115,7 +116,7 @@ def load_samples(source: str | Path) -> list[tuple[Content, list[str]]]:
 
 
 def read_texts(source: str | Path) -> Iterator[str | DataFault]:
-    """Yields the text of every known column, the contents of messages among them, and faults."""
+    """Yield the text of every known column, contents of messages included, and faults."""
     for row in read_rows(source, COLUMNS):
         if isinstance(row, DataFault):
             yield row

@@ -1,4 +1,4 @@
-"""What became of a source's rows: every row is used, or counted with the reason."""
+"""Report on a source's rows: each is used, or counted with the reason why not."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,20 +13,20 @@ class DataReport:
     """Counts of one source.
 
     Attributes:
-        source: as the caller wrote it.
+        source: the source as the caller gave it.
         num_rows: rows read, good and bad.
         num_used: rows that became examples.
         faults: bad rows, in the order of the file.
-        forms: used rows by their columns.
+        forms: number of used rows for each set of columns.
         num_ties: used rows that are ties.
-        num_ties_dropped: ties left out because it was asked for.
-        num_too_long: rows left out for their length.
-        num_truncated: rows whose responses were cut, as asked.
-        num_seams: rows in which a token would have crossed from the prompt into a response.
-        num_duplicates: used rows whose tokens an earlier row has too.
+        num_ties_dropped: ties left out on request.
+        num_too_long: rows left out because of their length.
+        num_truncated: rows whose responses were truncated on request.
+        num_crossing: rows in which a token would have crossed from the prompt into a response.
+        num_duplicates: used rows with the same tokens as an earlier row.
         prompt_lengths: length of each used row's prompt.
         response_lengths: length of each used response.
-        unit: what lengths count: tokens, or characters where there is no tokenizer.
+        unit: unit of the lengths: tokens, or characters without a tokenizer.
     """
 
     source: str
@@ -38,19 +38,19 @@ class DataReport:
     num_ties_dropped: int = 0
     num_too_long: int = 0
     num_truncated: int = 0
-    num_seams: int = 0
+    num_crossing: int = 0
     num_duplicates: int = 0
     prompt_lengths: list[int] = field(default_factory=list)
     response_lengths: list[int] = field(default_factory=list)
     unit: str = "tokens"
 
     def add_lengths(self, group: Group) -> None:
-        """Notes the lengths of a used row."""
+        """Record the lengths of a used row."""
         self.prompt_lengths.append(len(group.prompt_ids))
         self.response_lengths += [len(response) for response in group.response_ids]
 
     def lines(self) -> list[str]:
-        """The report for people, without the faults themselves."""
+        """Return the report as lines of text, without the faults themselves."""
         lines = [f"{self.source}: {self.num_used} of {self.num_rows} rows can be used"]
         lines += [f"  {count} x {form}" for form, count in self.forms.most_common()]
         counts = {
@@ -59,7 +59,7 @@ class DataReport:
             "ties dropped": self.num_ties_dropped,
             "rows left out as too long": self.num_too_long,
             "rows truncated": self.num_truncated,
-            "rows with a token across the seam of prompt and response": self.num_seams,
+            "rows with a token across the boundary of prompt and response": self.num_crossing,
             "rows whose tokens are those of an earlier row": self.num_duplicates,
         }
         lines += [f"  {count} {name}" for name, count in counts.items() if count]
@@ -74,7 +74,7 @@ class DataReport:
         return lines
 
     def losses_line(self) -> str | None:
-        """One line with everything that was left out or cut, or None: for a run's log."""
+        """Return a log line about rows left out or truncated; None if there are none."""
         counts = {
             "bad": len(self.faults),
             "ties dropped": self.num_ties_dropped,
@@ -88,7 +88,7 @@ class DataReport:
 
 
 def length_summary(lengths: Sequence[int]) -> str:
-    """Quantiles in words, or an empty string for none."""
+    """Return quantiles as text; an empty string for no lengths."""
     if not lengths:
         return ""
     ordered = sorted(lengths)

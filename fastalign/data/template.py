@@ -1,9 +1,10 @@
-"""Conversations to text through a chat template, cut at the seams between prompt and response.
+"""Conversations to text through a chat template, split into prompt and response.
 
 The prompt is what the template renders for generation, so that training continues exactly what a
-sampler is given. A template whose generation prompt is not how it renders an answered conversation
-(one that adds a `<think>` tag which finished answers lack) is cut where the answer's content
-starts. Either way the cut does not depend on the answer: both sides of a pair share one prompt.
+sampler is given. Some templates render an answered conversation with another beginning than the
+generation prompt (they add a `<think>` tag that finished answers lack): those are split where the
+answer's content starts. Either way the split does not depend on the answer, and both sides of a
+pair share one prompt.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,26 +12,26 @@ from collections.abc import Callable, Sequence
 from fastalign.data.conversation import Message
 
 Template = Callable[[Sequence[Message], bool], str]
-Piece = tuple[str, bool]  # text, and whether the loss looks at it
+Piece = tuple[str, bool]  # text, and True if it is trained on
 
 
 class TemplateError(ValueError):
-    """A conversation that the chat template refuses or does not render in order."""
+    """Error for a conversation that the chat template refuses or does not render in order."""
 
 
 def render_responses(
     template: Template, prompt: tuple[Message, ...], responses: Sequence[tuple[Message, ...]]
 ) -> tuple[str, list[list[Piece]]]:
-    """The prompt's text, and for each response its pieces: assistant turns are learned.
+    """Return the prompt's text, and the pieces of each response; assistant turns are trained on.
 
     Args:
         template: `(messages, add_generation_prompt) -> text`.
-        prompt: the messages before the first assistant turn to learn.
-        responses: each starts with an assistant turn and ends with one.
+        prompt: the messages before the first assistant turn to train on.
+        responses: responses that start and end with an assistant turn.
 
     Raises:
-        TemplateError: the template refuses the messages, or rewrites earlier turns beyond
-            recognition.
+        TemplateError: if the template refuses the messages, or rewrites earlier turns so that they
+            cannot be found.
     """
     head = template(prompt, True)
     texts = [template((*prompt, *response), False) for response in responses]
@@ -46,12 +47,12 @@ def render_responses(
 
 
 def _mark(index: int) -> str:
-    """A content that no template changes: private-use characters around a number."""
+    """Return a content that no template changes: private-use characters around a number."""
     return f"\ue000{index}\ue001"
 
 
 def _head_of_answers(template: Template, prompt: tuple[Message, ...]) -> str:
-    """What an answered conversation has before the answer's content."""
+    """Return the text of an answered conversation before the answer's content."""
     text = template((*prompt, Message("assistant", _mark(0))), False)
     before, found, _ = text.rpartition(_mark(0))
     if not found:
@@ -66,7 +67,7 @@ def _learned_spans(
     text: str,
     start: int,
 ) -> list[tuple[int, int]]:
-    """Character spans of the assistant's turns in `text`, each with its end-of-turn marks."""
+    """Return the character spans of the assistant's turns in `text`, end-of-turn marks included."""
     if len(response) == 1:
         return [(start, len(text))]
     spans = []
@@ -78,16 +79,16 @@ def _learned_spans(
         whole = template((*turns, message), False)
         if not text.startswith(head) or not text.startswith(whole):
             # Templates that drop the reasoning of earlier turns render a shorter conversation
-            # differently; cut those by their skeleton.
-            return _spans_by_skeleton(template, (*prompt, *response), len(prompt), text, start)
+            # differently, so the spans come from a rendering with marks as contents.
+            return _spans_by_marks(template, (*prompt, *response), len(prompt), text, start)
         spans.append((len(head), len(whole)))
     return spans
 
 
-def _spans_by_skeleton(
+def _spans_by_marks(
     template: Template, turns: tuple[Message, ...], num_prompt: int, text: str, start: int
 ) -> list[tuple[int, int]]:
-    """The same spans from a rendering whose contents are marks, checked against `text`."""
+    """Return the same spans from a rendering with marks as contents, checked against `text`."""
     marked = tuple(Message(turn.role, _mark(index)) for index, turn in enumerate(turns))
     literals = _literals(template(marked, False), range(len(turns)))
     for contents in ([turn.content for turn in turns], [turn.content.strip() for turn in turns]):
@@ -115,7 +116,7 @@ def _spans_by_skeleton(
 
 
 def _literals(text: str, indices: range) -> list[str]:
-    """What a rendering of marked messages has before, between and after the marks."""
+    """Return the text of a rendering before, between and after the marks."""
     literals = []
     for index in indices:
         before, found, text = text.partition(_mark(index))

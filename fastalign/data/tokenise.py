@@ -1,15 +1,15 @@
-"""Checked examples to token ids: one BOS, a clean seam after the prompt, an EOS that is learned.
+"""Checked examples to token ids: one BOS, a clean prompt boundary, and a trained EOS.
 
 The rules, which are the same for training, sampling and evaluation:
 
-- The prompt is tokenised by itself, as a sampler will be given it, and is the same for every
-  response to it. A response's tokens are what the whole text has behind the prompt's tokens; where
-  a token would cross the seam, the response is tokenised by itself, and the row is counted.
+- The prompt is tokenised alone, as for a sampler, and is the same for all its responses. A
+  response's tokens are those of the whole text after the prompt's tokens; if a token would cross
+  the boundary, the response is tokenised alone, and the row is counted.
 - Exactly one BOS, if the tokenizer adds one: a text or a chat template that already begins with it
   gets no second one.
-- A plain response ends in EOS, added where it is missing. A conversation ends as its template
-  says; only if that leaves no end-of-turn token, EOS is added. White space behind it is left out.
-- What is learned follows from lengths alone; no id is ever compared with the pad token.
+- A plain response ends in EOS, added if it is missing. A conversation ends as its template renders
+  it; EOS is added only if that has no end-of-turn token. White space after it is left out.
+- Loss masks follow from lengths alone; no id is ever compared with the pad token.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ from fastalign.data.readers.row import DataFault
 from fastalign.data.template import Piece, Template, TemplateError, render_responses
 from fastalign.data.tokenizer import Tokenizer, chat_template, eos_token_ids
 
-# A text that ordinary tokens follow unchanged: shows how a continuation is tokenised.
+# A prefix after which tokens are those of a continuation.
 _BEFORE = "\n"
 
 
@@ -32,21 +32,21 @@ class TokenisedRow:
 
     Attributes:
         group: prompt and responses.
-        crosses_seam: a token would have crossed from the prompt into a response.
+        crosses_boundary: True if a token would have crossed from the prompt into a response.
     """
 
     group: Group
-    crosses_seam: bool
+    crosses_boundary: bool
 
 
 class Encoder:
-    """Turns examples into token ids under the rules of this module.
+    """The tokenisation of examples by the rules of this module.
 
     Args:
-        tokenizer: of the model to be trained.
+        tokenizer: tokenizer of the model to train.
 
     Raises:
-        ValueError: the tokenizer has no EOS.
+        ValueError: if the tokenizer has no EOS.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -69,20 +69,20 @@ class Encoder:
         self._stops = special | set(eos_token_ids(tokenizer, tokenizer.name_or_path))
 
     def ids(self, text: str) -> list[int]:
-        """The text's own tokens; none are added."""
+        """Return the tokens of a text, without special tokens added."""
         ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
     def continuation_ids(self, text: str) -> list[int]:
-        """The tokens of a text in the middle: without the space some tokenizers put in front."""
+        """Return the tokens of a continuation, without the space that some tokenizers prepend."""
         before, whole = self.ids(_BEFORE), self.ids(_BEFORE + text)
         return whole[len(before) :] if whole[: len(before)] == before else self.ids(text)
 
     def prompt(self, example: PromptExample) -> list[int]:
-        """The token ids that a sampler continues.
+        """Return the token ids that a sampler continues.
 
         Raises:
-            DataFault: the template refuses the row, or there is no token.
+            DataFault: if the template refuses the row, or there is no token.
         """
         if isinstance(example.prompt, str):
             return self._prompt_ids(example.source, example.prompt)
@@ -93,10 +93,10 @@ class Encoder:
         return self._prompt_ids(example.source, text)
 
     def sft(self, example: SFTExample) -> TokenisedRow:
-        """A demonstration as a group of one response.
+        """Return a demonstration as a group of one response.
 
         Raises:
-            DataFault: the template refuses the row, or a side has no token.
+            DataFault: if the template refuses the row, or a side has no token.
         """
         prompt, completion = example.prompt, example.completion
         if isinstance(completion, str):
@@ -109,10 +109,11 @@ class Encoder:
         return self._conversation(example.source, prompt, [completion])
 
     def preference(self, example: PreferenceExample) -> TokenisedRow:
-        """A comparison as a group of two responses, the chosen one (or response a) first.
+        """Return a comparison as a group of two responses, the chosen one (or response a) first.
 
         Raises:
-            DataFault: the template refuses the row, a side has no token, or both have the same.
+            DataFault: if the template refuses the row, or a side has no token, or both sides have
+                the same tokens.
         """
         sides: list[Content] = [example.chosen, example.rejected]
         if isinstance(example.prompt, str):
@@ -125,10 +126,10 @@ class Encoder:
         return row
 
     def answers(self, source: str, prompt: Content, completions: Sequence[str]) -> Group:
-        """A prompt with its sampled answers, each with the end that a response has in training.
+        """Return a prompt with its sampled answers, each ended as a response is in training.
 
         Raises:
-            DataFault: the template refuses the prompt, or a side has no token.
+            DataFault: if the template refuses the prompt, or a side has no token.
         """
         if not prompt:
             raise DataFault(source, "expected a prompt, got an empty one", "prompt")
@@ -152,7 +153,7 @@ class Encoder:
         return ids
 
     def _after(self, head_text: str, head: list[int], text: str) -> tuple[list[int], bool]:
-        """The tokens of `text` behind `head_text`, and whether one would cross the seam."""
+        """Return the tokens of `text` after `head_text`; True if one would cross the boundary."""
         whole = self.ids(head_text + text)
         if whole[: len(head)] == head:
             return whole[len(head) :], False
@@ -168,7 +169,7 @@ class Encoder:
             ids.append(response)
             crossings.append(crosses)
         if not prompt:
-            # A text has no prompt: BOS predicts its first token, or the first token is a given.
+            # BOS is the prompt of a text; if the tokenizer adds none, the first token is.
             whole = self._with_bos(ids[0])
             if len(whole) < 2:
                 raise DataFault(source, "the text has a single token, and none to predict it from")
@@ -208,7 +209,7 @@ class Encoder:
         last_learned = max(i for i, used in enumerate(mask) if used) if any(mask) else -1
         if last_stop >= 0 and not self._tokenizer.decode(tail).strip():
             return ids[: last_stop + 1], mask[: last_stop + 1], crosses
-        # No end-of-turn mark behind the last words: add EOS, or the model never learns to stop.
+        # Without an end-of-turn token the model would never learn to stop: add EOS.
         return (
             [*ids[: last_learned + 1], self.eos_token_id],
             [*mask[: last_learned + 1], True],

@@ -1,4 +1,4 @@
-"""Loading a tokenizer, and what of it the data needs."""
+"""Tokenizers: loading them, and comparing their vocabularies, end and pad tokens, and templates."""
 
 import json
 from collections.abc import Collection, Mapping, Sequence
@@ -25,35 +25,36 @@ class Tokenizer(Protocol):
     added_tokens_decoder: Mapping[int, Any]
 
     def __call__(self, text: Any, **options: Any) -> Any:
-        """Token ids of a text or of a list of texts."""
+        """Return the token ids of a text or of a list of texts."""
 
     def decode(self, token_ids: Any, **options: Any) -> str:
-        """The text of token ids."""
+        """Return the text of token ids."""
 
     def apply_chat_template(self, conversation: Any, **options: Any) -> Any:
-        """The text of a conversation."""
+        """Return the text of a conversation."""
 
     def save_pretrained(self, save_directory: Any, **options: Any) -> Any:
-        """Writes the tokenizer's files into a folder."""
+        """Write the tokenizer's files into a folder."""
 
     def get_vocab(self) -> dict[str, int]:
-        """Token to id."""
+        """Return the id of each token."""
 
     def add_special_tokens(self, special_tokens_dict: Any) -> int:
-        """Names special tokens; those that are new get the next ids."""
+        """Set special tokens; new ones get the next ids."""
 
     def __len__(self) -> int:
-        """Number of tokens, added ones included."""
+        """Return the number of tokens, added ones included."""
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
-    """The tokenizer of a model folder or hub name.
+    """Load the tokenizer of a model folder or hub name.
 
-    A missing pad token becomes EOS: nothing here ever reads a mask from token ids, so a model
-    still learns to stop.
+    A missing pad token becomes EOS: no mask is ever derived from token ids, so a model still learns
+    to stop.
 
     Raises:
-        ValueError: there is none at `path`, or its files are damaged.
+        ValueError: if there is none at `path`, or its files are damaged.
+        FileNotFoundError: if `path` is a folder that does not exist.
     """
     from transformers import AutoTokenizer
 
@@ -82,10 +83,10 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Toke
 
 
 def check_same_vocabulary(policy: Tokenizer, reference: Tokenizer) -> None:
-    """Refuses a reference whose tokens mean something else: its log-probs could not be compared.
+    """Check that a reference has the policy's vocabulary, so that log-probs can be compared.
 
     Raises:
-        ValueError: naming a token that differs.
+        ValueError: if not; names a token that differs.
     """
     ours, theirs = policy.get_vocab(), reference.get_vocab()
     if ours == theirs:
@@ -99,12 +100,12 @@ def check_same_vocabulary(policy: Tokenizer, reference: Tokenizer) -> None:
 
 
 def check_token_meanings(policy: Tokenizer, other: Tokenizer, name: str) -> None:
-    """Refuses a model that would read the policy's tokens as others; it may have more of them.
+    """Check that another model has all of the policy's tokens under the same ids; more are allowed.
 
-    A reward model whose pad token had to be told from its end token has one more.
+    A reward model with a pad token of its own (`use_distinct_pad`) has one more.
 
     Raises:
-        ValueError: naming the argument `name` and a token that differs.
+        ValueError: if not; names the argument `name` and a token that differs.
     """
     ours, theirs = policy.get_vocab(), other.get_vocab()
     different = [token for token, number in ours.items() if theirs.get(token) != number]
@@ -117,13 +118,13 @@ def check_token_meanings(policy: Tokenizer, other: Tokenizer, name: str) -> None
 
 
 def use_distinct_pad(tokenizer: Tokenizer, ends: Collection[int]) -> int:
-    """A pad token that no response ends with; the tokenizer is given one if its own is not.
+    """Give the tokenizer a pad token that no response ends with, unless it has one.
 
-    Who reads a response's end off the ids, as transformers' sequence classifiers do, would take
-    a last token that is the pad token for padding.
+    transformers' sequence classifiers find a response's end by ids: they would take a last token
+    that is the pad token for padding.
 
     Args:
-        tokenizer: its pad token is replaced where it is one of `ends`.
+        tokenizer: tokenizer whose pad token is replaced if it is one of `ends`.
         ends: tokens that a response can end with.
 
     Returns:
@@ -136,13 +137,13 @@ def use_distinct_pad(tokenizer: Tokenizer, ends: Collection[int]) -> int:
 
 
 def eos_token_ids(tokenizer: Tokenizer, path: str | Path | None = None) -> tuple[int, ...]:
-    """The token ids at which generation stops, sorted.
+    """Return the token ids at which generation stops, sorted.
 
-    They are the tokenizer's EOS and, when `path` is a model folder, whatever its
-    `generation_config.json` lists: an instruction model often stops at its end-of-turn mark too.
+    They are the tokenizer's EOS and, if `path` is a model folder, those that its
+    `generation_config.json` lists, such as an instruction model's end-of-turn token.
 
     Raises:
-        ValueError: there is no such token, or the file is damaged.
+        ValueError: if there is no such token, or the file is damaged.
     """
     found = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     file = None if path is None else Path(path).expanduser() / "generation_config.json"
@@ -158,11 +159,12 @@ def eos_token_ids(tokenizer: Tokenizer, path: str | Path | None = None) -> tuple
 
 
 def chat_template(tokenizer: Tokenizer) -> Template:
-    """The tokenizer's chat template as a function of messages.
+    """Return the tokenizer's chat template as a function of messages.
+
+    The function raises TemplateError if the template refuses a conversation.
 
     Raises:
-        ValueError: the tokenizer has none. The function raises TemplateError when the template
-            refuses a conversation.
+        ValueError: if the tokenizer has no template.
     """
     import jinja2
 

@@ -1,4 +1,4 @@
-"""One BOS, one EOS, a clean seam, and masks from lengths."""
+"""One BOS, one EOS, a clean prompt boundary, and masks from lengths."""
 
 import json
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ def test_the_prompt_is_what_a_sampler_is_given(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("prefix_space", [True, False])
-def test_a_token_never_crosses_the_seam_and_the_row_is_counted(
+def test_a_token_never_crosses_the_boundary_and_the_row_is_counted(
     tmp_path: Path, prefix_space: bool
 ) -> None:
     tokenizer = make_tokenizer(prefix_space=prefix_space)
@@ -73,7 +73,7 @@ def test_a_token_never_crosses_the_seam_and_the_row_is_counted(
     for response, text in zip(group.response_ids, ("ery life", "le"), strict=True):
         together = tokenizer.decode([*group.prompt_ids, *response], skip_special_tokens=True)
         assert together.strip() == "The batt" + text
-    assert data.report.num_seams == 1
+    assert data.report.num_crossing == 1
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])

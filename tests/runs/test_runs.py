@@ -131,7 +131,7 @@ def test_ties_are_used_by_the_losses_that_have_a_place_for_them(folder: Path) ->
         for label in ("a", "tie", "b", "tie")
     ]
     write_rows(folder / "pairs.jsonl", rows)
-    with pytest.raises(ValueError, match="a tie, for which this loss has no place"):
+    with pytest.raises(ValueError, match="a tie, which this loss does not support"):
         train_dpo(dpo_config(folder, "refused"))
     for name in ("dpo_rao_kupper", "dpo_davidson"):
         train_dpo(replace(dpo_config(folder, name, max_steps=1), loss=LOSSES[name]()))

@@ -1,4 +1,4 @@
-"""Data files: which ones a source names, and their bytes, with damage named before any parsing."""
+"""Data files: the files of a source, and their bytes, checked for damage before any parsing."""
 
 import gzip
 import os
@@ -37,7 +37,7 @@ _FOREIGN = (
 
 
 def data_format(path: Path) -> tuple[str, bool] | None:
-    """`(format, gzipped)` by the file's name, or None when the name is of no data file."""
+    """Return `(format, gzipped)` by the file's name; None if it is not that of a data file."""
     name = path.name.lower()
     gzipped = name.endswith(".gz")
     suffix = Path(name.removesuffix(".gz")).suffix.removeprefix(".")
@@ -47,13 +47,14 @@ def data_format(path: Path) -> tuple[str, bool] | None:
 
 
 def find_files(source: Path) -> list[Path]:
-    """The data files that a path names: itself, or all data files of a folder, sorted by name.
+    """Return the file of a path, or all data files of a folder, sorted by name.
 
-    Links to folders are not followed, so a link loop cannot be walked; hidden files are left out.
+    Links to folders are not followed, since they can form loops; hidden files are left out.
 
     Raises:
-        DataFault: no data file, an unknown suffix, several splits in one folder, not a file.
-        FileNotFoundError: there is no such path.
+        DataFault: if there is no data file, the suffix is unknown, a folder holds several splits,
+            or the path is neither file nor folder.
+        FileNotFoundError: if there is no such path.
     """
     try:
         mode = source.stat().st_mode
@@ -96,7 +97,7 @@ def _files_of_folder(folder: Path) -> list[Path]:
 
 
 def refuse_foreign(where: str, head: bytes) -> None:
-    """Raises DataFault when the first bytes belong to something that is not text in UTF-8."""
+    """Raise DataFault if the first bytes are those of a known format other than UTF-8 text."""
     for magic, kind in _FOREIGN:
         if head.startswith(magic):
             raise DataFault(where, f"the content is {kind}")
@@ -129,14 +130,14 @@ def _damaged(path: Path, error: Exception) -> DataFault:
 
 
 def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    r"""Yields `(number from 1, bytes with their line end)`; splits at `\n`, never inside a string.
+    r"""Yield `(number from 1, bytes with their line end)`, split at `\n` alone.
 
-    U+2028, U+0085 and the like are text, not line ends. A file whose only line ends are `\r` is
+    U+2028, U+0085 and similar are text, not line ends. A file whose only line ends are `\r` is
     split at those. A line longer than MAX_ROW_BYTES is cut to one byte more than that, so that
     the reader of the format can refuse it.
 
     Raises:
-        DataFault: empty, foreign or damaged content.
+        DataFault: if the content is empty, damaged or of another format.
     """
     number = 0
     with _open(path) as stream:
@@ -160,10 +161,10 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def read_all(path: Path) -> bytes:
-    """The whole (decompressed) content, at most MAX_JSON_BYTES.
+    """Return the whole (decompressed) content, of at most MAX_JSON_BYTES.
 
     Raises:
-        DataFault: empty, foreign, damaged or larger content.
+        DataFault: if the content is empty, damaged, larger or of another format.
     """
     with _open(path) as stream:
         try:
@@ -177,7 +178,7 @@ def read_all(path: Path) -> bytes:
 
 
 def decode(where: str, content: bytes) -> str:
-    """UTF-8 text without a byte-order mark; DataFault names the first wrong byte's line place."""
+    """Decode UTF-8 without a byte-order mark; DataFault gives line and position of a wrong byte."""
     try:
         return content.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:

@@ -1,7 +1,7 @@
 """Rows of JSON lines and of JSON arrays, each with its line number.
 
-Read here and not by a library because a fault must be named by line and column, and because a
-library's reader keeps the last of duplicated keys without a word.
+It is not left to a library because a fault has to be located by line and column, and because
+libraries silently use the last of duplicated keys.
 """
 
 import json
@@ -15,7 +15,7 @@ _WHITESPACE = " \t\r\n"
 
 
 class _DuplicatedKeyError(ValueError):
-    """A JSON object that has one key twice."""
+    """Error for a JSON object that has one key twice."""
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -33,7 +33,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
 def _fault(where: str, error: Exception, hint: str = "") -> DataFault:
-    """The fault for whatever the decoder raised; `where` already ends in the line number."""
+    """Return the fault for an error of the decoder; `where` already ends in the line number."""
     if isinstance(error, _DuplicatedKeyError):
         return DataFault(where, f"the key {shorten(str(error))} is there twice")
     if isinstance(error, RecursionError):
@@ -60,10 +60,10 @@ def _hint(text: str, error: Exception, last: bool) -> str:
 
 
 def object_lines(name: str, lines: Iterable[tuple[int, bytes]]) -> Iterator[Row | DataFault]:
-    """One row per line that is not blank; a faulty line gives its fault instead.
+    """Yield one row per line that is not blank; for a faulty line, its fault.
 
     Raises:
-        DataFault: the first line shows that the whole file is no JSON lines.
+        DataFault: if the first line shows that the file is not JSON lines.
     """
     first = True
     for number, line in lines:
@@ -102,16 +102,16 @@ def _object(where: str, text: str, last: bool) -> Row | DataFault:
 
 
 def jsonl_rows(path: Path) -> Iterator[Row | DataFault]:
-    """Rows of a `.jsonl` file (see `object_lines`)."""
+    """Yield the rows of a `.jsonl` file (see `object_lines`)."""
     return object_lines(str(path), read_lines(path))
 
 
 def json_rows(path: Path) -> Iterator[Row | DataFault]:
-    """Rows of a `.json` file: an array of objects, or several objects, one a line.
+    """Yield the rows of a `.json` file: an array of objects, or one object per line.
 
     Raises:
-        DataFault: the text is not such JSON; what follows a syntax error cannot be trusted, so
-            that stops the reading whatever is done with bad rows.
+        DataFault: if the text is not such JSON. Text after a syntax error cannot be trusted, so
+            reading stops there even if bad rows are skipped.
     """
     content = read_all(path)
     text = decode(str(path), content)
@@ -152,7 +152,7 @@ def _skip(text: str, position: int) -> int:
 
 
 def _array_rows(path: Path, text: str, position: int) -> Iterator[Row | DataFault]:
-    """Walks the elements of the array whose first one starts at or after `position`."""
+    """Yield the elements of the array whose first one starts at or after `position`."""
     line, counted = 1, 0
     position = _skip(text, position)
     ends = text[position : position + 1] == "]"

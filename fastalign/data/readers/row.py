@@ -1,4 +1,4 @@
-"""What a reader hands on: one row with its place, or one fault that names the place."""
+"""The output of readers: a row with its location, or a fault with its location."""
 
 import math
 from collections.abc import Mapping
@@ -8,12 +8,12 @@ SHOWN_CHARACTERS = 40
 
 
 class DataFault(ValueError):
-    """A defect of the caller's data, in one line: file, line, column, expectation, value.
+    """Error for a defect of the data, in one line: file, line, column, expectation, value.
 
     Attributes:
         where: `file.jsonl:12`, `file.jsonl:12:40` (line and character) or the file alone.
-        column: the column's name, or None when the fault is not about one column.
-        problem: what was expected and what came.
+        column: the column's name; None if the fault does not concern one column.
+        problem: the expectation and the value.
     """
 
     def __init__(self, where: str, problem: str, column: str | None = None):
@@ -26,12 +26,12 @@ class DataFault(ValueError):
 
 @dataclass(frozen=True)
 class Row:
-    """One row as it stands in the file, before any check of its columns.
+    """One row of a file, before any check of its columns.
 
     Attributes:
         where: `file.jsonl:12`; for a table without lines (parquet, hub) the row's number from 1.
         values: the columns by name.
-        textual: every value is text because the format (CSV) knows nothing else.
+        textual: True if every value is text because the format (CSV) has no other type.
     """
 
     where: str
@@ -40,14 +40,14 @@ class Row:
 
 
 def shorten(text: str, limit: int = SHOWN_CHARACTERS) -> str:
-    """The text in quotes on one line, control characters escaped, cut to `limit` characters."""
+    """Return the text in quotes on one line, control characters escaped, cut to `limit`."""
     if len(text) > limit:
         return f"{text[:limit]!r}..."
     return repr(text)
 
 
 def show(value: object) -> str:
-    """A value in the words of a data file, short enough for one line of a message."""
+    """Describe a value in the terms of a data file, briefly enough for one line of a message."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -66,7 +66,7 @@ def show(value: object) -> str:
 
 
 def show_names(names: Mapping[str, object] | list[str], limit: int = 8) -> str:
-    """Column names in quotes, at most `limit` of them."""
+    """Return the column names in quotes, at most `limit` of them."""
     listed = [shorten(str(name)) for name in names]
     more = f" and {len(listed) - limit} more" if len(listed) > limit else ""
     return (", ".join(listed[:limit]) + more) or "none"

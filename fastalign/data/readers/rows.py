@@ -1,4 +1,4 @@
-"""`read_rows`: a source (file, folder or hub name) to rows and faults, whatever the format."""
+"""Rows and faults of a source (file, folder or hub name), whatever its format."""
 
 import re
 from collections.abc import Collection, Iterator
@@ -18,16 +18,16 @@ _HUB_NAME = re.compile(
 
 
 def read_rows(source: str | Path, columns: Collection[str]) -> Iterator[Row | DataFault]:
-    """Yields every row of a source, or in its place the fault that made it unreadable.
+    """Yield every row of a source, or instead of it the fault that made it unreadable.
 
     Args:
         source: a `.jsonl`, `.json`, `.csv` (each also `.gz`) or `.parquet` file, a folder of
-            them, or a hub name `owner/name[:config][:split]` when no such path exists.
-        columns: the columns that matter; columnar formats read no others.
+            them, or a hub name `owner/name[:config][:split]` if no such path exists.
+        columns: the known columns; columnar formats read no others.
 
     Raises:
-        DataFault: a fault of a whole file, after which its rows cannot be trusted or found.
-        FileNotFoundError: there is no such path, and it is no hub name.
+        DataFault: if a whole file is faulty, so that its rows cannot be found or trusted.
+        FileNotFoundError: if there is no such path, and it is not a hub name.
     """
     text = str(source)
     if not text.strip():
@@ -64,15 +64,15 @@ def _not_empty(name: str, rows: Iterator[Row | DataFault]) -> Iterator[Row | Dat
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether the text can be `owner/name`, `owner/name:split` or `owner/name:config:split`."""
+    """Return True for `owner/name`, `owner/name:split` and `owner/name:config:split`."""
     return _HUB_NAME.fullmatch(source) is not None
 
 
 def hub_rows(source: str) -> Iterator[Row | DataFault]:
-    """Rows of a hub data set, numbered from 1; the split is `train` unless named.
+    """Yield the rows of a hub data set, numbered from 1; the split is `train` unless named.
 
     Raises:
-        DataFault: the hub (or its local cache) has no such data set, configuration or split.
+        DataFault: if the hub (or its local cache) has no such data set, configuration or split.
     """
     match = _HUB_NAME.fullmatch(source)
     assert match is not None, source

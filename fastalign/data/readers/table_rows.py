@@ -19,10 +19,12 @@ def _csv_lines(path: Path) -> Iterator[str]:
 
 
 def csv_rows(path: Path) -> Iterator[Row | DataFault]:
-    """Rows of a `.csv` file: comma, double quotes, a header; a row's line is its first one.
+    """Yield the rows of a `.csv` file with commas, double quotes and a header.
+
+    A row is located by its first line.
 
     Raises:
-        DataFault: no usable header, or quoting that leaves no way to find the next row.
+        DataFault: if there is no usable header, or a quote is never closed.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
     reader = csv.reader(_csv_lines(path), strict=True)
@@ -65,10 +67,10 @@ def _header(path: Path, line: int, cells: list[str]) -> list[str]:
 
 
 def parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row | DataFault]:
-    """Rows of a `.parquet` file, numbered from 1; only `columns` are read, the rest are None.
+    """Yield the rows of a `.parquet` file, numbered from 1; columns not in `columns` are None.
 
     Raises:
-        DataFault: not parquet, damaged, duplicated columns, or none of `columns`.
+        DataFault: if it is not parquet or damaged, has a column twice, or has none of `columns`.
     """
     import pyarrow
     import pyarrow.parquet

@@ -124,7 +124,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "tie": (
         {"prompt": "a", "response_a": " b", "response_b": " c", "label": "tie"},
-        "a tie, for which this loss has no place",
+        "a tie, which this loss does not support",
     ),
     "label": (
         {"prompt": "a", "response_a": " b", "response_b": " c", "label": 1},

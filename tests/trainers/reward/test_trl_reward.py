@@ -2,7 +2,7 @@
 
 Both must read the same token. TRL finds a response's last token as the last that is not the pad
 token, so under a pad token that is the EOS it reads the token before; here the two differ. The
-rows' prompts end where no token crosses the seam, and both begin with the same head.
+rows' prompts end where no token crosses the boundary, and both begin with the same head.
 """
 
 from dataclasses import replace
