@@ -45,7 +45,7 @@ def test_accuracy_leaves_ties_out_and_halves_equal_rewards() -> None:
     # ratios: (1, -1) hit; (-2, 1) miss; (1, 1) half; the last is a tie
     found = preference_accuracy(policy, reference, [False, False, False, True])
     assert (found.mean, found.count) == (0.5, 3)
-    with pytest.raises(ValueError, match="no tie"):
+    with pytest.raises(ValueError, match="not a tie"):
         preference_accuracy(policy[:1], reference[:1], [True])
 
 
