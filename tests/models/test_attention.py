@@ -175,7 +175,7 @@ def test_auto_takes_what_can_run(hopper: dict[str, Any]) -> None:
             GPU,
             torch.bfloat16,
             SimpleNamespace(model_type="llama", head_dim=512),
-            "heads of 512 are too wide; at most 256",
+            "it needs heads of at most 256, and they are 512",
         ),
         ("flash", GPU, torch.bfloat16, LLAMA, "expected one of auto, sdpa, flash_attn"),
     ],
