@@ -2,8 +2,8 @@
 
 import json
 import re
-import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,20 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastalign.cli.main import main
 from fastalign.estimate.run import estimate_run
+from tests.rank_processes import CONTEXT
 from tests.small_runs import dpo_config, sentence, sft_config, write_rows
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer
 
 ROOT = Path(__file__).parents[2]
-RUN = """
-import sys
-from fastalign.cli.main import main
-code = main(sys.argv[1:])
-print(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")))
-sys.exit(code)
-"""
+
+
+def run_and_tell_peak(arguments: list[str], output: Path) -> None:
+    """Run a command in this process, a new one, and write its peak memory in kB."""
+    warnings.simplefilter("ignore")
+    assert main(arguments) == 0
+    (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    output.write_text(peak)
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +78,18 @@ def test_the_estimate_is_near_the_peak(name: str, large: Path, tmp_path: Path) -
         words += ["--reference.cache-dir", str(tmp_path / "cache")]
     output = tmp_path / "estimate.json"
 
-    def run(code: str, arguments: list[str]) -> str:
-        command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+    def peak_bytes(*arguments: str) -> int:
+        process = CONTEXT.Process(
+            target=run_and_tell_peak, args=(list(arguments), tmp_path / "peak")
+        )
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        return int((tmp_path / "peak").read_text()) * 1024
 
-    run(RUN, ["estimate", *words, "--json", str(output)])
-    (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", run(RUN, words))
+    peak_bytes("estimate", *words, "--json", str(output))
     estimated = json.loads(output.read_text())["peak_bytes"]
-    assert estimated == pytest.approx(int(peak) * 1024, rel=0.15)
+    assert estimated == pytest.approx(peak_bytes(*words), rel=0.15)
 
 
 def test_weights_gradients_and_states_are_exact(folder: Path) -> None:
