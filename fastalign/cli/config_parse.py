@@ -281,6 +281,7 @@ def section_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
             kind = Annotated[kind, tyro.conf.arg(help_behavior_hint="")]
         text = entry.metadata.get("help") or partial(field_docs(info.type).get, entry.name)
         specs.append(StructFieldSpec(entry.name, kind, default, text))
+    specs.sort(key=lambda spec: spec.default is not MISSING_NONPROP)  # the help begins with these
     return StructConstructorSpec(info.type, tuple(specs))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastalign.report.frontier import FrontierPoint, Strength
 from fastalign.report.page import fill, with_error
-from fastalign.report.pictures import as_data_uri, bar, new_figure, plain
+from fastalign.report.pictures import KL_LABEL, as_data_uri, bar, label, new_figure, plain
 
 COLUMNS = ("method", "strength", "reward", "KL", "runs", "collapsed")
 PICTURES = (".png", ".svg", ".pdf")
@@ -78,9 +78,7 @@ def draw_frontier(points: Sequence[FrontierPoint], origin: FrontierPoint | None)
         draw_point(axes, origin, "black", "*")
         axes.plot([], [], "*", color="black", label=plain(origin.method))
         axes.axhline(origin.reward, color="black", linewidth=0.6, linestyle=":")
-    axes.set_xlabel("KL to the reference (nats per sequence)")
-    axes.set_ylabel("mean reward")
-    axes.legend(fontsize=8, frameon=False)
+    label(figure, KL_LABEL, "mean reward")
     return figure
 
 

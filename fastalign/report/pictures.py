@@ -50,6 +50,9 @@ SECTIONS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
 )
 
 
+KL_LABEL = "KL to the reference (nats per sequence)"
+
+
 def as_data_uri(figure: Any) -> str:
     """Return the figure as `data:image/png;base64,...`."""
     stream = io.BytesIO()
@@ -69,6 +72,20 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
+def finished(figure: Any, x_label: str, y_label: str) -> str:
+    """Label a figure's axes, add its legend, and return it as a data URI."""
+    label(figure, x_label, y_label)
+    return as_data_uri(figure)
+
+
+def label(figure: Any, x_label: str, y_label: str) -> None:
+    """Label a figure's axes and add its legend."""
+    (axes,) = figure.axes
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.legend(fontsize=8, frameon=False)
+
+
 def bar(error: float | None) -> float:
     """Return the length of an error bar, 0 for an unknown error."""
     return error if error is not None and math.isfinite(error) else 0.0
@@ -79,7 +96,7 @@ def plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def curve(runs: Sequence[RunRecord], name: str, label: str) -> str | None:
+def curve(runs: Sequence[RunRecord], name: str, axis: str) -> str | None:
     """Draw a metric of all runs that have it against the step, or return None without any.
 
     Held-out values are dashed. Below gradient norms, a cross marks each step that changed no
@@ -107,10 +124,7 @@ def curve(runs: Sequence[RunRecord], name: str, label: str) -> str | None:
                 transform=axes.get_xaxis_transform(),
                 clip_on=False,
             )
-    axes.set_xlabel("step")
-    axes.set_ylabel(label)
-    axes.legend(fontsize=8, frameon=False)
-    return as_data_uri(figure)
+    return finished(figure, "step", axis)
 
 
 def reward_against_kl(runs: Sequence[RunRecord]) -> str | None:
@@ -140,7 +154,4 @@ def reward_against_kl(runs: Sequence[RunRecord]) -> str | None:
             places = [(row["kl_bound"], row["reward"]) for row in rows]
             label = f"{plain(run.name)}, best of {', '.join(str(row['n']) for row in rows)} (bound)"
             axes.plot(*zip(*places, strict=True), "x--", color="0.45", linewidth=1, label=label)
-    axes.set_xlabel("KL to the reference (nats per sequence)")
-    axes.set_ylabel("mean reward")
-    axes.legend(fontsize=8, frameon=False)
-    return as_data_uri(figure)
+    return finished(figure, KL_LABEL, "mean reward")

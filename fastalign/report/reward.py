@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from fastalign.report.pictures import as_data_uri, new_figure, plain
+from fastalign.report.pictures import finished, new_figure, plain
 from fastalign.report.runs import RunRecord
 
 REWARD_COLUMNS = (
@@ -62,10 +62,7 @@ def reliability(runs: Sequence[RunRecord]) -> str | None:
                 capsize=2,
                 label=plain(name),
             )
-    axes.set_xlabel("probability of the expected winner")
-    axes.set_ylabel("share of pairs that it won")
-    axes.legend(fontsize=8, frameon=False)
-    return as_data_uri(figure)
+    return finished(figure, "probability of the expected winner", "share of pairs that it won")
 
 
 def accuracy_by_length(runs: Sequence[RunRecord]) -> str | None:
@@ -92,11 +89,8 @@ def accuracy_by_length(runs: Sequence[RunRecord]) -> str | None:
                 capsize=2,
                 label=f"{plain(name)}, the {side} won",
             )
-    axes.set_xlabel("difference of the responses' lengths (tokens)")
-    axes.set_ylabel("accuracy")
     axes.set_ylim(0, 1.03)
-    axes.legend(fontsize=8, frameon=False)
-    return as_data_uri(figure)
+    return finished(figure, "difference of the responses' lengths (tokens)", "accuracy")
 
 
 def standard_error(share: float, count: int) -> float:

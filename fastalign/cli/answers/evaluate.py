@@ -10,7 +10,7 @@ from typing import Any
 from fastalign.batch.packed import Group
 from fastalign.cli.answers.sampling import (
     SampledModel,
-    SamplingRun,
+    SamplingConfig,
     load_sampled,
     new_file,
     read_prompts,
@@ -33,7 +33,6 @@ from fastalign.evaluation import (
     summary,
 )
 from fastalign.models import sequence_logprobs
-from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
 
 
 @dataclass(frozen=True)
@@ -64,8 +63,8 @@ class EvalLoss:
     """Scale of the margin, which does not change the accuracy."""
 
 
-@dataclass(frozen=True)
-class EvalConfig:
+@dataclass(frozen=True, kw_only=True)
+class EvalConfig(SamplingConfig):
     """Measure accuracy on pairs, or reward and KL of samples; write OUT and samples.jsonl."""
 
     model: SampledModel
@@ -80,17 +79,8 @@ class EvalConfig:
     best_of_reward: str | None = None
     """Reward that chooses the best answer; by default `reward` itself."""
     loss: EvalLoss = field(default_factory=EvalLoss)
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    sampler: SamplerName = "transformers"
-    """Engine that draws completions: the model itself (transformers), vLLM in this process, vLLM
-    in its own process, or a server started by `fastalign vllm-server`."""
-    vllm: VllmOptions = field(default_factory=VllmOptions)
-    run: SamplingRun = field(default_factory=SamplingRun)
     packing: Packing = "shared_prefix"
     """Packing of the log-prob computation; padded for architectures that cannot be packed."""
-
-    def __post_init__(self) -> None:
-        check_sampler(self.sampler, self.vllm)
 
 
 def judge_pairs(

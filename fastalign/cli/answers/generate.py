@@ -1,11 +1,11 @@
 """`fastalign generate`: sample completions for a file of prompts."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fastalign.cli.answers.sampling import (
     SampledModel,
-    SamplingRun,
+    SamplingConfig,
     load_sampled,
     new_file,
     read_prompts,
@@ -14,12 +14,6 @@ from fastalign.cli.answers.sampling import (
     write_rows,
 )
 from fastalign.cli.config_parse import parse_flags
-from fastalign.rollouts import (
-    SamplerName,
-    SamplingParams,
-    VllmOptions,
-    check_sampler,
-)
 
 
 @dataclass(frozen=True)
@@ -30,23 +24,14 @@ class GenerateData:
     """File, folder or hub name with a `prompt` column."""
 
 
-@dataclass(frozen=True)
-class GenerateConfig:
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig(SamplingConfig):
     """Write a row per completion: prompt, completion, logprob, finish_reason, sample."""
 
     model: SampledModel
     data: GenerateData
     out: str
     """File (.jsonl) to write, which must not exist."""
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    sampler: SamplerName = "transformers"
-    """Engine that draws completions: the model itself (transformers), vLLM in this process, vLLM
-    in its own process, or a server started by `fastalign vllm-server`."""
-    vllm: VllmOptions = field(default_factory=VllmOptions)
-    run: SamplingRun = field(default_factory=SamplingRun)
-
-    def __post_init__(self) -> None:
-        check_sampler(self.sampler, self.vllm)
 
 
 def main(argv: Sequence[str]) -> int:

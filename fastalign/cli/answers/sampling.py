@@ -4,9 +4,9 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -27,6 +27,7 @@ from fastalign.rollouts import (
     SamplingParams,
     TransformersSampler,
     VllmOptions,
+    check_sampler,
     open_engine,
 )
 
@@ -55,24 +56,19 @@ class SamplingRun:
     """Random seed; the same seed draws the same tokens however they are batched."""
 
 
-class SamplingSettings(Protocol):
-    """Interface of the settings of a command that samples."""
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Base class of the settings of a command that samples."""
 
-    @property
-    def sampling(self) -> SamplingParams:
-        """How completions are drawn."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    sampler: SamplerName = "transformers"
+    """Engine that draws completions: the model itself (transformers), vLLM in this process, vLLM
+    in its own process, or a server started by `fastalign vllm-server`."""
+    vllm: VllmOptions = field(default_factory=VllmOptions)
+    run: SamplingRun = field(default_factory=SamplingRun)
 
-    @property
-    def run(self) -> SamplingRun:
-        """The seed."""
-
-    @property
-    def sampler(self) -> SamplerName:
-        """The engine that draws completions."""
-
-    @property
-    def vllm(self) -> VllmOptions:
-        """Settings of the engine."""
+    def __post_init__(self) -> None:
+        check_sampler(self.sampler, self.vllm)
 
 
 def load_sampled(config: SampledModel) -> tuple[Any, Tokenizer]:
@@ -128,7 +124,7 @@ def open_sampler(
     model: Any,
     tokenizer: Tokenizer,
     prompt_ids: Sequence[Sequence[int]],
-    settings: SamplingSettings,
+    settings: SamplingConfig,
 ) -> Sampler:
     """Open the sampler that `--sampler` names for a loaded model.
 
@@ -162,7 +158,7 @@ def sample(
     model: Any,
     tokenizer: Tokenizer,
     prompt_ids: Sequence[Sequence[int]],
-    settings: SamplingSettings,
+    settings: SamplingConfig,
 ) -> list[list[Completion]]:
     """Return completions of each prompt, printing the progress.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastalign.cli.answers.sampling import (
     SampledModel,
-    SamplingRun,
+    SamplingConfig,
     load_sampled,
     new_file,
     read_prompts,
@@ -29,7 +29,6 @@ from fastalign.evaluation.win_rate import (
     pair_answers,
     win_rate,
 )
-from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ class WinRateData:
     """File, folder or hub name with a `prompt` column, if a side is sampled from."""
 
 
-@dataclass(frozen=True)
-class WinRateConfig:
+@dataclass(frozen=True, kw_only=True)
+class WinRateConfig(SamplingConfig):
     """Compare two models' answers; write OUT and every pair's verdict to OUT.verdicts.jsonl."""
 
     model: Side
@@ -66,15 +65,6 @@ class WinRateConfig:
     """Reward as judge: `module:function`, a reward model, or a .json file."""
     judge: EndpointConfig = field(default_factory=EndpointConfig)
     data: WinRateData = field(default_factory=WinRateData)
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    sampler: SamplerName = "transformers"
-    """Engine that draws completions: the model itself (transformers), vLLM in this process, vLLM
-    in its own process, or a server started by `fastalign vllm-server`."""
-    vllm: VllmOptions = field(default_factory=VllmOptions)
-    run: SamplingRun = field(default_factory=SamplingRun)
-
-    def __post_init__(self) -> None:
-        check_sampler(self.sampler, self.vllm)
 
 
 def check(config: WinRateConfig) -> None:
