@@ -48,7 +48,7 @@ class Group:
         """Tokens of the group in a packed row: the prompt once, and every response."""
         return len(self.prompt_ids) + sum(len(response) for response in self.response_ids)
 
-    def targets_of(self, number: int) -> list[int]:
+    def target_positions(self, number: int) -> list[int]:
         """Return the positions of the trained tokens within response `number`."""
         if self.response_loss_mask is None:
             return list(range(len(self.response_ids[number])))
@@ -166,7 +166,7 @@ def pack(groups: Sequence[Group], *, share_prompts: bool = True) -> PackedBatch:
             position_ids += range(prompt_length, prompt_length + len(response))
             response_bounds.append((first, first + len(response)))
             response_prompt.append(number)
-            places = group.targets_of(which)
+            places = group.target_positions(which)
             last_of_prompt = start + prompt_length - 1
             predict_index += [first + p - 1 if p else last_of_prompt for p in places]
             targets += [response[p] for p in places]

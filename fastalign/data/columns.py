@@ -40,7 +40,7 @@ _OTHER_NAMES = {
 }
 
 
-def kind_of(row: Row) -> Kind:
+def row_kind(row: Row) -> Kind:
     """Return the kind of a row by its columns: `preference` before `sft` before `prompt`.
 
     Raises:

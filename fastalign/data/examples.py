@@ -142,7 +142,7 @@ def _preference(row: Row) -> PreferenceExample:
     _check_pair(row, prompt, {names[0]: first, names[1]: second})
     label = _label(row, compared=bool(compared))
     # Votes name responses a and b, and a row with chosen and rejected does not say which is which.
-    votes = votes_of(row) if compared else None
+    votes = row_votes(row) if compared else None
     if label == "b":
         first, second = second, first
         votes = votes and votes.swapped()
@@ -266,7 +266,7 @@ def split_messages(
     return first[:count], first[count:], second[count:]
 
 
-def votes_of(row: Row) -> Votes | None:
+def row_votes(row: Row) -> Votes | None:
     """Return the row's votes, or None if it has none; a missing `tie` counts 0.
 
     Raises:

@@ -257,7 +257,7 @@ def fit(
         masks = group.response_loss_mask
         cut_masks = None if masks is None else [list(mask[:room]) for mask in masks]
         kept = Group(group.prompt_ids, cut, cut_masks)
-        learned = all(kept.targets_of(number) for number in range(len(cut)))
+        learned = all(kept.target_positions(number) for number in range(len(cut)))
         if learned and (len(cut) < 2 or cut[0] != cut[1]):
             report.num_truncated += 1
             return kept

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastalign.data.columns import COLUMNS, Kind, kind_of
+from fastalign.data.columns import COLUMNS, Kind, row_kind
 from fastalign.data.conversation import content
 from fastalign.data.examples import Content, Example, SFTExample, parse
 from fastalign.data.readers.row import DataFault
@@ -34,7 +34,7 @@ def read_examples(
         try:
             if isinstance(row, DataFault):
                 raise row
-            kind = kind or kind_of(row)
+            kind = kind or row_kind(row)
             example = parse(row, kind)
             first = first or example
             check_style(first, example)
@@ -52,7 +52,7 @@ def check_style(first: Example, example: Example) -> None:
     Raises:
         DataFault: if it differs from the first row.
     """
-    styles = [isinstance(content_of(row), str) for row in (first, example)]
+    styles = [isinstance(shown_content(row), str) for row in (first, example)]
     if styles[0] != styles[1]:
         names = ["plain text" if plain else "a conversation" for plain in styles]
         raise DataFault(
@@ -61,7 +61,7 @@ def check_style(first: Example, example: Example) -> None:
         )
 
 
-def content_of(example: Example) -> Content:
+def shown_content(example: Example) -> Content:
     """Return a part of the example that shows whether it is plain text or a conversation."""
     if isinstance(example, SFTExample):
         return example.completion

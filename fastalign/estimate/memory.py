@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
-from fastalign.models import attention_of, hidden_at
+from fastalign.models import attention_name, hidden_at
 from fastalign.models.attention import ATTENTIONS, AttentionPlan
 from fastalign.ops.head.buffers import default_budget
 
@@ -122,7 +122,7 @@ def peak_of_forward(model: Any, batch: PackedBatch, compute: Compute) -> Peak:
 
 def _peak(model: Any, batch: PackedBatch, compute: Compute, states: int, backwards: int) -> Peak:
     plan = AttentionPlan(batch)
-    name = attention_of(model)
+    name = attention_name(model)
     if name in ATTENTIONS:
         plan.prepare(name)
     head = model.get_output_embeddings()

@@ -1,7 +1,7 @@
 """Models: loading and saving, the forward of a packed batch, adapters, and reward models."""
 
 from fastalign.models.architecture import check_packable, disable_dropout, is_reward_model
-from fastalign.models.attention import ATTENTIONS, AttentionPlan, attention_of, attention_reason
+from fastalign.models.attention import ATTENTIONS, AttentionPlan, attention_name, attention_reason
 from fastalign.models.forward import (
     hidden_at,
     predict_hidden,
@@ -50,7 +50,7 @@ __all__ = [
     "adapter_off",
     "adapter_rank",
     "add_adapter",
-    "attention_of",
+    "attention_name",
     "attention_reason",
     "base_state",
     "check_packable",

@@ -12,7 +12,7 @@ from fastalign.data import Tokenizer, load_tokenizer
 from fastalign.models import (
     adapter_base,
     add_adapter,
-    attention_of,
+    attention_name,
     compile_layers,
     load_policy,
     load_reward_model,
@@ -46,7 +46,7 @@ def load_reward_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, 
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     model = load_reward_network(config.model.path, config, compute)
     check_vocabulary(model, tokenizer, config.model.path)
-    print(f"attention of {config.model.path}: {attention_of(model)}", flush=True)
+    print(f"attention of {config.model.path}: {attention_name(model)}", flush=True)
     return ready_for_training(model, config), tokenizer
 
 
@@ -136,7 +136,7 @@ def load_model(
         lambda: model_without_weights(path, compute, reward=False, **options),
     )
     check_vocabulary(model, tokenizer, path)
-    print(f"attention of {path}: {attention_of(model)}", flush=True)
+    print(f"attention of {path}: {attention_name(model)}", flush=True)
     return model, tokenizer
 
 

@@ -65,7 +65,7 @@ def train_sft(config: SFTConfig) -> RunResult:
 def num_targets(examples: Examples, indices: Sequence[int]) -> int:
     """Return the number of trained tokens of these examples, the loss's divisor."""
     return sum(
-        len(examples.groups[i].targets_of(number))
+        len(examples.groups[i].target_positions(number))
         for i in indices
         for number in range(len(examples.groups[i].response_ids))
     )

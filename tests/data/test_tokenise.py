@@ -24,7 +24,7 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 
 
 def learned(group: Any, number: int = 0) -> list[int]:
-    return [group.response_ids[number][place] for place in group.targets_of(number)]
+    return [group.response_ids[number][place] for place in group.target_positions(number)]
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])

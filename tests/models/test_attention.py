@@ -14,7 +14,7 @@ from fastalign.models import attention, response_logprob
 from fastalign.models.attention import ScoreForm, choice, flex, varlen
 from fastalign.models.attention.blocks import assign_blocks
 from fastalign.models.attention.rows import Gather, ranges
-from fastalign.models.attention.segments import segments_of
+from fastalign.models.attention.segments import row_segments
 from tests.models.attention_reference import flex_reference, varlen_reference
 from tests.models.test_exactness import gradients, random_groups
 from tests.tiny import tiny_model
@@ -67,7 +67,7 @@ def test_the_arguments_of_torchs_kernel_are_its_own(monkeypatch: pytest.MonkeyPa
 
 
 def test_flex_visits_each_block_that_it_needs_and_no_other() -> None:
-    segments = segments_of(pack(random_groups()).layout)
+    segments = row_segments(pack(random_groups()).layout)
     mask = flex.Flex(segments, torch.device("cpu")).mask(None)
     place = torch.arange(segments.num_tokens)
     zero = torch.zeros((), dtype=torch.int64)
@@ -85,7 +85,7 @@ def test_a_prompts_gradient_is_the_sum_of_its_copies() -> None:
     index = torch.tensor([0, 1, 2, 0, 1, 3, 3, 0])
     copy = torch.tensor([0, 0, 0, 1, 1, 0, -1, 2])
     weight = torch.randn(8, 2, 3, dtype=torch.float64)
-    gathered = Gather.of(index, copy, torch.device("cpu"))(rows)
+    gathered = Gather.from_copies(index, copy, torch.device("cpu"))(rows)
     assert torch.equal(gathered, rows[index])
     (gathered * weight).sum().backward()
     expected = torch.zeros(4, 2, 3, dtype=torch.float64)
@@ -97,7 +97,9 @@ def test_a_prompts_gradient_is_the_sum_of_its_copies() -> None:
 
 def test_a_bf16_gradient_is_rounded_once() -> None:
     rows = torch.zeros(1, 1, 1, dtype=torch.bfloat16, requires_grad=True)
-    gather = Gather.of(torch.zeros(4, dtype=torch.int64), torch.arange(4), torch.device("cpu"))
+    gather = Gather.from_copies(
+        torch.zeros(4, dtype=torch.int64), torch.arange(4), torch.device("cpu")
+    )
     parts = torch.tensor([256.0, 1.0, 1.0, 1.0], dtype=torch.bfloat16).view(4, 1, 1)
     gather(rows).backward(parts)
     assert rows.grad is not None
@@ -123,7 +125,7 @@ def test_blocks_hold_everything_once_and_are_mostly_full() -> None:
 
 def test_a_row_without_gaps_is_expected() -> None:
     batch = pack([Group([1, 2], [[3], [4, 5]]), Group([6], [[7]])])
-    segments = segments_of(batch.layout)
+    segments = row_segments(batch.layout)
     assert segments.start.tolist() == [0, 2, 3, 5, 6]
     assert segments.prompt_length.tolist() == [0, 2, 2, 0, 1]
     assert segments.number.tolist() == [0, 1, 2, 0, 1]

@@ -24,7 +24,7 @@ from fastalign.models.attention.choice import (
     choose_attention,
 )
 from fastalign.models.attention.flex import Flex
-from fastalign.models.attention.segments import ScoreForm, segments_of
+from fastalign.models.attention.segments import ScoreForm, row_segments
 from fastalign.models.attention.varlen import KERNELS, Varlen
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "AttentionName",
     "AttentionPlan",
     "ScoreForm",
-    "attention_of",
+    "attention_name",
     "attention_reason",
     "choose_attention",
     "implementation_for",
@@ -52,7 +52,7 @@ class AttentionPlan:
     """
 
     def __init__(self, batch: PackedBatch) -> None:
-        self._segments = segments_of(batch.layout)
+        self._segments = row_segments(batch.layout)
         self._device = batch.input_ids.device
 
     @cached_property
@@ -159,7 +159,7 @@ def implementation_for(config: Any, compute: Compute, dtype: torch.dtype) -> str
     return registered_name(choose_attention(compute.attention, compute.device, products, config))
 
 
-def attention_of(model: Any) -> str:
+def attention_name(model: Any) -> str:
     """Return what computes a model's attention: one of `ATTENTIONS`, or transformers' own name."""
     registered = {registered_name(name): name for name in ATTENTIONS}
     implementation: str = model.config._attn_implementation

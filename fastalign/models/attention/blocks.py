@@ -138,7 +138,9 @@ class Blocks:
                 Block(prompt_length.to(device), own_length.to(device), num_prompt, num_own)
             )
         self.queries, self.keys = (
-            Gather.of(torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces]), device)
+            Gather.from_copies(
+                torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces]), device
+            )
             for pieces in (queries, keys)
         )
 

@@ -54,13 +54,13 @@ class Flex:
         self._visited = visited_blocks(segments, BLOCK_TOKENS).to(device)
         self._num_tokens = segments.num_tokens
         group = (segments.number == 0).cumsum(0)
-        offset = torch.arange(segments.num_tokens) - segments.of_tokens(segments.start)
-        position = offset + segments.of_tokens(segments.prompt_length)
+        offset = torch.arange(segments.num_tokens) - segments.per_token(segments.start)
+        position = offset + segments.per_token(segments.prompt_length)
         self._group, self._number, self._position = (
             values.to(device)
             for values in (
-                segments.of_tokens(group),
-                segments.of_tokens(segments.number),
+                segments.per_token(group),
+                segments.per_token(segments.number),
                 position,
             )
         )

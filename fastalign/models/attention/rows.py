@@ -38,7 +38,7 @@ class Gather:
     more: tuple[tuple[Tensor, Tensor], ...]
 
     @classmethod
-    def of(cls, index: Tensor, copy: Tensor, device: torch.device) -> Gather:
+    def from_copies(cls, index: Tensor, copy: Tensor, device: torch.device) -> Gather:
         """Make a gather from host tensors (M,): each place's token and copy number.
 
         Copies are numbered from 0, which every token has to have; padding has the number -1.

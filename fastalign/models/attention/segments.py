@@ -56,12 +56,12 @@ class Segments:
         """T: tokens of the row."""
         return int(self.start[-1] + self.length[-1])
 
-    def of_tokens(self, values: Tensor) -> Tensor:
+    def per_token(self, values: Tensor) -> Tensor:
         """Repeat a value of each segment (S,) for each of its tokens, (T,)."""
         return torch.repeat_interleave(values, self.length, output_size=self.num_tokens)
 
 
-def segments_of(layout: Layout) -> Segments:
+def row_segments(layout: Layout) -> Segments:
     """Return the segments of a batch's layout, which covers its row without gaps."""
     rows = [(start, stop - start, start, 0, 0) for start, stop in layout.prompt_bounds]
     counts = [0] * len(rows)

@@ -97,7 +97,7 @@ class Varlen:
         starts = torch.stack([segments.prompt_start, segments.start], 1).flatten()
         lengths = torch.stack([segments.prompt_length, segments.length], 1).flatten()
         copies = torch.stack([segments.number, torch.zeros_like(segments.number)], 1).flatten()
-        self.keys = Gather.of(
+        self.keys = Gather.from_copies(
             ranges(starts, lengths), torch.repeat_interleave(copies, lengths), device
         )
         of_keys = segments.prompt_length + segments.length

@@ -109,7 +109,9 @@ def check_cached(
     again = compute_logprobs(reference, examples, checked, compute)
     for i, found in zip(checked, again, strict=True):
         for side, name in enumerate(("chosen", "rejected")):
-            allowed = ROUNDING[compute.dtype] * math.sqrt(len(examples.groups[i].targets_of(side)))
+            allowed = ROUNDING[compute.dtype] * math.sqrt(
+                len(examples.groups[i].target_positions(side))
+            )
             kept, new = values[i, side].item(), found[side].item()
             if not abs(new - kept) <= allowed:
                 raise ValueError(

@@ -22,7 +22,7 @@ from fastalign.models import (
     AttentionPlan,
     adapter_base,
     adapter_off,
-    attention_of,
+    attention_name,
     has_adapter,
     hidden_at,
     is_reward_model,
@@ -189,7 +189,7 @@ def load_value(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> tup
         )
     print(
         f"value model: {path}, head {'of zeros' if fresh else 'as it is there'}; attention: "
-        f"{attention_of(value)}",
+        f"{attention_name(value)}",
         flush=True,
     )
     if fresh:
