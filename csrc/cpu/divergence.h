@@ -27,7 +27,7 @@ struct Divergence {
 };
 
 // KL(policy || reference), or KL(reference || policy); `read(column, count)` gives what is shifted.
-// A difference as large as -LOWEST / 2 comes from a token with probability that the other side bans.
+// A difference above -LOWEST / 2 comes from a token with probability that the other side bans.
 template <bool OVER_REFERENCE, typename Read>
 Divergence read_divergence(int64_t num_columns, const Read& read) {
     double policy_total = 0, reference_total = 0, weighted = 0, cross = 0;

@@ -73,12 +73,12 @@ def formula(loss: Callable[..., Tensor], **parameters: float) -> PreferenceFormu
     return PreferenceFormula(loss, inputs, values, None if link is None else link(**values))
 
 
-def check_pair_loss(pair_loss: Callable[[PairLogprobs], Tensor]) -> None:
+def check_pair_loss(given: Callable[[PairLogprobs], Tensor]) -> None:
     """Check that a loss takes pairs; a function of log-probs must be made into a formula first.
 
     Raises:
         ValueError: if it is a preference loss of this package and not its formula.
     """
-    if any(pair_loss is function for function in _LOSSES):
-        name = getattr(pair_loss, "__name__", "")
+    if any(given is function for function in _LOSSES):
+        name = getattr(given, "__name__", "")
         raise ValueError(f"pair_loss: expected a function of pairs or formula({name}), got {name}")
