@@ -52,7 +52,7 @@ def test_a_formula_gives_what_its_function_gives(
 
 
 def test_a_formula_has_no_place_for_a_margin() -> None:
-    with pytest.raises(ValueError, match="margin: expected None, for the formula dpo has no place"):
+    with pytest.raises(ValueError, match="margin: expected None, for the formula dpo takes none"):
         preference_loss_fn(
             formula(dpo), BOUNDS, torch.zeros(6), normaliser=3, margin=torch.zeros(3)
         )
