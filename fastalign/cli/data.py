@@ -106,7 +106,7 @@ def measure(
             return True
         report.prompt_lengths.append(length)
         return False
-    row = encoder.sft(example) if isinstance(example, SFTExample) else encoder.preference(example)
+    row = encoder.row(example)
     longest = max(len(response) for response in row.group.response_ids)
     if max_length is not None and len(row.group.prompt_ids) + longest > max_length:
         return True

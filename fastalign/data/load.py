@@ -1,7 +1,6 @@
 """A source to token ids; rows that cannot be used raise an error or are counted, as asked."""
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -13,7 +12,6 @@ from fastalign.data.examples import (
     Example,
     PreferenceExample,
     PromptExample,
-    SFTExample,
     Votes,
 )
 from fastalign.data.read import OnBadRow, read_examples
@@ -101,13 +99,7 @@ def load_sft(
     Raises:
         ValueError: if a row is bad or too long under `error`, or no row is left.
     """
-    encoder = Encoder(tokenizer)
-
-    def encode(example: Example) -> TokenisedRow:
-        assert isinstance(example, SFTExample)
-        return encoder.sft(example)
-
-    return _load(source, "sft", encode, max_length, on_bad_row, on_too_long, "error")
+    return _load(source, "sft", tokenizer, max_length, on_bad_row, on_too_long, "error")
 
 
 def load_preferences(
@@ -132,13 +124,7 @@ def load_preferences(
     Raises:
         ValueError: if a row is bad, too long or a tie under `error`, or no row is left.
     """
-    encoder = Encoder(tokenizer)
-
-    def encode(example: Example) -> TokenisedRow:
-        assert isinstance(example, PreferenceExample)
-        return encoder.preference(example)
-
-    return _load(source, "preference", encode, max_length, on_bad_row, on_too_long, ties)
+    return _load(source, "preference", tokenizer, max_length, on_bad_row, on_too_long, ties)
 
 
 def load_prompts(
@@ -187,18 +173,20 @@ def load_prompts(
 def _load(
     source: str | Path,
     kind: Kind,
-    encode: Callable[[Example], TokenisedRow],
+    tokenizer: Tokenizer,
     max_length: int,
     on_bad_row: OnBadRow,
     on_too_long: OnTooLong,
     ties: Ties,
 ) -> TokenizedDataset:
-    report = DataReport(str(source))
+    encoder, report = Encoder(tokenizer), DataReport(str(source))
     data = TokenizedDataset([], [], [], [], [], report, "")
     digest = hashlib.sha256()
     seen: set[bytes] = set()
     for example in read_examples(source, kind, report, on_bad_row=on_bad_row):
-        tie = isinstance(example, PreferenceExample) and example.tie
+        assert not isinstance(example, PromptExample)
+        compared = example if isinstance(example, PreferenceExample) else None
+        tie = compared is not None and compared.tie
         if tie and ties == "error":
             raise DataFault(
                 example.source,
@@ -211,14 +199,13 @@ def _load(
             report.num_ties_dropped += 1
             continue
         try:
-            row = encode(example)
+            row = encoder.row(example)
         except DataFault as fault:
             refuse(report, fault, on_bad_row)
             continue
         group = fit(row.group, example.source, report, max_length, on_too_long)
         if group is None:
             continue
-        compared = example if isinstance(example, PreferenceExample) else None
         margin, votes = (compared.margin, compared.votes) if compared else (None, None)
         data.groups.append(group)
         data.ties.append(tie)

@@ -92,6 +92,14 @@ class Encoder:
             raise DataFault(example.source, str(error), "prompt") from None
         return self._prompt_ids(example.source, text)
 
+    def row(self, example: SFTExample | PreferenceExample) -> TokenisedRow:
+        """Return a demonstration or comparison as a group.
+
+        Raises:
+            DataFault: as `sft` and `preference`.
+        """
+        return self.sft(example) if isinstance(example, SFTExample) else self.preference(example)
+
     def sft(self, example: SFTExample) -> TokenisedRow:
         """Return a demonstration as a group of one response.
 
