@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Trains on several machines: the same command on each, with its own NODE_RANK. A check first that all came and can run together.
+# Train on several machines: run the same command on each, with its own NODE_RANK. `fastalign preflight` runs first.
 # Usage: NNODES=2 NODE_RANK=0 RDZV=first-host:29500 scripts/launch/many_nodes.sh COMMAND FLAGS
-# NNODES: machines. NODE_RANK: of this one, from 0. RDZV: address of machine 0 and a free port there. NPROC: processes of a
-# machine, the same on each (default: as many as torch sees GPUs). PREFLIGHT_SECONDS: the check's time, within which all
-# machines must be started, in the first half of it (default 50). SAVE_SECONDS: after SIGTERM, until what still runs is killed (default 150).
-# PYTHON: interpreter (default python).
+# NNODES: number of machines. NODE_RANK: number of this one, from 0. RDZV: address of machine 0 and a free port there. NPROC: processes
+# per machine, the same on each (default: number of GPUs that torch sees). PREFLIGHT_SECONDS: time limit of the check (default 50);
+# all machines must be started in its first half. SAVE_SECONDS: time from SIGTERM to SIGKILL (default 150). PYTHON: interpreter
+# (default python).
 set -euo pipefail
 PYTHON=${PYTHON:-python}
 
@@ -23,7 +23,7 @@ NPROC=${NPROC:-$("$PYTHON" -c 'import torch; print(torch.cuda.device_count())')}
 seconds=${PREFLIGHT_SECONDS:-50}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-150}
 
-# The check's ranks are started without torchrun, which would wait for a machine that does not come and not name it.
+# The check's ranks are started without torchrun: it would wait for a machine that does not come, without naming it.
 alone=0
 if [ "$1" = preflight ]; then
     alone=1

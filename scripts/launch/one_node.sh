@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Trains on the GPUs of this machine, one process each: a check that they can run together, then the run.
+# Train on the GPUs of this machine, one process each. `fastalign preflight` runs first.
 # Usage: scripts/launch/one_node.sh COMMAND FLAGS     (scripts/launch/one_node.sh dpo --config run.yaml)
 #        scripts/launch/one_node.sh preflight COMMAND FLAGS     (the check alone)
-# NPROC: processes (default: as many as torch sees GPUs). SAVE_SECONDS: after SIGTERM, until what still runs is killed
-# (default 150). PYTHON: interpreter (default python).
+# NPROC: number of processes (default: number of GPUs that torch sees). SAVE_SECONDS: time from SIGTERM to SIGKILL (default 150).
+# PYTHON: interpreter (default python).
 set -euo pipefail
 PYTHON=${PYTHON:-python}
 
@@ -16,7 +16,7 @@ if ! [[ "$NPROC" =~ ^[1-9][0-9]*$ ]]; then
     echo "one_node: expected a positive number of processes, got NPROC=$NPROC (without NPROC it is the number of GPUs)" >&2
     exit 2
 fi
-# Fewer threads than cores for each process is the caller's choice; without one, torchrun sets 1 and says so.
+# Without OMP_NUM_THREADS torchrun would set it to 1 and warn.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${SAVE_SECONDS:-150}
 launch=("$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$NPROC" -m fastalign)
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from fastalign.ranks.config import ParallelConfig
-from fastalign.ranks.failure import watched_by_ranks
+from fastalign.ranks.failure import record_collectives, watched_by_ranks
 from fastalign.ranks.world import RANK_FAILED, RankFailed, open_world, world_of_environment
 from tests import rank_processes
 
@@ -65,3 +65,16 @@ def test_every_other_rank_names_the_missing_one_alone(
         assert f"rank {rank}: rank {MISSING} of {SIZE} (" in output
         assert f", {pid}) {problem}" in output
         assert output.count(f" of {SIZE} (") == 1
+
+
+def test_the_flight_recorder_writes_into_the_run_folder_unless_told_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_DUMP_ON_TIMEOUT", "TORCH_FR_DUMP_TEMP_FILE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "7")
+    record_collectives(tmp_path)
+    assert os.environ["TORCH_FR_BUFFER_SIZE"] == "7"
+    assert os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"] == "1"
+    assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/flight-recorder.rank"
