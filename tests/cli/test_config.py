@@ -1,5 +1,6 @@
 """YAML under flags, and one line for whatever is wrong with either."""
 
+import pickle
 import re
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -133,6 +134,7 @@ def test_every_loss_can_be_chosen(name: str) -> None:
     assert isinstance(loss, LOSSES[name])
     assert loss.formula().name == name
     assert loss.formula().parameters == asdict(loss)
+    assert pickle.loads(pickle.dumps(loss)) == loss
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, make_dataclass
-from typing import ClassVar, get_type_hints
+from typing import Any, ClassVar, get_type_hints
 
 from torch import Tensor
 
@@ -42,6 +42,10 @@ class PreferenceLoss:
         """Return the loss with these fields as its parameters."""
         return losses.formula(type(self).function, **asdict(self))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Pickle cannot find a class that was made from a function by its name.
+        return make_loss, (self.name, asdict(self))
+
 
 def loss_dataclass(function: Callable[..., Tensor]) -> type[PreferenceLoss]:
     """Return the dataclass of a preference loss: its keyword parameters and their help."""
@@ -64,3 +68,8 @@ def loss_dataclass(function: Callable[..., Tensor]) -> type[PreferenceLoss]:
 LOSSES: dict[str, type[PreferenceLoss]] = {
     name: loss_dataclass(function) for name, function in pair_losses().items()
 }
+
+
+def make_loss(name: str, parameters: dict[str, float]) -> PreferenceLoss:
+    """Return the loss of that name in LOSSES."""
+    return LOSSES[name](**parameters)
