@@ -2,11 +2,6 @@
 
 import copy
 import importlib.util
-import os
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +16,6 @@ from fastalign.rollouts import (
     SamplingParams,
     TransformersSampler,
     VllmOptions,
-    VllmProcessSampler,
     VllmSampler,
     VllmServerSampler,
     policy_tensors,
@@ -144,41 +138,10 @@ def open_in_process(job: RolloutJob, model: Any) -> Contestant:
     return _engine(VllmSampler(engine_spec(job, model)), model)
 
 
-def open_process(job: RolloutJob, model: Any) -> Contestant:
-    """An engine of vLLM in a process of its own."""
-    sampler = VllmProcessSampler(engine_spec(job, model))
-    return replace(_engine(sampler, model), processes=(sampler.process_id,))
-
-
 def open_server(job: RolloutJob, model: Any) -> Contestant:
     """A server of vLLM, started for this alone."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    spec = engine_spec(job, model)
-    command = [
-        *(sys.executable, "-m", "fastalign", "vllm-server", "--model.path", str(job.folder)),
-        *("--model.dtype", job.dtype, "--port", str(port), "--max-length", str(spec.limit)),
-        *("--kv-cache-gib", str(spec.options.kv_cache_gib)),
-        *("--gpu-memory", str(spec.options.gpu_memory)),
-    ]
-    server = subprocess.Popen(command, start_new_session=True)  # its log is this process's
-
-    def close() -> None:
-        server.send_signal(signal.SIGINT)
-        try:
-            server.wait(timeout=60)
-        except subprocess.TimeoutExpired:
-            os.killpg(server.pid, signal.SIGKILL)
-            server.wait()
-
-    try:
-        options = replace(spec.options, url=f"http://127.0.0.1:{port}")
-        sampler = VllmServerSampler(replace(spec, options=options))
-    except BaseException:
-        close()
-        raise
-    return replace(_engine(sampler, model), processes=family_of(server.pid), close=close)
+    sampler = VllmServerSampler(engine_spec(job, model))
+    return replace(_engine(sampler, model), processes=family_of(sampler.process_id))
 
 
 def family_of(process: int) -> tuple[int, ...]:
@@ -237,7 +200,6 @@ PEERS: dict[str, Opener] = {
 EMBEDDED: dict[str, Opener] = {f"{OURS} transformers": open_embedded}
 ENGINES: dict[str, Opener] = {
     f"{OURS} vllm": open_in_process,
-    f"{OURS} vllm-process": open_process,
     f"{OURS} vllm-server": open_server,
 }
 

@@ -26,6 +26,7 @@ from tyro.constructors import (
 )
 
 from fastalign.cli.masking import refuse_secrets
+from fastalign.rollouts.engines.options import PROCESS_IS_GONE
 
 Config = TypeVar("Config")
 
@@ -238,13 +239,12 @@ def parse_flags(
         ValueError: if a flag is unknown, missing, does not fit, or holds a secret.
     """
     refuse_secrets(arguments)
+    words = last_sampler(arguments)
     errors = io.StringIO()
     text = wrapped("\n\n".join(part for part in (inspect.getdoc(config), more_help) if part))
     try:
         with contextlib.redirect_stderr(errors):
-            return tyro.cli(
-                config, prog=command, args=list(arguments), description=text, registry=REGISTRY
-            )
+            return tyro.cli(config, prog=command, args=words, description=text, registry=REGISTRY)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
@@ -302,6 +302,23 @@ def field_docs(section: type) -> dict[str, str]:
                 ):
                     docs[name] = " ".join(text.split())
     return docs
+
+
+def last_sampler(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments with the last `--sampler` alone.
+
+    A file of an earlier version may name one that is gone, which a flag can override.
+
+    Raises:
+        ValueError: if the last one is gone; the message names what replaces it.
+    """
+    words = [w for word in arguments for w in re.split("(?<=^--sampler)=", word)]
+    places = [number for number, word in enumerate(words) if word == "--sampler"]
+    if places and words[places[-1] + 1 :][:1] == ["vllm-process"]:
+        raise ValueError(PROCESS_IS_GONE)
+    for place in reversed(places[:-1]):
+        del words[place : place + 2]
+    return words
 
 
 def one_line(text: str) -> str:

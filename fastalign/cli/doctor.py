@@ -15,7 +15,7 @@ from fastalign.ops import native_library
 from fastalign.ops.backends import choose_backend, unusable_reason
 from fastalign.ops.head.arguments import choose_linear_backend
 from fastalign.ops.head.products import product_dtype
-from fastalign.rollouts.engines.params import HOW_TO_INSTALL
+from fastalign.rollouts.engines.spec import HOW_TO_INSTALL
 
 PACKAGES = (
     *("fastalign", "torch", "triton", "transformers", "datasets", "safetensors", "tyro"),

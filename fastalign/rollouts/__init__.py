@@ -4,7 +4,6 @@ from fastalign.rollouts.distribution import recompute_logprobs, sampling_logprob
 from fastalign.rollouts.engines.in_process import VllmSampler
 from fastalign.rollouts.engines.options import SamplerName, VllmOptions, check_sampler
 from fastalign.rollouts.engines.overlapped import OverlappedSampler
-from fastalign.rollouts.engines.own_process import VllmProcessSampler
 from fastalign.rollouts.engines.policy_access import PolicyAccess, access_to
 from fastalign.rollouts.engines.rank_zero import RankZeroSampler
 from fastalign.rollouts.engines.server import VllmServerSampler
@@ -27,7 +26,6 @@ __all__ = [
     "SyncedSampler",
     "TransformersSampler",
     "VllmOptions",
-    "VllmProcessSampler",
     "VllmSampler",
     "VllmServerSampler",
     "access_to",

@@ -1,4 +1,4 @@
-"""The distribution that tokens are drawn from, for samplers and for whoever checks them."""
+"""The distribution that tokens are drawn from, for samplers and for checks of them."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ from fastalign.rollouts.sampler import SamplingParams
 
 
 def sampling_logprobs(logits: Tensor, params: SamplingParams) -> Tensor:
-    """Log-probs under temperature, top-k and top-p, in this order, as transformers has them.
+    """Compute log-probs under temperature, top-k and top-p, applied in transformers' order.
 
-    At temperature 0 the likeliest token has log-prob 0, and others how far they are below it.
+    At temperature 0 they are the logits minus the largest one: 0 for the likeliest token.
 
     Args:
         logits: (R, V), any floating dtype.
-        params: of the distribution.
+        params: settings of the distribution.
 
     Returns:
         (R, V) float32, nats.
@@ -40,13 +40,16 @@ def sampling_logprobs(logits: Tensor, params: SamplingParams) -> Tensor:
 def recompute_logprobs(
     model: Any, prompt_ids: list[int], response_ids: list[int], params: SamplingParams
 ) -> Tensor:
-    """The log-prob of each token of a response under what is drawn from, (n,) float32.
+    """Compute the log-prob of each token of a response under the sampling distribution.
 
     Args:
         model: a causal model from `load_policy`, in eval mode.
-        prompt_ids: of the prompt.
-        response_ids: n tokens.
-        params: what it was drawn with.
+        prompt_ids: token ids of the prompt.
+        response_ids: n token ids of the response.
+        params: settings that it was drawn with.
+
+    Returns:
+        (n,) float32, nats.
     """
     response = torch.tensor(response_ids, device=model.device)
     ids = torch.tensor([[*prompt_ids, *response_ids]], device=model.device)

@@ -1,4 +1,4 @@
-"""What every sampler offers: token ids in, token ids and their log-probs out."""
+"""The interface of all samplers: token ids in, token ids and their log-probs out."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,18 +9,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """How completions are drawn."""
+    """Settings of sampling."""
 
     max_new_tokens: int = 128
-    """Most tokens of a completion, its EOS included."""
+    """Most tokens of a completion, including its EOS."""
     temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest token."""
+    """Divisor of the logits; 0 takes the likeliest token."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that together have this probability."""
+    """Draw from the smallest set of likeliest tokens with this total probability."""
     top_k: int = 0
     """Draw from this many likeliest tokens; 0: from all."""
     num_samples: int = 1
-    """Completions of each prompt."""
+    """Number of completions of each prompt."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "num_samples"):
@@ -40,13 +40,13 @@ class SamplingParams:
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer.
+    """One completion of a prompt.
 
     Attributes:
-        token_ids: with the EOS, where there is one.
-        logprobs: of each token under the distribution it was drawn from, nats.
+        token_ids: its tokens, including the EOS if it ended with one.
+        logprobs: log-prob of each token under the distribution it was drawn from, nats.
         finish_reason: `stop` at an EOS, `length` at `max_new_tokens`.
-        version: of the weights that it was drawn from, as `sync_weights` was told.
+        version: version of the weights that it was drawn from, as given to `sync_weights`.
     """
 
     token_ids: list[int]
@@ -56,26 +56,26 @@ class Completion:
 
 
 class SamplerFailed(ConnectionError):
-    """The sampler's engine is dead, silent or no longer to be trusted; it may be built anew."""
+    """Raised if the sampler's engine is dead, silent or unreliable; it may be built anew."""
 
 
 class Sampler(Protocol):
-    """Draws completions from a policy."""
+    """Interface of an object that draws completions from a policy."""
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
     ) -> list[list[Completion]]:
-        """`params.num_samples` completions of each prompt, in the prompts' order."""
+        """Draw `params.num_samples` completions of each prompt, in the prompts' order."""
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Takes over the policy's weights; completions that follow are `version`'s."""
+        """Take over the policy's weights; the next completions have this `version`."""
 
     def close(self) -> None:
-        """Gives back what the sampler holds."""
+        """Free what the sampler holds."""
 
 
 def sample_seed(seed: int, prompt: int, sample: int) -> int:
-    """Of one completion's random numbers: a pure function, in [0, 2**63)."""
+    """Return the seed of one completion, in [0, 2**63): a pure function of the arguments."""
     # Python's hash of integers is fixed, and mixes the three well enough to seed a generator from.
     return hash((seed, prompt, sample)) & (2**63 - 1)
 
@@ -83,17 +83,17 @@ def sample_seed(seed: int, prompt: int, sample: int) -> int:
 def check_prompts(
     prompt_ids: Sequence[Sequence[int]], params: SamplingParams, limit: int | None, num_tokens: int
 ) -> None:
-    """Refuses prompts that cannot be answered in full.
+    """Check that all prompts can be answered in full.
 
     Args:
         prompt_ids: token ids of each prompt.
-        params: how completions are drawn.
-        limit: positions of the model; None: no end.
-        num_tokens: of the model's vocabulary.
+        params: settings of sampling.
+        limit: positions of the model; None: no limit.
+        num_tokens: size of the model's vocabulary.
 
     Raises:
-        ValueError: an empty prompt, one that leaves no room for the answer, or a token that the
-            model has not.
+        ValueError: if a prompt is empty, leaves no room for the answer, or holds a token that the
+            model does not have.
     """
     for number, ids in enumerate(prompt_ids):
         if not ids:

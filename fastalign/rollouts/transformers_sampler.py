@@ -1,4 +1,4 @@
-"""The embedded sampler: transformers' `generate`, with exact log-probs and a seed a completion."""
+"""The default sampler: transformers' `generate`, with exact log-probs and a seed per completion."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -12,11 +12,11 @@ from fastalign.rollouts.sampler import Completion, SamplingParams, check_prompts
 
 
 class _Draw(LogitsProcessor):  # type: ignore[misc]
-    """Draws each row's token from its own stream of uniform numbers, and notes its log-prob.
+    """Logits processor that draws each row's token from its own stream of uniform numbers.
 
-    What it returns allows that token only, so `generate` has nothing left to choose. A row's
-    stream depends on the seed, the prompt's number and the sample's number, and so do its tokens,
-    whatever shares the batch.
+    It returns scores that allow this token only, and records its log-prob. A row's stream depends
+    only on the seed, the prompt's number and the sample's number, so its tokens do not depend on
+    the other rows of the batch.
     """
 
     def __init__(self, params: SamplingParams, uniforms: Tensor):
@@ -38,14 +38,14 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
 
 
 class TransformersSampler:
-    """Samples from a model in this process.
+    """Sampler that uses a model in this process.
 
     Args:
         model: a causal model from `load_policy`.
         eos_token_ids: tokens that end a completion.
-        pad_token_id: fills what is behind the end; never read.
-        rows_per_batch: completions drawn together.
-        on_progress: is told how many completions are done.
+        pad_token_id: token id of the padding; its logits are never used.
+        rows_per_batch: number of completions that are drawn together.
+        on_progress: called with the number of completions that are done.
     """
 
     def __init__(
@@ -74,18 +74,18 @@ class TransformersSampler:
         seed: int,
         first_prompt: int = 0,
     ) -> list[list[Completion]]:
-        """`params.num_samples` completions of each prompt, in the prompts' order.
+        """Draw `params.num_samples` completions of each prompt, in the prompts' order.
 
-        `first_prompt` is the number of the first among the prompts that several ranks share: the
-        same tokens are drawn however many they are.
+        `first_prompt` is the number of the first prompt among those that several ranks share: any
+        number of ranks draws the same tokens.
 
         Raises:
-            ValueError: an empty prompt, or one that leaves no room for the answer.
+            ValueError: if a prompt is empty or leaves no room for the answer.
         """
         limit = getattr(self._model.config, "max_position_embeddings", None)
         check_prompts(prompt_ids, params, limit, self._model.config.get_text_config().vocab_size)
         rows = [(p, s) for p in range(len(prompt_ids)) for s in range(params.num_samples)]
-        # Like lengths together, so that little is padded.
+        # Prompts of similar length share a batch, which keeps the padding short.
         rows.sort(key=lambda row: (len(prompt_ids[row[0]]), row))
         results: dict[tuple[int, int], Completion] = {}
         for start in range(0, len(rows), self._rows_per_batch):
@@ -99,10 +99,10 @@ class TransformersSampler:
         return [[results[p, s] for s in range(params.num_samples)] for p in range(len(prompt_ids))]
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copies the tensors into the model; every name must be one of its own.
+        """Copy the tensors into the model.
 
         Raises:
-            ValueError: a name that the model has not.
+            ValueError: if the model has no tensor of a name.
         """
         own = self._model.state_dict()
         with torch.no_grad():
@@ -113,7 +113,7 @@ class TransformersSampler:
         self.version = version
 
     def close(self) -> None:
-        """Lets go of the model."""
+        """Release the model."""
         self._model = None
 
     @torch.no_grad()
@@ -125,7 +125,7 @@ class TransformersSampler:
         padded = [[self._pad] * (longest - len(ids)) + list(ids) for ids in prompts]
         mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
         draw = _Draw(params, uniforms.to(device))
-        # The model's own generation settings (penalties, a temperature) are not the caller's.
+        # Set aside the model's own generation settings, such as penalties or a temperature.
         saved = self._model.generation_config
         self._model.generation_config = GenerationConfig(
             do_sample=False,
@@ -138,7 +138,7 @@ class TransformersSampler:
                 torch.tensor(padded, device=device),
                 attention_mask=torch.tensor(mask, device=device),
                 logits_processor=LogitsProcessorList([draw]),
-                synced_gpus=False,  # whoever shards the model has gathered it
+                synced_gpus=False,  # a sharded model has been gathered before
             )
         finally:
             self._model.generation_config = saved
@@ -154,7 +154,7 @@ class TransformersSampler:
 
 
 def _stream(seed: int, prompt: int, sample: int, length: int) -> Tensor:
-    """Uniform numbers of one completion, (length,) float64."""
+    """Return the uniform numbers of one completion, (length,) float64."""
     generator = torch.Generator()
     generator.manual_seed(sample_seed(seed, prompt, sample))
     return torch.rand(length, generator=generator, dtype=torch.float64)

@@ -32,7 +32,7 @@ from fastalign.rollouts import SamplingParams
 
 CASE = CASES["smallest"]
 NUM_TOKENS = 4 * 5
-SYNCED = [f"fastalign {name}" for name in ("vllm", "vllm-process")]
+SYNCED = [f"fastalign {name}" for name in ("vllm", "vllm-server")]
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="scripts/install_vllm_cpu.sh"
 )

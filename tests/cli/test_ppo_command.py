@@ -54,14 +54,17 @@ def test_the_saved_configuration_is_one_that_can_be_read(flags: list[str], tmp_p
 
 def test_a_runs_own_file_with_an_engine_in_it_starts_another(tmp_path: Path) -> None:
     engine = ["--vllm.tensor-parallel", "2", "--vllm.no-sleep", "--vllm.sync-folder", "w"]
-    saved = config_to_dict(parse([*BASE, "--sampler", "vllm-process", *engine]))
-    assert saved["sampler"] == "vllm-process"
+    saved = config_to_dict(parse([*BASE, "--sampler", "vllm-server", *engine]))
+    assert saved["sampler"] == "vllm-server"
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(saved))
     again = parse(["--config", str(file), "--run.dir", "other"])
     assert config_to_dict(again) == {**saved, "run": {**saved["run"], "dir": "other"}}
     assert (again.vllm.tensor_parallel, again.vllm.sleep, again.vllm.sync_folder) == (2, False, "w")
+    file.write_text(yaml.safe_dump({**saved, "sampler": "vllm-process"}))  # of an earlier version
     assert parse(["--config", str(file), "--sampler", "vllm-server"]).sampler == "vllm-server"
+    with pytest.raises(ValueError, match="sampler: vllm-process is gone; use vllm-server"):
+        parse(["--config", str(file)])
     with pytest.raises(ValueError, match=r"vllm\.tensor_parallel: .* one GPU; expected --sampler"):
         parse(["--config", str(file), "--sampler", "vllm"])
 

@@ -102,9 +102,9 @@ def test_what_vllm_draws_in_the_commands_process_is_the_models(work: Path) -> No
 
 
 @needs_vllm
-def test_an_engine_of_its_own_process_gives_reward_and_kl(work: Path) -> None:
+def test_a_server_of_the_commands_own_gives_reward_and_kl(work: Path) -> None:
     models = ["--model.path", "one", "--reference.path", "two", "--reward", "longer:reward"]
-    engine = ["--sampler", "vllm-process", *SMALL]
+    engine = ["--sampler", "vllm-server", *SMALL]
     assert main(["eval", *models, *SAMPLING, *engine, "--out", "out/eval.json"]) == 0
     result = json.loads((work / "out/eval.json").read_text())
     rows = rows_of(work / "out/samples.jsonl")
@@ -113,7 +113,7 @@ def test_an_engine_of_its_own_process_gives_reward_and_kl(work: Path) -> None:
     kl = sum(a - b for a, b in zip(ours, theirs, strict=True)) / len(rows)
     assert result["kl"] == pytest.approx(kl, abs=1e-3)
     assert result["reward"] == pytest.approx(sum(len(row["completion"]) for row in rows) / 12)
-    assert result["config"]["sampler"] == "vllm-process"
+    assert result["config"]["sampler"] == "vllm-server"
     assert result["config"]["vllm"]["kv_cache_gib"] == 0.125
 
 
@@ -213,7 +213,10 @@ def test_settings_of_vllm_without_it_are_one_line(
     assert main([*arguments, out, str(tmp_path / "x"), "--vllm.eager"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
-    expected = "vllm.eager: True is a setting of vLLM; expected --sampler vllm, vllm-process or"
-    assert f"fastalign {arguments[0]}: {expected} vllm-server with it, got transformers" in err
+    expected = "vllm.eager: True is a setting of vLLM; expected --sampler vllm or vllm-server"
+    assert f"fastalign {arguments[0]}: {expected} with it, got transformers" in err
     assert main([*arguments, out, str(tmp_path / "x"), "--sampler", "vlm"]) == 2
-    assert "vllm-process" in capsys.readouterr().err
+    assert "vllm-server" in capsys.readouterr().err
+    assert main([*arguments, out, str(tmp_path / "x"), "--sampler", "vllm-process"]) == 2
+    gone = "sampler: vllm-process is gone; use vllm-server (started by the run) or vllm\n"
+    assert capsys.readouterr().err == f"fastalign {arguments[0]}: {gone}"

@@ -12,7 +12,7 @@ from fastalign.report import speed
 from fastalign.report.page import render
 from fastalign.report.runs import RunRecord, read_run
 from fastalign.report.speed import phase_seconds, time_table
-from fastalign.rollouts import PolicyAccess, SyncedSampler, policy_tensors
+from fastalign.rollouts import EngineSpec, PolicyAccess, SyncedSampler, policy_tensors
 from fastalign.trainers import train_ppo
 from fastalign.trainers.sampling import policy_sampler
 from tests.rollouts.test_synced import FakeEngine
@@ -127,11 +127,12 @@ def test_a_real_run_s_sync_is_not_counted_twice(
         added[0] += {"sync": SYNC, "generate": GENERATE}.get(name, 0.0)
         call(self, name)
 
-    def open_fake(name: str, model: Any, **_: Any) -> SyncedSampler:
+    def open_fake(name: str, spec: EngineSpec, policy: PolicyAccess) -> SyncedSampler:
+        model = policy._model
         engine = FakeEngine()
         engine.model = type(model)(model.config).eval()
         engine.sync_weights(policy_tensors(model), -1)
-        return SyncedSampler(PolicyAccess(model), engine, num_rebuilds=0, max_difference=1e-3)
+        return SyncedSampler(policy, engine, num_rebuilds=0, max_difference=1e-3)
 
     monkeypatch.setattr(FakeEngine, "_call", slow)
     monkeypatch.setattr(policy_sampler, "open_engine", open_fake)

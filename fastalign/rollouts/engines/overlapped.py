@@ -1,4 +1,4 @@
-"""Sampling while the policy trains: the next step's completions, from the weights of this one."""
+"""Sampling of the next step's completions, from this step's weights, while the policy trains."""
 
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,21 +15,21 @@ CHECKED_TOKENS_BEFOREHAND = 16  # of the completions that are checked before a b
 
 @dataclass
 class _Begun:
-    """Completions on their way."""
+    """Completions that are being drawn."""
 
     seed: int
     answers: "Future[list[list[Completion]]]"
 
 
 class OverlappedSampler:
-    """A `SyncedSampler` whose engine works in the background on what `begin` asked for.
+    """A `SyncedSampler` whose engine draws in the background what `begin` asked for.
 
-    `generate` with the seed that was begun returns those completions, which are of the policy as
-    it was then: `Completion.version` says which. If the engine failed meanwhile, they are drawn
-    anew, from the policy as it is.
+    `generate` with the seed given to `begin` returns those completions, which are of the policy at
+    that time (`Completion.version`). If the engine failed in between, they are drawn anew, from the
+    current policy.
 
     Args:
-        sampler: of an engine outside of this process.
+        sampler: a sampler whose engine is outside of this process.
     """
 
     def __init__(self, sampler: SyncedSampler):
@@ -39,20 +39,20 @@ class OverlappedSampler:
 
     @property
     def version(self) -> int:
-        """Of the policy as it is."""
+        """Version of the current policy."""
         return self._sampler.version
 
     @version.setter
     def version(self, version: int) -> None:
-        """Says that the policy has changed."""
+        """Mark the policy as changed."""
         self._sampler.version = version
 
     def begin(
         self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
     ) -> None:
-        """Begins to draw what `generate` will be asked for with this seed.
+        """Start to draw what `generate` with this seed will return.
 
-        The engine is given the policy's weights and checked before this returns.
+        Before this returns, the engine has the policy's weights and has been checked.
 
         Raises:
             ValueError, SamplerFailed: as `SyncedSampler.generate`.
@@ -69,7 +69,7 @@ class OverlappedSampler:
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
     ) -> list[list[Completion]]:
-        """See `SyncedSampler`."""
+        """Return completions, those begun with this seed if there are any."""
         if self._begun is not None:
             failure = self._begun.answers.exception()  # the engine does one thing at a time
             if self._begun.seed == seed:
@@ -82,15 +82,15 @@ class OverlappedSampler:
         return self._sampler.generate(prompt_ids, params, seed=seed)
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See `SyncedSampler`."""
+        """Mark the policy as changed; see `SyncedSampler`."""
         self._sampler.sync_weights(named_tensors, version)
 
     def metrics(self) -> dict[str, float | int]:
-        """See `SyncedSampler`."""
+        """Return the metrics of `SyncedSampler`."""
         return self._sampler.metrics()
 
     def state(self) -> dict[str, Any]:
-        """What was begun, as JSON holds it, when it is done; {} for nothing."""
+        """Wait for what was begun and return it for JSON; {} if there is nothing."""
         if self._begun is None or self._begun.answers.exception() is not None:
             return {}
         answers = self._begun.answers.result()
@@ -98,7 +98,7 @@ class OverlappedSampler:
         return {"seed": self._begun.seed, "completions": rows}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes up what `state` returned."""
+        """Restore what `state` returned."""
         if not state:
             return
         answers: Future[list[list[Completion]]] = Future()
@@ -108,6 +108,6 @@ class OverlappedSampler:
         self._begun = _Begun(state["seed"], answers)
 
     def close(self) -> None:
-        """Ends the engine when it has done what was begun."""
+        """End the engine when it has finished what was begun."""
         self._threads.shutdown(wait=True)
         self._sampler.close()

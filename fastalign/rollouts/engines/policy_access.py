@@ -1,4 +1,4 @@
-"""What an engine's keeper needs of the policy itself: weights, adapter, log-probs."""
+"""Access of a synced sampler to the policy: weights, adapter, log-probs."""
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -21,11 +21,11 @@ Sequences = Sequence[tuple[list[int], list[int]]]
 
 
 class PolicyAccess:
-    """The policy, as far as this process has it.
+    """Access to a policy that is whole in this process.
 
     Args:
         model: the policy.
-        mode: entered around its forwards.
+        mode: context manager that is entered around its forwards.
     """
 
     def __init__(self, model: Any, mode: Callable[[], AbstractContextManager[None]] = nullcontext):
@@ -33,29 +33,29 @@ class PolicyAccess:
 
     @property
     def has_adapter(self) -> bool:
-        """Whether an adapter is on it."""
+        """True if the policy has an adapter."""
         return adapter_rank(self._model) > 0
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """`policy_tensors`."""
+        """Return `policy_tensors` of the policy."""
         return policy_tensors(self._model)
 
     def save_adapter(self, folder: str | Path) -> None:
-        """Writes the adapter in peft's layout."""
+        """Write the adapter in peft's layout."""
         save_adapter(self._model, folder)
 
     def logprobs(self, sequences: Sequences, params: SamplingParams) -> list[Tensor]:
-        """`recompute_logprobs` of each."""
+        """Compute the log-probs of each response (`recompute_logprobs`)."""
         with self._mode():
             return [recompute_logprobs(self._model, p, r, params) for p, r in sequences]
 
 
 class ShardedAccess(PolicyAccess):
-    """A policy of which each rank holds a part: rank 0 asks, and the others do it with it.
+    """Access to a policy that is sharded over the ranks: rank 0 asks, the others join in.
 
     Args:
         model: the policy.
-        mode: entered around its forwards.
+        mode: context manager that is entered around its forwards.
         world: the ranks.
     """
 
@@ -64,12 +64,12 @@ class ShardedAccess(PolicyAccess):
         self._world = world
 
     def tensors(self) -> Iterable[tuple[str, Tensor]]:
-        """`policy_tensors` gathered in rank 0's host memory."""
+        """Return `policy_tensors`, gathered in rank 0's host memory."""
         self._world.of_first(("gather",))
         return self._gather()
 
     def save_adapter(self, folder: str | Path) -> None:
-        """Writes the adapter in peft's layout."""
+        """Write the adapter in peft's layout."""
         self._world.of_first(("save_adapter", folder))
         super().save_adapter(folder)
 
@@ -79,7 +79,7 @@ class ShardedAccess(PolicyAccess):
         return self._logprobs(sequences, params)
 
     def serve(self) -> Any:
-        """On another rank: does what rank 0 asks for, until it says `done`, and with what."""
+        """Do what rank 0 asks for, on another rank, until it sends `done`; return its result."""
         while True:
             asked: tuple[Any, ...] = self._world.of_first(())
             name, *arguments = asked
@@ -113,6 +113,6 @@ class ShardedAccess(PolicyAccess):
 def access_to(
     model: Any, mode: Callable[[], AbstractContextManager[None]], world: World
 ) -> PolicyAccess:
-    """To a policy that ranks may share."""
+    """Return the access to a policy, which may be sharded over the ranks."""
     sharded = is_sharded(model) and world.size > 1
     return ShardedAccess(model, mode, world) if sharded else PolicyAccess(model, mode)

@@ -1,4 +1,4 @@
-"""Several ranks, one engine: rank 0 drives it, and all have what it answers."""
+"""One engine for several ranks: rank 0 drives it, and all get its answers."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -16,13 +16,13 @@ ERRORS: tuple[type[Exception], ...] = (SamplerFailed, ValueError, OSError)
 
 
 class RankZeroSampler:
-    """A sampler of all ranks, which make each call alike, with the same prompts.
+    """Sampler shared by all ranks, which make the same calls with the same prompts.
 
-    What fails on rank 0 fails on every rank, at the same call.
+    An error on rank 0 is raised on every rank, at the same call.
 
     Args:
-        sampler: on rank 0, what samples; on the others None.
-        policy: that it samples from, which the ranks may share.
+        sampler: the sampler on rank 0; None on the others.
+        policy: the policy, which may be sharded over the ranks.
         world: the ranks.
     """
 
@@ -40,12 +40,12 @@ class RankZeroSampler:
 
     @property
     def version(self) -> int:
-        """Of the policy as it is."""
+        """Version of the current policy."""
         return self._version
 
     @version.setter
     def version(self, version: int) -> None:
-        """Says that the policy has changed."""
+        """Mark the policy as changed."""
         self._version = version
         if self._sampler is not None:
             self._sampler.version = version
@@ -53,42 +53,42 @@ class RankZeroSampler:
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
     ) -> list[list[Completion]]:
-        """Completions of all prompts, on every rank.
+        """Return the completions of all prompts, on every rank.
 
         Raises:
-            ValueError, SamplerFailed: what the sampler raised on rank 0.
+            ValueError, SamplerFailed: if the sampler raised one on rank 0.
         """
         return self._all_do(lambda sampler: sampler.generate(prompt_ids, params, seed=seed))
 
     def begin(
         self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
     ) -> None:
-        """See `OverlappedSampler`."""
+        """Start to draw completions; see `OverlappedSampler`."""
         self._all_do(lambda sampler: sampler.begin(prompt_ids, params, seed=seed))
 
     def state(self) -> dict[str, Any]:
-        """See `OverlappedSampler`."""
+        """Return the state of `OverlappedSampler`."""
         return self._all_do(lambda sampler: sampler.state())
 
     def restore(self, state: dict[str, Any]) -> None:
-        """See `OverlappedSampler`."""
+        """Restore the state of `OverlappedSampler`."""
         self._all_do(lambda sampler: sampler.restore(state))
 
     def metrics(self) -> dict[str, float | int]:
-        """See `SyncedSampler`."""
+        """Return the metrics of `SyncedSampler`."""
         return self._all_do(lambda sampler: sampler.metrics())
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See `SyncedSampler`."""
+        """Mark the policy as changed; see `SyncedSampler`."""
         self.version = version
 
     def close(self) -> None:
-        """Ends rank 0's sampler."""
+        """End rank 0's sampler."""
         if self._sampler is not None:
             self._sampler.close()
 
     def _all_do(self, work: Callable[[Any], T]) -> T:
-        """The work's result on rank 0; the others serve a sharded policy meanwhile."""
+        """Return the work's result on rank 0; the others serve a sharded policy in the meantime."""
         if not isinstance(self._policy, ShardedAccess):
             return self._world.first_does(lambda: work(self._sampler), ERRORS)
         if self._sampler is not None:

@@ -1,8 +1,10 @@
-"""vLLM behind HTTP, on this machine or on others: a server that `fastalign vllm-server` started."""
+"""vLLM behind HTTP: a server that `fastalign vllm-server` started, or one that the run starts."""
 
 import json
+import math
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,25 +13,26 @@ from torch import Tensor
 
 from fastalign.rollouts.engines.broadcast import Broadcaster
 from fastalign.rollouts.engines.connection import ServerConnection
-from fastalign.rollouts.engines.params import request_fields
-from fastalign.rollouts.engines.spec import EngineSpec, read_completion
+from fastalign.rollouts.engines.server_process import OwnServer
+from fastalign.rollouts.engines.spec import EngineSpec, read_completion, request_fields
 from fastalign.rollouts.engines.weights import fit_tensors, sync_folder, tolerance_of, write_tensors
 from fastalign.rollouts.sampler import Completion, SamplerFailed, SamplingParams, sample_seed
 
 
 class VllmServerSampler:
-    """Samples by a server; `sync_weights` makes its weights the policy's.
+    """Sampler whose engine is a server; `sync_weights` makes its weights the policy's.
 
-    Every sync has a name of its own, asked for before and after each call: a server that was
-    started again, or that another trainer uses, is a `SamplerFailed`, and nothing of it is kept.
+    The server is the one at `options.url`, or, without a URL, one that this sampler starts and
+    ends. Every sync has a name of its own, which the server is asked for before and after each
+    call: one that was started again, or that another trainer uses, raises `SamplerFailed`.
 
     Args:
-        spec: of the model, whose sizes the server's must have; of the options those of servers.
-        on_progress: is told how many completions are done.
+        spec: model, whose sizes the server's must have, and settings.
+        on_progress: called with the number of completions that are done.
 
     Raises:
-        ValueError: the server is not one of `fastalign vllm-server`, or has another model.
-        SamplerFailed: there is no server in time.
+        ValueError: if `fastalign vllm-server` did not start the server, or it has another model.
+        SamplerFailed: if there is no server in time.
     """
 
     def __init__(self, spec: EngineSpec, *, on_progress: Callable[[int], None] | None = None):
@@ -38,22 +41,16 @@ class VllmServerSampler:
         self._name = ""  # of the weights that the server should have
         self._adapter: str | None = None
         self._broadcaster: Broadcaster | None = None
+        self._own = OwnServer(spec) if self._options.url is None else None
+        self._server: ServerConnection | None = None
+        self._model = ""
         self.version: int | None = None
         self._connect()
-        try:
-            self._check_model()
-            model = self._server.get("/v1/models")["data"][0]
-        except BaseException:
-            self.close()
-            raise
-        self._model: str = model["id"]
-        if model["max_model_len"] < spec.limit:
-            self._spec = replace(spec, max_length=model["max_model_len"])
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
     ) -> list[list[Completion]]:
-        """See `VllmSampler.generate`."""
+        """Draw completions; see `VllmSampler.generate`."""
         self._spec.check(prompt_ids, params)
         if self.version is None:
             raise SamplerFailed("sampler: the server has no weights; sync_weights comes first")
@@ -69,7 +66,7 @@ class VllmServerSampler:
             }
             for p, s in rows
         ]
-        answers = self._server.post_all("/v1/completions", bodies, self._on_progress)
+        answers = self.server.post_all("/v1/completions", bodies, self._on_progress)
         self._check_weights()
         found = dict(
             zip(rows, (self._completion(a["choices"][0], params) for a in answers), strict=True)
@@ -77,75 +74,108 @@ class VllmServerSampler:
         return [[found[p, s] for s in range(params.num_samples)] for p in range(len(prompt_ids))]
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See `VllmSampler.sync_weights`; weights go a part or a tensor at a time."""
+        """Take over weights, in parts or one by one; see `VllmSampler.sync_weights`."""
         tensors = fit_tensors(named_tensors, self._spec.shapes)
         self.version, self._adapter = None, None
         self._name = self._next_name(version)
         if self._options.transport == "network":
             self._broadcast(tensors)
         else:
-            with sync_folder(self._options.sync_folder) as folder:
-                write_tensors(tensors.items(), Path(folder))
-                self._server.call("fastalign_load", folder, self._name)
+            with self._written(tensors.items()) as folder:
+                self.server.call("fastalign_load", folder, self._name)
         self._forget_prefixes()
         self.version = version
 
     def sync_adapter(self, folder: str | Path, version: int) -> None:
-        """See `VllmSampler.sync_adapter`; the server must be able to read the folder."""
+        """Take over an adapter from a folder that the server can read."""
         if self.version is None and self._adapter is None and not self._name:
             raise SamplerFailed("sampler: the server has no weights; sync_weights comes first")
         self._check_weights()
         last, self.version = self._adapter, None
         name = self._next_name(version)
-        self._server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
+        self.server.post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
         if last is not None:
-            self._server.post("/v1/unload_lora_adapter", {"lora_name": last})
-        self._server.call("fastalign_adapted", name)
+            self.server.post("/v1/unload_lora_adapter", {"lora_name": last})
+        self.server.call("fastalign_adapted", name)
         self._adapter, self._name, self.version = name, name, version
 
     def differing_tensors(
         self, named_tensors: Iterable[tuple[str, Tensor]]
     ) -> tuple[list[str], int]:
-        """Which of these the server does not compute with, and how many could be compared."""
-        with sync_folder(self._options.sync_folder) as folder:
-            write_tensors(named_tensors, Path(folder))
-            found = self._server.call(
-                "fastalign_differing", folder, str(tolerance_of(self._spec.dtype))
-            )
+        """Return the names the server does not compute with, and how many could be compared."""
+        with self._written(named_tensors) as folder:
+            tolerance = str(tolerance_of(self._spec.dtype))
+            found = self.server.call("fastalign_differing", folder, tolerance)
         names, num_compared = json.loads(found)
         return names, num_compared
 
     def sleep(self) -> None:
-        """Nothing: a server keeps its memory."""
+        """Do nothing: a server keeps its memory."""
 
     def rebuild(self) -> None:
-        """Waits for the server to be there again; it has other weights then."""
-        self.version, self._adapter, self._name = None, None, ""
-        self._leave_group()
-        self._server.close()
+        """Start the run's own server again, or wait for the one at the URL; it has no weights."""
+        if self._own is not None and (error := self._own.last_error()):
+            print(f"{self._own.name}: the last error in its log: {error}", flush=True)
+        self.close()
         self._connect()
-        self._check_model()
 
     def close(self) -> None:
-        """Ends the connections; the server goes on."""
+        """Close the connections, and end the run's own server; another one stays."""
+        self.version, self._adapter, self._name = None, None, ""
         self._leave_group()
-        self._server.close()
-        self.version = None
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+        if self._own is not None:
+            self._own.close()
+
+    @property
+    def server(self) -> ServerConnection:
+        """The connection to the server."""
+        if self._server is None:
+            raise SamplerFailed("sampler: the engine is closed")
+        return self._server
+
+    @property
+    def process_id(self) -> int:
+        """Id of the process that supervises the run's own server."""
+        assert self._own is not None
+        return self._own.process_id
 
     def _connect(self) -> None:
         options = self._options
+        if self._own is not None:
+            self._own.start()
         self._server = ServerConnection(
-            options.url,
+            self._own or str(options.url),
             silence_seconds=options.silence_seconds,
             max_connections=options.max_sequences,
         )
-        self._server.wait(options.start_seconds)
+        try:
+            self._server.wait(options.start_seconds)
+            self._check_model()
+            model = self._server.get("/v1/models")["data"][0]
+        except BaseException:
+            self.close()
+            raise
+        self._model = model["id"]
+        if model["max_model_len"] < self._spec.limit:
+            self._spec = replace(self._spec, max_length=model["max_model_len"])
+
+    @contextmanager
+    def _written(self, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[str]:
+        """Write tensors into a folder that the server can read, and remove it afterwards."""
+        num_bytes = 4 * sum(math.prod(shape) for shape in self._spec.shapes.values())
+        with sync_folder(self._options.sync_folder, num_bytes) as folder:
+            write_tensors(tensors, Path(folder))
+            yield folder
 
     def _broadcast(self, tensors: dict[str, Tensor]) -> None:
         if self._broadcaster is None:
-            host, seconds = self._options.trainer_host, self._options.silence_seconds
+            host = self._options.trainer_host or ("127.0.0.1" if self._own else None)
+            seconds = self._options.silence_seconds
             device = next(iter(tensors.values())).device
-            self._broadcaster = Broadcaster(self._server, host, device, seconds)
+            self._broadcaster = Broadcaster(self.server, host, device, seconds)
         try:
             self._broadcaster.send(tensors, self._name)
         except SamplerFailed:
@@ -163,27 +193,26 @@ class VllmServerSampler:
 
     def _check_model(self) -> None:
         theirs, ours = (
-            json.loads(self._server.call("fastalign_state"))["config"],
+            json.loads(self.server.call("fastalign_state"))["config"],
             self._spec.config.to_dict(),
         )
         for name in ("model_type", "vocab_size", "hidden_size", "num_hidden_layers"):
             if theirs.get(name) != ours.get(name):
                 raise ValueError(
-                    f"vllm.url: the server at {self._server.url} has another model: expected "
+                    f"vllm.url: {self.server.name} has another model: expected "
                     f"{name} {ours.get(name)}, got {theirs.get(name)}"
                 )
 
     def _check_weights(self) -> None:
-        found = json.loads(self._server.call("fastalign_state"))["version"]
+        found = json.loads(self.server.call("fastalign_state"))["version"]
         if found != self._name:
             self.version = None
             raise SamplerFailed(
-                f"sampler: the server at {self._server.url} was started again, or is used by "
-                "another run"
+                f"sampler: {self.server.name} was started again, or is used by another run"
             )
 
     def _forget_prefixes(self) -> None:
-        if not self._server.post("/reset_prefix_cache", None).get("success", True):
+        if not self.server.post("/reset_prefix_cache", None).get("success", True):
             raise SamplerFailed("sampler: the server's cache of prefixes could not be emptied")
 
     def _completion(self, choice: Any, params: SamplingParams) -> Completion:

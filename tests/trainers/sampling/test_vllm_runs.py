@@ -1,29 +1,39 @@
 """Runs that sample by an engine of their own: exact, resumable, and repeated where it died."""
 
-import os
-import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from fastalign.models import save_model
 from fastalign.rollouts import (
+    EngineSpec,
     PolicyAccess,
     SamplerFailed,
     SamplerName,
     SamplingParams,
     SyncedSampler,
-    VllmProcessSampler,
+    VllmServerSampler,
     policy_tensors,
 )
 from fastalign.trainers import OnlineDPOConfig, PPOConfig, train_online_dpo, train_ppo
 from fastalign.trainers.sampling import policy_sampler as policy_sampler_module
+from tests import rank_processes as ranks
+from tests.rank_processes import free_port
+from tests.ranks.test_ranks import FSDP, lora
 from tests.rollouts.test_synced import FakeEngine
-from tests.rollouts.vllm_cases import OPTIONS, make_policy, needs_vllm
+from tests.rollouts.vllm_cases import (
+    OPTIONS,
+    Server,
+    make_policy,
+    needs_vllm,
+    nothing_left_in_shared_memory,
+    process_named,
+)
 from tests.runs.test_resume import assert_same_run
 from tests.small_runs import OPTIM, ppo_config, read_metrics
 from tests.tokenizers import make_tokenizer
@@ -31,45 +41,71 @@ from tests.tokenizers import make_tokenizer
 DIFFERENCE = "sampling/sampling_logp_difference/max"
 
 
+@pytest.fixture(autouse=True)
+def _known_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep vLLM's cache of models' descriptions, without which each start imports vLLM twice."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(Path.home() / ".cache/vllm"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for all runs that leave their engine in peace."""
+    folder = tmp_path_factory.mktemp("served")
+    save_model(make_policy(), make_tokenizer(), folder)
+    with pytest.MonkeyPatch.context() as environment, nothing_left_in_shared_memory():
+        environment.setenv("OMP_NUM_THREADS", "1")  # sums are repeatable
+        running = Server(folder, free_port())
+        yield running
+        running.stop()
+
+
 def vllm_config(
-    folder: Path, run: str, sampler: SamplerName = "vllm-process", **train: Any
+    folder: Path,
+    run: str,
+    sampler: SamplerName = "vllm-server",
+    server: Server | None = None,
+    **train: Any,
 ) -> PPOConfig:
-    """PPO on a model that vLLM's attention takes."""
+    """PPO on a model that vLLM's attention takes; without a server the run starts its own."""
     save_model(make_policy(), make_tokenizer(), folder / "llama")
     config = ppo_config(folder, run, **({"max_steps": 8} | train))
-    return replace(config, sampler=sampler, vllm=OPTIONS)
+    options = replace(OPTIONS, url=None if server is None else server.url)
+    return replace(config, sampler=sampler, vllm=options)
 
 
 @needs_vllm
-def test_ppo_samples_from_the_weights_of_each_step_and_resumes_to_the_bit(folder: Path) -> None:
-    train_ppo(vllm_config(folder, "straight"))
+def test_ppo_samples_from_the_weights_of_each_step_and_resumes_to_the_bit(
+    folder: Path, server: Server
+) -> None:
+    train_ppo(vllm_config(folder, "straight", server=server))
     rows = read_metrics(folder / "straight")
     assert [row["sampling/policy_version"] for row in rows] == list(range(8))
     assert max(row[DIFFERENCE] for row in rows) < 1e-4
     assert all(row["time/sync_seconds"] > 0 for row in rows)
-    train_ppo(vllm_config(folder, "resumed", stop_at_step=3))
-    train_ppo(vllm_config(folder, "resumed", resume=True))
+    train_ppo(vllm_config(folder, "resumed", server=server, stop_at_step=3))
+    train_ppo(vllm_config(folder, "resumed", server=server, resume=True))
     assert_same_run(folder / "straight", folder / "resumed")
 
 
 @needs_vllm
-@pytest.mark.parametrize("kind", [signal.SIGKILL])
 def test_a_step_whose_engine_is_killed_is_repeated(
-    folder: Path, kind: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    folder: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train_ppo(vllm_config(folder, "undisturbed", max_steps=2))
-    generate, calls = VllmProcessSampler.generate, []
+    train_ppo(vllm_config(folder, "undisturbed", server=server, max_steps=2))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    generate, calls = VllmServerSampler.generate, []
 
-    def disturbed(self: VllmProcessSampler, *args: Any, **kwargs: Any) -> Any:
+    def disturbed(self: VllmServerSampler, *args: Any, **kwargs: Any) -> Any:
         calls.append(self.process_id)
         if len(calls) == 3:  # the scale of scores, the first step, the second
-            os.kill(self.process_id, kind)
+            process_named("engine", self.process_id).kill()
         return generate(self, *args, **kwargs)
 
-    monkeypatch.setattr(VllmProcessSampler, "generate", disturbed)
+    monkeypatch.setattr(VllmServerSampler, "generate", disturbed)
     train_ppo(vllm_config(folder, "disturbed", max_steps=2))
     first, second = (read_metrics(folder / name) for name in ("undisturbed", "disturbed"))
     assert [row["sampling/num_rebuilds"] for row in second] == [0, 1]
+    assert not any(psutil.pid_exists(supervisor) for supervisor in calls)
     for before, after in zip(first, second, strict=True):
         for name in ("loss", "objective/kl", "objective/scores", "grad_norm"):
             assert before[name] == after[name]
@@ -77,18 +113,18 @@ def test_a_step_whose_engine_is_killed_is_repeated(
 
 @needs_vllm
 def test_a_run_whose_engine_keeps_an_old_tensor_stops_and_names_it(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sync, first = VllmProcessSampler.sync_weights, {}
+    sync, first = VllmServerSampler.sync_weights, {}
 
-    def forgetful(self: VllmProcessSampler, named_tensors: Any, version: int) -> None:
+    def forgetful(self: VllmServerSampler, named_tensors: Any, version: int) -> None:
         tensors = {name: tensor.clone() for name, tensor in named_tensors}
         name = "model.layers.1.mlp.down_proj.weight"
         tensors[name] = first.setdefault(name, tensors[name])
         sync(self, tensors.items(), version)
 
-    monkeypatch.setattr(VllmProcessSampler, "sync_weights", forgetful)
-    config = vllm_config(folder, "run")
+    monkeypatch.setattr(VllmServerSampler, "sync_weights", forgetful)
+    config = vllm_config(folder, "run", server=server)
     with pytest.raises(
         SamplerFailed,
         match=r"nats a token off .* it does not compute with: "
@@ -99,12 +135,12 @@ def test_a_run_whose_engine_keeps_an_old_tensor_stops_and_names_it(
 
 @needs_vllm
 def test_rollouts_that_overlap_are_one_step_old_weighted_and_resumed_to_the_bit(
-    folder: Path,
+    folder: Path, server: Server
 ) -> None:
     def config(run: str, **train: Any) -> PPOConfig:
-        made = vllm_config(folder, run, eval_every=3, **train)
+        made = vllm_config(folder, run, server=server, eval_every=3, **train)
         ppo = replace(made.ppo, max_importance_weight=2.0)
-        return replace(made, ppo=ppo, vllm=replace(OPTIONS, overlap=True))
+        return replace(made, ppo=ppo, vllm=replace(made.vllm, overlap=True))
 
     train_ppo(config("straight"))
     rows = read_metrics(folder / "straight")
@@ -128,16 +164,16 @@ def test_an_engine_that_is_killed_in_the_background_costs_no_step(
         ppo=replace(made.ppo, max_importance_weight=2.0),
         vllm=replace(OPTIONS, overlap=True),
     )
-    generate = VllmProcessSampler.generate
+    generate = VllmServerSampler.generate
 
-    def disturbed(self: VllmProcessSampler, *args: Any, **kwargs: Any) -> Any:
+    def disturbed(self: VllmServerSampler, *args: Any, **kwargs: Any) -> Any:
         if threading.current_thread() is not threading.main_thread() and not killed:
             killed.append(self.process_id)
-            os.kill(self.process_id, signal.SIGKILL)
+            process_named("engine", self.process_id).kill()
         return generate(self, *args, **kwargs)
 
     killed: list[int] = []
-    monkeypatch.setattr(VllmProcessSampler, "generate", disturbed)
+    monkeypatch.setattr(VllmServerSampler, "generate", disturbed)
     train_ppo(config)
     assert len(killed) == 1
     rows = read_metrics(folder / "killed")
@@ -146,15 +182,31 @@ def test_an_engine_that_is_killed_in_the_background_costs_no_step(
     assert [row["sampling/num_rebuilds"] for row in rows] == [0, 1, 0]
 
 
+@needs_vllm
+@pytest.mark.parametrize("change", [lambda config: config, lora], ids=["whole", "adapter"])
+def test_ranks_sample_by_one_engine(
+    folder: Path, server: Server, change: Callable[[Any], Any]
+) -> None:
+    """Of shards of a policy; rank 0 starts a server, or finds one, and drives it for all."""
+    found = server if change is lora else None
+    shared = change(vllm_config(folder, "shared", server=found, max_steps=3))
+    ranks.run(2, folder / "logs", train_ppo, replace(shared, parallel=FSDP))
+    rows = read_metrics(folder / "shared")
+    assert [row["sampling/policy_version"] for row in rows] == [0, 1, 2]
+    assert max(row[DIFFERENCE] for row in rows) < 1e-4
+    assert all(row["time/sync_seconds"] > 0 for row in rows)
+
+
 def with_fake_engine(
     monkeypatch: pytest.MonkeyPatch, fail_at: list[str]
 ) -> Callable[..., SyncedSampler]:
-    def open_fake(name: str, model: Any, **_: Any) -> SyncedSampler:
+    def open_fake(name: str, spec: EngineSpec, policy: PolicyAccess) -> SyncedSampler:
+        model = policy._model
         engine = FakeEngine(fail_at)
         engine.model = type(model)(model.config).eval()
         engine.sync_weights(policy_tensors(model), 0)
         engine.calls.clear()
-        return SyncedSampler(PolicyAccess(model), engine, num_rebuilds=0, max_difference=1e-3)
+        return SyncedSampler(policy, engine, num_rebuilds=0, max_difference=1e-3)
 
     monkeypatch.setattr(policy_sampler_module, "open_engine", open_fake)
     return open_fake
@@ -190,16 +242,16 @@ def test_a_sampler_that_fails_for_good_ends_a_run_that_is_saved(
 
 
 @needs_vllm
-def test_online_dpo_checks_what_it_samples(folder: Path) -> None:
-    base = vllm_config(folder, "unused")
+def test_online_dpo_checks_what_it_samples(folder: Path, server: Server) -> None:
+    base = vllm_config(folder, "unused", server=server)
     config = OnlineDPOConfig(
         model=base.model,
         data=base.data,
         reward=base.reward,
         run=replace(base.run, dir=str(folder / "online")),
         sampling=SamplingParams(max_new_tokens=6, num_samples=3, temperature=0.7, top_p=0.9),
-        sampler="vllm-process",
-        vllm=OPTIONS,
+        sampler="vllm-server",
+        vllm=base.vllm,
         optim=OPTIM,
         train=replace(base.train, max_steps=2),
     )
@@ -220,4 +272,10 @@ def test_overlap_is_for_ppo_with_an_engine_outside_of_the_trainer(folder: Path) 
     with pytest.raises(ValueError, match=r"vllm\.overlap: an engine in the trainer's process"):
         replace(config, sampler="vllm", vllm=overlap)
     with pytest.raises(ValueError, match=r"ppo\.max_importance_weight: expected a number"):
-        replace(config, sampler="vllm-process", vllm=overlap)
+        replace(config, sampler="vllm-server", vllm=overlap)
+
+
+def test_the_sampler_that_is_gone_is_refused_by_name(folder: Path) -> None:
+    gone = r"sampler: vllm-process is gone; use vllm-server \(started by the run\) or vllm"
+    with pytest.raises(ValueError, match=gone):
+        replace(ppo_config(folder, "run"), sampler="vllm-process")

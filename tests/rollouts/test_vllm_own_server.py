@@ -1,0 +1,252 @@
+"""A server that the sampler starts: killed, stopped, refused; nothing hangs and nothing is left."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from fastalign.rollouts import SamplerFailed, VllmServerSampler, policy_tensors
+from fastalign.rollouts.engines import broadcast, server_process, weights
+from tests.rollouts.vllm_cases import (
+    PARAMS,
+    assert_a_sync_counts,
+    largest_difference,
+    make_policy,
+    make_prompts,
+    make_spec,
+    needs_vllm,
+    nothing_left_in_shared_memory,
+    process_named,
+)
+
+pytestmark = [needs_vllm]
+SILENCE = 5.0  # seconds, after which these tests count an engine as dead
+
+
+def folders_left() -> set[str]:
+    return {path.name for path in Path(tempfile.gettempdir()).glob("fastalign-server-*")}
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[VllmServerSampler]:
+    before = folders_left()
+    with nothing_left_in_shared_memory():
+        sampler = VllmServerSampler(make_spec(make_policy(tied=True)))
+        yield sampler
+        family = family_of(sampler)
+        sampler.close()
+        assert not [process for process in family if process.is_running()]
+    assert folders_left() <= before
+
+
+@pytest.fixture
+def sampler(engine: VllmServerSampler) -> VllmServerSampler:
+    """One server for all tests, built anew if a failed test left it broken."""
+    try:
+        broken = {"stopped", "zombie"} & {process.status() for process in family_of(engine)}
+    except (AssertionError, psutil.NoSuchProcess, IndexError, StopIteration):
+        broken = {"gone"}
+    if broken:
+        engine.rebuild()
+    return engine
+
+
+def family_of(sampler: VllmServerSampler) -> list[psutil.Process]:
+    return [process_named(who, sampler.process_id) for who in ("supervisor", "api", "engine")]
+
+
+def test_a_sync_counts(sampler: VllmServerSampler) -> None:
+    assert_a_sync_counts(sampler, make_policy(tied=True))
+
+
+def test_it_listens_where_nobody_else_can_reach_it(sampler: VllmServerSampler) -> None:
+    api = process_named("api", sampler.process_id)
+    assert [c for c in api.net_connections("inet") if c.status == "LISTEN"] == []
+    assert sampler._own is not None
+    assert Path(sampler._own.socket).parent.stat().st_mode & 0o077 == 0
+
+
+def test_tensors_that_differ_are_named(sampler: VllmServerSampler) -> None:
+    policy = make_policy(tied=True)
+    sampler.sync_weights(policy_tensors(policy), 1)
+    assert sampler.differing_tensors(policy_tensors(policy)) == ([], len(policy.state_dict()))
+    with torch.no_grad():
+        policy.model.layers[1].mlp.down_proj.weight.mul_(1.1)
+    names, _ = sampler.differing_tensors(policy_tensors(policy))
+    assert names == ["model.layers.1.mlp.down_proj.weight"]
+
+
+def test_refusals_are_the_callers_mistake_and_the_engine_goes_on(
+    sampler: VllmServerSampler,
+) -> None:
+    policy = make_policy(tied=True)
+    sampler.sync_weights(policy_tensors(policy), 1)
+    with pytest.raises(ValueError, match="prompt 0: expected tokens from 0 to 319, got 320"):
+        sampler.generate([[320]], PARAMS, seed=0)
+    with pytest.raises(ValueError, match=r"lm_head\.weight is missing"):
+        sampler.sync_weights(
+            (pair for pair in policy_tensors(policy) if pair[0] != "lm_head.weight"), 2
+        )
+    found = sampler.generate(make_prompts(), PARAMS, seed=0)
+    assert largest_difference(policy, found) < 1e-4
+    assert found[0][0].version == 1
+
+
+def assert_usable(sampler: VllmServerSampler) -> None:
+    """A server that was given the weights is as good as ever."""
+    policy = make_policy(tied=True)
+    sampler.sync_weights(policy_tensors(policy), 3)
+    assert largest_difference(policy, sampler.generate(make_prompts(), PARAMS, seed=0)) < 1e-4
+
+
+def impatient(sampler: VllmServerSampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert sampler._server is not None
+    monkeypatch.setattr(sampler._server, "_silence", SILENCE)
+    monkeypatch.setattr(sampler._server._client, "timeout", SILENCE)
+    monkeypatch.setattr(sampler, "_options", replace(sampler._options, silence_seconds=SILENCE))
+
+
+@pytest.mark.parametrize(
+    ("kind", "who", "moment"),
+    [
+        (signal.SIGSTOP, "api", "between"),
+        (signal.SIGSTOP, "engine", "generate"),
+        (signal.SIGSTOP, "engine", "sync"),
+        (signal.SIGKILL, "supervisor", "between"),
+        (signal.SIGKILL, "engine", "generate"),
+        (signal.SIGKILL, "engine", "sync"),
+        (signal.SIGKILL, "engine", "network sync"),
+    ],
+)
+def test_a_killed_or_stopped_server_is_reported_in_time_and_built_anew(
+    sampler: VllmServerSampler,
+    kind: signal.Signals,
+    who: str,
+    moment: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    policy = make_policy(tied=True)
+    sampler.sync_weights(policy_tensors(policy), 1)
+    impatient(sampler, monkeypatch)
+    victim, family = process_named(who, sampler.process_id), family_of(sampler)
+
+    def hit(*_: object) -> None:
+        if victim.is_running() and victim.status() not in ("stopped", "zombie"):
+            victim.send_signal(kind)
+
+    if moment == "between":
+        hit()
+        if kind == signal.SIGKILL:
+            time.sleep(2)  # the others end with their supervisor
+    elif moment == "generate":
+        monkeypatch.setattr(sampler, "_on_progress", hit)
+    elif moment == "sync":  # the weights are written, the server has not read them
+        write = weights.write_tensors
+        monkeypatch.setattr(
+            "fastalign.rollouts.engines.server.write_tensors",
+            lambda *arguments: (write(*arguments), hit()),
+        )
+    else:  # between two tensors
+        options = replace(sampler._options, transport="network")
+        monkeypatch.setattr(sampler, "_options", options)
+        gather, calls = broadcast.whole, []
+
+        def whole(tensor: torch.Tensor) -> torch.Tensor:
+            calls.append(1)
+            return (hit() if len(calls) == 5 else None) or gather(tensor)
+
+        monkeypatch.setattr(broadcast, "whole", whole)
+    start = time.monotonic()
+    with pytest.raises(SamplerFailed, match=r"^sampler: ") as failure:  # noqa: PT012 (one of two)
+        if "sync" in moment:
+            sampler.sync_weights(policy_tensors(policy), 2)
+        else:
+            sampler.generate(make_prompts() * 20, replace(PARAMS, max_new_tokens=50), seed=0)
+    monkeypatch.undo()
+    assert time.monotonic() - start < 4 * SILENCE
+    if moment != "network sync":
+        assert str(failure.value).startswith("sampler: the vLLM server of this run ")
+    if kind == signal.SIGSTOP and moment == "between":  # it has nothing of ours to finish
+        victim.resume()
+    else:
+        sampler.rebuild()
+        assert not [process for process in family if process.is_running()]
+    assert_usable(sampler)
+
+
+TRAINER = """
+import sys, time
+sys.path.insert(0, {root!r})
+from tests.rollouts.vllm_cases import assert_a_sync_counts, make_policy, make_spec
+from fastalign.rollouts import VllmServerSampler
+from fastalign.rollouts.engines.weights import sync_folder
+policy = make_policy("gpt_neox")
+sampler = VllmServerSampler(make_spec(policy))
+assert_a_sync_counts(sampler, policy)
+weights = sync_folder(None)
+print(sampler.process_id, weights.name, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_killed_trainer_leaves_no_process_no_memory_and_no_folder_behind() -> None:
+    """Its model's architecture is one that the trainer's process could not share with vLLM."""
+    code, before = TRAINER.format(root=str(Path(__file__).parents[2])), folders_left()
+    with nothing_left_in_shared_memory():
+        trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        assert trainer.stdout is not None
+        number, weights_folder = trainer.stdout.readline().split()
+        supervisor = psutil.Process(int(number))
+        family = [supervisor, *supervisor.children(recursive=True)]
+        trainer.kill()
+        trainer.wait()
+        trainer.stdout.close()
+        assert psutil.wait_procs(family, timeout=30)[1] == []
+    assert folders_left() <= before
+    assert not Path(weights_folder).exists()
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("exec sleep 600", r"this run did not start in 0\.5 seconds"),
+        (
+            "echo 'RuntimeError: no room' >&2; exit 7",
+            r"of this run ended \(exit code 7\): RuntimeError: no room",
+        ),
+    ],
+)
+def test_a_server_that_does_not_start_is_reported_in_time(
+    what: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python, before = tmp_path / "python", folders_left()
+    python.write_text(f"#!/bin/sh\n{what}\n")
+    python.chmod(0o755)
+    spec = make_spec(make_policy())
+    seconds = 0.5 if "sleep" in what else 60.0
+    silent = replace(spec, options=replace(spec.options, start_seconds=seconds))
+    real = server_process.server_command
+    monkeypatch.setattr(
+        server_process, "server_command", lambda *a, **k: [str(python), *real(*a, **k)[1:]]
+    )
+    with pytest.raises(SamplerFailed, match=said):
+        VllmServerSampler(silent)
+    assert folders_left() <= before
+
+
+def test_weights_that_do_not_fit_in_memory_go_through_the_disk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with weights.sync_folder(None, 10) as small, weights.sync_folder(None, 2**60) as large:
+        assert Path(small).parent == Path("/dev/shm")
+        assert Path(large).parent == Path(tempfile.gettempdir())
+    assert not os.path.exists(large)
