@@ -5,8 +5,9 @@ is computed once for its responses in each of them.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,20 +15,20 @@ from torch import Tensor
 from fastalign.batch.packed import PackedBatch
 from fastalign.batch.schedule import packed_batches
 from fastalign.compute import Compute
-from fastalign.models import adapter_off
-from fastalign.ops import linear_logprob
-from fastalign.ranks.parallel import enter
+from fastalign.models import (
+    AttentionPlan,
+    adapter_off,
+    hidden_at,
+    lm_head,
+    reward_scale,
+    score_at,
+)
+from fastalign.ops import LinearHead, LinearKL, linear_kl, linear_logprob
+from fastalign.ranks.parallel import enter, is_sharded
 from fastalign.runs.accumulate import Examples
 from fastalign.runs.memory import memory_used_in
 from fastalign.runs.metrics import Metrics
-from fastalign.trainers.ppo.models import (
-    PPOModels,
-    both_heads,
-    hidden_and_head,
-    reference_head,
-    shared_plan,
-    token_values,
-)
+from fastalign.trainers.ppo.setup import PPOModels
 from fastalign.trainers.sampling.rollout import Rollouts
 
 
@@ -182,3 +183,62 @@ def joined_parts(
             for group, part in zip(chosen, split, strict=True):
                 of_name[group] = part
     return {name: torch.cat(each) for name, each in places.items()}
+
+
+def token_values(
+    value: Any, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None
+) -> Tensor:
+    """Return the value (N,) of the state that each token was drawn in.
+
+    On the scale of the rewards: a reward model's scores are normalised by its `reward_mean` and
+    `reward_std`, and so are the values that begin as its scores.
+    """
+    raw = score_at(value, batch, batch.predict_index, compute, plan)
+    return reward_scale(value).normalise(raw)
+
+
+def hidden_and_head(
+    model: object, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None
+) -> tuple[Tensor, LinearHead]:
+    """Return hidden states (N, D) that predict the sampled tokens, and the head that reads them."""
+    return hidden_at(model, batch, batch.predict_index, compute, plan), lm_head(model)
+
+
+@torch.no_grad()
+def reference_head(
+    reference: object, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None
+) -> tuple[Tensor, LinearHead]:
+    """Return `hidden_and_head` of the frozen model; if it is sharded, with a copy of its head."""
+
+    def of_reference() -> tuple[Tensor, LinearHead]:
+        hidden, head = hidden_and_head(reference, batch, compute, plan)
+        if not is_sharded(reference):
+            return hidden, head
+        bias = None if head.bias is None else head.bias.clone()
+        return hidden, replace(head, weight=head.weight.clone(), bias=bias)
+
+    with adapter_off(reference):
+        return enter(reference, of_reference)
+
+
+def shared_plan(batch: PackedBatch, compute: Compute) -> AttentionPlan | None:
+    """Return one plan of the batch's attention for every model; None for padded batches."""
+    return None if compute.packing == "padded" else AttentionPlan(batch)
+
+
+def both_heads(
+    policy: tuple[Tensor, LinearHead],
+    reference: tuple[Tensor, LinearHead],
+    targets: Tensor,
+    compute: Compute,
+    temperature: float,
+) -> LinearKL:
+    """Return log-probs, entropy and the KL over the vocabulary, each (N,), in one pass."""
+    return linear_kl(
+        *policy,
+        *reference,
+        targets,
+        temperature=temperature,
+        compute_dtype=compute.product_dtype,
+        max_buffer_bytes=compute.max_buffer_bytes,
+    )

@@ -22,15 +22,15 @@ from fastalign.runs.metrics import Metrics
 from fastalign.runs.optimizer import optimiser_step
 from fastalign.runs.state import TrainState
 from fastalign.trainers.ppo.advantages import Advantages
-from fastalign.trainers.ppo.models import (
+from fastalign.trainers.ppo.objective import exact_kl_coefficient
+from fastalign.trainers.ppo.record import (
+    TokenRecord,
     both_heads,
     hidden_and_head,
     reference_head,
     shared_plan,
     token_values,
 )
-from fastalign.trainers.ppo.objective import exact_kl_coefficient
-from fastalign.trainers.ppo.record import TokenRecord
 from fastalign.trainers.ppo.setup import PPOSetup
 from fastalign.trainers.sft import num_targets, sft_batch_loss
 

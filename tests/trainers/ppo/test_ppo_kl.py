@@ -20,7 +20,7 @@ from fastalign.trainers import (
     RewardSourceConfig,
     train_ppo,
 )
-from fastalign.trainers.ppo.models import token_values
+from fastalign.trainers.ppo.record import token_values
 from fastalign.trainers.ppo.setup import PPOSetup, prepare_ppo
 from fastalign.trainers.ppo.train import make_experience
 from fastalign.trainers.sampling.rollout import Rollouts, roll_out

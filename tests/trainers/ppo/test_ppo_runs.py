@@ -40,8 +40,8 @@ from fastalign.trainers import (
     train_ppo,
 )
 from fastalign.trainers.ppo import train as ppo
-from fastalign.trainers.ppo.models import ActorCritic, value_source
 from fastalign.trainers.ppo.objective import adapted_coefficient
+from fastalign.trainers.ppo.setup import ActorCritic, value_source
 from fastalign.trainers.sampling.collapse import is_repetitive, signs_of_collapse, watch
 from tests.runs.test_resume import assert_same_run
 from tests.small_runs import learning_rate_scales, ppo_config, read_metrics, write_rows
