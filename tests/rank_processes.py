@@ -86,6 +86,13 @@ def run(num_ranks: int, folder: Path, target: Callable[..., None], *arguments: A
     return outputs
 
 
+def in_turn(target: Callable[[Any], object], arguments: Sequence[Any]) -> None:
+    """Call `target` once for each argument, in groups numbered as torchrun's restarts are."""
+    for number, argument in enumerate(arguments):
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(number)
+        target(argument)
+
+
 def command(*arguments: str) -> None:
     """`fastalign ...`, as its script runs it."""
     from fastalign.cli.main import console

@@ -6,6 +6,7 @@ into several batches, so gradients accumulate, and on ranks some have more of th
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,12 +77,16 @@ def assert_same_end(straight: Path, run: Path) -> None:
             assert all(map(torch.equal, values, second[name])), name
 
 
-def train(trainer: str, parallel: ParallelConfig | None, folder: Path, config: Any) -> None:
+def train(
+    trainer: str, parallel: ParallelConfig | None, folder: Path, configs: Sequence[Any]
+) -> None:
+    """Run the configurations one after the other, in one process or in two ranks."""
     call = TRAINERS[trainer][1]
     if parallel is None:
-        assert call(config).finished
+        assert all(call(config).finished for config in configs)
     else:
-        ranks.run(2, folder / "logs", call, replace(config, parallel=parallel))
+        shared = [replace(config, parallel=parallel) for config in configs]
+        ranks.run(2, folder / "logs", ranks.in_turn, call, shared)
 
 
 @pytest.mark.parametrize(("trainer", "parallel", "change"), [*ALONE, *SHARED])
@@ -90,10 +95,11 @@ def test_every_step_is_one_to_go_on_from(
 ) -> None:
     keep = {"save_every": 1, "keep_checkpoints": NUM_STEPS}
     config = config_of(trainer, folder, "straight", change, **keep)
-    train(trainer, parallel, folder, config)
-    for step in range(1, NUM_STEPS):
-        run = folder / f"from-{step}"
+    train(trainer, parallel, folder, [config])
+    runs = [folder / f"from-{step}" for step in range(1, NUM_STEPS)]
+    for step, run in enumerate(runs, 1):
         as_it_was(folder / "straight", run, step)
-        resumed = config_of(trainer, folder, run.name, change, **keep, resume=True)
-        train(trainer, parallel, folder, resumed)
+    resumed = [config_of(trainer, folder, r.name, change, **keep, resume=True) for r in runs]
+    train(trainer, parallel, folder, resumed)
+    for run in runs:
         assert_same_end(folder / "straight", run)
