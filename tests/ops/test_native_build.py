@@ -57,12 +57,6 @@ def test_a_compiler_that_fails_is_a_note(tmp_path: Path) -> None:
     assert "without native cpu code: no such header" in printed
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-def test_a_compiler_builds_the_cpu_library(tmp_path: Path) -> None:
-    _, libraries = build(tmp_path, CXX="g++", NVCC="none", CUDA_HOME=str(tmp_path))
-    assert libraries == ["libfastalign_cpu.so"]
-
-
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
 @pytest.mark.parametrize("source", sorted((ROOT / "csrc/cuda").glob("*.cu")), ids=lambda p: p.stem)
 def test_the_cuda_sources_compile_without_spills(tmp_path: Path, source: Path) -> None:

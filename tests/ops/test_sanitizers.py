@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,22 +24,50 @@ def run(*command: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
+@dataclass(frozen=True)
+class Built:
+    """A folder with what setup.py built there from the CPU's sources.
+
+    Attributes:
+        folder: path of the copied sources, `build` among them.
+        libraries: file names of the libraries.
+        printed: output of the build.
+        unusable: why no program with sanitizers runs here; the build has none then.
+    """
+
+    folder: Path
+    libraries: list[str]
+    printed: str
+    unusable: str | None
+
+
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The driver's program, beside a library that setup.py built with sanitizers."""
+def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """The CPU library with sanitizers, or without them where they do not run."""
     if shutil.which("g++") is None:
         pytest.skip("needs g++")
     folder = tmp_path_factory.mktemp("sanitized")
     (folder / "empty.cpp").write_text("int main() { return 0; }\n")
     empty = run("g++", *SANITIZERS, folder / "empty.cpp", "-o", folder / "empty")
     started = run(folder / "empty") if empty.returncode == 0 else empty
-    if started.returncode != 0:
-        said = started.stderr.strip() or f"exit code {started.returncode}"
-        pytest.skip(f"needs the sanitizers' runtime: {said}")
-    options = {"CXX": "g++", "NVCC": "none", "CUDA_HOME": str(folder), "FASTALIGN_SANITIZE": "1"}
-    printed, _ = build(folder, **options)
+    unusable = None
+    options = {"CXX": "g++", "NVCC": "none", "CUDA_HOME": str(folder)}
+    if started.returncode == 0:
+        options["FASTALIGN_SANITIZE"] = "1"
+    else:
+        unusable = started.stderr.strip() or f"exit code {started.returncode}"
+    printed, libraries = build(folder, **options)
+    return Built(folder, libraries, printed, unusable)
+
+
+@pytest.fixture(scope="module")
+def driver(built: Built) -> Path:
+    """The driver's program, beside the library with sanitizers."""
+    if built.unusable is not None:
+        pytest.skip(f"needs the sanitizers' runtime: {built.unusable}")
+    folder = built.folder
     library = next(folder.glob("build/lib*/fastalign/_native/libfastalign_cpu.so"), None)
-    assert library is not None, printed
+    assert library is not None, built.printed
     done = run(
         "g++",
         *FLAGS,
@@ -52,6 +81,11 @@ def driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     assert done.returncode == 0, done.stderr
     return folder / "driver"
+
+
+def test_a_compiler_builds_the_cpu_library(built: Built) -> None:
+    """The build without sanitizers is that of the installation, whose library all tests load."""
+    assert built.libraries == ["libfastalign_cpu.so"]
 
 
 def test_every_entry_point_stays_inside_its_arrays(driver: Path) -> None:
