@@ -14,7 +14,7 @@ bin=$(realpath "${FASTALIGN_VENV:-$root/.venv}")/bin
 all_names="quickstart frontier fsdp vllm resume short"
 [ -x "$bin/python" ] || { echo "compare_commits: no $bin/python; set FASTALIGN_VENV" >&2; exit 2; }
 
-# check_out SOURCE CHECKOUT: a clean copy of the source with native libraries, built if they are not those of this checkout.
+# check_out SOURCE CHECKOUT: a clean copy of the source, with its native library for CPUs.
 check_out() {
     mkdir -p "$2"
     if [ -d "$1" ]; then
@@ -22,10 +22,7 @@ check_out() {
     else
         git -C "$root" archive "$1" | tar -xf - -C "$2"
     fi
-    mkdir -p "$2/fastalign/_native"
-    if diff -rq "$root/csrc" "$2/csrc" > /dev/null && cp "$root"/fastalign/_native/*.so "$2/fastalign/_native" 2>/dev/null; then :; else
-        (cd "$2" && NVCC=none "$bin/python" setup.py --quiet build_ext --inplace)
-    fi
+    (cd "$2" && NVCC=none "$bin/python" setup.py --quiet build_ext --inplace)
     # Its scripts source this file: they are to use the environment that is there, whatever is pinned.
     echo 'cd "$(dirname "${BASH_SOURCE[0]}")/.."' > "$2/scripts/environment.sh"
 }
