@@ -62,7 +62,7 @@ def compare_operations(device: str, dtype_name: str, num_rounds: int) -> list[Op
     ):
         for one in make():
             names = [name for name in one.backends if usable(name, device, dtype)]
-            calls = {name: (lambda name=name, one=one: one.run(name)) for name in names}
+            calls = {name: (lambda name=name, one=one: one.run(backend=name)) for name in names}
             measured = measure(
                 {**calls, "copy": copy_of(device, one.bytes_moved)}, device, num_rounds=num_rounds
             )

@@ -24,7 +24,8 @@ from fastalign.ops.head.kl_tile import read_pair
 # T and V of the passes over logits; number of sequences and their length of the others.
 SIZES = {"cpu": (512, 49152, 64, 1024), "cuda": (4096, 128256, 512, 4096)}
 
-TILE = ("torch", "native", "triton")
+TILE = ("torch", "native", "triton")  # backends of a head's tile
+ROWS = ("reference", "native", "triton")  # backends of row operations
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class Pass:
     kernel: str | None  # in Triton's table
     bytes_moved: int
     backends: tuple[str, ...]
-    run: Callable[[str], object]
+    run: Callable[..., object]  # with `backend`
 
 
 def logit_passes(device: str, dtype: torch.dtype) -> list[Pass]:
@@ -48,40 +49,21 @@ def logit_passes(device: str, dtype: torch.dtype) -> list[Pass]:
     size = logits.numel() * logits.element_size()
     leaf = logits.clone().requires_grad_()
     upstream = torch.ones(num_rows, device=device)
-    names = ("reference", "native", "triton")
 
-    def backward(value: Tensor) -> None:
+    def gradient(operation: Callable[..., Tensor], other: Tensor, backend: str) -> None:
+        value = operation(leaf, other, backend=backend)
         torch.autograd.grad((value * upstream).sum(), leaf)
 
+    forward = partial(token_logprob, logits, targets, return_entropy=True)
+    backward = partial(gradient, token_logprob, targets)
+    kl_backward = partial(gradient, token_kl, reference)
     return [
+        Pass("token_logprob", "token_logprob_fwd_kernel", size, ROWS, forward),
+        Pass("token_logprob, with gradient", "token_logprob_bwd_kernel", 3 * size, ROWS, backward),
         Pass(
-            "token_logprob",
-            "token_logprob_fwd_kernel",
-            size,
-            names,
-            lambda backend: token_logprob(logits, targets, return_entropy=True, backend=backend),
+            "token_kl", "token_kl_fwd_kernel", 2 * size, ROWS, partial(token_kl, logits, reference)
         ),
-        Pass(
-            "token_logprob, with gradient",
-            "token_logprob_bwd_kernel",
-            3 * size,
-            names,
-            lambda backend: backward(token_logprob(leaf, targets, backend=backend)),
-        ),
-        Pass(
-            "token_kl",
-            "token_kl_fwd_kernel",
-            2 * size,
-            names,
-            lambda backend: token_kl(logits, reference, backend=backend),
-        ),
-        Pass(
-            "token_kl, with gradient",
-            "token_kl_bwd_kernel",
-            5 * size,
-            names,
-            lambda backend: backward(token_kl(leaf, reference, backend=backend)),
-        ),
+        Pass("token_kl, with gradient", "token_kl_bwd_kernel", 5 * size, ROWS, kl_backward),
     ]
 
 
@@ -149,32 +131,11 @@ def sequence_passes(device: str) -> list[Pass]:
     first, second = torch.randn(2, num_tokens, device=device, generator=generator)
     bounds = torch.arange(0, num_tokens + 1, length, device=device)
     per_sequence = torch.randn(num_sequences, device=device, generator=generator)
-    names, size = ("reference", "native", "triton"), num_tokens * 4
-    dpo_formula = formula(dpo, beta=0.1)
+    size = num_tokens * 4
+    preference = partial(preference_loss, first, bounds, formula(dpo, beta=0.1), per_sequence)
+    penalty = partial(kl_penalty, first, second, bounds, per_sequence, coefficient=0.05)
     return [
-        Pass(
-            "preference_loss",
-            None,
-            size,
-            names,
-            lambda backend: preference_loss(
-                first, bounds, dpo_formula, per_sequence, backend=backend
-            ),
-        ),
-        Pass(
-            "kl_penalty",
-            None,
-            4 * size,
-            names,
-            lambda backend: kl_penalty(
-                first, second, bounds, per_sequence, coefficient=0.05, backend=backend
-            ),
-        ),
-        Pass(
-            "gae",
-            None,
-            4 * size,
-            names,
-            lambda backend: gae(first, second, bounds, backend=backend),
-        ),
+        Pass("preference_loss", None, size, ROWS, preference),
+        Pass("kl_penalty", None, 4 * size, ROWS, penalty),
+        Pass("gae", None, 4 * size, ROWS, partial(gae, first, second, bounds)),
     ]

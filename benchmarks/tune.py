@@ -32,7 +32,7 @@ def fastest(passes: Sequence[Pass], candidates: Sequence[Configuration]) -> Conf
             for one in passes:
                 assert one.kernel is not None
                 table[one.kernel] = [candidate]
-                one.run("triton")
+                one.run(backend="triton")
 
         calls[str(index)] = call
     kept = {one.kernel: table[one.kernel] for one in passes if one.kernel}
