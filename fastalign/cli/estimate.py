@@ -13,17 +13,19 @@ from fastalign.cli.config_parse import read_yaml, take_option
 from fastalign.estimate.run import Estimate, estimate_run
 
 ESTIMATED = {name: each for name, each in ALGORITHMS.items() if not each.samples}
-USAGE = """usage: fastalign estimate [sft | reward | dpo] --config FILE [--ranks N] [--json FILE]
+USAGE = """usage: fastalign estimate [sft | dpo | reward] --config FILE [FLAGS]
 
-Prints the memory of a run by use and phase, and whether it fits. Loads no weights and writes no
-folder: the model's folder needs only its configuration and its tokenizer. Runs that sample (ppo,
-online-dpo) are not estimated.
+Print the memory of a run by use and phase, and whether it fits. It loads no
+weights and writes no folder: the model's folder needs only its configuration
+and its tokenizer. Runs that sample (ppo, online-dpo) are not estimated.
 
---ranks N     memory of each of N ranks (torchrun) under the run's `parallel` settings
+--ranks N     memory of each of N ranks (torchrun) under --parallel.*
 --json FILE   also write the estimate to FILE
 
-Without a command, the settings decide: a reference or a policy loss means dpo, a loss of reward
-models means reward, and otherwise it is sft.
+All other flags are those of the command. Without a command, the settings
+decide: a reference or a policy loss means dpo, a loss of reward models means
+reward, and otherwise it is sft.
+
 The exit code is 0 if the run fits and 1 if it does not."""
 MEBIBYTE = 2**20
 

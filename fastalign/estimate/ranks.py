@@ -123,7 +123,7 @@ def padded(weights: Iterable[Weight], ranks: int) -> int:
 
 @dataclass(frozen=True)
 class Sharing:
-    """How ranks share models.
+    """The ranks of a run and their parallel settings.
 
     Attributes:
         ranks: number of ranks.

@@ -1,5 +1,6 @@
 """YAML under flags, and one line for whatever is wrong with either."""
 
+import contextlib
 import pickle
 import re
 from dataclasses import asdict, fields, is_dataclass
@@ -9,7 +10,7 @@ import pytest
 
 from fastalign.cli.algorithms import ALGORITHMS
 from fastalign.cli.config_parse import field_docs, parse_config
-from fastalign.cli.main import main
+from fastalign.cli.main import COMMANDS, main
 from fastalign.runs.config import LoraConfig, ModelConfig, RunConfig, config_to_dict
 from fastalign.trainers import LOSSES, REWARD_LOSSES, PPOConfig, PromptDataConfig, SFTConfig
 
@@ -257,3 +258,15 @@ def test_help_is_read_in_sentences(
         assert set(own) <= set(docs)
         for doc in docs.values():
             assert doc in words
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_help_shows_an_empty_default(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    arguments = [command, "check"] if command == "data" else [command]
+    with contextlib.suppress(SystemExit):
+        assert main([*arguments, "--help"]) == 0
+    words = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert not re.search(r"\(default: (None|''|)\)", words)
