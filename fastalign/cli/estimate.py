@@ -19,7 +19,7 @@ Print the memory of a run by use and phase, and whether it fits. It loads no
 weights and writes no folder: the model's folder needs only its configuration
 and its tokenizer. Runs that sample (ppo, online-dpo) are not estimated.
 
---ranks N     memory of each of N ranks (torchrun) under --parallel.*
+--ranks N     memory of each of N ranks (torchrun) with the `parallel` settings
 --json FILE   also write the estimate to FILE
 
 All other flags are those of the command. Without a command, the settings
