@@ -15,6 +15,7 @@ from fastalign.ops import gae, kl_penalty, preference_loss, token_kl, token_logp
 from fastalign.ops.head.head_tile import (
     HeadTransform,
     SoftmaxStatistics,
+    Tile,
     head_tile_gradient,
     head_tile_statistics,
     read_tile,
@@ -74,18 +75,18 @@ def head_tile_passes(device: str, place_dtype: torch.dtype) -> list[Pass]:
     place = torch.empty_like(tile, dtype=place_dtype)
     scratch = tile.new_empty(2, 8, tile.shape[1])
     read, written = tile.numel() * 4, place.numel() * place.element_size()
-    arguments = (tile, targets, ignored, HeadTransform())
-    known = head_tile_statistics(*arguments, "torch", scratch)
+    whole_tile = Tile(tile, targets, ignored, HeadTransform())
+    known = head_tile_statistics(whole_tile, "torch", scratch)
     softmax = SoftmaxStatistics(known.maximum, known.total.log(), torch.zeros_like(known.total))
 
-    def whole(backend: str, **options: Tensor) -> object:
-        return read_tile(*arguments, backend, scratch, **options)
+    def whole(backend: str, gradient: Tensor | None = None) -> object:
+        return read_tile(whole_tile, backend, scratch, gradient=gradient)
 
     def statistics(backend: str) -> object:
-        return head_tile_statistics(*arguments, backend, scratch)
+        return head_tile_statistics(whole_tile, backend, scratch)
 
     def gradient(backend: str) -> object:
-        return head_tile_gradient(*arguments, softmax, backend, scratch, gradient=place)
+        return head_tile_gradient(whole_tile, softmax, backend, scratch, gradient=place)
 
     both, kernel = read + written, "head_tile_kernel"
     return [
@@ -103,9 +104,9 @@ def kl_tile_passes(device: str, place_dtype: torch.dtype) -> list[Pass]:
     scratch = tiles.new_empty(4, 8, tiles.shape[2])
     read, written = tiles.numel() * 4, places.numel() * places.element_size()
 
-    def pair(backend: str, **options: Tensor) -> object:
-        arguments = (targets, ignored, HeadTransform(), False, backend, scratch)
-        return read_pair(tiles, *arguments, **options)
+    def pair(backend: str, brackets: Tensor | None = None) -> object:
+        tile = Tile(tiles, targets, ignored, HeadTransform())
+        return read_pair(tile, False, backend, scratch, brackets=brackets)
 
     in_one = partial(pair, brackets=places)
     return [

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from fastalign.fused.metrics import metric_means
 from fastalign.losses.chunk_losses import ppo_loss_fn
-from fastalign.ops.head.arguments import LinearBackend
-from fastalign.ops.head.fused_linear_loss import fused_linear_loss
-from fastalign.ops.head.linear_head import LinearHead, LoraWeights
-from fastalign.ops.head.linear_logprob import linear_logprob
+from fastalign.ops.head.arguments import HeadOptions, LinearBackend
+from fastalign.ops.head.fused_linear_loss.api import head_loss
+from fastalign.ops.head.linear_head import LinearHead, LoraWeights, as_linear_head
+from fastalign.ops.head.linear_logprob.api import head_logprob
 from fastalign.ops.head.target_rows import TargetRows
 from fastalign.ops.head.vocabulary_shard import VocabularyShard
 from fastalign.ops.segments import segment_sum
@@ -52,7 +52,7 @@ def fused_linear_ppo_loss(
 
     Args:
         hidden: Hidden states that predict `targets` (already shifted).
-        weight: The head's weight, or the whole head: then without its fields as keywords.
+        weight: (V, D) weight of the head, or a `LinearHead`.
         targets: Sampled token ids; rows with `ignore_index` are left out of every product, for
             which a GPU is waited for once.
         old_logprob: Log-probs of the policy that sampled, at the same temperature; no gradient.
@@ -61,16 +61,10 @@ def fused_linear_ppo_loss(
         entropy_coefficient: The weight of the entropy bonus. Where it is not 0 the logits are
             computed twice, 8 TDV in place of 6.
         normaliser: What the sum over tokens is divided by; None: the number of targets here.
-        bias: This and what follows: as in `fused_linear_loss`.
-        temperature: See there.
-        softcap: See there.
-        logit_scale: See there.
-        ignore_index: See there.
-        lora: See there.
-        compute_dtype: See there.
-        max_buffer_bytes: See there.
-        backend: See there.
-        vocabulary_shard: See there.
+
+    The keywords `bias`, `softcap`, `logit_scale`, `lora` and `vocabulary_shard` are the fields of
+    :class:`fastalign.LinearHead`; `temperature`, `ignore_index`, `compute_dtype`,
+    `max_buffer_bytes` and `backend` are those of :func:`fastalign.linear_logprob`.
 
     Returns:
         The loss (), and the means of `metric_means`: `policy/approxkl_avg` (half the mean squared
@@ -86,33 +80,17 @@ def fused_linear_ppo_loss(
             raise ValueError(
                 f"{name}: expected on {targets.device} as targets are, got {value.device}"
             )
-    rows = TargetRows(hidden, targets, temperature, ignore_index)
-    if normaliser is None:
-        normaliser = rows.num_targets()
+    head = as_linear_head(weight, bias, softcap, logit_scale, lora, vocabulary_shard)
+    options = HeadOptions(temperature, ignore_index, compute_dtype, max_buffer_bytes, backend)
+    rows = TargetRows(hidden, targets, options)
     loss_fn = ppo_loss_fn(
         rows.gathered(old_logprob),
         rows.gathered(advantage),
         clip_range=clip_range,
         entropy_coefficient=entropy_coefficient,
-        normaliser=normaliser,
+        normaliser=rows.num_targets() if normaliser is None else normaliser,
     )
-    loss, sums = fused_linear_loss(
-        rows.hidden,
-        weight,
-        rows.targets,
-        None,
-        loss_fn,
-        bias=bias,
-        temperature=rows.temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        lora=lora,
-        compute_dtype=compute_dtype,
-        max_buffer_bytes=max_buffer_bytes,
-        backend=backend,
-        vocabulary_shard=vocabulary_shard,
-    )
+    loss, sums = head_loss(rows.hidden, head, rows.targets, None, loss_fn, rows.options)
     return loss, metric_means(sums)
 
 
@@ -144,20 +122,14 @@ def sequence_logprob(
 
     Args:
         hidden: Hidden states that predict `targets` (already shifted).
-        weight: The head's weight, or the whole head: then without its fields as keywords.
+        weight: (V, D) weight of the head, or a `LinearHead`.
         targets: Token ids; rows with `ignore_index` are left out of every product, for which a GPU
             is waited for once.
         cu_seqlens: Row bounds of the sequences, from 0 to T.
-        bias: This and what follows: as in `linear_logprob`.
-        temperature: See there.
-        softcap: See there.
-        logit_scale: See there.
-        ignore_index: See there.
-        lora: See there.
-        compute_dtype: See there.
-        max_buffer_bytes: See there.
-        backend: See there.
-        vocabulary_shard: See there.
+
+    The keywords `bias`, `softcap`, `logit_scale`, `lora` and `vocabulary_shard` are the fields of
+    :class:`fastalign.LinearHead`; `temperature`, `ignore_index`, `compute_dtype`,
+    `max_buffer_bytes` and `backend` are those of :func:`fastalign.linear_logprob`.
 
     Returns:
         (R,) float32 (float64 where products are in float64); 0 for an empty sequence.
@@ -165,21 +137,9 @@ def sequence_logprob(
     Raises:
         ValueError: As `linear_logprob`, or bounds that do not rise from 0 to T.
     """
-    rows = TargetRows(hidden, targets, temperature, ignore_index)
+    head = as_linear_head(weight, bias, softcap, logit_scale, lora, vocabulary_shard)
+    options = HeadOptions(temperature, ignore_index, compute_dtype, max_buffer_bytes, backend)
+    rows = TargetRows(hidden, targets, options)
     bounds = torch.tensor(rows.bounds(cu_seqlens), device=hidden.device)
-    logprob = linear_logprob(
-        rows.hidden,
-        weight,
-        rows.targets,
-        bias=bias,
-        temperature=rows.temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        lora=lora,
-        compute_dtype=compute_dtype,
-        max_buffer_bytes=max_buffer_bytes,
-        backend=backend,
-        vocabulary_shard=vocabulary_shard,
-    )
+    logprob, _ = head_logprob(rows.hidden, head, rows.targets, rows.options)
     return segment_sum(logprob, bounds)

@@ -12,9 +12,9 @@ from fastalign.fused.metrics import metric_means
 from fastalign.losses import dpo, formula
 from fastalign.losses.chunk_losses import PairLoss, preference_loss_fn
 from fastalign.losses.formulas import check_pair_loss
-from fastalign.ops.head.arguments import LinearBackend
-from fastalign.ops.head.fused_linear_loss import fused_linear_loss
-from fastalign.ops.head.linear_head import LinearHead, LoraWeights
+from fastalign.ops.head.arguments import HeadOptions, LinearBackend
+from fastalign.ops.head.fused_linear_loss.api import head_loss
+from fastalign.ops.head.linear_head import LinearHead, LoraWeights, as_linear_head
 from fastalign.ops.head.target_rows import TargetRows
 from fastalign.ops.head.vocabulary_shard import VocabularyShard
 
@@ -52,7 +52,7 @@ def fused_linear_preference_loss(
 
     Args:
         hidden: Hidden states that predict `targets` (already shifted).
-        weight: The head's weight, or the whole head: then without its fields as keywords.
+        weight: (V, D) weight of the head, or a `LinearHead`.
         targets: Token ids; rows with `ignore_index` (prompts, padding) are left out of every
             product, for which a GPU is waited for once.
         cu_seqlens: Row bounds of the sequences, in the order chosen, rejected, chosen, ...
@@ -64,16 +64,10 @@ def fused_linear_preference_loss(
             the accuracies leave them out.
         margin: Passed on to a function; no formula has a place for it.
         beta: The scale of the rewards in the metrics.
-        bias: This and what follows: as in `fused_linear_loss`.
-        temperature: See there.
-        softcap: See there.
-        logit_scale: See there.
-        ignore_index: See there.
-        lora: See there.
-        compute_dtype: See there.
-        max_buffer_bytes: See there.
-        backend: See there.
-        vocabulary_shard: See there.
+
+    The keywords `bias`, `softcap`, `logit_scale`, `lora` and `vocabulary_shard` are the fields of
+    :class:`fastalign.LinearHead`; `temperature`, `ignore_index`, `compute_dtype`,
+    `max_buffer_bytes` and `backend` are those of :func:`fastalign.linear_logprob`.
 
     Returns:
         The loss (), and the means of `metric_means`.
@@ -83,7 +77,9 @@ def fused_linear_preference_loss(
             function of log-probs for `pair_loss`.
     """
     check_pair_loss(pair_loss)
-    rows = TargetRows(hidden, targets, temperature, ignore_index)
+    head = as_linear_head(weight, bias, softcap, logit_scale, lora, vocabulary_shard)
+    options = HeadOptions(temperature, ignore_index, compute_dtype, max_buffer_bytes, backend)
+    rows = TargetRows(hidden, targets, options)
     bounds = rows.bounds(cu_seqlens)
     if normaliser is None:
         normaliser = float(max((len(bounds) - 1) // 2, 1))
@@ -96,23 +92,7 @@ def fused_linear_preference_loss(
         margin=margin,
         beta=beta,
     )
-    loss, sums = fused_linear_loss(
-        rows.hidden,
-        weight,
-        rows.targets,
-        bounds[::2],
-        loss_fn,
-        bias=bias,
-        temperature=rows.temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        lora=lora,
-        compute_dtype=compute_dtype,
-        max_buffer_bytes=max_buffer_bytes,
-        backend=backend,
-        vocabulary_shard=vocabulary_shard,
-    )
+    loss, sums = head_loss(rows.hidden, head, rows.targets, bounds[::2], loss_fn, rows.options)
     return loss, metric_means(sums)
 
 
@@ -154,21 +134,16 @@ def fused_linear_dpo_loss(
     """
     return fused_linear_preference_loss(
         hidden,
-        weight,
+        as_linear_head(weight, bias, softcap, logit_scale, lora, vocabulary_shard),
         targets,
         cu_seqlens,
         formula(dpo, beta=beta),
         reference_logprob,
         normaliser=normaliser,
         beta=beta,
-        bias=bias,
         temperature=temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
         ignore_index=ignore_index,
-        lora=lora,
         compute_dtype=compute_dtype,
         max_buffer_bytes=max_buffer_bytes,
         backend=backend,
-        vocabulary_shard=vocabulary_shard,
     )

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fastalign.fused.metrics import metric_means
 from fastalign.losses.chunk_losses import sft_loss_fn
-from fastalign.ops.head.arguments import LinearBackend
-from fastalign.ops.head.fused_linear_loss import fused_linear_loss
-from fastalign.ops.head.linear_head import LinearHead, LoraWeights
+from fastalign.ops.head.arguments import HeadOptions, LinearBackend
+from fastalign.ops.head.fused_linear_loss.api import head_loss
+from fastalign.ops.head.linear_head import LinearHead, LoraWeights, as_linear_head
 from fastalign.ops.head.target_rows import TargetRows
 from fastalign.ops.head.vocabulary_shard import VocabularyShard
 
@@ -41,20 +41,14 @@ def fused_linear_sft_loss(
 
     Args:
         hidden: Hidden states that predict `targets` (already shifted).
-        weight: The head's weight, or the whole head: then without its fields as keywords.
+        weight: (V, D) weight of the head, or a `LinearHead`.
         targets: Token ids; rows with `ignore_index` are left out of every product, for which a GPU
             is waited for once.
         normaliser: What the sum over tokens is divided by; None: the number of targets here.
-        bias: This and what follows: as in `fused_linear_loss`.
-        temperature: See there.
-        softcap: See there.
-        logit_scale: See there.
-        ignore_index: See there.
-        lora: See there.
-        compute_dtype: See there.
-        max_buffer_bytes: See there.
-        backend: See there.
-        vocabulary_shard: See there.
+
+    The keywords `bias`, `softcap`, `logit_scale`, `lora` and `vocabulary_shard` are the fields of
+    :class:`fastalign.LinearHead`; `temperature`, `ignore_index`, `compute_dtype`,
+    `max_buffer_bytes` and `backend` are those of :func:`fastalign.linear_logprob`.
 
     Returns:
         The loss (), and the means of `metric_means`.
@@ -62,24 +56,9 @@ def fused_linear_sft_loss(
     Raises:
         ValueError: As `fused_linear_loss`.
     """
-    rows = TargetRows(hidden, targets, temperature, ignore_index)
-    if normaliser is None:
-        normaliser = rows.num_targets()
-    loss, sums = fused_linear_loss(
-        rows.hidden,
-        weight,
-        rows.targets,
-        None,
-        sft_loss_fn(normaliser=normaliser),
-        bias=bias,
-        temperature=rows.temperature,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        ignore_index=ignore_index,
-        lora=lora,
-        compute_dtype=compute_dtype,
-        max_buffer_bytes=max_buffer_bytes,
-        backend=backend,
-        vocabulary_shard=vocabulary_shard,
-    )
+    head = as_linear_head(weight, bias, softcap, logit_scale, lora, vocabulary_shard)
+    options = HeadOptions(temperature, ignore_index, compute_dtype, max_buffer_bytes, backend)
+    rows = TargetRows(hidden, targets, options)
+    loss_fn = sft_loss_fn(normaliser=rows.num_targets() if normaliser is None else normaliser)
+    loss, sums = head_loss(rows.hidden, head, rows.targets, None, loss_fn, rows.options)
     return loss, metric_means(sums)

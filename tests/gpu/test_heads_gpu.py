@@ -11,7 +11,7 @@ from fastalign import fused_linear_dpo_loss, linear_logprob
 from fastalign.losses import dpo, formula
 from fastalign.losses.chunk_losses import preference_loss_fn
 from fastalign.ops import TokenChunk, fused_linear_loss
-from fastalign.ops.head.head_tile import HeadTransform, read_tile
+from fastalign.ops.head.head_tile import HeadTransform, Tile, read_tile
 from tests.ops.head.fused_linear_loss.fused_linear_loss_cases import (
     BUDGETS,
     GROUPS,
@@ -104,7 +104,8 @@ def test_a_tile_with_more_elements_than_32_bits_can_count(backend: str) -> None:
     place = torch.empty(num_rows, num_columns, dtype=torch.bfloat16, device="cuda")
     expected = tile[-1].double().log_softmax(-1)
     scratch = tile.new_empty(2, 64, num_columns)
-    read = read_tile(tile, targets, ignored, HeadTransform(), backend, scratch, gradient=place)
+    whole = Tile(tile, targets, ignored, HeadTransform())
+    read = read_tile(whole, backend, scratch, gradient=place)
     assert abs(float(read.logprob[-1].double() - expected[-1])) < 1e-5
     torch.testing.assert_close(
         place[-1, :-1].double(), -expected[:-1].exp(), rtol=2**-8, atol=1e-12

@@ -77,7 +77,7 @@ def packed_entries() -> list[Entry]:
 
 
 def head_tile_split_entries() -> list[Entry]:
-    module = "fastalign.ops.head.head_tile.split.triton_kernels"
+    module = "fastalign.ops.head.head_tile.triton_kernels"
     flags = {"HAS_TEMPERATURE": True, "HAS_SOFTCAP": True}
     types = {"targets_ptr": "*i64", "ignored_ptr": "*i8", "softcap": "fp32", "logit_scale": "fp32"}
     upstream = {"HAS_GRAD_LOGPROB": True, "HAS_GRAD_ENTROPY": True}

@@ -20,7 +20,7 @@ MAX_FUNCTION_LINES = 50
 MAX_MODULE_LINES = 600
 MIN_LINES_OF_A_HELPER = 60
 COMMANDS = {"sft", "dpo", "online-dpo", "online_dpo", "reward", "ppo"}
-BACKENDS = {"native", "reference", "strips", "triton_kernels"}
+BACKENDS = {"native", "reference", "torch_strips", "triton_kernels"}
 POOR_OPENING = re.compile(r"(What|Of|Whether|How|Nothing|By|That)\b")
 # Their keywords are promised: they stand where other libraries' functions stand.
 DROP_INS = {

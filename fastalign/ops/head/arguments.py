@@ -1,12 +1,18 @@
-"""Checks of the arguments that `linear_logprob` and `fused_linear_loss` share."""
+"""Checks of the arguments that all operations on a head share."""
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from fastalign.ops.backends import choose_backend
 from fastalign.ops.head.buffers import default_budget
+from fastalign.ops.head.call import HeadCall
+from fastalign.ops.head.linear_head import LinearHead, lora_operands
+from fastalign.ops.head.products import product_dtype
+from fastalign.ops.head.rank_agreement import checked_together
 
 LinearBackend = Literal["auto", "reference", "torch", "triton", "native"]
 
@@ -14,10 +20,10 @@ LinearBackend = Literal["auto", "reference", "torch", "triton", "native"]
 def choose_linear_backend(
     operation: str, backend: str, device_type: str, compute_dtype: torch.dtype
 ) -> Literal["reference", "torch", "triton", "native"]:
-    """The backend that runs; "auto" takes native, then (on a GPU) Triton, then "torch".
+    """Return the backend that runs; "auto" takes native, then (on a GPU) Triton, then "torch".
 
     Raises:
-        ValueError: `backend` is unknown, or a named one cannot run here.
+        ValueError: if `backend` is unknown, or a named one cannot run here.
     """
     if backend == "torch":
         return "torch"
@@ -28,32 +34,30 @@ def choose_linear_backend(
     return "torch" if (backend, chosen) == ("auto", "reference") else chosen
 
 
-def resolve_budget(max_buffer_bytes: int | None, weight: Tensor, compute_dtype: torch.dtype) -> int:
-    """The budget for this head's tiles: as asked, or the default."""
-    if max_buffer_bytes is None:
-        return default_budget(weight.shape[0], compute_dtype, weight.device)
-    return max_buffer_bytes
+@dataclass(frozen=True)
+class HeadOptions:
+    """Options of a call that are not fields of its head: see :func:`fastalign.linear_logprob`."""
+
+    temperature: float | Tensor = 1.0
+    ignore_index: int = -100
+    compute_dtype: torch.dtype | None = None
+    max_buffer_bytes: int | None = None
+    backend: LinearBackend = "auto"
 
 
-def check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    *,
-    empty_shard: bool = False,
-) -> None:
-    """Checks shapes, dtypes and devices; the weight may be an empty shard where that is said.
+def check_head(hidden: Tensor, head: LinearHead, targets: Tensor) -> None:
+    """Check shapes, dtypes and devices; the weight of a shard may be empty.
 
     Raises:
-        ValueError: With the argument, what was expected and what came.
+        ValueError: if one is wrong, naming the argument, what was expected and what came.
     """
     if hidden.ndim != 2 or not hidden.is_floating_point():
         raise ValueError(
             f"hidden: expected a floating (T, D) tensor, got {hidden.dtype} {tuple(hidden.shape)}"
         )
+    weight, bias = head.weight, head.bias
     shaped = weight.ndim == 2 and weight.shape[1] == hidden.shape[1]
-    if not shaped or (weight.shape[0] == 0 and not empty_shard):
+    if not shaped or (weight.shape[0] == 0 and head.shard is None):
         raise ValueError(
             f"weight: expected (V, {hidden.shape[1]}) with V > 0, got {tuple(weight.shape)}"
         )
@@ -71,11 +75,126 @@ def check_head(
             )
 
 
-def check_targets(targets: Tensor, num_columns: int, ignore_index: int) -> None:
-    """On a CPU, checks that targets are in range; a GPU's own indexing check does it there.
+def check_call(
+    operation: str,
+    hidden: Tensor,
+    head: LinearHead,
+    targets: Tensor,
+    options: HeadOptions,
+    *,
+    return_entropy: bool = True,
+    num_heads: int = 1,
+) -> HeadCall:
+    """Return the checked arguments of one call on this process.
+
+    Args:
+        operation: name of the public function, for messages.
+        hidden: (T, D) hidden states.
+        head: head, or this rank's shard of it.
+        targets: (T,) token ids.
+        options: options of the call.
+        return_entropy: True if entropies are wanted.
+        num_heads: heads whose logits share the default budget.
 
     Raises:
-        ValueError: Naming the first bad row.
+        ValueError: if an argument is wrong, or the backend cannot run here.
+    """
+    shard, weight, device = head.shard, head.weight, hidden.device
+    if shard is not None:
+        shard.check(weight)
+    check_head(hidden, head, targets)
+    vocab_size = weight.shape[0] if shard is None else shard.vocab_size
+    check_targets(targets, vocab_size, options.ignore_index)
+    check_transform(head.softcap, head.logit_scale)
+    dtype = resolve_compute_dtype(hidden, weight, options.compute_dtype)
+    temperature = temperature_tensor(options.temperature, hidden)
+    backend = choose_linear_backend(operation, options.backend, device.type, dtype)
+    if shard is not None and backend == "reference":
+        raise ValueError(
+            f"backend: {operation} cannot run with 'reference' on a vocabulary's shard, as it "
+            "needs every logit on one rank: use 'torch', which is PyTorch as well"
+        )
+    lora = lora_operands(head.lora, hidden, weight, dtype)
+    leaves = (hidden, weight, head.bias, *lora)
+    enabled = torch.is_grad_enabled()
+    budget = options.max_buffer_bytes
+    if budget is None:
+        columns = num_heads * weight.shape[0] if shard is None else shard.num_planned_columns
+        # Ranks have to plan the same tiles, and might see different free memory.
+        budget = default_budget(columns, dtype, device, within_free_memory=shard is None)
+    return HeadCall(
+        hidden,
+        weight,
+        head.bias,
+        targets,
+        temperature,
+        *lora,
+        head.softcap,
+        float(head.logit_scale),
+        options.ignore_index,
+        dtype,
+        budget,
+        [enabled and leaf is not None and leaf.requires_grad for leaf in leaves],
+        return_entropy,
+        backend,
+    )
+
+
+def check_call_on_ranks(
+    check: Callable[[], HeadCall],
+    head: LinearHead,
+    options: HeadOptions,
+    more: Callable[[], dict[str, Any]] = dict,
+) -> HeadCall:
+    """Return what `check` returns, once all ranks of the head's group have agreed.
+
+    Args:
+        check: `check_call` with this rank's arguments.
+        head: this rank's shard.
+        options: options of the call.
+        more: checks what is left, and returns what of it must be the same on every rank.
+
+    Raises:
+        ValueError: if `check` raises on any rank, or the ranks' arguments differ.
+    """
+    shard, lora = head.shard, head.lora
+    assert shard is not None
+
+    def checked() -> tuple[HeadCall, dict[str, Any]]:
+        call, temperature = check(), options.temperature
+        # the values of a tensor may be on a GPU, which is not waited for
+        values = (
+            f"a tensor {tuple(temperature.shape)}"
+            if isinstance(temperature, Tensor)
+            else str(float(temperature))
+        )
+        rank = None if lora is None else f"rank {lora.lora_A.shape[0]}, scaling {lora.scaling}"
+        device_type = call.hidden.device.type
+        facts = {
+            "hidden.shape": tuple(call.hidden.shape),
+            "vocab_size": shard.vocab_size,
+            "largest": shard.num_planned_columns,
+            "temperature": values,
+            "softcap": call.softcap,
+            "logit_scale": call.logit_scale,
+            "ignore_index": call.ignore_index,
+            "lora": str(rank),
+            "compute_dtype": str(call.compute_dtype),
+            "the products' dtype": str(product_dtype(call.compute_dtype, device_type)),
+            "max_buffer_bytes": call.max_buffer_bytes,
+            "backend": call.backend,
+            "the gradients wanted": call.wanted,
+        }
+        return call, {**facts, **more()}
+
+    return checked_together(shard, checked)
+
+
+def check_targets(targets: Tensor, num_columns: int, ignore_index: int) -> None:
+    """Check, on a CPU, that targets are in range; a GPU's own indexing check does it there.
+
+    Raises:
+        ValueError: if one is not, naming its row.
     """
     if targets.device.type != "cpu" or torch.compiler.is_compiling():
         return
@@ -91,10 +210,10 @@ def check_targets(targets: Tensor, num_columns: int, ignore_index: int) -> None:
 def resolve_compute_dtype(
     hidden: Tensor, weight: Tensor, compute_dtype: torch.dtype | None
 ) -> torch.dtype:
-    """The products' dtype: as asked, or autocast's where it is on, or the operands' own.
+    """Return the products' dtype: as given, or autocast's where it is on, or the operands' own.
 
     Raises:
-        ValueError: Nothing is asked and the operands differ, or it is not a float dtype.
+        ValueError: if none is given and the operands differ, or it is not a float dtype.
     """
     if compute_dtype is not None:
         if not compute_dtype.is_floating_point or compute_dtype.itemsize < 2:
@@ -114,10 +233,10 @@ def resolve_compute_dtype(
 
 
 def check_transform(softcap: float | None, logit_scale: float) -> None:
-    """Checks the numbers of the logit transform.
+    """Check the numbers of the logit transform.
 
     Raises:
-        ValueError: One is not positive.
+        ValueError: if one is not positive.
     """
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap: expected a positive number or None, got {softcap}")
@@ -126,10 +245,10 @@ def check_transform(softcap: float | None, logit_scale: float) -> None:
 
 
 def temperature_tensor(temperature: float | Tensor, hidden: Tensor) -> Tensor | None:
-    """None for 1.0; else a tensor of one element, or of one per row.
+    """Return None for 1.0; else a tensor of one element, or of one per row.
 
     Raises:
-        ValueError: A number that is not positive, or a tensor of another shape.
+        ValueError: if a number is not positive, or a tensor has another shape or needs a gradient.
     """
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1 and temperature.shape != hidden.shape[:1]:

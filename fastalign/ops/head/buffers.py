@@ -1,4 +1,4 @@
-"""How many rows of logits a byte budget holds, and the buffers that hold them."""
+"""The division of a byte budget between tiles of logits and saved brackets; the buffers."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,36 +6,36 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastalign.ops.head.head_tile.strips import strip_rows
+from fastalign.ops.head.head_tile.torch_strips import strip_rows
 from fastalign.ops.head.products import accumulation_dtype, product_dtype
 
 MAX_TILE_ROWS = 2048
 TILE_ROWS_MULTIPLE = 32  # products of whole blocks
-# A tile beside brackets that are kept should have this many: products of fewer rows are slow.
+# A tile beside saved brackets should have this many: products of fewer rows are slow.
 GOOD_TILE_ROWS = 256
-# Brackets of fewer rows than this share of a call's are not worth the room that they take.
-MIN_KEPT_SHARE = 0.25
+# Brackets of fewer rows than this share of a call's are not worth the memory that they take.
+MIN_SAVED_SHARE = 0.25
 # A CPU's products keep their speed in smaller tiles than a GPU's.
 DEFAULT_BUFFER_ROWS = {"cpu": 1024, "cuda": 4096}
-DEFAULT_BYTES_PER_LOGIT = 3  # a kept row in two bytes, and a quarter as many in four
+DEFAULT_BYTES_PER_LOGIT = 3  # a saved row in two bytes, and a quarter as many in four
 MIN_DEFAULT_BUFFER_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows of each buffer for one call: the tile, a strip of scratch (twice), and kept brackets.
+    """Rows of each buffer for one call: the tile, a strip of scratch (twice), saved brackets.
 
-    `tile_rows` is 0 when every row is kept in the accumulation dtype: rows are then projected
-    straight into the place where their brackets stay.
+    `tile_rows` is 0 when every bracket is saved in the accumulation dtype: rows are then projected
+    straight into the memory of their brackets.
     """
 
     tile_rows: int
     scratch_rows: int
-    kept_rows: int
+    saved_rows: int
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that could still be allocated on the device; None where the system cannot tell."""
+    """Return the memory that could still be allocated; None where the system does not tell."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -53,12 +53,12 @@ def default_budget(
     *,
     within_free_memory: bool = True,
 ) -> int:
-    """Room to keep 4,096 rows in bfloat16 on a GPU, 1,024 on a CPU, with a tile a quarter as high.
+    """Return the bytes that save 4,096 rows in bfloat16 on a GPU, 1,024 on a CPU, beside a tile.
 
-    At least 64 MiB (of float32, three quarters as many rows; of float64, as many in twice the
-    bytes). Halved until it is at most half of the free memory: in steps, so that sums are not
-    rounded in another order whenever a little more or less memory is free. Not halved where
-    processes that have to agree might see different memory.
+    The tile is a quarter as high. At least 64 MiB (of float32, three quarters as many rows; of
+    float64, as many in twice the bytes). Halved until it is at most half of the free memory: in
+    steps, so that sums are not rounded in another order whenever a little more or less memory is
+    free. Not halved where processes that have to agree might see different memory.
     """
     rows = DEFAULT_BUFFER_ROWS.get(device.type, DEFAULT_BUFFER_ROWS["cuda"])
     bytes_per_row = num_columns * DEFAULT_BYTES_PER_LOGIT
@@ -74,82 +74,114 @@ def default_budget(
 
 
 def _whole_blocks(rows: int) -> int:
+    """Round down to a multiple of `TILE_ROWS_MULTIPLE`, unless that is 0."""
     return rows - rows % TILE_ROWS_MULTIPLE if rows > TILE_ROWS_MULTIPLE else rows
 
 
-def plan_buffers(
-    num_rows: int,
-    num_columns: int,
-    compute_dtype: torch.dtype,
-    device_type: str,
-    max_buffer_bytes: int,
-    *,
-    scratch: bool,
-    keep: bool,
-    convert: bool,
-    tile: bool = False,
-) -> Plan:
-    """Divides the budget between a working tile and kept brackets.
+@dataclass(frozen=True)
+class Budget:
+    """What decides the sizes of a call's buffers, all but the number of rows.
 
-    Args:
-        num_rows: Rows of the call.
-        num_columns: V.
-        compute_dtype: The products' dtype.
-        device_type: "cpu" or "cuda".
-        max_buffer_bytes: The budget.
-        scratch: Whether the pass over a tile needs strips of scratch, as PyTorch's does.
-        keep: Whether brackets are kept for products that come later.
-        convert: Whether brackets are multiplied in this pass (they need a place in the products'
-            dtype while the tile is in the accumulation dtype).
-        tile: Whether a working tile is wanted even where every row is kept (rows may have to be
-            read again).
-
-    Raises:
-        ValueError: The budget does not hold the smallest tile.
+    Attributes:
+        num_columns: columns to plan for: V, or those of a shared vocabulary's largest shard.
+        compute_dtype: dtype of the products.
+        device: device of the buffers.
+        max_buffer_bytes: most bytes of all buffers together.
+        backend: backend of the pass over a tile; "torch" needs strips of scratch.
+        save: True if brackets are saved for products that come later.
+        convert: True if brackets are multiplied in this pass; they then need memory in the
+            products' dtype while the tile is in the accumulation dtype.
+        reread: True if a working tile is wanted even where every bracket is saved, because rows
+            may have to be read again.
+        columns_here: columns of the buffers themselves, if not `num_columns`.
     """
-    item = accumulation_dtype(compute_dtype).itemsize
-    kept_item = product_dtype(compute_dtype, device_type).itemsize
-    same = item == kept_item
-    columns = max(num_columns, 1)
-    smallest = (3 if scratch else 1) * item * columns + (0 if same else kept_item * columns)
-    if max_buffer_bytes < smallest:
-        raise ValueError(
-            f"max_buffer_bytes: expected at least {smallest} (one row of {num_columns} logits"
-            f"{' and its scratch' if scratch else ''}), got {max_buffer_bytes}"
-        )
 
-    def scratch_for(rows: int) -> int:
-        return strip_rows(num_columns, rows, device_type) if scratch else 0
+    num_columns: int
+    compute_dtype: torch.dtype
+    device: torch.device
+    max_buffer_bytes: int
+    backend: str
+    save: bool
+    convert: bool
+    reread: bool = False
+    columns_here: int | None = None
 
-    if keep and same and not tile:
-        strip = scratch_for(num_rows)
-        if (num_rows + 2 * strip) * item * columns <= max_buffer_bytes:
-            return Plan(0, strip, num_rows)
-    if keep and not same and not tile:
-        # no bracket is multiplied but those kept, so the tile needs no place to be converted in
-        room = (max_buffer_bytes // columns - num_rows * kept_item) // item
-        rows = min(num_rows, MAX_TILE_ROWS, room)
-        while rows > 0 and rows + 2 * scratch_for(rows) > room:
+    def buffers(self, num_rows: int) -> "Buffers":
+        """Return scratch memory for a call or chunk of `num_rows`."""
+        columns = self.num_columns if self.columns_here is None else self.columns_here
+        plan = self.plan(num_rows)
+        return Buffers(plan, columns, self.compute_dtype, self.device, self.backend)
+
+    def most_saved_rows(self, most: int) -> int:
+        """Return the largest chunk, of 1 to `most` rows, whose brackets can all be saved."""
+        low, high = 1, max(most, 1)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.plan(middle).saved_rows >= middle:
+                low = middle
+            else:
+                high = middle - 1
+        return low
+
+    def plan(self, num_rows: int) -> Plan:
+        """Divide the budget between a working tile and saved brackets.
+
+        Raises:
+            ValueError: if the budget does not hold the smallest tile.
+        """
+        item = accumulation_dtype(self.compute_dtype).itemsize
+        saved_item = product_dtype(self.compute_dtype, self.device.type).itemsize
+        same = item == saved_item
+        columns, budget = max(self.num_columns, 1), self.max_buffer_bytes
+        smallest = self._check(item, 0 if same else saved_item)
+        if self.save and same and not self.reread:
+            strip = self._strip_rows(num_rows)
+            if (num_rows + 2 * strip) * item * columns <= budget:
+                return Plan(0, strip, num_rows)
+        if self.save and not same and not self.reread:
+            # No bracket is multiplied but those saved: the tile is never converted.
+            room = (budget // columns - num_rows * saved_item) // item
+            rows = min(num_rows, MAX_TILE_ROWS, room)
+            while rows > 0 and rows + 2 * self._strip_rows(rows) > room:
+                rows -= 1
+            if rows >= min(GOOD_TILE_ROWS, num_rows):
+                return Plan(_whole_blocks(rows), self._strip_rows(rows), num_rows)
+        extra = saved_item if self.convert and not same else 0
+        # Where few rows could be saved, higher tiles gain more: each one rereads the weight's
+        # gradient.
+        save = self.save and MIN_SAVED_SHARE * num_rows * columns * saved_item <= budget
+        share = budget // 4 if save and budget // 4 >= smallest else budget
+        bytes_per_row = (item + extra + (item // 4 if self.backend == "torch" else 0)) * columns
+        rows = _whole_blocks(max(1, min(num_rows, MAX_TILE_ROWS, share // bytes_per_row)))
+
+        def used(rows: int) -> int:
+            return (rows * (item + extra) + 2 * self._strip_rows(rows) * item) * columns
+
+        while rows > 1 and used(rows) > share:
             rows -= 1
-        if rows >= min(GOOD_TILE_ROWS, num_rows):
-            return Plan(_whole_blocks(rows), scratch_for(rows), num_rows)
-    extra = kept_item if convert and not same else 0
-    # Where few rows could be kept, higher tiles save more: each one rereads the weight's gradient.
-    keep = keep and MIN_KEPT_SHARE * num_rows * columns * kept_item <= max_buffer_bytes
-    quarter = max_buffer_bytes // 4
-    share = quarter if keep and quarter >= smallest else max_buffer_bytes
-    bytes_per_row = (item + extra + (item // 4 if scratch else 0)) * columns
-    rows = max(1, min(num_rows, MAX_TILE_ROWS, share // bytes_per_row))
-    rows = _whole_blocks(rows)
-    while rows > 1 and (rows * (item + extra) + 2 * scratch_for(rows) * item) * columns > share:
-        rows -= 1
-    used = (rows * (item + extra) + 2 * scratch_for(rows) * item) * columns
-    kept = min(num_rows, (max_buffer_bytes - used) // (columns * kept_item)) if keep else 0
-    return Plan(rows, scratch_for(rows), kept)
+        saved = min(num_rows, (budget - used(rows)) // (columns * saved_item)) if save else 0
+        return Plan(rows, self._strip_rows(rows), saved)
+
+    def _strip_rows(self, rows: int) -> int:
+        """Return the rows of a strip of scratch for a tile of `rows`."""
+        if self.backend != "torch":
+            return 0
+        return strip_rows(self.num_columns, rows, self.device.type)
+
+    def _check(self, item: int, converted_item: int) -> int:
+        """Return the bytes of the smallest tile; raise unless the budget holds it."""
+        scratch = self.backend == "torch"
+        smallest = ((3 if scratch else 1) * item + converted_item) * max(self.num_columns, 1)
+        if self.max_buffer_bytes < smallest:
+            raise ValueError(
+                f"max_buffer_bytes: expected at least {smallest} (one row of {self.num_columns} "
+                f"logits{' and its scratch' if scratch else ''}), got {self.max_buffer_bytes}"
+            )
+        return smallest
 
 
 class Buffers:
-    """The scratch memory of one call, allocated once and reused by every tile."""
+    """Scratch memory of one call, allocated once and reused by every tile."""
 
     def __init__(
         self,
@@ -174,33 +206,33 @@ class Buffers:
 
     @property
     def projects_in_place(self) -> bool:
-        """Whether kept rows are projected straight into the place of their brackets."""
+        """True if saved rows are projected straight into the memory of their brackets."""
         return self._product_dtype == self._dtype
 
     @property
     def tile_rows(self) -> int:
-        """How many rows one product of the forward has."""
+        """Rows of one product of the forward."""
         return self._plan.tile_rows or MAX_TILE_ROWS
 
-    def lend(self, kept: Tensor) -> None:
-        """Lets the brackets of every row, read no more, be the places that the plan has not."""
+    def reuse(self, brackets: Tensor) -> None:
+        """Reuse saved brackets as scratch once every row's bracket has been consumed."""
         if not self.projects_in_place:
-            self._converted = kept
+            self._converted = brackets
         elif self._plan.tile_rows == 0:
-            self._tile = kept
+            self._tile = brackets
 
-    def new_kept(self, rows: int) -> Tensor:
-        """A place (rows, V) for brackets, in the products' dtype."""
-        return self._empty(rows, self._product_dtype)
+    def new_brackets(self) -> Tensor:
+        """Return an empty (K, V) for the brackets that the plan saves, in the products' dtype."""
+        return self._empty(self._plan.saved_rows, self._product_dtype)
 
     def tile(self, rows: int) -> Tensor:
-        """The working tile's first rows, (rows, V), in the accumulation dtype."""
+        """Return the working tile's first rows, (rows, V), in the accumulation dtype."""
         if self._tile is None:
             self._tile = self._empty(self._plan.tile_rows, self._dtype)
         return self._tile[:rows]
 
     def converted(self, rows: int) -> Tensor:
-        """A place for the brackets of the tile's first rows: the tile itself where dtypes agree."""
+        """Return memory for the brackets of those rows: the tile itself where dtypes agree."""
         if self._product_dtype == self._dtype:
             return self.tile(rows)
         if self._converted is None:

@@ -69,13 +69,6 @@ def add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
         _native_product(left, right, out, accumulate=True)
 
 
-def project(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """Writes hidden (C, D) @ weight (V, D)^T + bias (V,) into out (C, V)."""
-    product(hidden, weight.t(), out)
-    if bias is not None:
-        out.add_(bias)
-
-
 def _with_a_unit_stride(matrix: Tensor) -> Tensor:
     return matrix if 1 in matrix.stride() else matrix.contiguous()
 

@@ -1,9 +1,12 @@
-"""Gathers the rows that have a target: prompts and padding then cost no product."""
+"""Rows that have a target: without the others, prompts and padding cost no product."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+
+from fastalign.ops.head.arguments import HeadOptions
 
 
 class TargetRows:
@@ -15,47 +18,45 @@ class TargetRows:
     Attributes:
         hidden: (N, D), differentiable.
         targets: (N,) int64.
-        temperature: As given, or the gathered (N,).
+        options: the call's options, with the gathered temperature (N,).
     """
 
-    def __init__(
-        self, hidden: Tensor, targets: Tensor, temperature: float | Tensor, ignore_index: int
-    ) -> None:
-        self.hidden, self.targets, self.temperature = hidden, targets, temperature
+    def __init__(self, hidden: Tensor, targets: Tensor, options: HeadOptions) -> None:
+        self.hidden, self.targets, self.options = hidden, targets, options
         self._num_rows = hidden.shape[0] if hidden.ndim else 0
         self._mask: Tensor | None = None
-        self._kept: Tensor | None = None
-        self._ignore_index = ignore_index
+        self._indices: Tensor | None = None
         if targets.ndim != 1 or hidden.shape[:1] != targets.shape:
             return
         if torch.compiler.is_compiling():
             return
-        mask = targets != ignore_index
-        kept = mask.nonzero().flatten()
-        if kept.numel() == self._num_rows:
+        mask = targets != options.ignore_index
+        indices = mask.nonzero().flatten()
+        if indices.numel() == self._num_rows:
             return
-        self._mask, self._kept = mask, kept
-        self.hidden, self.targets = hidden.index_select(0, kept), targets[kept]
+        self._mask, self._indices = mask, indices
+        self.hidden, self.targets = hidden.index_select(0, indices), targets[indices]
+        temperature = options.temperature
         if isinstance(temperature, Tensor) and temperature.shape == targets.shape:
-            self.temperature = temperature[kept]
+            self.options = replace(options, temperature=temperature[indices])
 
     def gathered(self, values: Tensor) -> Tensor:
-        """Values (T, ...) of all rows, at the gathered ones."""
-        return values if self._kept is None else values[self._kept]
+        """Return the gathered rows of values (T, ...)."""
+        return values if self._indices is None else values[self._indices]
 
     def num_targets(self) -> float | Tensor:
-        """How many targets there are, at least 1: a number where the rows were gathered."""
+        """Return the number of targets, at least 1: on the host where the rows were gathered."""
         if torch.compiler.is_compiling():
-            return (self.targets != self._ignore_index).sum().clamp(min=1)
+            return (self.targets != self.options.ignore_index).sum().clamp(min=1)
         return float(max(self.targets.shape[0], 1))
 
     def bounds(self, cu_seqlens: Tensor | Sequence[int]) -> list[int]:
-        """Row bounds of sequences, given among all rows, among the gathered ones; on the host.
+        """Return row bounds of sequences, given among all rows, among the gathered ones.
 
         Raises:
-            ValueError: They do not rise from 0 to the number of rows.
+            ValueError: if they do not rise from 0 to the number of rows.
         """
-        # tensors and arrays alike
+        # tensors and arrays alike, on the host
         bounds = cu_seqlens.tolist() if hasattr(cu_seqlens, "tolist") else list(cu_seqlens)
         whole = isinstance(bounds, list) and all(isinstance(bound, int) for bound in bounds)
         if (

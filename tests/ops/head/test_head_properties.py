@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastalign.ops import linear_logprob, token_logprob
 from fastalign.ops.backends import unusable_reason
-from fastalign.ops.head.head_tile import HeadTransform, read_tile
+from fastalign.ops.head.head_tile import HeadTransform, Tile, read_tile
 
 ROWS, WIDTH = 13, 8
 VOCABULARIES = [1, 2, 63, 1000, 5003]
@@ -129,9 +129,9 @@ def test_a_tile_with_more_elements_than_32_bits_can_count(name: str) -> None:
     targets, ignored = torch.tensor([1, 44, 7]), torch.zeros(3, dtype=torch.bool)
     tile.copy_(torch.randn(3, 45, generator=torch.Generator().manual_seed(0)))
     expected = tile.clone()
-    arguments = (targets, ignored, HeadTransform(), name, tile.new_empty(2, 1, 45))
-    near = read_tile(expected, *arguments, gradient=expected)
-    far = read_tile(tile, *arguments, gradient=tile)
+    scratch, rest = tile.new_empty(2, 1, 45), (targets, ignored, HeadTransform())
+    near = read_tile(Tile(expected, *rest), name, scratch, gradient=expected)
+    far = read_tile(Tile(tile, *rest), name, scratch, gradient=tile)
     assert torch.equal(tile, expected)
     assert torch.equal(far.logprob, near.logprob)
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.backends import unusable_reason
-from fastalign.ops.head.head_tile import HeadTransform
-from fastalign.ops.head.kl_tile import PairStatistics, Upstream, read_pair
+from fastalign.ops.head.head_tile import HeadTransform, Tile
+from fastalign.ops.head.kl_tile import PairStatistics, PairUpstream, read_pair
 from tests.ops.head.head_tile.test_head_tile import BACKENDS, TRANSFORMS, transform_of
 from tests.tolerance import assert_no_worse
 
@@ -37,9 +37,9 @@ def products(num_rows: int, num_columns: int) -> tuple[Tensor, Tensor, Tensor]:
     return tiles, targets, torch.arange(num_rows) % 4 == 2
 
 
-def upstream_of(tiles: Tensor) -> Upstream:
+def upstream_of(tiles: Tensor) -> PairUpstream:
     num_rows = tiles.shape[1]
-    return Upstream(*torch.linspace(-1, 2, 3 * num_rows, device=tiles.device).view(3, num_rows))
+    return PairUpstream(*torch.linspace(-1, 2, 3 * num_rows, device=tiles.device).view(3, num_rows))
 
 
 def run(
@@ -58,10 +58,7 @@ def run(
     if place is None:
         place = tiles[0] if combined else tiles
     read = read_pair(
-        tiles,
-        targets,
-        ignored,
-        transform,
+        Tile(tiles, targets, ignored, transform),
         over_reference,
         backend,
         scratch,
@@ -165,7 +162,7 @@ def test_statistics_alone(backend: str) -> None:
     transform = transform_of("everything", 6)
     expected, _ = run(tiles.clone(), targets, ignored, transform, False, backend)
     scratch = tiles.new_empty(4, 2, 45)
-    found = read_pair(tiles, targets, ignored, transform, False, backend, scratch)
+    found = read_pair(Tile(tiles, targets, ignored, transform), False, backend, scratch)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
 
 

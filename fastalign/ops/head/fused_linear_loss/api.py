@@ -1,26 +1,24 @@
 """`fused_linear_loss`: any loss of per-token log-probs, with its gradient in the forward."""
 
+import zlib
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from fastalign.ops.head.arguments import (
+    HeadOptions,
     LinearBackend,
-    check_head,
-    check_targets,
-    check_transform,
-    choose_linear_backend,
-    resolve_budget,
-    resolve_compute_dtype,
-    temperature_tensor,
+    check_call,
+    check_call_on_ranks,
 )
-from fastalign.ops.head.fused_linear_loss import chunked, reference, sharded, traced
-from fastalign.ops.head.fused_linear_loss.chunk import LossFunction
-from fastalign.ops.head.linear_head import LinearHead, LoraWeights, as_linear_head, lora_operands
-from fastalign.ops.head.linear_logprob.operands import Needs, head_inputs
-from fastalign.ops.head.linear_logprob.shard_arguments import ShardedHead
+from fastalign.ops.head.fused_linear_loss import chunked
+from fastalign.ops.head.fused_linear_loss.chunk import LossFunction, loss_of_all
+from fastalign.ops.head.linear_head import LinearHead, LoraWeights, as_linear_head
+from fastalign.ops.head.linear_logprob.api import read_head
+from fastalign.ops.head.sharded_tiles import ShardReader
 from fastalign.ops.head.vocabulary_shard import VocabularyShard
 
 
@@ -42,23 +40,23 @@ def fused_linear_loss(
     backend: LinearBackend = "auto",
     vocabulary_shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss () of a head's log-probs, and its metrics, without the (T, V) logits.
+    """Compute a loss () of a head's log-probs, and its metrics, without the (T, V) logits.
 
     The gradient is computed in the forward: a chunk of whole groups is projected, `loss_fn` is
     differentiated on the chunk's log-probs, and the gradient products follow at once. The backward
     only multiplies by the upstream gradient, in place, and can run once. Products (FLOPs over
     T*D*V): 2 without gradients, 4 where the weight is frozen, otherwise 6; of a group too large
-    for the budget, the rows that cannot be kept are computed again (up to 8).
+    for the budget, the rows that cannot be saved are computed again (up to 8).
 
     Under torch.compile, which needs `segments` on the host, the loss is traced and the gradient
-    computed in the backward, with the same products for all rows that the budget keeps.
+    computed in the backward, with the same products for all rows that the budget can save.
 
     With a `vocabulary_shard`, see `linear_logprob`; the loss too is called on every rank, on the
     same log-probs, and must do the same there. The backward communicates nothing.
 
     Args:
         hidden: Hidden states, any float dtype.
-        weight: The head's weight, or the whole head: then without its fields as keywords.
+        weight: (V, D) weight of the head, or a `LinearHead`.
         targets: Token ids; `ignore_index` gives log-prob 0 and no gradient.
         segments: Row bounds of the groups that `loss_fn` must see together, from 0 to T; on the
             host, or a GPU is waited for. None: every row is a group of its own.
@@ -66,69 +64,88 @@ def fused_linear_loss(
             losses and metrics are summed over chunks, so a normaliser must be that of the whole
             batch. Log-probs and entropies get gradients through it; a loss that uses entropies
             has the logits computed again (8 in place of 6).
-        bias: The head's bias.
-        temperature: As in `linear_logprob`.
-        softcap: As in `linear_logprob`.
-        logit_scale: As in `linear_logprob`.
-        ignore_index: As in `linear_logprob`.
-        lora: As in `linear_logprob`.
-        compute_dtype: As in `linear_logprob`.
-        max_buffer_bytes: As in `linear_logprob`.
-        backend: As in `linear_logprob`; "reference": all the logits, by autograd.
-        vocabulary_shard: As in `linear_logprob`.
+
+    The keywords `bias`, `softcap`, `logit_scale`, `lora` and `vocabulary_shard` are the fields of
+    :class:`fastalign.LinearHead`; `temperature`, `ignore_index`, `compute_dtype`,
+    `max_buffer_bytes` and `backend` are those of :func:`fastalign.linear_logprob`, with
+    "reference": all the logits, by autograd.
 
     Returns:
         The summed loss, float32 (float64 where products are in float64), and the summed metrics.
 
     Raises:
-        ValueError: A wrong shape, dtype, device, target, bound, number or backend, or too small a
-            budget, or a `loss_fn` whose loss is not a scalar.
+        ValueError: if a shape, dtype, device, target, bound, number or backend is wrong, the budget
+            too small, or the loss of `loss_fn` not a scalar.
     """
-    whole = as_linear_head(weight, bias, softcap, logit_scale, lora, vocabulary_shard)
-    weight, bias, softcap, logit_scale = whole.weight, whole.bias, whole.softcap, whole.logit_scale
-    lora, vocabulary_shard = whole.lora, whole.shard
-    if vocabulary_shard is not None:
-        numbers = (temperature, softcap, logit_scale, ignore_index, lora, compute_dtype)
-        shared = ShardedHead(
-            vocabulary_shard, hidden, weight, bias, targets, *numbers, max_buffer_bytes, backend
-        )
+    head = as_linear_head(weight, bias, softcap, logit_scale, lora, vocabulary_shard)
+    options = HeadOptions(temperature, ignore_index, compute_dtype, max_buffer_bytes, backend)
+    return head_loss(hidden, head, targets, segments, loss_fn, options)
 
-        def read_bounds() -> list[int] | None:
-            return None if segments is None else _host_bounds(segments, hidden.shape[0])
 
-        loss, metrics = sharded.fused_linear_loss(shared, read_bounds, loss_fn)
+def head_loss(
+    hidden: Tensor,
+    head: LinearHead,
+    targets: Tensor,
+    segments: Tensor | Sequence[int] | None,
+    loss_fn: LossFunction,
+    options: HeadOptions,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss () and metrics: see `fused_linear_loss`."""
+    if head.shard is not None:
+        loss, metrics = _sharded_loss(hidden, head, targets, segments, loss_fn, options)
         return loss, metrics
-    check_head(hidden, weight, targets, bias)
-    check_targets(targets, weight.shape[0], ignore_index)
-    check_transform(softcap, logit_scale)
-    dtype = resolve_compute_dtype(hidden, weight, compute_dtype)
-    rows_temperature = temperature_tensor(temperature, hidden)
+    call = check_call("fused_linear_loss", hidden, head, targets, options)
     bounds = None if segments is None else _host_bounds(segments, hidden.shape[0])
-    chosen = choose_linear_backend("fused_linear_loss", backend, hidden.device.type, dtype)
-    of_lora = lora_operands(lora, hidden, weight, dtype)
-    options = (rows_temperature, softcap, float(logit_scale), ignore_index, dtype, *of_lora)
-    num_groups = hidden.shape[0] if bounds is None else len(bounds) - 1
-    arguments = (hidden, weight, bias, targets, num_groups, loss_fn, *options)
-    if chosen == "reference":
-        return reference.forward(*arguments)
-    leaves = (hidden, weight, bias, *of_lora)
-    enabled = torch.is_grad_enabled()
-    wanted = [enabled and leaf is not None and leaf.requires_grad for leaf in leaves]
-    most = resolve_budget(max_buffer_bytes, weight, dtype)
-    if torch.compiler.is_compiling():
-        return traced.forward(*arguments, max_buffer_bytes=most, needs=wanted, backend=chosen)
-    needs = Needs(*wanted)
-    with torch.no_grad():
-        head = head_inputs(hidden, weight, bias, targets, *options)
-    budget = chunked.Budget(weight.shape[0], dtype, hidden.device, most, needs, chosen)
-    return chunked.forward(head, bounds, loss_fn, budget, leaves)
+    if call.backend == "reference" or torch.compiler.is_compiling():
+        # A gradient in the forward cannot be traced through a function that is only known as
+        # Python. So the loss is traced, on the results of `linear_logprob`, whose backward
+        # multiplies the brackets that its forward saved: the same products while the budget holds
+        # all rows.
+        num_groups = hidden.shape[0] if bounds is None else len(bounds) - 1
+        is_target = targets != options.ignore_index
+        return loss_of_all(loss_fn, *read_head(call), is_target, num_groups)
+    return chunked.forward(call, bounds, loss_fn)
+
+
+@torch.compiler.disable(reason="vocabulary_shard: ranks communicate in eager PyTorch")  # type: ignore[untyped-decorator, no-untyped-call]
+def _sharded_loss(
+    hidden: Tensor,
+    head: LinearHead,
+    targets: Tensor,
+    segments: Tensor | Sequence[int] | None,
+    loss_fn: LossFunction,
+    options: HeadOptions,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss () and metrics where a process group shares the vocabulary.
+
+    The sweep over chunks is that of one process; every rank plans the same chunks, from the
+    largest shard, and calls the loss on the same log-probs.
+
+    Raises:
+        ValueError: as the public function, on every rank.
+    """
+    bounds: list[int] | None = None
+
+    def more() -> dict[str, str]:
+        nonlocal bounds
+        if segments is None:
+            return {"segments": "None"}
+        bounds = _host_bounds(segments, hidden.shape[0])
+        checksum = zlib.crc32(repr(bounds).encode())
+        return {"segments": f"{len(bounds)} bounds with checksum {checksum:08x}"}
+
+    check = partial(check_call, "fused_linear_loss", hidden, head, targets, options)
+    call = check_call_on_ranks(check, head, options, more)
+    assert head.shard is not None
+    columns = head.shard.num_planned_columns
+    return chunked.forward(call, bounds, loss_fn, columns, ShardReader(head.shard))
 
 
 def _host_bounds(segments: Tensor | Sequence[int], num_rows: int) -> list[int]:
-    """The bounds as a list.
+    """Return the bounds as a list.
 
     Raises:
-        ValueError: They do not rise from 0 to the number of rows.
+        ValueError: if they do not rise from 0 to the number of rows.
     """
     if isinstance(segments, Tensor):
         if segments.ndim != 1 or segments.is_floating_point():

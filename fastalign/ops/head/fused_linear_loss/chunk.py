@@ -1,4 +1,4 @@
-"""What a loss function passed to `fused_linear_loss` receives."""
+"""The argument of a loss function passed to `fused_linear_loss`, and checks of its result."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ def loss_of_all(
     is_target: Tensor,
     num_groups: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss and metrics of one chunk that holds every row."""
+    """Return the loss and metrics of one chunk that holds every row."""
     num_rows = logprob.shape[0]
     chunk = TokenChunk(logprob, entropy, is_argmax, is_target, 0, num_rows, 0, num_groups)
     loss, metrics = loss_fn(chunk)
@@ -44,10 +44,10 @@ def loss_of_all(
 
 
 def check_scalar(loss: Tensor) -> None:
-    """Checks what a loss function returned.
+    """Check the result of a loss function.
 
     Raises:
-        ValueError: It is not a scalar.
+        ValueError: if it is not a scalar.
     """
     if loss.ndim != 0:
         raise ValueError(f"loss_fn: expected a scalar loss, got shape {tuple(loss.shape)}")

@@ -1,21 +1,29 @@
-"""The pass over a tile in Triton, one program a row: two readings, the second from the cache.
+"""The passes over a tile in Triton, one program a row, in float32.
 
-Arithmetic is float32.
+The whole pass reads a row twice, the second time from the cache.
 """
+
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalign.ops.head.head_tile.transform import HeadTransform, RowStatistics
+from fastalign.ops.head.head_tile.tile import (
+    RowStatistics,
+    SoftmaxStatistics,
+    Tile,
+    TileStatistics,
+    Upstream,
+)
 from fastalign.ops.triton_softmax import add_block, tanh
 from fastalign.ops.triton_table import launch_options
 
 
 @triton.jit
 def u_of(x, cap_scale, HAS_SOFTCAP: tl.constexpr):
-    """The tanh of a softcap, or the product itself."""
+    """Return the tanh of a softcap, or the product itself."""
     if HAS_SOFTCAP:
         x = tanh(x * cap_scale)
     return x
@@ -30,9 +38,9 @@ def row_sums(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The maximum of u, and of z less its own the sums of exp(z) and of z exp(z).
+    """Return the maximum of u, and of z less its maximum the sums of exp(z) and of z exp(z).
 
-    Of u, because the target's less it is then exactly 0 where it is the maximum.
+    The maximum is that of u, so that a target's u less it is exactly 0 where it is the maximum.
     """
     m = -float("inf")
     total = 0.0
@@ -48,7 +56,7 @@ def row_sums(
 
 @triton.jit
 def one_less_p(logprob):
-    """1 - p, by its series where p is near 1."""
+    """Return 1 - p, by its series where p is near 1: 1 - exp(logprob) would cancel there."""
     series = 1.0 + logprob * (0.5 + logprob * (0.16666667 + logprob * 0.041666667))
     return tl.where(logprob > -0.01, -logprob * series, 1.0 - tl.exp(logprob))
 
@@ -67,7 +75,7 @@ def write_gradient(
     HAS_GRAD_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row's slope [g (1[v = y] - p) - e p (log p + H)] over its columns.
+    """Write one row's slope [g (1[v = y] - p) - e p (log p + H)] over its columns.
 
     `transform` and `known` are tuples; known[0] is the maximum of u.
     """
@@ -99,7 +107,7 @@ def row_transform(
     HAS_TEMPERATURE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """cap_scale, gain and slope: u = tanh(cap_scale x) or x, z = gain u, dz / dx by u."""
+    """Return cap_scale, gain and slope: u = tanh(cap_scale x) or x, z = gain u, dz / dx by u."""
     slope, cap_scale = logit_scale, logit_scale / softcap
     if HAS_TEMPERATURE:
         slope = slope / tl.load(temperature_ptr + row)
@@ -133,7 +141,7 @@ def head_tile_kernel(
     HAS_GRAD_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: its statistics, then slope [g (1[v = y] - p) - e p (log p + H)] over its columns."""
+    """Write one row's statistics, then its gradient over its columns: see `write_gradient`."""
     row = tl.program_id(0).to(tl.int64)
     kept = tl.load(ignored_ptr + row) == 0
     cap_scale, gain, slope = row_transform(
@@ -171,46 +179,185 @@ def head_tile_kernel(
         )
 
 
+@triton.jit
+def head_tile_statistics_kernel(
+    x_ptr,
+    targets_ptr,
+    ignored_ptr,
+    temperature_ptr,
+    maximum_ptr,
+    total_ptr,
+    weighted_ptr,
+    target_ptr,
+    row_stride,
+    num_columns,
+    softcap,
+    logit_scale,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_WEIGHTED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write one row's statistics over these columns."""
+    row = tl.program_id(0).to(tl.int64)
+    kept = tl.load(ignored_ptr + row) == 0
+    cap_scale, gain, _slope = row_transform(
+        row, temperature_ptr, softcap, logit_scale, HAS_TEMPERATURE, HAS_SOFTCAP
+    )
+    x_ptr += row * row_stride
+    m, total, weighted = row_sums(x_ptr, num_columns, cap_scale, gain, HAS_SOFTCAP, BLOCK)
+    target = tl.load(targets_ptr + row)
+    inside = kept & (target >= 0) & (target < num_columns)
+    x = tl.load(x_ptr + target, mask=inside, other=0.0)
+    tl.store(maximum_ptr + row, tl.where(kept, m, 0.0))
+    tl.store(total_ptr + row, tl.where(kept, total, 0.0))
+    if HAS_WEIGHTED:
+        tl.store(weighted_ptr + row, tl.where(kept, weighted, 0.0))
+    tl.store(target_ptr + row, tl.where(inside, u_of(x, cap_scale, HAS_SOFTCAP), 0.0))
+
+
+@triton.jit
+def head_tile_gradient_kernel(
+    x_ptr,
+    targets_ptr,
+    ignored_ptr,
+    temperature_ptr,
+    maximum_ptr,
+    log_total_ptr,
+    entropy_ptr,
+    grad_logprob_ptr,
+    grad_entropy_ptr,
+    gradient_ptr,
+    row_stride,
+    gradient_stride,
+    num_columns,
+    softcap,
+    logit_scale,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_GRAD_LOGPROB: tl.constexpr,
+    HAS_GRAD_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write one row's gradient by these columns, given its softmax over all."""
+    row = tl.program_id(0).to(tl.int64)
+    kept = tl.load(ignored_ptr + row) == 0
+    cap_scale, gain, slope = row_transform(
+        row, temperature_ptr, softcap, logit_scale, HAS_TEMPERATURE, HAS_SOFTCAP
+    )
+    x_ptr += row * row_stride
+    m = tl.load(maximum_ptr + row)
+    log_total = tl.load(log_total_ptr + row)
+    g, e, entropy = 1.0, 0.0, 0.0
+    if HAS_GRAD_LOGPROB:
+        g = tl.load(grad_logprob_ptr + row)
+    if HAS_GRAD_ENTROPY:
+        e = tl.load(grad_entropy_ptr + row)
+        entropy = tl.load(entropy_ptr + row)
+    target = tl.load(targets_ptr + row)
+    inside = (target >= 0) & (target < num_columns)
+    x = tl.load(x_ptr + target, mask=inside, other=0.0)
+    logprob = (u_of(x, cap_scale, HAS_SOFTCAP) - m) * gain - log_total
+    write_gradient(
+        x_ptr,
+        gradient_ptr + row * gradient_stride,
+        num_columns,
+        target,
+        kept,
+        (cap_scale, gain, slope),
+        (m, log_total, logprob, entropy),
+        (g, e),
+        HAS_SOFTCAP,
+        HAS_GRAD_ENTROPY,
+        BLOCK,
+    )
+
+
 def rows_of(value: Tensor | None, num_rows: int, unused: Tensor) -> Tensor:
-    """The values as float32, one for each row; any tensor where there are none."""
+    """Return the values as float32, one for each row; any tensor where there are none."""
     return unused if value is None else value.to(torch.float32).expand(num_rows).contiguous()
 
 
+def launch_arguments(kernel: str, tile: Tile) -> dict[str, Any]:
+    """Return the arguments that every kernel ends with."""
+    products, transform = tile.products, tile.transform
+    return {
+        "row_stride": products.stride(-2),
+        "num_columns": products.shape[-1],
+        # any number: unused without HAS_SOFTCAP
+        "softcap": 1.0 if transform.softcap is None else transform.softcap,
+        "logit_scale": transform.logit_scale,
+        "HAS_TEMPERATURE": transform.temperature is not None,
+        "HAS_SOFTCAP": transform.softcap is not None,
+        **launch_options(kernel, products.shape[-1], products.device),
+    }
+
+
 def read(
-    tile: Tensor,
-    targets: Tensor,
-    ignored: Tensor,
-    transform: HeadTransform,
-    gradient: Tensor | None,
-    grad_logprob: Tensor | None,
-    grad_entropy: Tensor | None,
-    with_entropy: bool,
+    tile: Tile, gradient: Tensor | None, upstream: Upstream, with_entropy: bool
 ) -> RowStatistics:
-    """See `head_tile.read_tile`."""
-    num_rows, num_columns = tile.shape
-    found = RowStatistics.empty(num_rows, tile.device)
+    """See `head_tile.read_tile`; entropies are always computed."""
+    products = tile.products
+    num_rows = products.shape[0]
+    found = RowStatistics.empty(num_rows, products.device)
     if num_rows == 0:
         return found
-    rows = (transform.temperature, grad_logprob, grad_entropy)
+    rows = (tile.transform.temperature, *upstream)
     head_tile_kernel[(num_rows,)](
-        tile,
-        targets.contiguous(),
-        ignored.contiguous().view(torch.int8),
+        products,
+        tile.targets.contiguous(),
+        tile.ignored.contiguous().view(torch.int8),
         *(rows_of(value, num_rows, found.logprob) for value in rows),
         found.logprob,
         found.entropy,
         found.is_argmax.view(torch.int8),
-        tile if gradient is None else gradient,
-        row_stride=tile.stride(0),
+        products if gradient is None else gradient,
         gradient_stride=0 if gradient is None else gradient.stride(0),
-        num_columns=num_columns,
-        softcap=1.0 if transform.softcap is None else transform.softcap,
-        logit_scale=transform.logit_scale,
-        HAS_TEMPERATURE=transform.temperature is not None,
-        HAS_SOFTCAP=transform.softcap is not None,
         HAS_GRADIENT=gradient is not None,
-        HAS_GRAD_LOGPROB=grad_logprob is not None,
-        HAS_GRAD_ENTROPY=grad_entropy is not None,
-        **launch_options("head_tile_kernel", num_columns, tile.device),
+        HAS_GRAD_LOGPROB=upstream.logprob is not None,
+        HAS_GRAD_ENTROPY=upstream.entropy is not None,
+        **launch_arguments("head_tile_kernel", tile),
     )
     return found
+
+
+def statistics(tile: Tile, with_entropy: bool) -> TileStatistics:
+    """See `head_tile.head_tile_statistics`."""
+    num_rows = tile.products.shape[0]
+    found = TileStatistics.empty(num_rows, tile.products.device, with_entropy)
+    if num_rows == 0:
+        return found
+    head_tile_statistics_kernel[(num_rows,)](
+        tile.products,
+        tile.targets.contiguous(),
+        tile.ignored.contiguous().view(torch.int8),
+        rows_of(tile.transform.temperature, num_rows, found.total),
+        found.maximum,
+        found.total,
+        found.total if found.weighted is None else found.weighted,
+        found.target,
+        HAS_WEIGHTED=with_entropy,
+        **launch_arguments("head_tile_statistics_kernel", tile),
+    )
+    return found
+
+
+def gradient(tile: Tile, known: SoftmaxStatistics, gradient: Tensor, upstream: Upstream) -> None:
+    """See `head_tile.head_tile_gradient`."""
+    products = tile.products
+    num_rows = products.shape[0]
+    if num_rows == 0:
+        return
+    head_tile_gradient_kernel[(num_rows,)](
+        products,
+        tile.targets.contiguous(),
+        tile.ignored.contiguous().view(torch.int8),
+        rows_of(tile.transform.temperature, num_rows, products),
+        *(value.contiguous() for value in known),
+        *(rows_of(value, num_rows, products) for value in upstream),
+        gradient,
+        gradient_stride=gradient.stride(0),
+        HAS_GRAD_LOGPROB=upstream.logprob is not None,
+        HAS_GRAD_ENTROPY=upstream.entropy is not None,
+        **launch_arguments("head_tile_gradient_kernel", tile),
+    )

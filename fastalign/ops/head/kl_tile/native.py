@@ -4,42 +4,36 @@ import ctypes
 
 from torch import Tensor
 
-from fastalign.ops.head.head_tile import HeadTransform
-from fastalign.ops.head.head_tile.native import rows_of
-from fastalign.ops.head.kl_tile.statistics import PairStatistics, Upstream
-from fastalign.ops.native_library import DTYPE_CODES, address, call
+from fastalign.ops.head.head_tile import Tile
+from fastalign.ops.head.head_tile.native import TileArguments, gradient_arguments, rows_of
+from fastalign.ops.head.kl_tile.statistics import PairStatistics, PairUpstream
+from fastalign.ops.native_library import address, call
 
 
 def read(
-    tiles: Tensor,
-    targets: Tensor,
-    ignored: Tensor,
-    transform: HeadTransform,
+    tile: Tile,
     over_reference: bool,
     brackets: Tensor | None,
     gradient: Tensor | None,
-    upstream: Upstream | None,
+    upstream: PairUpstream | None,
 ) -> PairStatistics:
     """See `kl_tile.read_pair`."""
-    _, num_rows, num_columns = tiles.shape
-    found = PairStatistics.empty(num_rows, tiles)
-    temperature = rows_of(transform.temperature, num_rows)
-    targets, ignored = targets.contiguous(), ignored.contiguous()
-    rows = [rows_of(value, num_rows) for value in upstream or (None, None, None)]
+    num_rows = tile.products.shape[1]
+    found = PairStatistics.empty(num_rows, tile.products)
+    arguments = TileArguments(tile)
+    grads = [rows_of(value, num_rows) for value in upstream or (None, None, None)]
     first, second = (gradient, None) if brackets is None else (brackets[0], brackets[1])
     call(
         "kl_tile",
-        tiles.device,
+        tile.products.device,
         [
-            *(address(tile) for tile in tiles),
-            *(ctypes.c_int64(size) for size in (num_rows, num_columns, tiles.stride(1))),
-            ctypes.c_float(transform.softcap or 0.0),
-            ctypes.c_float(transform.logit_scale),
+            *(address(products) for products in tile.products),
+            *arguments.sizes,
             ctypes.c_int32(over_reference),
-            *(address(value) for value in (temperature, targets, ignored, *found, first, second)),
-            ctypes.c_int32(0 if first is None else DTYPE_CODES[first.dtype]),
-            ctypes.c_int64(0 if first is None else first.stride(0)),
-            *(address(value) for value in rows),
+            *arguments.rows,
+            *(address(value) for value in (*found, first, second)),
+            *gradient_arguments(first),
+            *(address(value) for value in grads),
         ],
     )
     return found

@@ -8,11 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalign.ops.head.head_tile import HeadTransform
-from fastalign.ops.head.head_tile.triton_kernels import one_less_p, row_transform, rows_of, u_of
-from fastalign.ops.head.kl_tile.statistics import PairStatistics, Upstream
+from fastalign.ops.head.head_tile import Tile
+from fastalign.ops.head.head_tile.triton_kernels import (
+    launch_arguments,
+    one_less_p,
+    row_transform,
+    rows_of,
+    u_of,
+)
+from fastalign.ops.head.kl_tile.statistics import PairStatistics, PairUpstream
 from fastalign.ops.triton_softmax import add_pair, bounded, divergence
-from fastalign.ops.triton_table import launch_options
 
 
 @triton.jit
@@ -26,7 +31,7 @@ def _statistics(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """What `add_pair` keeps, of whole rows."""
+    """Return the running statistics of `add_pair` over whole rows."""
     lowest = -float("inf")
     m, total, weighted = lowest, 0.0, 0.0
     n, reference_total, cross, largest = lowest, 0.0, 0.0, lowest
@@ -45,13 +50,13 @@ def _statistics(
 
 @triton.jit
 def _store(places, value, kept, mask=None):
-    """Stores the value, or zeros where the row is ignored."""
+    """Store the value, or zeros where the row is ignored."""
     tl.store(places, tl.where(kept, value, 0.0).to(places.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _kl_bracket(s, t, total, reference_total, mean, OVER_REFERENCE: tl.constexpr):
-    """The policy's p, and the derivative of the KL by z."""
+    """Return the policy's p, and the derivative of the KL by z."""
     scale = 1.0 / total
     exponential = tl.exp(s)
     p = exponential * scale
@@ -91,7 +96,7 @@ def kl_tile_kernel(
     BRACKETS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row: its statistics, then its two brackets, or their sum weighted from upstream."""
+    """Write one row's statistics, then its two brackets, or their sum weighted from upstream."""
     row = tl.program_id(0).to(tl.int64)
     kept = tl.load(ignored_ptr + row) == 0
     cap_scale, gain, slope = row_transform(
@@ -145,41 +150,36 @@ def kl_tile_kernel(
 
 
 def read(
-    tiles: Tensor,
-    targets: Tensor,
-    ignored: Tensor,
-    transform: HeadTransform,
+    tile: Tile,
     over_reference: bool,
     brackets: Tensor | None,
     gradient: Tensor | None,
-    upstream: Upstream | None,
+    upstream: PairUpstream | None,
 ) -> PairStatistics:
     """See `kl_tile.read_pair`."""
-    _, num_rows, num_columns = tiles.shape
-    found = PairStatistics.empty(num_rows, tiles)
+    products = tile.products
+    num_rows = products.shape[1]
+    found = PairStatistics.empty(num_rows, products)
     if num_rows == 0:
         return found
-    places = brackets if brackets is not None else tiles if gradient is None else [gradient] * 2
-    rows = (transform.temperature, *(upstream or (None, None, None)))
+    # the kernel takes two gradients; without brackets it writes the first alone, or none
+    written = brackets
+    if written is None:
+        written = products if gradient is None else gradient.expand(2, -1, -1)
+    rows = (tile.transform.temperature, *(upstream or (None, None, None)))
     kl_tile_kernel[(num_rows,)](
-        tiles[0],
-        tiles[1],
-        targets.contiguous(),
-        ignored.contiguous().view(torch.int8),
+        products[0],
+        products[1],
+        tile.targets.contiguous(),
+        tile.ignored.contiguous().view(torch.int8),
         *(rows_of(value, num_rows, found.kl) for value in rows),
         *found,
-        places[0],
-        places[1],
-        row_stride=tiles.stride(1),
-        gradient_stride=places[0].stride(0),
-        num_columns=num_columns,
-        softcap=1.0 if transform.softcap is None else transform.softcap,
-        logit_scale=transform.logit_scale,
+        written[0],
+        written[1],
+        gradient_stride=written.stride(1),
         OVER_REFERENCE=over_reference,
-        HAS_TEMPERATURE=transform.temperature is not None,
-        HAS_SOFTCAP=transform.softcap is not None,
         HAS_GRADIENT=brackets is not None or gradient is not None,
         BRACKETS=brackets is not None,
-        **launch_options("kl_tile_kernel", num_columns, tiles.device),
+        **launch_arguments("kl_tile_kernel", tile),
     )
     return found

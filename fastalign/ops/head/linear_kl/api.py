@@ -7,30 +7,26 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.head.arguments import (
+    HeadOptions,
     LinearBackend,
-    check_head,
-    check_targets,
-    check_transform,
-    choose_linear_backend,
+    check_call,
     resolve_compute_dtype,
-    temperature_tensor,
 )
-from fastalign.ops.head.buffers import default_budget
 from fastalign.ops.head.linear_head import LinearHead, as_linear_head
-from fastalign.ops.head.linear_kl.op import linear_kl_forward
+from fastalign.ops.head.linear_kl.op import PairCall, linear_kl_forward
 from fastalign.ops.head.linear_kl.reference import pair_statistics
 from fastalign.ops.head.linear_logprob.reference import head_logits
 from fastalign.ops.token_kl.api import KLDirection, is_over_reference
 
 
 class LinearKL(NamedTuple):
-    """What `linear_kl` returns, each (T,); zeros where the target is ignored.
+    """Results of `linear_kl`, each (T,); zeros where the target is ignored.
 
     Attributes:
-        logprob: The policy's log-probs of the targets.
-        reference_logprob: The reference's, which have no gradient.
-        entropy: The policy's entropy, in nats.
-        kl: The KL divergence over the whole vocabulary, in nats.
+        logprob: policy's log-probs of the targets.
+        reference_logprob: reference's log-probs of the targets, without gradient.
+        entropy: policy's entropy, in nats.
+        kl: KL divergence over the whole vocabulary, in nats.
     """
 
     logprob: Tensor
@@ -68,55 +64,53 @@ def _reference_head(
 
 
 def _check_reference(
-    hidden: Tensor,
-    weight: Tensor,
-    reference_hidden: Tensor,
-    reference_weight: Tensor,
-    bias: Tensor | None,
+    hidden: Tensor, head: LinearHead, reference_hidden: Tensor, reference: LinearHead
 ) -> None:
-    """Checks the reference's shapes, dtypes and devices beside the policy's.
+    """Check the reference's shapes, dtypes and devices beside the policy's.
 
     Raises:
-        ValueError: With the argument, what was expected and what came.
+        ValueError: if one is wrong, naming the argument, what was expected and what came.
     """
-    num_rows, num_columns = hidden.shape[0], weight.shape[0]
-    value = reference_hidden
+    num_rows, num_columns = hidden.shape[0], head.weight.shape[0]
+    value, weight, bias = reference_hidden, reference.weight, reference.bias
     if value.ndim != 2 or value.shape[0] != num_rows or not value.is_floating_point():
         raise ValueError(
             f"reference_hidden: expected a floating ({num_rows}, E) tensor, got {value.dtype} "
             f"{tuple(value.shape)}"
         )
-    width = reference_hidden.shape[1]
-    if reference_weight.shape != (num_columns, width) or not reference_weight.is_floating_point():
+    width = value.shape[1]
+    if weight.shape != (num_columns, width) or not weight.is_floating_point():
         raise ValueError(
             f"reference_weight: expected a floating ({num_columns}, {width}) tensor, got "
-            f"{reference_weight.dtype} {tuple(reference_weight.shape)}"
+            f"{weight.dtype} {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != (num_columns,):
         raise ValueError(f"reference_bias: expected ({num_columns},), got {tuple(bias.shape)}")
-    others = {"reference_hidden": reference_hidden, "reference_weight": reference_weight}
-    for name, other in {**others, "reference_bias": bias}.items():
+    others = {"reference_hidden": value, "reference_weight": weight, "reference_bias": bias}
+    for name, other in others.items():
         if other is not None and other.device != hidden.device:
             raise ValueError(
                 f"{name}: expected on {hidden.device} as hidden is, got {other.device}"
             )
 
 
-def _resolve_dtype(
-    heads: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]], compute_dtype: torch.dtype | None
-) -> torch.dtype:
-    """The products' dtype, the same for both heads.
+def _check_dtype(
+    dtype: torch.dtype,
+    reference_hidden: Tensor,
+    reference: LinearHead,
+    compute_dtype: torch.dtype | None,
+) -> None:
+    """Check that both heads' products have one dtype.
 
     Raises:
-        ValueError: None is asked and the two heads' own differ, or it is not a float dtype.
+        ValueError: if none is given and the reference's own is not the policy's.
     """
-    policy, reference = (resolve_compute_dtype(*head, compute_dtype) for head in heads)
-    if policy != reference:
+    found = resolve_compute_dtype(reference_hidden, reference.weight, compute_dtype)
+    if found != dtype:
         raise ValueError(
-            f"compute_dtype: expected one to be given, got None, and hidden is {policy}, "
-            f"reference_hidden {reference}"
+            f"compute_dtype: expected one to be given, got None, and hidden is {dtype}, "
+            f"reference_hidden {found}"
         )
-    return policy
 
 
 def linear_kl(
@@ -137,7 +131,7 @@ def linear_kl(
     max_buffer_bytes: int | None = None,
     backend: LinearBackend = "auto",
 ) -> LinearKL:
-    """Two heads in one pass: both log-probs of `targets`, the policy's entropy, and the KL.
+    """Compute both log-probs of `targets`, the policy's entropy, and the KL, in one pass.
 
     The same as these lines, without their (T, V) tensors and with float32 logits throughout:
 
@@ -149,91 +143,73 @@ def linear_kl(
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)       # "reverse": KL(policy || reference)
         kl = (log_q.exp() * (log_q - log_p)).sum(-1)       # "forward": KL(reference || policy)
 
-    `token_kl` says more of the two directions, and what the KL is with banned tokens. Temperature,
+    See `token_kl` for the two directions and for the KL with banned tokens. Temperature,
     softcap and logit scale are those of both heads.
 
     Differentiable in hidden, weight and bias, through logprob, entropy and kl; the reference is a
-    constant, and may be the same tensors. What the backward wants (the derivatives of logprob and
-    kl by the products) is kept for as many rows as `max_buffer_bytes` holds. Products, in FLOPs
+    constant, and may be the same tensors. What the backward needs (the derivatives of logprob and
+    kl by the products) is saved for as many rows as `max_buffer_bytes` holds. Products, in FLOPs
     over T*D*V where E = D:
 
         no gradient                                 4
-        trained head     rows kept: 8               others: 12, their logits are computed again
-        only hidden      rows kept: 6               others: 8, all in the forward
+        trained head     rows saved: 8              others: 12, their logits are computed again
+        only hidden      rows saved: 6              others: 8, all in the forward
         a differentiated entropy recomputes all     trained head: 12   only hidden: 10 and 14
 
     Args:
-        hidden: The policy's hidden states, any float dtype, any strides.
-        weight: The policy's head, or its weight.
-        reference_hidden: The reference's hidden states; their width may be another.
-        reference_weight: The reference's head, or its weight, for the same vocabulary; may be
-            `weight`.
-        targets: Token ids; `ignore_index` gives zeros and no gradient.
+        hidden: (T, D) policy's hidden states, any float dtype, any strides.
+        weight: (V, D) weight of the policy's head, or a `LinearHead` without adapter and shard.
+        reference_hidden: (T, E) reference's hidden states; their width may be another.
+        reference_weight: (V, E) weight of the reference's head, or a `LinearHead`; may be `weight`.
+        targets: (T,) token ids; `ignore_index` gives zeros and no gradient.
         direction: "reverse" (the penalty of RLHF) or "forward" (distillation).
-        bias: The policy's bias.
-        reference_bias: The reference's bias.
-        temperature: A positive number, or one per row; gets no gradient.
-        softcap: Gemma 2's final logit softcap (arXiv 2408.00118), or None.
-        logit_scale: Cohere's multiplier, or one over Granite's divisor.
-        ignore_index: The target that is ignored.
-        compute_dtype: The products' dtype. None: autocast's where it is on, else the operands'.
-        max_buffer_bytes: The most memory for both heads' logits, scratch and kept derivatives
+        reference_bias: (V,) bias of the reference's head.
+        max_buffer_bytes: most memory for both heads' logits, scratch and saved derivatives
             together. None: twice what `linear_logprob` takes, halved until it is at most half of
             the free memory.
-        backend: What reads the logits, tile by tile: "native" (C++ or CUDA), "triton" or "torch";
-            "auto" takes the first that is usable here, a named one runs or raises.
-            "reference": the lines above.
+
+    The keywords `bias`, `softcap` and `logit_scale` are the fields of
+    :class:`fastalign.LinearHead`; `temperature`, `ignore_index`, `compute_dtype` and `backend` are
+    those of :func:`fastalign.linear_logprob`.
 
     Returns:
         Four (T,) in float32, or float64 where products are in float64.
 
     Raises:
-        ValueError: A wrong shape, dtype, device, target, number or backend, or too small a budget.
+        ValueError: if a shape, dtype, device, target, number or backend is wrong, or the budget is
+            too small.
     """
     head = as_linear_head(weight, bias, softcap, logit_scale)
     reference = _reference_head(head, reference_weight, reference_bias)
-    weight, bias, softcap, logit_scale = head.weight, head.bias, head.softcap, head.logit_scale
-    reference_weight, reference_bias = reference.weight, reference.bias
-    check_head(hidden, weight, targets, bias)
-    _check_reference(hidden, weight, reference_hidden, reference_weight, reference_bias)
-    check_targets(targets, weight.shape[0], ignore_index)
-    check_transform(softcap, logit_scale)
     over_reference = is_over_reference(direction)
-    heads = ((hidden, weight), (reference_hidden, reference_weight))
-    dtype = _resolve_dtype(heads, compute_dtype)
-    rows = temperature_tensor(temperature, hidden)
-    chosen = choose_linear_backend("linear_kl", backend, hidden.device.type, dtype)
-    reference_hidden, reference_weight = reference_hidden.detach(), reference_weight.detach()
-    reference_bias = None if reference_bias is None else reference_bias.detach()
-    if chosen == "reference":
-        options = (rows, softcap, logit_scale, dtype)
-        logits = head_logits(hidden, weight, bias, *options)
-        others = head_logits(reference_hidden, reference_weight, reference_bias, *options)
-        ignored = targets == ignore_index
-        places = targets.masked_fill(ignored, 0)
-        return LinearKL(*pair_statistics(logits, others, places, ignored, over_reference))
-    if max_buffer_bytes is None:
-        max_buffer_bytes = default_budget(2 * weight.shape[0], dtype, hidden.device)
-    needs = [
-        torch.is_grad_enabled() and leaf is not None and leaf.requires_grad
-        for leaf in (hidden, weight, bias)
-    ]
-    found = linear_kl_forward(
-        hidden,
-        weight,
-        bias,
-        reference_hidden,
-        reference_weight,
-        reference_bias,
-        targets,
-        rows,
-        over_reference,
-        softcap,
-        float(logit_scale),
-        ignore_index,
-        dtype,
-        max_buffer_bytes,
-        needs,
-        chosen,
+    options = HeadOptions(temperature, ignore_index, compute_dtype, max_buffer_bytes, backend)
+    policy = check_call("linear_kl", hidden, head, targets, options, num_heads=2)
+    _check_reference(hidden, head, reference_hidden, reference)
+    _check_dtype(policy.compute_dtype, reference_hidden, reference, compute_dtype)
+    other = policy._replace(
+        hidden=reference_hidden.detach(),
+        weight=reference.weight.detach(),
+        bias=None if reference.bias is None else reference.bias.detach(),
     )
-    return LinearKL(*found[:4])
+    if policy.backend == "reference":
+        logits = (head_logits(policy), head_logits(other))
+        return LinearKL(*pair_statistics(*logits, targets, ignore_index, over_reference))
+    call = PairCall(
+        policy.hidden,
+        policy.weight,
+        policy.bias,
+        other.hidden,
+        other.weight,
+        other.bias,
+        policy.targets,
+        policy.temperature,
+        over_reference,
+        policy.softcap,
+        policy.logit_scale,
+        policy.ignore_index,
+        policy.compute_dtype,
+        policy.max_buffer_bytes,
+        policy.needs[:3],
+        policy.backend,
+    )
+    return LinearKL(*linear_kl_forward(*call)[:4])

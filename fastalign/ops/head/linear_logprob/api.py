@@ -5,21 +5,12 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from fastalign.ops.head.arguments import (
-    LinearBackend,
-    check_head,
-    check_targets,
-    check_transform,
-    choose_linear_backend,
-    resolve_budget,
-    resolve_compute_dtype,
-    temperature_tensor,
-)
-from fastalign.ops.head.linear_head import LinearHead, LoraWeights, as_linear_head, lora_operands
+from fastalign.ops.head.arguments import HeadOptions, LinearBackend, check_call
+from fastalign.ops.head.call import HeadCall
+from fastalign.ops.head.linear_head import LinearHead, LoraWeights, as_linear_head
 from fastalign.ops.head.linear_logprob import sharded
 from fastalign.ops.head.linear_logprob.op import linear_logprob_forward
 from fastalign.ops.head.linear_logprob.reference import head_logits, row_statistics
-from fastalign.ops.head.linear_logprob.shard_arguments import ShardedHead
 from fastalign.ops.head.vocabulary_shard import VocabularyShard
 
 
@@ -80,7 +71,7 @@ def linear_logprob(
     backend: LinearBackend = "auto",
     vocabulary_shard: VocabularyShard | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Log-probs (T,) of `targets` under a language-model head, and, if asked, the entropies (T,).
+    """Compute log-probs (T,) of `targets` under a language-model head, and entropies (T,).
 
     The same as these lines, without their (T, V) tensors and with float32 logits throughout:
 
@@ -107,76 +98,58 @@ def linear_logprob(
     break, or an error where the graph has to be full.
 
     Args:
-        hidden: Hidden states, any float dtype, any strides.
-        weight: The head's weight; may be the (tied) embedding, or a slice of a larger one. Or the
-            whole head, a `LinearHead`: then without its fields as keywords.
-        targets: Token ids; `ignore_index` gives log-prob 0, entropy 0 and no gradient.
-        bias: The head's bias.
-        temperature: A positive number, or one per row; gets no gradient.
-        softcap: Gemma 2's final logit softcap (arXiv 2408.00118), or None.
-        logit_scale: Cohere's multiplier, or one over Granite's divisor.
-        return_entropy: Also return each row's entropy, in nats.
-        ignore_index: The target that is ignored.
-        lora: An adapter on the weight; W + B A is never formed.
-        compute_dtype: The products' dtype. None: autocast's where it is on, else the operands'. A
-            float32 master weight with torch.bfloat16 here gets its gradient in float32.
-        max_buffer_bytes: The most memory for logits, scratch and kept brackets together.
+        hidden: (T, D) hidden states, any float dtype, any strides.
+        weight: (V, D) weight of the head, or a `LinearHead`.
+        targets: (T,) token ids; `ignore_index` gives log-prob 0, entropy 0 and no gradient.
+        temperature: positive number, or one per row, that divides the logits; gets no gradient.
+        return_entropy: also return each row's entropy, in nats.
+        ignore_index: target of ignored rows.
+        compute_dtype: dtype of the products. None: autocast's where it is on, else the operands'.
+            A float32 master weight with torch.bfloat16 here gets its gradient in float32.
+        max_buffer_bytes: most memory for logits, scratch and saved brackets together.
             None: 12,288 bytes on a GPU and 3,072 on a CPU for each of the V columns (4,096 or
             1,024 rows in bfloat16, and a tile), at least 64 MiB, halved until it is at most half
             of the free memory.
-        backend: What reads the logits, tile by tile: "native" (C++ or CUDA), "triton" or "torch";
-            "auto" takes the first that is usable here, a named one runs or raises.
+        backend: code that reads the logits, tile by tile: "native" (C++ or CUDA), "triton" or
+            "torch"; "auto" takes the first that is usable here, a named one runs or raises.
             "reference": the lines above, in one process only.
-        vocabulary_shard: Which rows of the head `weight` and `bias` are; None: all of them.
+
+    The keywords `bias`, `softcap`, `logit_scale`, `lora` and `vocabulary_shard` (`shard`) are the
+    fields of :class:`fastalign.LinearHead`, which may hold them instead.
 
     Returns:
-        Log-probs in float32 (float64 where products are in float64), or (log-probs, entropies).
+        log-probs in float32 (float64 where products are in float64), or (log-probs, entropies).
 
     Raises:
-        ValueError: A wrong shape, dtype, device, target, number or backend, or too small a budget;
-            shards that do not cover the vocabulary, or arguments that differ between ranks.
+        ValueError: if a shape, dtype, device, target, number or backend is wrong, or the budget too
+            small; if shards do not cover the vocabulary, or arguments differ between ranks.
     """
     head = as_linear_head(weight, bias, softcap, logit_scale, lora, vocabulary_shard)
-    weight, bias, softcap, logit_scale = head.weight, head.bias, head.softcap, head.logit_scale
-    lora, vocabulary_shard = head.lora, head.shard
-    if vocabulary_shard is not None:
-        numbers = (temperature, softcap, logit_scale, ignore_index, lora, compute_dtype)
-        shared = ShardedHead(
-            vocabulary_shard, hidden, weight, bias, targets, *numbers, max_buffer_bytes, backend
-        )
-        logprob, entropy = sharded.linear_logprob(shared, return_entropy)
-        return (logprob, entropy) if return_entropy else logprob
-    check_head(hidden, weight, targets, bias)
-    check_targets(targets, weight.shape[0], ignore_index)
-    check_transform(softcap, logit_scale)
-    dtype = resolve_compute_dtype(hidden, weight, compute_dtype)
-    row_temperature = temperature_tensor(temperature, hidden)
-    chosen = choose_linear_backend("linear_logprob", backend, hidden.device.type, dtype)
-    lora_hidden, lora_weight = lora_operands(lora, hidden, weight, dtype)
-    if chosen == "reference":
-        options = (row_temperature, softcap, logit_scale, dtype, lora_hidden, lora_weight)
-        logits = head_logits(hidden, weight, bias, *options)
-        ignored = targets == ignore_index
-        logprob, entropy, _ = row_statistics(logits, targets.masked_fill(ignored, 0), ignored)
-    else:
-        enabled = torch.is_grad_enabled()
-        leaves = (hidden, weight, bias, lora_hidden, lora_weight)
-        needs = [enabled and leaf is not None and leaf.requires_grad for leaf in leaves]
-        logprob, entropy, *_ = linear_logprob_forward(
-            hidden,
-            weight,
-            bias,
-            targets,
-            row_temperature,
-            lora_hidden,
-            lora_weight,
-            softcap,
-            float(logit_scale),
-            ignore_index,
-            dtype,
-            resolve_budget(max_buffer_bytes, weight, dtype),
-            needs,
-            return_entropy,
-            chosen,
-        )
+    options = HeadOptions(temperature, ignore_index, compute_dtype, max_buffer_bytes, backend)
+    logprob, entropy = head_logprob(hidden, head, targets, options, return_entropy=return_entropy)
     return (logprob, entropy) if return_entropy else logprob
+
+
+def head_logprob(
+    hidden: Tensor,
+    head: LinearHead,
+    targets: Tensor,
+    options: HeadOptions,
+    *,
+    return_entropy: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Return log-probs (T,) and entropies (T,), zeros where not wanted: see `linear_logprob`."""
+    if head.shard is not None:
+        found = sharded.linear_logprob(hidden, head, targets, options, return_entropy)
+        return found[0], found[1]
+    arguments = ("linear_logprob", hidden, head, targets, options)
+    logprob, entropy, _ = read_head(check_call(*arguments, return_entropy=return_entropy))
+    return logprob, entropy
+
+
+def read_head(call: HeadCall) -> tuple[Tensor, Tensor, Tensor]:
+    """Return log-prob, entropy and is_argmax, each (T,), of a checked call of one process."""
+    if call.backend == "reference":
+        return row_statistics(head_logits(call), call.targets, call.ignore_index)
+    logprob, entropy, is_argmax, *_ = linear_logprob_forward(*call)
+    return logprob, entropy, is_argmax

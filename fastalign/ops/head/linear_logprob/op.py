@@ -1,230 +1,102 @@
 """Registration of `linear_logprob` with PyTorch: one schema, one fake kernel, one autograd formula.
 
-The forward returns, beside its two results, what its backward wants: the brackets of the first K
+The forward returns, beside its three results, what its backward needs: the brackets of the first K
 rows (as many as the byte budget holds), or bracket @ W where only hidden states are trained.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastalign.ops.head.buffers import Buffers, Plan, plan_buffers
-from fastalign.ops.head.linear_logprob import chunked
-from fastalign.ops.head.linear_logprob.operands import Needs, head_inputs, new_gradients
+from fastalign.ops.head import tiled
+from fastalign.ops.head.call import NUM_TENSORS, HeadCall, as_results, fake_results
+from fastalign.ops.head.head_tile import Upstream
 from fastalign.ops.head.products import accumulation_dtype, product_dtype
+from fastalign.ops.schema import schema_of
+
+ARGUMENTS = schema_of(HeadCall)
+FIVE_TENSORS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
-def _plan(
-    hidden: Tensor,
-    weight: Tensor,
-    dtype: torch.dtype,
-    budget: int,
-    needs: Needs,
-    entropy: bool,
-    backend: str,
-) -> Plan:
-    return plan_buffers(
-        hidden.shape[0],
-        weight.shape[0],
-        dtype,
-        hidden.device.type,
-        budget,
-        scratch=backend == "torch",
-        keep=needs.kept,
-        convert=needs.any,
-        tile=entropy,
-    )
-
-
-@torch.library.custom_op("fastalign::linear_logprob", mutates_args=())
-def linear_logprob_forward(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: Tensor | None,
-    lora_hidden: Tensor | None,
-    lora_weight: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    compute_dtype: torch.dtype,
-    max_buffer_bytes: int,
-    needs: Sequence[bool],
-    return_entropy: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Log-prob, entropy, is_argmax (T,), kept brackets (K, V), direction (T, D) or (0, D)."""
-    wanted = Needs(*needs)
-    with torch.autocast(hidden.device.type, enabled=False):
-        options = (softcap, logit_scale, ignore_index, compute_dtype, lora_hidden, lora_weight)
-        head = head_inputs(hidden, weight, bias, targets, temperature, *options)
-        plan = _plan(
-            hidden, weight, compute_dtype, max_buffer_bytes, wanted, return_entropy, backend
-        )
-        buffers = Buffers(plan, weight.shape[0], compute_dtype, hidden.device, backend)
-        kept = buffers.new_kept(plan.kept_rows)
-        direction = torch.empty(
-            (hidden.shape[0] if wanted.direction else 0, hidden.shape[1]),
-            dtype=accumulation_dtype(compute_dtype),
-            device=hidden.device,
-        )
-        read = chunked.forward(
-            head,
-            buffers,
-            kept=kept,
-            direction=direction if wanted.direction else None,
-            with_entropy=return_entropy,
-        )
-    return read.logprob, read.entropy, read.is_argmax, kept, direction
+@torch.library.custom_op(
+    "fastalign::linear_logprob", mutates_args=(), schema=f"({ARGUMENTS}) -> {FIVE_TENSORS}"
+)
+def linear_logprob_forward(*arguments: Any) -> tuple[Tensor, ...]:
+    """Return log-prob, entropy, is_argmax (T,), brackets (K, V), Jacobian (T, D) or (0, D)."""
+    call = HeadCall(*arguments)
+    with torch.autocast(call.hidden.device.type, enabled=False):
+        buffers = call.budget(reread=call.return_entropy).buffers(call.hidden.shape[0])
+        brackets, jacobian = buffers.new_brackets(), call.new_jacobian()
+        saved = tiled.Saved(brackets, jacobian if call.wanted.only_hidden else None)
+        read = tiled.forward(call.inputs(), buffers, saved, with_entropy=call.return_entropy)
+    return read.logprob, read.entropy, read.is_argmax, brackets, jacobian
 
 
 @linear_logprob_forward.register_fake
-def _forward_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: Tensor | None,
-    lora_hidden: Tensor | None,
-    lora_weight: Tensor | None,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    compute_dtype: torch.dtype,
-    max_buffer_bytes: int,
-    needs: Sequence[bool],
-    return_entropy: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wanted = Needs(*needs)
-    dtype = accumulation_dtype(compute_dtype)
-    plan = _plan(hidden, weight, compute_dtype, max_buffer_bytes, wanted, return_entropy, backend)
-    kept_dtype = product_dtype(compute_dtype, hidden.device.type)
-    num_rows = hidden.shape[0]
+def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    call = HeadCall(*arguments)
+    hidden, num_rows = call.hidden, call.hidden.shape[0]
+    plan = call.budget(reread=call.return_entropy).plan(num_rows)
+    dtype = accumulation_dtype(call.compute_dtype)
+    bracket_dtype = product_dtype(call.compute_dtype, hidden.device.type)
     return (
         hidden.new_empty(num_rows, dtype=dtype),
         hidden.new_empty(num_rows, dtype=dtype),
         hidden.new_empty(num_rows, dtype=torch.bool),
-        hidden.new_empty((plan.kept_rows, weight.shape[0]), dtype=kept_dtype),
-        hidden.new_empty((num_rows if wanted.direction else 0, hidden.shape[1]), dtype=dtype),
+        hidden.new_empty((plan.saved_rows, call.weight.shape[0]), dtype=bracket_dtype),
+        call.new_jacobian(),
     )
 
 
-@torch.library.custom_op("fastalign::linear_logprob_backward", mutates_args=())
+@torch.library.custom_op(
+    "fastalign::linear_logprob_backward",
+    mutates_args=(),
+    schema="(Tensor grad_logprob, Tensor? grad_entropy, Tensor brackets, Tensor jacobian, "
+    f"{ARGUMENTS}) -> {FIVE_TENSORS}",
+)
 def linear_logprob_backward(
     grad_logprob: Tensor,
     grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: Tensor | None,
-    lora_hidden: Tensor | None,
-    lora_weight: Tensor | None,
-    kept: Tensor,
-    direction: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    compute_dtype: torch.dtype,
-    max_buffer_bytes: int,
-    needs: Sequence[bool],
-    return_entropy: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight, bias and LoRA's two; an empty tensor for each not wanted."""
-    wanted = Needs(*needs)
-    with torch.autocast(hidden.device.type, enabled=False):
-        options = (softcap, logit_scale, ignore_index, compute_dtype, lora_hidden, lora_weight)
-        head = head_inputs(hidden, weight, bias, targets, temperature, *options)
-        plan = _plan(
-            hidden, weight, compute_dtype, max_buffer_bytes, wanted, return_entropy, backend
-        )
-        gradients = new_gradients(wanted, hidden, weight, lora_hidden, lora_weight, compute_dtype)
-        chunked.backward(
-            head,
-            Buffers(plan, weight.shape[0], compute_dtype, hidden.device, backend),
-            gradients,
-            grad_logprob,
-            grad_entropy=grad_entropy,
-            kept=kept,
-            direction=direction if wanted.direction else None,
-        )
-    return (
-        as_result(gradients.hidden, hidden),
-        as_result(gradients.weight, weight),
-        as_result(gradients.bias, weight if bias is None else bias),
-        as_result(gradients.lora_hidden, hidden if lora_hidden is None else lora_hidden),
-        as_result(gradients.lora_weight, weight if lora_weight is None else lora_weight),
-    )
-
-
-def as_result(gradient: Tensor | None, like: Tensor) -> Tensor:
-    """The gradient in its tensor's dtype; an operator cannot return None, so else an empty one."""
-    return like.new_empty(0) if gradient is None else gradient.to(like.dtype)
-
-
-def _empty_like(value: Tensor | None, other: Tensor, wanted: bool) -> Tensor:
-    like = other if value is None else value
-    return like.new_empty(like.shape if wanted else 0)
+    brackets: Tensor,
+    jacobian: Tensor,
+    *arguments: Any,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of hidden, weight, bias and LoRA's two; empty ones for the unwanted."""
+    call = HeadCall(*arguments)
+    with torch.autocast(call.hidden.device.type, enabled=False):
+        buffers = call.budget(reread=call.return_entropy).buffers(call.hidden.shape[0])
+        gradients = call.new_gradients()
+        saved = tiled.Saved(brackets, jacobian if call.wanted.only_hidden else None)
+        upstream = Upstream(grad_logprob, grad_entropy)
+        tiled.backward(call.inputs(), buffers, gradients, saved, upstream)
+    return as_results(gradients.all, call.leaves)
 
 
 @linear_logprob_backward.register_fake
-def _backward_fake(
-    grad_logprob: Tensor,
-    grad_entropy: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    temperature: Tensor | None,
-    lora_hidden: Tensor | None,
-    lora_weight: Tensor | None,
-    kept: Tensor,
-    direction: Tensor,
-    softcap: float | None,
-    logit_scale: float,
-    ignore_index: int,
-    compute_dtype: torch.dtype,
-    max_buffer_bytes: int,
-    needs: Sequence[bool],
-    return_entropy: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wanted = Needs(*needs)
-    return (
-        hidden.new_empty(hidden.shape if wanted.hidden else 0),
-        weight.new_empty(weight.shape if wanted.weight else 0),
-        (weight if bias is None else bias).new_empty(weight.shape[0] if wanted.bias else 0),
-        _empty_like(lora_hidden, hidden, wanted.lora_hidden),
-        _empty_like(lora_weight, weight, wanted.lora_weight),
-    )
+def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    call = HeadCall(*arguments[4:])
+    return fake_results(call.needs, call.leaves)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, _, is_argmax, kept, direction = output
-    ctx.mark_non_differentiable(is_argmax, kept, direction)
+    _, _, is_argmax, brackets, jacobian = output
+    ctx.mark_non_differentiable(is_argmax, brackets, jacobian)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*inputs[:7], kept, direction)
-    ctx.options = inputs[7:]
+    ctx.save_for_backward(brackets, jacobian, *inputs[:NUM_TENSORS])
+    ctx.options = inputs[NUM_TENSORS:]
 
 
 def _backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None, *_: Any) -> Any:
-    needs = ctx.options[-3]
+    brackets, jacobian, *tensors = ctx.saved_tensors
+    call = HeadCall(*tensors, *ctx.options)
     if grad_logprob is None:
         if grad_entropy is None:
-            return (None,) * 15
+            return (None,) * len(call)
         grad_logprob = torch.zeros_like(grad_entropy)
-    gradients = linear_logprob_backward(
-        grad_logprob, grad_entropy, *ctx.saved_tensors, *ctx.options
-    )
-    hidden, weight, bias, lora_hidden, lora_weight = (
-        value if need else None for value, need in zip(gradients, needs, strict=True)
-    )
-    return (hidden, weight, bias, None, None, lora_hidden, lora_weight, *([None] * 8))
+    found = linear_logprob_backward(grad_logprob, grad_entropy, brackets, jacobian, *call)
+    wanted = [value if need else None for value, need in zip(found, call.needs, strict=True)]
+    return call.by_argument(wanted)
 
 
 linear_logprob_forward.register_autograd(_backward, setup_context=_setup_context)

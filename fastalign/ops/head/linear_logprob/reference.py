@@ -1,49 +1,46 @@
-"""The definition of `linear_logprob`, with all the logits: eager and differentiable."""
+"""The definition of `linear_logprob`, with all the logits: eager and differentiable.
+
+Legend: T rows, V vocabulary.
+"""
 
 import torch
 from torch import Tensor
 
+from fastalign.ops.head.call import HeadCall
 from fastalign.ops.head.products import accumulation_dtype
 
 
-def head_logits(
-    hidden: Tensor,  # (T, D)
-    weight: Tensor,  # (V, D)
-    bias: Tensor | None,  # (V,)
-    temperature: Tensor | None,  # (1,) or (T,)
-    softcap: float | None,
-    logit_scale: float,
-    compute_dtype: torch.dtype,
-    lora_hidden: Tensor | None = None,  # (T, r)
-    lora_weight: Tensor | None = None,  # (V, r)
-) -> Tensor:
-    """The logits (T, V) in the accumulation dtype, from operands rounded to `compute_dtype`."""
-    dtype = accumulation_dtype(compute_dtype)
+def head_logits(call: HeadCall) -> Tensor:
+    """Return the logits (T, V) in the accumulation dtype, from rounded operands."""
+    dtype = accumulation_dtype(call.compute_dtype)
 
     def multiplied(rows: Tensor, columns: Tensor) -> Tensor:
-        return rows.to(compute_dtype).to(dtype) @ columns.to(compute_dtype).to(dtype).t()
+        rows, columns = (v.to(call.compute_dtype).to(dtype) for v in (rows, columns))
+        return rows @ columns.t()
 
-    logits = multiplied(hidden, weight)
-    if lora_hidden is not None and lora_weight is not None:
-        logits = logits + multiplied(lora_hidden, lora_weight)
-    if bias is not None:
-        logits = logits + bias.to(dtype)
-    logits = logits * logit_scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    if temperature is not None:
-        logits = logits / temperature.to(dtype).reshape(-1, 1)
+    logits = multiplied(call.hidden, call.weight)
+    if call.lora_hidden is not None and call.lora_weight is not None:
+        logits = logits + multiplied(call.lora_hidden, call.lora_weight)
+    if call.bias is not None:
+        logits = logits + call.bias.to(dtype)
+    logits = logits * call.logit_scale
+    if call.softcap is not None:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    if call.temperature is not None:
+        logits = logits / call.temperature.to(dtype).reshape(-1, 1)
     return logits
 
 
 def row_statistics(
-    logits: Tensor, targets: Tensor, ignored: Tensor
+    logits: Tensor, targets: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob, entropy and is_argmax, each (T,), of logits (T, V); zeros where ignored."""
+    """Return log-prob, entropy and is_argmax, each (T,), of logits (T, V); zeros where ignored."""
+    ignored = targets == ignore_index
+    columns = targets.masked_fill(ignored, 0)[:, None]
     log_p = torch.log_softmax(logits, dim=-1)
-    logprob = log_p.gather(1, targets[:, None]).squeeze(1)
+    logprob = log_p.gather(1, columns).squeeze(1)
     finite = log_p.clamp(min=torch.finfo(log_p.dtype).min)  # a banned token, p = 0, adds nothing
     entropy = -(log_p.exp() * finite).sum(dim=-1)
-    chosen = logits.gather(1, targets[:, None]).squeeze(1)
+    chosen = logits.gather(1, columns).squeeze(1)
     is_argmax = (chosen >= logits.amax(dim=-1)) & ~ignored
     return logprob.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0), is_argmax

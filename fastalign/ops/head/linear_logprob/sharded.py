@@ -1,115 +1,90 @@
 """`linear_logprob` where a process group shares the vocabulary: its autograd, in eager PyTorch.
 
-Legend: T rows, V this rank's columns, D hidden, K kept rows.
+Legend: T rows, V this rank's columns, D hidden, K rows whose brackets are saved.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastalign.ops.head.buffers import Buffers, plan_buffers
-from fastalign.ops.head.head_tile import SoftmaxStatistics
-from fastalign.ops.head.linear_head import lora_operands
-from fastalign.ops.head.linear_logprob.operands import new_gradients
-from fastalign.ops.head.linear_logprob.shard_arguments import CheckedHead, ShardedHead, checked_head
-from fastalign.ops.head.linear_logprob.shard_pass import ShardPass
-from fastalign.ops.head.products import accumulation_dtype
+from fastalign.ops.head import tiled
+from fastalign.ops.head.arguments import HeadOptions, check_call, check_call_on_ranks
+from fastalign.ops.head.buffers import Buffers
+from fastalign.ops.head.call import NUM_TENSORS, HeadCall
+from fastalign.ops.head.head_tile import SoftmaxStatistics, Upstream
+from fastalign.ops.head.linear_head import LinearHead
+from fastalign.ops.head.sharded_tiles import ShardReader
+from fastalign.ops.head.vocabulary_shard import VocabularyShard
 
 
 @torch.compiler.disable(reason="vocabulary_shard: ranks communicate in eager PyTorch")  # type: ignore[untyped-decorator, no-untyped-call]
-def linear_logprob(head: ShardedHead, return_entropy: bool) -> tuple[Tensor, Tensor]:
-    """Log-probs (T,) and entropies (T,), zeros where not asked for.
+def linear_logprob(
+    hidden: Tensor, head: LinearHead, targets: Tensor, options: HeadOptions, return_entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Return log-probs (T,) and entropies (T,), zeros where not wanted.
 
     Raises:
-        ValueError: As the public function, on every rank.
+        ValueError: as the public function, on every rank.
     """
-    checked = checked_head("linear_logprob", head, lambda: {"return_entropy": return_entropy})
-    of_lora = lora_operands(head.lora, head.hidden, head.weight, checked.dtype)
-    leaves = (head.hidden, head.weight, head.bias, head.targets, checked.temperature, *of_lora)
-    logprob, entropy = _ShardedLogprob.apply(checked, return_entropy, *leaves)  # type: ignore[no-untyped-call]
+    arguments = ("linear_logprob", hidden, head, targets, options)
+    check = partial(check_call, *arguments, return_entropy=return_entropy)
+    call = check_call_on_ranks(check, head, options, lambda: {"return_entropy": return_entropy})
+    logprob, entropy = _ShardedLogprob.apply(head.shard, *call)  # type: ignore[no-untyped-call]
     return logprob, entropy
 
 
-def _buffers(
-    head: CheckedHead, hidden: Tensor, weight: Tensor, return_entropy: bool
-) -> tuple[Buffers, int]:
-    """Scratch memory, planned for the largest shard, and the number of kept rows."""
-    plan = plan_buffers(
-        hidden.shape[0],
-        head.shard.num_planned_columns,
-        head.dtype,
-        hidden.device.type,
-        head.budget,
-        scratch=head.backend == "torch",
-        keep=head.needs.kept,
-        convert=head.needs.any,
-        tile=return_entropy,
-    )
-    buffers = Buffers(plan, weight.shape[0], head.dtype, hidden.device, head.backend)
-    return buffers, plan.kept_rows
+def _buffers(call: HeadCall, shard: VocabularyShard) -> Buffers:
+    """Return scratch memory, planned for the largest shard."""
+    columns = shard.num_planned_columns
+    budget = call.budget(reread=call.return_entropy, planned_columns=columns)
+    return budget.buffers(call.hidden.shape[0])
 
 
 class _ShardedLogprob(torch.autograd.Function):
-    """Keeps what `fastalign::linear_logprob` does, and each row's softmax over all columns."""
+    """`fastalign::linear_logprob`, which also saves each row's softmax over all columns."""
 
     @staticmethod
-    def forward(
-        ctx: Any, head: CheckedHead, return_entropy: bool, *tensors: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        hidden, weight, bias, targets, *rest = tensors
-        assert hidden is not None
-        assert weight is not None
-        assert targets is not None
-        with torch.autocast(hidden.device.type, enabled=False):
-            buffers, kept_rows = _buffers(head, hidden, weight, return_entropy)
-            kept = buffers.new_kept(kept_rows)
-            direction = None
-            if head.needs.direction:
-                dtype = accumulation_dtype(head.dtype)
-                direction = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
-            passes = ShardPass(head.shard)
-            read = passes.forward(
-                head.inputs(hidden, weight, bias, targets, *rest),
-                buffers,
-                kept=kept,
-                direction=direction,
-                with_entropy=return_entropy,
+    def forward(ctx: Any, shard: VocabularyShard, *arguments: Any) -> tuple[Tensor, Tensor]:
+        call = HeadCall(*arguments)
+        with torch.autocast(call.hidden.device.type, enabled=False):
+            buffers = _buffers(call, shard)
+            jacobian = call.new_jacobian() if call.wanted.only_hidden else None
+            saved = tiled.Saved(buffers.new_brackets(), jacobian)
+            reader, with_entropy = ShardReader(shard), call.return_entropy
+            read = tiled.forward(
+                call.inputs(), buffers, saved, with_entropy=with_entropy, reader=reader
             )
-        assert passes.known is not None
-        known = (passes.known.maximum, passes.known.log_total, passes.known.entropy)
-        ctx.save_for_backward(*tensors, kept, direction, *known)
-        ctx.head, ctx.return_entropy = head, return_entropy
+        softmax = saved.softmax or (None, None, None)
+        ctx.save_for_backward(*call[:NUM_TENSORS], saved.brackets, jacobian, *softmax)
+        ctx.shard, ctx.options = shard, call[NUM_TENSORS:]
         ctx.set_materialize_grads(False)
         return read.logprob, read.entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logprob: Tensor | None, grad_entropy: Tensor | None) -> Any:
+        tensors = ctx.saved_tensors
+        call = HeadCall(*tensors[:NUM_TENSORS], *ctx.options)
         if grad_logprob is None:
             if grad_entropy is None:
-                return (None,) * 9
+                return (None,) * (1 + len(call))
             grad_logprob = torch.zeros_like(grad_entropy)
-        head: CheckedHead = ctx.head
-        *tensors, kept, direction, maximum, log_total, entropy = ctx.saved_tensors
-        hidden, weight, *_, lora_hidden, lora_weight = tensors
-        with torch.autocast(hidden.device.type, enabled=False):
-            buffers, _ = _buffers(head, hidden, weight, ctx.return_entropy)
-            gradients = new_gradients(
-                head.needs, hidden, weight, lora_hidden, lora_weight, head.dtype
-            )
-            ShardPass(head.shard, SoftmaxStatistics(maximum, log_total, entropy)).backward(
-                head.inputs(*tensors),
-                buffers,
+        brackets, jacobian, *softmax = tensors[NUM_TENSORS:]
+        known = None if softmax[0] is None else SoftmaxStatistics(*softmax)
+        with torch.autocast(call.hidden.device.type, enabled=False):
+            gradients = call.new_gradients()
+            tiled.backward(
+                call.inputs(),
+                _buffers(call, ctx.shard),
                 gradients,
-                grad_logprob,
-                grad_entropy=grad_entropy,
-                kept=kept,
-                direction=direction,
+                tiled.Saved(brackets, jacobian, known),
+                Upstream(grad_logprob, grad_entropy),
+                ShardReader(ctx.shard),
             )
-        leaves = (*tensors[:3], lora_hidden, lora_weight)
         cast = [
-            None if gradient is None else gradient.to(leaf.dtype)
-            for gradient, leaf in zip(gradients.all, leaves, strict=True)
+            gradient if gradient is None or leaf is None else gradient.to(leaf.dtype)
+            for gradient, leaf in zip(gradients.all, call.leaves, strict=True)
         ]
-        return (None, None, *cast[:3], None, None, *cast[3:])
+        return (None, *call.by_argument(cast))

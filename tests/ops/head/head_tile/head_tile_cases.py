@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastalign.ops import native_library
 from fastalign.ops.backends import unusable_reason
-from fastalign.ops.head.head_tile import HeadTransform, RowStatistics, read_tile
+from fastalign.ops.head.head_tile import HeadTransform, RowStatistics, Tile, Upstream, read_tile
 
 ISAS = native_library.cpu_isas() if native_library.unusable_reason("cpu") is None else []
 BACKENDS = [*(f"native-{isa}" for isa in ISAS), "triton", "torch"]
@@ -37,13 +37,13 @@ def products(num_rows: int, num_columns: int) -> tuple[Tensor, Tensor, Tensor]:
     return tile, targets, torch.arange(num_rows) % 4 == 2
 
 
-def upstream_rows(
-    targets: Tensor, upstream: tuple[bool, bool]
-) -> tuple[Tensor | None, Tensor | None]:
+def upstream_rows(targets: Tensor, upstream: tuple[bool, bool]) -> Upstream:
     """The gradients of log-probs and entropies that come from upstream."""
     num_rows = len(targets)
     rows = torch.linspace(-1, 2, 2 * num_rows).to(targets.device)
-    return rows[:num_rows] if upstream[0] else None, rows[num_rows:] if upstream[1] else None
+    return Upstream(
+        rows[:num_rows] if upstream[0] else None, rows[num_rows:] if upstream[1] else None
+    )
 
 
 def run(
@@ -57,19 +57,14 @@ def run(
     gradient: Tensor | None = None,
 ) -> tuple[RowStatistics, Tensor]:
     """One pass in place, or into `gradient`."""
-    grad_logprob, grad_entropy = upstream_rows(targets, upstream)
     scratch = tile.new_empty(2, 2, tile.shape[1])
     gradient = tile if gradient is None else gradient
     read = read_tile(
-        tile,
-        targets,
-        ignored,
-        transform,
+        Tile(tile, targets, ignored, transform),
         backend,
         scratch,
         gradient=gradient,
-        grad_logprob=grad_logprob,
-        grad_entropy=grad_entropy,
+        upstream=upstream_rows(targets, upstream),
     )
     return read, gradient
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastalign.ops.head.head_tile import (
     HeadTransform,
     SoftmaxStatistics,
+    Tile,
     TileStatistics,
     head_tile_gradient,
     head_tile_statistics,
@@ -51,7 +52,9 @@ def statistics(
 ) -> TileStatistics:
     scratch = tile.new_empty(2, 2, tile.shape[1])
     before = tile.clone()
-    found = head_tile_statistics(tile, targets, ignored, transform, backend, scratch, **options)
+    found = head_tile_statistics(
+        Tile(tile, targets, ignored, transform), backend, scratch, **options
+    )
     assert torch.equal(tile.nan_to_num(7.0), before.nan_to_num(7.0))  # it is only read
     return found
 
@@ -79,20 +82,14 @@ def gradient(
     place: Tensor | None = None,
 ) -> Tensor:
     """The second pass in place, or into `place`."""
-    grad_logprob, grad_entropy = upstream_rows(targets, upstream)
     place = tile if place is None else place
-    values = (known.maximum, known.log_total, known.entropy)
     head_tile_gradient(
-        tile,
-        targets,
-        ignored,
-        transform,
-        SoftmaxStatistics(*(value.to(tile.dtype) for value in values)),
+        Tile(tile, targets, ignored, transform),
+        SoftmaxStatistics(*(value.to(tile.dtype) for value in known)),
         backend,
         tile.new_empty(2, 2, tile.shape[1]),
         gradient=place,
-        grad_logprob=grad_logprob,
-        grad_entropy=grad_entropy,
+        upstream=upstream_rows(targets, upstream),
     )
     return place
 

@@ -1,6 +1,6 @@
 """The pass over two heads' tiles in PyTorch, strip by strip so that a strip stays in the cache.
 
-It is also the definition beside which the kernels are tested: float64 for float64 tiles.
+Float64 for float64 tiles.
 
 Legend: C tile rows, S strip rows, V vocabulary.
 """
@@ -8,62 +8,49 @@ Legend: C tile rows, S strip rows, V vocabulary.
 import torch
 from torch import Tensor
 
-from fastalign.ops.head.head_tile import HeadTransform
-from fastalign.ops.head.head_tile.strips import LOWEST_SHIFTED_LOGIT, shifted_logits
-from fastalign.ops.head.kl_tile.statistics import PairStatistics, Upstream
+from fastalign.ops.head.head_tile import Tile
+from fastalign.ops.head.head_tile.torch_strips import (
+    LOWEST_SHIFTED_LOGIT,
+    shifted_logits,
+    strips,
+)
+from fastalign.ops.head.kl_tile.statistics import PairStatistics, PairUpstream
 
-# Between two shifted logits: one of them is a banned token's.
+# A larger difference of two shifted logits means that one is a banned token's.
 BANNED_DIFFERENCE = -0.5 * LOWEST_SHIFTED_LOGIT
 
 
 def read(
-    tiles: Tensor,
-    targets: Tensor,
-    ignored: Tensor,
-    transform: HeadTransform,
+    tile: Tile,
     over_reference: bool,
-    scratch: Tensor,
     brackets: Tensor | None,
     gradient: Tensor | None,
-    upstream: Upstream | None,
+    upstream: PairUpstream | None,
+    scratch: Tensor,
 ) -> PairStatistics:
     """See `kl_tile.read_pair`."""
     parts = []
-    for start in range(0, tiles.shape[1], scratch.shape[1]):
-        stop = min(start + scratch.shape[1], tiles.shape[1])
-        strip = _Strip(
-            tiles[:, start:stop],
-            targets[start:stop, None],
-            transform.rows(start, stop),
-            over_reference,
-            scratch[:, : stop - start],
-        )
-        left_out = ignored[start:stop, None]
+    for start, stop in strips(tile.products.shape[1], scratch):
+        strip = _Strip(tile.rows(start, stop), over_reference, scratch[:, : stop - start])
         if brackets is not None:
-            strip.write_brackets(brackets[:, start:stop], left_out)
+            strip.write_brackets(brackets[:, start:stop])
         if gradient is not None:
             assert upstream is not None
-            strip.write_gradient(gradient[start:stop], upstream.rows(start, stop), left_out)
-        parts.append(strip.statistics(left_out))
-    return PairStatistics.joined(parts, tiles)
+            strip.write_gradient(gradient[start:stop], upstream.rows(start, stop))
+        parts.append(strip.statistics())
+    return PairStatistics.joined(parts, tile.products)
 
 
 class _Strip:
-    """A strip's statistics, each (S, 1), and what its gradients are made from, in the scratch."""
+    """A strip's statistics, each (S, 1); what its gradients are made from is in the scratch."""
 
-    def __init__(
-        self,
-        tiles: Tensor,
-        target: Tensor,
-        transform: HeadTransform,
-        over_reference: bool,
-        scratch: Tensor,
-    ) -> None:
-        self.tiles, self._target, self._transform = tiles, target, transform
-        self._over_reference = over_reference
+    def __init__(self, tile: Tile, over_reference: bool, scratch: Tensor) -> None:
+        products, target, transform = tile.products, tile.targets[:, None], tile.transform
+        self._products, self._target, self._transform = products, target, transform
+        self._ignored, self._over_reference = tile.ignored[:, None], over_reference
         shifted, difference, p, q = scratch
-        shifted_logits(tiles[0], transform, out=shifted)
-        shifted_logits(tiles[1], transform, out=difference)
+        shifted_logits(products[0], transform, out=shifted)
+        shifted_logits(products[1], transform, out=difference)
         torch.exp(shifted, out=p)
         torch.exp(difference, out=q)
         self._total, self._reference_total = p.sum(1, keepdim=True), q.sum(1, keepdim=True)
@@ -72,12 +59,12 @@ class _Strip:
         self._reference_logprob = difference.gather(1, target) - self._reference_total.log()
         shifted.clamp_(min=LOWEST_SHIFTED_LOGIT)
         difference.clamp_(min=LOWEST_SHIFTED_LOGIT).neg_().add_(shifted)
-        # `tiles[1]` is read no more
-        product = torch.mul(p, shifted, out=tiles[1])
+        # reuse the reference's products as scratch: they have been consumed
+        product = torch.mul(p, shifted, out=products[1])
         self._entropy = self._log_total - product.sum(1, keepdim=True) / self._total
         if over_reference:
             difference.neg_()
-        product = torch.mul(q if over_reference else p, difference, out=tiles[1])
+        product = torch.mul(q if over_reference else p, difference, out=products[1])
         own, other = self._total, self._reference_total
         if over_reference:
             own, other = other, own
@@ -89,16 +76,18 @@ class _Strip:
         self._p: Tensor = p
         self._q: Tensor = q
 
-    def statistics(self, ignored: Tensor) -> PairStatistics:
-        """The statistics, zero where ignored."""
+    def statistics(self) -> PairStatistics:
+        """Return the statistics, zero where ignored."""
         kl = self._kl.masked_fill(self._infinite, torch.inf)
         # rounding may leave a sure row a hair below zero
         entropy = self._entropy.clamp(min=0.0)
         found = (self._logprob, self._reference_logprob, entropy, kl)
-        return PairStatistics(*(value.masked_fill(ignored, 0.0).squeeze(1) for value in found))
+        return PairStatistics(
+            *(value.masked_fill(self._ignored, 0.0).squeeze(1) for value in found)
+        )
 
     def _kl_bracket(self, scale: Tensor | float) -> Tensor:
-        """The derivative of the KL by z times scale: NaN where it is infinite and scale not 0."""
+        """Return scale times the KL's derivative by z; NaN where it is infinite and scale not 0."""
         factor: Tensor = scale / self._total
         factor = factor.masked_fill(self._infinite & (factor != 0), torch.nan)
         if self._over_reference:
@@ -110,12 +99,12 @@ class _Strip:
         return bracket.mul_(factor)
 
     def _tanh_slope(self) -> Tensor | None:
-        """What remains of the derivative of z by the product beside the transform's slope."""
-        u = self.tiles[0]
+        """Return the tanh's own factor of the derivative of z by the product; None: no softcap."""
+        u = self._products[0]
         return None if self._transform.softcap is None else u.square_().neg_().add_(1.0)
 
-    def write_brackets(self, brackets: Tensor, ignored: Tensor) -> None:
-        """Writes the derivatives of log-prob and KL by the products."""
+    def write_brackets(self, brackets: Tensor) -> None:
+        """Write the derivatives of log-prob and KL by the products."""
         slope = self._transform.slope(self._p)
         of_kl = self._kl_bracket(slope)
         of_logprob = self._p.mul_(-slope / self._total)
@@ -124,13 +113,13 @@ class _Strip:
         for value in (of_logprob, of_kl):
             if tanh_slope is not None:
                 value.mul_(tanh_slope)
-            value.masked_fill_(ignored, 0.0)
-        # after the last reading of the tiles, which may be the places
+            value.masked_fill_(self._ignored, 0.0)
+        # only now, after the last reading of the products: `brackets` may be their memory
         brackets[0].copy_(of_logprob)
         brackets[1].copy_(of_kl)
 
-    def write_gradient(self, gradient: Tensor, upstream: Upstream, ignored: Tensor) -> None:
-        """Writes the derivative by the products of upstream's combination of the statistics."""
+    def write_gradient(self, gradient: Tensor, upstream: PairUpstream) -> None:
+        """Write the derivative by the products of upstream's combination of the statistics."""
         slope = self._transform.slope(self._p)
         g, e, k = (values[:, None].to(self._p.dtype) * slope for values in upstream)
         result = self._kl_bracket(k)
@@ -145,4 +134,4 @@ class _Strip:
         tanh_slope = self._tanh_slope()
         if tanh_slope is not None:
             result.mul_(tanh_slope)
-        gradient.copy_(result.masked_fill_(ignored, 0.0))
+        gradient.copy_(result.masked_fill_(self._ignored, 0.0))

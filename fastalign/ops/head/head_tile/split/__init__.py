@@ -1,1 +1,0 @@
-"""The backends of `head_tile_statistics` and `head_tile_gradient`."""
