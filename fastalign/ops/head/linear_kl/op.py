@@ -18,7 +18,7 @@ from fastalign.ops.head.linear_kl import tiled
 from fastalign.ops.head.linear_kl.tiled import PairBuffers, PairInputs, SavedPair
 from fastalign.ops.head.operands import HeadInputs
 from fastalign.ops.head.products import accumulation_dtype, operand, product_dtype
-from fastalign.ops.schema import schema_of
+from fastalign.ops.registration import arguments_of
 
 
 class PairCall(NamedTuple):
@@ -108,7 +108,7 @@ class PairCall(NamedTuple):
         return self.hidden.new_empty((2, rest, self.hidden.shape[1]), dtype=dtype)
 
 
-ARGUMENTS = schema_of(PairCall)
+ARGUMENTS = arguments_of(PairCall)
 NUM_TENSORS = PairCall._fields.index("over_reference")
 
 

@@ -13,9 +13,9 @@ from fastalign.ops.head import tiled
 from fastalign.ops.head.call import NUM_TENSORS, HeadCall, as_results, fake_results
 from fastalign.ops.head.head_tile import Upstream
 from fastalign.ops.head.products import accumulation_dtype, product_dtype
-from fastalign.ops.schema import schema_of
+from fastalign.ops.registration import arguments_of
 
-ARGUMENTS = schema_of(HeadCall)
+ARGUMENTS = arguments_of(HeadCall)
 FIVE_TENSORS = "(Tensor, Tensor, Tensor, Tensor, Tensor)"
 
 
