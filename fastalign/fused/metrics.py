@@ -1,10 +1,10 @@
-"""From the summed metrics of a step to means."""
+"""Means from the summed metrics of a step."""
 
 from torch import Tensor
 
 
 def metric_means(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Turns the summed metrics of a step into means, under the same names; counts stay counts.
+    """Turn the summed metrics of a step into means, under the same names; counts stay counts.
 
     Means are over pairs, but `entropy`, `mean_token_accuracy`, `policy/*` and `val/*` over tokens,
     `logits/chosen` and `logits/rejected` over that side's, and `rewards/accuracies`, and a reward

@@ -1,4 +1,4 @@
-"""The drop-in for policy gradients, and the log-probs of whole sequences.
+"""Drop-in for policy gradients, and log-probs of whole sequences.
 
 Legend: T rows, V vocabulary, D hidden, R sequences.
 """
@@ -40,7 +40,7 @@ def fused_linear_ppo_loss(
     backend: LinearBackend = "auto",
     vocabulary_shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped policy loss (arXiv 1707.06347, eq. 7) of a head, gradient in the forward.
+    """Compute PPO's clipped policy loss (arXiv 1707.06347, eq. 7), with its gradient.
 
     In place of these lines, and without their (T, V) tensors:
 
@@ -51,16 +51,17 @@ def fused_linear_ppo_loss(
         loss = loss - entropy_coefficient * -(log_p.exp() * log_p).sum(-1).mean()
 
     Args:
-        hidden: Hidden states that predict `targets` (already shifted).
+        hidden: (T, D) hidden states that predict `targets` (already shifted).
         weight: (V, D) weight of the head, or a `LinearHead`.
-        targets: Sampled token ids; rows with `ignore_index` are left out of every product, for
-            which a GPU is waited for once.
-        old_logprob: Log-probs of the policy that sampled, at the same temperature; no gradient.
-        advantage: Advantages; no gradient.
-        clip_range: Epsilon of the clipping.
-        entropy_coefficient: The weight of the entropy bonus. Where it is not 0 the logits are
+        targets: (T,) sampled token ids; rows with `ignore_index` are left out of every product,
+            which synchronises with a GPU once.
+        old_logprob: (T,) log-probs of the policy that sampled, at the same temperature; get no
+            gradient.
+        advantage: (T,) advantages; get no gradient.
+        clip_range: epsilon of the clipping.
+        entropy_coefficient: weight of the entropy bonus. Where it is not 0 the logits are
             computed twice, 8 TDV in place of 6.
-        normaliser: What the sum over tokens is divided by; None: the number of targets here.
+        normaliser: divisor of the sum over tokens; None: the number of targets here.
 
     The keywords `bias`, `softcap`, `logit_scale`, `lora` and `vocabulary_shard` are the fields of
     :class:`fastalign.LinearHead`; `temperature`, `ignore_index`, `compute_dtype`,
@@ -71,7 +72,7 @@ def fused_linear_ppo_loss(
         difference of log-probs), `policy/clipfrac_avg`, `policy/entropy_avg`, `val/ratio`.
 
     Raises:
-        ValueError: As `fused_linear_loss`, or a wrong shape, device or clip range.
+        ValueError: as `fused_linear_loss`; also if a shape, device or the clip range is wrong.
     """
     for name, value in (("old_logprob", old_logprob), ("advantage", advantage)):
         if value.shape != targets.shape:
@@ -111,7 +112,7 @@ def sequence_logprob(
     backend: LinearBackend = "auto",
     vocabulary_shard: VocabularyShard | None = None,
 ) -> Tensor:
-    """Log-probs (R,) of whole sequences: `linear_logprob`, summed over each sequence.
+    """Compute the log-probs (R,) of sequences: `linear_logprob`, summed over each.
 
     In place of these lines, and without their (T, V) tensors:
 
@@ -121,11 +122,11 @@ def sequence_logprob(
     Differentiable in hidden, weight and bias. Sums are accumulated in float64.
 
     Args:
-        hidden: Hidden states that predict `targets` (already shifted).
+        hidden: (T, D) hidden states that predict `targets` (already shifted).
         weight: (V, D) weight of the head, or a `LinearHead`.
-        targets: Token ids; rows with `ignore_index` are left out of every product, for which a GPU
-            is waited for once.
-        cu_seqlens: Row bounds of the sequences, from 0 to T.
+        targets: (T,) token ids; rows with `ignore_index` are left out of every product, which
+            synchronises with a GPU once.
+        cu_seqlens: (R + 1,) row bounds of the sequences, from 0 to T.
 
     The keywords `bias`, `softcap`, `logit_scale`, `lora` and `vocabulary_shard` are the fields of
     :class:`fastalign.LinearHead`; `temperature`, `ignore_index`, `compute_dtype`,
@@ -135,7 +136,7 @@ def sequence_logprob(
         (R,) float32 (float64 where products are in float64); 0 for an empty sequence.
 
     Raises:
-        ValueError: As `linear_logprob`, or bounds that do not rise from 0 to T.
+        ValueError: as `linear_logprob`; also if bounds do not rise from 0 to T.
     """
     head = as_linear_head(weight, bias, softcap, logit_scale, lora, vocabulary_shard)
     options = HeadOptions(temperature, ignore_index, compute_dtype, max_buffer_bytes, backend)

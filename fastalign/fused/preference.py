@@ -1,4 +1,4 @@
-"""The drop-ins for preference pairs.
+"""Drop-ins for preference pairs.
 
 Legend: T rows, V vocabulary, D hidden, R = 2B responses of B pairs: chosen, rejected, chosen, ...
 """
@@ -42,7 +42,7 @@ def fused_linear_preference_loss(
     backend: LinearBackend = "auto",
     vocabulary_shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Any preference loss of a head, with its gradient in the forward.
+    """Compute any preference loss of a head, with its gradient in the forward.
 
     In place of these lines, and without their (T, V) tensors:
 
@@ -51,19 +51,20 @@ def fused_linear_preference_loss(
         loss = pair_loss(PairLogprobs.from_responses(sums, reference_logprob, ...)).mean()
 
     Args:
-        hidden: Hidden states that predict `targets` (already shifted).
+        hidden: (T, D) hidden states that predict `targets` (already shifted).
         weight: (V, D) weight of the head, or a `LinearHead`.
-        targets: Token ids; rows with `ignore_index` (prompts, padding) are left out of every
-            product, for which a GPU is waited for once.
-        cu_seqlens: Row bounds of the sequences, in the order chosen, rejected, chosen, ...
-        pair_loss: A formula, for example `formula(ipo_sum, beta=0.1)` of `fastalign.losses`; or
+        targets: (T,) token ids; rows with `ignore_index` (prompts, padding) are left out of every
+            product, which synchronises with a GPU once.
+        cu_seqlens: (2B + 1,) row bounds of the sequences: chosen, rejected, chosen, ...
+        pair_loss: formula, for example `formula(ipo_sum, beta=0.1)` of `fastalign.losses`; or
             any function from `PairLogprobs` of B pairs to losses (B,).
-        reference_logprob: The reference model's log-prob of each sequence; None for losses without.
-        normaliser: What the sum over pairs is divided by; None: the number of pairs here.
-        tie: Which pairs are ties. A loss without a place for them takes them as any other pair;
-            the accuracies leave them out.
-        margin: Passed on to a function; no formula has a place for it.
-        beta: The scale of the rewards in the metrics.
+        reference_logprob: (2B,) reference model's log-prob of each sequence; None for losses
+            without a reference.
+        normaliser: divisor of the sum over pairs; None: the number of pairs here.
+        tie: (B,) bool, True for ties. A loss without a form for ties treats them as any other
+            pair; the accuracies leave them out.
+        margin: (B,) margins, passed to a function `pair_loss`; no formula uses them.
+        beta: scale of the rewards in the metrics.
 
     The keywords `bias`, `softcap`, `logit_scale`, `lora` and `vocabulary_shard` are the fields of
     :class:`fastalign.LinearHead`; `temperature`, `ignore_index`, `compute_dtype`,
@@ -73,8 +74,8 @@ def fused_linear_preference_loss(
         The loss (), and the means of `metric_means`.
 
     Raises:
-        ValueError: As `fused_linear_loss`, or lengths that do not fit each other, or a bare
-            function of log-probs for `pair_loss`.
+        ValueError: as `fused_linear_loss`; also if lengths do not fit each other, or `pair_loss`
+            is a bare function of log-probs.
     """
     check_pair_loss(pair_loss)
     head = as_linear_head(weight, bias, softcap, logit_scale, lora, vocabulary_shard)
@@ -116,7 +117,7 @@ def fused_linear_dpo_loss(
     backend: LinearBackend = "auto",
     vocabulary_shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """DPO (arXiv 2305.18290, eq. 7) of a head: `fused_linear_preference_loss` with `losses.dpo`.
+    """Compute DPO (arXiv 2305.18290, eq. 7): `fused_linear_preference_loss` with `losses.dpo`.
 
     In place of these lines, and without their (T, V) tensors:
 
@@ -130,7 +131,7 @@ def fused_linear_dpo_loss(
         The mean loss (), and the means of `metric_means`.
 
     Raises:
-        ValueError: As `fused_linear_preference_loss`.
+        ValueError: as `fused_linear_preference_loss`.
     """
     return fused_linear_preference_loss(
         hidden,

@@ -1,4 +1,4 @@
-"""The drop-in for supervised fine-tuning.
+"""Drop-in for supervised fine-tuning.
 
 Legend: T rows, V vocabulary, D hidden.
 """
@@ -32,7 +32,7 @@ def fused_linear_sft_loss(
     backend: LinearBackend = "auto",
     vocabulary_shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of a head, with its gradient in the forward.
+    """Compute the cross-entropy of a head, with its gradient in the forward.
 
     In place of these lines, and without their (T, V) tensors:
 
@@ -40,11 +40,11 @@ def fused_linear_sft_loss(
         loss = cross_entropy(logits.float(), targets, ignore_index=-100)
 
     Args:
-        hidden: Hidden states that predict `targets` (already shifted).
+        hidden: (T, D) hidden states that predict `targets` (already shifted).
         weight: (V, D) weight of the head, or a `LinearHead`.
-        targets: Token ids; rows with `ignore_index` are left out of every product, for which a GPU
-            is waited for once.
-        normaliser: What the sum over tokens is divided by; None: the number of targets here.
+        targets: (T,) token ids; rows with `ignore_index` are left out of every product, which
+            synchronises with a GPU once.
+        normaliser: divisor of the sum over tokens; None: the number of targets here.
 
     The keywords `bias`, `softcap`, `logit_scale`, `lora` and `vocabulary_shard` are the fields of
     :class:`fastalign.LinearHead`; `temperature`, `ignore_index`, `compute_dtype`,
@@ -54,7 +54,7 @@ def fused_linear_sft_loss(
         The loss (), and the means of `metric_means`.
 
     Raises:
-        ValueError: As `fused_linear_loss`.
+        ValueError: as `fused_linear_loss`.
     """
     head = as_linear_head(weight, bias, softcap, logit_scale, lora, vocabulary_shard)
     options = HeadOptions(temperature, ignore_index, compute_dtype, max_buffer_bytes, backend)

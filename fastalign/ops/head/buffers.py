@@ -80,7 +80,7 @@ def _whole_blocks(rows: int) -> int:
 
 @dataclass(frozen=True)
 class Budget:
-    """What decides the sizes of a call's buffers, all but the number of rows.
+    """Inputs that decide the sizes of a call's buffers, all but the number of rows.
 
     Attributes:
         num_columns: columns to plan for: V, or those of a shared vocabulary's largest shard.

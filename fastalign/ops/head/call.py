@@ -77,7 +77,7 @@ class HeadCall(NamedTuple):
         )
 
     def budget(self, *, reread: bool, planned_columns: int | None = None) -> Budget:
-        """Return what decides the buffers' sizes.
+        """Return the budget that decides the buffers' sizes.
 
         Args:
             reread: True if rows may have to be read again even where every bracket is saved.

@@ -1,4 +1,4 @@
-"""The matrix products of a head: in which dtype, by which library, accumulated in float32.
+"""Matrix products of a head: their dtype and library; accumulated in float32.
 
 Legend: C rows, V vocabulary, D hidden.
 """
@@ -13,13 +13,13 @@ from fastalign.ops import native_library
 
 
 def accumulation_dtype(compute_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits, statistics and the weight's gradient: float32; float64 for float64."""
+    """Return the dtype of logits, statistics and the weight's gradient: float32 or float64."""
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _has_native_product(device_type: str) -> bool:
-    """Whether our own bfloat16 product runs: a CPU with the instructions, and the library built."""
+    """Return True where our own bfloat16 product runs: the CPU has it, the library is built."""
     if device_type != "cpu" or native_library.unusable_reason("cpu") is not None:
         return False
     if os.environ.get("FASTALIGN_CPU_ISA", "best") not in ("best", "avx512"):
@@ -28,7 +28,7 @@ def _has_native_product(device_type: str) -> bool:
 
 
 def product_dtype(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """The dtype of the products' operands, already rounded to `compute_dtype`.
+    """Return the dtype of the products' operands, already rounded to `compute_dtype`.
 
     bfloat16 stays bfloat16 where a product can accumulate and *return* float32 (CUDA, and CPUs with
     AVX-512's bfloat16 instructions): rounding logits to bfloat16 would cost about 0.45 nat per
@@ -45,12 +45,12 @@ def product_dtype(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:
 
 
 def operand(value: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """`value` rounded to `compute_dtype`, in the dtype its products take on this device."""
+    """Return `value` rounded to `compute_dtype`, in the dtype of its products on this device."""
     return value.to(compute_dtype).to(product_dtype(compute_dtype, value.device.type))
 
 
 def product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Writes left @ right into `out`, accumulated and returned in `out`'s dtype."""
+    """Write left @ right into `out`, accumulated and returned in `out`'s dtype."""
     if left.dtype == out.dtype:
         torch.mm(left, right, out=out)
     elif left.is_cuda:
@@ -60,7 +60,7 @@ def product(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Adds left @ right to `out`, accumulated in `out`'s dtype."""
+    """Add left @ right to `out`, accumulated in `out`'s dtype."""
     if left.dtype == out.dtype:
         out.addmm_(left, right)
     elif left.is_cuda:

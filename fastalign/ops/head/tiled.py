@@ -24,7 +24,7 @@ from fastalign.ops.head.products import accumulation_dtype, add_product, product
 
 @dataclass
 class Saved:
-    """What a forward saves for its backward.
+    """Results of a forward that its backward needs.
 
     Attributes:
         brackets: (K, V) brackets of the first K rows, in the products' dtype, or None.
@@ -39,7 +39,7 @@ class Saved:
 
 
 class TileReader(Protocol):
-    """How tiles are read: by one process, or by ranks that share the vocabulary."""
+    """Reader of tiles: one process, or one of the ranks that share the vocabulary."""
 
     def read(
         self,

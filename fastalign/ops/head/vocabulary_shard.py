@@ -1,4 +1,4 @@
-"""Which rows of a head one process of a group holds: the vocabulary is split, and nothing else.
+"""The rows of a head that one process of a group holds: only the vocabulary is split.
 
 Every rank has the same hidden states (T, D) and targets (global ids), and its own rows
 start..stop of the head's weight (V, D) and bias (V,).
@@ -23,11 +23,11 @@ class VocabularyShard:
     The shards of all ranks cover the vocabulary once, in any order; one may be empty.
 
     Attributes:
-        process_group: The ranks that share the vocabulary; None: the default group.
-        start: This rank's first row.
-        stop: One past its last row.
-        vocab_size: Rows of all shards together.
-        largest: Rows of the largest shard, from which every rank plans the same chunks; None:
+        process_group: ranks that share the vocabulary; None: the default group.
+        start: first row of this rank.
+        stop: one past its last row.
+        vocab_size: rows of all shards together.
+        largest: rows of the largest shard, from which every rank plans the same chunks; None:
             those of an even split, `vocab_size` over the number of ranks, rounded up.
     """
 
@@ -39,7 +39,7 @@ class VocabularyShard:
 
     @classmethod
     def even(cls, process_group: ProcessGroup | None, vocab_size: int) -> VocabularyShard:
-        """The usual split, that of `torch.chunk` and of a DTensor sharded by rows.
+        """Return this rank's part of the split of `torch.chunk` and of a DTensor sharded by rows.
 
         Each rank takes `vocab_size` over the number of ranks, rounded up, as long as there are
         rows; the last shards may be smaller, or empty.
@@ -56,10 +56,10 @@ class VocabularyShard:
         return _rounded_up(self.vocab_size, dist.get_world_size(self.process_group))
 
     def check(self, weight: Tensor) -> None:
-        """Checks the shard, and that the weight is it.
+        """Check the shard, and that the weight has its rows.
 
         Raises:
-            ValueError: Naming what was expected and what came.
+            ValueError: if one is wrong, naming what was expected and what came.
         """
         here = f"{self.start}..{self.stop}"
         if dist.get_rank(self.process_group) < 0:

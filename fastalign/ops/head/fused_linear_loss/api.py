@@ -55,15 +55,15 @@ def fused_linear_loss(
     same log-probs, and must do the same there. The backward communicates nothing.
 
     Args:
-        hidden: Hidden states, any float dtype.
+        hidden: (T, D) hidden states, any float dtype.
         weight: (V, D) weight of the head, or a `LinearHead`.
-        targets: Token ids; `ignore_index` gives log-prob 0 and no gradient.
-        segments: Row bounds of the groups that `loss_fn` must see together, from 0 to T; on the
-            host, or a GPU is waited for. None: every row is a group of its own.
-        loss_fn: Takes a `TokenChunk`, returns a scalar and metrics. Called once for each chunk;
+        targets: (T,) token ids; `ignore_index` gives log-prob 0 and no gradient.
+        segments: (G + 1,) row bounds of the groups that `loss_fn` must see together, from 0 to T;
+            on the host, or the call synchronises with a GPU. None: every row is its own group.
+        loss_fn: function from a `TokenChunk` to a scalar and metrics, called once for each chunk;
             losses and metrics are summed over chunks, so a normaliser must be that of the whole
             batch. Log-probs and entropies get gradients through it; a loss that uses entropies
-            has the logits computed again (8 in place of 6).
+            has the logits computed again (8 products instead of 6).
 
     The keywords `bias`, `softcap`, `logit_scale`, `lora` and `vocabulary_shard` are the fields of
     :class:`fastalign.LinearHead`; `temperature`, `ignore_index`, `compute_dtype`,

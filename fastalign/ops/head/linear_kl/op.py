@@ -83,7 +83,7 @@ class PairCall(NamedTuple):
         return PairInputs(policy, reference, self.over_reference)
 
     def budget(self) -> Budget:
-        """Return what decides the buffers' sizes: those of a head with twice the vocabulary."""
+        """Return the budget of the buffers: that of a head with twice the vocabulary."""
         trained = any(self.needs)
         return Budget(
             2 * self.weight.shape[0],

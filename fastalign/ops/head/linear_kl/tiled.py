@@ -85,7 +85,7 @@ class PairBuffers:
 
 @dataclass(frozen=True)
 class SavedPair:
-    """What a forward saves for its backward.
+    """Results of a forward that its backward needs.
 
     Attributes:
         brackets: (2, K, V) both brackets of the first K rows, in the products' dtype.
