@@ -9,6 +9,8 @@ need none, for their softmax is saved.
 Legend: n tile rows, V this rank's columns.
 """
 
+from dataclasses import replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -24,45 +26,35 @@ from fastalign.ops.head.head_tile import (
     head_tile_gradient,
     head_tile_statistics,
 )
-from fastalign.ops.head.operands import HeadInputs
 from fastalign.ops.head.vocabulary_shard import VocabularyShard
 
 
 class ShardReader:
-    """Tiles of one rank's columns; see `tiled.TileReader`."""
+    """Reader of one rank's columns; see `tiled.TileReader`."""
 
     def __init__(self, shard: VocabularyShard) -> None:
         self._shard = shard
         self._group = shard.process_group
 
     def read(
-        self,
-        rows: HeadInputs,
-        products: Tensor,
-        buffers: Buffers,
-        bracket: Tensor | None,
-        with_entropy: bool,
+        self, tile: Tile, buffers: Buffers, bracket: Tensor | None, with_entropy: bool
     ) -> RowStatistics:
         """Read the statistics over all ranks' columns; write these columns' bracket if given."""
-        if products.shape[1]:
-            found = head_tile_statistics(
-                self._tile(rows, products),
-                buffers.backend,
-                buffers.scratch,
-                with_entropy=with_entropy,
-            )
+        num_rows, num_columns = tile.products.shape
+        if num_columns:
+            scratch, own = buffers.scratch, self._own(tile)
+            found = head_tile_statistics(own, buffers.backend, scratch, with_entropy=with_entropy)
         else:
-            like = (products.device, with_entropy, products.dtype)
-            found = TileStatistics.of_no_columns(products.shape[0], *like)
-        read = self._combined(rows, found)
+            like = (tile.products.device, with_entropy, tile.products.dtype)
+            found = TileStatistics.of_no_columns(num_rows, *like)
+        read = self._combined(tile, found)
         if bracket is not None:
-            self.reread(rows, products, buffers, bracket, Upstream(), read.softmax)
+            self.reread(tile, buffers, bracket, Upstream(), read.softmax)
         return read
 
     def reread(
         self,
-        rows: HeadInputs,
-        products: Tensor,
+        tile: Tile,
         buffers: Buffers,
         gradient: Tensor,
         upstream: Upstream,
@@ -70,14 +62,10 @@ class ShardReader:
     ) -> None:
         """Write the gradient by these columns, given each row's softmax over all."""
         assert softmax is not None
-        if products.shape[1]:
+        if tile.products.shape[1]:
+            where = (buffers.backend, buffers.scratch)
             head_tile_gradient(
-                self._tile(rows, products),
-                softmax,
-                buffers.backend,
-                buffers.scratch,
-                gradient=gradient,
-                upstream=upstream,
+                self._own(tile), softmax, *where, gradient=gradient, upstream=upstream
             )
 
     def begin_sum(self, partial: Tensor) -> dist.Work:
@@ -85,14 +73,13 @@ class ShardReader:
         work: dist.Work = dist.all_reduce(partial, group=self._group, async_op=True)
         return work
 
-    def _tile(self, rows: HeadInputs, products: Tensor) -> Tile:
-        """Return the rows' tile, with targets as columns of this shard."""
-        targets = rows.targets - self._shard.start
-        return Tile(products, targets, rows.ignored, rows.transform)
+    def _own(self, tile: Tile) -> Tile:
+        """Return the tile with targets as columns of this shard."""
+        return replace(tile, targets=tile.targets - self._shard.start)
 
-    def _combined(self, rows: HeadInputs, found: TileStatistics) -> RowStatistics:
+    def _combined(self, tile: Tile, found: TileStatistics) -> RowStatistics:
         """Return the statistics over all columns: one maximum and one sum over the ranks."""
-        gain = rows.transform.gain(found.maximum)
+        gain = tile.transform.gain(found.maximum)
         if isinstance(gain, Tensor):
             gain = gain.squeeze(1)
         maximum = found.maximum.clone()
@@ -100,21 +87,21 @@ class ShardReader:
         # a rank with nothing but -inf has sums of 0, and 0 * -inf would be NaN
         drop = ((found.maximum - maximum) * gain).clamp(min=LOWEST_SHIFTED_LOGIT)
         shrink = drop.exp()
-        here = (rows.targets >= self._shard.start) & (rows.targets < self._shard.stop)
+        here = (tile.targets >= self._shard.start) & (tile.targets < self._shard.stop)
         shifted = torch.where(here, (found.target - maximum) * gain, 0.0)
         sums = [shrink * found.total, shifted]
         if found.weighted is not None:
             sums.append(shrink * (found.weighted + drop * found.total))
         packed = torch.stack(sums)
         dist.all_reduce(packed, group=self._group)
-        shifted, total = packed[1], packed[0].masked_fill(rows.ignored, 1.0)
+        shifted, total = packed[1], packed[0].masked_fill(tile.ignored, 1.0)
         log_total = total.log()
         entropy = torch.zeros_like(total)
         if found.weighted is not None:
             # rounding may leave a sure row a hair below zero
             entropy = (log_total - packed[2] / total).clamp_(min=0.0)
-            entropy.masked_fill_(rows.ignored, 0.0)
-        logprob = (shifted - log_total).masked_fill_(rows.ignored, 0.0)
-        is_argmax = shifted.ge(0.0) & ~rows.ignored
+            entropy.masked_fill_(tile.ignored, 0.0)
+        logprob = (shifted - log_total).masked_fill_(tile.ignored, 0.0)
+        is_argmax = shifted.ge(0.0) & ~tile.ignored
         softmax = SoftmaxStatistics(maximum, log_total, entropy)
         return RowStatistics(logprob, entropy, is_argmax, softmax)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastalign.ops.head.buffers import Buffers
-from fastalign.ops.head.head_tile import RowStatistics, SoftmaxStatistics, Upstream, read_tile
+from fastalign.ops.head.head_tile import RowStatistics, SoftmaxStatistics, Tile, Upstream, read_tile
 from fastalign.ops.head.operands import Gradients, HeadInputs
 from fastalign.ops.head.products import accumulation_dtype, add_product, product
 
@@ -42,19 +42,13 @@ class TileReader(Protocol):
     """Reader of tiles: one process, or one of the ranks that share the vocabulary."""
 
     def read(
-        self,
-        rows: HeadInputs,
-        products: Tensor,
-        buffers: Buffers,
-        bracket: Tensor | None,
-        with_entropy: bool,
+        self, tile: Tile, buffers: Buffers, bracket: Tensor | None, with_entropy: bool
     ) -> RowStatistics:
         """Read the statistics of projected rows; write their bracket if given."""
 
     def reread(
         self,
-        rows: HeadInputs,
-        products: Tensor,
+        tile: Tile,
         buffers: Buffers,
         gradient: Tensor,
         upstream: Upstream,
@@ -67,26 +61,18 @@ class TileReader(Protocol):
 
 
 class OneProcess:
-    """Tiles of a whole head."""
+    """Reader of a whole head's tiles."""
 
     def read(
-        self,
-        rows: HeadInputs,
-        products: Tensor,
-        buffers: Buffers,
-        bracket: Tensor | None,
-        with_entropy: bool,
+        self, tile: Tile, buffers: Buffers, bracket: Tensor | None, with_entropy: bool
     ) -> RowStatistics:
         """Read statistics and write the bracket in one pass."""
-        tile, scratch = rows.tile(products), buffers.scratch
-        return read_tile(
-            tile, buffers.backend, scratch, gradient=bracket, with_entropy=with_entropy
-        )
+        backend, scratch = buffers.backend, buffers.scratch
+        return read_tile(tile, backend, scratch, gradient=bracket, with_entropy=with_entropy)
 
     def reread(
         self,
-        rows: HeadInputs,
-        products: Tensor,
+        tile: Tile,
         buffers: Buffers,
         gradient: Tensor,
         upstream: Upstream,
@@ -94,14 +80,8 @@ class OneProcess:
     ) -> None:
         """Write the gradient, from statistics that are read again."""
         assert softmax is None
-        read_tile(
-            rows.tile(products),
-            buffers.backend,
-            buffers.scratch,
-            gradient=gradient,
-            upstream=upstream,
-            with_entropy=False,
-        )
+        backend, scratch = buffers.backend, buffers.scratch
+        read_tile(tile, backend, scratch, gradient=gradient, upstream=upstream, with_entropy=False)
 
     def begin_sum(self, partial: Tensor) -> None:
         """Do nothing: one process has the whole sum."""
@@ -140,7 +120,7 @@ def forward(
         rows.project(out=products)
         if bracket is None and saved.jacobian is not None:
             bracket = buffers.converted(stop - start)
-        parts.append(reader.read(rows, products, buffers, bracket, with_entropy))
+        parts.append(reader.read(rows.tile(products), buffers, bracket, with_entropy))
         if saved.jacobian is not None:
             assert bracket is not None
             jacobian = saved.jacobian[start:stop]
@@ -201,7 +181,7 @@ def backward(
         if upstream.entropy is not None:
             by_row, scale = Upstream(scale, upstream.entropy[start:stop]), None
         softmax = None if saved.softmax is None else saved.softmax.rows(start, stop)
-        reader.reread(rows, products, buffers, gradient, by_row, softmax)
+        reader.reread(rows.tile(products), buffers, gradient, by_row, softmax)
         add_products(gradient, rows, gradients.rows(start, stop), scale, reader)
 
 
