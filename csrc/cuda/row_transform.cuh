@@ -1,4 +1,4 @@
-// From a row of products to logits, as HeadTransform in fastalign/ops/head_tile says.
+// From a row of products to logits, as HeadTransform in fastalign/ops/head/head_tile/tile.py says.
 #pragma once
 
 #include <stdint.h>
