@@ -67,7 +67,7 @@ def write_gradient(
     gradient_ptr,
     num_columns,
     target,
-    kept,
+    is_target,
     transform,
     known,
     upstream,
@@ -94,7 +94,7 @@ def write_gradient(
             result -= e * p * (tl.where(log_p < -1e30, -1e30, log_p) + entropy)
         if HAS_SOFTCAP:
             result *= 1.0 - u * u
-        result = tl.where(kept, result * slope, 0.0).to(gradient_ptr.dtype.element_ty)
+        result = tl.where(is_target, result * slope, 0.0).to(gradient_ptr.dtype.element_ty)
         tl.store(gradient_ptr + column, result, mask=inside)
 
 
@@ -143,7 +143,7 @@ def head_tile_kernel(
 ):
     """Write one row's statistics, then its gradient over its columns: see `write_gradient`."""
     row = tl.program_id(0).to(tl.int64)
-    kept = tl.load(ignored_ptr + row) == 0
+    is_target = tl.load(ignored_ptr + row) == 0
     cap_scale, gain, slope = row_transform(
         row, temperature_ptr, softcap, logit_scale, HAS_TEMPERATURE, HAS_SOFTCAP
     )
@@ -155,9 +155,9 @@ def head_tile_kernel(
     target = tl.load(targets_ptr + row)
     shifted = (u_of(tl.load(x_ptr + target), cap_scale, HAS_SOFTCAP) - m) * gain
     logprob = shifted - log_total
-    tl.store(logprob_ptr + row, tl.where(kept, logprob, 0.0))
-    tl.store(entropy_ptr + row, tl.where(kept, entropy, 0.0))
-    tl.store(is_argmax_ptr + row, (kept & (shifted >= 0.0)).to(tl.int8))
+    tl.store(logprob_ptr + row, tl.where(is_target, logprob, 0.0))
+    tl.store(entropy_ptr + row, tl.where(is_target, entropy, 0.0))
+    tl.store(is_argmax_ptr + row, (is_target & (shifted >= 0.0)).to(tl.int8))
     if HAS_GRADIENT:
         g, e = 1.0, 0.0
         if HAS_GRAD_LOGPROB:
@@ -169,7 +169,7 @@ def head_tile_kernel(
             gradient_ptr + row * gradient_stride,
             num_columns,
             target,
-            kept,
+            is_target,
             (cap_scale, gain, slope),
             (m, log_total, logprob, entropy),
             (g, e),
@@ -200,19 +200,19 @@ def head_tile_statistics_kernel(
 ):
     """Write one row's statistics over these columns."""
     row = tl.program_id(0).to(tl.int64)
-    kept = tl.load(ignored_ptr + row) == 0
+    is_target = tl.load(ignored_ptr + row) == 0
     cap_scale, gain, _slope = row_transform(
         row, temperature_ptr, softcap, logit_scale, HAS_TEMPERATURE, HAS_SOFTCAP
     )
     x_ptr += row * row_stride
     m, total, weighted = row_sums(x_ptr, num_columns, cap_scale, gain, HAS_SOFTCAP, BLOCK)
     target = tl.load(targets_ptr + row)
-    inside = kept & (target >= 0) & (target < num_columns)
+    inside = is_target & (target >= 0) & (target < num_columns)
     x = tl.load(x_ptr + target, mask=inside, other=0.0)
-    tl.store(maximum_ptr + row, tl.where(kept, m, 0.0))
-    tl.store(total_ptr + row, tl.where(kept, total, 0.0))
+    tl.store(maximum_ptr + row, tl.where(is_target, m, 0.0))
+    tl.store(total_ptr + row, tl.where(is_target, total, 0.0))
     if HAS_WEIGHTED:
-        tl.store(weighted_ptr + row, tl.where(kept, weighted, 0.0))
+        tl.store(weighted_ptr + row, tl.where(is_target, weighted, 0.0))
     tl.store(target_ptr + row, tl.where(inside, u_of(x, cap_scale, HAS_SOFTCAP), 0.0))
 
 
@@ -241,7 +241,7 @@ def head_tile_gradient_kernel(
 ):
     """Write one row's gradient by these columns, given its softmax over all."""
     row = tl.program_id(0).to(tl.int64)
-    kept = tl.load(ignored_ptr + row) == 0
+    is_target = tl.load(ignored_ptr + row) == 0
     cap_scale, gain, slope = row_transform(
         row, temperature_ptr, softcap, logit_scale, HAS_TEMPERATURE, HAS_SOFTCAP
     )
@@ -263,7 +263,7 @@ def head_tile_gradient_kernel(
         gradient_ptr + row * gradient_stride,
         num_columns,
         target,
-        kept,
+        is_target,
         (cap_scale, gain, slope),
         (m, log_total, logprob, entropy),
         (g, e),

@@ -49,9 +49,9 @@ def _statistics(
 
 
 @triton.jit
-def _store(places, value, kept, mask=None):
+def _store(pointers, value, is_target, mask=None):
     """Store the value, or zeros where the row is ignored."""
-    tl.store(places, tl.where(kept, value, 0.0).to(places.dtype.element_ty), mask=mask)
+    tl.store(pointers, tl.where(is_target, value, 0.0).to(pointers.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -98,7 +98,7 @@ def kl_tile_kernel(
 ):
     """Write one row's statistics, then its two brackets, or their sum weighted from upstream."""
     row = tl.program_id(0).to(tl.int64)
-    kept = tl.load(ignored_ptr + row) == 0
+    is_target = tl.load(ignored_ptr + row) == 0
     cap_scale, gain, slope = row_transform(
         row, temperature_ptr, softcap, logit_scale, HAS_TEMPERATURE, HAS_SOFTCAP
     )
@@ -117,10 +117,10 @@ def kl_tile_kernel(
     reference_logprob = (
         u_of(reference_x, cap_scale, HAS_SOFTCAP) * gain - n - tl.log(reference_total)
     )
-    _store(logprob_ptr + row, logprob, kept)
-    _store(reference_logprob_ptr + row, reference_logprob, kept)
-    _store(entropy_ptr + row, entropy, kept)
-    _store(kl_ptr + row, kl, kept)
+    _store(logprob_ptr + row, logprob, is_target)
+    _store(reference_logprob_ptr + row, reference_logprob, is_target)
+    _store(entropy_ptr + row, entropy, is_target)
+    _store(kl_ptr + row, kl, is_target)
     if HAS_GRADIENT:
         g, e, k = 1.0, 0.0, 1.0
         if not BRACKETS:
@@ -143,10 +143,10 @@ def kl_tile_kernel(
                 by_product = slope * (1.0 - u * u)
             if BRACKETS:
                 result = of_logprob
-                _store(kl_gradient_ptr + column, of_kl * k * by_product, kept, inside)
+                _store(kl_gradient_ptr + column, of_kl * k * by_product, is_target, inside)
             else:
                 result = g * of_logprob + k * of_kl - e * p * (s - tl.log(total) + entropy)
-            _store(gradient_ptr + column, result * by_product, kept, inside)
+            _store(gradient_ptr + column, result * by_product, is_target, inside)
 
 
 def read(
