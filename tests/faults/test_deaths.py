@@ -13,7 +13,7 @@ from tests.faults.real import HEARD, Outcome, Stage, assert_nothing_left_behind,
 from tests.faults.table import ALONE, DDP, FSDP, FSDP3, Place, fault
 
 KILLED = -signal.SIGKILL
-SILENCE = ("--parallel.timeout-seconds", "5", "--parallel.silence-seconds", "1")
+SILENCE = ("--parallel.timeout-seconds", "6", "--parallel.silence-seconds", "1")
 
 
 @fault(
