@@ -31,7 +31,7 @@ CUDA_ARCHITECTURES = os.environ.get("FASTALIGN_CUDA_ARCHITECTURES", "80 90 100")
 
 
 def find_compilers():
-    """The compilers that are there: {"cpu": "g++", "cuda": "/.../nvcc"}."""
+    """Return the compilers that are there: {"cpu": "g++", "cuda": "/.../nvcc"}."""
     if os.environ.get("FASTALIGN_NATIVE", "1") == "0":
         return {}
     cxx = os.environ.get("CXX") or next(
@@ -76,7 +76,7 @@ def cpu_commands(cxx, build, library):
 
 
 def cuda_commands(nvcc, build, library):
-    """The same, with code for each architecture and PTX of the oldest for others."""
+    """Return the same for CUDA: code for each architecture, and the oldest's PTX for others."""
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHITECTURES]
     oldest = CUDA_ARCHITECTURES[0]
     codes.append(f"-gencode=arch=compute_{oldest},code=compute_{oldest}")
@@ -90,7 +90,7 @@ def cuda_commands(nvcc, build, library):
 
 
 def failure(command):
-    """Runs a command: the last line of what went wrong, or None."""
+    """Run a command; return the last line of its error, or None."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode == 0:
         return None
@@ -101,7 +101,7 @@ class BuildNative(build_ext):
     """Compiles `fastalign/_native/lib*.so` with the compilers; a failure is a note only."""
 
     def run(self):
-        """An editable installation copies into the folder, and does not make it."""
+        """Make the folder first: an editable installation copies into it without making it."""
         Path("fastalign/_native").mkdir(exist_ok=True)
         super().run()
 
@@ -110,7 +110,7 @@ class BuildNative(build_ext):
         return str(Path(*fullname.split(".")[:-1]) / f"{fullname.split('.')[-1]}.so")
 
     def build_extension(self, ext):
-        """Runs the commands of one library."""
+        """Run the commands of one library."""
         device = ext.name.rsplit("_", 1)[-1]
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)

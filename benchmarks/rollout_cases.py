@@ -1,4 +1,4 @@
-"""What samplers are measured on: a model that never ends an answer, and prompts of one length."""
+"""Cases of the samplers' benchmark: a model that never ends an answer, prompts of one length."""
 
 import random
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ class RolloutCase:
 
     @property
     def num_tokens(self) -> int:
-        """That one call makes."""
+        """Number of tokens that one call makes."""
         return self.num_prompts * self.new_tokens
 
     def prompts(self) -> list[list[int]]:

@@ -71,10 +71,10 @@ class RolloutRow:
 
 @dataclass
 class Times:
-    """What a sampler's process told.
+    """Measurements of one sampler's process.
 
     Attributes:
-        num_bytes: of a sync; None: it has none.
+        num_bytes: bytes that a sync moves; None if the sampler has no sync.
         generate: seconds of each timed call.
         sync: likewise.
         peak_bytes: in all of them.
@@ -89,7 +89,7 @@ class Times:
 
 
 def rows_of(job: RolloutJob, found: Mapping[str, Times]) -> list[RolloutRow]:
-    """The table's lines: everybody's `generate`, then the syncs of those that have one."""
+    """Return the table's rows: `generate` of every sampler, then the syncs that there are."""
     peer = found.get(PEER)
     rows = [_row(job, name, "generate", times, peer) for name, times in found.items()]
     synced = {name: times for name, times in found.items() if times.sync}
@@ -127,7 +127,7 @@ def _row(job: RolloutJob, name: str, pass_: str, times: Times, peer: Times | Non
 
 
 def print_rollouts(rows: Sequence[RolloutRow]) -> None:
-    """The rows, aligned, for a person."""
+    """Print the rows as an aligned table."""
     print(
         f"{'case':14}{'pass':10}{'implementation':34}{'dtype':9}{'ms':>9}{'spread':>8}"
         f"{'peak MiB':>10}{'tokens/s':>10}{'ratio':>7}{'MB':>8}{'MB/s':>8}"

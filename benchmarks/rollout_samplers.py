@@ -29,7 +29,7 @@ OURS = "fastalign"
 
 @dataclass(frozen=True)
 class RolloutJob:
-    """What a sampler is given.
+    """A sampler's task.
 
     Attributes:
         case: model, prompts and lengths.
@@ -69,7 +69,7 @@ Opener = Callable[[RolloutJob, Any], Contestant]
 
 
 def generation_config(params: SamplingParams) -> Any:
-    """The same distribution in transformers' words; nothing ends an answer but its length."""
+    """Return transformers' configuration of the same distribution, ended by length alone."""
     from transformers import GenerationConfig
 
     drawn = params.temperature > 0
@@ -83,7 +83,7 @@ def generation_config(params: SamplingParams) -> Any:
 
 
 def open_generate(job: RolloutJob, model: Any) -> Contestant:
-    """The peer: `generate` of transformers; it returns no log-probs."""
+    """Open the peer: `generate` of transformers, which returns no log-probs."""
 
     def generate(prompts: Prompts, params: SamplingParams, seed: int) -> list[list[int]]:
         torch.manual_seed(seed)
@@ -97,7 +97,7 @@ def open_generate(job: RolloutJob, model: Any) -> Contestant:
 
 
 def open_continuous_batching(job: RolloutJob, model: Any) -> Contestant:
-    """Of transformers, `generate_batch`; on a CPU its cache has room for the batch and no more.
+    """Open transformers' `generate_batch`; on a CPU its cache holds the batch and no more.
 
     By itself it would take most of the memory that is free there, and go through all of it in
     every step.
@@ -128,24 +128,24 @@ def open_continuous_batching(job: RolloutJob, model: Any) -> Contestant:
 
 
 def open_embedded(job: RolloutJob, model: Any) -> Contestant:
-    """The default sampler."""
+    """Open the default sampler."""
     sampler = TransformersSampler(model, eos_token_ids=[EOS], pad_token_id=PAD)
     return Contestant(_answers_of(sampler))
 
 
 def open_in_process(job: RolloutJob, model: Any) -> Contestant:
-    """An engine of vLLM in this process."""
+    """Open an engine of vLLM in this process."""
     return _engine(VllmSampler(engine_spec(job, model)), model)
 
 
 def open_server(job: RolloutJob, model: Any) -> Contestant:
-    """A server of vLLM, started for this alone."""
+    """Start a server of vLLM for this measurement."""
     sampler = VllmServerSampler(engine_spec(job, model))
     return replace(_engine(sampler, model), processes=family_of(sampler.process_id))
 
 
 def family_of(process: int) -> tuple[int, ...]:
-    """A process and all that it started, on Linux."""
+    """Return the ids of a process and of all its descendants, on Linux."""
     parents = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:

@@ -62,7 +62,7 @@ class SamplerFault(Exception):
 
 
 class Turns:
-    """What a worker does when it is asked, with a sampler that is open."""
+    """The answers of a worker to requests, with a sampler that is open."""
 
     def __init__(self, job: RolloutJob, model: Any, contestant: Contestant):
         self._job, self._model, self._contestant = job, model, contestant
@@ -70,7 +70,7 @@ class Turns:
         self._num_turns = self._version = 0
 
     def begin(self) -> int | None:
-        """The first sync, the check and a call to warm up; the bytes of a sync."""
+        """Sync, check and warm up; return the bytes of a sync."""
         num_bytes = None
         if self._contestant.sync is not None:
             self._contestant.sync(self._version)
@@ -84,7 +84,7 @@ class Turns:
         return num_bytes
 
     def check(self) -> None:
-        """That it samples from the policy as it is now."""
+        """Check that it samples from the policy's present weights."""
         prompts = self._prompts[: CHECKED["num_prompts"]]
         length = min(CHECKED["new_tokens"], self._job.case.new_tokens)
         params = SamplingParams(max_new_tokens=length, temperature=0.0)
@@ -135,7 +135,7 @@ class Turns:
 
 
 def serve(opener: Opener, job: RolloutJob, connection: Connection) -> None:
-    """The process: its output goes to a file; it answers until it is asked no more."""
+    """Answer requests until there are none; output goes to a file."""
     log = os.open(job.scratch / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -166,7 +166,7 @@ def serve(opener: Opener, job: RolloutJob, connection: Connection) -> None:
 
 @contextmanager
 def _one_setting_of_threads(num_threads: int) -> Iterator[None]:
-    """What a process that is started here, and all that it starts, read once, at their start."""
+    """Set the number of threads that a process started here, and its children, read at start."""
     number = str(num_threads)
     wanted = {
         "OMP_NUM_THREADS": number,
@@ -210,7 +210,7 @@ class SamplerWorker:
         return self._answer()
 
     def stop(self) -> None:
-        """Closes the sampler and ends the process."""
+        """Close the sampler and end the process."""
         if self._process.is_alive():
             self._connection.send(None)
         self._process.join()

@@ -80,7 +80,7 @@ class Clock:
         self._resident = 0
 
     def watch(self) -> None:
-        """Observe optimisers and count tokens; called before models are built."""
+        """Observe optimisers and count tokens; call it before models are built."""
         register_optimizer_step_post_hook(lambda *_: self.end_turn())
         forward = torch.nn.Embedding.forward
 

@@ -137,7 +137,7 @@ class Sharing:
 
     @property
     def sharded(self) -> bool:
-        """Whether each rank holds a shard of every weight."""
+        """True if each rank holds a shard of every weight."""
         return self.settings.strategy == "fsdp"
 
 

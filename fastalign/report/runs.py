@@ -44,7 +44,7 @@ class RunRecord:
 
     @property
     def collapsed(self) -> bool:
-        """Whether the run or its evaluation reports a collapse."""
+        """True if the run or its evaluation reports a collapse."""
         return is_collapsed(self.evaluation, self.metrics)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:

@@ -269,7 +269,7 @@ class AnyConfig(Protocol):
 
     @property
     def parallel(self) -> ParallelConfig:
-        """How several ranks share the models and the work."""
+        """Split of the models and the work between ranks."""
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

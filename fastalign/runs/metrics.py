@@ -105,14 +105,14 @@ class NoWriter:
     """The writer of every rank but the first: it writes nothing."""
 
     def write(self, metrics: Metrics) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def num_bytes(self) -> int:
-        """None."""
+        """Return 0."""
         return 0
 
     def close(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 AnyWriter = MetricsWriter | NoWriter

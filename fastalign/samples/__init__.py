@@ -4,7 +4,7 @@ from pathlib import Path
 
 
 def folder(name: str) -> Path:
-    """The folder of one shipped sample, for example `folder("pros_cons") / "pairs_train.jsonl"`.
+    """Return the folder of a shipped sample, as `folder("pros_cons") / "pairs_train.jsonl"`.
 
     Raises:
         ValueError: `name` is not shipped.
