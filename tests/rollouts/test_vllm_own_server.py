@@ -32,8 +32,10 @@ pytestmark = [needs_vllm]
 SILENCE = 5.0  # seconds, after which these tests count an engine as dead
 
 
-def folders_left() -> set[str]:
-    return {path.name for path in Path(tempfile.gettempdir()).glob("fastalign-server-*")}
+def folders_left(process: int | None = None) -> set[str]:
+    """Folders of a process's servers, by default of this one's."""
+    pattern = f"fastalign-server-{process or os.getpid()}-*"
+    return {path.name for path in Path(tempfile.gettempdir()).glob(pattern)}
 
 
 @pytest.fixture(scope="module")
@@ -200,18 +202,19 @@ time.sleep(600)
 
 def test_a_killed_trainer_leaves_no_process_no_memory_and_no_folder_behind() -> None:
     """Its model's architecture is one that the trainer's process could not share with vLLM."""
-    code, before = TRAINER.format(root=str(Path(__file__).parents[2])), folders_left()
+    code = TRAINER.format(root=str(Path(__file__).parents[2]))
     with nothing_left_in_shared_memory():
         trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
         assert trainer.stdout is not None
         number, weights_folder = trainer.stdout.readline().split()
         supervisor = psutil.Process(int(number))
         family = [supervisor, *supervisor.children(recursive=True)]
+        assert folders_left(trainer.pid) != set()
         trainer.kill()
         trainer.wait()
         trainer.stdout.close()
         assert psutil.wait_procs(family, timeout=30)[1] == []
-    assert folders_left() <= before
+    assert folders_left(trainer.pid) == set()
     assert not Path(weights_folder).exists()
 
 

@@ -114,7 +114,8 @@ class OwnServer:
         """
         parent = tempfile.gettempdir()
         self._folder = tempfile.TemporaryDirectory(
-            prefix="fastalign-server-", dir=parent if len(parent) < LONGEST_FOLDER else "/tmp"
+            prefix=f"fastalign-server-{os.getpid()}-",
+            dir=parent if len(parent) < LONGEST_FOLDER else "/tmp",
         )
         folder = Path(self._folder.name)
         write_config(self._spec.config, folder)
