@@ -64,8 +64,8 @@ class SamplingConfig:
 
     sampling: SamplingParams = field(default_factory=SamplingParams)
     sampler: SamplerName = "transformers"
-    """Engine that draws completions: the model itself (transformers), vLLM in this process, vLLM
-    in its own process, or a server started by `fastalign vllm-server`."""
+    """Engine that draws completions: the model itself (transformers), vLLM in this process, or
+    a vLLM server (vllm-server)."""
     vllm: VllmOptions = field(default_factory=VllmOptions)
     run: SamplingRun = field(default_factory=SamplingRun)
 

@@ -66,8 +66,8 @@ class OnlineDPOConfig:
     reference: OnlineReferenceConfig = field(default_factory=OnlineReferenceConfig)
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(num_samples=4))
     sampler: SamplerName = "transformers"
-    """Engine that draws completions: the model itself (transformers), vLLM in this process, vLLM
-    in its own process, or a server started by `fastalign vllm-server`."""
+    """Engine that draws completions: the model itself (transformers), vLLM in this process, or
+    a vLLM server (vllm-server)."""
     vllm: VllmOptions = field(default_factory=VllmOptions)
     pairs: FreshPairsConfig = field(default_factory=FreshPairsConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)

@@ -158,8 +158,8 @@ class PPOConfig:
     run: RunConfig
     sampling: SamplingParams = field(default_factory=SamplingParams)
     sampler: SamplerName = "transformers"
-    """Engine that draws completions: the model itself (transformers), vLLM in this process, vLLM
-    in its own process, or a server started by `fastalign vllm-server`."""
+    """Engine that draws completions: the model itself (transformers), vLLM in this process, or
+    a vLLM server (vllm-server)."""
     vllm: VllmOptions = field(default_factory=VllmOptions)
     ppo: PPOSettings = field(default_factory=PPOSettings)
     kl: KLPenalty = field(default_factory=KLInReward)
