@@ -23,7 +23,7 @@ from safetensors import safe_open
 SUFFIXES = {".jsonl", ".json", ".safetensors", ".html"}
 NOT_RESULTS = {"source", "checkpoints", "cache", "tensorboard", "machine.json"}
 MEASURED = re.compile(
-    r"second|tokens_per_|tokens/s|peak|flops|utilisation|^(.*/)?eps$", re.IGNORECASE
+    r"second|s/step|tokens_per_|tokens/s|peak|flops|utilisation|^(.*/)?eps$", re.IGNORECASE
 )
 TIME_TABLE = "seconds an iteration"  # all columns are shares of wall time
 
@@ -155,12 +155,15 @@ def main() -> int:
     parser.add_argument("--all", action="store_true", help="print every value that differs")
     options = parser.parse_args()
     old, new = options.old.resolve(), options.new.resolve()
+    first, second = result_files(old), result_files(new)
+    missing = {Path(n).parts[0] for n in first} ^ {Path(n).parts[0] for n in second}
+    for top in sorted(missing):
+        print(f"{top}: not in the {'first' if (new / top).exists() else 'second'} folder")
     runs: dict[str, list[str]] = {}
-    for name in sorted(
-        result_files(old) | result_files(new), key=lambda n: ("metrics" not in n, n)
-    ):
+    both = [name for name in first | second if Path(name).parts[0] not in missing]
+    for name in sorted(both, key=lambda name: ("metrics" not in name, name)):
         runs.setdefault(run_of(old if (old / name).is_file() else new, name), []).append(name)
-    failed = not runs
+    failed = bool(missing) or not runs
     for run, names in sorted(runs.items()):
         found = [compare_files(old, new, name) for name in names]
         count = sum(number for number, _, _ in found)
