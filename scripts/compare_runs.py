@@ -67,6 +67,8 @@ def leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
             if MEASURED.search(key) is None:
                 yield from leaves(inner, f"{name} {key}".lstrip())
     elif isinstance(value, list):
+        if name.endswith("target_modules"):  # a set to peft, written in any order
+            value = sorted(value)
         for index, inner in enumerate(value):
             yield from leaves(inner, f"{name}[{index}]")
     else:
