@@ -1,6 +1,7 @@
 """The tests' folders are named as the package's, and a bare `pytest` collects every test file."""
 
 import ast
+import json
 import tomllib
 from pathlib import Path
 
@@ -65,3 +66,8 @@ def test_a_bare_pytest_collects_every_test() -> None:
 
 def test_continuous_integration_runs_every_test() -> None:
     assert (ROOT / ".ci/run").read_text().splitlines()[-1].endswith('/../scripts/test.sh"')
+
+
+def test_durations_are_those_of_files_that_there_are() -> None:
+    names = json.loads((TESTS / "durations.json").read_text())
+    assert [name for name in names if not (TESTS / name).is_file()] == []
