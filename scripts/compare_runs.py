@@ -158,9 +158,10 @@ def main() -> int:
     options = parser.parse_args()
     old, new = options.old.resolve(), options.new.resolve()
     first, second = result_files(old), result_files(new)
-    missing = {Path(n).parts[0] for n in first} ^ {Path(n).parts[0] for n in second}
+    tops = [{Path(name).parts[0] for name in names} for names in (first, second)]
+    missing = tops[0] ^ tops[1]
     for top in sorted(missing):
-        print(f"{top}: not in the {'first' if (new / top).exists() else 'second'} folder")
+        print(f"{top}: not in the {'second' if top in tops[0] else 'first'} folder")
     runs: dict[str, list[str]] = {}
     both = [name for name in first | second if Path(name).parts[0] not in missing]
     for name in sorted(both, key=lambda name: ("metrics" not in name, name)):
