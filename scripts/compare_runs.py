@@ -106,7 +106,10 @@ def read_values(path: Path, root: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".html":
         yield from table_cells(text)
     elif path.suffix == ".json":
-        yield from leaves(json.loads(text), "")
+        value = json.loads(text)
+        if path.parent.name == "eval":
+            value.pop("config", None)  # settings, whose names may change
+        yield from leaves(value, "")
     else:
         for number, line in enumerate(text.splitlines(), 1):
             row = json.loads(line)
