@@ -87,7 +87,7 @@ def changed_settings(saved: dict[str, Any], values: dict[str, Any]) -> tuple[lis
 
 
 def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{"optim.lr": 1e-6}` from nested settings, however deep."""
+    """Return `{"optim.lr": 1e-6}` from nested settings of any depth."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, dict):

@@ -76,7 +76,7 @@ def ready_for_training(model: Any, config: AnyConfig) -> Any:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Has each layer's activations computed again in the backward."""
+    """Recompute each layer's activations in the backward pass."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model.train()  # dropout is 0; transformers checkpoints only in this mode
 
@@ -141,7 +141,7 @@ def load_model(
 
 
 def check_vocabulary(model: Any, tokenizer: Tokenizer, path: str) -> None:
-    """Refuses a tokenizer that has more tokens than the model.
+    """Check that the tokenizer has no more tokens than the model.
 
     Raises:
         ValueError: if it does; the message names the folder.
@@ -154,7 +154,7 @@ def check_vocabulary(model: Any, tokenizer: Tokenizer, path: str) -> None:
 
 
 def check_sharing(config: AnyConfig) -> None:
-    """Refuses what FSDP2's shards do not go with.
+    """Check that the settings work with FSDP2's shards.
 
     Raises:
         ValueError: if settings contradict each other; the message names them.

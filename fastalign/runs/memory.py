@@ -16,7 +16,7 @@ LOADING = "loading "
 
 
 def resident_bytes() -> int:
-    """Memory of this process that is in RAM, on Linux; 0 where the system cannot tell."""
+    """Return this process's resident memory on Linux, 0 elsewhere."""
     table = Path("/proc/self/statm")
     if not table.exists():
         return 0

@@ -74,12 +74,12 @@ class MetricsWriter:
             ) from error
 
     def num_bytes(self) -> int:
-        """Bytes of `metrics.jsonl` so far; they are on the disk, for a checkpoint to count on."""
+        """Flush `metrics.jsonl` to the disk; return its length, which a checkpoint records."""
         os.fsync(self._file.fileno())
         return self._file.tell()
 
     def close(self) -> None:
-        """Flushes both."""
+        """Close both files."""
         self._file.close()
         self._on_board(lambda: self._board.close())
 
@@ -89,7 +89,7 @@ class MetricsWriter:
                 self._board.add_scalar(name, value, metrics["step"])
 
     def _on_board(self, work: Callable[[], None]) -> None:
-        """TensorBoard's failure is said once: it ends no run, and hides no other failure."""
+        """Report a failure of TensorBoard once: it ends no run, and hides no other failure."""
         if self._board is None:
             return
         try:
@@ -164,7 +164,7 @@ class ProgressDisplay:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Leaves the bar as it stands."""
+        """Stop the bar."""
         if self._bar is not None:
             self._bar.stop()
 

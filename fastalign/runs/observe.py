@@ -58,7 +58,7 @@ class StallWatch:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Watches over one step; says afterwards where its stacks are, if it stalled."""
+        """Watch one step; print afterwards where its stacks are, if it stalled."""
         if self._file is None:
             yield
             return
@@ -99,7 +99,7 @@ class StallWatch:
             self._file.flush()
 
     def close(self) -> None:
-        """Leaves no empty file behind."""
+        """Close the file, and remove it if it is empty."""
         if self._file is not None:
             self._file.close()
             if not self._path.stat().st_size:

@@ -46,7 +46,7 @@ class TrainState:
 
 
 def seed_everything(seed: int) -> None:
-    """Seeds Python's and torch's generators."""
+    """Seed Python's and torch's generators."""
     random.seed(seed)
     torch.manual_seed(seed)
 

@@ -110,7 +110,7 @@ class Progress:
         self._total, self._done, self._shown = total, 0, 0
 
     def add(self, count: int) -> None:
-        """Add finished completions; engines report 0 as a sign of life."""
+        """Add finished completions; engines report 0 to show that they work."""
         self._done += count
         if count and (self._done == self._total or self._done - self._shown >= self._total / 5):
             self._shown = self._done

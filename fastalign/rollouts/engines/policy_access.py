@@ -74,7 +74,7 @@ class ShardedAccess(PolicyAccess):
         super().save_adapter(folder)
 
     def logprobs(self, sequences: Sequences, params: SamplingParams) -> list[Tensor]:
-        """`recompute_logprobs` of each, which all ranks compute."""
+        """Return `recompute_logprobs` of each; all ranks compute it."""
         self._world.of_first(("logprobs", sequences, params))
         return self._logprobs(sequences, params)
 

@@ -56,7 +56,7 @@ def entry_of(path: Path) -> dict[str, Any]:
 
 
 def place_of(checkpoint: Path) -> tuple[int, int, int] | None:
-    """Orders checkpoints: by step; `step-000004` before what it replaces, `step-000004.1`.
+    """Return a key that orders checkpoints by step, `step-000004` before `step-000004.1`.
 
     None for a folder that is not a checkpoint.
     """
@@ -67,7 +67,7 @@ def place_of(checkpoint: Path) -> tuple[int, int, int] | None:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders, newest first, whether good or not."""
+    """Return the checkpoint folders, newest first, damaged ones included."""
     places = {path: place_of(path) for path in folder.glob("step-*")}
     found = [(place, path) for path, place in places.items() if place is not None]
     return [path for _, path in sorted(found, reverse=True)]
@@ -123,7 +123,7 @@ def publish(
 
 
 def read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]]:
-    """Size and SHA-256 of every file that a checkpoint should hold.
+    """Return size and SHA-256 of every file that a checkpoint should hold.
 
     Raises:
         ValueError: if the manifest is damaged.

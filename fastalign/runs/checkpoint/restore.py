@@ -54,7 +54,7 @@ def ignore_missing_group() -> None:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """`state.json` of a checkpoint that has no fault.
+    """Read `state.json` of a checkpoint that has no fault.
 
     Raises:
         ValueError: if it has another format.
@@ -69,7 +69,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def stored_tensors(reader: HuggingFaceStorageReader) -> dict[str, Stored]:
-    """Every tensor that the shards hold whole; DCP would leave what is missing as it was."""
+    """Return every tensor that the shards hold whole; DCP would ignore a missing part."""
     found: dict[str, Stored] = {}
     for name, value in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(value, TensorStorageMetadata)

@@ -48,7 +48,7 @@ def described(name: str) -> str:
 
 
 def _apart(flat: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors of which no two share memory: safetensors takes no others."""
+    """Return contiguous tensors of which no two share memory, as safetensors requires."""
     seen: set[int] = set()
     for name, value in flat.items():
         if isinstance(value, DTensor):
@@ -61,7 +61,7 @@ def _apart(flat: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def tensors_of(state: TrainState, rank: int) -> dict[str, Tensor]:
-    """Every tensor that a checkpoint holds of this rank, not copied."""
+    """Return every tensor that a checkpoint holds of this rank, not copied."""
     flat = {MODEL + name: value for name, value in trainable_parameters(state.model).items()}
     for name, values in optimizer_states(state).items():
         for key, value in values.items():
@@ -108,7 +108,7 @@ class Stored:
     dtype: torch.dtype
 
     def empty(self, like: Tensor) -> Tensor:
-        """To read it into; sharded as `like` is, where it has its shape."""
+        """Return an empty tensor to read it into, sharded as `like` is if the shapes agree."""
         if like.shape == self.shape:
             return torch.empty_like(like, dtype=self.dtype)
         return torch.empty(self.shape, dtype=self.dtype, device=like.device)
@@ -130,7 +130,7 @@ def is_like_owner(name: str) -> bool:
 def owned_targets(
     stored: Mapping[str, Stored], parameters: Mapping[str, Tensor], prefix: str
 ) -> dict[str, Tensor]:
-    """Empty tensors for what is on the disk under a prefix: sharded as their parameters are."""
+    """Return empty tensors for those stored under a prefix, sharded as their parameters are."""
     return {
         name: found.empty(parameters[str(owner_of(name))])
         for name, found in stored.items()

@@ -57,7 +57,7 @@ class Reference:
 def load_reference(
     config: DPOConfig, policy: Any, tokenizer: Tokenizer, compute: Compute
 ) -> Reference:
-    """Another model, or the policy before its first step, or the frozen base of its adapter.
+    """Load another model, or take the policy before its first step, or its adapter's base.
 
     Raises:
         ValueError: if its vocabulary is not the policy's, or a library is missing.
@@ -66,7 +66,7 @@ def load_reference(
     if path is None:
         return Reference(policy, model_fingerprint(policy))
     if offload:
-        find_offload()  # what is not installed is said before the weights are read
+        find_offload()  # a missing library is reported before the weights are read
     host = replace(compute, device=torch.device("cpu"))
     model, reference_tokenizer = load_model(path, config.model, host if offload else compute)
     check_same_vocabulary(tokenizer, reference_tokenizer)
@@ -132,11 +132,11 @@ def reference_logprobs(
     data_fingerprint: str,
     cache_dir: Path,
 ) -> Tensor:
-    """Sequence log-probs of pairs under the reference, from the cache as far as it has them.
+    """Return sequence log-probs of pairs under the reference, cached ones from the cache.
 
     The cache is rank 0's; several ranks share what is to be computed.
 
-    A damaged file is put aside and computed again. A cache that cannot be written is said once,
+    A damaged file is renamed and computed again. A cache that cannot be written is reported once,
     and the run goes on with what it computed: hours of a reference's work are not thrown away
     because they cannot be kept for the next run.
 
@@ -160,7 +160,7 @@ def reference_logprobs(
     if fault is not None:
         print(
             f"{path}: damaged cache of reference log-probs ({fault}); it is renamed "
-            f"{put_aside(path).name} and computed again",
+            f"{damaged_path(path).name} and computed again",
             flush=True,
         )
     wanted = sorted(set(indices))
@@ -197,7 +197,7 @@ VERSION = 1
 
 
 def default_cache_dir() -> Path:
-    """`fastalign/reference_logprob` in the user's cache folder (XDG_CACHE_HOME)."""
+    """Return `fastalign/reference_logprob` in the user's cache folder (XDG_CACHE_HOME)."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(root) / "fastalign" / "reference_logprob"
 
@@ -211,7 +211,7 @@ def cache_path(
 
 
 def digest_of(values: Tensor) -> str:
-    """SHA-256 of the values' bytes."""
+    """Return the SHA-256 of the values' bytes."""
     return hashlib.sha256(values.numpy().tobytes()).hexdigest()
 
 
@@ -238,7 +238,7 @@ def read_cache(path: Path, num_examples: int) -> tuple[Tensor, str | None]:
     return values, None
 
 
-def put_aside(path: Path) -> Path:
+def damaged_path(path: Path) -> Path:
     """Return the path that a damaged file is renamed to."""
     return path.with_name(f"{path.name}.damaged")
 
@@ -263,7 +263,7 @@ def merge_into_cache(path: Path, values: Tensor) -> Tensor:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
         there, fault = read_cache(path, len(values))
         if fault is not None:
-            path.replace(put_aside(path))
+            path.replace(damaged_path(path))
         merged = torch.where(there.isnan(), values, there)
         content = save({"logprob": merged}, metadata={"sha256": digest_of(merged)})
         write_bytes_atomically(path, content)

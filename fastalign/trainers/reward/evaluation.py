@@ -33,7 +33,7 @@ NUM_BASELINE_PAIRS = 20000
 
 
 def pair_rewards(model: Any, groups: Sequence[Group], compute: Compute) -> Tensor:
-    """Raw scores (N, 2) float64 of pairs, on the CPU."""
+    """Return raw scores of pairs, (N, 2) float64 on the CPU."""
     rewards = response_values(
         lambda batch: enter(model, lambda: response_reward(model, batch, compute)), groups, compute
     )
@@ -55,7 +55,7 @@ def judge_pairs(
     data: TokenizedDataset,
     compute: Compute,
 ) -> JudgedPairs:
-    """Held-out pairs with the model's rewards and probabilities.
+    """Return held-out pairs with the model's rewards and probabilities.
 
     Args:
         model: the reward model.
@@ -74,14 +74,14 @@ def judge_pairs(
 
 
 def response_lengths(data: TokenizedDataset) -> Tensor:
-    """(N, 2) tokens of each pair's responses."""
+    """Return the number of tokens of each pair's responses, (N, 2)."""
     return torch.tensor([[len(ids) for ids in group.response_ids] for group in data.groups])
 
 
 def baseline_measures(
     train: TokenizedDataset, held_out: TokenizedDataset, tokenizer: Tokenizer
 ) -> dict[str, object]:
-    """Accuracy on the held-out pairs that are no ties: the longer wins, and a bag of words."""
+    """Return the accuracy of two baselines on pairs that are no ties: longer wins, bag of words."""
     lengths = response_lengths(held_out)[~torch.tensor(held_out.ties)]
     hits = {"longer_wins_accuracy": longer_wins(lengths)}
     if not all(train.ties):
@@ -120,7 +120,7 @@ def texts_of(
 
 
 def pair_rows(pairs: JudgedPairs, sources: Sequence[str]) -> list[dict[str, object]]:
-    """For each pair its row in the file, whether it is a tie, raw scores and log-likelihood."""
+    """Return each pair's row in the file, whether it is a tie, raw scores and log-likelihood."""
     likelihood = pairs.log_likelihood().tolist()
     rows: list[dict[str, object]] = []
     for place, source in enumerate(sources):
