@@ -88,15 +88,20 @@ def model_options(
     return options
 
 
-def read_model(auto: Any, path: str | Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def read_model(
+    auto: Any,
+    path: str | Path,
+    options: dict[str, Any],
+    faults: tuple[type[Exception], ...] = (OSError, UnpicklingError),
+) -> tuple[Any, dict[str, Any]]:
     """Call `auto.from_pretrained`; return the model, and which keys were missing or unexpected.
 
     Raises:
-        ValueError: if weights are missing or damaged.
+        ValueError: if weights are missing or damaged, so that one of `faults` is raised.
     """
     try:
         model, keys = auto.from_pretrained(path, output_loading_info=True, **options)
-    except (OSError, RuntimeError, UnpicklingError) as error:
+    except faults as error:
         if is_out_of_memory(error):
             raise
         if isinstance(error, UnpicklingError):  # torch's own text explains how to run it anyway
@@ -202,7 +207,9 @@ def load_reward_model(
         )
     options = model_options(config, compute, dtype, trust_remote_code) | {"num_labels": 1}
     with without_load_report():
-        model, keys = read_model(AutoModelForSequenceClassification, path, options)
+        # A head of another width is a RuntimeError.
+        faults = (OSError, RuntimeError, UnpicklingError)
+        model, keys = read_model(AutoModelForSequenceClassification, path, options, faults)
     # transformers draws missing weights at random; only a fresh head may be.
     missing = set(keys["missing_keys"]) - (set() if has_head else {SCORE_WEIGHT})
     foreign = {name for name in keys["unexpected_keys"] if name.startswith("score")}

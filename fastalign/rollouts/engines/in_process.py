@@ -193,6 +193,10 @@ class VllmSampler:
             except (RuntimeError, OSError, MemoryError) as error:
                 first = str(error).strip().splitlines()[-1]
                 raise SamplerFailed(f"sampler: vLLM's engine did not start: {first}") from error
+            finally:
+                # An engine that did not start leaves the process group that vLLM made for it.
+                if self._llm is None and not self._in_group and dist.is_initialized():
+                    dist.destroy_process_group()
         self._sleeps = spec.options.sleep and not vllm_library.on_cpu()
         self._asleep: set[str] = set()
         self._fault, self.version, self._adapter = None, None, None

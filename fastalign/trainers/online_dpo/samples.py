@@ -75,7 +75,9 @@ class Scored:
 
 
 def prepare_online_dpo(config: OnlineDPOConfig, compute: Compute) -> OnlineDPOSetup:
-    """Load the models, the reward sources and the prompts; measure the scale of scores.
+    """Load the models, the reward sources and the prompts; open the sampler.
+
+    The caller has the run close the sampler, and then measures the scale (`with_scale`).
 
     Raises:
         ValueError: if a setting, a file or a model is at fault.
@@ -83,28 +85,39 @@ def prepare_online_dpo(config: OnlineDPOConfig, compute: Compute) -> OnlineDPOSe
     """
     sources = load_sources(config.reward, compute)
     model, tokenizer = load_for_training(config, compute)
-    reference, fewest, scale = None, model, None
+    reference, fewest = None, model
     if config.loss.formula().needs_reference:
         reference = OnlineReference(config, model, tokenizer, compute)
         fewest = reference.with_fewest_positions()
     prompts, held_out = load_prompt_sets(config.data, config.sampling, fewest, tokenizer)
-    sampler = open_policy_sampler(config, model, tokenizer, compute)
-    if config.reward.normalise:
-        scale = scale_of_policy(
-            sampler, prompts, config.sampling, tokenizer, sources, run_seed=config.run.seed
-        )
     return OnlineDPOSetup(
         config=config,
         compute=compute,
         model=model,
         tokenizer=tokenizer,
         reference=reference,
-        sampler=sampler,
+        sampler=open_policy_sampler(config, model, tokenizer, compute),
         sources=sources,
-        scale=scale,
+        scale=None,
         prompts=prompts,
         held_out=held_out,
     )
+
+
+def with_scale(online: OnlineDPOSetup) -> OnlineDPOSetup:
+    """Measure the scale of scores on the starting policy, if `reward.normalise` asks for it."""
+    config = online.config
+    if not config.reward.normalise:
+        return online
+    scale = scale_of_policy(
+        online.sampler,
+        online.prompts,
+        config.sampling,
+        online.tokenizer,
+        online.sources,
+        run_seed=config.run.seed,
+    )
+    return replace(online, scale=scale)
 
 
 def score_samples(

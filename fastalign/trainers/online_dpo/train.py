@@ -26,6 +26,7 @@ from fastalign.trainers.online_dpo.samples import (
     evaluate_samples,
     prepare_online_dpo,
     score_samples,
+    with_scale,
 )
 from fastalign.trainers.sampling.collapse import reason_to_stop, watch
 from fastalign.trainers.sampling.rollout import rollout_seed
@@ -41,6 +42,7 @@ def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
     with open_run(config, "online-dpo") as run:
         online = prepare_online_dpo(config, run.compute)
         run.enter_context(closing(online.sampler))
+        online = with_scale(online)
         reference = online.reference
 
         run.begin(
