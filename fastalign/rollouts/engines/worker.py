@@ -31,11 +31,27 @@ class WorkerExtension:
         """Take over the tensors in a folder; after an error the weights have no version."""
         worker: Any = self
         self._fastalign_version = ""
+        self._forget_adapters()
         worker.reload_weights(
             weights_iterator=accepted_by(worker.get_model(), read_tensors(Path(folder)))
         )
         self._fastalign_version = version
         return version
+
+    def _forget_adapters(self) -> None:
+        """Remove the adapters that an earlier run left, and the weights in their slots.
+
+        A CPU engine adds the last slot's product to tokens without an adapter while it decodes.
+        """
+        worker: Any = self
+        if not worker.lora_config:
+            return
+        for number in worker.list_loras():
+            worker.remove_lora(number)
+        manager = worker.model_runner.lora_manager._adapter_manager
+        for module in manager.modules.values():
+            for slot in range(manager.lora_slots):
+                module.reset_lora(slot)
 
     def fastalign_workers(self) -> str:
         """Return as JSON the `number` of workers and the type of their `device`."""
@@ -58,6 +74,7 @@ class WorkerExtension:
         worker: Any = self
         self._fastalign_version = ""
         tensors = receive(self._group, description, self._device)
+        self._forget_adapters()
         worker.reload_weights(weights_iterator=accepted_by(worker.get_model(), tensors))
         self._fastalign_version = version
         return version
