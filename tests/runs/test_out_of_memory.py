@@ -157,10 +157,8 @@ def test_commands_that_do_not_train_say_it_in_a_line_too(
         assert fails(error) == 2
         first = str(error).splitlines()[0]
         assert capsys.readouterr().err.strip() == f"fastalign generate: out of memory: {first}"
-    assert fails(RuntimeError("shapes differ")) == 2
-    assert capsys.readouterr().err.strip().endswith("/llama' cannot be read: shapes differ")
-    with pytest.raises(ZeroDivisionError):
-        fails(ZeroDivisionError())
+    with pytest.raises(RuntimeError, match=r"^shapes differ$"):
+        fails(RuntimeError("shapes differ"))
 
 
 def test_how_to_go_on_depends_on_what_was_saved(folder: Path) -> None:

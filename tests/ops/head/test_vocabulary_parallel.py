@@ -157,8 +157,6 @@ def test_an_even_split(
 @pytest.fixture
 def alone(tmp_path: Path) -> Iterator[VocabularyShard]:
     """The whole vocabulary, in a group of one."""
-    if dist.is_initialized():  # an engine of vLLM that ran in this process left its group
-        dist.destroy_process_group()
     rendezvous = f"file://{tmp_path}/rendezvous"
     dist.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
     try:
