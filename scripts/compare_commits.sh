@@ -8,6 +8,7 @@
 # Exit code: 0 identical, 1 something differs, 2 a run failed. Both commits run in one environment, nothing is installed:
 # FASTALIGN_VENV (.venv) names it; vLLM's engine has to be there too (scripts/install_vllm_cpu.sh).
 set -euo pipefail
+export OMP_NUM_THREADS=1  # with more, sums are rounded by how the threads share them
 here=$(realpath "$(dirname "${BASH_SOURCE[0]}")")
 root=$(dirname "$here")
 bin=$(realpath "${FASTALIGN_VENV:-$root/.venv}")/bin
