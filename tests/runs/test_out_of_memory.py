@@ -15,8 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from fastalign.cli.main import main
 from fastalign.models import is_out_of_memory
 from fastalign.runs.config import LoraConfig
-from fastalign.runs.memory import memory_used_in
-from fastalign.runs.out_of_memory import out_of_memory_in_one_line
+from fastalign.runs.memory import memory_used_in, out_of_memory_in_one_line
 from tests.small_runs import dpo_config, read_metrics, sft_config, write_rows
 
 # The limit is set as the step begins: what threads reserved before it differs from run to run.

@@ -18,13 +18,16 @@ from fastalign.trainers.online_dpo.reference import OnlineReference, response_lo
 from fastalign.trainers.sampling.collapse import repeated_ratio
 from fastalign.trainers.sampling.policy_sampler import AnySampler, open_policy_sampler
 from fastalign.trainers.sampling.rollout import (
+    RewardSources,
     Rollouts,
+    ScoreScale,
+    final_scores,
     load_prompt_sets,
+    load_sources,
     roll_out,
     rollout_seed,
     scale_of_policy,
 )
-from fastalign.trainers.sampling.score import RewardSources, ScoreScale, final_scores, load_sources
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,13 @@ from fastalign.runs.load_models import (
 from fastalign.runs.state import TrainState
 from fastalign.trainers.ppo.config import PPOConfig
 from fastalign.trainers.sampling.policy_sampler import AnySampler, open_policy_sampler
-from fastalign.trainers.sampling.rollout import load_prompt_sets, scale_of_policy
-from fastalign.trainers.sampling.score import RewardSources, ScoreScale, load_sources
+from fastalign.trainers.sampling.rollout import (
+    RewardSources,
+    ScoreScale,
+    load_prompt_sets,
+    load_sources,
+    scale_of_policy,
+)
 
 # Among the numbers that a checkpoint holds.
 SCORE_MEAN, SCORE_STD = "score_mean", "score_std"

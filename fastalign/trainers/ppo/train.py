@@ -19,20 +19,19 @@ from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import open_run
 from fastalign.runs.state import TrainState
 from fastalign.trainers.ppo.config import PPOConfig
-from fastalign.trainers.ppo.objective import (
+from fastalign.trainers.ppo.record import (
     adapted_coefficient,
     objective_metrics,
     penalise,
+    record_tokens,
     sampling_metrics,
     value_metrics,
 )
-from fastalign.trainers.ppo.record import record_tokens
 from fastalign.trainers.ppo.setup import PPOSetup, prepare_ppo, scale_of_scores
 from fastalign.trainers.ppo.update import Experience, mean_of_updates, mini_batches, one_update
 from fastalign.trainers.sampling.collapse import reason_to_stop, repeated_ratio, watch
 from fastalign.trainers.sampling.policy_sampler import overlapped
-from fastalign.trainers.sampling.rollout import Rollouts, roll_out, rollout_seed
-from fastalign.trainers.sampling.score import final_scores
+from fastalign.trainers.sampling.rollout import Rollouts, final_scores, roll_out, rollout_seed
 
 KL_COEFFICIENT = "kl_coefficient"  # among the numbers that a checkpoint holds
 

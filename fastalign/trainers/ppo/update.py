@@ -22,10 +22,10 @@ from fastalign.runs.metrics import Metrics
 from fastalign.runs.optimizer import optimiser_step
 from fastalign.runs.state import TrainState
 from fastalign.trainers.ppo.advantages import Advantages
-from fastalign.trainers.ppo.objective import exact_kl_coefficient
 from fastalign.trainers.ppo.record import (
     TokenRecord,
     both_heads,
+    exact_kl_coefficient,
     hidden_and_head,
     reference_head,
     shared_plan,

@@ -18,8 +18,7 @@ from fastalign.trainers import Gae, PPOConfig
 from fastalign.trainers.ppo import train as ppo
 from fastalign.trainers.ppo.setup import PPOSetup, prepare_ppo
 from fastalign.trainers.ppo.update import Experience
-from fastalign.trainers.sampling.rollout import Rollouts, roll_out
-from fastalign.trainers.sampling.score import final_scores
+from fastalign.trainers.sampling.rollout import Rollouts, final_scores, roll_out
 from tests.small_runs import ppo_config
 
 INDICES = [3, 1, 4, 1, 5]

@@ -40,7 +40,7 @@ from fastalign.trainers import (
     train_ppo,
 )
 from fastalign.trainers.ppo import train as ppo
-from fastalign.trainers.ppo.objective import adapted_coefficient
+from fastalign.trainers.ppo.record import adapted_coefficient
 from fastalign.trainers.ppo.setup import ActorCritic, value_source
 from fastalign.trainers.sampling.collapse import is_repetitive, signs_of_collapse, watch
 from tests.runs.test_resume import assert_same_run

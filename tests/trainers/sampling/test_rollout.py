@@ -16,16 +16,14 @@ from fastalign.trainers.sampling.config import PromptDataConfig, RewardSourceCon
 from fastalign.trainers.sampling.policy_sampler import PolicySampler
 from fastalign.trainers.sampling.rollout import (
     Rollouts,
+    ScoreScale,
+    final_scores,
     load_prompt_sets,
+    load_sources,
+    measure_scale,
     roll_out,
     rollout_seed,
     scale_of_policy,
-)
-from fastalign.trainers.sampling.score import (
-    ScoreScale,
-    final_scores,
-    load_sources,
-    measure_scale,
     source_names,
 )
 from tests.small_runs import WORDS, prompts_file, words_reward, write_rows
