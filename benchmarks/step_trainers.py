@@ -70,8 +70,7 @@ def fastalign_answers(job: Job, clock: Clock) -> None:
     from fastalign.runs.accumulate import measure_examples
     from fastalign.runs.config import OptimConfig
     from fastalign.runs.open import make_compute
-    from fastalign.runs.optimizer import make_optimizer, optimiser_step
-    from fastalign.runs.state import TrainState
+    from fastalign.runs.state import TrainState, make_optimizer, optimiser_step
     from fastalign.trainers.sft import sft_gradient
 
     losses: list[float] = []

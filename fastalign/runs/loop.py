@@ -28,16 +28,14 @@ from fastalign.models import has_adapter, model_fingerprint, save_model
 from fastalign.rollouts import OverlappedSampler, RankZeroSampler, SamplerFailed
 from fastalign.runs.accumulate import Total
 from fastalign.runs.checkpoint.files import CHECKPOINTS
-from fastalign.runs.checkpoint.resume import resume
+from fastalign.runs.checkpoint.restore import resume
 from fastalign.runs.checkpoint.writer import CheckpointWriter
 from fastalign.runs.config import AnyConfig
 from fastalign.runs.final_model import save_final_model
 from fastalign.runs.memory import STEP, memory_used_in, peak_memory_bytes
 from fastalign.runs.metrics import Metrics, ProgressDisplay, metrics_writer
-from fastalign.runs.observe import StallWatch, traced
-from fastalign.runs.optimizer import make_optimizer, optimiser_step
-from fastalign.runs.signals import stop_on_signal
-from fastalign.runs.state import TrainState
+from fastalign.runs.observe import StallWatch, stop_on_signal, traced
+from fastalign.runs.state import TrainState, make_optimizer, optimiser_step
 
 MAX_SKIPPED_IN_A_ROW = 3
 SKIPPED = "a non-finite loss or gradient, or a spike (optim.skip_sigma)"

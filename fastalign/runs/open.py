@@ -21,8 +21,7 @@ from fastalign.runs.folder import announce, locked, prepare_run_folder
 from fastalign.runs.load_models import check_sharing
 from fastalign.runs.loop import Run
 from fastalign.runs.memory import out_of_memory_in_one_line
-from fastalign.runs.optimizer import adamw
-from fastalign.runs.state import seed_everything
+from fastalign.runs.state import adamw, seed_everything
 
 
 def make_compute(

@@ -1,10 +1,20 @@
-"""Everything that a run changes as it goes: what a checkpoint must hold."""
+"""The state of a run: what a checkpoint must hold, and the optimiser step that changes it."""
 
+import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from statistics import fmean, pstdev
 from typing import Any
 
 import torch
+from torch import nn
+
+from fastalign.runs.config import OptimConfig, States
+
+NUM_NORMS = 128  # gradient norms that a spike is compared with
+FEWEST_NORMS = 32
 
 
 @dataclass
@@ -65,3 +75,112 @@ def restore_random_state(state: dict[str, torch.Tensor]) -> None:
         torch.set_rng_state(state["cpu"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
+
+
+def adamw(states: States) -> Any:
+    """Return the optimiser's class for this precision of its averages.
+
+    `8bit` (arXiv 2110.02861) keeps a byte for each, and a float32 scale for each 256 of them;
+    tensors of fewer than 4,096 elements stay float32. An update is computed in float32.
+
+    Raises:
+        ValueError: if bitsandbytes is needed and not installed.
+    """
+    if states == "float32":
+        return partial(torch.optim.AdamW, fused=True)  # one pass in place of a dozen
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError(
+            "optim.states: 8bit needs bitsandbytes: pip install 'fastalign[low-bit]'"
+        ) from error
+    return AdamW8bit
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Make AdamW (arXiv 1711.05101) over the trainable parameters; only matrices decay.
+
+    A parameter with an attribute `lr_scale` has that many times the learning rate.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            decay = config.weight_decay if parameter.ndim >= 2 else 0.0
+            key = (decay, getattr(parameter, "lr_scale", 1.0))
+            groups.setdefault(key, []).append(parameter)
+    optimizer: torch.optim.Optimizer = adamw(config.states)(
+        [
+            {"params": parameters, "weight_decay": decay, "lr_scale": scale}
+            for (decay, scale), parameters in groups.items()
+        ],
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+    )
+    return optimizer
+
+
+def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
+    """Return the learning rate of step `step` (from 0) of `num_steps`; there is no state to save.
+
+    It warms up linearly over `warmup_steps` and reaches the peak at their last step; then it is
+    constant, or falls towards zero, which it would reach one step after the last.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    if config.schedule == "linear":
+        return config.lr * (1 - progress)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def clip_gradient(model: nn.Module, max_norm: float) -> torch.Tensor:
+    """Clip the gradient to `max_norm`; return its global norm () before clipping.
+
+    If the model has an attribute `clipped_apart`, each of those parts is clipped by its own norm,
+    so that a value model far from its targets does not take the policy's step. A non-finite
+    gradient gives a non-finite norm.
+    """
+    norms = []
+    for part in getattr(model, "clipped_apart", (model,)):
+        parameters = [p for p in part.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if max_norm > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        norms.append(norm)
+    return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
+
+
+def optimiser_step(
+    state: TrainState, loss: float, config: OptimConfig, num_steps: int
+) -> dict[str, float | int]:
+    """Apply the gradient, unless it or the loss is not finite, or it is a spike.
+
+    The caller counts the step.
+
+    Returns:
+        `learning_rate`, `grad_norm` and `skipped` (1 where no weight was changed).
+    """
+    rate = learning_rate(config, state.step, num_steps)
+    norm = float(clip_gradient(state.model, config.grad_clip))
+    finite = bool(torch.isfinite(torch.tensor([loss, norm])).all())
+    taken = finite and not is_spike(norm, state.grad_norms, config.skip_sigma)
+    if taken:
+        state.grad_norms = [*state.grad_norms, norm][-NUM_NORMS:]
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate * group.get("lr_scale", 1.0)
+        state.optimizer.step()
+    state.optimizer.zero_grad(set_to_none=True)
+    return {"learning_rate": rate, "grad_norm": norm, "skipped": int(not taken)}
+
+
+def is_spike(norm: float, earlier: Sequence[float], sigma: float) -> bool:
+    """Return whether a norm is more than `sigma` standard deviations above the earlier ones' mean.
+
+    With fewer than `FEWEST_NORMS` earlier norms, or a `sigma` of 0, no norm is a spike.
+    """
+    if not sigma or len(earlier) < FEWEST_NORMS:
+        return False
+    return norm > fmean(earlier) + sigma * pstdev(earlier)

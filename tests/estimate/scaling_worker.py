@@ -22,8 +22,7 @@ from fastalign.runs.accumulate import measure_examples
 from fastalign.runs.config import OptimConfig, TrainConfig
 from fastalign.runs.load_models import checkpoint_activations, share
 from fastalign.runs.open import make_compute
-from fastalign.runs.optimizer import make_optimizer, optimiser_step
-from fastalign.runs.state import TrainState
+from fastalign.runs.state import TrainState, make_optimizer, optimiser_step
 from fastalign.trainers.sft import sft_gradient
 from tests.estimate.scaling_cases import CASES, HEAVY, PEAKS, Case, groups
 from tests.tiny import put_adapter, tiny_model

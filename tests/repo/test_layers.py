@@ -21,7 +21,7 @@ HEAVY = {
     "anyio": {"rollouts/engines/connection.py"},
     "vllm": {"rollouts/engines/library.py"},
     "peft": {"models/lora.py", "models/lora_files.py"},
-    "bitsandbytes": {"models/low_bit.py", "runs/optimizer.py"},
+    "bitsandbytes": {"models/low_bit.py", "runs/state.py"},
     "transformers": {"models", "ranks/parallel.py", "data/tokenizer.py", "rollouts", "cli"},
 }
 

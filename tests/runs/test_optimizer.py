@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastalign.runs.config import OptimConfig
-from fastalign.runs.optimizer import make_optimizer, optimiser_step
-from fastalign.runs.state import TrainState
+from fastalign.runs.state import TrainState, make_optimizer, optimiser_step
 from fastalign.trainers import train_dpo, train_sft
 from tests.small_runs import MakeConfig, dpo_config, read_metrics, saved_tensors, sft_config
 

@@ -16,7 +16,7 @@ from fastalign.models import compile_layers, save_model
 from fastalign.runs import load_models
 from fastalign.runs.config import OptimConfig, TrainConfig
 from fastalign.runs.open import make_compute
-from fastalign.runs.optimizer import learning_rate
+from fastalign.runs.state import learning_rate
 from fastalign.trainers import LOSSES, train_dpo, train_sft
 from tests.small_runs import dpo_config, read_metrics, saved_tensors, sft_config, write_rows
 from tests.tiny import tiny_model

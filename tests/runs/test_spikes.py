@@ -9,8 +9,7 @@ import torch
 from torch import nn
 
 from fastalign.runs.config import OptimConfig
-from fastalign.runs.optimizer import is_spike, make_optimizer, optimiser_step
-from fastalign.runs.state import TrainState
+from fastalign.runs.state import TrainState, is_spike, make_optimizer, optimiser_step
 from fastalign.trainers import sft as sft_module
 from fastalign.trainers import train_sft
 from tests.small_runs import read_metrics, sft_config

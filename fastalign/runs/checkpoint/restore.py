@@ -8,7 +8,6 @@ Nothing in it executes code when it is loaded.
 
 import json
 import random
-import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,14 +19,17 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from fastalign.ranks.world import ALONE, World
-from fastalign.runs.checkpoint.files import STATE
+from fastalign.runs.checkpoint.files import CHECKPOINTS, STATE, newest_good_checkpoint
 from fastalign.runs.checkpoint.tensors import (
+    FORMAT,
     MODEL,
     OPTIMIZER,
     RANDOM,
     REFERENCE,
+    ROLLOUTS,
     Stored,
     described,
+    ignore_missing_group,
     is_like_owner,
     load_optimizer,
     owned_targets,
@@ -35,7 +37,8 @@ from fastalign.runs.checkpoint.tensors import (
     random_name,
     trainable_parameters,
 )
-from fastalign.runs.config import Part
+from fastalign.runs.config import Part, RunConfig
+from fastalign.runs.metrics import METRICS
 from fastalign.runs.state import (
     TrainState,
     random_state,
@@ -43,14 +46,49 @@ from fastalign.runs.state import (
     seed_everything,
 )
 
-FORMAT = 2
-ROLLOUTS = "rollouts.json"
+# Training begins from these; a checkpoint holds their fingerprints only.
+SOURCES = {
+    "data_fingerprint": "training data",
+    "base_fingerprint": "frozen base in model.path",
+    "reference_fingerprint": "frozen reference",
+}
 
 
-def ignore_missing_group() -> None:
-    """Silence DCP's warning about a missing process group, which one process does not need."""
-    # Not for a while only: it warns in a thread, and filters are the whole process's.
-    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
+def resume(run: RunConfig, state: TrainState, sources: dict[str, Any], world: World = ALONE) -> int:
+    """Restore the newest good checkpoint; print which newer ones are damaged.
+
+    Args:
+        run: the run's folder and seed, and the parts that are not restored.
+        state: model, optimiser and counters, which are changed in place.
+        sources: fingerprints of the data and frozen models that training began from.
+        world: the ranks.
+
+    Returns:
+        Length of `metrics.jsonl` in bytes when the checkpoint was made.
+
+    Raises:
+        ValueError: if there is no good checkpoint, or it was made from other sources.
+    """
+    checkpoint, faults = newest_good_checkpoint(Path(run.dir) / CHECKPOINTS, world)
+    for fault in faults if world.is_first else ():
+        print(f"damaged checkpoint passed over: {fault}", flush=True)
+    saved = read_state(checkpoint)
+    for name, value in sources.items():
+        if saved.get(name) != value:
+            what = SOURCES[name]
+            raise ValueError(f"run.resume: the {what} is not what {checkpoint} was trained on")
+    restore(checkpoint, state, world, seed=run.seed, afresh=run.start_afresh)
+    if world.is_first:
+        print(f"resumed from {checkpoint}", flush=True)
+    num_bytes: int = saved["metrics_bytes"]
+    return whole_lines(Path(run.dir), num_bytes) if "metrics" in run.start_afresh else num_bytes
+
+
+def whole_lines(folder: Path, num_bytes: int) -> int:
+    """Return the bytes of the whole lines among the first `num_bytes` of `metrics.jsonl`."""
+    path = folder / METRICS
+    there = path.read_bytes()[:num_bytes] if path.exists() else b""
+    return there.rfind(b"\n") + 1
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:

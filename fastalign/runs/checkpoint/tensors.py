@@ -4,6 +4,7 @@
 `random.rankR.DEVICE`. A value may be a DTensor, of which each rank holds a part.
 """
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,18 @@ from torch.distributed.tensor import DTensor
 
 from fastalign.runs.state import TrainState, random_state
 
+FORMAT = 2
+ROLLOUTS = "rollouts.json"
 MODEL = "model."
 OPTIMIZER = "optimizer."
 REFERENCE = "reference."
 RANDOM = "random."
+
+
+def ignore_missing_group() -> None:
+    """Silence DCP's warning about a missing process group, which one process does not need."""
+    # Not for a while only: it warns in a thread, and filters are the whole process's.
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
 
 
 def trainable_parameters(model: Any) -> dict[str, Tensor]:

@@ -22,8 +22,10 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from fastalign.ranks.world import ALONE, World
 from fastalign.runs.checkpoint.files import ASIDE, STATE, clear_left_behind, entry_of, publish, sync
-from fastalign.runs.checkpoint.restore import FORMAT, ROLLOUTS, ignore_missing_group
 from fastalign.runs.checkpoint.tensors import (
+    FORMAT,
+    ROLLOUTS,
+    ignore_missing_group,
     local_part,
     optimizer_settings,
     tensors_of,

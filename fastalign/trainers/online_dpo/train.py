@@ -16,8 +16,7 @@ from fastalign.runs.accumulate import Total, add_sums, measure_examples
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import open_run
-from fastalign.runs.optimizer import learning_rate, optimiser_step
-from fastalign.runs.state import TrainState
+from fastalign.runs.state import TrainState, learning_rate, optimiser_step
 from fastalign.trainers.dpo.train import Pairs, dpo_gradient
 from fastalign.trainers.online_dpo.config import OnlineDPOConfig
 from fastalign.trainers.online_dpo.samples import (

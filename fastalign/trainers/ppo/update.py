@@ -19,8 +19,7 @@ from fastalign.ops import TokenChunk
 from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.runs.accumulate import BatchLoss, Examples, accumulate, policy_loss
 from fastalign.runs.metrics import Metrics
-from fastalign.runs.optimizer import optimiser_step
-from fastalign.runs.state import TrainState
+from fastalign.runs.state import TrainState, optimiser_step
 from fastalign.trainers.ppo.advantages import Advantages
 from fastalign.trainers.ppo.record import (
     TokenRecord,

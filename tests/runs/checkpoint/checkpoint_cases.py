@@ -19,8 +19,7 @@ from fastalign.runs.checkpoint.restore import restore
 from fastalign.runs.checkpoint.tensors import tensors_of, trainable_parameters
 from fastalign.runs.checkpoint.writer import CheckpointWriter
 from fastalign.runs.config import OptimConfig
-from fastalign.runs.optimizer import make_optimizer
-from fastalign.runs.state import TrainState
+from fastalign.runs.state import TrainState, make_optimizer
 
 # Sizes that no number of ranks divides, and a bias of one element.
 SIZES = (5, 7, 1)

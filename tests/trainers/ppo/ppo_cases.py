@@ -12,8 +12,7 @@ from fastalign.models import load_policy
 from fastalign.rollouts import Completion, SamplingParams
 from fastalign.runs.config import TrainConfig
 from fastalign.runs.open import make_compute
-from fastalign.runs.optimizer import make_optimizer
-from fastalign.runs.state import TrainState
+from fastalign.runs.state import TrainState, make_optimizer
 from fastalign.trainers import Gae, PPOConfig
 from fastalign.trainers.ppo import train as ppo
 from fastalign.trainers.ppo.setup import PPOSetup, prepare_ppo

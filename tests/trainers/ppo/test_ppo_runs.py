@@ -24,7 +24,7 @@ from fastalign.models import (
     set_pad_token,
 )
 from fastalign.runs.config import LoraConfig
-from fastalign.runs.optimizer import clip_gradient
+from fastalign.runs.state import clip_gradient
 from fastalign.trainers import (
     ADVANTAGES,
     KL_PENALTIES,
