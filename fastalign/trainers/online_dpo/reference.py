@@ -37,12 +37,12 @@ class OnlineReference:
     ):
         self._policy, self._compute = policy, compute
         self._every = config.reference.refresh_every
-        self._other: Any = None
+        self.other: Any = None
         self._weights: dict[str, Tensor] | None = None
         if config.reference.path is not None:
-            self._other, its_own = load_model(config.reference.path, config.model, compute)
+            self.other, its_own = load_model(config.reference.path, config.model, compute)
             check_same_vocabulary(tokenizer, its_own)
-            share(self._other.requires_grad_(False), compute)
+            share(self.other.requires_grad_(False), compute)
         elif not self._every and not has_adapter(policy):
             self._weights = copy_weights(policy)
 
@@ -54,14 +54,7 @@ class OnlineReference:
         reference is in the checkpoint.
         """
         fixed = self._weights is not None and not self._every
-        return self._policy if fixed else self._other
-
-    def with_fewest_positions(self) -> Any:
-        """Return the model with the fewest positions, which limits a prompt with its answer."""
-        models = [self._policy] if self._other is None else [self._policy, self._other]
-        return min(
-            models, key=lambda m: getattr(m.config, "max_position_embeddings", None) or 2**31
-        )
+        return self._policy if fixed else self.other
 
     def before_step(self, state: TrainState) -> None:
         """Renew the reference when it is due; `state` then holds its weights for checkpoints."""
@@ -72,8 +65,8 @@ class OnlineReference:
 
     def logprobs(self, groups: Sequence[Group]) -> Tensor:
         """Return the log-prob of every response, (R,) float32 on the CPU."""
-        if self._other is not None:
-            return response_logprobs(self._other, groups, self._compute)
+        if self.other is not None:
+            return response_logprobs(self.other, groups, self._compute)
         weights = self._weights
         policy = self._policy
         with adapter_off(policy) if weights is None else swapped_weights(policy, weights):

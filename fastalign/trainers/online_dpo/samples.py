@@ -2,61 +2,41 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import Tensor
 
 from fastalign.batch.packed import Group
 from fastalign.compute import Compute
-from fastalign.data import PromptDataset, Tokenizer
-from fastalign.rollouts import SamplingParams
 from fastalign.runs.load_models import load_for_training
 from fastalign.runs.metrics import Metrics
 from fastalign.trainers.online_dpo.config import OnlineDPOConfig
 from fastalign.trainers.online_dpo.reference import OnlineReference, response_logprobs
 from fastalign.trainers.sampling.collapse import repeated_ratio
-from fastalign.trainers.sampling.policy_sampler import AnySampler, open_policy_sampler
+from fastalign.trainers.sampling.policy_sampler import open_policy_sampler
 from fastalign.trainers.sampling.rollout import (
-    RewardSources,
     Rollouts,
+    SamplingSetup,
     ScoreScale,
     final_scores,
     load_prompt_sets,
     load_sources,
-    roll_out,
-    rollout_seed,
-    scale_of_policy,
 )
 
 
-@dataclass(frozen=True)
-class OnlineDPOSetup:
+@dataclass(frozen=True, kw_only=True)
+class OnlineDPOSetup(SamplingSetup):
     """The inputs of every step of a run.
 
     Attributes:
-        config: the run's settings.
-        compute: device, dtype, packing and ranks of the forwards.
         model: the policy.
-        tokenizer: tokenizer of the policy.
         reference: the model that the policy is held near; None for a loss without one.
-        sampler: draws completions from the policy.
-        sources: sources of the rewards.
-        scale: scale of the scores, measured on the starting policy, or None.
-        prompts: training prompts.
-        held_out: prompts of the evaluation, or None.
     """
 
     config: OnlineDPOConfig
-    compute: Compute
     model: Any
-    tokenizer: Tokenizer
     reference: OnlineReference | None
-    sampler: AnySampler
-    sources: RewardSources
-    scale: ScoreScale | None
-    prompts: PromptDataset
-    held_out: PromptDataset | None
 
 
 @dataclass(frozen=True)
@@ -80,19 +60,17 @@ class Scored:
 def prepare_online_dpo(config: OnlineDPOConfig, compute: Compute) -> OnlineDPOSetup:
     """Load the models, the reward sources and the prompts; open the sampler.
 
-    The caller has the run close the sampler, and then measures the scale (`with_scale`).
-
     Raises:
         ValueError: if a setting, a file or a model is at fault.
         FileNotFoundError: if a file is not there.
     """
     sources = load_sources(config.reward, compute)
     model, tokenizer = load_for_training(config, compute)
-    reference, fewest = None, model
+    reference, limiting = None, [model]
     if config.loss.formula().needs_reference:
         reference = OnlineReference(config, model, tokenizer, compute)
-        fewest = reference.with_fewest_positions()
-    prompts, held_out = load_prompt_sets(config.data, config.sampling, fewest, tokenizer)
+        limiting += [] if reference.other is None else [reference.other]
+    prompts, held_out = load_prompt_sets(config.data, config.sampling, limiting, tokenizer)
     return OnlineDPOSetup(
         config=config,
         compute=compute,
@@ -101,41 +79,15 @@ def prepare_online_dpo(config: OnlineDPOConfig, compute: Compute) -> OnlineDPOSe
         reference=reference,
         sampler=open_policy_sampler(config, model, tokenizer, compute),
         sources=sources,
-        scale=None,
         prompts=prompts,
         held_out=held_out,
     )
 
 
-def with_scale(online: OnlineDPOSetup) -> OnlineDPOSetup:
-    """Measure the scale of scores on the starting policy, if `reward.normalise` asks for it."""
-    config = online.config
-    if not config.reward.normalise:
-        return online
-    scale = scale_of_policy(
-        online.sampler,
-        online.prompts,
-        config.sampling,
-        online.tokenizer,
-        online.sources,
-        run_seed=config.run.seed,
-    )
-    return replace(online, scale=scale)
-
-
-def score_samples(
-    online: OnlineDPOSetup,
-    prompts: PromptDataset,
-    indices: Sequence[int],
-    params: SamplingParams,
-    seed: int,
-) -> Scored:
-    """Sample the policy as it is, and score its completions."""
-    rollouts = roll_out(
-        online.sampler, prompts, indices, params, online.tokenizer, online.sources, seed=seed
-    )
+def score_samples(online: OnlineDPOSetup, rollouts: Rollouts, scale: ScoreScale | None) -> Scored:
+    """Score samples of the policy as it is, and measure its entropy and its KL by them."""
     start = time.perf_counter()
-    scores = final_scores(online.config.reward, rollouts.rewards, rollouts.ended, online.scale)
+    scores = final_scores(online.config.reward, rollouts.rewards, rollouts.ended, scale)
     logprob = response_logprobs(online.model, rollouts.groups, online.compute)
     mean_score = scores.mean().item()
     responses = [ids for group in rollouts.groups for ids in group.response_ids]
@@ -160,13 +112,9 @@ def score_samples(
     return Scored(rollouts, scores, reference_logprob, metrics)
 
 
-def evaluate_samples(online: OnlineDPOSetup) -> Metrics:
-    """Return metrics named `eval_...` of one sample of each held-out prompt, drawn by one seed."""
-    single = replace(online.config.sampling, num_samples=1)
-    prompts = online.held_out
-    assert prompts is not None
-    seed = rollout_seed(online.config.run.seed, "eval", 0)
-    scored = score_samples(online, prompts, range(len(prompts.prompts)), single, seed)
+def evaluate_samples(online: OnlineDPOSetup, scale: ScoreScale | None) -> Metrics:
+    """Return metrics named `eval_...` of one sample of each held-out prompt."""
+    scored = score_samples(online, online.roll_out_held_out(), scale)
     metrics = scored.metrics | online.sampler.metrics()
     return {f"eval_{name}": value for name, value in metrics.items()}
 

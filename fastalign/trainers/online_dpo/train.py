@@ -25,10 +25,9 @@ from fastalign.trainers.online_dpo.samples import (
     evaluate_samples,
     prepare_online_dpo,
     score_samples,
-    with_scale,
 )
 from fastalign.trainers.sampling.collapse import reason_to_stop, watch
-from fastalign.trainers.sampling.rollout import rollout_seed
+from fastalign.trainers.sampling.rollout import ScoreScale
 
 
 def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
@@ -41,7 +40,7 @@ def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
     with open_run(config, "online-dpo") as run:
         online = prepare_online_dpo(config, run.compute)
         run.enter_context(closing(online.sampler))
-        online = with_scale(online)
+        scale = online.measure_scale() if config.reward.normalise else None
         reference = online.reference
 
         run.begin(
@@ -50,24 +49,27 @@ def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
             reference_fingerprint=fingerprint_or_none(reference and reference.began_as),
         )
         for step in run.steps():
-            metrics = online_dpo_step(online, run.state, step.indices, run.num_steps)
+            metrics = online_dpo_step(online, scale, run.state, step.indices, run.num_steps)
             step.finish(metrics)
             run.stop(reason_to_stop(watched(metrics), config.watch))
             if step.evaluates and online.held_out is not None:
-                step.log(evaluate_samples(online))
+                step.log(evaluate_samples(online, scale))
         return run.end(online.model, online.tokenizer)
 
 
 def online_dpo_step(
-    online: OnlineDPOSetup, state: TrainState, indices: list[int], num_steps: int
+    online: OnlineDPOSetup,
+    scale: ScoreScale | None,
+    state: TrainState,
+    indices: list[int],
+    num_steps: int,
 ) -> Metrics:
     """Sample these prompts, pair the answers, take the updates on the pairs; return the metrics."""
     config = online.config
     if online.reference is not None:
         online.reference.before_step(state)
     online.sampler.version = state.step
-    seed = rollout_seed(config.run.seed, "rollouts", state.step)
-    scored = score_samples(online, online.prompts, indices, config.sampling, seed)
+    scored = score_samples(online, online.roll_out(indices, state.step), scale)
     fresh = choose_pairs(scored.rollouts.groups, scored.scores, config.pairs.ties)
     counts: Metrics = {
         "num_pairs": len(fresh.groups),

@@ -1,6 +1,5 @@
 """The inputs of every PPO step: models, sampler, prompts, reward sources, scale of scores."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from torch import nn
 
 from fastalign.compute import Compute
 from fastalign.data import (
-    PromptDataset,
     Tokenizer,
     check_same_vocabulary,
     check_token_meanings,
@@ -39,13 +37,12 @@ from fastalign.runs.load_models import (
 )
 from fastalign.runs.state import TrainState
 from fastalign.trainers.ppo.config import PPOConfig
-from fastalign.trainers.sampling.policy_sampler import AnySampler, open_policy_sampler
+from fastalign.trainers.sampling.policy_sampler import open_policy_sampler
 from fastalign.trainers.sampling.rollout import (
-    RewardSources,
+    SamplingSetup,
     ScoreScale,
     load_prompt_sets,
     load_sources,
-    scale_of_policy,
 )
 
 # Among the numbers that a checkpoint holds.
@@ -96,15 +93,6 @@ class PPOModels:
     def frozen(self) -> Any:
         """A model that is no part of what is trained, or None."""
         return None if self.reference is self.policy else self.reference
-
-    def with_fewest_positions(self) -> Any:
-        """Return the model with the fewest positions, which limits a prompt with its answer."""
-        models: Sequence[Any] = [
-            m for m in (self.policy, self.reference, self.value) if m is not None
-        ]
-        return min(
-            models, key=lambda m: getattr(m.config, "max_position_embeddings", None) or 2**31
-        )
 
     def save_value(self, folder: Path) -> None:
         """Write the value model in a reward model's layout."""
@@ -197,30 +185,17 @@ def load_value(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> tup
     return share(ready_for_training(value, config), compute), own
 
 
-@dataclass(frozen=True)
-class PPOSetup:
-    """The inputs of every step of a PPO run.
+@dataclass(frozen=True, kw_only=True)
+class PPOSetup(SamplingSetup):
+    """The inputs of every PPO step.
 
     Attributes:
-        config: the run's settings.
-        compute: device, dtype, packing and ranks of the forwards.
         models: policy, reference, value model.
-        tokenizer: tokenizer of the policy.
-        sampler: draws completions from the policy.
-        sources: sources of the rewards.
-        prompts: training prompts.
-        held_out: prompts of the evaluation, or None.
         ptx: demonstrations that each update also learns, or None.
     """
 
     config: PPOConfig
-    compute: Compute
     models: PPOModels
-    tokenizer: Tokenizer
-    sampler: AnySampler
-    sources: RewardSources
-    prompts: PromptDataset
-    held_out: PromptDataset | None
     ptx: Examples | None
 
 
@@ -233,8 +208,8 @@ def prepare_ppo(config: PPOConfig, compute: Compute) -> PPOSetup:
     """
     sources = load_sources(config.reward, compute)
     models, tokenizer = load_ppo_models(config, compute)
-    fewest = models.with_fewest_positions()
-    prompts, held_out = load_prompt_sets(config.data, config.sampling, fewest, tokenizer)
+    limiting = [m for m in (models.policy, models.reference, models.value) if m is not None]
+    prompts, held_out = load_prompt_sets(config.data, config.sampling, limiting, tokenizer)
     ptx = load_ptx(config, tokenizer, compute)
     return PPOSetup(
         config=config,
@@ -271,14 +246,7 @@ def scale_of_scores(ppo: PPOSetup, state: TrainState) -> ScoreScale | None:
     if not ppo.config.reward.normalise:
         return None
     if SCORE_MEAN not in state.kept:
-        found = scale_of_policy(
-            ppo.sampler,
-            ppo.prompts,
-            ppo.config.sampling,
-            ppo.tokenizer,
-            ppo.sources,
-            run_seed=ppo.config.run.seed,
-        )
+        found = ppo.measure_scale()
         state.kept |= {SCORE_MEAN: found.mean, SCORE_STD: found.std}
         print(f"scores: mean {found.mean:.4g}, standard deviation {found.std:.4g}", flush=True)
     return ScoreScale(state.kept[SCORE_MEAN], state.kept[SCORE_STD])

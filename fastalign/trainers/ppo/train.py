@@ -31,7 +31,7 @@ from fastalign.trainers.ppo.setup import PPOSetup, prepare_ppo, scale_of_scores
 from fastalign.trainers.ppo.update import Experience, mean_of_updates, mini_batches, one_update
 from fastalign.trainers.sampling.collapse import reason_to_stop, repeated_ratio, watch
 from fastalign.trainers.sampling.policy_sampler import overlapped
-from fastalign.trainers.sampling.rollout import Rollouts, final_scores, roll_out, rollout_seed
+from fastalign.trainers.sampling.rollout import Rollouts, final_scores, rollout_seed
 
 KL_COEFFICIENT = "kl_coefficient"  # among the numbers that a checkpoint holds
 
@@ -125,10 +125,7 @@ def sample_and_score(
         ahead.restore(state.rollouts)
         state.rollouts = {}
     scale = scale_of_scores(ppo, state)
-    seed = rollout_seed(config.run.seed, "rollouts", state.step)
-    rollouts = roll_out(
-        sampler, ppo.prompts, indices, config.sampling, ppo.tokenizer, ppo.sources, seed=seed
-    )
+    rollouts = ppo.roll_out(indices, state.step)
     if ahead is not None and state.step + 1 < num_steps:
         start = time.perf_counter()
         prompts, following = ppo.prompts.prompt_ids, state.step + 1
@@ -201,21 +198,9 @@ def all_updates(
 
 
 def evaluate_prompts(ppo: PPOSetup) -> Metrics:
-    """Return reward, KL, entropy and lengths of one sample of each held-out prompt, as `eval_...`.
-
-    The seed is the same at every step, so that evaluations differ by the policy alone.
-    """
-    assert ppo.held_out is not None
+    """Return reward, KL, entropy and lengths of held-out prompts' samples, as `eval_...`."""
     config = ppo.config
-    rollouts = roll_out(
-        ppo.sampler,
-        ppo.held_out,
-        range(len(ppo.held_out)),
-        replace(config.sampling, num_samples=1),
-        ppo.tokenizer,
-        ppo.sources,
-        seed=rollout_seed(config.run.seed, "eval", 0),
-    )
+    rollouts = ppo.roll_out_held_out()
     record, _ = record_tokens(
         replace(ppo.models, value=None),
         rollouts,

@@ -25,21 +25,12 @@ from fastalign.rollouts import (
     access_to,
     open_engine,
 )
-from fastalign.runs.config import ModelConfig
+from fastalign.runs.config import AnyConfig
 from fastalign.runs.metrics import Metrics
-from fastalign.trainers.sampling.config import PromptDataConfig
 
 
-class SamplingConfig(Protocol):
+class SamplingConfig(AnyConfig, Protocol):
     """The settings of an algorithm that samples."""
-
-    @property
-    def model(self) -> ModelConfig:
-        """The policy."""
-
-    @property
-    def data(self) -> PromptDataConfig:
-        """The prompts."""
 
     @property
     def sampling(self) -> SamplingParams:

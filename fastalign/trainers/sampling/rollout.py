@@ -4,7 +4,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -23,6 +23,7 @@ from fastalign.ranks.world import ALONE, World
 from fastalign.rollouts import Completion, Sampler, SamplingParams
 from fastalign.runs.metrics import Metrics
 from fastalign.trainers.sampling.config import PromptDataConfig, RewardSourceConfig
+from fastalign.trainers.sampling.policy_sampler import AnySampler
 
 # Prompts that the scale of scores is measured on, as openai/lm-human-preferences has them.
 NUM_SCALE_SAMPLES = 256
@@ -107,7 +108,7 @@ class ScoreScale:
         return (rewards - self.mean) / self.std
 
 
-def measure_scale(rewards: Sequence[float]) -> ScoreScale:
+def scale_of(rewards: Sequence[float]) -> ScoreScale:
     """Measure the scale of the starting policy's rewards.
 
     Raises:
@@ -161,15 +162,18 @@ class Rollouts:
 
 
 def load_prompt_sets(
-    data: PromptDataConfig, params: SamplingParams, model: Any, tokenizer: Tokenizer
+    data: PromptDataConfig, params: SamplingParams, models: Sequence[Any], tokenizer: Tokenizer
 ) -> tuple[PromptDataset, PromptDataset | None]:
-    """Load the training prompts, and held-out ones if there are any; all leave room for an answer.
+    """Load the training prompts, and held-out ones if there are any.
+
+    All leave room for an answer in the model with the fewest positions.
 
     Raises:
         ValueError: if a source is at fault, naming file and row.
         FileNotFoundError: if a file does not exist.
     """
-    limit = getattr(model.config, "max_position_embeddings", None) or 2**31
+    limits = [getattr(model.config, "max_position_embeddings", None) for model in models]
+    limit = min(limit or 2**31 for limit in limits)
     room = limit - params.max_new_tokens
     if room < 1:
         raise ValueError(
@@ -267,24 +271,62 @@ def length_metrics(completions: Sequence[Completion]) -> Metrics:
     }
 
 
-def scale_of_policy(
-    sampler: Sampler,
-    prompts: PromptDataset,
-    params: SamplingParams,
-    tokenizer: Tokenizer,
-    sources: RewardSources,
-    *,
-    run_seed: int,
-) -> ScoreScale:
-    """Measure the scale of scores on one sample of each of 256 prompts.
+@dataclass(frozen=True, kw_only=True)
+class SamplingSetup:
+    """The inputs of every step of an algorithm that samples; a subclass adds its models.
 
-    Raises:
-        ValueError: if all rewards are the same.
+    Attributes:
+        config: the run's settings.
+        compute: device, dtype, packing and ranks of the forwards.
+        tokenizer: tokenizer of the policy.
+        sampler: draws completions from the policy.
+        sources: sources of the rewards.
+        prompts: training prompts.
+        held_out: prompts of the evaluation, or None.
     """
-    single = SamplingParams(
-        params.max_new_tokens, params.temperature, params.top_p, params.top_k, num_samples=1
-    )
-    indices = indices_of_step(len(prompts.prompts), NUM_SCALE_SAMPLES, 0, seed=run_seed)
-    seed = rollout_seed(run_seed, "scale", 0)
-    found = roll_out(sampler, prompts, indices, single, tokenizer, sources, seed=seed)
-    return measure_scale(found.rewards.tolist())
+
+    config: Any
+    compute: Compute
+    tokenizer: Tokenizer
+    sampler: AnySampler
+    sources: RewardSources
+    prompts: PromptDataset
+    held_out: PromptDataset | None
+
+    def roll_out(self, indices: Sequence[int], step: int) -> Rollouts:
+        """Sample and score answers to these training prompts."""
+        return self._draw(self.prompts, indices, self.config.sampling, "rollouts", step)
+
+    def roll_out_held_out(self) -> Rollouts:
+        """Sample and score one answer to each held-out prompt.
+
+        The seed is the same at every step, so that evaluations differ by the policy alone.
+        """
+        prompts = self.held_out
+        assert prompts is not None
+        single = replace(self.config.sampling, num_samples=1)
+        return self._draw(prompts, range(len(prompts)), single, "eval", 0)
+
+    def measure_scale(self) -> ScoreScale:
+        """Measure the scale of scores on one sample of each of 256 prompts.
+
+        Raises:
+            ValueError: if all rewards are the same.
+        """
+        seed = self.config.run.seed
+        indices = indices_of_step(len(self.prompts), NUM_SCALE_SAMPLES, 0, seed=seed)
+        single = replace(self.config.sampling, num_samples=1)
+        return scale_of(self._draw(self.prompts, indices, single, "scale", 0).rewards.tolist())
+
+    def _draw(
+        self,
+        prompts: PromptDataset,
+        indices: Sequence[int],
+        params: SamplingParams,
+        purpose: str,
+        step: int,
+    ) -> Rollouts:
+        seed = rollout_seed(self.config.run.seed, purpose, step)
+        return roll_out(
+            self.sampler, prompts, indices, params, self.tokenizer, self.sources, seed=seed
+        )

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,14 +17,14 @@ from fastalign.trainers.sampling.config import PromptDataConfig, RewardSourceCon
 from fastalign.trainers.sampling.policy_sampler import PolicySampler
 from fastalign.trainers.sampling.rollout import (
     Rollouts,
+    SamplingSetup,
     ScoreScale,
     final_scores,
     load_prompt_sets,
     load_sources,
-    measure_scale,
     roll_out,
     rollout_seed,
-    scale_of_policy,
+    scale_of,
     source_names,
 )
 from tests.small_runs import WORDS, prompts_file, words_reward, write_rows
@@ -50,7 +51,7 @@ def rolled(folder: Path, *, adapted: bool = False, **options: Any) -> Rollouts:
         model.train()
     tokenizer = load_tokenizer(folder / "llama")
     data = PromptDataConfig(train=prompts_file(folder))
-    prompts, _ = load_prompt_sets(data, PARAMS, model, tokenizer)
+    prompts, _ = load_prompt_sets(data, PARAMS, [model], tokenizer)
     sampler = PolicySampler(model, tokenizer, str(folder / "llama"), compute)
     config = RewardSourceConfig(sources=(words_reward(folder),), **options)
     indices, training = [3, 0, 3], model.training
@@ -157,16 +158,16 @@ def test_a_score_is_scaled_and_a_missing_end_costs() -> None:
     rewards, ended = torch.tensor([3.0, 7.0], dtype=torch.float64), torch.tensor([True, False])
     assert final_scores(config, rewards, ended, None).tolist() == [3.0, 5.5]
     assert final_scores(config, rewards, ended, ScoreScale(5.0, 2.0)).tolist() == [-1.0, -0.5]
-    assert measure_scale([1.0, 3.0, 5.0, 3.0]) == ScoreScale(3.0, 2**0.5)
+    assert scale_of([1.0, 3.0, 5.0, 3.0]) == ScoreScale(3.0, 2**0.5)
     with pytest.raises(ValueError, match=r"reward\.normalise: the 2 completions .* reward 4;"):
-        measure_scale([4.0, 4.0])
+        scale_of([4.0, 4.0])
 
 
 def test_the_scale_is_of_256_samples_of_the_policy(folder: Path) -> None:
     compute = ON_CPU
     model, tokenizer = load_policy(folder / "llama"), load_tokenizer(folder / "llama")
     prompts, _ = load_prompt_sets(
-        PromptDataConfig(train=prompts_file(folder)), PARAMS, model, tokenizer
+        PromptDataConfig(train=prompts_file(folder)), PARAMS, [model], tokenizer
     )
     seen: list[int] = []
 
@@ -180,7 +181,17 @@ def test_the_scale_is_of_256_samples_of_the_policy(folder: Path) -> None:
     )
     sources = type(sources)(sources.names, (count,), sources.weights)
     sampler = PolicySampler(model, tokenizer, str(folder / "llama"), compute)
-    scale = scale_of_policy(sampler, prompts, PARAMS, tokenizer, sources, run_seed=1)
+    config = SimpleNamespace(sampling=PARAMS, run=SimpleNamespace(seed=1))
+    setup = SamplingSetup(
+        config=config,
+        compute=compute,
+        tokenizer=tokenizer,
+        sampler=sampler,
+        sources=sources,
+        prompts=prompts,
+        held_out=None,
+    )
+    scale = setup.measure_scale()
     assert seen == [256]
     assert 1 < scale.std < scale.mean < 60
 
@@ -190,19 +201,19 @@ def test_prompts_leave_room_for_the_answer(folder: Path) -> None:
     source = write_rows(folder / "long.jsonl", [{"prompt": "yes " * 10}, {"prompt": "yes"}])
     data = PromptDataConfig(train=str(source))
     # 64 positions
-    load_prompt_sets(data, SamplingParams(max_new_tokens=20), model, tokenizer)
+    load_prompt_sets(data, SamplingParams(max_new_tokens=20), [model], tokenizer)
     with pytest.raises(ValueError, match=r"long\.jsonl:1: expected at most 9 tokens"):
-        load_prompt_sets(data, SamplingParams(max_new_tokens=55), model, tokenizer)
+        load_prompt_sets(data, SamplingParams(max_new_tokens=55), [model], tokenizer)
     skipping = PromptDataConfig(train=str(source), eval=str(source), on_too_long="skip")
     train, held_out = load_prompt_sets(
-        skipping, SamplingParams(max_new_tokens=55), model, tokenizer
+        skipping, SamplingParams(max_new_tokens=55), [model], tokenizer
     )
     assert held_out is not None
     assert train.prompts == held_out.prompts == ["yes"]
     assert train.fingerprint == held_out.fingerprint
-    assert train.fingerprint != load_prompt_sets(data, PARAMS, model, tokenizer)[0].fingerprint
+    assert train.fingerprint != load_prompt_sets(data, PARAMS, [model], tokenizer)[0].fingerprint
     with pytest.raises(ValueError, match=r"sampling\.max_new_tokens: expected less than .* 64"):
-        load_prompt_sets(data, SamplingParams(max_new_tokens=64), model, tokenizer)
+        load_prompt_sets(data, SamplingParams(max_new_tokens=64), [model], tokenizer)
 
 
 def test_conversations_are_rolled_out(folder: Path) -> None:
@@ -210,7 +221,7 @@ def test_conversations_are_rolled_out(folder: Path) -> None:
     model = load_policy(folder / "llama")
     rows = [{"prompt": [{"role": "user", "content": f"Which {word}?"}]} for word in WORDS]
     data = PromptDataConfig(train=str(write_rows(folder / "chats.jsonl", rows)))
-    prompts, _ = load_prompt_sets(data, PARAMS, model, tokenizer)
+    prompts, _ = load_prompt_sets(data, PARAMS, [model], tokenizer)
     seen: list[Any] = []
 
     def note(prompts: list[Any], completions: list[str]) -> list[float]:
