@@ -6,7 +6,7 @@ follows the allocations. No weights are read, and any architecture is counted co
 
 from collections import OrderedDict
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -30,24 +30,24 @@ SMALLEST_8BIT_TENSOR = 4096
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes allocated at the peak of a phase.
+    """Bytes on a device at the peak of a phase, or (without the last four) between computations.
 
     Attributes:
         weights: parameters and buffers, frozen ones included.
-        gradients: gradients of the trained parameters.
+        gradients: gradients of the trained parameters, whole ones with `parallel.no_sync`.
         states: optimiser states.
-        activations: tensors saved for the backward pass, the head's buffers and temporaries.
         buckets: DDP's copy of the gradients.
+        activations: tensors saved for the backward pass, the head's buffers and temporaries.
         gathered: upper bound of FSDP2's gathered weights beside the shards.
         reducing: upper bound of FSDP2's whole gradients before they are reduced.
         saving: copy that an asynchronous checkpoint is written from.
     """
 
     weights: int
-    gradients: int
-    states: int
-    activations: int
+    gradients: int = 0
+    states: int = 0
     buckets: int = 0
+    activations: int = 0
     gathered: int = 0
     reducing: int = 0
     saving: int = 0
@@ -112,15 +112,16 @@ def peak_of_step(
         states: format of AdamW's moments, `float32` or `8bit`.
         several: whether a step has several batches, so that gradients already exist.
     """
-    return _peak(model, batch, compute, states_bytes(model, states), 2 if several else 1)
+    peak = _peak(model, batch, compute, 2 if several else 1)
+    return replace(peak, states=states_bytes(model, states))
 
 
 def peak_of_forward(model: Any, batch: PackedBatch, compute: Compute) -> Peak:
     """Return the peak of a forward pass without gradients: a reference's or an evaluation's."""
-    return _peak(model, batch, compute, 0, 0)
+    return _peak(model, batch, compute, 0)
 
 
-def _peak(model: Any, batch: PackedBatch, compute: Compute, states: int, backwards: int) -> Peak:
+def _peak(model: Any, batch: PackedBatch, compute: Compute, backwards: int) -> Peak:
     plan = AttentionPlan(batch)
     name = attention_name(model)
     if name in ATTENTIONS:
@@ -153,6 +154,5 @@ def _peak(model: Any, batch: PackedBatch, compute: Compute, states: int, backwar
     return Peak(
         weights=found["PARAM"] + found["BUFFER"],
         gradients=found["GRAD"],
-        states=states,
         activations=found["ACT"] + found["TEMP"] + found["OTH"],
     )

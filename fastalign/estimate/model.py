@@ -20,33 +20,29 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 def trained_model(config: AnyConfig, compute: Compute) -> Any:
     """Return the trained model with its adapter, NF4 weights in the dtype of their products.
 
-    All weights of a sharded model have the compute dtype, in which they are gathered.
-
     Raises:
         ValueError: if the run would refuse the model's settings.
     """
-    dtype = gathered_dtype(compute, base_dtype(config.model, compute))
-    model = build(config, compute, config.model.path, dtype=dtype, trained=True)
+    dtype = base_dtype(config.model, compute)
+    model = fake_model(config, compute, config.model.path, dtype, trained=True)
     if config.train.gradient_checkpointing:
         checkpoint_activations(model)
     return model
 
 
 def reference_model(config: AnyConfig, compute: Compute, path: str) -> Any:
-    """Return a frozen model in float32, or in the compute dtype if it is sharded."""
-    dtype = gathered_dtype(compute, torch.float32)
-    return build(config, compute, path, dtype=dtype, trained=False)
+    """Return a frozen model, which is stored in float32."""
+    return fake_model(config, compute, path, torch.float32, trained=False)
 
 
-def gathered_dtype(compute: Compute, kept: torch.dtype) -> torch.dtype:
-    """Return the dtype that a model computes with if a rank stores its weights in `kept`."""
-    return compute.dtype if compute.parallel.strategy == "fsdp" else kept
-
-
-def build(
-    config: AnyConfig, compute: Compute, path: str, *, dtype: torch.dtype, trained: bool
+def fake_model(
+    config: AnyConfig, compute: Compute, path: str, stored: torch.dtype, *, trained: bool
 ) -> Any:
-    """Return a model of the run on fake tensors, with the new adapter if it is trained."""
+    """Return a model of the run on fake tensors, with the new adapter if it is trained.
+
+    Its dtype is the stored one, or that of the products if it is sharded.
+    """
+    dtype = compute.dtype if compute.parallel.strategy == "fsdp" else stored
     with torch.device("meta"):  # peft moves its matrices, which fake tensors do not support
         model = model_without_weights(
             path,

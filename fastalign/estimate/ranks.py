@@ -15,9 +15,7 @@ from fastalign.estimate.memory import BYTES_OF_STATES, Peak
 from fastalign.estimate.model import reference_model, trained_model
 from fastalign.ranks.config import ParallelConfig
 from fastalign.ranks.parallel import decoder_layers
-from fastalign.ranks.world import World
 from fastalign.runs.config import AnyConfig
-from fastalign.runs.load_models import check_sharing
 
 TRAINING, REFERENCE, EVALUATION = "training step", "reference log-probs", "evaluation"
 BYTES_OF_FLOAT32 = 4  # master weights, their gradients, and the dtype that gradients are summed in
@@ -141,40 +139,15 @@ class Sharing:
         return self.settings.strategy == "fsdp"
 
 
-@dataclass(frozen=True)
-class Kept:
-    """Bytes that a rank holds between computations, in host memory with `parallel.offload`.
+def kept(model: ModelWeights, sharing: Sharing, *, batches: int = 1) -> Peak:
+    """Return what a rank holds of a model between computations, after `batches` of a step.
 
-    Attributes:
-        weights: trained or frozen weights.
-        gradients: gradients of the trained weights, whole ones with `parallel.no_sync`.
-        states: AdamW's moments in float32.
-        buckets: DDP's copy of the gradients.
-    """
-
-    weights: int
-    gradients: int = 0
-    states: int = 0
-    buckets: int = 0
-
-    @property
-    def total(self) -> int:
-        """Sum of all of them."""
-        return self.weights + self.gradients + self.states + self.buckets
-
-
-def kept(model: ModelWeights, sharing: Sharing, *, batches: int = 1) -> Kept:
-    """Return what a rank holds of a model; of a frozen one, its weights alone.
-
-    Args:
-        model: parameters of the whole model.
-        sharing: how the ranks share it.
-        batches: number of a rank's batches in a step.
+    It is in host memory with `parallel.offload`.
     """
     trained = model.trained.all
     if not sharing.sharded:
         size = numbers(trained)
-        return Kept(
+        return Peak(
             weights=sum(weight.size * weight.element for weight in model.all),
             gradients=BYTES_OF_FLOAT32 * size,
             states=BYTES_OF_STATES * size,
@@ -182,7 +155,7 @@ def kept(model: ModelWeights, sharing: Sharing, *, batches: int = 1) -> Kept:
         )
     ranks = sharing.ranks
     whole = sharing.settings.no_sync and batches > 1
-    return Kept(
+    return Peak(
         weights=sum(weight.part(ranks) * weight.element for weight in model.all),
         gradients=BYTES_OF_FLOAT32 * (numbers(trained) if whole else parts(trained, ranks)),
         states=BYTES_OF_STATES * parts(trained, ranks),
@@ -195,10 +168,7 @@ def gathered(model: ModelWeights, sharing: Sharing, *, whole: bool = False) -> i
     These are the weights outside the layers, the current layer (all layers without
     `reshard_after_forward`), the buffer that receives the next, and the shard that is sent.
 
-    Args:
-        model: parameters of the whole model.
-        sharing: how the ranks share it.
-        whole: gather the whole model, as sampling by transformers does.
+    With `whole` the whole model is gathered, as sampling by transformers does.
     """
     if not sharing.sharded:
         return 0
@@ -241,16 +211,6 @@ class SharedRun:
     batches: int
 
 
-def compute_of_rank(config: AnyConfig, compute: Compute, ranks: int) -> Compute:
-    """Return the `Compute` of the rank that gets the largest batches.
-
-    Raises:
-        ValueError: if the ranks would refuse the settings.
-    """
-    check_sharing(config)
-    return replace(compute, world=World(size=ranks), parallel=config.parallel)
-
-
 def shared_run(
     config: AnyConfig, compute: Compute, phases: Mapping[str, Peak], num_batches: int
 ) -> SharedRun:
@@ -258,7 +218,7 @@ def shared_run(
 
     Args:
         config: configuration of the run.
-        compute: `Compute` from `compute_of_rank`.
+        compute: how one of the ranks computes.
         phases: peaks of a single process, whose activations are a rank's too.
         num_batches: number of batches of all ranks in a step.
     """
@@ -280,18 +240,17 @@ def shared_run(
     training = kept(trained, sharing, batches=batches)
     owned = {
         TRAINING: training,
-        REFERENCE: Kept(training.weights + second),
+        REFERENCE: Peak(training.weights + second),
         EVALUATION: replace(training, gradients=0),
     }
     away = config.parallel.offload and compute.device.type != "cpu"
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     of_ranks = {}
     for name, peak in phases.items():
-        own = Kept(0) if away else owned[name]
-        of_ranks[name] = Peak(
+        own = Peak(0) if away else owned[name]
+        of_ranks[name] = replace(
+            own,
             weights=own.weights + buffers,  # every rank has whole buffers
-            gradients=own.gradients,
-            states=own.states,
             activations=peak.activations,
             gathered=gathered(reference if name == REFERENCE else trained, sharing),
             reducing=reducing(trained, sharing) if name == TRAINING else 0,

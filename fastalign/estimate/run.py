@@ -17,15 +17,15 @@ from fastalign.estimate.ranks import (
     REFERENCE,
     TRAINING,
     SharedRun,
-    compute_of_rank,
     shared_run,
 )
 from fastalign.models import has_adapter
+from fastalign.ranks.world import World
 from fastalign.runs import accumulate as evaluate
 from fastalign.runs.accumulate import Examples, measure_examples
 from fastalign.runs.config import AnyConfig
 from fastalign.runs.data import load_sets
-from fastalign.runs.load_models import checkpoint_activations
+from fastalign.runs.load_models import check_sharing, checkpoint_activations
 from fastalign.runs.loop import indices_of_run, total_steps
 from fastalign.runs.memory import resident_bytes
 from fastalign.runs.open import make_compute
@@ -97,12 +97,17 @@ def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
     """
     compute = make_compute(config.train)
     if ranks is not None:
-        compute = compute_of_rank(config, compute, ranks)
+        check_sharing(config)
+        compute = replace(compute, world=World(size=ranks), parallel=config.parallel)
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     model = trained_model(config, compute)
     data, held_out = load_sets(config, model, tokenizer)
     sets = [measure_examples(each.groups, compute.packing) for each in (data, held_out) if each]
-    steps = steps_of_run(config, len(data.groups))
+    size, seed = config.train.batch_size, config.run.seed
+    steps = (
+        indices_of_step(len(data.groups), size, step, seed=seed)
+        for step in range(total_steps(config, len(data.groups)))
+    )
     batch, num_batches = fullest(sets[0], steps, compute)
     libraries = resident_bytes() if compute.device.type == "cpu" else 0
     peak = peak_of_step(model, batch, compute, states=config.optim.states, several=num_batches > 1)
@@ -116,7 +121,8 @@ def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
     shared = None if ranks is None else shared_run(config, compute, phases, num_batches)
     phases = phases if shared is None else shared.phases
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    if copies_to_save(config, compute):
+    writes_beside = bool(config.train.save_every) and config.train.async_checkpoints
+    if writes_beside and compute.device.type == "cpu":  # the copy that a checkpoint is made from
         peak = phases[TRAINING]
         weights = 4 * num_trained * peak.states // whole_states
         phases[TRAINING] = replace(peak, saving=weights + peak.states)
@@ -134,12 +140,6 @@ def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
     )
 
 
-def copies_to_save(config: AnyConfig, compute: Compute) -> bool:
-    """Return whether the copy for an asynchronous checkpoint is on the run's device, a CPU."""
-    writes_beside = bool(config.train.save_every) and config.train.async_checkpoints
-    return writes_beside and compute.device.type == "cpu"
-
-
 def kept_bytes(model: Any, batch: PackedBatch, compute: Compute, activations: int) -> int:
     """Return the bytes that the allocator holds beyond live tensors at a training step's peak."""
     times = TIMES_WITH_ADAPTER[compute.device.type] if has_adapter(model) else 1.0
@@ -151,12 +151,6 @@ def kept_bytes(model: Any, batch: PackedBatch, compute: Compute, activations: in
     checkpoint_activations(model)
     of_layer = plain / model.config.num_hidden_layers
     return max(share, int(times * LAYERS_KEPT[compute.device.type] * of_layer))
-
-
-def steps_of_run(config: AnyConfig, num_examples: int) -> Iterator[list[int]]:
-    """Yield the indices of each step's examples."""
-    for step in range(total_steps(config, num_examples)):
-        yield indices_of_step(num_examples, config.train.batch_size, step, seed=config.run.seed)
 
 
 def pieces(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
@@ -191,14 +185,7 @@ def fullest(
 def forwards(
     config: AnyConfig, model: Any, sets: Sequence[Examples], compute: Compute
 ) -> Iterator[tuple[str, Peak]]:
-    """Yield the name and the peak of each phase without gradients.
-
-    Args:
-        config: configuration of the run.
-        model: model from `trained_model`.
-        sets: training data, and held-out data if there is any.
-        compute: device, dtype and packing of the forward passes.
-    """
+    """Yield the name and the peak of each phase without gradients."""
     if isinstance(config, DPOConfig) and config.loss.formula().needs_reference:
         used = [sorted(indices_of_run(config, len(sets[0].groups)))]
         used += [list(range(len(held_out.groups))) for held_out in sets[1:]]
