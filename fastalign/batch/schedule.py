@@ -4,6 +4,7 @@ import random
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from heapq import heappop, heappush
+from itertools import pairwise
 from typing import NamedTuple
 
 from fastalign.batch.packed import Group, PackedBatch, pack, ungroup
@@ -40,6 +41,15 @@ def indices_of_step(num_examples: int, batch_size: int, step: int, *, seed: int)
         indices += taken
         place += len(taken)
     return indices
+
+
+def mini_batches(num_examples: int, count: int, order: str) -> list[list[int]]:
+    """Cut examples, in an order that `order` seeds, into equal parts, at most `count`."""
+    shuffled = list(range(num_examples))
+    random.Random(order).shuffle(shuffled)
+    count = min(count, num_examples)
+    cuts = [num_examples * part // count for part in range(count + 1)]
+    return [shuffled[first:last] for first, last in pairwise(cuts)]
 
 
 def micro_batches(

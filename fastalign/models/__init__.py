@@ -3,8 +3,8 @@
 from fastalign.models.architecture import check_packable, disable_dropout, is_reward_model
 from fastalign.models.attention import ATTENTIONS, AttentionPlan, attention_name, attention_reason
 from fastalign.models.forward import (
+    hidden_and_head,
     hidden_at,
-    predict_hidden,
     response_logprob,
     response_values,
     sequence_logprobs,
@@ -60,6 +60,7 @@ __all__ = [
     "find_offload",
     "fingerprint_or_none",
     "has_adapter",
+    "hidden_and_head",
     "hidden_at",
     "is_out_of_memory",
     "is_reward_model",
@@ -71,7 +72,6 @@ __all__ = [
     "model_fingerprint",
     "model_without_weights",
     "offload_layers",
-    "predict_hidden",
     "read_config",
     "response_logprob",
     "response_reward",

@@ -10,7 +10,7 @@ from fastalign.batch import Group, PackedBatch, packed_batches, packed_lengths
 from fastalign.compute import Compute
 from fastalign.models.attention import AttentionPlan
 from fastalign.models.head import lm_head
-from fastalign.ops import linear_logprob
+from fastalign.ops import LinearHead, linear_logprob
 from fastalign.ops.segments import segment_sum
 from fastalign.ranks.parallel import enter
 
@@ -45,9 +45,14 @@ def hidden_at(
         return row_hidden(model, batch, plan).index_select(0, positions)
 
 
-def predict_hidden(model: Any, batch: PackedBatch, compute: Compute) -> Tensor:
-    """Return `hidden_at` the N positions that predict trained tokens (`batch.predict_index`)."""
-    return hidden_at(model, batch, batch.predict_index, compute)
+def hidden_and_head(
+    model: Any, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None = None
+) -> tuple[Tensor, LinearHead]:
+    """Return the hidden states (N, D) that predict the trained tokens, and the head for them.
+
+    See `hidden_at`.
+    """
+    return hidden_at(model, batch, batch.predict_index, compute, plan), lm_head(model)
 
 
 def row_hidden(model: Any, batch: PackedBatch, plan: AttentionPlan) -> Tensor:
@@ -95,7 +100,12 @@ def padded_hidden(model: Any, batch: PackedBatch) -> tuple[Tensor, Tensor]:
 
 
 def response_logprob(
-    model: Any, batch: PackedBatch, compute: Compute, *, temperature: float = 1.0
+    model: Any,
+    batch: PackedBatch,
+    compute: Compute,
+    plan: AttentionPlan | None = None,
+    *,
+    temperature: float = 1.0,
 ) -> Tensor:
     """Return the log-prob of every trained token.
 
@@ -103,15 +113,14 @@ def response_logprob(
         model: a causal model from `load_policy`.
         batch: batch on the model's device.
         compute: packing, dtype and buffer limit.
+        plan: see `hidden_at`.
         temperature: divisor of the logits.
 
     Returns:
         (N,) float32 (float64 for a float64 model).
     """
-    hidden = predict_hidden(model, batch, compute)
     return linear_logprob(
-        hidden,
-        lm_head(model),
+        *hidden_and_head(model, batch, compute, plan),
         batch.targets,
         temperature=temperature,
         compute_dtype=compute.product_dtype,

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastalign.batch.packed import Group, PackedBatch
 from fastalign.batch.schedule import packed_batches, packed_lengths
 from fastalign.compute import Compute, Packing
-from fastalign.models import lm_head, predict_hidden
+from fastalign.models import hidden_and_head
 from fastalign.ops import LinearHead, fused_linear_loss
 from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.ranks.parallel import enter
@@ -172,7 +172,7 @@ def policy_loss(
         segments: bounds of targets that must stay together in a chunk; None: any may be split.
         temperature: divisor of the logits.
     """
-    hidden, head = predict_hidden(policy, batch, compute), lm_head(policy)
+    hidden, head = hidden_and_head(policy, batch, compute)
     loss, sums = fused_linear_loss(
         hidden,
         head,

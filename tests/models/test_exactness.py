@@ -8,7 +8,7 @@ import torch
 
 from fastalign.batch import Group, pack
 from fastalign.compute import PACKINGS, Compute
-from fastalign.models import lm_head, predict_hidden, response_logprob
+from fastalign.models import hidden_and_head, response_logprob
 from tests.tiny import SETTINGS, tiny_model
 
 ARCHITECTURES = sorted(SETTINGS)
@@ -106,9 +106,9 @@ def test_a_response_does_not_see_its_sibling() -> None:
 def test_the_head_gives_the_models_logits(architecture: str) -> None:
     model = tiny_model(architecture)
     batch = pack([Group([3, 4, 5], [[6, 7, 8]])])
-    hidden = predict_hidden(model, batch, Compute())
+    hidden, head = hidden_and_head(model, batch, Compute())
     logits = model(torch.tensor([[3, 4, 5, 6, 7, 8]])).logits[0, 2:5]
-    torch.testing.assert_close(lm_head(model).logits(hidden), logits, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(head.logits(hidden), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_an_unknown_packing_is_refused() -> None:

@@ -10,9 +10,9 @@ from fastalign.batch import Group, pack
 from fastalign.compute import Compute
 from fastalign.models import (
     check_packable,
+    hidden_and_head,
     lm_head,
     load_policy,
-    predict_hidden,
     response_logprob,
 )
 from fastalign.models.head import check_head
@@ -87,5 +87,5 @@ def test_dropout_is_switched_off(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     loaded = load_policy(tmp_path).train()
     batch = pack([Group([1, 2], [[3, 4]])])
-    first = predict_hidden(loaded, batch, Compute())
-    assert torch.equal(first, predict_hidden(loaded, batch, Compute()))
+    first, _ = hidden_and_head(loaded, batch, Compute())
+    assert torch.equal(first, hidden_and_head(loaded, batch, Compute())[0])

@@ -12,9 +12,9 @@ from fastalign.compute import PACKINGS, Compute
 from fastalign.models import (
     adapter_off,
     add_adapter,
+    hidden_and_head,
     lm_head,
     merge_adapter,
-    predict_hidden,
     response_logprob,
 )
 from fastalign.models.head import check_head
@@ -66,8 +66,7 @@ def test_the_head_with_its_adapter_gives_the_models_logits(
     model = put_adapter(tiny_model(architecture), *targets)
     check_head(model)
     batch = pack([Group([3, 4, 5], [[6, 7, 8]])])
-    hidden = predict_hidden(model, batch, Compute())
-    head = lm_head(model)
+    hidden, head = hidden_and_head(model, batch, Compute())
     logits = model(torch.tensor([[3, 4, 5, 6, 7, 8]])).logits[0, 2:5]
     torch.testing.assert_close(head.logits(hidden), logits, rtol=1e-4, atol=1e-4)
     if head.softcap is None:

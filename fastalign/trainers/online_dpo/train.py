@@ -5,12 +5,12 @@ best and worst, and takes DPO's steps on these pairs (arXiv 2402.04792, with any
 the judge; with `reference.refresh_every` the rounds of Llama 3, arXiv 2407.21783, section 4.1).
 """
 
-import random
 import time
 from contextlib import closing
 
 import torch
 
+from fastalign.batch.schedule import mini_batches
 from fastalign.models import fingerprint_or_none
 from fastalign.runs.accumulate import Total, add_sums, measure_examples
 from fastalign.runs.loop import RunResult
@@ -131,7 +131,16 @@ def update_on(online: OnlineDPOSetup, pairs: Pairs, state: TrainState, num_steps
     whole = Total(sums={})
     losses: list[float] = []
     updates: list[dict[str, float | int]] = []
-    for indices in mini_batches(config, len(pairs.ties), state.step):
+    parts = (
+        part
+        for epoch in range(config.pairs.epochs)
+        for part in mini_batches(
+            len(pairs.ties),
+            config.pairs.mini_batches,
+            f"{config.run.seed}/pairs/{state.step}/{epoch}",
+        )
+    )
+    for indices in parts:
         total = dpo_gradient(online.model, config.loss, pairs, indices, online.compute)
         losses.append(total.loss)
         updates.append(optimiser_step(state, total.loss, config.optim, num_steps))
@@ -147,16 +156,3 @@ def update_on(online: OnlineDPOSetup, pairs: Pairs, state: TrainState, num_steps
         "num_updates": len(updates),
         "num_packed_tokens": whole.num_tokens,
     }
-
-
-def mini_batches(config: OnlineDPOConfig, num_pairs: int, step: int) -> list[list[int]]:
-    """Return the pairs of each update: a pure function of seed and step."""
-    batches = []
-    for epoch in range(config.pairs.epochs):
-        order = list(range(num_pairs))
-        # A string is hashed with SHA-512, so neighbouring steps and epochs are unrelated.
-        random.Random(f"{config.run.seed}/pairs/{step}/{epoch}").shuffle(order)
-        count = min(config.pairs.mini_batches, num_pairs)
-        bounds = [number * num_pairs // count for number in range(count + 1)]
-        batches += [order[bounds[i] : bounds[i + 1]] for i in range(count)]
-    return batches

@@ -18,8 +18,8 @@ from fastalign.compute import Compute
 from fastalign.models import (
     AttentionPlan,
     adapter_off,
-    hidden_at,
-    lm_head,
+    hidden_and_head,
+    response_logprob,
     reward_scale,
     score_at,
 )
@@ -77,14 +77,12 @@ def numbers_of_batch(
     plan = shared_plan(batch, compute)
 
     def of_policy() -> dict[str, Tensor]:
-        hidden, head = hidden_and_head(models.policy, batch, compute, plan)
+        policy = hidden_and_head(models.policy, batch, compute, plan)
         if reference is not None:
-            policy = (hidden, head)
             found = both_heads(policy, reference, batch.targets, compute, temperature)._asdict()
             return {**found, "full_kl": found.pop("kl")}
         logprob, entropy = linear_logprob(
-            hidden,
-            head,
+            *policy,
             batch.targets,
             return_entropy=True,
             temperature=temperature,
@@ -94,15 +92,7 @@ def numbers_of_batch(
         return {"logprob": logprob, "entropy": entropy}
 
     def of_reference() -> Tensor:
-        hidden, head = hidden_and_head(models.reference, batch, compute, plan)
-        return linear_logprob(
-            hidden,
-            head,
-            batch.targets,
-            temperature=temperature,
-            compute_dtype=compute.product_dtype,
-            max_buffer_bytes=compute.max_buffer_bytes,
-        )
+        return response_logprob(models.reference, batch, compute, plan, temperature=temperature)
 
     reference = reference_head(models.reference, batch, compute, plan) if full_kl else None
     found = enter(models.policy, of_policy)
@@ -197,13 +187,6 @@ def token_values(
     """
     raw = score_at(value, batch, batch.predict_index, compute, plan)
     return reward_scale(value).normalise(raw)
-
-
-def hidden_and_head(
-    model: object, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None
-) -> tuple[Tensor, LinearHead]:
-    """Return hidden states (N, D) that predict the sampled tokens, and the head that reads them."""
-    return hidden_at(model, batch, batch.predict_index, compute, plan), lm_head(model)
 
 
 @torch.no_grad()

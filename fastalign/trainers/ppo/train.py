@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from fastalign.batch.schedule import indices_of_step
+from fastalign.batch.schedule import indices_of_step, mini_batches
 from fastalign.losses import importance_weight
 from fastalign.models import fingerprint_or_none
 from fastalign.runs.accumulate import measure_examples
@@ -28,7 +28,7 @@ from fastalign.trainers.ppo.record import (
     value_metrics,
 )
 from fastalign.trainers.ppo.setup import PPOSetup, prepare_ppo, scale_of_scores
-from fastalign.trainers.ppo.update import Experience, mean_of_updates, mini_batches, one_update
+from fastalign.trainers.ppo.update import Experience, mean_of_updates, one_update
 from fastalign.trainers.sampling.collapse import reason_to_stop, repeated_ratio, watch
 from fastalign.trainers.sampling.policy_sampler import overlapped
 from fastalign.trainers.sampling.rollout import Rollouts, final_scores, rollout_seed
@@ -191,7 +191,8 @@ def all_updates(
     number = state.step * settings.epochs * settings.mini_batches
     found: list[Metrics] = []
     for epoch in range(settings.epochs):
-        for groups in mini_batches(num_groups, settings.mini_batches, seed, state.step, epoch):
+        order = f"{seed}/updates/{state.step}/{epoch}"
+        for groups in mini_batches(num_groups, settings.mini_batches, order):
             update = one_update(ppo, experience, state, groups, number + len(found), num_steps)
             found.append(update)
     return found

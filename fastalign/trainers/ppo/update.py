@@ -1,10 +1,8 @@
 """PPO's updates: the losses of policy, value model and demonstrations, and one optimiser step."""
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from statistics import fmean, pvariance
 from typing import Any
 
@@ -15,6 +13,7 @@ from fastalign.batch.packed import PackedBatch
 from fastalign.batch.schedule import indices_of_step
 from fastalign.losses import value_clipped
 from fastalign.losses.chunk_losses import ppo_loss_fn
+from fastalign.models import hidden_and_head
 from fastalign.ops import TokenChunk
 from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.runs.accumulate import BatchLoss, Examples, accumulate, policy_loss
@@ -25,7 +24,6 @@ from fastalign.trainers.ppo.record import (
     TokenRecord,
     both_heads,
     exact_kl_coefficient,
-    hidden_and_head,
     reference_head,
     shared_plan,
     token_values,
@@ -74,14 +72,6 @@ class LossTerm:
     examples: Examples
     indices: Sequence[int]
     last: bool = True
-
-
-def mini_batches(num_groups: int, count: int, seed: int, step: int, epoch: int) -> list[list[int]]:
-    """Cut one epoch's groups, in a random order, into equal parts; a pure function."""
-    order = list(range(num_groups))
-    random.Random(f"{seed}/updates/{step}/{epoch}").shuffle(order)
-    cuts = [num_groups * part // count for part in range(count + 1)]
-    return [order[first:last] for first, last in pairwise(cuts)]
 
 
 def one_update(

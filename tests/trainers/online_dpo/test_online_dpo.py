@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastalign.batch.packed import Group
+from fastalign.batch.schedule import mini_batches
 from fastalign.data import load_tokenizer
 from fastalign.models import save_model
 from fastalign.rollouts import SamplingParams
@@ -319,13 +320,10 @@ def test_the_reward_rises(folder: Path) -> None:
 def test_updates_of_a_step_share_its_pairs(folder: Path) -> None:
     config = online_config(folder, "run", pairs=FreshPairsConfig(epochs=3, mini_batches=2))
     for num_pairs in (1, 2, 5):
-        batches = online_dpo.mini_batches(config, num_pairs, 4)
-        each = min(2, num_pairs)
-        assert len(batches) == 3 * each
-        for epoch in range(3):
-            part = batches[epoch * each : (epoch + 1) * each]
-            assert sorted(i for batch in part for i in batch) == list(range(num_pairs))
-            assert max(map(len, part)) - min(map(len, part)) <= 1
+        part = mini_batches(num_pairs, 2, "4")
+        assert len(part) == min(2, num_pairs)
+        assert sorted(i for batch in part for i in batch) == list(range(num_pairs))
+        assert max(map(len, part)) - min(map(len, part)) <= 1
     train_online_dpo(config)
     assert {row["num_updates"] for row in read_metrics(folder / "run")} == {6}
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastalign.batch.schedule import mini_batches
 from fastalign.rollouts import Completion
 from fastalign.runs.accumulate import Total, accumulate, measure_examples
 from fastalign.trainers import Gae, KLInLoss
@@ -15,7 +16,7 @@ from fastalign.trainers.ppo import train as ppo
 from fastalign.trainers.ppo import update as ppo_update
 from fastalign.trainers.ppo.advantages import ADVANTAGES
 from fastalign.trainers.ppo.train import all_updates
-from fastalign.trainers.ppo.update import LossTerm, loss_terms, mini_batches, one_update
+from fastalign.trainers.ppo.update import LossTerm, loss_terms, one_update
 from tests.small_runs import WORDS, write_rows
 from tests.trainers.dpo.step_cases import PACKINGS, gradients
 from tests.trainers.ppo.ppo_cases import (
@@ -137,12 +138,12 @@ def test_the_first_update_has_ratio_one_and_later_ones_move_away(folder: Path) -
 
 
 def test_mini_batches_are_each_prompt_once_an_epoch_in_another_order() -> None:
-    parts = [mini_batches(10, 3, seed=0, step=2, epoch=e) for e in range(2)]
+    parts = [mini_batches(10, 3, f"0/{e}") for e in range(2)]
     assert [len(part) for part in parts[0]] == [3, 3, 4]
     for part in parts:
         assert sorted(group for groups in part for group in groups) == list(range(10))
     assert parts[0] != parts[1]
-    assert parts[0] == mini_batches(10, 3, seed=0, step=2, epoch=0)
+    assert parts[0] == mini_batches(10, 3, "0/0")
 
 
 @pytest.mark.parametrize("method", ["rloo", "grpo"])
