@@ -11,17 +11,9 @@ from fastalign.compute import AttentionChoice, Packing
 from fastalign.ranks.config import ParallelConfig
 
 Precision = Literal["auto", "bf16", "float32"]
-
-
 Schedule = Literal["constant", "linear", "cosine"]
-
-
 States = Literal["float32", "8bit"]
-
-
 Part = Literal["optimizer", "random", "kept", "grad_norms", "rollouts", "metrics"]
-
-
 BasePrecision = Literal["float32", "bf16", "nf4"]
 
 
@@ -62,12 +54,8 @@ class LoraConfig:
     """Also write model/, the base with the adapter merged, beside adapter/ in peft's layout."""
 
     def __post_init__(self) -> None:
-        if self.rank < 0:
-            raise ValueError(f"model.lora.rank: expected at least 0, got {self.rank}")
-        if not 0 < self.alpha < float("inf"):
-            raise ValueError(
-                f"model.lora.alpha: expected a finite number above 0, got {self.alpha}"
-            )
+        require(self.rank >= 0, "model.lora.rank", "at least 0", self.rank)
+        above_zero("model.lora.alpha", self.alpha)
         if not self.targets:
             raise ValueError("model.lora.targets: expected at least one name, got none")
         if self.rank > 0:
@@ -148,7 +136,7 @@ class OptimConfig:
     128 norms (once there are 32); 0 never skips."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.lr < float("inf"), "optim.lr", "a finite number of at least 0", self.lr)
+        within("optim.lr", self.lr, 0)
         require(self.warmup_steps >= 0, "optim.warmup_steps", "at least 0", self.warmup_steps)
         require(self.grad_clip >= 0, "optim.grad_clip", "at least 0", self.grad_clip)
         require(self.skip_sigma >= 0, "optim.skip_sigma", "at least 0", self.skip_sigma)

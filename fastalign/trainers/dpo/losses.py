@@ -10,6 +10,7 @@ from torch import Tensor
 from fastalign import losses
 from fastalign.losses.formulas import pair_losses
 from fastalign.ops import PreferenceFormula
+from fastalign.runs.config import above_zero
 
 
 @dataclass(frozen=True)
@@ -25,8 +26,7 @@ class PreferenceLoss:
     function: ClassVar[Callable[..., Tensor]]
 
     def __post_init__(self) -> None:
-        if not 0 < self.beta < float("inf"):
-            raise ValueError(f"loss.beta: expected a finite number above 0, got {self.beta!r}")
+        above_zero("loss.beta", self.beta)
 
     @property
     def name(self) -> str:

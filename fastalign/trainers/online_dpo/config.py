@@ -5,7 +5,7 @@ from typing import Literal
 
 from fastalign.ranks.config import ParallelConfig
 from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
-from fastalign.runs.config import ModelConfig, OptimConfig, RunConfig, TrainConfig
+from fastalign.runs.config import ModelConfig, OptimConfig, RunConfig, TrainConfig, require, within
 from fastalign.trainers.dpo.losses import LOSSES, PreferenceLoss
 from fastalign.trainers.sampling.config import PromptDataConfig, RewardSourceConfig, WatchConfig
 
@@ -20,10 +20,7 @@ class OnlineReferenceConfig:
     """Replace the reference by the current policy every so many steps; 0 never does."""
 
     def __post_init__(self) -> None:
-        if self.refresh_every < 0:
-            raise ValueError(
-                f"reference.refresh_every: expected at least 0, got {self.refresh_every}"
-            )
+        within("reference.refresh_every", self.refresh_every, 0)
         if self.refresh_every and self.path is not None:
             raise ValueError(
                 "reference.refresh_every: a refreshed reference begins as the model that training "
@@ -45,9 +42,7 @@ class FreshPairsConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "mini_batches"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"pairs.{name}: expected at least 1, got {value}")
+            within(f"pairs.{name}", getattr(self, name), 1)
 
 
 @dataclass(frozen=True)
@@ -77,29 +72,18 @@ class OnlineDPOConfig:
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler, self.vllm)
-        if self.sampling.num_samples < 2:
-            raise ValueError(
-                "sampling.num_samples: expected at least 2, of which the best and the worst are a "
-                f"pair, got {self.sampling.num_samples}"
-            )
-        if self.sampling.temperature == 0:
-            raise ValueError(
-                "sampling.temperature: expected more than 0, for samples of a prompt must differ, "
-                "got 0"
-            )
+        samples = self.sampling
+        expected = "at least 2, of which the best and the worst are a pair"
+        require(samples.num_samples >= 2, "sampling.num_samples", expected, samples.num_samples)
+        expected = "more than 0, for samples of a prompt must differ"
+        require(samples.temperature > 0, "sampling.temperature", expected, samples.temperature)
         if self.pairs.ties == "use" and not self.loss.uses_ties:
             raise ValueError(
                 "pairs.ties: expected drop, for this loss has no place for ties (dpo_rao_kupper "
                 "and dpo_davidson have), got 'use'"
             )
         if not self.loss.formula().needs_reference:
-            self._refuse_a_reference()
-
-    def _refuse_a_reference(self) -> None:
-        for name, none in (("path", None), ("refresh_every", 0)):
-            value = getattr(self.reference, name)
-            if value != none:
-                raise ValueError(
-                    f"reference.{name}: expected {'none' if none is None else none}, for this loss "
-                    f"has no reference, got {value!r}"
-                )
+            for name, none in (("path", None), ("refresh_every", 0)):
+                value = getattr(self.reference, name)
+                expected = f"{'none' if none is None else none}, for this loss has no reference"
+                require(value == none, f"reference.{name}", expected, value)

@@ -49,8 +49,7 @@ class PPOSettings:
         require(known, "ppo.advantage", "Gae(), Rloo() or Grpo()", self.advantage)
         for name in ("epochs", "mini_batches"):
             within(f"ppo.{name}", getattr(self, name), 1)
-        if not 0 < self.clip_range < 1:
-            raise ValueError(f"ppo.clip_range: expected a number in (0, 1), got {self.clip_range}")
+        require(0 < self.clip_range < 1, "ppo.clip_range", "a number in (0, 1)", self.clip_range)
         within("ppo.entropy_coefficient", self.entropy_coefficient, 0)
         above_zero("ppo.max_importance_weight", self.max_importance_weight)
         above_zero("ppo.ptx_coefficient", self.ptx_coefficient)
@@ -191,11 +190,11 @@ class PPOConfig:
                 "kl: expected loss for the exact KL under --ppo.advantage grpo, which scales "
                 "each prompt's rewards by itself, got reward"
             )
-        if not needs_value and samples.num_samples < 2:
-            raise ValueError(
-                f"sampling.num_samples: expected at least 2 under --ppo.advantage {method}, "
-                f"got {samples.num_samples}"
-            )
+        enough, expected = (
+            needs_value or samples.num_samples >= 2,
+            "at least 2 under --ppo.advantage",
+        )
+        require(enough, "sampling.num_samples", f"{expected} {method}", samples.num_samples)
         if not needs_value and self.value != ValueConfig():
             changed = [
                 entry.name
@@ -206,10 +205,8 @@ class PPOConfig:
                 f"value.{changed[0]}: a setting of a value model, which --ppo.advantage {method} "
                 "does without"
             )
-        if self.train.batch_size < self.ppo.mini_batches:
-            raise ValueError(
-                f"ppo.mini_batches: expected at most train.batch_size ({self.train.batch_size} "
-                f"prompts), got {self.ppo.mini_batches}"
-            )
+        parts, size = self.ppo.mini_batches, self.train.batch_size
+        expected = f"at most train.batch_size ({size} prompts)"
+        require(parts <= size, "ppo.mini_batches", expected, parts)
         if self.value.lr is not None and not self.optim.lr:
             raise ValueError(f"optim.lr: expected more than 0 where value.lr is {self.value.lr}")

@@ -110,31 +110,21 @@ def texts_of(
 ) -> list[tuple[str, str]]:
     """Return the texts of the first `limit` pairs that are no ties, the preferred one first."""
     untied = [group for group, tie in zip(data.groups, data.ties, strict=True) if not tie]
-    texts = []
-    for group in untied[:limit]:
-        first, second = (
-            tokenizer.decode(list(ids), skip_special_tokens=True) for ids in group.response_ids
-        )
-        texts.append((first, second))
-    return texts
+
+    def text(ids: Sequence[int]) -> str:
+        return tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    return [
+        (text(first), text(second)) for first, second in (g.response_ids for g in untied[:limit])
+    ]
 
 
 def pair_rows(pairs: JudgedPairs, sources: Sequence[str]) -> list[dict[str, object]]:
     """Return each pair's row in the file, whether it is a tie, raw scores and log-likelihood."""
-    likelihood = pairs.log_likelihood().tolist()
-    rows: list[dict[str, object]] = []
-    for place, source in enumerate(sources):
-        first, second = pairs.rewards[place].tolist()
-        rows.append(
-            {
-                "source": source,
-                "tie": bool(pairs.tie[place]),
-                "first_reward": first,
-                "second_reward": second,
-                "log_likelihood": likelihood[place],
-            }
-        )
-    return rows
+    names = ("source", "tie", "first_reward", "second_reward", "log_likelihood")
+    columns = (sources, pairs.tie, *pairs.rewards.unbind(1), pairs.log_likelihood())
+    values = [c.tolist() if isinstance(c, Tensor) else c for c in columns]
+    return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
 
 
 def write_evaluation(
@@ -142,11 +132,10 @@ def write_evaluation(
 ) -> None:
     """Write `eval.json` and `pairs.jsonl`; a number that JSON cannot hold becomes a string."""
     folder.mkdir(parents=True, exist_ok=True)
-    plain = {name: _plain(value) for name, value in measures.items()}
+    plain = {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in measures.items()
+    }
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     write_text_atomically(folder / "pairs.jsonl", lines)
     write_text_atomically(folder / "eval.json", json.dumps(plain, indent=1) + "\n")
-
-
-def _plain(value: object) -> object:
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign import losses
+from fastalign.runs.config import require, within
 
 
 @dataclass(frozen=True)
@@ -71,11 +72,7 @@ class BradleyTerryLoss(RewardLoss):
     uses_margins = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.centring_coefficient < float("inf"):
-            raise ValueError(
-                "loss.centring_coefficient: expected a finite number of at least 0, got "
-                f"{self.centring_coefficient!r}"
-            )
+        within("loss.centring_coefficient", self.centring_coefficient, 0)
 
     def pair_losses(self, rewards: Tensor, pairs: Labels, nu: Tensor | None) -> Tensor:
         """Return `losses.bradley_terry`, or `losses.bradley_terry_votes` for votes."""
@@ -112,14 +109,9 @@ class TieLoss(RewardLoss):
     tie_outcomes: ClassVar[Callable[..., Tensor]]
 
     def __post_init__(self) -> None:
-        if not self.least_nu < self.nu < float("inf"):
-            raise ValueError(
-                f"loss.nu: expected a finite number above {self.least_nu:g}, got {self.nu!r}"
-            )
-        if not 0 <= self.nu_lr < float("inf"):
-            raise ValueError(
-                f"loss.nu_lr: expected a finite number of at least 0, got {self.nu_lr!r}"
-            )
+        expected = f"a finite number above {self.least_nu:g}"
+        require(self.least_nu < self.nu < math.inf, "loss.nu", expected, self.nu)
+        within("loss.nu_lr", self.nu_lr, 0)
 
     @property
     def log_nu(self) -> float:

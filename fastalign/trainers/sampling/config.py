@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from fastalign.runs.config import within
+from fastalign.runs.config import require, within
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,8 @@ class PromptDataConfig:
     """Stop at a prompt longer than max_length or with no room for an answer, or skip it."""
 
     def __post_init__(self) -> None:
-        if not self.train:
-            raise ValueError(f"data.train: expected a file, folder or hub name, got {self.train!r}")
-        if self.max_length < 1:
-            raise ValueError(f"data.max_length: expected at least 1, got {self.max_length}")
+        require(bool(self.train), "data.train", "a file, folder or hub name", self.train)
+        require(self.max_length >= 1, "data.max_length", "at least 1", self.max_length)
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,4 @@ class RewardSourceConfig:
         for weight in self.weights:
             if not math.isfinite(weight):
                 raise ValueError(f"reward.weights: expected finite numbers, got {weight}")
-        if not 0 <= self.missing_eos_penalty < math.inf:
-            raise ValueError(
-                "reward.missing_eos_penalty: expected a finite number of at least 0 (it is "
-                f"subtracted), got {self.missing_eos_penalty}"
-            )
+        within("reward.missing_eos_penalty", self.missing_eos_penalty, 0)  # it is subtracted
