@@ -190,11 +190,9 @@ class PPOConfig:
                 "kl: expected loss for the exact KL under --ppo.advantage grpo, which scales "
                 "each prompt's rewards by itself, got reward"
             )
-        enough, expected = (
-            needs_value or samples.num_samples >= 2,
-            "at least 2 under --ppo.advantage",
-        )
-        require(enough, "sampling.num_samples", f"{expected} {method}", samples.num_samples)
+        enough = needs_value or samples.num_samples >= 2
+        expected = f"at least 2 under --ppo.advantage {method}"
+        require(enough, "sampling.num_samples", expected, samples.num_samples)
         if not needs_value and self.value != ValueConfig():
             changed = [
                 entry.name

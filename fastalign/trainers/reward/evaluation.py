@@ -114,9 +114,7 @@ def texts_of(
     def text(ids: Sequence[int]) -> str:
         return tokenizer.decode(list(ids), skip_special_tokens=True)
 
-    return [
-        (text(first), text(second)) for first, second in (g.response_ids for g in untied[:limit])
-    ]
+    return [(text(group.response_ids[0]), text(group.response_ids[1])) for group in untied[:limit]]
 
 
 def pair_rows(pairs: JudgedPairs, sources: Sequence[str]) -> list[dict[str, object]]:
