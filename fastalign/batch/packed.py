@@ -134,10 +134,8 @@ def ungroup(groups: Sequence[Group]) -> list[Group]:
 def pack(groups: Sequence[Group], *, share_prompts: bool = True) -> PackedBatch:
     """Concatenate groups to a batch.
 
-    Args:
-        groups: at least one group.
-        share_prompts: False repeats the prompt before each response; the order of responses and of
-            predicted tokens stays the same.
+    With `share_prompts` False the prompt is repeated before each response; the order of responses
+    and of predicted tokens stays the same.
 
     Raises:
         ValueError: if there are no groups.

@@ -63,11 +63,8 @@ def micro_batches(
     own. Within a batch the step's order is kept. Ranks take batches in turn, and each has as many
     as the others; the last ones are empty if there are too few examples.
 
-    Args:
-        indices: the step's examples; one may occur twice.
-        lengths: packed tokens of every example of the data set, by index.
-        tokens_per_batch: upper limit of a batch's tokens.
-        num_ranks: divisor of the number of batches.
+    `indices` may hold an example twice; `lengths` are the packed tokens of every example of the
+    data set, by index.
 
     Raises:
         ValueError: if the limit is below 1.
@@ -144,11 +141,7 @@ def packed_batches(
     Every rank gets as many batches as the others, since all of them must take part in every forward
     of a sharded model: a rank without groups gets the shortest group, which does not count.
 
-    Args:
-        groups: the whole data set.
-        indices: the groups to take, as for `micro_batches`.
-        lengths: packed tokens of every group, from `packed_lengths`.
-        compute: packing, token budget and ranks.
+    `indices` and `lengths` are as for `micro_batches`.
     """
     world = compute.world
     batches = micro_batches(

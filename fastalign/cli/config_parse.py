@@ -42,12 +42,8 @@ def parse_config(
 ) -> Config:
     """Return the configuration that `--config FILE` and the flags behind it describe.
 
-    Args:
-        config: the configuration's dataclass.
-        arguments: the command line behind the command.
-        command: the command, for the help.
-        choices: settings that are one of several dataclasses, each with its table; only the flags
-            of the chosen one exist.
+    `choices` are the settings that are one of several dataclasses, each with its table: only the
+    flags of the chosen one exist.
 
     Raises:
         ValueError: if a key, a flag or a name is unknown, or a value does not fit.
@@ -177,12 +173,7 @@ def take_choice(
 
     `--loss NAME` over a file that names another loss also discards that loss's parameters.
 
-    Args:
-        setting: the setting's dotted name, `loss` or `ppo.advantage`.
-        table: each dataclass by its name; the first is the default.
-        flags: the caller's flags.
-        values: the file's settings.
-        path: the file, for error messages.
+    `setting` is a dotted name (`ppo.advantage`), and the first dataclass of its table the default.
 
     Returns:
         The dataclass, the flags without the choice, and the file's settings without the name.

@@ -132,10 +132,7 @@ def ended_after(seconds: float, world: World) -> Iterator[None]:
 def preflight(config: AnyConfig, world: World, seconds: float) -> list[tuple[str, ...]]:
     """Make all checks; return one row for each rank, with the cells that COLUMNS name.
 
-    Args:
-        config: settings of the run.
-        world: place of this process.
-        seconds: time limit of the ranks' arrival, and of each collective.
+    `seconds` limits the ranks' arrival, and each collective.
 
     Raises:
         RanksDiffer: if something is at fault, on every rank.

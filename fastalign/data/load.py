@@ -89,12 +89,9 @@ def load_sft(
 ) -> TokenizedDataset:
     """Load demonstrations: `text`, `messages`, or `prompt` and `completion`.
 
-    Args:
-        source: file, folder or hub name.
-        tokenizer: tokenizer of the model to train.
-        max_length: upper limit of the tokens of a prompt with its response.
-        on_bad_row: `error` raises the first bad row, `skip` counts them.
-        on_too_long: `error`, `skip` (counted), or `truncate` the response (counted).
+    The source is a file, folder or hub name. A prompt with its response has at most `max_length`
+    tokens. `error` raises the first bad or long row, `skip` counts it, `truncate` cuts the response
+    and counts it.
 
     Raises:
         ValueError: if a row is bad or too long under `error`, or no row is left.
@@ -113,13 +110,7 @@ def load_preferences(
 ) -> TokenizedDataset:
     """Load comparisons: `chosen` and `rejected`, or `response_a`, `response_b` and `label`.
 
-    Args:
-        source: file, folder or hub name.
-        tokenizer: tokenizer of the model to train.
-        max_length: upper limit of the tokens of the prompt with one response.
-        on_bad_row: `error` raises the first bad row, `skip` counts them.
-        on_too_long: `error`, `skip` (counted), or `truncate` the responses (counted).
-        ties: `keep` them, `drop` them (counted), or `error`.
+    The arguments are those of `load_sft`; ties are an error, kept, or dropped (counted).
 
     Raises:
         ValueError: if a row is bad, too long or a tie under `error`, or no row is left.
@@ -137,12 +128,7 @@ def load_prompts(
 ) -> PromptDataset:
     """Load prompts to answer from the column `prompt`; other columns are ignored.
 
-    Args:
-        source: file, folder or hub name.
-        tokenizer: tokenizer of the model that answers.
-        max_length: upper limit of the tokens of a prompt.
-        on_bad_row: `error` raises the first bad row, `skip` counts them.
-        on_too_long: `error` or `skip` (counted).
+    The arguments are those of `load_sft`; a prompt has at most `max_length` tokens.
 
     Raises:
         ValueError: if a row is bad or too long under `error`, or no row is left.

@@ -24,10 +24,8 @@ def render_responses(
 ) -> tuple[str, list[list[Piece]]]:
     """Return the prompt's text, and the pieces of each response; assistant turns are trained on.
 
-    Args:
-        template: `(messages, add_generation_prompt) -> text`.
-        prompt: the messages before the first assistant turn to train on.
-        responses: responses that start and end with an assistant turn.
+    `template` is called as (messages, add_generation_prompt) -> text; responses start and end with
+    an assistant turn.
 
     Raises:
         TemplateError: if the template refuses the messages, or rewrites earlier turns so that they

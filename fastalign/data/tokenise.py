@@ -42,9 +42,6 @@ class TokenisedRow:
 class Encoder:
     """The tokenisation of examples by the rules of this module.
 
-    Args:
-        tokenizer: tokenizer of the model to train.
-
     Raises:
         ValueError: if the tokenizer has no EOS.
     """

@@ -123,9 +123,7 @@ def use_distinct_pad(tokenizer: Tokenizer, ends: Collection[int]) -> int:
     transformers' sequence classifiers find a response's end by ids: they would take a last token
     that is the pad token for padding.
 
-    Args:
-        tokenizer: tokenizer whose pad token is replaced if it is one of `ends`.
-        ends: tokens that a response can end with.
+    `ends` are the tokens that a response can end with.
 
     Returns:
         The pad token's id.

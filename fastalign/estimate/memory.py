@@ -105,12 +105,8 @@ def peak_of_step(
 ) -> Peak:
     """Return the peak of a forward and backward pass of the trained model.
 
-    Args:
-        model: model on fake tensors.
-        batch: the run's largest batch, a real one on the device.
-        compute: device, dtype and packing of the forward pass.
-        states: format of AdamW's moments, `float32` or `8bit`.
-        several: whether a step has several batches, so that gradients already exist.
+    The model is on fake tensors, the batch is a real one; with `several` batches in a step
+    gradients already exist.
     """
     peak = _peak(model, batch, compute, 2 if several else 1)
     return replace(peak, states=states_bytes(model, states))

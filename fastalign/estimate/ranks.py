@@ -80,9 +80,7 @@ class ModelWeights:
 def weights_of(model: Any, *, by_layers: bool = True) -> ModelWeights:
     """Return the parameters of a model, with or without data, before it is sharded.
 
-    Args:
-        model: model to read.
-        by_layers: list the decoder layers separately, which DDP does not need.
+    `by_layers` lists the decoder layers apart, which DDP does not need.
 
     Raises:
         ValueError: if the model has no known decoder layers.
@@ -216,11 +214,7 @@ def shared_run(
 ) -> SharedRun:
     """Return what each rank holds in each phase.
 
-    Args:
-        config: configuration of the run.
-        compute: how one of the ranks computes.
-        phases: peaks of a single process, whose activations are a rank's too.
-        num_batches: number of batches of all ranks in a step.
+    `phases` are the peaks of a single process, whose activations are a rank's too.
     """
     ranks = compute.world.size
     batches = -(-num_batches // ranks)

@@ -87,9 +87,7 @@ class Estimate:
 def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
     """Estimate a run's memory without loading weights or writing anything.
 
-    Args:
-        config: configuration of the run.
-        ranks: number of ranks that share the run; None for a single process.
+    `ranks` is the number of processes that share the run; None for a single one.
 
     Raises:
         ValueError: if the run itself would refuse the model or the data.

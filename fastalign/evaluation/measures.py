@@ -65,10 +65,8 @@ def best_of_n_reward(
     The estimate is unbiased. In rising order of the scores, answer i of N (from 1) is the best of
     C(i - 1, n - 1) of the C(N, n) subsets. Answers with equal scores share their subsets equally.
 
-    Args:
-        rewards: (N,) rewards of one prompt's answers.
-        n: number of answers to choose from.
-        scores: (N,) scores that choose the best answer; None: the rewards themselves.
+    `rewards` and `scores` are one prompt's, (N,); the scores, by default the rewards themselves,
+    choose the best answer.
 
     Raises:
         ValueError: if there are fewer than n answers, or n is below 1.

@@ -48,10 +48,7 @@ def hidden_at(
 def hidden_and_head(
     model: Any, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None = None
 ) -> tuple[Tensor, LinearHead]:
-    """Return the hidden states (N, D) that predict the trained tokens, and the head for them.
-
-    See `hidden_at`.
-    """
+    """Return `hidden_at` the N positions that predict trained tokens, (N, D), and the head."""
     return hidden_at(model, batch, batch.predict_index, compute, plan), lm_head(model)
 
 
@@ -107,18 +104,7 @@ def response_logprob(
     *,
     temperature: float = 1.0,
 ) -> Tensor:
-    """Return the log-prob of every trained token.
-
-    Args:
-        model: a causal model from `load_policy`.
-        batch: batch on the model's device.
-        compute: packing, dtype and buffer limit.
-        plan: see `hidden_at`.
-        temperature: divisor of the logits.
-
-    Returns:
-        (N,) float32 (float64 for a float64 model).
-    """
+    """Return the log-prob of every trained token, (N,) float32 (float64 for a float64 model)."""
     return linear_logprob(
         *hidden_and_head(model, batch, compute, plan),
         batch.targets,
@@ -134,10 +120,8 @@ def response_values(
 ) -> list[Tensor]:
     """Compute a number for each response, batch by batch, shared by the ranks.
 
-    Args:
-        batch_values: returns (R,) numbers for the responses of a batch on `compute.device`.
-        groups: prompts with their responses; the same on every rank.
-        compute: device, packing, token budget and ranks, all of which call this.
+    All ranks call this, with the same groups; `batch_values` returns (R,) numbers for the responses
+    of a batch on `compute.device`.
 
     Returns:
         For each group (number of responses,) on the CPU, on every rank.
@@ -156,10 +140,7 @@ def response_values(
 def sequence_logprobs(model: Any, groups: Sequence[Group], compute: Compute) -> list[Tensor]:
     """Return the log-prob of each response, summed over its trained tokens.
 
-    Args:
-        model: a causal model from `load_policy`, its head on `compute.device`.
-        groups: prompts with their responses; the same on every rank.
-        compute: how forwards are run, and by which ranks, all of which call this.
+    All ranks call this, with the same groups.
 
     Returns:
         For each group (number of responses,) float32 on the CPU.

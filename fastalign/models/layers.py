@@ -17,10 +17,6 @@ def compile_layers(model: Any, *, backend: str = "inductor") -> None:
     run one program. Shared-prefix attention stays outside of the program; embeddings, the final
     norm and the head are not compiled.
 
-    Args:
-        model: a causal model from `load_policy`.
-        backend: backend of torch.compile.
-
     Raises:
         ValueError: if the model has no layers that transformers marks as such, or there is no C++
             compiler for a model on a CPU.
@@ -57,10 +53,6 @@ def offload_layers(model: Any, device: torch.device) -> None:
     The head's weight stays on the device, since log-probs are computed from it outside of any
     layer. For inference only; whatever needs all weights at once (a fingerprint, saving) has to
     come before.
-
-    Args:
-        model: a causal model from `load_policy`, on the CPU.
-        device: the device to compute on.
 
     Raises:
         ValueError: if accelerate is not installed.

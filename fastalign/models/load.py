@@ -257,12 +257,7 @@ def model_without_weights(
 
     Call it where tensors have no data (meta or fake).
 
-    Args:
-        path: as for the two functions.
-        compute: as for the two functions.
-        reward: build what `load_reward_model` would load.
-        dtype: dtype of the parameters.
-        trust_remote_code: run code that comes with the model.
+    The arguments are those of the two functions.
 
     Raises:
         ValueError: if there is no model, or the function would refuse it.
@@ -286,13 +281,8 @@ def save_model(
 ) -> None:
     """Write weights, configuration and tokenizer in transformers' layout.
 
-    If ranks share the model, all of them call this, and rank 0 writes.
-
-    Args:
-        model: the model; None on a rank that has none.
-        tokenizer: its tokenizer.
-        folder: folder to write.
-        leave_out: names of parameters that are not the architecture's own.
+    If ranks share the model, all of them call this, and rank 0 writes; `model` is None on a rank
+    that has none. `leave_out` names parameters that are not the architecture's own.
     """
     state = None if model is None else whole_state(model)
     if state is None:

@@ -77,12 +77,9 @@ def add_adapter(
 ) -> None:
     """Freeze the model and add a float32 adapter whose B is 0 (LoRA, arXiv 2106.09685).
 
-    Args:
-        model: a causal model from `load_policy`; changed in place.
-        rank: r of the matrices A (r, D) and B (V, r).
-        alpha: numerator of the adapter's scaling alpha / r.
-        targets: `all-linear` (every linear layer but the head), or endings of layers' names.
-        use_rslora: scale by alpha / sqrt(r) instead (arXiv 2312.03732).
+    The product of A (r, D) and B (V, r) is scaled by alpha / r, or with `use_rslora` by alpha /
+    sqrt(r) (arXiv 2312.03732). A target is `all-linear` (every linear layer but the head) or an
+    ending of layers' names.
 
     Raises:
         ValueError: if the model has no such layer, or peft is not installed.

@@ -10,9 +10,7 @@ from transformers.pytorch_utils import Conv1D
 def nf4_options(dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
     """Return options of `from_pretrained` that quantise all linear layers but the head to NF4.
 
-    Args:
-        dtype: dtype of the products and of every other weight.
-        device: device of the weights.
+    `dtype` is that of the products and of every other weight.
 
     Raises:
         ValueError: if bitsandbytes is not installed.
@@ -53,10 +51,7 @@ def keep_differentiable(model: nn.Module) -> None:
 def dense_layer(layer: Any, dtype: torch.dtype, delta: Tensor | None = None) -> nn.Module:
     """Return a quantised layer as the dense layer that it replaced, with dequantised weights.
 
-    Args:
-        layer: layer of bitsandbytes.
-        dtype: dtype of the result.
-        delta: (V, D) to add to the weight in float32.
+    `delta` (V, D) is added to the weight in float32; the result has `dtype`.
     """
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 

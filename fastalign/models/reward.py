@@ -27,12 +27,7 @@ def score_at(
 ) -> Tensor:
     """Return the score at K positions of the packed row: rewards or values.
 
-    Args:
-        model: from `load_reward_model`.
-        batch: batch on the model's device.
-        positions: (K,) int64.
-        compute: packing and dtype.
-        plan: see `hidden_at`.
+    `positions` are (K,) int64; for the plan see `hidden_at`.
 
     Returns:
         (K,) float32 (float64 for a float64 model), under autocast too.

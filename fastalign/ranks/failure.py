@@ -34,9 +34,6 @@ class Peers:
     """The other ranks, as seen after a failure.
 
     Every rank must make it, and use it once.
-
-    Args:
-        world: place of this process.
     """
 
     def __init__(self, world: World) -> None:
@@ -48,9 +45,8 @@ class Peers:
     def missing(self, reason: str, seconds: float) -> str:
         """Exchange messages with the other ranks; return one that names those that are missing.
 
-        Args:
-            reason: own error with which this rank ends; "": a collective of it failed.
-            seconds: time limit of the other ranks' answers.
+        `reason` is the error that this rank ends with itself; "" if a collective of it failed. The
+        others have `seconds` to answer.
         """
         self._fail_others()
         mine = torch.frombuffer(

@@ -75,11 +75,8 @@ def _attach_entry(model: nn.Module, entry: "Entry | DistributedDataParallel") ->
 def enter(model: Any, computation: Callable[[], T], *, sync: bool = True) -> T:
     """Run a computation with the model, on every rank equally often.
 
-    Args:
-        model: a model that ranks share, or one of this process alone.
-        computation: a function whose result holds every tensor that a backward will begin from.
-        sync: sum the ranks' gradients in that backward, with those of earlier computations without
-            it.
+    The result holds every tensor that a backward will begin from. With `sync` that backward sums
+    the ranks' gradients, with those of earlier computations without it.
     """
     entry = entry_of(model)
     if entry is None:
@@ -125,10 +122,8 @@ def part_from_ranks() -> None:
 def load_on_first(world: World, load: Callable[[], Any], skeleton: Callable[[], Any]) -> Any:
     """Load a model that is to be sharded: with weights on rank 0, on the meta device elsewhere.
 
-    Args:
-        world: the ranks, all of which call this.
-        load: a function that reads the weights into host memory.
-        skeleton: a function that makes the same model without weights.
+    All ranks call this; `load` reads the weights into host memory, `skeleton` makes the same model
+    without them.
 
     Raises:
         ValueError: if loading it raised one on rank 0; on every rank.

@@ -79,9 +79,7 @@ class World:
     ) -> T:
         """Run `work` on rank 0 alone; return its result, or raise its error, on every rank.
 
-        Args:
-            work: the function that rank 0 calls.
-            errors: types of errors that are raised on every rank; others end rank 0 only.
+        `errors` are the types of errors that are raised on every rank; others end rank 0 only.
         """
         if self.size == 1:
             return work()
@@ -137,10 +135,8 @@ def world_of_environment() -> World:
 def open_world(world: World, *, timeout_seconds: float, always: bool = False) -> Iterator[None]:
     """Join the ranks in a process group: gloo for host memory, NCCL for GPUs.
 
-    Args:
-        world: place of this process.
-        timeout_seconds: time limit of the start, and of every collective.
-        always: open a group in a run of one process too.
+    `timeout_seconds` limits the start, and every collective; with `always` a run of one process has
+    a group too.
 
     Raises:
         RanksDiffer: if ranks are missing, or were started with another WORLD_SIZE.

@@ -14,10 +14,6 @@ def sampling_logprobs(logits: Tensor, params: SamplingParams) -> Tensor:
 
     At temperature 0 they are the logits minus the largest one: 0 for the likeliest token.
 
-    Args:
-        logits: (R, V), any floating dtype.
-        params: settings of the distribution.
-
     Returns:
         (R, V) float32, nats.
     """
@@ -42,11 +38,7 @@ def recompute_logprobs(
 ) -> Tensor:
     """Compute the log-prob of each token of a response under the sampling distribution.
 
-    Args:
-        model: a causal model from `load_policy`, in eval mode.
-        prompt_ids: token ids of the prompt.
-        response_ids: n token ids of the response.
-        params: settings that it was drawn with.
+    The model, from `load_policy`, is in eval mode; `response_ids` are n tokens.
 
     Returns:
         (n,) float32, nats.

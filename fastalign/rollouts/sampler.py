@@ -85,11 +85,8 @@ def check_prompts(
 ) -> None:
     """Check that all prompts can be answered in full.
 
-    Args:
-        prompt_ids: token ids of each prompt.
-        params: settings of sampling.
-        limit: positions of the model; None: no limit.
-        num_tokens: size of the model's vocabulary.
+    `limit` is the number of the model's positions (None: no limit), `num_tokens` the size of its
+    vocabulary.
 
     Raises:
         ValueError: if a prompt is empty, leaves no room for the answer, or holds a token that the

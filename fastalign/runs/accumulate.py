@@ -77,15 +77,8 @@ def accumulate(
     The examples are cut into micro-batches, which the ranks share. Afterwards every rank has the
     same sums and gradients.
 
-    Args:
-        model: module whose gradient the loss's backward adds to.
-        batch_loss: loss of a micro-batch; it divides by the count of the whole step, so that the
-            result does not depend on how the step is cut.
-        examples: all examples there are.
-        indices: the examples of this step.
-        compute: device, dtype, packing and ranks of the forwards.
-        backward: whether to compute gradients.
-        last: whether no more is added to them before they are used.
+    `batch_loss` divides by the count of the whole step, so that the result does not depend on how
+    the step is cut. `last`: no more is added to the gradients before they are used.
     """
     total = Total()
     pieces = list(packed_batches(examples.groups, indices, examples.lengths, compute))
@@ -164,13 +157,8 @@ def policy_loss(
 ) -> PolicyLoss:
     """Run the policy on a micro-batch and compute a fused loss of its targets' log-probs.
 
-    Args:
-        policy: a causal model.
-        batch: the micro-batch.
-        loss_fn: loss of a chunk's per-token log-probs and entropies, see `fused_linear_loss`.
-        compute: device, dtype, packing and ranks of the forwards.
-        segments: bounds of targets that must stay together in a chunk; None: any may be split.
-        temperature: divisor of the logits.
+    `loss_fn` is of a chunk's log-probs and entropies, see `fused_linear_loss`; `segments` are
+    bounds of targets that must stay together in a chunk (None: any may be split).
     """
     hidden, head = hidden_and_head(policy, batch, compute)
     loss, sums = fused_linear_loss(

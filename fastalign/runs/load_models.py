@@ -183,11 +183,8 @@ def loaded(
 ) -> Any:
     """Load a model on each rank; if it will be sharded, load the weights on rank 0 alone.
 
-    Args:
-        path: folder or hub name of the model.
-        compute: device, dtype, packing and ranks of the forwards.
-        load: reads the model to the device of the `Compute` that it is given.
-        skeleton: makes the same model without weights.
+    `load` reads it to the device of the `Compute` that it is given, `skeleton` makes the same model
+    without weights.
     """
     with memory_used_in(f"{LOADING}{path}"):
         if compute.parallel.strategy == "fsdp":

@@ -34,10 +34,8 @@ def mean_metrics(sums: dict[str, float]) -> Metrics:
 class MetricsWriter:
     """Appends one JSON object a step, and the same numbers to TensorBoard.
 
-    Args:
-        folder: the run's folder.
-        num_bytes: keep this much of an existing `metrics.jsonl`: what it held at a checkpoint.
-        step: the checkpoint's step; later TensorBoard values are dropped.
+    An existing `metrics.jsonl` is cut to the `num_bytes` that it held at a checkpoint, and
+    TensorBoard's values after that checkpoint's `step` are dropped.
     """
 
     def __init__(self, folder: Path, *, num_bytes: int, step: int) -> None:
@@ -132,10 +130,7 @@ def metrics_writer(folder: Path, world: World, *, num_bytes: int, step: int) -> 
 class ProgressDisplay:
     """A bar on a terminal, about twenty plain lines elsewhere: loss, tokens a second, time left.
 
-    Args:
-        title: shown in front.
-        num_steps: steps of the whole run.
-        step: step that the run begins after.
+    The run begins after `step`, of `num_steps`.
     """
 
     def __init__(self, title: str, num_steps: int, step: int) -> None:

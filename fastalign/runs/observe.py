@@ -102,10 +102,7 @@ class StallWatch:
     A thread writes them; where it cannot, since the step holds the interpreter's lock, the
     interpreter does so without. That reads frames while they may change, so it is the last resort.
 
-    Args:
-        folder: folder of the run.
-        seconds: time limit of a step; 0 disables the watch.
-        world: the ranks, each with a file of its own.
+    A limit of 0 `seconds` disables the watch. Every rank has a file of its own.
     """
 
     def __init__(self, folder: Path, seconds: float, world: World = ALONE):

@@ -75,9 +75,7 @@ def open_run(config: AnyConfig, title: str) -> Iterator[Run]:
 
     Only rank 0 prints.
 
-    Args:
-        config: the run's settings.
-        title: name of the algorithm, in front of the progress bar.
+    `title` is the algorithm's name, in front of the progress bar.
 
     Raises:
         ValueError: if the folder holds another run or is in use, a library is missing, memory did

@@ -71,9 +71,6 @@ class EndpointConfig:
 class ChatEndpoint:
     """Client of one endpoint; several threads may ask at the same time.
 
-    Args:
-        config: settings of the endpoint; its `template` is not used here.
-
     Raises:
         ValueError: if there is no endpoint, model or key where one is named, the address is not
             http(s), or `openai` is not installed.

@@ -45,11 +45,7 @@ REFUSED = ("s_aux", "position_bias", "cross_attention_states")
 
 
 class AttentionPlan:
-    """One batch's attention, planned once on the host and shared by all layers.
-
-    Args:
-        batch: batch on the device where attention runs.
-    """
+    """One batch's attention, planned once on the host and shared by all layers."""
 
     def __init__(self, batch: PackedBatch) -> None:
         self._segments = row_segments(batch.layout)
@@ -102,16 +98,9 @@ def shared_prefix_attention(
 ) -> tuple[Tensor, None]:
     """Compute attention for a transformers attention layer, which calls this function.
 
-    Args:
-        module: the layer.
-        query: queries.
-        key: keys.
-        value: values.
-        attention_mask: mask of transformers; ignored with a plan.
-        implementation: implementation for packed rows.
-        fastalign_plan: plan of a packed row, with b = 1; None: ordinary attention.
-        options: further arguments of the layer: `scaling`, `sliding_window`, `softcap`, `dropout`
-            and others.
+    With `fastalign_plan` (a packed row, b = 1) the mask is ignored and `implementation` computes;
+    without one it is ordinary attention. `options` are the layer's further arguments: `scaling`,
+    `sliding_window`, `softcap`, `dropout` and others.
 
     Raises:
         ValueError: if the layer passes something that is not implemented here (attention sinks, a

@@ -112,12 +112,7 @@ def padded(start: Tensor, length: Tensor, copy: Tensor, width: int) -> tuple[Ten
 
 
 class Blocks:
-    """The blocks of one batch.
-
-    Args:
-        segments: segments of the batch's row.
-        device: device of the attention.
-    """
+    """The blocks of one batch."""
 
     def __init__(self, segments: Segments, device: torch.device) -> None:
         self.blocks: list[Block] = []

@@ -26,11 +26,7 @@ def attention_reason(
 ) -> str | None:
     """Return why an implementation cannot run, with a remedy; None if it can.
 
-    Args:
-        name: the implementation.
-        device: device of the model.
-        dtype: dtype of queries, keys and values.
-        config: configuration of the model; None: check only what does not depend on a model.
+    Without a `config` only what does not depend on a model is checked.
     """
     if name == "sdpa":
         return None

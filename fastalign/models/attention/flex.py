@@ -43,12 +43,7 @@ def visited_blocks(segments: Segments, block_tokens: int) -> Tensor:
 
 
 class Flex:
-    """The mask of one batch.
-
-    Args:
-        segments: segments of the batch's row.
-        device: device of the attention.
-    """
+    """The mask of one batch."""
 
     def __init__(self, segments: Segments, device: torch.device) -> None:
         self._visited = visited_blocks(segments, BLOCK_TOKENS).to(device)

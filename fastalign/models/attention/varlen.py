@@ -86,12 +86,7 @@ KERNELS: dict[str, VarlenKernel] = {"flash_attn": flash_attn_kernel, "varlen": t
 
 
 class Varlen:
-    """The bounds and gathered keys of one batch.
-
-    Args:
-        segments: segments of the batch's row.
-        device: device of the attention.
-    """
+    """The bounds and gathered keys of one batch."""
 
     def __init__(self, segments: Segments, device: torch.device) -> None:
         starts = torch.stack([segments.prompt_start, segments.start], 1).flatten()

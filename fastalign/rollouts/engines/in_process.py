@@ -45,9 +45,7 @@ Output = tuple[list[int], list[float], str | None]
 class VllmSampler:
     """Sampler whose vLLM engine is in this process; it has no weights before `sync_weights`.
 
-    Args:
-        spec: model and settings.
-        on_progress: called with the number of completions that are done, and with 0 now and then.
+    `on_progress` is called with the number of completions that are done, and with 0 now and then.
 
     Raises:
         ValueError: if vLLM is not installed, or refuses this architecture or these settings.

@@ -27,9 +27,6 @@ class OverlappedSampler:
     `generate` with the seed given to `begin` returns those completions, which are of the policy at
     that time (`Completion.version`). If the engine failed in between, they are drawn anew, from the
     current policy.
-
-    Args:
-        sampler: a sampler whose engine is outside of this process.
     """
 
     def __init__(self, sampler: SyncedSampler):

@@ -23,9 +23,7 @@ Sequences = Sequence[tuple[list[int], list[int]]]
 class PolicyAccess:
     """Access to a policy that is whole in this process.
 
-    Args:
-        model: the policy.
-        mode: context manager that is entered around its forwards.
+    `mode` is a context manager that is entered around its forwards.
     """
 
     def __init__(self, model: Any, mode: Callable[[], AbstractContextManager[None]] = nullcontext):
@@ -51,13 +49,7 @@ class PolicyAccess:
 
 
 class ShardedAccess(PolicyAccess):
-    """Access to a policy that is sharded over the ranks: rank 0 asks, the others join in.
-
-    Args:
-        model: the policy.
-        mode: context manager that is entered around its forwards.
-        world: the ranks.
-    """
+    """Access to a policy that is sharded over the ranks: rank 0 asks, the others join in."""
 
     def __init__(self, model: Any, mode: Callable[[], AbstractContextManager[None]], world: World):
         super().__init__(model, mode)

@@ -20,10 +20,7 @@ class RankZeroSampler:
 
     An error on rank 0 is raised on every rank, at the same call.
 
-    Args:
-        sampler: the sampler on rank 0; None on the others.
-        policy: the policy, which may be sharded over the ranks.
-        world: the ranks.
+    `sampler` is None on the other ranks.
     """
 
     def __init__(

@@ -78,9 +78,6 @@ class OwnServer:
     It listens at a Unix socket in a folder that only this user can enter, and starts from the
     model's configuration, with random weights and without a tokenizer.
 
-    Args:
-        spec: model and settings.
-
     Raises:
         ValueError: if vLLM is not installed, or this is not Linux.
     """

@@ -41,10 +41,8 @@ def supervise(command: Sequence[str], *, engine: str) -> int:
     the second signal, are killed. Shared memory and semaphores that Python made for them are
     removed.
 
-    Args:
-        command: the command line.
-        engine: part of the command line of a process without which the others are useless: they
-            are killed when it was found once and has been missing for `GRACE_SECONDS`.
+    `engine` is a part of the command line of a process without which the others are useless: they
+    are killed when it was found once and has been missing for `GRACE_SECONDS`.
 
     Returns:
         The command's exit code.

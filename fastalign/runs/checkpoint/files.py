@@ -93,12 +93,9 @@ def publish(
 
     At every moment a checkpoint that was good before is still there, or the new one is.
 
-    Args:
-        aside: the folder, with the files of all ranks.
-        final: `step-NNNNNN` beside it.
-        texts: more files, by their names.
-        written: the manifest's entries of the files that are there.
-        keep: checkpoints to keep, this one and older ones; a newer one is left alone.
+    `aside` holds the files of all ranks, of which `written` are the manifest's entries; `texts` are
+    written to it, and it becomes `final`, `step-NNNNNN`. Of this checkpoint and older ones `keep`
+    are kept; a newer one is left alone.
     """
     for name, text in texts.items():
         (aside / name).write_text(text, encoding="utf-8")

@@ -57,11 +57,7 @@ SOURCES = {
 def resume(run: RunConfig, state: TrainState, sources: dict[str, Any], world: World = ALONE) -> int:
     """Restore the newest good checkpoint; print which newer ones are damaged.
 
-    Args:
-        run: the run's folder and seed, and the parts that are not restored.
-        state: model, optimiser and counters, which are changed in place.
-        sources: fingerprints of the data and frozen models that training began from.
-        world: the ranks.
+    `sources` are the fingerprints of the data and frozen models that training began from.
 
     Returns:
         Length of `metrics.jsonl` in bytes when the checkpoint was made.
@@ -168,12 +164,9 @@ def restore(
 ) -> dict[str, Any]:
     """Load a checkpoint without a fault into `state`; return its `state.json`.
 
-    Args:
-        checkpoint: its folder.
-        state: with the run's model and its optimiser, sharded or not, in any number of ranks.
-        world: the ranks.
-        seed: the run's, for random states that are not in the checkpoint.
-        afresh: parts that are not read.
+    `state` has the run's model and optimiser, sharded or not, on any number of ranks. The parts
+    `afresh` are not read; `seed`, the run's, is for random states that the checkpoint does not
+    have.
 
     Raises:
         ValueError: if a part is missing, or is not of this run.

@@ -63,11 +63,7 @@ def file_of_each(plans: list[SavePlan]) -> dict[str, int]:
 class ShardWriter(HuggingFaceStorageWriter):
     """Writes one checkpoint: the files of a rank, then on rank 0 what makes them a checkpoint.
 
-    Args:
-        final: the folder that it becomes.
-        keep: checkpoints to keep.
-        content: content of `state.json`.
-        texts: more files, by their names.
+    It becomes the folder `final`; `content` is that of `state.json`, `texts` are further files.
     """
 
     def __init__(self, final: Path, keep: int, content: dict[str, Any], texts: dict[str, str]):
@@ -155,10 +151,8 @@ class CheckpointWriter:
     def save(self, state: TrainState, extra: dict[str, Any], *, wait: bool = False) -> Path:
         """Begin to write `folder/step-NNNNNN`, after the one before is done.
 
-        Args:
-            state: model, optimiser and counters to save; they may change after this returns.
-            extra: more for `state.json` (JSON).
-            wait: return when it is on the disk; then nothing is copied first.
+        What `state` holds may change after this returns. `extra` goes into `state.json`. With
+        `wait` the checkpoint is on the disk when this returns, and nothing is copied first.
 
         Raises:
             AssertionError: if a weight is not finite; no checkpoint ever holds one.

@@ -140,13 +140,7 @@ def reference_logprobs(
     and the run goes on with what it computed: hours of a reference's work are not thrown away
     because they cannot be kept for the next run.
 
-    Args:
-        reference: the model.
-        examples: pairs.
-        indices: the examples that the run will use; the others may stay NaN.
-        compute: device, dtype, packing and ranks of the forwards.
-        data_fingerprint: hash of the examples' token ids.
-        cache_dir: folder of the cache files.
+    `indices` are the examples that the run will use; the others may stay NaN.
 
     Returns:
         (number of examples, 2) float32 on the CPU.
@@ -248,9 +242,8 @@ def merge_into_cache(path: Path, values: Tensor) -> Tensor:
 
     The first value written stays: what a run was given is what it finds again when it is resumed.
 
-    Args:
-        path: the cache file; a damaged one is renamed first.
-        values: (number of examples, 2) float32, NaN where nothing is known.
+    `values` are (number of examples, 2) float32, NaN where nothing is known. A damaged file is
+    renamed first.
 
     Returns:
         Values that the file now holds.

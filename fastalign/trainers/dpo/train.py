@@ -146,14 +146,7 @@ def dpo_batch_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute a micro-batch's preference loss, and the sums for its metrics.
 
-    Args:
-        policy: the model.
-        loss: which loss.
-        pairs: all pairs.
-        normaliser: number of pairs of the whole step, which the summed loss is divided by.
-        compute: device, dtype, packing and ranks of the forwards.
-        batch: the micro-batch.
-        chosen: the pairs that it holds.
+    `normaliser` is the number of pairs of the whole step, which the summed loss is divided by.
     """
     device, bounds = batch.targets.device, batch.layout.target_bounds
     reference = pairs.reference

@@ -22,12 +22,6 @@ from fastalign.trainers.online_dpo.config import OnlineDPOConfig
 class OnlineReference:
     """Another model; or the policy with its adapter off; or the policy with earlier weights.
 
-    Args:
-        config: settings of the run.
-        policy: before its first step.
-        tokenizer: tokenizer of the policy.
-        compute: device, dtype, packing and ranks of the forwards.
-
     Raises:
         ValueError: if another model's vocabulary is not the policy's.
     """

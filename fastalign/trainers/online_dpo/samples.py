@@ -144,10 +144,7 @@ def choose_pairs(
     Samples of one score have no best. With `use` two of them that differ are a tie; where all are
     the same tokens there is nothing to compare, whatever their scores.
 
-    Args:
-        groups: prompts with their samples.
-        scores: (R,), in the order of the groups' responses.
-        ties: `drop` or `use` prompts whose samples all have one score.
+    `scores` (R,) are in the order of the groups' responses.
     """
     chosen: list[tuple[Group, tuple[int, int], bool]] = []
     start = 0

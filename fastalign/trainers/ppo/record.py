@@ -116,13 +116,8 @@ def record_tokens(
 ) -> tuple[TokenRecord, Metrics]:
     """Run the policy, the reference and the value model on the rollouts.
 
-    Args:
-        models: policy, reference and value model.
-        rollouts: prompts with their sampled responses.
-        examples: its groups, measured.
-        compute: device, dtype, packing and ranks of the forwards.
-        temperature: temperature of the samples; the policy is the model at that temperature.
-        full_kl: also compute the KL over the vocabulary.
+    The policy is the model at the samples' `temperature`; `full_kl` adds the KL over the
+    vocabulary.
 
     Returns:
         The record, and `num_micro_batches` and `num_packed_tokens`.

@@ -50,12 +50,7 @@ SCORE_MEAN, SCORE_STD = "score_mean", "score_std"
 
 
 class ActorCritic(nn.Module):
-    """Policy and value model as one thing that is trained and saved.
-
-    Args:
-        policy: a causal model, or a frozen base with an adapter.
-        value: a reward model's network.
-    """
+    """Policy and value model as one thing that is trained and saved."""
 
     def __init__(self, policy: nn.Module, value: nn.Module):
         super().__init__()

@@ -67,14 +67,7 @@ def train_ppo(config: PPOConfig) -> RunResult:
 
 
 def ppo_step(ppo: PPOSetup, state: TrainState, indices: list[int], num_steps: int) -> Metrics:
-    """Sample these prompts, score the answers, and take all updates on them; return the metrics.
-
-    Args:
-        ppo: settings, models, sampler, prompts and reward sources.
-        state: model, optimiser and counters, changed in place.
-        indices: which of the prompts.
-        num_steps: steps of the run, for the learning rate.
-    """
+    """Sample these prompts, score the answers, and take all updates on them; return the metrics."""
     config, start = ppo.config, time.perf_counter()
     rollouts, score = sample_and_score(ppo, state, indices, num_steps)
     scored = time.perf_counter()
@@ -145,11 +138,7 @@ def make_experience(
 ) -> tuple[Experience, Metrics]:
     """Compute log-probs, values, rewards and advantages of the rollouts, before any update.
 
-    Args:
-        ppo: settings and models.
-        rollouts: prompts with their sampled responses.
-        score: (R,) score of each response.
-        coefficient: weight of the KL in this step.
+    `score` (R,) is of each response.
 
     Returns:
         The experience, and metrics of it, `num_packed_tokens` and `num_micro_batches` among them.

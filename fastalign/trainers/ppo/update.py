@@ -84,13 +84,7 @@ def one_update(
 ) -> Metrics:
     """Take one optimiser step on these groups.
 
-    Args:
-        ppo: settings and models.
-        experience: the step's rollouts.
-        state: model and optimiser, changed in place.
-        groups: groups of the rollouts.
-        number: the update's number within the run, by which demonstrations are drawn.
-        num_steps: steps of the run, for the learning rate.
+    `number` is the update's number within the run, by which demonstrations are drawn.
     """
     metrics: Metrics = {"loss": 0.0, "num_packed_tokens": 0, "num_micro_batches": 0}
     for term in loss_terms(ppo, experience, groups, number):

@@ -57,14 +57,8 @@ def judge_pairs(
 ) -> JudgedPairs:
     """Return held-out pairs with the model's rewards and probabilities.
 
-    Args:
-        model: the reward model.
-        loss: loss that the model was trained by.
-        nu: (), the learned one, or None.
-        rate: probability of a tie under a model without ties, so that likelihoods of all pairs can
-            be compared between models.
-        data: the pairs.
-        compute: device, dtype, packing and ranks of the forwards.
+    `nu` is the learned one, (), or None. `rate` is the probability of a tie under a model without
+    ties, so that likelihoods of all pairs can be compared between models.
     """
     rewards = pair_rewards(model, data.groups, compute)
     outcomes = loss.outcomes(rewards[:, 0] - rewards[:, 1], nu)

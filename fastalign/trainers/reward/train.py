@@ -155,12 +155,7 @@ def judge(
 ) -> None:
     """Write the trained model's measures on held-out pairs into the run's `eval/`; print the main.
 
-    Args:
-        model: the reward model.
-        config: the run's settings.
-        sets: training pairs and held-out pairs.
-        tokenizer: tokenizer of both.
-        compute: device, dtype, packing and ranks of the forwards.
+    `sets` are the training pairs and the held-out pairs.
     """
     train, held_out = sets
     nu = learned_nu(model, config.loss)

@@ -50,10 +50,7 @@ def signs_of_collapse(metrics: Metrics, config: WatchConfig) -> list[str]:
 def watch(metrics: Metrics, config: WatchConfig, kept: dict[str, float]) -> Metrics:
     """Print when a collapse begins or ends; return `collapsed`, the number of such steps in a row.
 
-    Args:
-        metrics: metrics of the step.
-        config: the limits.
-        kept: the run's own numbers, of which the count is one.
+    `kept` are the run's own numbers, of which the count is one.
     """
     signs = signs_of_collapse(metrics, config)
     before = int(kept.get(COLLAPSED_IN_A_ROW, 0))

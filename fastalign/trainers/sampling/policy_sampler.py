@@ -64,11 +64,7 @@ def sampling_mode(model: Any, compute: Compute) -> Iterator[None]:
 class PolicySampler:
     """The embedded sampler on the policy that is being trained; its weights are always the newest.
 
-    Args:
-        model: the policy.
-        tokenizer: tokenizer of the policy.
-        path: folder of the model, whose generation settings may list more end tokens.
-        compute: device, dtype, packing and ranks of the forwards.
+    `path` is the model's folder, whose generation settings may list more end tokens.
     """
 
     def __init__(self, model: Any, tokenizer: Tokenizer, path: str, compute: Compute):

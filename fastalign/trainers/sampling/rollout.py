@@ -216,14 +216,8 @@ def roll_out(
 ) -> Rollouts:
     """Sample `params.num_samples` completions of each prompt and score their texts.
 
-    Args:
-        sampler: draws from the policy.
-        prompts: the whole data set.
-        indices: which of them; one may occur twice, and is then sampled twice.
-        params: sampling parameters.
-        tokenizer: tokenizer of the policy.
-        sources: sources of the rewards.
-        seed: the same one draws the same tokens from the same policy.
+    `indices` may hold a prompt twice, which is then sampled twice; one `seed` draws the same tokens
+    from the same policy.
 
     Raises:
         ValueError: if the sampler or a reward source raises it.
