@@ -24,7 +24,8 @@ def indices_of_step(num_examples: int, batch_size: int, step: int, *, seed: int)
 
     Epochs are shuffled independently and concatenated; step s takes the positions
     `[s * batch_size, (s + 1) * batch_size)`. Each epoch has each example once, every step has
-    exactly `batch_size` examples, and a step may continue into the next epoch.
+    exactly `batch_size` examples, and a step may continue into the next epoch. A step has an
+    example twice within an epoch only if `batch_size` is larger than `num_examples`.
 
     Raises:
         ValueError: if there are no examples, or the batch size is below 1.

@@ -36,7 +36,8 @@ class CheckConfig:
     """Read every row as training would and print every fault."""
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """File (.jsonl, .json, .csv, each also .gz; .parquet), folder or hub name."""
+    """File (.jsonl, .ndjson, .json, .csv, .tsv, each also .gz, .bz2, .zst; .parquet), folder or hub
+    name."""
     kind: Literal["auto", "sft", "preference", "prompt"] = "auto"
     """Kind of the rows; auto decides by the columns of the first valid row."""
     tokenizer: str | None = None

@@ -27,6 +27,7 @@ from fastalign.data.tokenizer import (
     check_token_meanings,
     eos_token_ids,
     load_tokenizer,
+    template_clock,
     use_distinct_pad,
 )
 
@@ -58,5 +59,6 @@ __all__ = [
     "read_examples",
     "read_samples",
     "read_texts",
+    "template_clock",
     "use_distinct_pad",
 ]

@@ -58,6 +58,21 @@ def row_kind(row: Row) -> Kind:
     raise DataFault(row.where, f"expected the columns {expected}; {found}{_rename(names)}")
 
 
+def unused_columns(row: Row, kind: Kind) -> list[str]:
+    """Return the columns of a row of this kind that no example has; known ones unless null."""
+    if kind == "prompt":
+        used = {"prompt"}
+    elif kind == "sft":
+        paired = row.values.get("completion") is not None
+        used = {"prompt", "completion"} if paired else {"text", "messages"}
+    else:
+        used = {"prompt", "chosen", "rejected", "margin"}
+        if present(row, ("response_a", "response_b")):
+            used |= {"response_a", "response_b", "label", "votes"}
+    names = row.values.keys() - used
+    return [n for n in names if n not in COLUMNS or row.values[n] not in (None, "")]
+
+
 def present(row: Row, names: tuple[str, ...]) -> list[str]:
     """Return those of the columns that exist and are not null."""
     return [name for name in names if row.values.get(name) is not None]

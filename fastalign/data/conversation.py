@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fastalign.data.readers.row import DataFault, Row, show, show_names
@@ -18,17 +18,30 @@ _NEXT: dict[str | None, tuple[str, ...]] = {
     "tool": ("tool", "assistant"),
 }
 # Parts of a message that are not supported, and would be lost if ignored.
-_UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinking", "images")
+_UNSUPPORTED_KEYS = (
+    *("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"),
+    *("image", "images", "audio", "audios", "video", "videos", "prefix", "partial"),
+)
+# Other tools' names of whether a message is learned: OpenAI, Mistral, axolotl, ms-swift, verl.
+_LEARNED_KEYS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
+_HANDLED_KEYS = {"role", "content", *_UNSUPPORTED_KEYS, *_LEARNED_KEYS}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PRINTED_LIST = re.compile(r"\s*\[\s*\{.*['\"]role['\"]\s*:.*\}\s*\]\s*", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    Attributes:
+        role: one of ROLES.
+        content: its text.
+        learned: False if a key of the message, such as `weight`, keeps it from being trained on.
+    """
 
     role: str
     content: str
+    learned: bool = field(default=True, compare=False, repr=False)  # repr is fingerprinted
 
 
 def content_as_json(content: str | Sequence[Message]) -> Any:
@@ -119,7 +132,40 @@ def _message(row: Row, column: str, index: int, item: object) -> Message:
     if isinstance(item["content"], list):
         problem = f"{name}expected text, got a list of parts (only text is supported)"
         raise DataFault(row.where, problem, column)
-    return Message(item["role"], check_text(row.where, column, item["content"], name))
+    text = check_text(row.where, column, item["content"], name)
+    return Message(item["role"], text, _learned(row, column, item, name))
+
+
+def _learned(row: Row, column: str, item: dict[str, object], name: str) -> bool:
+    """Return whether the keys of a message let it be trained on; they must agree.
+
+    Raises:
+        DataFault: if they do not, ask for a part, or for the text of another role.
+    """
+    found = {key: item[key] for key in _LEARNED_KEYS if item.get(key) is not None}
+    for key, value in found.items():
+        if not isinstance(value, bool | int | float) or value not in (0, 1):
+            problem = f"{name}{key}: expected 0, 1, true or false, got {show(value)}"
+            raise DataFault(row.where, problem, column)
+    if len({bool(value) for value in found.values()}) > 1:
+        problem = f"{name}the keys {' and '.join(found)} contradict each other"
+        raise DataFault(row.where, problem, column)
+    if item["role"] != "assistant" and any(found.values()):
+        problem = f"{name}{next(iter(found))}: only messages of the assistant are learned"
+        raise DataFault(row.where, problem, column)
+    return all(found.values())
+
+
+def unknown_keys(value: object) -> list[str]:
+    """Return the keys of messages that nothing uses, one for each message that has it."""
+    found = value if isinstance(value, list) else []
+    return [
+        str(key)
+        for item in found
+        if isinstance(item, dict)
+        for key, part in item.items()
+        if key not in _HANDLED_KEYS and part is not None
+    ]
 
 
 def check_order(

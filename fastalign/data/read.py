@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from fastalign.data.columns import COLUMNS, Kind, row_kind
-from fastalign.data.conversation import content
+from fastalign.data.columns import COLUMNS, Kind, row_kind, unused_columns
+from fastalign.data.conversation import content, unknown_keys
 from fastalign.data.examples import Content, Example, SFTExample, parse
-from fastalign.data.readers.row import DataFault
+from fastalign.data.readers.row import DataFault, Row
 from fastalign.data.readers.rows import read_rows
 from fastalign.data.report import DataReport
 
@@ -29,7 +29,7 @@ def read_examples(
         DataFault: if a row is bad under `error`, or a whole file is, whatever `on_bad_row` is.
     """
     first: Example | None = None
-    for row in read_rows(source, COLUMNS):
+    for row in read_rows(source, COLUMNS, report.unread):
         report.num_rows += 1
         try:
             if isinstance(row, DataFault):
@@ -43,6 +43,14 @@ def read_examples(
                 raise
             report.faults.append(fault)
             continue
+        unused = unused_columns(row, kind)
+        report.unused_columns.update(unused)
+        for name, value in row.values.items():
+            if isinstance(value, list) and name not in unused:
+                report.unknown_keys.update(unknown_keys(value))
+        if isinstance(example, SFTExample) and not isinstance(example.completion, str):
+            answers = [turn for turn in example.completion if turn.role == "assistant"]
+            report.num_masked += sum(not turn.learned for turn in answers)
         yield example
 
 
@@ -83,6 +91,14 @@ class Sample:
     values: Mapping[str, object]
 
 
+def _announced_rows(source: str | Path) -> Iterator[Row | DataFault]:
+    """Yield the rows of a source; print the entries of a folder that are not read."""
+    report = DataReport(str(source))
+    yield from read_rows(source, COLUMNS, report.unread)
+    for line in report.log_lines():
+        print(line, flush=True)
+
+
 def read_samples(source: str | Path) -> list[Sample]:
     """Read all rows, in the file's order.
 
@@ -90,7 +106,7 @@ def read_samples(source: str | Path) -> list[Sample]:
         DataFault: if a row has no prompt or no completion.
     """
     samples = []
-    for row in read_rows(source, COLUMNS):
+    for row in _announced_rows(source):
         if isinstance(row, DataFault):
             raise row
         for name in ("prompt", "completion"):
@@ -117,7 +133,7 @@ def load_samples(source: str | Path) -> list[tuple[Content, list[str]]]:
 
 def read_texts(source: str | Path) -> Iterator[str | DataFault]:
     """Yield the text of every known column, contents of messages included, and faults."""
-    for row in read_rows(source, COLUMNS):
+    for row in _announced_rows(source):
         if isinstance(row, DataFault):
             yield row
             continue

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from fastalign.batch import Group
-from fastalign.data.readers.row import DataFault
+from fastalign.data.readers.files import shown_entries
+from fastalign.data.readers.row import DataFault, printable, shorten, show_names
 
 
 @dataclass
@@ -26,6 +27,10 @@ class DataReport:
         num_duplicates: used rows with the same tokens as an earlier row.
         prompt_lengths: length of each used row's prompt.
         response_lengths: length of each used response.
+        num_masked: answers in conversations that a key such as `weight` keeps from being learned.
+        unread: entries of a folder that are not read, as paths within it.
+        unused_columns: number of rows with each column that no example has.
+        unknown_keys: number of messages with each key that nothing uses.
         unit: unit of the lengths: tokens, or characters without a tokenizer.
     """
 
@@ -42,6 +47,10 @@ class DataReport:
     num_duplicates: int = 0
     prompt_lengths: list[int] = field(default_factory=list)
     response_lengths: list[int] = field(default_factory=list)
+    num_masked: int = 0
+    unread: list[str] = field(default_factory=list)
+    unused_columns: Counter[str] = field(default_factory=Counter)
+    unknown_keys: Counter[str] = field(default_factory=Counter)
     unit: str = "tokens"
 
     def add_lengths(self, group: Group) -> None:
@@ -51,7 +60,8 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """Return the report as lines of text, without the faults themselves."""
-        lines = [f"{self.source}: {self.num_used} of {self.num_rows} rows can be used"]
+        source = printable(self.source)
+        lines = [f"{source}: {self.num_used} of {self.num_rows} rows can be used"]
         lines += [f"  {count} x {form}" for form, count in self.forms.most_common()]
         counts = {
             "bad rows": len(self.faults),
@@ -71,7 +81,32 @@ class DataReport:
             )
             if summary
         ]
+        lines += [f"  {line}" for line in self._unused_lines()]
         return lines
+
+    def _unused_lines(self) -> list[str]:
+        """Return a line each about entries of the source that are not read or not used."""
+        lines = []
+        if self.num_masked:
+            lines.append(f"{self.num_masked} answers are not learned, by a key of the message")
+        if self.unread:
+            lines.append(f"not read: {shown_entries(self.unread)}")
+        if self.unused_columns:
+            names = show_names(sorted(self.unused_columns))
+            lines.append(f"columns that nothing uses: {names}")
+        if self.unknown_keys:
+            counts = sorted(self.unknown_keys.items())
+            names = ", ".join(f"{shorten(key)} ({count})" for key, count in counts[:8])
+            lines.append(f"keys of messages that nothing uses: {names}")
+        return lines
+
+    def log_lines(self) -> list[str]:
+        """Return the lines of a run's output: rows left out or truncated, and what is not used."""
+        source = printable(self.source)
+        losses = self.losses_line()
+        lines = [] if losses is None else [losses]
+        lines += [f"{source}: {line}" for line in self._unused_lines()]
+        return lines + [f"skipped: {fault}" for fault in self.faults[:5]]
 
     def losses_line(self) -> str | None:
         """Return a log line about rows left out or truncated; None if there are none."""
@@ -84,7 +119,8 @@ class DataReport:
         parts = [f"{count} {name}" for name, count in counts.items() if count]
         if not parts:
             return None
-        return f"{self.source}: {self.num_used} of {self.num_rows} rows used ({', '.join(parts)})"
+        source = printable(self.source)
+        return f"{source}: {self.num_used} of {self.num_rows} rows used ({', '.join(parts)})"
 
 
 def length_summary(lengths: Sequence[int]) -> str:

@@ -44,6 +44,11 @@ def render_responses(
     return head, pieces
 
 
+def is_learned(message: Message) -> bool:
+    """Return whether a message of a response is trained on."""
+    return message.role == "assistant" and message.learned
+
+
 def _mark(index: int) -> str:
     """Return a content that no template changes: private-use characters around a number."""
     return f"\ue000{index}\ue001"
@@ -70,7 +75,7 @@ def _learned_spans(
         return [(start, len(text))]
     spans = []
     for index, message in enumerate(response):
-        if message.role != "assistant":
+        if not is_learned(message):
             continue
         turns = (*prompt, *response[:index])
         head = text[:start] if index == 0 else template(turns, True)
@@ -101,7 +106,7 @@ def _spans_by_marks(
     position = 0
     for index, content in enumerate(contents):
         position += len(literals[index])
-        if index >= num_prompt and turns[index].role == "assistant":
+        if index >= num_prompt and is_learned(turns[index]):
             generated = _literals(template(marked[:index], True), range(index))[-1]
             inside = literals[index].startswith(generated)
             before = len(literals[index]) - len(generated) if inside else 0

@@ -19,7 +19,13 @@ from fastalign.batch import Group
 from fastalign.data.conversation import Message
 from fastalign.data.examples import Content, PreferenceExample, PromptExample, SFTExample
 from fastalign.data.readers.row import DataFault
-from fastalign.data.template import Piece, Template, TemplateError, render_responses
+from fastalign.data.template import (
+    Piece,
+    Template,
+    TemplateError,
+    is_learned,
+    render_responses,
+)
 from fastalign.data.tokenizer import Tokenizer, chat_template, eos_token_ids
 
 # A prefix after which tokens are those of a continuation.
@@ -108,8 +114,11 @@ class Encoder:
             assert prompt is None or isinstance(prompt, str)
             return self._plain(example.source, prompt or "", [completion])
         if prompt is None:
-            first = next(i for i, turn in enumerate(completion) if turn.role == "assistant")
-            prompt, completion = completion[:first], completion[first:]
+            prompt = ()
+        first = next((i for i, turn in enumerate(completion) if is_learned(turn)), None)
+        if first is None:
+            raise DataFault(example.source, "no message of the assistant is to be learned")
+        prompt, completion = (*prompt, *completion[:first]), completion[first:]
         assert not isinstance(prompt, str)
         return self._conversation(example.source, prompt, [completion])
 
@@ -125,6 +134,9 @@ class Encoder:
             row = self._plain(example.source, example.prompt, [str(side) for side in sides])
         else:
             turns = [side for side in sides if not isinstance(side, str)]
+            if not all(is_learned(m) for side in turns for m in side if m.role == "assistant"):
+                problem = "a message that is not to be learned is not supported in a comparison"
+                raise DataFault(example.source, problem)
             row = self._conversation(example.source, example.prompt, turns)
         if row.group.response_ids[0] == row.group.response_ids[1]:
             raise DataFault(example.source, "the two responses have the same tokens")

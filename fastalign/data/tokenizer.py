@@ -1,7 +1,12 @@
 """Tokenizers: loading them, and comparing their vocabularies, end and pad tokens, and templates."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+import signal
+import threading
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,6 +14,10 @@ from fastalign.data.conversation import Message, content_as_json
 from fastalign.data.template import Template, TemplateError
 
 PAD_TOKEN = "<|fastalign_pad|>"
+# Seconds of computing time after which a template is taken for one that never ends.
+MAX_RENDER_SECONDS = 20.0
+# The time that templates which write a date are given, so that one run renders one date.
+_TEMPLATE_CLOCK: ContextVar[datetime] = ContextVar("template_clock", default=datetime.now())  # noqa: B039
 _FILE_STEMS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
 
 
@@ -175,11 +184,48 @@ def chat_template(tokenizer: Tokenizer) -> Template:
     def render(turns: Sequence[Message], add_generation_prompt: bool) -> str:
         conversation = content_as_json(turns)
         try:
-            text = tokenizer.apply_chat_template(
-                conversation, tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except (jinja2.TemplateError, TypeError, KeyError, IndexError) as error:
-            raise TemplateError(f"the chat template refuses the row: {error}") from None
+            with _limited_time(MAX_RENDER_SECONDS):
+                text = tokenizer.apply_chat_template(
+                    conversation,
+                    tokenize=False,
+                    add_generation_prompt=add_generation_prompt,
+                    strftime_now=_TEMPLATE_CLOCK.get().strftime,
+                )
+        except jinja2.TemplateError as error:
+            raise TemplateError(f"the chat template refuses the row: {error}"[:400]) from None
+        # A template is a program, which can fail in any way: 1/0, recursion, a missing attribute.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"[:300]
+            raise TemplateError(f"the chat template fails on the row: {reason}") from None
         return str(text)
 
     return render
+
+
+@contextmanager
+def template_clock(moment: datetime) -> Iterator[None]:
+    """Give templates that write a date this time instead of that at which the process began."""
+    token = _TEMPLATE_CLOCK.set(moment)
+    try:
+        yield
+    finally:
+        _TEMPLATE_CLOCK.reset(token)
+
+
+@contextmanager
+def _limited_time(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError after this much computing time, if this is the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # a signal's handler runs in the main thread only
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(f"it did not end within {seconds:g} seconds of computing")
+
+    before = signal.signal(signal.SIGVTALRM, stop)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)  # unlike real time, it stands in a stop
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)

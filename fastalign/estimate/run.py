@@ -26,7 +26,7 @@ from fastalign.runs.accumulate import Examples, measure_examples
 from fastalign.runs.config import AnyConfig
 from fastalign.runs.data import load_sets
 from fastalign.runs.load_models import check_sharing, checkpoint_activations
-from fastalign.runs.loop import indices_of_run, total_steps
+from fastalign.runs.loop import examples_per_step, indices_of_run, total_steps
 from fastalign.runs.memory import resident_bytes
 from fastalign.runs.open import make_compute
 from fastalign.trainers.dpo import reference
@@ -101,7 +101,7 @@ def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
     model = trained_model(config, compute)
     data, held_out = load_sets(config, model, tokenizer)
     sets = [measure_examples(each.groups, compute.packing) for each in (data, held_out) if each]
-    size, seed = config.train.batch_size, config.run.seed
+    size, seed = examples_per_step(config, len(data.groups)), config.run.seed
     steps = (
         indices_of_step(len(data.groups), size, step, seed=seed)
         for step in range(total_steps(config, len(data.groups)))

@@ -167,7 +167,7 @@ def read_list(path: Path) -> Any:
     """
     try:
         if path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")  # U+2028 is text
             content: Any = [json.loads(line) for line in lines if line.strip()]
         elif path.suffix in (".yaml", ".yml"):
             content = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -159,8 +159,8 @@ def read_run(folder: str | Path) -> RunRecord:
     try:
         config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
         metrics = read_lines(path / "metrics.jsonl")
-        rows = read_lines(samples) if samples.is_file() else []
-    except (ValueError, yaml.YAMLError) as error:
+        rows = read_lines(samples, may_grow=False) if samples.is_file() else []
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise ValueError(f"{path}: a file of the run is damaged: {error}") from None
     return RunRecord(
         name=path.resolve().name,
@@ -188,14 +188,19 @@ def read_object(file: Path) -> Row:
     return content
 
 
-def read_lines(path: Path) -> list[Row]:
-    """Return the objects of a JSON Lines file without a last, unfinished line.
+def read_lines(path: Path, *, may_grow: bool = True) -> list[Row]:
+    """Return the objects of a JSON Lines file.
+
+    Args:
+        path: the file.
+        may_grow: leave out a last, unfinished line, which a run may be writing.
 
     Raises:
         ValueError: if a line is not a JSON object.
     """
     text = path.read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text[: text.rfind("\n") + 1].split("\n") if line]
+    text = text[: text.rfind("\n") + 1] if may_grow else text
+    rows = [json.loads(line) for line in text.split("\n") if line.strip()]
     for place, row in enumerate(rows, 1):
         if not isinstance(row, dict):
             raise ValueError(f"{path}: object {place}: expected a JSON object, got {row!r:.60}")

@@ -156,7 +156,8 @@ class TrainConfig:
     epochs: float = 1.0
     """Number of passes over the data if train.max_steps is not given."""
     batch_size: int = 64
-    """Number of examples in one optimiser step."""
+    """Number of examples in one optimiser step: at most all of them, each once (prompts that are
+    sampled: some several times, if there are fewer)."""
     tokens_per_batch: int = 16384
     """Maximum tokens of one forward pass; limits memory and does not change the gradient."""
     packing: Packing = "shared_prefix"

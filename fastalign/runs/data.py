@@ -7,16 +7,13 @@ from fastalign.runs.config import PreferenceDataConfig
 
 
 def check_lengths(model: Any, data: TokenizedDataset) -> None:
-    """Print the rows that were left out; raise if a row has more tokens than the model positions.
+    """Print what was left out; raise if a row has more tokens than the model has positions.
 
     Raises:
         ValueError: if a row is too long, see `check_positions`.
     """
-    line = data.report.losses_line()
-    if line is not None:
+    for line in data.report.log_lines():
         print(line, flush=True)
-    for fault in data.report.faults[:5]:
-        print(f"skipped: {fault}", flush=True)
     check_positions(model, data)
 
 

@@ -5,6 +5,7 @@ import json
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,11 @@ def has_steps(folder: Path) -> bool:
     return logged or bool(list_checkpoints(folder / CHECKPOINTS))
 
 
-def prepare_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
+def prepare_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) -> datetime:
     """Make the folder, or check that it holds the run that is to be resumed.
+
+    Returns:
+        When the run began, which chat templates with a date are given.
 
     Raises:
         ValueError: if the folder holds a run and `resume` is False, or if `resume` is True and it
@@ -137,7 +141,27 @@ def prepare_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) ->
     folder.mkdir(parents=True, exist_ok=True)
     if not resume:
         write_text_atomically(config, as_yaml(values))
+        write_text_atomically(folder / BEGAN_FILE, f"{datetime.now().isoformat()}\n")
     write_machine(folder, values["train"])
+    return when_begun(folder)
+
+
+BEGAN_FILE = "began.txt"
+
+
+def when_begun(folder: Path) -> datetime:
+    """Return when the run in a folder began; without a record when its settings were written.
+
+    Raises:
+        ValueError: if the record is damaged.
+    """
+    record = folder / BEGAN_FILE
+    if not record.exists():
+        return datetime.fromtimestamp((folder / "config.yaml").stat().st_mtime)
+    try:
+        return datetime.fromisoformat(record.read_text(encoding="utf-8").strip())
+    except ValueError as error:
+        raise ValueError(f"{record}: expected a date and time: {error}") from None
 
 
 @contextmanager

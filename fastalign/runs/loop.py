@@ -30,7 +30,7 @@ from fastalign.runs.accumulate import Total
 from fastalign.runs.checkpoint.files import CHECKPOINTS
 from fastalign.runs.checkpoint.restore import resume
 from fastalign.runs.checkpoint.writer import CheckpointWriter
-from fastalign.runs.config import AnyConfig
+from fastalign.runs.config import AnyConfig, DataConfig
 from fastalign.runs.final_model import save_final_model
 from fastalign.runs.memory import STEP, memory_used_in, peak_memory_bytes
 from fastalign.runs.metrics import Metrics, ProgressDisplay, metrics_writer
@@ -122,6 +122,9 @@ class Run:
         self.state = state = TrainState(model, make_optimizer(model, config.optim))
         self.num_steps = total_steps(config, len(data))
         self._num_examples, self._overlapped = len(data), overlapped
+        line = small_data_line(config, len(data))
+        if line is not None:
+            print(line, flush=True)
         policy = model if policy is None else policy
         self._sources = {
             "data_fingerprint": data.fingerprint,
@@ -319,9 +322,8 @@ class Step:
         self._run, self.number = run, state.step + 1
         every = config.train.eval_every
         self.evaluates = self.number == run.num_steps or bool(every and self.number % every == 0)
-        self.indices = indices_of_step(
-            run._num_examples, config.train.batch_size, state.step, seed=config.run.seed
-        )
+        size = examples_per_step(config, run._num_examples)
+        self.indices = indices_of_step(run._num_examples, size, state.step, seed=config.run.seed)
         self.metrics: Metrics = {}
         self.finished = False
         self._whole, self._computing = ExitStack(), ExitStack()
@@ -351,7 +353,7 @@ class Step:
         room = metrics["num_micro_batches"] * train.tokens_per_batch
         self.metrics = {
             "step": state.step,
-            "epoch": state.step * train.batch_size / run._num_examples,
+            "epoch": state.step * len(self.indices) / run._num_examples,
             **metrics,
             "num_tokens": state.num_tokens,
             "fill_rate": num_tokens / room if room else 0.0,
@@ -382,7 +384,32 @@ def total_steps(config: AnyConfig, num_examples: int) -> int:
     """Return `max_steps`, or the steps of `epochs` passes (the last one may reach beyond)."""
     if config.train.max_steps is not None:
         return config.train.max_steps
-    return max(1, math.ceil(config.train.epochs * num_examples / config.train.batch_size))
+    size = examples_per_step(config, num_examples)
+    return max(1, math.ceil(config.train.epochs * num_examples / size))
+
+
+def examples_per_step(config: AnyConfig, num_examples: int) -> int:
+    """Return `train.batch_size`, or the number of all examples if there are fewer.
+
+    Prompts that are sampled are taken several times instead: each time has other completions.
+    """
+    if isinstance(config.data, DataConfig):
+        return min(config.train.batch_size, num_examples)
+    return config.train.batch_size
+
+
+def small_data_line(config: AnyConfig, num_examples: int) -> str | None:
+    """Return the line printed for a batch larger than the data; None if it is not."""
+    size = config.train.batch_size
+    if size <= num_examples:
+        return None
+    if isinstance(config.data, DataConfig):
+        done = "a step takes each example once"
+    else:
+        least, rest = divmod(size, num_examples)
+        times = f"{least} or {least + 1}" if rest else f"{least}"
+        done = f"a step samples each prompt {times} times"
+    return f"{num_examples} examples, train.batch_size {size}: {done}"
 
 
 def indices_of_run(config: AnyConfig, num_examples: int) -> set[int]:
@@ -391,9 +418,8 @@ def indices_of_run(config: AnyConfig, num_examples: int) -> set[int]:
     for step in range(total_steps(config, num_examples)):
         if len(used) == num_examples:
             break
-        used.update(
-            indices_of_step(num_examples, config.train.batch_size, step, seed=config.run.seed)
-        )
+        size = examples_per_step(config, num_examples)
+        used.update(indices_of_step(num_examples, size, step, seed=config.run.seed))
     return used
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from fastalign.compute import Compute, find_device
+from fastalign.data import template_clock
 from fastalign.ranks.config import ParallelConfig
 from fastalign.ranks.failure import record_collectives, watched_by_ranks
 from fastalign.ranks.parallel import part_from_ranks
@@ -100,7 +101,10 @@ def open_run(config: AnyConfig, title: str) -> Iterator[Run]:
         stack.enter_context(watched_by_ranks(world, config.parallel))
         if not world.is_first:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        world.first_does(lambda: prepare_run_folder(folder, values, resume=config.run.resume))
+        began = world.first_does(
+            lambda: prepare_run_folder(folder, values, resume=config.run.resume)
+        )
+        stack.enter_context(template_clock(began))
         world.first_does(lambda: stack.enter_context(locked(folder)))
         stack.enter_context(out_of_memory_in_one_line(config))
         announce(values)

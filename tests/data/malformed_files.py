@@ -1,9 +1,13 @@
 """Files as real exports get them wrong, with what must be said of each."""
 
+import bz2
 import gzip
 import json
 
+import pyarrow
+
 GOOD = '{"prompt": "a b", "chosen": " yes", "rejected": " no"}\n'
+ZSTD: bytes = pyarrow.compress(b"text\n" + b"a b\n" * 500, codec="zstd", asbytes=True)
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 
 
@@ -61,6 +65,13 @@ TEXT_CASES: dict[str, tuple[str, str | bytes, str]] = {
     "suffix-without-gzip": ("bad.jsonl.gz", GOOD, "not gzip"),
     "truncated-gzip": ("bad.jsonl.gz", gzip.compress(GOOD.encode() * 500)[:-20], "cut off"),
     "flipped-gzip": ("bad.jsonl.gz", gzip.compress(GOOD.encode() * 9)[:-8] + b"\0" * 8, "gzip"),
+    "truncated-bzip2": ("bad.jsonl.bz2", bz2.compress(GOOD.encode() * 500)[:-9], "cut off"),
+    "after-bzip2": ("bad.jsonl.bz2", bz2.compress(GOOD.encode() * 5) + b"more", "damaged bzip2"),
+    "truncated-zstd": ("bad.csv.zst", ZSTD[:-3], "cut off"),
+    "after-zstd": ("bad.csv.zst", ZSTD + b"more", "damaged zstandard"),
+    "suffix-without-zstd": ("bad.jsonl.zst", GOOD, "not zstandard"),
+    "blank-lines-for-ever": ("bad.json.gz", gzip.compress(b"\n" * 2**21), "blank lines"),
+    "tsv-with-commas": ("bad.tsv", "prompt,chosen\na,b\n", "expected tabs"),
     "zip": ("bad.jsonl", b"PK\x03\x04" + b"x" * 40, "zip archive"),
     "parquet-as-jsonl": ("bad.jsonl", b"PAR1" + b"x" * 40, "parquet"),
     "lfs-pointer": ("bad.jsonl", "version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),

@@ -3,6 +3,7 @@
 With `--data.on-bad-row skip` the good rows are used and the bad counted.
 """
 
+import bz2
 import csv
 import gzip
 import json
@@ -138,6 +139,11 @@ def test_a_malformed_path_is_named_in_one_line(
     assert expected.lower() in faults[0].lower()
 
 
+def zstd(content: bytes) -> bytes:
+    found: bytes = pyarrow.compress(content, codec="zstd", asbytes=True)
+    return found
+
+
 GOOD_CASES: dict[str, tuple[str, str | bytes, int]] = {
     "byte-order-mark": ("ok.jsonl", b"\xef\xbb\xbf" + GOOD.encode(), 1),
     "carriage-returns": ("ok.jsonl", GOOD.replace("\n", "\r\n") * 2, 2),
@@ -151,6 +157,15 @@ GOOD_CASES: dict[str, tuple[str, str | bytes, int]] = {
     "csv": ("ok.csv", "prompt,chosen,rejected\na b,c,d\n", 1),
     "csv-line-break-in-cell": ("ok.csv", 'text\n"a\nb"\nc\n', 2),
     "csv-gzip": ("ok.csv.gz", gzip.compress(b"text\na\n"), 1),
+    "mixed-line-ends": ("ok.jsonl", GOOD + GOOD.strip() + "\r" + GOOD.strip() + "\r\n" + GOOD, 4),
+    "csv-old-mac": ("ok.csv", "prompt,chosen,rejected\r" + "a b,c,d\r" * 5000, 5000),
+    "csv-mixed-line-ends": ("ok.csv", 'text\r\n"a\r\nb"\rc\nd\r\n', 3),
+    "array-old-mac": ("ok.json", f"[{GOOD.strip()},\r{GOOD.strip()}]\r", 2),
+    "lines-in-json-old-mac": ("ok.json", "\r" + GOOD.replace("\n", "\r") * 3, 3),
+    "tsv": ("ok.tsv", "prompt\tchosen\trejected\na, b\tc\td\n", 1),
+    "ndjson": ("ok.ndjson", GOOD * 2, 2),
+    "bzip2": ("ok.jsonl.bz2", bz2.compress(GOOD.encode()) * 2, 2),
+    "zstandard": ("ok.csv.zst", zstd(b"text\na\n") + zstd(b"b\n"), 2),
     "implicit-prompt": ("ok.jsonl", '{"chosen": "a b c", "rejected": "a b d"}', 1),
     "null-margin": ("ok.jsonl", row(margin=None), 1),
     "extra-columns": ("ok.jsonl", row(id=7, meta={"x": [1]}), 1),
@@ -222,6 +237,6 @@ def test_a_quoted_csv_field_keeps_its_commas(tmp_path: Path) -> None:
     path = tmp_path / "a.csv"
     with path.open("w", newline="") as file:
         csv.writer(file).writerows([["text"], ['a, "b"\nc']])
-    (only,) = read_rows(path, {"text"})
+    (only,) = read_rows(path, {"text"}, [])
     assert not isinstance(only, ValueError)
     assert dict(only.values) == {"text": 'a, "b"\nc'}

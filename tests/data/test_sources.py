@@ -1,13 +1,19 @@
 """Hub names, folders and tokenizers."""
 
 import json
+import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
-from fastalign.data import eos_token_ids, load_sft, load_tokenizer
-from fastalign.data.readers.rows import is_hub_name
+from fastalign.cli.main import main
+from fastalign.data import eos_token_ids, load_preferences, load_sft, load_tokenizer
+from fastalign.data.readers import files
+from fastalign.data.readers.rows import is_hub_name, read_rows
 from tests.tokenizers import make_tokenizer
 
 
@@ -82,3 +88,87 @@ def test_a_tokenizer_that_is_not_there_or_damaged_is_named(tmp_path: Path) -> No
     (tmp_path / "tokenizer.json").write_text('{"version": ')
     with pytest.raises(ValueError, match="cannot be loaded"):
         load_tokenizer(tmp_path)
+
+
+def test_what_a_folder_holds_beside_its_data_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text('{"text": "a"}\n')
+    for name in ("a.parquet.gz", "b.jsonl.xz", "README.md", ".hidden.jsonl", "evil\x1b[2J.txt"):
+        (folder / name).write_text("x")
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    assert main(["data", "check", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "1 of 1 rows can be used" in out
+    assert "not read: 6 others: " in out
+    for name in ("a.parquet.gz", "b.jsonl.xz", "README.md", ".hidden.jsonl", "linked/ (a link"):
+        assert f"'{name}" in out
+    assert "\x1b" not in out
+    lines = load_sft(folder, make_tokenizer(), max_length=9).report.log_lines()
+    assert any("not read: 6 others" in line for line in lines)
+
+
+def test_columns_that_nothing_uses_are_named_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a b", "answer": "c", "bad_answer": "d"}\n' * 8)
+    assert main(["data", "check", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("columns that nothing uses: 'answer', 'bad_answer'") == 1
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c", "votes": {"a": 1, "b": 0}}\n')
+    (line,) = load_preferences(path, make_tokenizer(), max_length=9).report.log_lines()
+    assert line == f"{path}: columns that nothing uses: 'votes'"
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n' * 2)
+    rows = read_rows(path, {"text"}, [])
+    next(rows)
+    with path.open("a") as file:
+        file.write('{"text": "b"}\n')
+    with pytest.raises(ValueError, match=r"it had 28 bytes, 42 were read: it changed"):
+        list(rows)
+
+
+def test_every_line_end_is_read_across_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    ends = ["\n", "\r\n", "\r"]
+    generator = random.Random(0)
+    for size in (1, 2, 3, 7):
+        monkeypatch.setattr(files, "_BLOCK_BYTES", size)
+        texts = [f'{{"text": "{"x" * generator.randrange(9)}"}}' for _ in range(40)]
+        path.write_bytes("".join(text + generator.choice(ends) for text in texts).encode())
+        found = [line.rstrip(b"\r\n").decode() for _, line in files.read_lines(path)]
+        assert found == texts
+
+
+def test_a_parquet_file_is_read_to_the_rows_of_its_footer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b", "c"], "id": [1, 2, 3]}), path)
+    data = load_sft(path, make_tokenizer(), max_length=9)
+    assert data.report.log_lines() == [f"{path}: columns that nothing uses: 'id'"]
+    whole = pyarrow.parquet.ParquetFile.iter_batches
+
+    def lossy(self: Any, *arguments: Any, **options: Any) -> Iterator[Any]:
+        return (batch[:2] for batch in whole(self, *arguments, **options))
+
+    monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", lossy)
+    with pytest.raises(ValueError, match="its footer lists 3 rows, it holds 2"):
+        load_sft(path, make_tokenizer(), max_length=9)
+
+
+def test_a_value_of_parquet_that_python_cannot_hold_is_a_bad_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    dates = pyarrow.array([2**62], pyarrow.timestamp("us"))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "completion": dates}), path)
+    with pytest.raises(ValueError, match=r"parquet:1: column 'completion': a value of type"):
+        load_sft(path, make_tokenizer(), max_length=9)

@@ -1,13 +1,17 @@
 """One BOS, one EOS, a clean prompt boundary, and masks from lengths."""
 
+import copy
 import json
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fastalign.data import load_preferences, load_prompts, load_sft
+from fastalign.cli.main import main
+from fastalign.data import load_preferences, load_prompts, load_sft, template_clock
+from fastalign.data import tokenizer as tokenizer_module
 from tests.tokenizers import CHATML, THINKING, WITHOUT_END, make_tokenizer
 
 BOS, EOS = 1, 2
@@ -188,3 +192,105 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
 def test_repeated_rows_are_counted(tmp_path: Path) -> None:
     file = write(tmp_path, {"text": "a"}, {"text": "b"}, {"text": "a"})
     assert load_sft(file, make_tokenizer(), max_length=99).report.num_duplicates == 1
+
+
+BAD = {"role": "assistant", "content": "no"}
+LATER = [{"role": "user", "content": "maybe"}, YES]
+
+
+@pytest.mark.parametrize("template", [CHATML, THINKING])
+@pytest.mark.parametrize(
+    "key", [{"weight": 0}, {"train": False}, {"trainable": False}, {"loss_mask": 0}, {"loss": 0.0}]
+)
+def test_a_key_of_a_message_keeps_it_from_being_learned(
+    template: str, key: dict[str, Any], tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer(chat_template=template)
+    rows = [{"messages": [USER, {**BAD, **mark}, *LATER]} for mark in ({}, key)]
+    data = load_sft(write(tmp_path, *rows), tokenizer, max_length=99)
+    both, one = data.groups
+    assert "no" in tokenizer.decode(learned(both))
+    assert tokenizer.decode(learned(one)).replace("</think>", "") == "yes<|im_end|>"
+    assert [*both.prompt_ids, *both.response_ids[0]] == [*one.prompt_ids, *one.response_ids[0]]
+    (line,) = data.report.log_lines()
+    assert line.endswith("1 answers are not learned, by a key of the message")
+    last = {"messages": [USER, YES, LATER[0], {**BAD, **key}]}
+    (group,) = load_sft(write(tmp_path, last), tokenizer, max_length=99).groups
+    assert "no" not in tokenizer.decode(learned(group))
+    assert "yes" in tokenizer.decode(learned(group))
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        ({**BAD, "weight": 0.5}, "message 2: weight: expected 0, 1, true or false, got"),
+        ({**BAD, "weight": 0, "train": True}, "weight and train contradict"),
+        ({**BAD, "reasoning": "so"}, "reasoning is not supported"),
+        ({**BAD, "prefix": True}, "prefix is not supported"),
+        ({**BAD, "weight": 0}, "no message of the assistant is to be learned"),
+    ],
+)
+def test_a_key_that_cannot_be_honoured_is_refused_by_row(
+    message: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    file = write(tmp_path, {"messages": [USER, YES]}, {"messages": [USER, message]})
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:2.*{expected}"):
+        load_sft(file, tokenizer, max_length=99)
+    pairs = {"prompt": [{**USER, "weight": 1}], "chosen": [YES], "rejected": [BAD]}
+    with pytest.raises(ValueError, match="only messages of the assistant are learned"):
+        load_preferences(write(tmp_path, pairs), tokenizer, max_length=99)
+    pairs = {"prompt": [USER], "chosen": [{**YES, "weight": 0}], "rejected": [BAD]}
+    with pytest.raises(ValueError, match="not supported in a comparison"):
+        load_preferences(write(tmp_path, pairs), tokenizer, max_length=99)
+
+
+def test_keys_of_messages_that_nothing_uses_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{**USER, "name": "tom"}, {**YES, "name": "me", "id\x1b[2J": 3, "weight": None}]
+    file = write(tmp_path, {"messages": turns})
+    assert main(["data", "check", str(file)]) == 0
+    out = capsys.readouterr().out
+    assert "keys of messages that nothing uses: 'id\\x1b[2J' (1), 'name' (2)" in out
+
+
+def with_template(text: str) -> Any:
+    tokenizer = copy.copy(make_tokenizer(chat_template=CHATML))
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+def test_a_templates_date_is_the_clocks(tmp_path: Path) -> None:
+    tokenizer = with_template("{{ strftime_now('%d %b %Y') }}" + CHATML)
+    file = write(tmp_path, {"messages": [USER, YES]})
+    prints = []
+    for moment in (datetime(2026, 11, 29), datetime(2026, 11, 30), datetime(2026, 11, 29)):
+        with template_clock(moment):
+            data = load_sft(file, tokenizer, max_length=99)
+        prints.append(data.fingerprint)
+        assert f"{moment:%d %b %Y}" in tokenizer.decode(data.groups[0].prompt_ids)
+    assert prints[0] == prints[2] != prints[1]
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ 1 / 0 }}", "fails on the row: ZeroDivisionError"),
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "fails on the row: RecursionError"),
+        ("{{ messages[0].content.nothing.more }}", "refuses the row"),
+        ("{{ raise_exception(messages[0].content) }}", r"refuses the row: .*x1b\[2J"),
+        (
+            "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+            "did not end within 0.1 seconds",
+        ),
+    ],
+)
+def test_a_template_that_fails_in_any_way_refuses_the_row_in_one_line(
+    template: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer_module, "MAX_RENDER_SECONDS", 0.1)
+    file = write(tmp_path, {"messages": [{**USER, "content": "a\x1b[2J\u202e"}, YES]})
+    with pytest.raises(ValueError, match=rf"rows\.jsonl:1: .*{expected}") as found:
+        load_sft(file, with_template(template), max_length=99)
+    assert str(found.value).isprintable()

@@ -1,11 +1,13 @@
 """N steps equal k steps, a stop, a resume and N - k steps, to the last bit."""
 
+import copy
 import json
 import os
 import signal
 import subprocess
 import sys
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from fastalign.models import save_model
+from fastalign.runs import folder as run_folder
 from fastalign.runs.checkpoint.files import list_checkpoints
 from fastalign.trainers import train_dpo, train_ppo, train_reward, train_sft
 from tests.small_runs import (
+    WORDS,
     MakeConfig,
     dpo_config,
     ppo_config,
@@ -23,7 +28,10 @@ from tests.small_runs import (
     reward_config,
     saved_tensors,
     sft_config,
+    write_rows,
 )
+from tests.tiny import tiny_model
+from tests.tokenizers import CHATML, make_tokenizer
 
 POLICIES = [
     pytest.param(sft_config, train_sft, id="sft"),
@@ -71,6 +79,53 @@ def test_a_stopped_and_resumed_run_equals_a_straight_one(
     assert not (folder / "stopped" / "model").exists()
     train(make(folder, "stopped", resume=True))
     assert_same_run(folder / "straight", folder / "stopped")
+
+
+def test_a_resume_on_another_day_has_the_data_that_the_run_began_with(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = copy.copy(make_tokenizer(chat_template=CHATML))
+    tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }} " + CHATML
+    save_model(tiny_model("llama", vocab_size=320), tokenizer, folder / "dated")
+    rows = [
+        {
+            "prompt": turn("user", f"The {word}"),
+            "chosen": turn("assistant", "yes"),
+            "rejected": turn("assistant", "no"),
+        }
+        for word in WORDS
+    ]
+    source = str(write_rows(folder / "chats.jsonl", rows))
+
+    def config(**train: Any) -> Any:
+        found = dpo_config(folder, "run", max_steps=4, **train)
+        data = replace(found.data, train=source, eval=None)
+        return replace(found, model=replace(found.model, path=str(folder / "dated")), data=data)
+
+    class Clock(datetime):
+        today = datetime(2026, 11, 29, 23, 59)
+
+        @classmethod
+        def now(cls, tz: Any = None) -> "datetime":
+            return cls.today
+
+    monkeypatch.setattr(run_folder, "datetime", Clock)
+    train_dpo(config(stop_at_step=2))
+    Clock.today = datetime(2026, 11, 30, 0, 1)
+    capsys.readouterr()
+    record = folder / "run/began.txt"
+    began = record.read_text()
+    record.write_text(f"{Clock.today.isoformat()}\n")
+    with pytest.raises(ValueError, match="training data"):
+        train_dpo(config(resume=True))
+    record.write_text(began)
+    assert train_dpo(config(resume=True)).step == 4
+    out = capsys.readouterr().out
+    assert "reference log-probs: 13 cached, 0 to compute" in out.rpartition("began")[2]
+
+
+def turn(role: str, content: str) -> list[dict[str, str]]:
+    return [{"role": role, "content": content}]
 
 
 def test_two_runs_of_one_seed_are_the_same_and_another_seed_is_not(folder: Path) -> None:

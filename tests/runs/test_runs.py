@@ -13,12 +13,20 @@ from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastalign.models import compile_layers, save_model
-from fastalign.runs import load_models
+from fastalign.runs import load_models, loop
 from fastalign.runs.config import OptimConfig, TrainConfig
 from fastalign.runs.open import make_compute
 from fastalign.runs.state import learning_rate
-from fastalign.trainers import LOSSES, train_dpo, train_sft
-from tests.small_runs import dpo_config, read_metrics, saved_tensors, sft_config, write_rows
+from fastalign.trainers import LOSSES, train_dpo, train_ppo, train_sft
+from tests.small_runs import (
+    MakeConfig,
+    dpo_config,
+    ppo_config,
+    read_metrics,
+    saved_tensors,
+    sft_config,
+    write_rows,
+)
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer
 
@@ -179,6 +187,49 @@ def test_how_full_a_steps_batches_are_is_logged(folder: Path) -> None:
     assert second["fill_rate"] == tokens / (40 * second["num_micro_batches"])
     assert 0.5 < second["fill_rate"] <= 1
     assert second["eval_num_micro_batches"] >= 2
+
+
+@pytest.mark.parametrize(("make", "train"), [(sft_config, train_sft), (dpo_config, train_dpo)])
+def test_a_batch_larger_than_the_data_takes_each_row_once(
+    make: MakeConfig,
+    train: Callable[[Any], Any],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    taken: list[list[int]] = []
+    real = loop.indices_of_step
+
+    def record(*arguments: Any, **options: Any) -> list[int]:
+        taken.append(real(*arguments, **options))
+        return taken[-1]
+
+    monkeypatch.setattr(loop, "indices_of_step", record)
+    train(make(folder, "run", max_steps=None, epochs=2.0, batch_size=64))
+    rows = read_metrics(folder / "run")
+    assert [row["epoch"] for row in rows] == [1.0, 2.0]
+    num_rows = len(taken[0])
+    assert all(sorted(indices) == list(range(num_rows)) for indices in taken)
+    line = f"{num_rows} examples, train.batch_size 64: a step takes each example once"
+    assert capsys.readouterr().out.count(line) == 1
+    train(make(folder, "whole", max_steps=None, epochs=2.0, batch_size=num_rows))
+    assert_same_weights(folder / "run", folder / "whole")
+    assert "train.batch_size" not in capsys.readouterr().out
+
+
+def test_prompts_of_a_batch_larger_than_the_data_are_said_to_repeat(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_ppo(ppo_config(folder, "run", max_steps=1, batch_size=30))
+    expected = "13 examples, train.batch_size 30: a step samples each prompt 2 or 3 times"
+    assert expected in capsys.readouterr().out
+    (row,) = read_metrics(folder / "run")
+    assert row["episode"] == 30 * 2
+
+
+def assert_same_weights(first: Path, second: Path) -> None:
+    weights = [load_file(run / "model/model.safetensors") for run in (first, second)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_model_with_another_vocabulary_is_refused(folder: Path) -> None:

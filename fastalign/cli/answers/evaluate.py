@@ -91,6 +91,8 @@ def judge_pairs(
     data = load_preferences(
         config.data.pairs, tokenizer, max_length=config.data.max_length, ties="drop"
     )
+    for line in data.report.log_lines():
+        print(line, flush=True)
     compute = config.model.compute(config.packing)
     policy_logprob = sequence_logprobs(policy, data.groups, compute)
     reference_logprob = sequence_logprobs(reference, data.groups, compute)

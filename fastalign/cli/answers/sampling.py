@@ -100,7 +100,10 @@ def read_prompts(
         raise ValueError(
             f"sampling.max-new-tokens: the model has {limit} positions, got {params.max_new_tokens}"
         )
-    return load_prompts(source, tokenizer, max_length=room)
+    prompts = load_prompts(source, tokenizer, max_length=room)
+    for line in prompts.report.log_lines():
+        print(line, flush=True)
+    return prompts
 
 
 class Progress:

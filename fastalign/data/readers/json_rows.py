@@ -5,13 +5,16 @@ libraries silently use the last of duplicated keys.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator
+from itertools import chain, dropwhile
 from pathlib import Path
 
 from fastalign.data.readers.files import MAX_ROW_BYTES, decode, read_all, read_lines
 from fastalign.data.readers.row import DataFault, Row, shorten, show, show_names
 
 _WHITESPACE = " \t\r\n"
+_BLANK = re.compile(f"[{_WHITESPACE}]*")
 
 
 class _DuplicatedKeyError(ValueError):
@@ -113,24 +116,26 @@ def json_rows(path: Path) -> Iterator[Row | DataFault]:
         DataFault: if the text is not such JSON. Text after a syntax error cannot be trusted, so
             reading stops there even if bad rows are skipped.
     """
-    content = read_all(path)
-    text = decode(str(path), content)
+    lines = dropwhile(lambda numbered: not numbered[1].strip(), read_lines(path))
+    first = next(lines, None)
+    if first is None:
+        return
+    if _is_object(first[1]):
+        second = next(dropwhile(lambda numbered: not numbered[1].strip(), lines), None)
+        if second is not None:
+            yield from object_lines(str(path), chain([first, second], lines))
+            return
+    text = decode(str(path), read_all(path))
     start = _skip(text, 0)
-    opening = text[start : start + 1]
-    if opening == "{" and _is_json_lines(text):
-        lines = content.split(b"\n")
-        numbered = ((number, line + b"\n") for number, line in enumerate(lines, start=1))
-        yield from object_lines(str(path), numbered)
-    elif opening == "[":
+    if text[start : start + 1] == "[":
         yield from _array_rows(path, text, start + 1)
-    elif opening:
+    else:
         raise DataFault(str(path), f"expected a JSON array of objects, got {_top(text, start)}")
 
 
-def _is_json_lines(text: str) -> bool:
-    lines = [line for line in text.split("\n") if line.strip(_WHITESPACE)]
+def _is_object(line: bytes) -> bool:
     try:
-        return len(lines) > 1 and isinstance(json.loads(lines[0]), dict)
+        return isinstance(json.loads(line.decode("utf-8-sig")), dict)
     except (ValueError, RecursionError):
         return False
 
@@ -146,9 +151,9 @@ def _top(text: str, start: int) -> str:
 
 
 def _skip(text: str, position: int) -> int:
-    while position < len(text) and text[position] in _WHITESPACE:
-        position += 1
-    return position
+    found = _BLANK.match(text, position)
+    assert found is not None
+    return found.end()
 
 
 def _array_rows(path: Path, text: str, position: int) -> Iterator[Row | DataFault]:

@@ -9,7 +9,9 @@ from fastalign.data.readers.json_rows import json_rows, jsonl_rows
 from fastalign.data.readers.row import DataFault, Row
 from fastalign.data.readers.table_rows import csv_rows, parquet_rows
 
-_LOOKS_LOCAL = re.compile(r"^[./~]|\.(jsonl|json|csv|parquet|gz|txt|tsv|zip)$|\s|/.*/", re.I)
+_LOOKS_LOCAL = re.compile(
+    r"^[./~]|\.(jsonl|ndjson|json|csv|parquet|gz|bz2|zst|txt|tsv|zip)$|\s|/.*/", re.I
+)
 _HUB_NAME = re.compile(
     r"(?P<name>[\w-][\w.-]*(?:/[\w-][\w.-]*)?)"
     r"(?::(?P<config>[^:\[\]]+)(?=:))?"
@@ -17,13 +19,17 @@ _HUB_NAME = re.compile(
 )
 
 
-def read_rows(source: str | Path, columns: Collection[str]) -> Iterator[Row | DataFault]:
+def read_rows(
+    source: str | Path, columns: Collection[str], unread: list[str]
+) -> Iterator[Row | DataFault]:
     """Yield every row of a source, or instead of it the fault that made it unreadable.
 
     Args:
-        source: a `.jsonl`, `.json`, `.csv` (each also `.gz`) or `.parquet` file, a folder of
-            them, or a hub name `owner/name[:config][:split]` if no such path exists.
+        source: a `.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv` (each also `.gz`, `.bz2`, `.zst`) or
+            `.parquet` file, a folder of them, or a hub name `owner/name[:config][:split]` if no
+            such path exists.
         columns: the known columns; columnar formats read no others.
+        unread: is extended by the entries of a folder that are not read.
 
     Raises:
         DataFault: if a whole file is faulty, so that its rows cannot be found or trusted.
@@ -36,13 +42,15 @@ def read_rows(source: str | Path, columns: Collection[str]) -> Iterator[Row | Da
     if not _exists(path) and is_hub_name(text) and not _LOOKS_LOCAL.search(text):
         yield from _not_empty(text, hub_rows(text))
         return
-    for file in find_files(path):
+    for file in find_files(path, unread):
         known = data_format(file)
         assert known is not None, file
         if known[0] == "parquet":
             rows = parquet_rows(file, columns)
+        elif known[0] in ("csv", "tsv"):
+            rows = csv_rows(file, "\t" if known[0] == "tsv" else ",")
         else:
-            rows = {"jsonl": jsonl_rows, "json": json_rows, "csv": csv_rows}[known[0]](file)
+            rows = jsonl_rows(file) if known[0] == "jsonl" else json_rows(file)
         yield from _not_empty(str(file), rows)
 
 
@@ -86,5 +94,8 @@ def hub_rows(source: str) -> Iterator[Row | DataFault]:
         raise DataFault(
             source, f"no such file or folder here, and not from the hub: {reason}"
         ) from None
+    number = 0
     for number, values in enumerate(table, start=1):
         yield Row(f"{source}:{number}", values)
+    if number != len(table):
+        raise DataFault(source, f"the data set lists {len(table)} rows, it gave {number}")

@@ -1,4 +1,4 @@
-"""Rows of CSV (the standard library's parser, with line numbers) and of parquet (pyarrow)."""
+"""Rows of CSV and TSV (the standard library, with line numbers) and of parquet (pyarrow)."""
 
 import csv
 from collections.abc import Collection, Iterator
@@ -18,8 +18,8 @@ def _csv_lines(path: Path) -> Iterator[str]:
         yield decode(f"{path}:{number}", line)
 
 
-def csv_rows(path: Path) -> Iterator[Row | DataFault]:
-    """Yield the rows of a `.csv` file with commas, double quotes and a header.
+def csv_rows(path: Path, delimiter: str = ",") -> Iterator[Row | DataFault]:
+    """Yield the rows of a `.csv` or `.tsv` file with double quotes and a header.
 
     A row is located by its first line.
 
@@ -27,7 +27,7 @@ def csv_rows(path: Path) -> Iterator[Row | DataFault]:
         DataFault: if there is no usable header, or a quote is never closed.
     """
     csv.field_size_limit(MAX_ROW_BYTES)
-    reader = csv.reader(_csv_lines(path), strict=True)
+    reader = csv.reader(_csv_lines(path), delimiter=delimiter, strict=True)
     header: list[str] | None = None
     start = 1
     while True:
@@ -44,7 +44,7 @@ def csv_rows(path: Path) -> Iterator[Row | DataFault]:
         if not cells:
             continue
         if header is None:
-            header = _header(path, start, cells)
+            header = _header(path, start, cells, delimiter)
         elif len(cells) != len(header):
             yield DataFault(
                 f"{path}:{start}",
@@ -54,10 +54,11 @@ def csv_rows(path: Path) -> Iterator[Row | DataFault]:
             yield Row(f"{path}:{start}", dict(zip(header, cells, strict=True)), textual=True)
 
 
-def _header(path: Path, line: int, cells: list[str]) -> list[str]:
+def _header(path: Path, line: int, cells: list[str], delimiter: str) -> list[str]:
     where = f"{path}:{line}"
-    if len(cells) == 1 and any(mark in cells[0] for mark in ";\t|"):
-        raise DataFault(where, f"expected commas between the columns, got {show_names(cells)}")
+    if len(cells) == 1 and any(mark in cells[0] for mark in ",;\t|"):
+        marks = {",": "commas", "\t": "tabs"}[delimiter]
+        raise DataFault(where, f"expected {marks} between the columns, got {show_names(cells)}")
     for index, name in enumerate(cells):
         if not name.strip() and index:
             raise DataFault(where, f"the header's cell {index + 1} has no name")
@@ -97,8 +98,15 @@ def parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row | DataFau
             for index in range(batch.num_rows):
                 number += 1
                 yield _parquet_row(f"{path}:{number}", batch.slice(index, 1), empty)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataFault(str(path), f"damaged parquet: {error}") from None
+        if number != table.metadata.num_rows:
+            problem = f"its footer lists {table.metadata.num_rows} rows, it holds {number}"
+            raise DataFault(str(path), f"damaged parquet: {problem}")
+    except DataFault:
+        raise
+    # pyarrow raises its own errors, OSError, and what Python's decoding of a value or name raises.
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"[:300]
+        raise DataFault(str(path), f"damaged parquet: {reason}") from None
 
 
 def _parquet_row(where: str, batch: object, empty: dict[str, object]) -> Row | DataFault:
@@ -108,4 +116,9 @@ def _parquet_row(where: str, batch: object, empty: dict[str, object]) -> Row | D
             values[name] = column[0].as_py()
         except UnicodeDecodeError:
             return DataFault(where, "text that is not UTF-8", column=name)
+        # A date beyond the year 9999, or a value of an extension that is not there.
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}"[:300]
+            problem = f"a value of type {column.type} that cannot be read: {reason}"
+            return DataFault(where, problem, column=name)
     return Row(where, values)

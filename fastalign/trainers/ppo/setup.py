@@ -230,8 +230,7 @@ def load_ptx(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> Examp
         on_bad_row=config.data.on_bad_row,
         on_too_long=config.data.on_too_long,
     )
-    line = found.report.losses_line()
-    if line is not None:
+    for line in found.report.log_lines():
         print(line, flush=True)
     return measure_examples(found.groups, compute.packing)
 

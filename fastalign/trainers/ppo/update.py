@@ -117,6 +117,7 @@ def loss_terms(
     if ppo.ptx is not None:
         coefficient = config.ppo.ptx_coefficient
         size = max(1, config.train.batch_size // config.ppo.mini_batches)
+        size = min(size, len(ppo.ptx.groups))  # each demonstration once
         chosen = indices_of_step(len(ppo.ptx.groups), size, number, seed=config.run.seed)
         normaliser = num_targets(ppo.ptx, chosen) / coefficient
         of_ptx = partial(sft_batch_loss, models.policy, normaliser, ppo.compute)

@@ -189,11 +189,8 @@ def load_prompt_sets(
             on_bad_row=data.on_bad_row,
             on_too_long=data.on_too_long,
         )
-        line = found.report.losses_line()
-        if line is not None:
+        for line in found.report.log_lines():
             print(line, flush=True)
-        for fault in found.report.faults[:5]:
-            print(f"skipped: {fault}", flush=True)
         sets.append(found)
     return sets[0], sets[1] if len(sets) > 1 else None
 
