@@ -5,7 +5,7 @@ from typing import Literal
 
 from fastalign.ranks.config import ParallelConfig
 from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
-from fastalign.runs.config import ModelConfig, OptimConfig, RunConfig, TrainConfig, require, within
+from fastalign.runs.config import ModelConfig, OptimConfig, RunConfig, TrainConfig, require
 from fastalign.trainers.dpo.losses import LOSSES, PreferenceLoss
 from fastalign.trainers.sampling.config import PromptDataConfig, RewardSourceConfig, WatchConfig
 
@@ -20,7 +20,9 @@ class OnlineReferenceConfig:
     """Replace the reference by the current policy every so many steps; 0 never does."""
 
     def __post_init__(self) -> None:
-        within("reference.refresh_every", self.refresh_every, 0)
+        require(
+            self.refresh_every >= 0, "reference.refresh_every", "at least 0", self.refresh_every
+        )
         if self.refresh_every and self.path is not None:
             raise ValueError(
                 "reference.refresh_every: a refreshed reference begins as the model that training "
@@ -42,7 +44,8 @@ class FreshPairsConfig:
 
     def __post_init__(self) -> None:
         for name in ("epochs", "mini_batches"):
-            within(f"pairs.{name}", getattr(self, name), 1)
+            value = getattr(self, name)
+            require(value >= 1, f"pairs.{name}", "at least 1", value)
 
 
 @dataclass(frozen=True)
