@@ -20,10 +20,9 @@ class OnlineReferenceConfig:
     """Replace the reference by the current policy every so many steps; 0 never does."""
 
     def __post_init__(self) -> None:
-        require(
-            self.refresh_every >= 0, "reference.refresh_every", "at least 0", self.refresh_every
-        )
-        if self.refresh_every and self.path is not None:
+        every = self.refresh_every
+        require(every >= 0, "reference.refresh_every", "at least 0", every)
+        if every and self.path is not None:
             raise ValueError(
                 "reference.refresh_every: a refreshed reference begins as the model that training "
                 f"starts from; expected no reference.path with it, got {self.path!r}"
