@@ -24,19 +24,14 @@ PEAKS = {
 }
 
 
-def total(run: RunRecord, of: str) -> float:
-    """Return the seconds or the packed tokens of all steps that log both."""
+def tokens_per_second(run: RunRecord) -> float | None:
+    """Return the packed tokens of all steps that log both over their time; None if not logged."""
     rates = [
         (number(r.get("step_seconds")), number(r.get("tokens_per_second"))) for r in run.metrics
     ]
     known = [(s, t) for s, t in rates if s is not None and t is not None and math.isfinite(s * t)]
-    return math.fsum(s if of == "seconds" else s * t for s, t in known)
-
-
-def tokens_per_second(run: RunRecord) -> float | None:
-    """Return the packed tokens of all steps over their time; None if not logged."""
-    seconds = total(run, "seconds")
-    return total(run, "tokens") / seconds if seconds else None
+    seconds = math.fsum(s for s, _ in known)
+    return math.fsum(s * t for s, t in known) / seconds if seconds else None
 
 
 def model_flops_per_second(run: RunRecord) -> float | None:

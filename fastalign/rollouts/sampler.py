@@ -1,10 +1,8 @@
 """The interface of all samplers: token ids in, token ids and their log-probs out."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
-
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Completion:
         token_ids: its tokens, including the EOS if it ended with one.
         logprobs: log-prob of each token under the distribution it was drawn from, nats.
         finish_reason: `stop` at an EOS, `length` at `max_new_tokens`.
-        version: version of the weights that it was drawn from, as given to `sync_weights`.
+        version: version of the weights that it was drawn from, as given to the sampler.
     """
 
     token_ids: list[int]
@@ -66,9 +64,6 @@ class Sampler(Protocol):
         self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
     ) -> list[list[Completion]]:
         """Draw `params.num_samples` completions of each prompt, in the prompts' order."""
-
-    def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take over the policy's weights; the next completions have this `version`."""
 
     def close(self) -> None:
         """Free what the sampler holds."""

@@ -1,6 +1,6 @@
 """The default sampler: transformers' `generate`, with exact log-probs and a seed per completion."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -97,20 +97,6 @@ class TransformersSampler:
             if self._on_progress is not None:
                 self._on_progress(len(part))
         return [[results[p, s] for s in range(params.num_samples)] for p in range(len(prompt_ids))]
-
-    def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Copy the tensors into the model.
-
-        Raises:
-            ValueError: if the model has no tensor of a name.
-        """
-        own = self._model.state_dict()
-        with torch.no_grad():
-            for name, tensor in named_tensors:
-                if name not in own:
-                    raise ValueError(f"sync_weights: the model has no tensor {name!r}")
-                own[name].copy_(tensor)
-        self.version = version
 
     def close(self) -> None:
         """Release the model."""

@@ -115,20 +115,6 @@ def test_the_models_own_generation_settings_are_not_used_and_stay() -> None:
     assert with_settings == plain
 
 
-def test_weights_are_taken_over_by_name() -> None:
-    model, other = tiny_model("llama"), tiny_model("llama", seed=1)
-    first = sampler(model)
-    params = SamplingParams(max_new_tokens=5)
-    first.sync_weights(other.state_dict().items(), version=3)
-    assert first.version == 3
-    second = sampler(other)
-    second.version = 3
-    expected = second.generate(PROMPTS, params, seed=0)
-    assert first.generate(PROMPTS, params, seed=0) == expected
-    with pytest.raises(ValueError, match="no tensor 'nowhere'"):
-        first.sync_weights([("nowhere", torch.zeros(1))], version=4)
-
-
 @pytest.mark.parametrize(
     ("prompts", "new", "message"),
     [([[]], 4, "prompt 0: expected at least one token"), ([[1] * 60], 5, "64 positions")],

@@ -5,7 +5,7 @@ row) it attends segment by segment; without one (generation, padded batches) it 
 attention under transformers' own mask, softcap included.
 """
 
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,22 +50,14 @@ class AttentionPlan:
     def __init__(self, batch: PackedBatch) -> None:
         self._segments = row_segments(batch.layout)
         self._device = batch.input_ids.device
+        self._prepared: dict[type, Any] = {}
 
-    @cached_property
-    def _blocks(self) -> Blocks:
-        return Blocks(self._segments, self._device)
-
-    @cached_property
-    def _varlen(self) -> Varlen:
-        return Varlen(self._segments, self._device)
-
-    @cached_property
-    def _flex(self) -> Flex:
-        return Flex(self._segments, self._device)
-
-    def prepare(self, name: AttentionName) -> None:
+    def prepare(self, name: AttentionName) -> Any:
         """Do the host's work for an implementation now, rather than at the first `attend`."""
-        getattr(self, {"sdpa": "_blocks", "flex": "_flex"}.get(name, "_varlen"))
+        kind: type = {"sdpa": Blocks, "flex": Flex}.get(name, Varlen)
+        if kind not in self._prepared:
+            self._prepared[kind] = kind(self._segments, self._device)
+        return self._prepared[kind]
 
     def attend(
         self,
@@ -76,11 +68,9 @@ class AttentionPlan:
         form: ScoreForm,
     ) -> Tensor:  # (T, H, d)
         """Compute the attention of the packed row."""
-        if name == "sdpa":
-            return self._blocks.attend(query, key, value, form)
-        if name == "flex":
-            return self._flex.attend(query, key, value, form)
-        return self._varlen.attend(KERNELS[name], query, key, value, form)
+        kernel = (KERNELS[name],) if name in KERNELS else ()
+        output: Tensor = self.prepare(name).attend(*kernel, query, key, value, form)
+        return output
 
 
 # Not traced by compiled layers (`--train.compile`): its blocks change with each batch.

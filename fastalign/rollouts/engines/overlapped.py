@@ -1,11 +1,9 @@
 """Sampling of the next step's completions, from this step's weights, while the policy trains."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-
-from torch import Tensor
 
 from fastalign.rollouts.engines.synced import NUM_CHECKED, SyncedSampler
 from fastalign.rollouts.sampler import Completion, SamplerFailed, SamplingParams
@@ -77,10 +75,6 @@ class OverlappedSampler:
                     raise failure
                 print(f"{failure}; its work is repeated", flush=True)
         return self._sampler.generate(prompt_ids, params, seed=seed)
-
-    def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Mark the policy as changed; see `SyncedSampler`."""
-        self._sampler.sync_weights(named_tensors, version)
 
     def metrics(self) -> dict[str, float | int]:
         """Return the metrics of `SyncedSampler`."""

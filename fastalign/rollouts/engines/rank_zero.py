@@ -1,9 +1,7 @@
 """One engine for several ranks: rank 0 drives it, and all get its answers."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
-
-from torch import Tensor
 
 from fastalign.ranks.world import World
 from fastalign.rollouts.engines.overlapped import OverlappedSampler
@@ -74,10 +72,6 @@ class RankZeroSampler:
     def metrics(self) -> dict[str, float | int]:
         """Return the metrics of `SyncedSampler`."""
         return self._all_do(lambda sampler: sampler.metrics())
-
-    def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Mark the policy as changed; see `SyncedSampler`."""
-        self.version = version
 
     def close(self) -> None:
         """End rank 0's sampler."""

@@ -38,7 +38,7 @@ class Engine(Protocol):
         """Draw completions; see `Sampler`."""
 
     def sync_weights(self, named_tensors: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take over weights; see `Sampler`."""
+        """Take over the policy's weights; the next completions have this `version`."""
 
     def sync_adapter(self, folder: str | Path, version: int) -> None:
         """Take over an adapter in peft's layout, on the weights that the engine has."""

@@ -25,26 +25,18 @@ def repeated_ratio(completions: Sequence[Sequence[int]]) -> float:
 
 def signs_of_collapse(metrics: Metrics, config: WatchConfig) -> list[str]:
     """Return one phrase for each limit that a step's samples exceed."""
-    lowest = {
-        "entropy": ("entropy", config.min_entropy),
-        "completions/mean_length": ("mean length", config.min_length),
-    }
-    highest = {
-        "completions/clipped_ratio": ("share without an end", config.max_unfinished),
-        "completions/repeated_ratio": ("share of repeated text", config.max_repeated),
-        "objective/kl": ("KL", config.max_kl),
-    }
-    low = [
-        f"{what} {metrics[name]:.3g} below {limit:g}"
-        for name, (what, limit) in lowest.items()
-        if metrics[name] < limit
+    limits = (
+        ("entropy", "entropy", "below", config.min_entropy),
+        ("completions/mean_length", "mean length", "below", config.min_length),
+        ("completions/clipped_ratio", "share without an end", "above", config.max_unfinished),
+        ("completions/repeated_ratio", "share of repeated text", "above", config.max_repeated),
+        ("objective/kl", "KL", "above", config.max_kl),
+    )
+    return [
+        f"{what} {metrics[name]:.3g} {side} {limit:g}"
+        for name, what, side, limit in limits
+        if (metrics[name] < limit if side == "below" else metrics[name] > limit)
     ]
-    high = [
-        f"{what} {metrics[name]:.3g} above {limit:g}"
-        for name, (what, limit) in highest.items()
-        if metrics[name] > limit
-    ]
-    return low + high
 
 
 def watch(metrics: Metrics, config: WatchConfig, kept: dict[str, float]) -> Metrics:

@@ -93,10 +93,6 @@ class PolicySampler:
             found = with_whole_weights(self._model, sample)
         return [answers for of_rank in world.gather(found) for answers in of_rank]
 
-    def sync_weights(self, named_tensors: Any, version: int) -> None:
-        """Set the version; nothing is copied, since the weights are the policy's own."""
-        self.version = version
-
     def metrics(self) -> Metrics:
         """Return no metrics, since there is no engine of its own."""
         return {}
