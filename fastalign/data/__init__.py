@@ -1,6 +1,5 @@
 """Data: rows of any format to checked examples to token ids, with every fault located."""
 
-from fastalign.data.columns import Kind
 from fastalign.data.conversation import Message, content_as_json
 from fastalign.data.examples import (
     Content,
@@ -17,7 +16,7 @@ from fastalign.data.load import (
     load_prompts,
     load_sft,
 )
-from fastalign.data.read import Sample, load_samples, read_examples, read_samples, read_texts
+from fastalign.data.read import load_samples, read_examples, read_samples, read_texts
 from fastalign.data.readers.row import DataFault
 from fastalign.data.report import DataReport
 from fastalign.data.tokenise import Encoder
@@ -37,13 +36,11 @@ __all__ = [
     "DataReport",
     "Encoder",
     "Example",
-    "Kind",
     "Message",
     "PreferenceExample",
     "PromptDataset",
     "PromptExample",
     "SFTExample",
-    "Sample",
     "TokenizedDataset",
     "Tokenizer",
     "Votes",

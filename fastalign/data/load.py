@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from fastalign.batch import Group
+from fastalign.batch.packed import Group
 from fastalign.data.columns import Kind
 from fastalign.data.examples import (
     Content,

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fastalign.batch import Group
+from fastalign.batch.packed import Group
 from fastalign.data.readers.files import shown_entries
 from fastalign.data.readers.row import DataFault, printable, shorten, show_names
 

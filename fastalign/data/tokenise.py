@@ -15,7 +15,7 @@ The rules, which are the same for training, sampling and evaluation:
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastalign.batch import Group
+from fastalign.batch.packed import Group
 from fastalign.data.conversation import Message
 from fastalign.data.examples import Content, PreferenceExample, PromptExample, SFTExample
 from fastalign.data.readers.row import DataFault

@@ -13,13 +13,10 @@ from fastalign.evaluation.pair_baselines import BagOfWordsBaseline, longer_wins
 from fastalign.evaluation.rewards import (
     BagOfWordsReward,
     ModelReward,
-    RewardFunction,
     apply_reward,
     load_reward,
 )
 from fastalign.evaluation.statistics import (
-    Estimate,
-    Interval,
     estimate,
     estimate_of_groups,
     share_interval,
@@ -37,12 +34,9 @@ __all__ = [
     "AnswerPair",
     "BagOfWordsBaseline",
     "BagOfWordsReward",
-    "Estimate",
-    "Interval",
     "Judged",
     "JudgedPairs",
     "ModelReward",
-    "RewardFunction",
     "apply_reward",
     "best_of_n",
     "best_of_n_kl_bound",

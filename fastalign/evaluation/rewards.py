@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.batch import Group, PackedBatch
+from fastalign.batch.packed import Group, PackedBatch
 from fastalign.compute import ON_CPU, Compute, find_device
 from fastalign.data import Content, Encoder, Message, content_as_json, load_tokenizer
 from fastalign.models import (

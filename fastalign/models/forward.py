@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.batch import Group, PackedBatch, packed_batches, packed_lengths
+from fastalign.batch.packed import Group, PackedBatch
+from fastalign.batch.schedule import packed_batches, packed_lengths
 from fastalign.compute import Compute
 from fastalign.models.attention import AttentionPlan
 from fastalign.models.head import lm_head

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.batch import PackedBatch
+from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
 from fastalign.models.attention import AttentionPlan
 from fastalign.models.forward import hidden_at

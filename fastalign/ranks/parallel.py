@@ -9,7 +9,7 @@ head is whole through all chunks of a loss.
 import gc
 import warnings
 from collections.abc import Callable
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, TypeVar, cast
 from weakref import WeakSet
 
 import torch
@@ -33,7 +33,6 @@ from torch.nn.parallel import DistributedDataParallel
 from fastalign.ranks.world import World
 
 T = TypeVar("T")
-Strategy = Literal["ddp", "fsdp"]
 
 
 class Entry(nn.Module):

@@ -1,6 +1,6 @@
 """Rollouts: samplers behind one protocol."""
 
-from fastalign.rollouts.distribution import recompute_logprobs, sampling_logprobs
+from fastalign.rollouts.distribution import recompute_logprobs
 from fastalign.rollouts.engines.in_process import VllmSampler
 from fastalign.rollouts.engines.options import SamplerName, VllmOptions, check_sampler
 from fastalign.rollouts.engines.overlapped import OverlappedSampler
@@ -33,5 +33,4 @@ __all__ = [
     "open_engine",
     "policy_tensors",
     "recompute_logprobs",
-    "sampling_logprobs",
 ]

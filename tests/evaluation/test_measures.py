@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastalign.batch import Group
+from fastalign.batch.packed import Group
 from fastalign.compute import Compute
 from fastalign.evaluation import (
     BagOfWordsReward,

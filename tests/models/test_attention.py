@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.attention.varlen import varlen_attn
 
-from fastalign.batch import Group, pack
+from fastalign.batch.packed import Group, pack
 from fastalign.compute import Compute
 from fastalign.models import attention, response_logprob
 from fastalign.models.attention import ScoreForm, choice, flex, varlen

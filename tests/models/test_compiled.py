@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from fastalign.batch import Group, PackedBatch, pack
+from fastalign.batch.packed import Group, PackedBatch, pack
 from fastalign.compute import Compute
 from fastalign.models import compile_layers, response_logprob
 from tests.tiny import SETTINGS, tiny_model

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastalign.batch import Group, pack
+from fastalign.batch.packed import Group, pack
 from fastalign.compute import PACKINGS, Compute
 from fastalign.models import hidden_and_head, response_logprob
 from tests.tiny import SETTINGS, tiny_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BloomConfig, CohereConfig, CohereForCausalLM, LlamaConfig
 
-from fastalign.batch import Group, pack
+from fastalign.batch.packed import Group, pack
 from fastalign.compute import Compute
 from fastalign.models import (
     check_packable,

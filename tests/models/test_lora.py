@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalign.batch import Group, pack
+from fastalign.batch.packed import Group, pack
 from fastalign.compute import PACKINGS, Compute
 from fastalign.models import (
     adapter_off,

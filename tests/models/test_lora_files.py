@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from fastalign.batch import pack
+from fastalign.batch.packed import pack
 from fastalign.compute import Compute
 from fastalign.models import (
     load_policy,

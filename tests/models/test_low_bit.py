@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastalign.batch import pack
+from fastalign.batch.packed import pack
 from fastalign.compute import Compute
 from fastalign.models import load_policy, merge_adapter, model_fingerprint, response_logprob
 from fastalign.models.low_bit import dense_layer, is_quantised

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fastalign.batch import Group, pack
+from fastalign.batch.packed import Group, pack
 from fastalign.compute import PACKINGS, Compute
 from fastalign.data import use_distinct_pad
 from fastalign.models import (

@@ -14,7 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fastalign.batch import PackedBatch
+from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
 from fastalign.models.attention.blocks import Blocks, dot_product_attention
 from fastalign.models.attention.choice import (

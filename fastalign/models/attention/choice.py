@@ -11,7 +11,6 @@ AttentionName = Literal["sdpa", "flash_attn", "varlen", "flex"]
 ATTENTIONS: tuple[AttentionName, ...] = get_args(AttentionName)
 # Assumed order of speed, not measured.
 ORDER_ON_CUDA: tuple[AttentionName, ...] = ("flash_attn", "varlen", "flex", "sdpa")
-FLASH = ("flash_attn", "varlen")
 MAX_FLASH_HEAD_SIZE = 256
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastalign.batch import Layout
+from fastalign.batch.packed import Layout
 
 
 @dataclass(frozen=True)
