@@ -96,19 +96,15 @@ class Encoder:
         return self._prompt_ids(example.source, text)
 
     def row(self, example: SFTExample | PreferenceExample) -> TokenisedRow:
-        """Return a demonstration or comparison as a group.
+        """Return a demonstration (one response) or a comparison (chosen or a first) as a group.
 
         Raises:
-            DataFault: as `sft` and `preference`.
+            DataFault: if the template refuses the row, a side has no token, or both sides of a
+                comparison have the same tokens.
         """
-        return self.sft(example) if isinstance(example, SFTExample) else self.preference(example)
+        return self._sft(example) if isinstance(example, SFTExample) else self._pair(example)
 
-    def sft(self, example: SFTExample) -> TokenisedRow:
-        """Return a demonstration as a group of one response.
-
-        Raises:
-            DataFault: if the template refuses the row, or a side has no token.
-        """
+    def _sft(self, example: SFTExample) -> TokenisedRow:
         prompt, completion = example.prompt, example.completion
         if isinstance(completion, str):
             assert prompt is None or isinstance(prompt, str)
@@ -122,13 +118,7 @@ class Encoder:
         assert not isinstance(prompt, str)
         return self._conversation(example.source, prompt, [completion])
 
-    def preference(self, example: PreferenceExample) -> TokenisedRow:
-        """Return a comparison as a group of two responses, the chosen one (or response a) first.
-
-        Raises:
-            DataFault: if the template refuses the row, or a side has no token, or both sides have
-                the same tokens.
-        """
+    def _pair(self, example: PreferenceExample) -> TokenisedRow:
         sides: list[Content] = [example.chosen, example.rejected]
         if isinstance(example.prompt, str):
             row = self._plain(example.source, example.prompt, [str(side) for side in sides])

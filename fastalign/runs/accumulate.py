@@ -50,12 +50,11 @@ class Total:
     sums: dict[str, float] = field(default_factory=lambda: {"num_micro_batches": 0})
     num_tokens: int = 0
 
-    def add(self, loss: float, sums: dict[str, float], num_tokens: int) -> None:
-        """Add one micro-batch."""
-        self.loss += loss
-        add_sums(self.sums, sums)
-        self.sums["num_micro_batches"] += 1
-        self.num_tokens += num_tokens
+    def add(self, other: "Total") -> None:
+        """Add other sums to these, in place."""
+        self.loss += other.loss
+        add_sums(self.sums, other.sums)
+        self.num_tokens += other.num_tokens
 
     def metrics(self) -> Metrics:
         """Return `loss`, and the sums as means."""
@@ -94,8 +93,12 @@ def accumulate(
                 part = part if piece.counts else part * 0
                 part.backward()  # type: ignore[no-untyped-call]
             if piece.counts:
-                total.add(part.item(), {k: v.item() for k, v in sums.items()}, batch.num_tokens)
-    return sum_of_ranks(compute.world.gather(total))
+                of_batch = {k: v.item() for k, v in sums.items()} | {"num_micro_batches": 1}
+                total.add(Total(part.item(), of_batch, batch.num_tokens))
+    of_ranks = Total(sums={})
+    for of_rank in compute.world.gather(total):  # in the ranks' order: all get the same bits
+        of_ranks.add(of_rank)
+    return of_ranks
 
 
 def loss_of_batch(
@@ -112,18 +115,8 @@ def evaluate_by_loss(
     total = Total(sums={})
     for start in range(0, len(examples.groups), PIECE):
         indices = range(start, min(start + PIECE, len(examples.groups)))
-        part = accumulate(model, batch_loss, examples, indices, compute, backward=False)
-        total.loss += part.loss
-        add_sums(total.sums, part.sums)
+        total.add(accumulate(model, batch_loss, examples, indices, compute, backward=False))
     return {f"eval_{name}": value for name, value in total.metrics().items()}
-
-
-def sum_of_ranks(totals: Sequence[Total]) -> Total:
-    """Add the ranks' totals in the ranks' order, so that all get the same bits."""
-    sums: dict[str, float] = {}
-    for total in totals:
-        add_sums(sums, total.sums)
-    return Total(sum(t.loss for t in totals), sums, sum(t.num_tokens for t in totals))
 
 
 def add_sums(sums: dict[str, float], more: dict[str, float]) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from fastalign.batch.schedule import mini_batches
 from fastalign.models import fingerprint_or_none
-from fastalign.runs.accumulate import Total, add_sums, measure_examples
+from fastalign.runs.accumulate import Total, measure_examples
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import open_run
@@ -144,8 +144,7 @@ def update_on(online: OnlineDPOSetup, pairs: Pairs, state: TrainState, num_steps
         total = dpo_gradient(online.model, config.loss, pairs, indices, online.compute)
         losses.append(total.loss)
         updates.append(optimiser_step(state, total.loss, config.optim, num_steps))
-        add_sums(whole.sums, total.sums)
-        whole.num_tokens += total.num_tokens
+        whole.add(total)
         if updates[-1]["skipped"]:
             break
     whole.loss = sum(losses) / len(losses)

@@ -24,7 +24,6 @@ from fastalign.models import (
     is_reward_model,
     lm_head,
     read_config,
-    save_reward_model,
     set_pad_token,
 )
 from fastalign.runs.accumulate import Examples, measure_examples
@@ -88,10 +87,6 @@ class PPOModels:
     def frozen(self) -> Any:
         """A model that is no part of what is trained, or None."""
         return None if self.reference is self.policy else self.reference
-
-    def save_value(self, folder: Path) -> None:
-        """Write the value model in a reward model's layout."""
-        save_reward_model(self.value, self.value_tokenizer, folder)
 
 
 def load_ppo_models(config: PPOConfig, compute: Compute) -> tuple[PPOModels, Tokenizer]:

@@ -7,12 +7,13 @@ updates on them follow.
 import time
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
 from fastalign.batch.schedule import indices_of_step, mini_batches
 from fastalign.losses import importance_weight
-from fastalign.models import fingerprint_or_none
+from fastalign.models import fingerprint_or_none, save_reward_model
 from fastalign.runs.accumulate import measure_examples
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
@@ -62,7 +63,9 @@ def train_ppo(config: PPOConfig) -> RunResult:
             run.stop(reason_to_stop(metrics, config.watch))
             if step.evaluates and ppo.held_out is not None:
                 step.log(evaluate_prompts(ppo))
-        others = {} if models.value is None else {"value": models.save_value}
+        others = {}
+        if models.value is not None:
+            others["value"] = partial(save_reward_model, models.value, models.value_tokenizer)
         return run.end(models.policy, ppo.tokenizer, other_folders=others)
 
 
