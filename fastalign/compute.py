@@ -29,6 +29,13 @@ def find_device(name: str, argument: str = "device") -> torch.device:
     return device
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return True if an allocation failed; PyTorch on a CPU raises a plain RuntimeError for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
+
+
 AttentionChoice = Literal["auto", "sdpa", "flash_attn", "varlen", "flex"]
 
 
@@ -36,6 +43,7 @@ Packing = Literal["shared_prefix", "packed", "padded"]
 
 
 PACKINGS: tuple[Packing, ...] = get_args(Packing)
+CPU_ALLOCATOR = "DefaultCPUAllocator"
 CPU = torch.device("cpu")
 
 

@@ -94,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
         print(f"fastalign {argv[0]}: {masked(text)}", file=sys.stderr)
         return RANK_FAILED if isinstance(error, RankFailed) else 2
     except (RuntimeError, MemoryError) as error:
-        from fastalign.models import is_out_of_memory  # heavy, and already imported by the command
+        from fastalign.compute import is_out_of_memory  # heavy, and already imported by the command
 
         if os.environ.get("FASTALIGN_DEBUG") or not is_out_of_memory(error):
             raise

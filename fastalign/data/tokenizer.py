@@ -1,6 +1,5 @@
 """Tokenizers: loading them, and comparing their vocabularies, end and pad tokens, and templates."""
 
-import json
 import signal
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, Protocol
 
 from fastalign.data.conversation import Message, content_as_json
 from fastalign.data.template import Template, TemplateError
+from fastalign.model_files import TOKENIZER, read_object, reading
 
 PAD_TOKEN = "<|fastalign_pad|>"
 # Seconds of computing time after which a template is taken for one that never ends.
@@ -76,15 +76,12 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Toke
         raise FileNotFoundError(f"tokenizer {name}: no such folder")
     if here and not any(any(local.glob(f"{stem}*")) for stem in _FILE_STEMS):
         raise ValueError(f"tokenizer {name}: the folder has no tokenizer's files")
-    try:
+    failed = "cannot be loaded" if here else "no such folder here, and not from the hub"
+    with reading(f"tokenizer {name}: {failed}", local, *TOKENIZER):
         tokenizer = AutoTokenizer.from_pretrained(
             str(local) if here else name, trust_remote_code=trust_remote_code
         )
-    # The tokenizers library raises bare Exception for a damaged tokenizer.json.
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        failed = "cannot be loaded" if here else "no such folder here, and not from the hub"
-        raise ValueError(f"tokenizer {name}: {failed}: {reason}") from error
+        tokenizer("a")  # some settings are first looked at here
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     loaded: Tokenizer = tokenizer
@@ -156,10 +153,13 @@ def eos_token_ids(tokenizer: Tokenizer, path: str | Path | None = None) -> tuple
     file = None if path is None else Path(path).expanduser() / "generation_config.json"
     if file is not None and file.is_file():
         try:
-            listed = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        except (ValueError, AttributeError) as error:
-            raise ValueError(f"{file}: expected a JSON object: {error}") from None
-        found |= set(listed if isinstance(listed, list) else [] if listed is None else [listed])
+            listed = read_object(file).get("eos_token_id")
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
+        ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+        if not all(type(number) is int and 0 <= number < 2**31 for number in ids):
+            raise ValueError(f"{file}: expected token ids as eos_token_id, got {listed!r}")
+        found |= set(ids)
     if not found:
         raise ValueError(f"tokenizer {tokenizer.name_or_path}: has no EOS token")
     return tuple(sorted(found))

@@ -13,7 +13,6 @@ from fastalign.models.head import lm_head
 from fastalign.models.layers import compile_layers, find_offload, offload_layers
 from fastalign.models.load import (
     fingerprint_or_none,
-    is_out_of_memory,
     load_policy,
     load_reward_model,
     model_fingerprint,
@@ -60,7 +59,6 @@ __all__ = [
     "has_adapter",
     "hidden_and_head",
     "hidden_at",
-    "is_out_of_memory",
     "is_reward_model",
     "linear_names",
     "lm_head",

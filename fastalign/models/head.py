@@ -39,11 +39,17 @@ def check_head(model: Any) -> None:
     """Check on two tokens that the head gives the logits that the model gives.
 
     Raises:
-        ValueError: if the model transforms its logits in a way that `LinearHead` does not have.
+        ValueError: if the model transforms its logits in a way that `LinearHead` does not have, or
+            they are not finite.
     """
     input_ids = torch.tensor([[0, 1]], device=model.device)
     hidden = model.base_model(input_ids, use_cache=False).last_hidden_state
     ours, theirs = lm_head(model).logits(hidden).float(), model(input_ids).logits.float()
+    if not bool(theirs.isfinite().all()):
+        raise ValueError(
+            f"model.path: the logits of {model.name_or_path!r} are not finite: its weights or its "
+            "config.json are damaged"
+        )
     scale = theirs.abs().max().clamp(min=1e-6)
     error = float((ours - theirs).abs().max() / scale)
     if not error < 2e-2:

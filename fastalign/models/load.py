@@ -1,18 +1,19 @@
 """Load and save causal models and reward models in transformers' layout."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from fastalign.compute import ON_CPU, Compute
+from fastalign.model_files import CONFIGURATIONS, WEIGHTS, fault_of_files, reading
 from fastalign.models import attention
 from fastalign.models.architecture import (
     PACKABLE,
@@ -26,8 +27,9 @@ from fastalign.models.lora_files import CONFIG_FILE, adapter_base, open_adapter
 from fastalign.models.low_bit import keep_differentiable, nf4_options
 from fastalign.ranks.whole_weights import whole, whole_state
 
-CPU_ALLOCATOR = "DefaultCPUAllocator"
 SCORE_WEIGHT = "score.weight"
+# A language model's head, which a reward model does without.
+HEADS = {"lm_head.weight", "lm_head.bias", "embed_out.weight"}
 
 
 def read_config(path: str | Path, *, trust_remote_code: bool) -> Any:
@@ -40,20 +42,52 @@ def read_config(path: str | Path, *, trust_remote_code: bool) -> Any:
         raise ValueError(
             f"model.path: expected a model, {path} is an adapter; merge it first (fastalign merge)"
         )
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0]
+    where = repr(str(path))
+    with reading(f"model.path: no model can be loaded from {where}", path, "config.json"):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    fault = fault_of_files(path, *CONFIGURATIONS)  # transformers passes over one of generation
+    if fault is not None:
+        raise ValueError(f"model.path: no model can be loaded from {where}: {fault}")
+    check_not_quantised(config, path)
+    return config
+
+
+def check_not_quantised(config: Any, path: str | Path) -> None:
+    """Check that a model's weights are plain numbers.
+
+    Raises:
+        ValueError: if its configuration says that they are quantised; names the method.
+    """
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return
+    values = found if isinstance(found, dict) else found.to_dict()
+    method = values.get("quant_method") or "an unnamed method"
+    raise ValueError(
+        f"model.path: the weights in {str(path)!r} are quantised by {method} "
+        "(quantization_config in its config.json); expected the model that they were made from, "
+        "in float32, bfloat16 or float16"
+    )
+
+
+def check_causal(config: Any, path: str | Path) -> None:
+    """Check that an architecture has a language-model head over text.
+
+    Raises:
+        ValueError: if it is a classifier, or transformers has no causal model of this type.
+    """
+    kind = (config.architectures or [config.model_type])[0]
+    if kind.endswith("Classification"):
         raise ValueError(
-            f"model.path: no model can be loaded from {str(path)!r}: {first}"
-        ) from error
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return True if an allocation failed; PyTorch on a CPU raises a plain RuntimeError for it."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
+            f"model.path: expected a causal model, got {kind} in {str(path)!r}, a classifier "
+            "without a language-model head"
+        )
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own_code:
+        raise ValueError(
+            f"model.path: expected a causal model of text alone, got {kind} of type "
+            f"{config.model_type!r} in {str(path)!r}"
+        )
 
 
 def check_finite(model: nn.Module, path: str | Path) -> None:
@@ -88,30 +122,62 @@ def model_options(
     return options
 
 
-def read_model(
-    auto: Any,
-    path: str | Path,
-    options: dict[str, Any],
-    faults: tuple[type[Exception], ...] = (OSError, UnpicklingError),
-) -> tuple[Any, dict[str, Any]]:
+def read_model(auto: Any, path: str | Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Call `auto.from_pretrained`; return the model, and which keys were missing or unexpected.
 
     Raises:
-        ValueError: if weights are missing or damaged, so that one of `faults` is raised.
+        ValueError: if weights are damaged, or have other shapes than the configuration says.
     """
-    try:
-        model, keys = auto.from_pretrained(path, output_loading_info=True, **options)
-    except faults as error:
-        if is_out_of_memory(error):
-            raise
-        if isinstance(error, UnpicklingError):  # torch's own text explains how to run it anyway
-            first = "a file is a pickle of more than tensors, which is not run"
-        else:
-            first = str(error).strip().splitlines()[0]
+    where = f"model.path: the weights in {str(path)!r}"
+    fault = fault_of_files(path, *WEIGHTS)
+    if fault is not None:
+        raise ValueError(f"{where} cannot be read: {fault}")
+    with without_load_report(), reading(f"{where} cannot be read as its config.json says", path):
+        model, keys = auto.from_pretrained(
+            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    if keys["mismatched_keys"]:  # transformers would draw them at random
+        name, found, expected = min(keys["mismatched_keys"])
         raise ValueError(
-            f"model.path: the weights in {str(path)!r} cannot be read: {first}"
-        ) from error
+            f"{where} are not those of its config.json: {name} is {tuple(found)}, expected "
+            f"{tuple(expected)}"
+        )
     return model, keys
+
+
+def check_all_used(names: Iterable[str], path: str | Path) -> None:
+    """Check that no tensor of the weights' files is left over.
+
+    Args:
+        names: tensors that the model has no place for, those excepted that transformers knows to
+            be of no use (buffers that are computed anew).
+        path: the model's folder.
+
+    Raises:
+        ValueError: if there is one; the model would be another than the one that was saved.
+    """
+    unused = sorted(names)
+    if unused:
+        raise ValueError(
+            f"model.path: the weights in {str(path)!r} hold {len(unused)} tensors that the model "
+            f"of its config.json does not use ({', '.join(unused[:3])}"
+            f"{', ...' if len(unused) > 3 else ''}): one of the two is not of this model"
+        )
+
+
+def check_tied(model: Any, path: str | Path) -> None:
+    """Check that weights that the configuration ties are equal, if both were saved.
+
+    Raises:
+        ValueError: if not; transformers would then train them apart, other programs would not.
+    """
+    wanted = model.get_expanded_tied_weights_keys(all_submodels=True)
+    apart = sorted(set(wanted) - set(model.all_tied_weights_keys))
+    if apart:
+        raise ValueError(
+            f"model.path: the weights in {str(path)!r} are not those of its config.json, which "
+            f"ties {apart[0]} to {wanted[apart[0]]}: the two differ"
+        )
 
 
 def ready(model: Any, path: str | Path, device: torch.device) -> Any:
@@ -148,12 +214,7 @@ def load_policy(
     base = adapter_base(path)
     source = path if base is None else base
     config = read_config(source, trust_remote_code=trust_remote_code)
-    kind = (config.architectures or [""])[0]
-    if kind.endswith("Classification"):
-        raise ValueError(
-            f"model.path: expected a causal model, got {kind} in {str(source)!r}, a classifier "
-            "without a language-model head"
-        )
+    check_causal(config, source)
     low_bit = nf4_options(dtype, compute.device) if nf4 else {}
     options = model_options(config, compute, dtype, trust_remote_code) | low_bit
     model, keys = read_model(AutoModelForCausalLM, source, options)
@@ -162,6 +223,8 @@ def load_policy(
             f"model.path: the weights in {str(source)!r} are incomplete: no "
             f"{min(keys['missing_keys'])}"
         )
+    check_all_used(keys["unexpected_keys"], source)
+    check_tied(model, source)
     if nf4:
         keep_differentiable(model)
     if base is not None:
@@ -206,10 +269,7 @@ def load_reward_model(
             f"{str(path)!r}; fastalign reward trains one"
         )
     options = model_options(config, compute, dtype, trust_remote_code) | {"num_labels": 1}
-    with without_load_report():
-        # A head of another width is a RuntimeError.
-        faults = (OSError, RuntimeError, UnpicklingError)
-        model, keys = read_model(AutoModelForSequenceClassification, path, options, faults)
+    model, keys = read_model(AutoModelForSequenceClassification, path, options)
     # transformers draws missing weights at random; only a fresh head may be.
     missing = set(keys["missing_keys"]) - (set() if has_head else {SCORE_WEIGHT})
     foreign = {name for name in keys["unexpected_keys"] if name.startswith("score")}
@@ -219,6 +279,7 @@ def load_reward_model(
             f"model.path: expected a reward model with score.weight alone as its head, but "
             f"{str(path)!r} {what}"
         )
+    check_all_used(set(keys["unexpected_keys"]) - HEADS, path)
     if not has_head:
         draw_head(model.score, seed)
     model.get_input_embeddings().padding_idx = None  # every token's embedding is trained
@@ -227,7 +288,7 @@ def load_reward_model(
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """Silence transformers' warning that a head is new, which is intended here."""
+    """Silence transformers' table of missing and unexpected weights, which are checked here."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

@@ -1,13 +1,12 @@
 """Adapters saved in peft's layout: `adapter_model.safetensors` and `adapter_config.json`."""
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from fastalign.model_files import read_object, reading
 from fastalign.models.lora import ADAPTER, quiet_peft, require_peft
 from fastalign.ranks.whole_weights import whole, writes
 
@@ -47,15 +46,20 @@ def adapter_base(path: str | Path) -> str | None:
         return None
     require_peft(f"model.path: {folder} is an adapter, which")
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = read_object(file)
         kind, base = config["peft_type"], config["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError) as error:
         raise ValueError(f"{file}: expected the configuration of an adapter: {error}") from None
-    if kind != "LORA" or config.get("modules_to_save"):
-        raise ValueError(f"{file}: expected a LoRA adapter without modules_to_save, got {kind}")
+    if kind != "LORA":
+        raise ValueError(f"{file}: expected a LoRA adapter (peft_type LORA), got {kind!r}")
+    if config.get("modules_to_save"):
+        raise ValueError(
+            f"{file}: expected an adapter without modules_to_save, which replaces whole layers; "
+            f"got {config['modules_to_save']}; merge it with peft (merge_and_unload) first"
+        )
     if (folder / "config.json").is_file():
         raise ValueError(f"model.path: expected a model or an adapter, {folder} holds both")
-    if not base:
+    if not base or not isinstance(base, str):
         raise ValueError(f"{file}: base_model_name_or_path is empty; write the base's folder there")
     local = Path(base).expanduser()
     if not local.exists() and (base.startswith((".", "/", "~")) or base.count("/") > 1):
@@ -82,13 +86,10 @@ def open_adapter(model: Any, folder: str | Path) -> None:
     file = Path(folder).expanduser() / WEIGHTS_FILE
     if not file.is_file():
         raise ValueError(f"model.path: the adapter's folder {folder} has no {WEIGHTS_FILE}")
-    try:
-        with quiet_peft():
-            model.add_adapter(PeftConfig.from_pretrained(str(file.parent)), ADAPTER)
+    what, names = f"model.path: the adapter in {folder} cannot be used", (CONFIG_FILE, WEIGHTS_FILE)
+    with reading(what, folder, *names), quiet_peft():
         saved = {name.removeprefix(PREFIX): value for name, value in load_file(file).items()}
-    except (ValueError, TypeError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise ValueError(f"model.path: the adapter in {folder} cannot be used: {first}") from error
+        model.add_adapter(PeftConfig.from_pretrained(str(file.parent)), ADAPTER)
     cast_adapter_dtype(model, ADAPTER)
     wanted = get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
     # peft also saves the base's own weight of an adapted head

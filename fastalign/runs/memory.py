@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastalign.models import is_out_of_memory
+from fastalign.compute import is_out_of_memory
 from fastalign.runs.checkpoint.files import CHECKPOINTS, list_checkpoints
 from fastalign.runs.config import AnyConfig
 from fastalign.runs.folder import has_steps

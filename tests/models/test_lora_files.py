@@ -103,8 +103,11 @@ FIRST = "base_model.model.model.layers.0.mlp.down_proj.lora_A.weight"
         (lambda f: (f / "adapter/adapter_model.safetensors").unlink(), "has no adapter_model"),
         (lambda f: (f / "adapter/adapter_model.safetensors").write_bytes(b"x"), "cannot be used: "),
         (lambda f: (f / "adapter/adapter_config.json").write_text("{"), "configuration of an adap"),
-        (lambda f: change_config(f, peft_type="IA3"), "expected a LoRA adapter .* got IA3"),
-        (lambda f: change_config(f, modules_to_save=["lm_head"]), "without modules_to_save"),
+        (lambda f: change_config(f, peft_type="IA3"), "expected a LoRA adapter .* got 'IA3'"),
+        (
+            lambda f: change_config(f, modules_to_save=["lm_head"]),
+            r"without modules_to_save, .*got \['lm_head'\]; merge it with peft",
+        ),
         (
             lambda f: change_config(f, base_model_name_or_path=""),
             "name_or_path is empty",
