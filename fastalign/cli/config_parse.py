@@ -1,22 +1,24 @@
 """Parse a command's configuration: defaults from a YAML file, overridden by flags."""
 
 import ast
-import contextlib
 import copy
 import dataclasses
 import inspect
 import io
 import itertools
 import re
+import reprlib
 import shutil
+import sys
 import textwrap
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from types import NoneType
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
-import yaml
 from tyro.constructors import (
     MISSING_NONPROP,
     ConstructorRegistry,
@@ -25,8 +27,10 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
-from fastalign.cli.masking import refuse_secrets
+from fastalign.output import plain_stream, refuse_secrets
 from fastalign.rollouts.engines.options import PROCESS_IS_GONE
+from fastalign.runs.config import check_numbers
+from fastalign.yaml_file import read_yaml_file
 
 Config = TypeVar("Config")
 
@@ -70,10 +74,9 @@ def merge(
         section, dot, key = name.replace("_", "-").rpartition(".")
         if isinstance(value, bool):
             from_file.append(f"--{section}{dot}{'' if value else 'no-'}{key}")
-        elif isinstance(value, list):
-            from_file += [f"--{section}{dot}{key}", *(str(item) for item in value)]
         else:
-            from_file += [f"--{section}{dot}{key}", str(value)]
+            items = value if isinstance(value, list) else [value]
+            from_file += [f"--{section}{dot}{key}", *map(str, items)]
     return from_file + list(flags)
 
 
@@ -111,10 +114,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"--config: no such file: {path}")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not YAML: {error}") from None
+    values = read_yaml_file(path, numbers_as_text=True)
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -146,7 +146,8 @@ def flatten_section(section_type: Any, content: Any, name: str, path: str) -> di
             reverse.
     """
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: {name}: expected keys and values, got {content!r}")
+        got = reprlib.repr(content)
+        raise ValueError(f"{path}: {name}: expected keys and values, got {got}")
     flat: dict[str, Any] = {}
     known: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(section_type)}
     for key, value in content.items():
@@ -155,11 +156,34 @@ def flatten_section(section_type: Any, content: Any, name: str, path: str) -> di
             raise ValueError(f"{path}: unknown key {place}; expected one of {', '.join(known)}")
         if dataclasses.is_dataclass(known[key]):
             flat |= flatten_section(known[key], value, place, path)
-        elif isinstance(value, dict):
-            raise ValueError(f"{path}: {place}: expected a value, got a mapping")
         else:
+            check_value(value, known[key], f"{path}: {place}")
             flat[place] = value
     return flat
+
+
+def check_value(value: Any, field_type: Any, where: str) -> None:
+    """Check that a file's value is of the kind that a field's flag takes.
+
+    Raises:
+        ValueError: if it is a mapping, a list, a boolean or null where the field takes none, or
+            would be read as a flag.
+    """
+    kinds = {get_origin(kind) or kind for kind in (field_type, *get_args(field_type))}
+    items = value if isinstance(value, list) else [value]
+    if isinstance(value, list) and tuple not in kinds:
+        raise ValueError(f"{where}: expected one value, got a list")
+    for item in items:
+        if isinstance(item, dict | list):
+            kind = "mapping" if isinstance(item, dict) else "list in a list"
+            raise ValueError(f"{where}: expected a value, got a {kind}")
+        if isinstance(item, bool) and bool not in kinds:
+            word = str(item).lower()
+            raise ValueError(f"{where}: expected no boolean, got {word} (text stands in quotes)")
+        if item is None and NoneType not in kinds:
+            raise ValueError(f"{where}: expected a value, got null")
+        if isinstance(item, str) and item.startswith("--"):
+            raise ValueError(f"{where}: expected a value, got {item!r}, which is a flag")
 
 
 def take_choice(
@@ -192,12 +216,13 @@ def take_choice(
     if isinstance(content, str):
         content = {"name": content}
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: {setting}: expected keys and values, got {content!r}")
+        got = reprlib.repr(content)
+        raise ValueError(f"{path}: {setting}: expected keys and values, got {got}")
     in_file = content.pop("name", next(iter(table)))
     name = chosen or in_file
-    if name not in table:
+    if not isinstance(name, str) or name not in table:
         where = option if chosen else f"{path}: {setting}.name"
-        raise ValueError(f"{where}: expected one of {', '.join(table)}, got {name!r}")
+        raise ValueError(f"{where}: expected one of {', '.join(table)}, got {reprlib.repr(name)}")
     if isinstance(owner, dict) and key in owner:
         owner[key] = content if name == in_file else {}
     return table[name], rest, values
@@ -234,12 +259,14 @@ def parse_flags(
     errors = io.StringIO()
     text = wrapped("\n\n".join(part for part in (inspect.getdoc(config), more_help) if part))
     try:
-        with contextlib.redirect_stderr(errors):
-            return tyro.cli(config, prog=command, args=words, description=text, registry=REGISTRY)
+        with redirect_stderr(errors), redirect_stdout(plain_stream(sys.stdout)):
+            parsed = tyro.cli(config, prog=command, args=words, description=text, registry=REGISTRY)
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
         raise ValueError(one_line(errors.getvalue())) from None
+    check_numbers(parsed)
+    return parsed
 
 
 def wrapped(text: str) -> str:

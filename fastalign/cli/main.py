@@ -10,10 +10,11 @@ import io
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 from fastalign.cli.algorithms import ALGORITHMS
-from fastalign.cli.masking import masked
+from fastalign.output import occupy_standard_descriptors, safe_output
 from fastalign.ranks.world import RANK_FAILED, RankFailed
 
 SECONDS_FOR_RANK_0 = 3.0
@@ -69,6 +70,12 @@ def usage() -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Run one command; return its exit code: 0 done, 2 after a caller's mistake."""
+    with safe_output():
+        return run(argv)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Run one command, as `main`, and print what it prints as it is."""
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
         return 0 if argv else 2
@@ -91,7 +98,7 @@ def main(argv: Sequence[str]) -> int:
         if not isinstance(error, RankFailed):
             wait_for_rank_0()
         text = " ".join(str(error).split())
-        print(f"fastalign {argv[0]}: {masked(text)}", file=sys.stderr)
+        print(f"fastalign {argv[0]}: {text}", file=sys.stderr)
         return RANK_FAILED if isinstance(error, RankFailed) else 2
     except (RuntimeError, MemoryError) as error:
         from fastalign.compute import is_out_of_memory  # heavy, and already imported by the command
@@ -99,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
         if os.environ.get("FASTALIGN_DEBUG") or not is_out_of_memory(error):
             raise
         first = (str(error).strip().splitlines() or [""])[0]
-        print(f"fastalign {argv[0]}: out of memory: {masked(first)}", file=sys.stderr)
+        print(f"fastalign {argv[0]}: out of memory: {first}", file=sys.stderr)
         return 2
 
 
@@ -119,13 +126,20 @@ def wait_for_rank_0() -> None:
 
 def console() -> None:
     """Run the `fastalign` script or `python -m fastalign`."""
+    occupy_standard_descriptors()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name or a sample may not be encodable
             stream.reconfigure(errors="backslashreplace")
-    code = main(sys.argv[1:])
+    with safe_output():
+        try:
+            code = main(sys.argv[1:])
+        except Exception:  # printed as Python would print it, but through the safe streams
+            traceback.print_exc()
+            code = 1
     if code and "WORLD_SIZE" in os.environ:
         # Threads of a process group whose other ranks are gone may never end.
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
         os._exit(code)
     sys.exit(code)

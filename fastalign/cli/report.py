@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastalign.cli.config_parse import parse_flags
+from fastalign.output import shown
 
 RUN_ARGUMENT = tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")
 
@@ -45,12 +46,12 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int
 
     Without a terminal, whose width limits it, the table has up to 140 columns.
     """
-    shown = Table()
+    table = Table()
     for number, column in enumerate(columns):
-        shown.add_column(column, justify="left" if number < num_left else "right", no_wrap=True)
+        table.add_column(column, justify="left" if number < num_left else "right", no_wrap=True)
     for row in rows:
-        shown.add_row(*row)
-    Console(markup=False, width=None if sys.stdout.isatty() else 140).print(shown)
+        table.add_row(*map(shown, row))
+    Console(markup=False, width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastalign.evaluation.statistics import estimate
 from fastalign.report.runs import (
     Row,
@@ -20,6 +18,7 @@ from fastalign.report.runs import (
     read_object,
     read_run,
 )
+from fastalign.yaml_file import read_yaml_file
 
 Strength = float | str | None
 
@@ -170,10 +169,10 @@ def read_list(path: Path) -> Any:
             lines = path.read_text(encoding="utf-8").split("\n")  # U+2028 is text
             content: Any = [json.loads(line) for line in lines if line.strip()]
         elif path.suffix in (".yaml", ".yml"):
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+            content = read_yaml_file(path)
         else:
             content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged: {error}") from None
     is_evaluation = isinstance(content, dict) and ("reward" in content or "kl" in content)
     if not is_evaluation and not isinstance(content, list):

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from fastalign.evaluation.win_rate import prompt_key
+from fastalign.output import shown
 from fastalign.report.pictures import SECTIONS, curve, reward_against_kl
 from fastalign.report.reward import REWARD_COLUMNS, accuracy_by_length, reliability, reward_table
 from fastalign.report.runs import RunRecord, labels_of
@@ -83,12 +84,23 @@ def side_by_side(runs: Sequence[RunRecord]) -> list[tuple[str, list[dict[str, An
 
 
 def fill(template: str, **values: Any) -> str:
-    """Return a page from a template beside this module; values of models and data are escaped."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
+    """Return a page from a template beside this module; values of models and data are escaped.
 
-    loader = PackageLoader("fastalign.report", ".")
+    Every text passes through `shown`: control characters are visible, and secrets masked.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markupsafe import Markup
+
+    def finalize(value: Any) -> Any:
+        is_text = isinstance(value, str) and not isinstance(value, Markup)
+        return shown(value) if is_text else value
+
     environment = Environment(
-        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("fastalign.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        finalize=finalize,
     )
     return environment.get_template(template).render(**values)
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from fastalign.output import shown
 from fastalign.report.runs import RunRecord, best_of_rows
 
 # Metrics to draw if a run has them, by heading: name and axis label.
@@ -92,8 +93,8 @@ def bar(error: float | None) -> float:
 
 
 def plain(text: str) -> str:
-    """Return text that matplotlib does not parse as mathematics."""
-    return text.replace("$", r"\$")
+    """Return text that matplotlib does not parse as mathematics, safe to show."""
+    return shown(text).replace("$", r"\$")
 
 
 def curve(runs: Sequence[RunRecord], name: str, axis: str) -> str | None:

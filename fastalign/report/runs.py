@@ -7,8 +7,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from safetensors import SafetensorError, safe_open
+
+from fastalign.yaml_file import read_yaml_file
 
 Row = dict[str, Any]
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
@@ -157,10 +158,10 @@ def read_run(folder: str | Path) -> RunRecord:
     samples = path / "eval" / "samples.jsonl"
     machine = path / "machine.json"
     try:
-        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+        config = read_yaml_file(path / "config.yaml")
         metrics = read_lines(path / "metrics.jsonl")
         rows = read_lines(samples, may_grow=False) if samples.is_file() else []
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: a file of the run is damaged: {error}") from None
     return RunRecord(
         name=path.resolve().name,
@@ -181,7 +182,7 @@ def read_object(file: Path) -> Row:
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: a file of the run is damaged: {error}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected a JSON object, got {type(content).__name__}")

@@ -36,6 +36,29 @@ def above_zero(name: str, value: float | None) -> None:
         raise ValueError(f"{name}: expected a finite number above 0, got {value}")
 
 
+MOST_SECONDS = 1e9  # beyond it, timers of the platform overflow
+
+
+def check_numbers(config: Any, prefix: str = "") -> None:
+    """Check every number in a dataclass of settings and in the dataclasses in it.
+
+    Raises:
+        ValueError: if a number is infinite or NaN, does not fit into 64 bits, or is a time that no
+            timer can wait for; it names the setting.
+    """
+    for entry in fields(config):
+        value, name = getattr(config, entry.name), f"{prefix}{entry.name}"
+        if is_dataclass(value):
+            check_numbers(value, f"{name}.")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, float):
+                require(math.isfinite(number), name, "a finite number", number)
+            if isinstance(number, int):
+                require(-(2**63) <= number < 2**63, name, "a number of 64 bits", number)
+            if name.endswith("_seconds") and number is not None:
+                require(number <= MOST_SECONDS, name, f"at most {MOST_SECONDS:g}", number)
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """A low-rank adapter on a frozen base (LoRA, arXiv 2106.09685), in place of full training."""

@@ -16,6 +16,7 @@ import yaml
 from fastalign.compute import find_device
 from fastalign.ranks.world import world_of_environment
 from fastalign.runs.checkpoint.files import CHECKPOINTS, list_checkpoints, write_text_atomically
+from fastalign.yaml_file import read_yaml_file
 
 # Settings that may differ when a run is resumed: they change neither weights nor their order.
 MAY_CHANGE = {
@@ -94,7 +95,7 @@ def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if isinstance(value, dict):
             flat |= flat_settings(value, f"{prefix}{key}.")
         else:
-            flat[prefix + key] = value
+            flat[f"{prefix}{key}"] = value
     return flat
 
 
@@ -121,7 +122,9 @@ def prepare_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) ->
     if resume:
         if not config.is_file():
             raise ValueError(f"run.resume: {folder} holds no run to resume (no config.yaml)")
-        saved = yaml.safe_load(config.read_text(encoding="utf-8"))
+        saved = read_yaml_file(config)
+        if not isinstance(saved, dict):
+            raise ValueError(f"{config}: damaged: expected sections, got {type(saved).__name__}")
         refused, differently = changed_settings(saved, values)
         if refused:
             raise ValueError(

@@ -8,6 +8,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +18,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastalign.fused import metric_means
+from fastalign.output import safe_output, shown
 from fastalign.ranks.world import World
 
 Metrics = dict[str, float | int]
@@ -137,6 +139,7 @@ class ProgressDisplay:
         self._title, self._num_steps, self._first = title, num_steps, step
         self._start = time.monotonic()
         self._bar: Progress | None = None
+        self._safe = ExitStack()
         if sys.stdout.isatty():
             self._bar = Progress(
                 TextColumn(title),
@@ -150,7 +153,8 @@ class ProgressDisplay:
     def __enter__(self) -> "ProgressDisplay":
         """Show the bar."""
         if self._bar is not None:
-            self._bar.start()
+            self._bar.start()  # which passes on what is printed, with escapes of its own
+            self._safe.enter_context(safe_output())
         return self
 
     def __exit__(
@@ -161,12 +165,13 @@ class ProgressDisplay:
     ) -> None:
         """Stop the bar."""
         if self._bar is not None:
+            self._safe.close()
             self._bar.stop()
 
     def say(self, line: str) -> None:
         """Print a line beside the bar."""
         if self._bar is not None:
-            self._bar.console.print(line, markup=False, highlight=False)
+            self._bar.console.print(shown(line), markup=False, highlight=False)
         else:
             print(line, flush=True)
 

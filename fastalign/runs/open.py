@@ -13,11 +13,12 @@ import torch
 
 from fastalign.compute import Compute, find_device
 from fastalign.data import template_clock
+from fastalign.output import refuse_secret_settings
 from fastalign.ranks.config import ParallelConfig
 from fastalign.ranks.failure import record_collectives, watched_by_ranks
 from fastalign.ranks.parallel import part_from_ranks
 from fastalign.ranks.world import ALONE, World, open_world, world_of_environment
-from fastalign.runs.config import AnyConfig, TrainConfig, config_to_dict
+from fastalign.runs.config import AnyConfig, TrainConfig, check_numbers, config_to_dict
 from fastalign.runs.folder import announce, locked, prepare_run_folder
 from fastalign.runs.load_models import check_sharing
 from fastalign.runs.loop import Run
@@ -79,14 +80,17 @@ def open_run(config: AnyConfig, title: str) -> Iterator[Run]:
     `title` is the algorithm's name, in front of the progress bar.
 
     Raises:
-        ValueError: if the folder holds another run or is in use, a library is missing, memory did
-            not suffice, settings contradict each other, or the ranks did not all come.
+        ValueError: if a number is not finite, a setting holds a secret, the folder holds another
+            run or is in use, a library is missing, memory did not suffice, settings contradict each
+            other, or the ranks did not all come.
     """
+    check_numbers(config)
+    values = config_to_dict(config)
+    refuse_secret_settings(values)
     adamw(config.optim.states)  # a missing library is reported before hours of work
     check_sharing(config)
     world = world_of_environment()
     compute = make_compute(config.train, world, config.parallel)
-    values = config_to_dict(config)
     folder = Path(config.run.dir)
     if world.size > 1:
         record_collectives(folder)

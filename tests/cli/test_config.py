@@ -1,17 +1,21 @@
 """YAML under flags, and one line for whatever is wrong with either."""
 
 import contextlib
+import itertools
+import math
 import pickle
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 
 from fastalign.cli.algorithms import ALGORITHMS
 from fastalign.cli.config_parse import field_docs, parse_config
 from fastalign.cli.main import COMMANDS, main
-from fastalign.runs.config import LoraConfig, ModelConfig, RunConfig, config_to_dict
+from fastalign.runs.config import LoraConfig, ModelConfig, RunConfig, check_numbers, config_to_dict
 from fastalign.trainers import LOSSES, REWARD_LOSSES, PPOConfig, PromptDataConfig, SFTConfig
 
 parse_dpo, parse_reward = ALGORITHMS["dpo"].parse, ALGORITHMS["reward"].parse
@@ -162,6 +166,10 @@ def test_every_loss_can_be_chosen(name: str) -> None:
         ([*BASE, "--model.lora.rnk", "4"], "--model.lora.rnk"),
         ([*BASE, "--config", "none.yaml"], "--config: no such file: none.yaml"),
         ([*BASE, "--model.path", "./nowhere"], "nowhere"),
+        ([*BASE, "--optim.eps", "inf"], "optim.eps: expected a finite number, got inf"),
+        ([*BASE, "--loss", "simpo", "--loss.gamma", "inf"], "loss.gamma: expected a finite number"),
+        ([*BASE, "--train.stall-seconds", "1e10"], "stall_seconds: expected at most 1e.09, got"),
+        ([*BASE, "--run.seed", "9" * 30], "run.seed: expected a number of 64 bits"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_exit_code_2(
@@ -195,6 +203,23 @@ def test_a_wrong_flag_is_one_line_and_exit_code_2(
         ("\x00", "not YAML"),
         ("loss:\n  name: nonsense\n", "loss.name: expected one of"),
         ("loss:\n  name: dpo\n  gamma: 1\n", "unknown key loss.gamma; expected one of beta"),
+        ("loss:\n  name: [dpo]\n", "loss.name: expected one of"),
+        ("optim:\n  lr: 1\n  lr: 2\n", "each key once, got 'lr' twice"),
+        ("optim:\n  lr: 1\noptim:\n  eps: 2\n", "each key once, got 'optim' twice"),
+        ("train:\n  batch_size: 010\n", "expected a decimal number, or text in quotes, got 010"),
+        ("train:\n  batch_size: 1:30\n", "a decimal number, or text in quotes, got 1:30"),
+        ("train:\n  epochs: 1:30.5\n", "a decimal number, or text in quotes, got 1:30.5"),
+        ("train:\n  batch_size: 0x10\n", "a decimal number, or text in quotes, got 0x10"),
+        ("optim:\n  eps: .inf\n", "expected a finite number, or text in quotes, got .inf"),
+        ("run:\n  seed: !!timestamp 2001-01-01\n", "not YAML"),
+        ("run:\n  seed: !!bool 3\n", "not YAML"),
+        ("run: " + "[" * 2000, "nested too deeply"),
+        ("run: &a [*a]\n", "run: expected keys and values"),
+        ("run:\n  dir: null\n", "run.dir: expected a value, got null"),
+        ("data:\n  train: no\n", "data.train: expected no boolean, got false"),
+        ("optim:\n  lr: [1]\n", "optim.lr: expected one value, got a list"),
+        ("optim:\n  betas: [[0, 1], 0]\n", "optim.betas: expected a value, got a list in a list"),
+        ("model:\n  path: --run.resume\n", "model.path: expected a value, got '--run.resume'"),
     ],
 )
 def test_a_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
@@ -202,6 +227,58 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ValueError, match=r"run\.yaml") as caught:
         parse_dpo(["--config", file, *BASE])
     assert message in str(caught.value)
+
+
+def test_text_that_looks_like_a_number_is_kept(tmp_path: Path) -> None:
+    text = (
+        "run:\n  dir: 1.10\ndata:\n  train: 2024-01-02\n  eval: '010'\ntrain:\n  batch_size: 1_0\n"
+    )
+    config = parse_dpo(["--model.path", "m", "--config", write(tmp_path, text)])
+    assert (config.run.dir, config.data.train, config.data.eval) == ("1.10", "2024-01-02", "010")
+    assert config.train.batch_size == 10
+
+
+def numbers_of(config: Any, prefix: str = "") -> Iterator[tuple[Any, Any, str, str]]:
+    """Each dataclass with its fields that hold a float or an int: (owner, field, name, kind)."""
+    for entry in fields(config):
+        value = getattr(config, entry.name)
+        if is_dataclass(value):
+            yield from numbers_of(value, f"{prefix}{entry.name}.")
+        for kind in ("float", "int"):
+            if re.search(rf"\b{kind}\b", str(get_type_hints(type(config))[entry.name])):
+                yield config, entry.name, f"{prefix}{entry.name}", kind
+
+
+@pytest.mark.parametrize("command", ALGORITHMS)
+def test_no_number_of_any_setting_is_infinite_or_overflows(command: str) -> None:
+    algorithm = ALGORITHMS[command]
+    rewards = ["--reward.sources", "r"] if algorithm.samples else []
+    tables = [[(key, name) for name in algorithm.table(key)] for key in algorithm.choices]
+    names: set[str] = set()
+    for chosen in itertools.zip_longest(*tables) if tables else [()]:
+        flags = [word for pair in chosen if pair for word in (f"--{pair[0]}", pair[1])]
+        several = ["--sampling.num-samples", "4"] if rewards else []
+        loss = ["--kl", "loss"] if "grpo" in flags and "loss" not in flags else []
+        config = algorithm.parse([*BASE, *rewards, *several, *flags, *loss])
+        for owner, field, name, kind in numbers_of(config):
+            before, bad = getattr(owner, field), [2**63, -(2**63) - 1] if kind == "int" else []
+            for value in [*bad, *([math.inf, -math.inf, math.nan] if kind == "float" else [])]:
+                held = (*before, value) if isinstance(before, tuple) else value
+                object.__setattr__(owner, field, held)
+                with pytest.raises(ValueError, match=rf"^{name}: expected"):
+                    check_numbers(config)
+            object.__setattr__(owner, field, before)
+            names.add(name)
+        check_numbers(config)
+    assert len(names) > 15
+
+
+def test_every_command_parses_its_flags_in_one_place() -> None:
+    root = Path(__file__).parents[2] / "fastalign"
+    texts = {path: path.read_text() for path in root.rglob("*.py")}
+    assert [path.name for path, text in texts.items() if "tyro.cli(" in text] == ["config_parse.py"]
+    readers = [path.name for path, text in texts.items() if "yaml.safe_load" in text]
+    assert readers == []
 
 
 def test_sft_takes_the_same_settings_without_a_loss(tmp_path: Path) -> None:

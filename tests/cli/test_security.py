@@ -1,9 +1,14 @@
 """Secrets stay in the environment, servers on this machine, data at home; pages run no script."""
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
+import unicodedata
+from contextlib import redirect_stdout
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,11 +18,13 @@ import yaml
 
 from fastalign.cli import vllm_server
 from fastalign.cli.main import QUIET, main
-from fastalign.cli.masking import masked
 from fastalign.cli.vllm_server import ServedModel, VllmServerConfig, is_loopback, server_command
+from fastalign.output import masked, safe_output, visible
 from fastalign.rollouts.engines.options import VllmOptions
+from fastalign.runs.metrics import ProgressDisplay
+from fastalign.trainers import train_sft
 from tests.judge_server import chat, judge_server
-from tests.small_runs import WORDS, folder, sentence, write_rows
+from tests.small_runs import WORDS, folder, sentence, sft_config, write_rows
 
 __all__ = ["folder"]
 
@@ -76,6 +83,35 @@ def test_a_setting_with_a_secret_is_refused_before_anything_is_written(
     assert err.startswith("fastalign sft: --data.train: holds a password or a token")
     assert SECRET not in out + err
     assert not run.exists()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        f"https://store.blob.example/c/p.jsonl?sp=r&sv=2022-11-02&sr=b&sig={SECRET}%3D",
+        f"s3://b/p.jsonl?X-Amz-Credential={SECRET}&X-Amz-Date=20240101T000000Z",
+        f"https://b.example/p.jsonl?AWSAccessKeyId={SECRET}&Expires=1",
+        f"https://b.example/p?x=1&code={'a1B2' * 9}",
+        "datasets/hf_" + "Ab3" * 11 + "/pairs.jsonl",
+        "hub/ghp_" + "Ab3" * 12,
+        "runs/AKIA" + "A2" * 8,
+    ],
+)
+def test_a_signed_address_or_a_token_is_a_secret_wherever_it_stands(
+    value: str, folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["sft", "--model.path", value, "--data.train", "d", "--run.dir", "r"]) == 2
+    assert "--model.path: holds a password or a token" in capfd.readouterr().err
+    config = sft_config(folder, "run")
+    config = replace(config, data=replace(config.data, eval=value))
+    with pytest.raises(ValueError, match=r"^data\.eval: holds a password or a token"):
+        train_sft(config)
+    assert not (folder / "run").exists()
+    run = attacked_run(folder, value)
+    assert main(["report", str(run), "--out", str(folder / "report.html")]) == 0
+    said = "".join(capfd.readouterr()) + (folder / "report.html").read_text()
+    secret = max(re.findall(r"[A-Za-z0-9_]{13,}", value), key=len)
+    assert secret not in said.replace("base64", "")
 
 
 def test_errors_mask_addresses_and_the_environment_s_secrets(
@@ -248,19 +284,19 @@ class Page(HTMLParser):
             self.dangerous.append(f"{tag} {attrs}")
 
 
-def attacked_run(place: Path) -> Path:
+def attacked_run(place: Path, attack: str = ATTACK, name: str = OF_A_NAME) -> Path:
     """A run whose every text is an attack: names, settings, samples, measures."""
-    run = place / OF_A_NAME
+    run = place / name
     (run / "eval").mkdir(parents=True)
-    config = {ATTACK: ATTACK, "run": {"dir": ATTACK}, "loss": {"name": ATTACK, "beta": ATTACK}}
+    config = {attack: attack, "run": {"dir": attack}, "loss": {"name": attack, "beta": attack}}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    row: dict[str, Any] = {"step": 1, "loss": ATTACK, "collapsed": ATTACK, "step_seconds": 1.0}
-    write_rows(run / "metrics.jsonl", [row, {"step": 2, "loss": 1.0, ATTACK: 1.0}])
-    measures = {"reward": 1.0, "reward_se": ATTACK, "kl": 2.0, "collapsed": ATTACK}
+    row: dict[str, Any] = {"step": 1, "loss": attack, "collapsed": attack, "step_seconds": 1.0}
+    write_rows(run / "metrics.jsonl", [row, {"step": 2, "loss": 1.0, attack: 1.0}])
+    measures = {"reward": 1.0, "reward_se": attack, "kl": 2.0, "collapsed": attack}
     (run / "eval/eval.json").write_text(json.dumps(measures))
-    turns = [{"role": ATTACK, "content": ATTACK}]
-    sample = {"completion": ATTACK, "finish_reason": ATTACK, "reward": ATTACK}
-    samples = [{"prompt": ATTACK, **sample}, {"prompt": turns, **sample}]
+    turns = [{"role": attack, "content": attack}]
+    sample = {"completion": attack, "finish_reason": attack, "reward": attack}
+    samples = [{"prompt": attack, **sample}, {"prompt": turns, **sample}]
     write_rows(run / "eval/samples.jsonl", samples)
     return run
 
@@ -282,3 +318,103 @@ def test_pages_run_nothing_that_models_and_data_wrote(tmp_path: Path) -> None:
 def test_the_test_of_pages_finds_what_it_looks_for() -> None:
     for text in (ATTACK, OF_A_NAME, "<a href='javascript:x'>", "<link href='https://cdn.example'>"):
         assert Page(text).dangerous
+
+
+CONTROLS = "a\x1b]0;title\x07\x1b[2J\r\x9b31m\u202egnp.exe\u2066\u200b"
+SHOWN = r"a\x1b]0;title\x07\x1b[2J\r\x9b31m\u202egnp.exe\u2066\u200b"
+
+
+def unsafe(text: str) -> set[str]:
+    return {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl")} - {"\n", "\t"}
+
+
+def test_control_characters_are_visible_and_joiners_and_words_are_kept() -> None:
+    assert visible(CONTROLS) == SHOWN
+    assert unsafe(CONTROLS) == set(CONTROLS) & set("\x1b\x07\r\x9b\u202e\u2066\u200b")
+    plain = "caf\u00e9 \U0001f469\u200d\U0001f52c \u0645\u06cc\u200c\u062e\u0648\tx\n\u65e5"
+    assert visible(plain) == plain
+
+
+def test_no_control_character_of_names_rows_templates_or_files_is_printed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raises = "{{ raise_exception(messages[0]['content']) }}"
+    config = json.loads((folder / "llama/tokenizer_config.json").read_text())
+    config["chat_template"] = raises
+    (folder / "llama/tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "llama/chat_template.jinja").write_text(raises)
+    turns = [{"role": "user", "content": CONTROLS}, {"role": "assistant", "content": "b"}]
+    chat = write_rows(folder / "chat.jsonl", [{"messages": turns}])
+    named = write_rows(folder / f"{CONTROLS.replace('/', '')}.jsonl", [{CONTROLS: 1}])
+    (folder / "run.yaml").write_text(json.dumps({CONTROLS: 1, "run": {CONTROLS: CONTROLS}}))
+    run = attacked_run(folder, CONTROLS, CONTROLS)
+    for command in (
+        ["data", "check", str(chat), "--tokenizer", str(folder / "llama")],
+        ["data", "check", str(named)],
+        ["data", "check", CONTROLS],
+        ["sft", "--config", str(folder / "run.yaml")],
+        [CONTROLS],
+        ["sft", CONTROLS],
+        ["sft", f"--{CONTROLS}", "1"],
+        ["report", str(run), "--out", str(folder / "report.html")],
+        ["report", str(folder / CONTROLS / "none")],
+    ):
+        main(command)
+        out, err = capsys.readouterr()
+        assert unsafe(out + err) == set(), command
+        assert "\\x1b" in out + err or "\\\\x1b" in out + err, command
+    page = (folder / "report.html").read_text()
+    assert unsafe(page) == set()
+    assert page.count(SHOWN) >= 4
+    assert "default-src 'none'" in page.split("<title>")[0]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_on_a_terminal_passes_on_no_control_character(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    terminal = Terminal()
+    with redirect_stdout(terminal), safe_output():
+        with ProgressDisplay("sft", 4, 0) as display:
+            print(f"printed {CONTROLS}")
+            display.say(f"said {CONTROLS}")
+            display.update({"step": 1, "loss": 0.5, "tokens_per_second": 10.0})
+        print("behind it")
+    text = terminal.getvalue()
+    assert "\x1b[" in text  # of the bar
+    assert text.count(SHOWN.partition("[2J")[0]) == 2
+    assert "behind it" in text
+    assert not set(text) & set(CONTROLS) - set("a\x1b\r") & unsafe(CONTROLS)
+
+
+def test_an_error_that_is_not_expected_is_shown_safely_too() -> None:
+    code = f"""
+import sys
+from fastalign.cli import doctor, main
+def fail(argv):
+    raise KeyError({CONTROLS!r})
+doctor.main = fail
+sys.argv = ["fastalign", "doctor"]
+main.console()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" in done.stderr
+    assert unsafe(done.stderr) == set()
+
+
+def test_closed_standard_streams_take_no_file_and_end_no_command(tmp_path: Path) -> None:
+    code = (
+        "from fastalign.output import occupy_standard_descriptors as occupy; occupy();"
+        "import sys; file = open(sys.argv[1], 'w'); print('lost'); file.write(str(file.fileno()))"
+    )
+    shell = f'"{sys.executable}" "$@" <&- >&- 2>&-'
+    for arguments in (["-c", code, str(tmp_path / "out")], ["-m", "fastalign", "--version"]):
+        done = subprocess.run(["bash", "-c", shell, "bash", *arguments], cwd=ROOT)
+        assert done.returncode == 0
+    assert int((tmp_path / "out").read_text()) > 2

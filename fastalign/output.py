@@ -1,0 +1,153 @@
+"""Text that is safe to show: without control characters, and without secrets.
+
+Data rows, file names, templates and libraries' messages reach the terminal, the log and the report.
+Every command prints through `safe_output`, and every page is filled through `shown`.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, TextIO, cast
+
+# C0 and C1 controls except tab and line feed, marks that reorder or hide text, lone surrogates.
+_CONTROL = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
+    "\ufff9-\ufffb\ud800-\udfff\U000e0001\U000e0020-\U000e007f]"
+)
+_USER = re.compile(r"(\b[a-zA-Z][\w+.-]*://)[^\s/?#'\"]*@")
+_NAMES = (
+    "token|key|key-?id|secret|password|passwd|passphrase|pwd|signature|sig|credentials?|auth|"
+    "authorization|jwt|sas|session"
+)
+_QUERY = re.compile(rf"([?&;][\w.-]*(?:{_NAMES})=)[^\s&#'\"]+", re.IGNORECASE)
+# Any other value of a query that is as long and as mixed as a key.
+_LONG_VALUE = re.compile(r"([?&;][\w.-]+=)(?=[^\s&#'\"]*\d)(?=[^\s&#'\"]*[a-zA-Z])[\w%+/=~-]{32,}")
+_KNOWN = re.compile(  # of Hugging Face, GitHub, GitLab, OpenAI and Anthropic, Slack, AWS; JWT
+    r"(?<![A-Za-z0-9])(?:hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}|"
+    r"glpat-[\w-]{20,}|sk-(?:proj-|ant-|live-)?[A-Za-z0-9]{20,}|xox[abprs]-[\w-]{10,}|"
+    r"A(?:KIA|SIA)[A-Z0-9]{16}|eyJ[\w-]{10,}\.[\w-]{10,}\.[\w-]*)"
+)
+_VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD)$")
+_SHORTEST = 8  # shorter values may be words
+
+
+def visible(text: str) -> str:
+    r"""Return the text with control and bidirectional characters as escapes such as `\x1b`.
+
+    Tabs and line feeds are kept.
+    """
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def masked(text: str) -> str:
+    """Return the text without passwords in URLs, secrets in queries, tokens, and secret variables.
+
+    A variable is secret if the last word of its name is TOKEN, KEY, SECRET or PASSWORD.
+    """
+    text = _QUERY.sub(r"\1***", _USER.sub(r"\1***@", text))
+    text = _LONG_VALUE.sub(r"\1***", text)
+    for name, value in os.environ.items():
+        if _VARIABLE.search(name.upper()) and len(value) >= _SHORTEST:
+            text = text.replace(value, f"[{name}]")
+    return _KNOWN.sub("***", text)
+
+
+def shown(text: str) -> str:
+    """Return the text as a terminal, a log or a page may show it."""
+    return visible(masked(text))
+
+
+def refuse_secrets(arguments: Sequence[str]) -> None:
+    """Refuse flags with a secret, since settings are printed and saved in the run's folder.
+
+    Raises:
+        ValueError: if a setting holds a secret; the message names it without its value.
+    """
+    flag = "the first argument"
+    for word in arguments:
+        own, equals, _ = word.partition("=")
+        flag = own if word.startswith("--") and (equals or masked(own) == own) else flag
+        if masked(word) != word:
+            raise _secret(flag)
+
+
+def refuse_secret_settings(values: Mapping[str, Any], prefix: str = "") -> None:
+    """Refuse nested settings with a secret, as `refuse_secrets` does flags.
+
+    Raises:
+        ValueError: if a setting holds a secret; the message names it without its value.
+    """
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            refuse_secret_settings(value, f"{prefix}{name}.")
+        elif masked(str(value)) != str(value):
+            raise _secret(f"{prefix}{name}")
+
+
+def _secret(name: str) -> ValueError:
+    return ValueError(
+        f"{name}: holds a password or a token, and settings are saved and printed; "
+        "expected it in an environment variable, such as HF_TOKEN"
+    )
+
+
+class SafeStream:
+    """A text stream whose writes are passed through `shown`."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    @property
+    def rich_proxied_file(self) -> TextIO:
+        """The innermost stream, to which rich writes bars and tables with escapes of its own."""
+        stream: TextIO = getattr(self._stream, "rich_proxied_file", self._stream)
+        return stream
+
+    def write(self, text: str) -> int:
+        """Write the text; a carriage return in front, of a library's progress bar, is kept."""
+        start = "\r" if text.startswith("\r") else ""
+        self._stream.write(start + shown(text.removeprefix("\r")))
+        return len(text)
+
+    def writelines(self, lines: Sequence[str]) -> None:
+        """Write the lines one after the other."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the stream itself."""
+        return getattr(self._stream, name)
+
+
+def plain_stream(stream: TextIO) -> TextIO:
+    """Return the stream below a `SafeStream`, for text that has escapes of our own."""
+    return stream.rich_proxied_file if isinstance(stream, SafeStream) else stream
+
+
+@contextmanager
+def safe_output() -> Iterator[None]:
+    """Pass everything that is printed to `sys.stdout` and `sys.stderr` through `shown`.
+
+    A stream that the caller closed (`>&-`) becomes the null device.
+    """
+    with ExitStack() as stack:
+        for redirect, stream in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
+            if stream is None or getattr(stream, "closed", False):
+                stream = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
+            if not isinstance(stream, SafeStream):
+                stack.enter_context(redirect(cast(TextIO, SafeStream(stream))))
+        yield
+
+
+def occupy_standard_descriptors() -> None:
+    """Open the null device in place of standard streams that the caller closed.
+
+    Otherwise the next files that are opened take their numbers, and what a library prints in C goes
+    into them.
+    """
+    descriptor = os.open(os.devnull, os.O_RDWR)
+    while descriptor <= 2:
+        descriptor = os.dup(descriptor)
+    os.close(descriptor)
