@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from fastalign.cli.algorithms import ALGORITHMS
-from fastalign.cli.config_parse import read_yaml, take_option
+from fastalign.cli.config_parse import take_option
 from fastalign.estimate.run import Estimate, estimate_run
 
 ESTIMATED = {name: each for name, each in ALGORITHMS.items() if not each.samples}
-USAGE = """usage: fastalign estimate [sft | dpo | reward] --config FILE [FLAGS]
+USAGE = """usage: fastalign estimate sft | dpo | reward [--config FILE] FLAGS
 
 Print the memory of a run by use and phase, and whether it fits. It loads no
 weights and writes no folder: the model's folder needs only its configuration
@@ -22,48 +22,10 @@ and its tokenizer. Runs that sample (ppo, online-dpo) are not estimated.
 --ranks N     memory of each of N ranks (torchrun) with the `parallel` settings
 --json FILE   also write the estimate to FILE
 
-All other flags are those of the command. Without a command, the settings
-decide: a reference or a policy loss means dpo, a loss of reward models means
-reward, and otherwise it is sft.
+All other flags are those of the command.
 
 The exit code is 0 if the run fits and 1 if it does not."""
 MEBIBYTE = 2**20
-
-
-def algorithm_of(arguments: Sequence[str]) -> str:
-    """Return the command that a configuration is for, by settings that only one command has.
-
-    Raises:
-        ValueError: if the settings fit several commands, or a command that samples.
-    """
-    path, flags = take_option(arguments, "--config")
-    loss, flags = take_option(flags, "--loss")
-    sections = {} if path is None else read_yaml(Path(path))
-    sampling = [name for name in ("ppo", "pairs", "sampling") if name in sections]
-    if sampling:
-        raise ValueError(
-            f"{path}: expected a configuration of {', '.join(ESTIMATED)}, got one with a section "
-            f"{sampling[0]}: runs that sample are not estimated"
-        )
-    written = sections.get("loss")
-    name = loss or (written.get("name") if isinstance(written, dict) else written)
-    if "reference" in sections or any(flag.startswith("--reference.") for flag in flags):
-        return "dpo"
-    for algorithm in ESTIMATED.values():
-        if str(name) in algorithm.table("loss"):
-            return algorithm.name
-    of_pairs = isinstance(data := sections.get("data"), dict) and "ties" in data
-    if (
-        "loss" in sections
-        or name
-        or of_pairs
-        or any(flag.startswith("--data.ties") for flag in flags)
-    ):
-        raise ValueError(
-            f"expected one of {', '.join(ESTIMATED)} before the flags: {path or 'the flags'} may "
-            "be dpo's or reward's (a loss with its name, or a section reference, would tell)"
-        )
-    return "sft"
 
 
 def available_bytes(device: torch.device) -> int | None:
@@ -171,14 +133,10 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     output, arguments = take_option(argv, "--json")
     ranks, arguments = take_ranks(arguments)
-    if arguments and not arguments[0].startswith("-"):
-        name, arguments = arguments[0], arguments[1:]
-        if name not in ESTIMATED:
-            raise ValueError(f"expected one of {', '.join(ESTIMATED)}, got {name!r}")
-    else:
-        name = algorithm_of(arguments)
-        print(f"no command was named: by its settings it is {name}")
-    config = ESTIMATED[name].parse(arguments)
+    name, *flags = arguments or ["nothing"]
+    if name not in ESTIMATED:
+        raise ValueError(f"expected one of {', '.join(ESTIMATED)}, got {name!r}")
+    config = ESTIMATED[name].parse(flags)
     found = estimate_run(config, ranks)
     peak, free = found.total_of(found.largest), available_bytes(found.device)
     print(

@@ -159,56 +159,6 @@ def test_nothing_is_written_and_the_command_is_asked_for(
     assert "expected one of sft, dpo, reward, got 'ppo'" in capsys.readouterr().err
 
 
-SETTINGS = {
-    "optim: {lr: 1.0e-5}": "sft",
-    "loss: hinge": "dpo",
-    "loss: {name: davidson}": "reward",
-    "reference: {}\ndata: {ties: drop}": "dpo",
-}
-
-
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_the_command_is_told_by_its_settings(
-    settings: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    name = SETTINGS[settings]
-    config = folder / "config.yaml"
-    config.write_text(settings)
-    rows = folder / ("texts.jsonl" if name == "sft" else "pairs.jsonl")
-    words = ["--model.path", str(folder / "llama"), "--data.train", str(rows)]
-    words += ["--run.dir", str(folder / "run"), "--train.device", "cpu"]
-    assert main(["estimate", "--config", str(config), *words]) == 0
-    first, second, *_ = capsys.readouterr().out.splitlines()
-    assert first == f"no command was named: by its settings it is {name}"
-    assert second.startswith(f"{name} of ")
-
-
-def test_recipes_and_flags_tell_the_command(folder: Path) -> None:
-    from fastalign.cli.estimate import algorithm_of
-
-    told = {}
-    for path in (ROOT / "scripts" / "recipes").glob("*.yaml"):
-        try:
-            told[path.stem] = algorithm_of(["--config", str(path)])
-        except ValueError as error:
-            told[path.stem] = str(error)
-    sampling = {name: told.pop(name) for name in ("ppo", "online-dpo")}
-    assert told == {name: name.partition("_")[0] for name in told}
-    assert all("runs that sample are not estimated" in line for line in sampling.values())
-    assert algorithm_of(["--reference.path", "x"]) == "dpo"
-    assert algorithm_of(["--loss=rao_kupper"]) == "reward"
-    config = folder / "config.yaml"
-    for text in ("data: {ties: drop}", "loss: {beta: 0.3}", "loss: no-such", "loss: [1]"):
-        config.write_text(text)
-        with pytest.raises(ValueError, match=r"before the flags: .* may be dpo's or reward's"):
-            algorithm_of(["--config", str(config)])
-    with pytest.raises(ValueError, match="may be dpo's or reward's"):
-        algorithm_of(["--data.ties=drop"])
-    config.write_text("reference: {}\nppo: {epochs: 4}")
-    with pytest.raises(ValueError, match="a section ppo: runs that sample are not estimated"):
-        algorithm_of(["--config", str(config)])
-
-
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_nf4_takes_what_bitsandbytes_allocates(kind: str, folder: Path) -> None:
     pytest.importorskip("bitsandbytes")
