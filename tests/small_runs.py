@@ -34,7 +34,7 @@ from fastalign.trainers import (
 )
 from fastalign.trainers.dpo.reference import load_reference
 from fastalign.trainers.dpo.train import Pairs, make_pairs
-from fastalign.trainers.reward.losses import RewardRaoKupperLoss
+from fastalign.trainers.reward.config import RewardRaoKupperLoss
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer
 

@@ -56,9 +56,9 @@ def set_pad_token(model: Any, pad_token_id: int) -> None:
 
 @dataclass(frozen=True)
 class RewardScale:
-    """Mean and standard deviation of a reward model's scores on responses it was trained on.
+    """Mean and standard deviation of scores: of a reward model's on responses it was trained on.
 
-    They are stored in the model's `config.json` rather than folded into the head, which has no
+    Those are stored in the model's `config.json` rather than folded into the head, which has no
     bias: so every program serves the same raw score.
     """
 

@@ -36,7 +36,8 @@ def load_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokeniz
         dtype=base_dtype(config.model, compute),
         nf4=config.model.lora.base == "nf4",
     )
-    with torch.device("meta") if is_skeleton(model) else nullcontext():
+    without_weights = any(p.is_meta for p in model.parameters())  # another rank reads them
+    with torch.device("meta") if without_weights else nullcontext():
         add_new_adapter(model, config.model)
     return share(ready_for_training(model, config), compute), tokenizer
 
@@ -59,11 +60,6 @@ def load_reward_network(path: str, config: AnyConfig, compute: Compute) -> Any:
         lambda where: load_reward_model(path, where, seed=config.run.seed, trust_remote_code=trust),
         lambda: model_without_weights(path, compute, reward=True, trust_remote_code=trust),
     )
-
-
-def is_skeleton(model: Any) -> bool:
-    """Return whether the model has no weights yet, because another rank reads them."""
-    return any(p.is_meta for p in model.parameters())
 
 
 def ready_for_training(model: Any, config: AnyConfig) -> Any:

@@ -30,8 +30,7 @@ from fastalign.trainers.ppo.config import (
     ValueConfig,
 )
 from fastalign.trainers.ppo.train import train_ppo
-from fastalign.trainers.reward.config import RewardConfig
-from fastalign.trainers.reward.losses import REWARD_LOSSES, RewardLoss
+from fastalign.trainers.reward.config import REWARD_LOSSES, RewardConfig, RewardLoss
 from fastalign.trainers.reward.train import train_reward
 from fastalign.trainers.sampling.config import (
     FrozenReferenceConfig,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fastalign.batch.packed import Group
 from fastalign.compute import Compute
+from fastalign.models import RewardScale
 from fastalign.runs.load_models import load_for_training
 from fastalign.runs.metrics import Metrics
 from fastalign.trainers.online_dpo.config import OnlineDPOConfig
@@ -18,7 +19,6 @@ from fastalign.trainers.sampling.policy_sampler import open_policy_sampler
 from fastalign.trainers.sampling.rollout import (
     Rollouts,
     SamplingSetup,
-    ScoreScale,
     final_scores,
     load_prompt_sets,
     load_sources,
@@ -84,7 +84,7 @@ def prepare_online_dpo(config: OnlineDPOConfig, compute: Compute) -> OnlineDPOSe
     )
 
 
-def score_samples(online: OnlineDPOSetup, rollouts: Rollouts, scale: ScoreScale | None) -> Scored:
+def score_samples(online: OnlineDPOSetup, rollouts: Rollouts, scale: RewardScale | None) -> Scored:
     """Score samples of the policy as it is, and measure its entropy and its KL by them."""
     start = time.perf_counter()
     scores = final_scores(online.config.reward, rollouts.rewards, rollouts.ended, scale)
@@ -112,7 +112,7 @@ def score_samples(online: OnlineDPOSetup, rollouts: Rollouts, scale: ScoreScale 
     return Scored(rollouts, scores, reference_logprob, metrics)
 
 
-def evaluate_samples(online: OnlineDPOSetup, scale: ScoreScale | None) -> Metrics:
+def evaluate_samples(online: OnlineDPOSetup, scale: RewardScale | None) -> Metrics:
     """Return metrics named `eval_...` of one sample of each held-out prompt."""
     scored = score_samples(online, online.roll_out_held_out(), scale)
     metrics = scored.metrics | online.sampler.metrics()

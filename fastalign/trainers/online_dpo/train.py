@@ -11,7 +11,7 @@ from contextlib import closing
 import torch
 
 from fastalign.batch.schedule import mini_batches
-from fastalign.models import fingerprint_or_none
+from fastalign.models import RewardScale, fingerprint_or_none
 from fastalign.runs.accumulate import Total, measure_examples
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
@@ -27,7 +27,6 @@ from fastalign.trainers.online_dpo.samples import (
     score_samples,
 )
 from fastalign.trainers.sampling.collapse import reason_to_stop, watch
-from fastalign.trainers.sampling.rollout import ScoreScale
 
 
 def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
@@ -59,7 +58,7 @@ def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
 
 def online_dpo_step(
     online: OnlineDPOSetup,
-    scale: ScoreScale | None,
+    scale: RewardScale | None,
     state: TrainState,
     indices: list[int],
     num_steps: int,

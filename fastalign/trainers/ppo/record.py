@@ -74,7 +74,7 @@ def numbers_of_batch(
     models: PPOModels, batch: PackedBatch, compute: Compute, temperature: float, full_kl: bool
 ) -> dict[str, Tensor]:
     """Compute the numbers of one batch's tokens, each (N,)."""
-    plan = shared_plan(batch, compute)
+    plan = AttentionPlan(batch)  # one for every model
 
     def of_policy() -> dict[str, Tensor]:
         policy = hidden_and_head(models.policy, batch, compute, plan)
@@ -199,11 +199,6 @@ def reference_head(
 
     with adapter_off(reference):
         return enter(reference, of_reference)
-
-
-def shared_plan(batch: PackedBatch, compute: Compute) -> AttentionPlan | None:
-    """Return one plan of the batch's attention for every model; None for padded batches."""
-    return None if compute.packing == "padded" else AttentionPlan(batch)
 
 
 def both_heads(

@@ -18,6 +18,7 @@ from fastalign.data import (
     use_distinct_pad,
 )
 from fastalign.models import (
+    RewardScale,
     adapter_base,
     attention_name,
     has_adapter,
@@ -39,7 +40,6 @@ from fastalign.trainers.ppo.config import PPOConfig
 from fastalign.trainers.sampling.policy_sampler import open_policy_sampler
 from fastalign.trainers.sampling.rollout import (
     SamplingSetup,
-    ScoreScale,
     load_prompt_sets,
     load_sources,
 )
@@ -82,11 +82,6 @@ class PPOModels:
     def trained(self) -> Any:
         """The module whose parameters are trained."""
         return self.policy if self.value is None else ActorCritic(self.policy, self.value)
-
-    @property
-    def frozen(self) -> Any:
-        """A model that is no part of what is trained, or None."""
-        return None if self.reference is self.policy else self.reference
 
 
 def load_ppo_models(config: PPOConfig, compute: Compute) -> tuple[PPOModels, Tokenizer]:
@@ -230,7 +225,7 @@ def load_ptx(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> Examp
     return measure_examples(found.groups, compute.packing)
 
 
-def scale_of_scores(ppo: PPOSetup, state: TrainState) -> ScoreScale | None:
+def scale_of_scores(ppo: PPOSetup, state: TrainState) -> RewardScale | None:
     """Return the scale of scores: measured before the first step, then held by checkpoints."""
     if not ppo.config.reward.normalise:
         return None
@@ -238,4 +233,4 @@ def scale_of_scores(ppo: PPOSetup, state: TrainState) -> ScoreScale | None:
         found = ppo.measure_scale()
         state.kept |= {SCORE_MEAN: found.mean, SCORE_STD: found.std}
         print(f"scores: mean {found.mean:.4g}, standard deviation {found.std:.4g}", flush=True)
-    return ScoreScale(state.kept[SCORE_MEAN], state.kept[SCORE_STD])
+    return RewardScale(state.kept[SCORE_MEAN], state.kept[SCORE_STD])

@@ -49,12 +49,13 @@ def train_ppo(config: PPOConfig) -> RunResult:
         ppo = prepare_ppo(config, run.compute)
         run.enter_context(closing(ppo.sampler))
         models = ppo.models
+        frozen = None if models.reference is models.policy else models.reference
 
         run.begin(
             models.trained,
             ppo.prompts,
             policy=models.policy,
-            reference_fingerprint=fingerprint_or_none(models.frozen),
+            reference_fingerprint=fingerprint_or_none(frozen),
             overlapped=overlapped(ppo.sampler),
         )
         for step in run.steps():

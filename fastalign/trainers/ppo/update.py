@@ -13,7 +13,7 @@ from fastalign.batch.packed import PackedBatch
 from fastalign.batch.schedule import indices_of_step
 from fastalign.losses import value_clipped
 from fastalign.losses.chunk_losses import ppo_loss_fn
-from fastalign.models import hidden_and_head
+from fastalign.models import AttentionPlan, hidden_and_head
 from fastalign.ops import TokenChunk
 from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.runs.accumulate import BatchLoss, Examples, accumulate, policy_loss
@@ -25,7 +25,6 @@ from fastalign.trainers.ppo.record import (
     both_heads,
     exact_kl_coefficient,
     reference_head,
-    shared_plan,
     token_values,
 )
 from fastalign.trainers.ppo.setup import PPOSetup
@@ -168,7 +167,7 @@ def full_kl_loss(
     The reference runs on the batch, too; one pass reads both heads.
     """
     models, compute = ppo.models, ppo.compute
-    plan = shared_plan(batch, compute)
+    plan = AttentionPlan(batch)
     reference = reference_head(models.reference, batch, compute, plan)
     policy = hidden_and_head(models.policy, batch, compute, plan)
     temperature = ppo.config.sampling.temperature

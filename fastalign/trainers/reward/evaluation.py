@@ -24,7 +24,7 @@ from fastalign.evaluation import (
 from fastalign.models import response_reward, response_values, set_reward_scale
 from fastalign.ranks.parallel import enter
 from fastalign.runs.checkpoint.files import write_text_atomically
-from fastalign.trainers.reward.losses import RewardLoss
+from fastalign.trainers.reward.config import RewardLoss
 
 # Pairs whose responses' scores have mean 0 and standard deviation 1 once they are normalised.
 NUM_SCALE_PAIRS = 512

@@ -12,9 +12,8 @@ from fastalign.models import save_reward_model, set_pad_token
 from fastalign.ranks.whole_weights import whole
 from fastalign.runs.load_models import share
 from fastalign.runs.metrics import Metrics
-from fastalign.trainers.reward.config import RewardConfig
+from fastalign.trainers.reward.config import RewardConfig, RewardLoss, TieLoss
 from fastalign.trainers.reward.evaluation import measure_scale
-from fastalign.trainers.reward.losses import RewardLoss, TieLoss
 
 # Name of the learned tie parameter on the model; the saved model's config holds its nu.
 LOG_NU = "log_nu"

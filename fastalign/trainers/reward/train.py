@@ -26,7 +26,7 @@ from fastalign.runs.load_models import load_reward_for_training
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import open_run
-from fastalign.trainers.reward.config import RewardConfig
+from fastalign.trainers.reward.config import Labels, RewardConfig, RewardLoss
 from fastalign.trainers.reward.evaluation import (
     baseline_measures,
     judge_pairs,
@@ -34,7 +34,6 @@ from fastalign.trainers.reward.evaluation import (
     tie_rate,
     write_evaluation,
 )
-from fastalign.trainers.reward.losses import Labels, RewardLoss
 from fastalign.trainers.reward.model import (
     learned_nu,
     nu_metric,

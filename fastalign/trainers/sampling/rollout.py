@@ -19,6 +19,7 @@ from fastalign.compute import Compute
 from fastalign.data import Content, PromptDataset, Tokenizer, load_prompts
 from fastalign.evaluation import ModelReward, apply_reward, load_reward
 from fastalign.evaluation.rewards import RewardFunction
+from fastalign.models import RewardScale
 from fastalign.ranks.world import ALONE, World
 from fastalign.rollouts import Completion, Sampler, SamplingParams
 from fastalign.runs.metrics import Metrics
@@ -96,25 +97,13 @@ def source_names(sources: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-@dataclass(frozen=True)
-class ScoreScale:
-    """The scale that brings scores to mean 0 and standard deviation 1."""
-
-    mean: float
-    std: float
-
-    def apply(self, rewards: Tensor) -> Tensor:
-        """Return scaled rewards, (R,) to (R,)."""
-        return (rewards - self.mean) / self.std
-
-
-def scale_of(rewards: Sequence[float]) -> ScoreScale:
+def scale_of(rewards: Sequence[float]) -> RewardScale:
     """Measure the scale of the starting policy's rewards.
 
     Raises:
         ValueError: if all rewards are the same.
     """
-    scale = ScoreScale(fmean(rewards), pstdev(rewards))
+    scale = RewardScale(fmean(rewards), pstdev(rewards))
     if not scale.std > 0:
         raise ValueError(
             f"reward.normalise: the {len(rewards)} completions that scores are measured on all "
@@ -124,14 +113,14 @@ def scale_of(rewards: Sequence[float]) -> ScoreScale:
 
 
 def final_scores(
-    config: RewardSourceConfig, rewards: Tensor, ended: Tensor, scale: ScoreScale | None
+    config: RewardSourceConfig, rewards: Tensor, ended: Tensor, scale: RewardScale | None
 ) -> Tensor:
     """Return the scores to train on: rewards (R,), scaled, less a penalty where not `ended`.
 
     Returns:
         (R,) float32.
     """
-    scores = rewards if scale is None else scale.apply(rewards)
+    scores = rewards if scale is None else scale.normalise(rewards)
     return (scores - config.missing_eos_penalty * (~ended).to(scores.dtype)).float()
 
 
@@ -298,7 +287,7 @@ class SamplingSetup:
         single = replace(self.config.sampling, num_samples=1)
         return self._draw(prompts, range(len(prompts)), single, "eval", 0)
 
-    def measure_scale(self) -> ScoreScale:
+    def measure_scale(self) -> RewardScale:
         """Measure the scale of scores on one sample of each of 256 prompts.
 
         Raises:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastalign.data import load_tokenizer
-from fastalign.models import load_policy, save_reward_model, set_pad_token
+from fastalign.models import RewardScale, load_policy, save_reward_model, set_pad_token
 from fastalign.rollouts import SamplingParams
 from fastalign.runs.config import TrainConfig
 from fastalign.runs.open import make_compute
@@ -18,7 +18,6 @@ from fastalign.trainers.sampling.policy_sampler import PolicySampler
 from fastalign.trainers.sampling.rollout import (
     Rollouts,
     SamplingSetup,
-    ScoreScale,
     final_scores,
     load_prompt_sets,
     load_sources,
@@ -157,8 +156,8 @@ def test_a_score_is_scaled_and_a_missing_end_costs() -> None:
     config = RewardSourceConfig(("m:f",), missing_eos_penalty=1.5)
     rewards, ended = torch.tensor([3.0, 7.0], dtype=torch.float64), torch.tensor([True, False])
     assert final_scores(config, rewards, ended, None).tolist() == [3.0, 5.5]
-    assert final_scores(config, rewards, ended, ScoreScale(5.0, 2.0)).tolist() == [-1.0, -0.5]
-    assert scale_of([1.0, 3.0, 5.0, 3.0]) == ScoreScale(3.0, 2**0.5)
+    assert final_scores(config, rewards, ended, RewardScale(5.0, 2.0)).tolist() == [-1.0, -0.5]
+    assert scale_of([1.0, 3.0, 5.0, 3.0]) == RewardScale(3.0, 2**0.5)
     with pytest.raises(ValueError, match=r"reward\.normalise: the 2 completions .* reward 4;"):
         scale_of([4.0, 4.0])
 
