@@ -12,8 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from fastalign.batch.packed import Group, PackedBatch, pack
-from fastalign.estimate.memory import peak_of_step
-from fastalign.estimate.model import move_to_fake
+from fastalign.estimate.memory import move_to_fake, peak_of_step
 from fastalign.estimate.ranks import (
     ModelWeights,
     Sharing,

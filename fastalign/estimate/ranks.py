@@ -11,8 +11,7 @@ from math import prod
 from typing import Any
 
 from fastalign.compute import Compute
-from fastalign.estimate.memory import BYTES_OF_STATES, Peak
-from fastalign.estimate.model import reference_model, trained_model
+from fastalign.estimate.memory import BYTES_OF_STATES, Peak, reference_model, trained_model
 from fastalign.ranks.config import ParallelConfig
 from fastalign.ranks.parallel import decoder_layers
 from fastalign.runs.config import AnyConfig

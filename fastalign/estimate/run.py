@@ -10,8 +10,15 @@ from fastalign.batch.packed import PackedBatch, pack
 from fastalign.batch.schedule import indices_of_step, micro_batches
 from fastalign.compute import Compute
 from fastalign.data import load_tokenizer
-from fastalign.estimate.memory import Peak, peak_of_forward, peak_of_step, states_bytes
-from fastalign.estimate.model import reference_model, trained_model, weight_bytes
+from fastalign.estimate.memory import (
+    Peak,
+    peak_of_forward,
+    peak_of_step,
+    reference_model,
+    states_bytes,
+    trained_model,
+    weight_bytes,
+)
 from fastalign.estimate.ranks import (
     EVALUATION,
     REFERENCE,

@@ -11,8 +11,7 @@ from fastalign.runs.config import (
     TrainConfig,
 )
 from fastalign.runs.loop import RunResult
-from fastalign.trainers.dpo.config import DPOConfig, ReferenceConfig
-from fastalign.trainers.dpo.losses import LOSSES, PreferenceLoss
+from fastalign.trainers.dpo.config import LOSSES, DPOConfig, PreferenceLoss, ReferenceConfig
 from fastalign.trainers.dpo.train import train_dpo
 from fastalign.trainers.online_dpo.config import (
     FreshPairsConfig,

@@ -14,7 +14,7 @@ from fastalign.losses import formula, formulas
 from fastalign.ops import PreferenceFormula, preference_loss
 from fastalign.ops.preference_loss.pairs import PairLogprobs
 from fastalign.trainers import LOSSES
-from fastalign.trainers.dpo.losses import loss_dataclass
+from fastalign.trainers.dpo.config import loss_dataclass
 from tests.ops.preference_loss_cases import FORMULAS, WITH_TIES, make
 
 

@@ -29,8 +29,7 @@ from fastalign.runs.load_models import load_for_training
 from fastalign.runs.loop import RunResult, indices_of_run
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import open_run
-from fastalign.trainers.dpo.config import DPOConfig
-from fastalign.trainers.dpo.losses import PreferenceLoss
+from fastalign.trainers.dpo.config import DPOConfig, PreferenceLoss
 from fastalign.trainers.dpo.reference import (
     Reference,
     default_cache_dir,

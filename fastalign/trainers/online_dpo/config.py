@@ -6,7 +6,7 @@ from typing import Literal
 from fastalign.ranks.config import ParallelConfig
 from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
 from fastalign.runs.config import ModelConfig, OptimConfig, RunConfig, TrainConfig, require
-from fastalign.trainers.dpo.losses import LOSSES, PreferenceLoss
+from fastalign.trainers.dpo.config import LOSSES, PreferenceLoss
 from fastalign.trainers.sampling.config import PromptDataConfig, RewardSourceConfig, WatchConfig
 
 

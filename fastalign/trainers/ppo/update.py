@@ -1,6 +1,6 @@
 """PPO's updates: the losses of policy, value model and demonstrations, and one optimiser step."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from statistics import fmean, pvariance
@@ -16,7 +16,7 @@ from fastalign.losses.chunk_losses import ppo_loss_fn
 from fastalign.models import AttentionPlan, hidden_and_head
 from fastalign.ops import TokenChunk
 from fastalign.ops.head.fused_linear_loss import LossFunction
-from fastalign.runs.accumulate import BatchLoss, Examples, accumulate, policy_loss
+from fastalign.runs.accumulate import Examples, Total, accumulate, policy_loss
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.state import TrainState, optimiser_step
 from fastalign.trainers.ppo.advantages import Advantages
@@ -50,29 +50,6 @@ class Experience:
     weight: Tensor | None
 
 
-@dataclass(frozen=True)
-class LossTerm:
-    """One term of an update's loss.
-
-    Attributes:
-        name: name in the metrics, `loss/{name}_avg`.
-        coefficient: weight that `batch_loss` already holds; it is logged without it.
-        model: module that the term's gradient adds to.
-        batch_loss: the term on a micro-batch.
-        examples: examples it is computed on.
-        indices: which of them.
-        last: whether no later term adds to the same model's gradient.
-    """
-
-    name: str
-    coefficient: float
-    model: Any
-    batch_loss: BatchLoss
-    examples: Examples
-    indices: Sequence[int]
-    last: bool = True
-
-
 def one_update(
     ppo: PPOSetup,
     experience: Experience,
@@ -86,41 +63,47 @@ def one_update(
     `number` is the update's number within the run, by which demonstrations are drawn.
     """
     metrics: Metrics = {"loss": 0.0, "num_packed_tokens": 0, "num_micro_batches": 0}
-    for term in loss_terms(ppo, experience, groups, number):
-        total = accumulate(
-            term.model, term.batch_loss, term.examples, term.indices, ppo.compute, last=term.last
-        )
+    for name, (coefficient, total) in update_gradient(ppo, experience, groups, number).items():
         metrics["loss"] += total.loss
         metrics["num_packed_tokens"] += total.num_tokens
         metrics["num_micro_batches"] += int(total.sums.pop("num_micro_batches"))
-        metrics[f"loss/{term.name}_avg"] = total.loss / term.coefficient
+        metrics[f"loss/{name}_avg"] = total.loss / coefficient
         means = total.metrics()
         metrics |= {k: v for k, v in means.items() if k.startswith(("policy/", "val/"))}
     return metrics | optimiser_step(state, metrics["loss"], ppo.config.optim, num_steps)
 
 
-def loss_terms(
+def update_gradient(
     ppo: PPOSetup, experience: Experience, groups: Sequence[int], number: int
-) -> Iterator[LossTerm]:
-    """Yield the terms of one update's loss: policy, value, demonstrations."""
-    config, models, examples = ppo.config, ppo.models, experience.examples
+) -> dict[str, tuple[float, Total]]:
+    """Add the gradient of each term of one update's loss: policy, value, demonstrations.
+
+    Returns:
+        By the term's name its coefficient and its sums, which hold the coefficient.
+    """
+    config, models, compute, examples = ppo.config, ppo.models, ppo.compute, experience.examples
     bounds = experience.record.group_bounds
     num_tokens = sum(bounds[group + 1] - bounds[group] for group in groups)
     of_policy = partial(policy_batch_loss, ppo, experience, num_tokens)
-    last = ppo.ptx is None
-    yield LossTerm("policy", 1.0, models.policy, of_policy, examples, groups, last)
+    total = accumulate(models.policy, of_policy, examples, groups, compute, last=ppo.ptx is None)
+    terms = {"policy": (1.0, total)}
     if models.value is not None:
         of_value = partial(value_batch_loss, ppo, experience, num_tokens)
-        coefficient = config.value.coefficient
-        yield LossTerm("value", coefficient, models.value, of_value, examples, groups)
+        total = accumulate(models.value, of_value, examples, groups, compute)
+        terms["value"] = config.value.coefficient, total
     if ppo.ptx is not None:
-        coefficient = config.ppo.ptx_coefficient
-        size = max(1, config.train.batch_size // config.ppo.mini_batches)
-        size = min(size, len(ppo.ptx.groups))  # each demonstration once
-        chosen = indices_of_step(len(ppo.ptx.groups), size, number, seed=config.run.seed)
+        coefficient, chosen = config.ppo.ptx_coefficient, demonstrations_of(ppo, number)
         normaliser = num_targets(ppo.ptx, chosen) / coefficient
-        of_ptx = partial(sft_batch_loss, models.policy, normaliser, ppo.compute)
-        yield LossTerm("ptx", coefficient, models.policy, of_ptx, ppo.ptx, chosen)
+        of_ptx = partial(sft_batch_loss, models.policy, normaliser, compute)
+        terms["ptx"] = coefficient, accumulate(models.policy, of_ptx, ppo.ptx, chosen, compute)
+    return terms
+
+
+def demonstrations_of(ppo: PPOSetup, number: int) -> list[int]:
+    """Return the demonstrations that one update learns."""
+    assert ppo.ptx is not None
+    size = max(1, ppo.config.train.batch_size // ppo.config.ppo.mini_batches)
+    return indices_of_step(len(ppo.ptx.groups), size, number, seed=ppo.config.run.seed)
 
 
 def policy_batch_loss(

@@ -10,13 +10,13 @@ import torch
 
 from fastalign.batch.schedule import mini_batches
 from fastalign.rollouts import Completion
-from fastalign.runs.accumulate import Total, accumulate, measure_examples
+from fastalign.runs.accumulate import measure_examples
 from fastalign.trainers import Gae, KLInLoss
 from fastalign.trainers.ppo import train as ppo
 from fastalign.trainers.ppo import update as ppo_update
 from fastalign.trainers.ppo.advantages import ADVANTAGES
 from fastalign.trainers.ppo.train import all_updates
-from fastalign.trainers.ppo.update import LossTerm, loss_terms, one_update
+from fastalign.trainers.ppo.update import demonstrations_of, one_update, update_gradient
 from tests.small_runs import WORDS, write_rows
 from tests.trainers.dpo.step_cases import PACKINGS, gradients
 from tests.trainers.ppo.ppo_cases import (
@@ -52,14 +52,8 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def first_gradient(run: Any, rollouts: Any) -> tuple[float, dict[str, torch.Tensor]]:
     experience, _ = experience_of(run, rollouts)
-    loss = 0.0
-    for term in loss_terms(run, experience, range(len(rollouts.groups)), 0):
-        loss += added(run, term).loss
-    return loss, gradients(run.models.trained)
-
-
-def added(run: Any, term: LossTerm) -> Total:
-    return accumulate(term.model, term.batch_loss, term.examples, term.indices, run.compute)
+    terms = update_gradient(run, experience, range(len(rollouts.groups)), 0)
+    return sum(total.loss for _, total in terms.values()), gradients(run.models.trained)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -305,19 +299,19 @@ def test_demonstrations_are_learned_beside_the_reward(folder: Path) -> None:
     config = plain_config(folder, ppo={"ptx_data": texts, "ptx_coefficient": 3.0})
     run = make_run(config)
     experience, _ = experience_of(run, rollouts_of(run))
-    (part,) = [part for part in loss_terms(run, experience, range(5), 0) if part.name == "ptx"]
-    value = added(run, part).loss
-    assert len(part.indices) == 4
+    value = update_gradient(run, experience, range(5), 0)["ptx"][1].loss
+    chosen = demonstrations_of(run, 0)
+    assert len(chosen) == 4
+    assert run.ptx is not None
     losses = []
-    for index in part.indices:
-        group = part.examples.groups[index]
+    for index in chosen:
+        group = run.ptx.groups[index]
         ids = torch.tensor([[*group.prompt_ids, *group.response_ids[0]]])
         log_p = run.models.policy(ids).logits[0, :-1].log_softmax(-1)
         losses.append(-log_p.gather(1, ids[0, 1:, None])[len(group.prompt_ids) - 1 :, 0])
     expected = torch.cat(losses).mean().item()
     assert value == pytest.approx(3 * expected, rel=1e-4)
-    later = [part for part in loss_terms(run, experience, range(5), 1) if part.name == "ptx"]
-    assert later[0].indices != part.indices
+    assert demonstrations_of(run, 1) != chosen
     gradients(run.models.trained)
     found = one_update(run, experience, state_of(run), range(5), 0, 8)
     assert found["loss/ptx_avg"] == pytest.approx(expected, rel=1e-4)
