@@ -7,13 +7,8 @@ from fastalign.report.pictures import finished, new_figure, plain
 from fastalign.report.runs import RunRecord
 
 REWARD_COLUMNS = (
-    "reward model",
-    "accuracy",
-    "the longer won",
-    "the shorter won",
-    "log-likelihood",
-    "without ties",
-    "calibration error",
+    *("reward model", "accuracy", "the longer won", "the shorter won"),
+    *("log-likelihood", "without ties", "calibration error"),
 )
 _BASELINES = (("longer_wins", "the longer wins"), ("bag_of_words", "a bag of words"))
 

@@ -7,6 +7,7 @@ the judge; with `reference.refresh_every` the rounds of Llama 3, arXiv 2407.2178
 
 import time
 from contextlib import closing
+from itertools import chain
 
 import torch
 
@@ -130,16 +131,10 @@ def update_on(online: OnlineDPOSetup, pairs: Pairs, state: TrainState, num_steps
     whole = Total(sums={})
     losses: list[float] = []
     updates: list[dict[str, float | int]] = []
-    parts = (
-        part
-        for epoch in range(config.pairs.epochs)
-        for part in mini_batches(
-            len(pairs.ties),
-            config.pairs.mini_batches,
-            f"{config.run.seed}/pairs/{state.step}/{epoch}",
-        )
-    )
-    for indices in parts:
+    num_pairs, count = len(pairs.ties), config.pairs.mini_batches
+    order = f"{config.run.seed}/pairs/{state.step}"
+    epochs = [mini_batches(num_pairs, count, f"{order}/{e}") for e in range(config.pairs.epochs)]
+    for indices in chain.from_iterable(epochs):
         total = dpo_gradient(online.model, config.loss, pairs, indices, online.compute)
         losses.append(total.loss)
         updates.append(optimiser_step(state, total.loss, config.optim, num_steps))
