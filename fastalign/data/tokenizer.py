@@ -2,10 +2,11 @@
 
 import signal
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +32,7 @@ class Tokenizer(Protocol):
     pad_token: str | None
     chat_template: Any
     name_or_path: str
+    vocab_size: int
     added_tokens_decoder: Mapping[int, Any]
 
     def __call__(self, text: Any, **options: Any) -> Any:
@@ -121,6 +123,52 @@ def check_token_meanings(policy: Tokenizer, other: Tokenizer, name: str) -> None
             f"{name}: expected the policy's tokens, but token {token!r} is {ours[token]} in "
             f"{policy.name_or_path} and {theirs.get(token)} in {other.name_or_path}"
         )
+
+
+@lru_cache(maxsize=2)
+def _known_ids(tokenizer: Any, num_tokens: int) -> frozenset[int]:
+    """Return the ids that are tokens; `num_tokens` changes when tokens are added."""
+    return frozenset(tokenizer.get_vocab().values())
+
+
+def num_foreign_ids(tokenizer: Tokenizer, responses: Iterable[Sequence[int]]) -> int:
+    """Return the number of sampled ids that are no token, which a padded vocabulary has.
+
+    They are drawn, and trained on, with the probabilities of the model as it is: to leave them out
+    of the draw alone would make samples of another distribution than that of the log-probs.
+    """
+    known = _known_ids(tokenizer, len(tokenizer))
+    return sum(token not in known for response in responses for token in response)
+
+
+def foreign_ids_line(tokenizer: Tokenizer, number: int) -> str:
+    """Return the line printed for sampled ids that are no token."""
+    return (
+        f"{number} sampled ids are no token of the tokenizer, which has {len(tokenizer)}: they are "
+        "decoded to nothing, and count as tokens of the answer"
+    )
+
+
+def added_tokens_line(tokenizer: Tokenizer, rows: Iterable[Sequence[int]]) -> str | None:
+    """Return the line printed for added tokens in data that an adapter trains on, or None.
+
+    An adapter does not train the embedding, where a token that was added to a model may have
+    a random row. Whether it has cannot be told from its numbers.
+    """
+    used = set().union(*rows)
+    added = [
+        token.content
+        for number, token in sorted(tokenizer.added_tokens_decoder.items())
+        if number in used and number >= tokenizer.vocab_size
+    ]
+    if not added:
+        return None
+    more = f" and {len(added) - 8} more" if len(added) > 8 else ""
+    return (
+        f"added tokens in the data: {', '.join(map(repr, added[:8]))}{more}; their embeddings stay "
+        "as they are under an adapter, random if the base was not trained with them: then train "
+        "it without an adapter (--model.lora.rank 0) first"
+    )
 
 
 def use_distinct_pad(tokenizer: Tokenizer, ends: Collection[int]) -> int:

@@ -1,8 +1,16 @@
 """A run's data: loaded under its rules, with no row longer than the model's positions."""
 
+from collections.abc import Iterable, Sequence
 from typing import Any
 
-from fastalign.data import TokenizedDataset, Tokenizer, load_preferences, load_sft
+from fastalign.data import (
+    TokenizedDataset,
+    Tokenizer,
+    added_tokens_line,
+    load_preferences,
+    load_sft,
+)
+from fastalign.models import has_adapter
 from fastalign.runs.config import PreferenceDataConfig
 
 
@@ -33,6 +41,13 @@ def check_positions(model: Any, data: TokenizedDataset) -> None:
                 f"{source}: {longest} tokens, but the model has {limit} positions; lower "
                 "--data.max-length and say what to do with such rows (--data.on-too-long)"
             )
+
+
+def say_added_tokens(tokenizer: Tokenizer, rows: Iterable[Sequence[int]]) -> None:
+    """Print which added tokens an adapter's training data have, whose embeddings are frozen."""
+    line = added_tokens_line(tokenizer, rows)
+    if line is not None:
+        print(line, flush=True)
 
 
 def load_data(
@@ -71,4 +86,8 @@ def load_sets(
     sets = [load_data(config, source, tokenizer) for source in sources]
     for data in sets:
         check_lengths(model, data)
+    if has_adapter(model):
+        say_added_tokens(
+            tokenizer, (ids for g in sets[0].groups for ids in (g.prompt_ids, *g.response_ids))
+        )
     return sets[0], sets[1] if len(sets) > 1 else None

@@ -16,8 +16,10 @@ from fastalign.data import (
     Tokenizer,
     content_as_json,
     eos_token_ids,
+    foreign_ids_line,
     load_prompts,
     load_tokenizer,
+    num_foreign_ids,
 )
 from fastalign.models import adapter_rank, load_policy
 from fastalign.rollouts import (
@@ -177,7 +179,11 @@ def sample(
         SamplerFailed: if the engine fails, or computes with other weights than the model's.
     """
     with closing(open_sampler(source, model, tokenizer, prompt_ids, settings)) as sampler:
-        return sampler.generate(prompt_ids, settings.sampling, seed=settings.run.seed)
+        found = sampler.generate(prompt_ids, settings.sampling, seed=settings.run.seed)
+    number = num_foreign_ids(tokenizer, (a.token_ids for answers in found for a in answers))
+    if number:
+        print(foreign_ids_line(tokenizer, number), flush=True)
+    return found
 
 
 def new_file(out: str) -> Path:

@@ -4,7 +4,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
@@ -16,18 +16,27 @@ from torch import Tensor
 from fastalign.batch.packed import Group
 from fastalign.batch.schedule import indices_of_step
 from fastalign.compute import Compute
-from fastalign.data import Content, PromptDataset, Tokenizer, load_prompts
+from fastalign.data import (
+    Content,
+    PromptDataset,
+    Tokenizer,
+    foreign_ids_line,
+    load_prompts,
+    num_foreign_ids,
+)
 from fastalign.evaluation import ModelReward, apply_reward, load_reward
 from fastalign.evaluation.rewards import RewardFunction
-from fastalign.models import RewardScale
+from fastalign.models import RewardScale, has_adapter
 from fastalign.ranks.world import ALONE, World
 from fastalign.rollouts import Completion, Sampler, SamplingParams
+from fastalign.runs.data import say_added_tokens
 from fastalign.runs.metrics import Metrics
 from fastalign.trainers.sampling.config import PromptDataConfig, RewardSourceConfig
 from fastalign.trainers.sampling.policy_sampler import AnySampler
 
 # Prompts that the scale of scores is measured on, as openai/lm-human-preferences has them.
 NUM_SCALE_SAMPLES = 256
+FOREIGN_IDS = "sampling/num_ids_without_token"
 
 
 @dataclass(frozen=True)
@@ -181,6 +190,8 @@ def load_prompt_sets(
         for line in found.report.log_lines():
             print(line, flush=True)
         sets.append(found)
+    if has_adapter(models[0]):
+        say_added_tokens(tokenizer, sets[0].prompt_ids)
     return sets[0], sets[1] if len(sets) > 1 else None
 
 
@@ -225,6 +236,9 @@ def roll_out(
     }
     flat = [answer for answers in completions for answer in answers]
     version = {"sampling/policy_version": flat[0].version}
+    foreign = num_foreign_ids(tokenizer, (answer.token_ids for answer in flat))
+    if foreign:  # the metric is there in such steps only
+        version[FOREIGN_IDS] = foreign
     return Rollouts(
         groups=[
             Group(ids, [answer.token_ids for answer in answers])
@@ -263,6 +277,7 @@ class SamplingSetup:
         sources: sources of the rewards.
         prompts: training prompts.
         held_out: prompts of the evaluation, or None.
+        said: what is printed once in a run.
     """
 
     config: Any
@@ -272,6 +287,7 @@ class SamplingSetup:
     sources: RewardSources
     prompts: PromptDataset
     held_out: PromptDataset | None
+    said: list[str] = field(default_factory=list)
 
     def roll_out(self, indices: Sequence[int], step: int) -> Rollouts:
         """Sample and score answers to these training prompts."""
@@ -307,6 +323,11 @@ class SamplingSetup:
         step: int,
     ) -> Rollouts:
         seed = rollout_seed(self.config.run.seed, purpose, step)
-        return roll_out(
+        found = roll_out(
             self.sampler, prompts, indices, params, self.tokenizer, self.sources, seed=seed
         )
+        number = int(found.metrics.get(FOREIGN_IDS, 0))
+        if number and not self.said:
+            self.said.append(f"{foreign_ids_line(self.tokenizer, number)} ({FOREIGN_IDS})")
+            print(self.said[0], flush=True)
+        return found
