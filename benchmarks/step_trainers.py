@@ -186,8 +186,8 @@ def _trl_data(job: Job) -> dict[str, Any]:
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    lines = job.rows.read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    lines = job.rows.read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line.strip()]
     return {
         "train_dataset": Dataset.from_list(rows * job.num_steps),  # one epoch
         "processing_class": AutoTokenizer.from_pretrained(job.policy),

@@ -24,7 +24,8 @@ def read_pairs(folder: Path) -> list[dict[str, Any]]:
     path = folder / "eval" / "pairs.jsonl"
     if not path.is_file():
         raise ValueError(f"{folder}: no eval/pairs.jsonl; expected a finished reward run")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").split("\n")  # U+2028 is text
+    return [json.loads(line) for line in lines if line.strip()]
 
 
 def main() -> int:

@@ -98,7 +98,7 @@ def run_all(jobs: Sequence[Job], num_workers: int) -> None:
 def write_preferred(pairs: Path, out: Path) -> None:
     """Write the preferred answer of each pair without a tie as a demonstration."""
     lines = []
-    for line in pairs.read_text(encoding="utf-8").splitlines():
+    for line in filter(str.strip, pairs.read_text(encoding="utf-8").split("\n")):
         row = json.loads(line)
         if row["label"] != "tie":
             completion = row[f"response_{row['label']}"]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from fastalign.data import DataFault
 from fastalign.data.columns import COLUMNS
+from fastalign.data.readers.files import shown_entries
 from fastalign.data.readers.rows import read_rows
 
 SIDES = (("response_a", "response_b"), ("chosen", "rejected"))
@@ -49,11 +50,14 @@ def main() -> int:
         if not 0 < options.share < 1:
             raise ValueError(f"--share: expected a number between 0 and 1, got {options.share}")
         parts: dict[bool, list[str]] = {True: [], False: []}
-        for row in read_rows(options.pairs, COLUMNS):
+        unread: list[str] = []
+        for row in read_rows(options.pairs, COLUMNS, unread):
             if isinstance(row, DataFault):
                 raise row
             held_out = fraction_of(row.where, row.values) < options.share
             parts[held_out].append(json.dumps(row.values, ensure_ascii=False) + "\n")
+        if unread:
+            print(f"{options.pairs}: not read: {shown_entries(unread)}")
         for held_out, path in ((False, Path(options.train)), (True, Path(options.held_out))):
             if path.exists():
                 raise ValueError(f"{path} exists; remove it or choose another name")

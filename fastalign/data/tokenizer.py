@@ -126,7 +126,7 @@ def check_token_meanings(policy: Tokenizer, other: Tokenizer, name: str) -> None
 
 
 @lru_cache(maxsize=2)
-def _known_ids(tokenizer: Any, num_tokens: int) -> frozenset[int]:
+def _known_ids(tokenizer: Tokenizer, num_tokens: int) -> frozenset[int]:
     """Return the ids that are tokens; `num_tokens` changes when tokens are added."""
     return frozenset(tokenizer.get_vocab().values())
 
@@ -137,7 +137,8 @@ def num_foreign_ids(tokenizer: Tokenizer, responses: Iterable[Sequence[int]]) ->
     They are drawn, and trained on, with the probabilities of the model as it is: to leave them out
     of the draw alone would make samples of another distribution than that of the log-probs.
     """
-    known = _known_ids(tokenizer, len(tokenizer))
+    hashable: Any = tokenizer
+    known = _known_ids(hashable, len(tokenizer))
     return sum(token not in known for response in responses for token in response)
 
 

@@ -139,7 +139,7 @@ def _walk(folder: Path) -> tuple[list[Path], list[str]]:
 def shown_entries(names: list[str], limit: int = 8) -> str:
     """Return the number of files and their names, those that look like data first."""
     mentioned = re.compile(rf"\.({'|'.join(FORMATS)}|arrow|txt|xz|zip)\b|a link to", re.I)
-    ordered = sorted(names, key=lambda name: (mentioned.search(name) is None, name))
+    ordered = sorted(names, key=lambda n: (n.startswith(".") or not mentioned.search(n), n))
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{len(names)} others: {', '.join(map(repr, ordered[:limit]))}{more}"
 

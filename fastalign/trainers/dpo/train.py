@@ -91,6 +91,10 @@ def prepare_pairs(
     its memory is free again when this returns.
     """
     data, held_out = sets
+    for name, values in (("margins", data.margins), ("votes", data.votes)):
+        number = sum(value is not None for value in values)
+        if number:
+            print(f"{name} of {number} rows are not used by this loss", flush=True)
     reference = None
     if config.loss.formula().needs_reference:
         reference = load_reference(config, policy, tokenizer, compute)

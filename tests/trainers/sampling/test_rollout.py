@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from fastalign.data import load_tokenizer
+from fastalign.data import DataReport, PromptDataset, load_tokenizer, num_foreign_ids
 from fastalign.models import RewardScale, load_policy, save_reward_model, set_pad_token
-from fastalign.rollouts import SamplingParams
+from fastalign.rollouts import Completion, SamplingParams
 from fastalign.runs.config import TrainConfig
 from fastalign.runs.open import make_compute
 from fastalign.trainers.sampling.config import PromptDataConfig, RewardSourceConfig
 from fastalign.trainers.sampling.policy_sampler import PolicySampler
 from fastalign.trainers.sampling.rollout import (
+    FOREIGN_IDS,
     Rollouts,
     SamplingSetup,
     final_scores,
@@ -264,3 +265,34 @@ def test_a_source_that_returns_nonsense_is_named() -> None:
 
 def nonsense(prompts: list[Any], completions: list[str]) -> list[float]:
     return [float("nan")] * len(completions)
+
+
+def test_sampled_ids_that_are_no_token_are_counted_and_said_once(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tokenizer = load_tokenizer(folder / "llama")
+    assert FOREIGN_IDS not in rolled(folder).metrics
+    ids = [[3, 320, 999], [5]]
+    assert num_foreign_ids(tokenizer, ids) == 2
+
+    class Padded:
+        def generate(self, prompts: Any, params: Any, *, seed: int) -> list[list[Completion]]:
+            return [[Completion(list(i), [0.0] * len(i), "length") for i in ids] for _ in prompts]
+
+    config = RewardSourceConfig(sources=(words_reward(folder),))
+    setup: Any = SamplingSetup(
+        config=SimpleNamespace(run=SimpleNamespace(seed=0), sampling=PARAMS),
+        compute=ON_CPU,
+        tokenizer=tokenizer,
+        sampler=Padded(),  # type: ignore[arg-type]
+        sources=load_sources(config, ON_CPU),
+        prompts=PromptDataset([[1, 5]], ["The"], ["a:1"], DataReport("a")),
+        held_out=None,
+    )
+    params = SamplingParams(max_new_tokens=6, num_samples=2)
+    setup.config.sampling = params
+    assert setup.roll_out([0, 0], 1).metrics[FOREIGN_IDS] == 4
+    setup.roll_out([0], 2)
+    out = capsys.readouterr().out
+    assert out.count("4 sampled ids are no token of the tokenizer, which has 320") == 1
+    assert out.count("sampled ids") == 1
