@@ -230,15 +230,18 @@ def chat_template(tokenizer: Tokenizer) -> Template:
             "chat template; use one of an instruction model, or rows of plain text"
         )
 
+    writes_date = "strftime_now" in str(tokenizer.chat_template)
+
     def render(turns: Sequence[Message], add_generation_prompt: bool) -> str:
         conversation = content_as_json(turns)
+        clock = {"strftime_now": _TEMPLATE_CLOCK.get().strftime} if writes_date else {}
         try:
             with _limited_time(MAX_RENDER_SECONDS):
                 text = tokenizer.apply_chat_template(
                     conversation,
                     tokenize=False,
                     add_generation_prompt=add_generation_prompt,
-                    strftime_now=_TEMPLATE_CLOCK.get().strftime,
+                    **clock,
                 )
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template refuses the row: {error}"[:400]) from None
