@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from fastalign.batch.packed import Group
 from fastalign.data.readers.files import shown_entries
-from fastalign.data.readers.row import DataFault, printable, shorten, show_names
+from fastalign.data.readers.row import DataFault, shorten, show_names
+from fastalign.output import visible
 
 
 @dataclass
@@ -60,7 +61,7 @@ class DataReport:
 
     def lines(self) -> list[str]:
         """Return the report as lines of text, without the faults themselves."""
-        source = printable(self.source)
+        source = visible(self.source)
         lines = [f"{source}: {self.num_used} of {self.num_rows} rows can be used"]
         lines += [f"  {count} x {form}" for form, count in self.forms.most_common()]
         counts = {
@@ -102,7 +103,7 @@ class DataReport:
 
     def log_lines(self) -> list[str]:
         """Return the lines of a run's output: rows left out or truncated, and what is not used."""
-        source = printable(self.source)
+        source = visible(self.source)
         losses = self.losses_line()
         lines = [] if losses is None else [losses]
         lines += [f"{source}: {line}" for line in self._unused_lines()]
@@ -119,7 +120,7 @@ class DataReport:
         parts = [f"{count} {name}" for name, count in counts.items() if count]
         if not parts:
             return None
-        source = printable(self.source)
+        source = visible(self.source)
         return f"{source}: {self.num_used} of {self.num_rows} rows used ({', '.join(parts)})"
 
 

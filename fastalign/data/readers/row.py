@@ -4,6 +4,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fastalign.output import visible
+
 SHOWN_CHARACTERS = 40
 
 
@@ -18,7 +20,7 @@ class DataFault(ValueError):
 
     def __init__(self, where: str, problem: str, column: str | None = None):
         name = "" if column is None else f"column {shorten(column)}: "
-        super().__init__(printable(" ".join(f"{where}: {name}{problem}".split())))
+        super().__init__(visible(" ".join(f"{where}: {name}{problem}".split())))
         self.where = where
         self.column = column
         self.problem = problem
@@ -37,11 +39,6 @@ class Row:
     where: str
     values: Mapping[str, object]
     textual: bool = False
-
-
-def printable(text: str) -> str:
-    """Return the text with control characters and lone surrogates escaped, fit for a terminal."""
-    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in text)
 
 
 def shorten(text: str, limit: int = SHOWN_CHARACTERS) -> str:
