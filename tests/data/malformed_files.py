@@ -70,7 +70,7 @@ TEXT_CASES: dict[str, tuple[str, str | bytes, str]] = {
     "truncated-zstd": ("bad.csv.zst", ZSTD[:-3], "cut off"),
     "after-zstd": ("bad.csv.zst", ZSTD + b"more", "damaged zstandard"),
     "suffix-without-zstd": ("bad.jsonl.zst", GOOD, "not zstandard"),
-    "blank-lines-for-ever": ("bad.json.gz", gzip.compress(b"\n" * 2**21), "blank lines"),
+    "newlines-for-ever": ("bad.json.gz", gzip.compress(b"[" + b"\n" * 2**25), "white space"),
     "tsv-with-commas": ("bad.tsv", "prompt,chosen\na,b\n", "expected tabs"),
     "zip": ("bad.jsonl", b"PK\x03\x04" + b"x" * 40, "zip archive"),
     "parquet-as-jsonl": ("bad.jsonl", b"PAR1" + b"x" * 40, "parquet"),

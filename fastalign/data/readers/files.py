@@ -25,9 +25,9 @@ KNOWN_NAMES = ".jsonl, .ndjson, .json, .csv, .tsv (each also .gz, .bz2, .zst) or
 # No model reads sixteen million characters; a longer line is a file of another kind.
 MAX_ROW_BYTES = 16 * 2**20
 MAX_JSON_BYTES = 2**30
-# More blank lines in a row are a damaged file, or a small compressed one that never ends.
-MAX_BLANK_LINES = 2**20
 _BLOCK_BYTES = 2**20
+# More white space at a time is a damaged file, or a small compressed one that never ends.
+_MAX_BLANK_BLOCKS = 16
 
 _SPLIT_NAME = re.compile(r"(?:^|[-_./])(train|test|valid|validation|val|dev|eval)(?=[-_./\d]|$)")
 _SPLITS = {"train": "train", "test": "test"}
@@ -138,7 +138,9 @@ def _walk(folder: Path) -> tuple[list[Path], list[str]]:
 
 def shown_entries(names: list[str], limit: int = 8) -> str:
     """Return the number of files and their names, those that look like data first."""
-    mentioned = re.compile(rf"\.({'|'.join(FORMATS)}|arrow|txt|xz|zip)\b|a link to", re.I)
+    mentioned = re.compile(
+        rf"\.({'|'.join([*FORMATS, *COMPRESSIONS])}|arrow|xz|zip)\b|a link to", re.I
+    )
     ordered = sorted(names, key=lambda n: (n.startswith(".") or not mentioned.search(n), n))
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{len(names)} others: {', '.join(map(repr, ordered[:limit]))}{more}"
@@ -196,7 +198,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
     Raises:
         DataFault: if the file is empty, damaged, of another format, or changes meanwhile.
     """
-    first = True
+    first, num_blank = True, 0
     with path.open("rb") as raw:
         size = os.fstat(raw.fileno()).st_size
         stream = _opened(path, raw)
@@ -210,6 +212,9 @@ def _blocks(path: Path) -> Iterator[bytes]:
             if first and stream is not raw:
                 refuse_foreign(str(path), block[:512])
             first = False
+            num_blank = num_blank + 1 if block.isspace() else 0
+            if num_blank > _MAX_BLANK_BLOCKS:
+                raise DataFault(str(path), "more than 16 MiB of white space: is it damaged?")
             yield block
         if raw.tell() != size:
             problem = f"it had {size} bytes, {raw.tell()} were read: it changed meanwhile"
@@ -225,7 +230,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
     Raises:
         DataFault: if the content is empty, damaged or of another format.
     """
-    number = num_read = num_given = num_blank = 0
+    number = num_read = num_given = 0
     rest, num_cut = b"", 0  # the last line, which may go on, and the bytes cut from its end
     blocks = _blocks(path)
     while True:
@@ -237,10 +242,6 @@ def read_lines(path: Path) -> Iterator[tuple[int, bytes]]:
             number += 1
             num_given += len(line) + num_cut
             num_cut = 0
-            num_blank = 0 if line.strip() else num_blank + 1
-            if num_blank > MAX_BLANK_LINES:
-                problem = f"more than {MAX_BLANK_LINES} blank lines: is the file damaged?"
-                raise DataFault(f"{path}:{number}", problem)
             yield number, line[: MAX_ROW_BYTES + 1]
         if not block:
             break
