@@ -85,8 +85,8 @@ def test_not_read(stage: Stage, run: str, place: Place, said: Said) -> None:
     "newlines; a Parquet footer of another file; a date that Python cannot hold; terminal escapes",
     ALONE,
     does="`cut.jsonl.bz2: the compressed file is cut off`, `more.jsonl.zst: damaged zstandard`, "
-    "`newlines.json.gz: more than 16 MiB of white space`, `foreign.parquet: damaged parquet`, `dates.parquet:1: "
-    "column 'prompt': a value of type timestamp[us] that cannot be read`, `got 'a\\x1b[2J'`, exit "
+    "`newlines.json.gz: more than 16 MiB of white space`, `foreign.parquet: damaged parquet`, "
+    "`dates.parquet:1: column 'prompt': a value of type timestamp[us] that cannot be read`, `got 'a\\x1b[2J'`, exit "
     "code 2",
 )
 def test_damaged(stage: Stage, run: str, place: Place, said: Said) -> None:
