@@ -27,7 +27,7 @@ MAX_ROW_BYTES = 16 * 2**20
 MAX_JSON_BYTES = 2**30
 _BLOCK_BYTES = 2**20
 # More white space at a time is a damaged file, or a small compressed one that never ends.
-_MAX_BLANK_BLOCKS = 16
+_MAX_BLANK_BLOCKS = 4
 
 _SPLIT_NAME = re.compile(r"(?:^|[-_./])(train|test|valid|validation|val|dev|eval)(?=[-_./\d]|$)")
 _SPLITS = {"train": "train", "test": "test"}
@@ -214,7 +214,7 @@ def _blocks(path: Path) -> Iterator[bytes]:
             first = False
             num_blank = num_blank + 1 if block.isspace() else 0
             if num_blank > _MAX_BLANK_BLOCKS:
-                raise DataFault(str(path), "more than 16 MiB of white space: is it damaged?")
+                raise DataFault(str(path), "more than 4 MiB of white space: is it damaged?")
             yield block
         if raw.tell() != size:
             problem = f"it had {size} bytes, {raw.tell()} were read: it changed meanwhile"
