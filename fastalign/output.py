@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO, cast
 
 # C0 and C1 controls except tab and line feed, marks that reorder or hide text, lone surrogates.
@@ -121,6 +121,41 @@ class SafeStream:
         return getattr(self._stream, name)
 
 
+class LossyStream:
+    """A text stream that drops what cannot be written: to a closed pipe, a full disk, a terminal.
+
+    What comes later is tried again, since a disk may have room by then.
+
+    Args:
+        stream: the stream, of which everything but writing is passed on.
+    """
+
+    is_lossy = True  # also of a stream around it
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write text, if it can be."""
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Any) -> None:
+        """Write lines, if they can be."""
+        for line in lines:
+            self.write(line)
+
+    def flush(self) -> None:
+        """Flush, if it can be done."""
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the stream's own attribute."""
+        return getattr(self._stream, name)
+
+
 def plain_stream(stream: TextIO) -> TextIO:
     """Return the stream below a `SafeStream`, for text that has escapes of our own."""
     return stream.rich_proxied_file if isinstance(stream, SafeStream) else stream
@@ -141,6 +176,19 @@ def safe_output() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def lossy_output() -> Iterator[None]:
+    """Lose what cannot be printed to `sys.stdout` and `sys.stderr`: it is never essential to a run.
+
+    Libraries that take these when they write, such as rich, are covered too.
+    """
+    with ExitStack() as stack:
+        for redirect, stream in ((redirect_stdout, sys.stdout), (redirect_stderr, sys.stderr)):
+            if stream is not None and not getattr(stream, "is_lossy", False):
+                stack.enter_context(redirect(cast(TextIO, LossyStream(stream))))
+        yield
+
+
 def occupy_standard_descriptors() -> None:
     """Open the null device in place of standard streams that the caller closed.
 
@@ -151,3 +199,18 @@ def occupy_standard_descriptors() -> None:
     while descriptor <= 2:
         descriptor = os.dup(descriptor)
     os.close(descriptor)
+
+
+def give_up_unwritten() -> None:
+    """Flush stdout and stderr; give up what cannot be written.
+
+    The interpreter would try again at its end, and make the exit code 120.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None:
+            continue
+        try:
+            stream.flush()
+        except OSError:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())

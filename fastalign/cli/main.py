@@ -12,10 +12,16 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 from fastalign.cli.algorithms import ALGORITHMS
-from fastalign.output import occupy_standard_descriptors, safe_output
-from fastalign.ranks.world import RANK_FAILED, RankFailed
+from fastalign.output import (
+    give_up_unwritten,
+    lossy_output,
+    occupy_standard_descriptors,
+    safe_output,
+)
+from fastalign.ranks.world import RANK_FAILED, RankFailed, UserCodeFailed
 
 SECONDS_FOR_RANK_0 = 3.0
 # Each other command: its module, with the function if it is not `main`, and its line in the help.
@@ -69,7 +75,10 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run one command; return its exit code: 0 done, 2 after a caller's mistake."""
+    """Run one command; return its exit code: 0 done, 2 after a caller's mistake.
+
+    An error in the user's own code is 1, and is printed with its traceback.
+    """
     with safe_output():
         return run(argv)
 
@@ -92,14 +101,17 @@ def run(argv: Sequence[str]) -> int:
         os.environ.setdefault(name, "1")
     try:
         return run_command(argv[0], list(argv[1:]))
-    except (ValueError, OSError, RankFailed) as error:
+    except (ValueError, OSError, RankFailed, UserCodeFailed) as error:
         if os.environ.get("FASTALIGN_DEBUG"):
             raise
         if not isinstance(error, RankFailed):
             wait_for_rank_0()
-        text = " ".join(str(error).split())
+        if isinstance(error, UserCodeFailed):
+            print(error.trace, end="", file=sys.stderr)
+        notes = getattr(error, "__notes__", [])  # on what is saved
+        text = " ".join("; ".join([str(error), *notes]).split())
         print(f"fastalign {argv[0]}: {text}", file=sys.stderr)
-        return RANK_FAILED if isinstance(error, RankFailed) else 2
+        return exit_code_of(error)
     except (RuntimeError, MemoryError) as error:
         from fastalign.compute import is_out_of_memory  # heavy, and already imported by the command
 
@@ -108,6 +120,12 @@ def run(argv: Sequence[str]) -> int:
         first = (str(error).strip().splitlines() or [""])[0]
         print(f"fastalign {argv[0]}: out of memory: {first}", file=sys.stderr)
         return 2
+
+
+def exit_code_of(error: Exception) -> int:
+    """Return 4 for a missing rank, 1 for an error in the user's own code, 2 for a mistake."""
+    codes = {RankFailed: RANK_FAILED, UserCodeFailed: 1}
+    return next((code for kind, code in codes.items() if isinstance(error, kind)), 2)
 
 
 def run_command(name: str, arguments: list[str]) -> int:
@@ -130,12 +148,15 @@ def console() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name or a sample may not be encodable
             stream.reconfigure(errors="backslashreplace")
-    with safe_output():
+    trains = sys.argv[1:2] and sys.argv[1] in ALGORITHMS
+    with lossy_output() if trains else nullcontext(), safe_output():
         try:
             code = main(sys.argv[1:])
         except Exception:  # printed as Python would print it, but through the safe streams
             traceback.print_exc()
             code = 1
+    if trains:
+        give_up_unwritten()
     if code and "WORLD_SIZE" in os.environ:
         # Threads of a process group whose other ranks are gone may never end.
         for stream in (sys.stdout, sys.stderr):

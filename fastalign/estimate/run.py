@@ -126,7 +126,8 @@ def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
     shared = None if ranks is None else shared_run(config, compute, phases, num_batches)
     phases = phases if shared is None else shared.phases
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    writes_beside = bool(config.train.save_every) and config.train.async_checkpoints
+    saves = bool(config.train.save_every or config.train.save_minutes)
+    writes_beside = saves and config.train.async_checkpoints
     if writes_beside and compute.device.type == "cpu":  # the copy that a checkpoint is made from
         peak = phases[TRAINING]
         weights = 4 * num_trained * peak.states // whole_states

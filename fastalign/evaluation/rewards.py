@@ -3,9 +3,12 @@
 import importlib
 import json
 import math
+import numbers
 import re
 import sys
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +27,12 @@ from fastalign.models import (
     reward_scale,
 )
 from fastalign.ranks.parallel import enter, load_on_first, share_by_fsdp
+from fastalign.ranks.world import UserCodeFailed
 
-# (prompts, completions) -> one number each; a prompt is text or a list of {role, content}
-RewardFunction = Callable[[list[Any], list[str]], Sequence[float]]
+# (prompts, completions) -> one number each, in a list, an array or a tensor; a prompt is text or a
+# list of {role, content}
+RewardFunction = Callable[[list[Any], list[str]], Any]
+MOST_SHOWN = 100  # characters of a value that is refused
 
 
 class BagOfWordsReward:
@@ -162,6 +168,7 @@ def load_reward(specification: str, compute: Compute | None = None) -> RewardFun
     Raises:
         ValueError: if there is no such module or function, or the folder holds no reward model.
         FileNotFoundError: if there is no such file.
+        UserCodeFailed: if the module raises an error.
     """
     if specification.endswith(".json"):
         if not Path(specification).is_file():
@@ -180,9 +187,16 @@ def load_reward(specification: str, compute: Compute | None = None) -> RewardFun
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"reward: cannot import {module_name!r}: {error}") from error
+        with user_code(f"reward: {specification}"):
+            module = importlib.import_module(module_name)
+    except UserCodeFailed as error:
+        cause = error.__cause__
+        own = isinstance(cause, ModuleNotFoundError) and f"{module_name}.".startswith(
+            f"{cause.name}."
+        )
+        if own:  # else it is a module that the user's own imports
+            raise ValueError(f"reward: cannot import {module_name!r}: {cause}") from cause
+        raise
     function = getattr(module, name, None)
     if not callable(function):
         raise ValueError(f"reward: {module_name!r} has no function {name!r}")
@@ -190,22 +204,104 @@ def load_reward(specification: str, compute: Compute | None = None) -> RewardFun
     return found
 
 
+@contextmanager
+def user_code(where: str) -> Iterator[None]:
+    """Turn what code of the user's raises, `sys.exit` too, into an error that names its source.
+
+    Args:
+        where: begins the message.
+
+    Raises:
+        UserCodeFailed: if it raises anything but KeyboardInterrupt.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        said = f"sys.exit({error.code!r})" if isinstance(error, SystemExit) else repr(error)
+        failed = UserCodeFailed(f"{where}: the code raised {said}")
+        frames = error.__traceback__
+        while frames is not None and frames.tb_frame.f_code.co_filename == __file__:
+            frames = frames.tb_next
+        failed.trace = "".join(traceback.format_exception(type(error), error, frames))
+        raise failed from error
+
+
 def apply_reward(
-    function: RewardFunction, prompts: Sequence[Content], completions: Sequence[str]
+    function: RewardFunction,
+    prompts: Sequence[Content],
+    completions: Sequence[str],
+    source: str | None = None,
 ) -> list[float]:
     """Call a reward function once for all completions, and check its result.
 
+    Args:
+        function: (prompts, completions) -> a list, an array or a tensor of one number each, of any
+            type that converts to a finite float.
+        prompts: one for each completion.
+        completions: texts to score.
+        source: name of the function in messages.
+
     Raises:
         ValueError: if the number of rewards is wrong, or one is not a finite number.
+        UserCodeFailed: if a function of the user's raises an error.
     """
-    plain = [content_as_json(prompt) for prompt in prompts]
-    rewards = list(function(plain, list(completions)))
-    if len(rewards) != len(completions):
-        raise ValueError(
-            f"reward: expected {len(completions)} numbers, one for each completion, "
-            f"got {len(rewards)}"
+    plain, texts = [content_as_json(prompt) for prompt in prompts], list(completions)
+    where = "reward" if source is None else f"reward: {source}"
+    ours = isinstance(function, ModelReward | BagOfWordsReward)
+    with nullcontext() if ours else user_code(where):
+        result = function(plain, texts)
+    return checked_rewards(result, len(texts), where)
+
+
+def checked_rewards(result: Any, count: int, where: str) -> list[float]:
+    """Return the result of a reward function as finite floats.
+
+    Args:
+        result: a sequence, or an array or tensor (R,).
+        count: R.
+        where: begins messages.
+
+    Raises:
+        ValueError: if it is anything else, has another length, or one is not a finite number.
+    """
+    if isinstance(result, Tensor):
+        result = result.detach().cpu()
+    shape = getattr(result, "shape", None)
+    is_list = isinstance(result, Sequence) and not isinstance(result, str | bytes | bytearray)
+    if not is_list and (shape is None or len(shape) != 1):
+        found = (
+            type(result).__name__ if shape is None else f"{type(result).__name__} {tuple(shape)}"
         )
-    for number, value in enumerate(rewards):
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"reward: expected a finite number, got {value!r} (number {number})")
-    return [float(value) for value in rewards]
+        raise ValueError(
+            f"{where}: expected a list, array or tensor of {count} numbers, one for each "
+            f"completion, got {found}"
+        )
+    values = list(result)
+    if len(values) != count:
+        raise ValueError(
+            f"{where}: expected {count} numbers, one for each completion, got {len(values)}"
+        )
+    return [finite_number(value, where, row) for row, value in enumerate(values)]
+
+
+def finite_number(value: Any, where: str, row: int) -> float:
+    """Return a number of any type as a float: Python's, numpy's, a tensor's, Decimal, Fraction.
+
+    Raises:
+        ValueError: if it is no number, or not finite.
+    """
+    number = math.nan
+    is_text = isinstance(value, str | bytes | bytearray)  # numpy's text would convert
+    number_of_two = isinstance(value, numbers.Complex) and not isinstance(value, numbers.Real)
+    nested = len(getattr(value, "shape", ())) > 0
+    kind = getattr(getattr(value, "dtype", None), "kind", "f")  # M and m of numpy: times
+    if hasattr(value, "__float__") and not (is_text or number_of_two or nested or kind in "Mm"):
+        with suppress(TypeError, ValueError, OverflowError, RuntimeError):
+            number = float(value.detach() if isinstance(value, Tensor) else value)
+    if not math.isfinite(number):
+        text = repr(value)
+        shown = text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
+        raise ValueError(f"{where}: expected a finite number, got {shown} (number {row})")
+    return number

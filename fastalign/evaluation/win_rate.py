@@ -84,11 +84,19 @@ def shorten(prompt: Content) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def judge_by_reward(function: RewardFunction, pairs: Sequence[AnswerPair]) -> list[Judged]:
-    """Judge pairs by a reward: the larger one wins, equal ones tie."""
+def judge_by_reward(
+    function: RewardFunction, pairs: Sequence[AnswerPair], source: str | None = None
+) -> list[Judged]:
+    """Judge pairs by a reward: the larger one wins, equal ones tie.
+
+    Args:
+        function: as for `apply_reward`.
+        pairs: answers to compare.
+        source: name of the function in messages.
+    """
     prompts = [pair.prompt for pair in pairs]
-    ours = apply_reward(function, prompts, [pair.model for pair in pairs])
-    theirs = apply_reward(function, prompts, [pair.baseline for pair in pairs])
+    ours = apply_reward(function, prompts, [pair.model for pair in pairs], source)
+    theirs = apply_reward(function, prompts, [pair.baseline for pair in pairs], source)
     return [
         Judged(
             "tie" if own == other else "win" if own > other else "loss",

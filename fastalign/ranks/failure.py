@@ -27,41 +27,81 @@ from fastalign.ranks.world import RankFailed, World, first_line
 
 NUM_BYTES = 1024  # of the message that ranks exchange
 LEAVING_SECONDS = 10.0  # for which a rank that ends by its own error waits to tell the others why
+NO_ANSWER = "has not answered"
 GO_ON = "the run goes on from its newest checkpoint with --run.resume"
 
 
 class Peers:
     """The other ranks, as seen after a failure.
 
-    Every rank must make it, and use it once.
+    Every rank must make it. When its run fails each rank exchanges one message with the others.
     """
 
-    def __init__(self, world: World) -> None:
-        self._size = world.size
+    def __init__(self, world: World, config: ParallelConfig) -> None:
+        self._size, self._config = world.size, config
         self._others = [rank for rank in range(world.size) if rank != world.rank]
         self._names = world.gather(f"{socket.gethostname()}, {os.getpid()}")
         self._group = dist.new_group(backend="gloo")
+        self._messages: dict[int, str] | None = None
+        self._missing: dict[int, str] = {}
 
-    def missing(self, reason: str, seconds: float) -> str:
-        """Exchange messages with the other ranks; return one that names those that are missing.
+    def all_hold(self, step: int, error: BaseException) -> bool:
+        """Return whether every rank fails now, and holds the whole state of this step.
 
-        `reason` is the error that this rank ends with itself; "" if a collective of it failed. The
-        others have `seconds` to answer.
+        `step` is the number of that step, -1 if this rank holds none; `error` is what it ends with.
         """
-        self._fail_others()
-        mine = torch.frombuffer(
-            bytearray(reason.encode()[:NUM_BYTES].ljust(NUM_BYTES, b"\0")), dtype=torch.uint8
+        messages = self._exchange(step, error)
+        return step >= 0 and [m.split(" ")[0] for m in messages.values()] == [str(step)] * len(
+            self._others
         )
-        gone, silent, messages, works = {}, {}, {}, {}
+
+    def missing(self, error: BaseException) -> str:
+        """Return a message that names the ranks that are missing.
+
+        Args:
+            error: error with which this rank ends.
+        """
+        for rank, message in self._exchange(-1, error).items():
+            reason = message.partition(" ")[2]
+            if reason:
+                self._missing[rank] = f"ended: {reason}"
+        # Beside a rank that is gone, those that are silent may compute still.
+        silent = [rank for rank, what in self._missing.items() if what.startswith(NO_ANSWER)]
+        gone = [rank for rank in sorted(self._missing) if rank not in silent]
+        names = [
+            f"rank {r} of {self._size} ({self._names[r]}) {self._missing[r]}"
+            for r in gone or sorted(silent)
+        ]
+        return "; ".join(names) or "every rank answers"
+
+    def _exchange(self, step: int, error: BaseException) -> dict[int, str]:
+        """Exchange messages with the other ranks, once; return those that came.
+
+        A message is the step, and the error that this rank ends by itself with; a rank of which a
+        collective failed has none.
+        """
+        if self._messages is not None:
+            return self._messages
+        self._messages = {}
+        reason, seconds = "", self._config.silence_seconds
+        if is_of_ranks(error):
+            ignore_sigterm()
+        else:
+            reason = " ".join(str(error).split()) or type(error).__name__
+            seconds = min(LEAVING_SECONDS, seconds)
+        self._fail_others()
+        text = f"{step} {reason}".encode()[:NUM_BYTES].ljust(NUM_BYTES, b"\0")
+        mine = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        found, works = {}, {}
         for rank in self._others:
-            messages[rank] = torch.zeros_like(mine)
+            found[rank] = torch.zeros_like(mine)
             try:
                 works[rank] = (
-                    dist.irecv(messages[rank], rank, self._group),
+                    dist.irecv(found[rank], rank, self._group),
                     dist.isend(mine, rank, self._group),
                 )
             except RuntimeError:
-                gone[rank] = "is gone"
+                self._missing[rank] = "is gone"
         end = time.monotonic() + seconds
         for rank, pair in works.items():
             try:
@@ -70,19 +110,15 @@ class Peers:
                     work.wait(timedelta(seconds=max(0.1, end - time.monotonic())))
             except RuntimeError:
                 if time.monotonic() < end - 0.05:  # gloo waits for whole milliseconds
-                    gone[rank] = "is gone"
+                    self._missing[rank] = "is gone"
                 else:
-                    silent[rank] = (
-                        f"has not answered for {seconds:g} seconds (--parallel.silence-seconds)"
+                    self._missing[rank] = (
+                        f"{NO_ANSWER} for {seconds:g} seconds (--parallel.silence-seconds)"
                     )
                 continue
-            told = bytes(messages[rank].tolist()).rstrip(b"\0").decode(errors="replace")
-            if told:
-                gone[rank] = f"ended: {told}"
-        # Beside a rank that is gone, those that are silent may compute still.
-        found = sorted((gone or silent).items())
-        names = [f"rank {r} of {self._size} ({self._names[r]}) {what}" for r, what in found]
-        return "; ".join(names) or "every rank answers"
+            message = bytes(found[rank].tolist()).rstrip(b"\0").decode(errors="replace")
+            self._messages[rank] = message
+        return self._messages
 
     def _fail_others(self) -> None:
         """Close this rank's connections in the default group.
@@ -98,26 +134,27 @@ class Peers:
 
 
 @contextmanager
-def watched_by_ranks(world: World, config: ParallelConfig) -> Iterator[None]:
+def watched_by_ranks(world: World, config: ParallelConfig) -> Iterator[Peers | None]:
     """Turn the failure of a collective into an error that names the missing ranks.
+
+    Yields:
+        The other ranks, if there are any.
 
     Raises:
         RankFailed: if another rank is missing.
     """
     if world.size == 1:
-        yield
+        yield None
         return
-    peers = Peers(world)
+    peers = Peers(world, config)
     try:
-        yield
+        yield peers
         world.barrier()  # a rank that ends before it is not missing yet
     except Exception as error:
+        missing = peers.missing(error)
         if not is_of_ranks(error):
-            reason = " ".join(str(error).split()) or type(error).__name__
-            peers.missing(reason, min(LEAVING_SECONDS, config.silence_seconds))
             raise
-        ignore_sigterm()
-        text = f"rank {world.rank}: {peers.missing('', config.silence_seconds)}; {GO_ON}"
+        text = f"rank {world.rank}: {missing}; {GO_ON}"
         raise RankFailed(f"{text} ({short_reason(error)})") from error
 
 

@@ -105,6 +105,16 @@ def is_sharded(model: Any) -> bool:
     return isinstance(entry_of(model), FSDPModule)
 
 
+def reshard(model: nn.Module) -> None:
+    """Put FSDP2's shards back in their places, where an error ended a forward between its layers.
+
+    Until then the model has gathered weights in places, of which the optimiser has no state.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def part_from_ranks() -> None:
     """Detach all models from their wrappers, before the ranks' process group is closed.
 

@@ -36,6 +36,16 @@ class RanksDiffer(ValueError):
     """A fault that every rank raises alike: one process of a machine is enough to print it."""
 
 
+class UserCodeFailed(Exception):
+    """Code of the user's raised an error, which every rank raises alike; names its source.
+
+    Attributes:
+        trace: traceback of the user's own frames, on the rank that ran them.
+    """
+
+    trace: str = ""
+
+
 @dataclass(frozen=True)
 class World:
     """This process among those of its run.
@@ -58,12 +68,17 @@ class World:
         """True on rank 0, which prints and writes for all."""
         return self.rank == 0
 
-    def gather(self, value: T) -> list[T]:
-        """Return every rank's value, in the ranks' order, on every rank."""
+    def gather(self, value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+        """Return every rank's value, in the ranks' order, on every rank.
+
+        Args:
+            value: of this rank; it is pickled.
+            group: the process group of all ranks to use; None: the default one.
+        """
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
+        dist.all_gather_object(found, value, group)
         return found
 
     def of_first(self, value: T) -> T:

@@ -201,7 +201,9 @@ class TrainConfig:
     eval_every: int = 0
     """Number of steps between evaluations on data.eval; 0 evaluates only at the end."""
     save_every: int = 0
-    """Number of steps between checkpoints; 0 saves only at the end or when the run is stopped."""
+    """Number of steps between checkpoints; 0 saves by train.save_minutes, and at the end."""
+    save_minutes: float = 15.0
+    """Minutes between checkpoints, whatever train.save_every is; 0 disables this."""
     keep_checkpoints: int = 2
     """Number of checkpoints to keep; older ones are deleted."""
     async_checkpoints: bool = True
@@ -223,6 +225,7 @@ class TrainConfig:
         for name in ("eval_every", "save_every", "profile", "stall_seconds"):
             value = getattr(self, name)
             require(value >= 0, f"train.{name}", "at least 0", value)
+        within("train.save_minutes", self.save_minutes, 0)
         require(0 < self.epochs < float("inf"), "train.epochs", "more than 0", self.epochs)
 
 

@@ -1,6 +1,7 @@
 """A run's folder: refused when it holds another run, its configuration saved, its lock held."""
 
 import fcntl
+import itertools
 import json
 import platform
 from collections.abc import Iterator
@@ -16,7 +17,12 @@ import yaml
 from fastalign.compute import find_device
 from fastalign.ranks.world import world_of_environment
 from fastalign.runs.checkpoint.files import CHECKPOINTS, list_checkpoints, write_text_atomically
+from fastalign.runs.config import RunConfig
 from fastalign.yaml_file import read_yaml_file
+
+CONFIG = "config.yaml"
+METRICS = "metrics.jsonl"
+FINAL_MODELS = ("model", "adapter", "value")
 
 # Settings that may differ when a run is resumed: they change neither weights nor their order.
 MAY_CHANGE = {
@@ -26,6 +32,7 @@ MAY_CHANGE = {
     ("run", "start_afresh"),
     ("train", "stop_at_step"),
     ("train", "save_every"),
+    ("train", "save_minutes"),
     ("train", "eval_every"),
     ("train", "keep_checkpoints"),
     ("train", "async_checkpoints"),
@@ -100,23 +107,26 @@ def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def has_steps(folder: Path) -> bool:
-    """Return whether a run took a step there; without one it may be started again."""
-    metrics = folder / "metrics.jsonl"
+    """Return whether a run logged a step there, or saved one."""
+    metrics = folder / METRICS
     logged = metrics.exists() and metrics.stat().st_size > 0
     return logged or bool(list_checkpoints(folder / CHECKPOINTS))
 
 
-def prepare_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) -> datetime:
-    """Make the folder, or check that it holds the run that is to be resumed.
+def never_saved(folder: Path) -> bool:
+    """Return whether nothing can be lost by a run that begins there: no checkpoint, no model."""
+    models = any((folder / name).exists() for name in FINAL_MODELS)
+    return not models and not list_checkpoints(folder / CHECKPOINTS)
 
-    Returns:
-        When the run began, which chat templates with a date are given.
+
+def check_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) -> None:
+    """Check that a run can begin in the folder, or that it holds the run that is to be resumed.
 
     Raises:
-        ValueError: if the folder holds a run and `resume` is False, or if `resume` is True and it
-            holds no run, or one with other settings.
+        ValueError: if the folder holds a run that saved something and `resume` is False, or if
+            `resume` is True and it holds no run, or one with other settings.
     """
-    config = folder / "config.yaml"
+    config = folder / CONFIG
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"run.dir: expected a folder, {folder} is a file")
     if resume:
@@ -136,14 +146,39 @@ def prepare_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) ->
                 f"without a stop: {', '.join(differently)}",
                 flush=True,
             )
-    elif has_steps(folder):
+    elif has_steps(folder) and not never_saved(folder):
         raise ValueError(
             f"run.dir: {folder} holds another run; add --run.resume to go on with it, or choose "
             "another folder"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        write_text_atomically(config, as_yaml(values))
+
+
+def begin_in_folder(folder: Path, values: dict[str, Any], run: RunConfig) -> datetime:
+    """Write the settings of a run that begins; move aside the metrics of one that never saved.
+
+    Called with the folder's lock, on a folder that `check_run_folder` has passed.
+
+    Returns:
+        When the run began, which chat templates with a date are given.
+
+    Raises:
+        ValueError: if the device does not exist, or the record of its beginning is damaged.
+    """
+    if run.export is None and never_saved(folder):
+        if has_steps(folder):
+            numbers = (f"{METRICS}.{number}" for number in itertools.count(1))
+            aside = next(name for name in numbers if not (folder / name).exists())
+            (folder / METRICS).rename(folder / aside)
+            print(
+                f"the run in {folder} ended before its first checkpoint: it begins again at the "
+                f"first step; its metrics are moved to {aside}",
+                flush=True,
+            )
+        elif run.resume:
+            print(f"{folder} has no checkpoint yet: the run begins at its first step", flush=True)
+    if not run.resume:
+        write_text_atomically(folder / CONFIG, as_yaml(values))
         write_text_atomically(folder / BEGAN_FILE, f"{datetime.now().isoformat()}\n")
     write_machine(folder, values["train"])
     return when_begun(folder)

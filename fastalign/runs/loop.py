@@ -11,8 +11,12 @@ A trainer opens a run, begins it with what it trains, and takes its steps:
             if step.evaluates:
                 step.log(...)                # metrics on held-out data
         return run.end(policy, tokenizer)    # writes the models
+
+An error between two steps, or in one before its first update, leaves a checkpoint of the last whole
+step, if every rank has it.
 """
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,18 +28,26 @@ from typing import Any, TypeVar
 
 from fastalign.batch.schedule import indices_of_step
 from fastalign.compute import Compute
-from fastalign.models import has_adapter, model_fingerprint, save_model
-from fastalign.rollouts import OverlappedSampler, RankZeroSampler, SamplerFailed
+from fastalign.models import has_adapter, is_out_of_memory, model_fingerprint, save_model
+from fastalign.ranks.failure import Peers
+from fastalign.ranks.parallel import reshard
+from fastalign.rollouts import OverlappedSampler, RankZeroSampler
 from fastalign.runs.accumulate import Total
 from fastalign.runs.checkpoint.files import CHECKPOINTS
 from fastalign.runs.checkpoint.restore import resume
-from fastalign.runs.checkpoint.writer import CheckpointWriter
+from fastalign.runs.checkpoint.writer import CheckpointFailed, CheckpointWriter
 from fastalign.runs.config import AnyConfig, DataConfig
 from fastalign.runs.final_model import save_final_model
 from fastalign.runs.memory import STEP, memory_used_in, peak_memory_bytes
-from fastalign.runs.metrics import Metrics, ProgressDisplay, metrics_writer
+from fastalign.runs.metrics import KeptMetrics, Metrics, ProgressDisplay, metrics_writer
 from fastalign.runs.observe import StallWatch, stop_on_signal, traced
-from fastalign.runs.state import TrainState, make_optimizer, optimiser_step
+from fastalign.runs.state import (
+    TrainState,
+    make_optimizer,
+    optimiser_step,
+    random_state,
+    restore_random_state,
+)
 
 MAX_SKIPPED_IN_A_ROW = 3
 SKIPPED = "a non-finite loss or gradient, or a spike (optim.skip_sigma)"
@@ -52,8 +64,8 @@ class RunResult:
     Attributes:
         step: optimiser steps taken.
         finished: whether all steps are done and `model/` (or `adapter/`) is written.
-        exit_code: 0 finished or SIGTERM, 130 after SIGINT, 3 if the algorithm's own check stopped
-            the run.
+        exit_code: 0 finished, or stopped by a scheduler's signal; 130 after SIGINT, 129 after
+            SIGHUP, 3 if the algorithm's own check stopped the run.
         metrics: metrics of the last step.
     """
 
@@ -72,6 +84,7 @@ class Run:
         config: the run's settings.
         title: name of the algorithm, in front of the progress bar.
         compute: device, dtype, packing and ranks of the forwards.
+        peers: the other ranks, if there are any.
 
     Attributes:
         state: model, optimiser and counters, once the run has begun.
@@ -81,11 +94,15 @@ class Run:
     state: TrainState
     num_steps: int
 
-    def __init__(self, config: AnyConfig, title: str, compute: Compute) -> None:
+    def __init__(
+        self, config: AnyConfig, title: str, compute: Compute, peers: Peers | None = None
+    ) -> None:
+        self._peers = peers
         self.config, self.title, self.compute = config, title, compute
         self.world, self.folder = compute.world, Path(config.run.dir)
         self._resources = ExitStack()  # closed when the run is left
         self._loop = ExitStack()  # closed behind the last step
+        self._loops = False
         self._step: Step | None = None
         self._reason: str | None = None
         self._stopped = False
@@ -120,6 +137,11 @@ class Run:
         """
         config, folder, world = self.config, self.folder, self.world
         self.state = state = TrainState(model, make_optimizer(model, config.optim))
+
+        def updates(*_: Any) -> None:
+            state.whole = False
+
+        state.optimizer.register_step_pre_hook(updates)
         self.num_steps = total_steps(config, len(data))
         self._num_examples, self._overlapped = len(data), overlapped
         line = small_data_line(config, len(data))
@@ -131,14 +153,16 @@ class Run:
             "base_fingerprint": model_fingerprint(policy) if has_adapter(policy) else None,
             "reference_fingerprint": reference_fingerprint,
         }
-        num_bytes = resume(config.run, state, self._sources, world) if config.run.resume else 0
+        kept = KeptMetrics()
+        if config.run.resume:
+            kept = resume(config.run, state, self._sources, world)
         if config.run.export is not None:
             self._stopped = True
             return
         loop = self._loop
         self._watch = StallWatch(folder, config.train.stall_seconds, world)
         loop.callback(self._watch.close)
-        self._writer = metrics_writer(folder, world, num_bytes=num_bytes, step=state.step)
+        self._writer = metrics_writer(folder, world, kept, state.step)
         loop.callback(self._writer.close)
         self._checkpoints = CheckpointWriter(
             folder / CHECKPOINTS,
@@ -147,16 +171,23 @@ class Run:
             background=config.train.async_checkpoints,
             timeout_seconds=config.parallel.timeout_seconds,
         )
+        self._checkpoints.saved = state.step or None
+        self._saved_at, self._retried_at = time.monotonic(), 0
         loop.callback(self._checkpoints.close)
-        self._signals = loop.enter_context(stop_on_signal())
+        self._signals = loop.enter_context(stop_on_signal(speaks=world.is_first))
         self._display = loop.enter_context(ProgressDisplay(self.title, self.num_steps, state.step))
+        self._loops = True
+        loop.callback(self._ends_loop)
+
+    def _ends_loop(self) -> None:
+        self._loops = False
 
     def steps(self) -> Iterator["Step"]:
         """Yield each step that is to be taken; log it and save it when the next one is asked for.
 
         Raises:
             ValueError: if three steps in a row were skipped; the run is saved.
-            OSError: if a checkpoint could not be written.
+            OSError: if the last checkpoint, or lines of `metrics.jsonl`, could not be written.
         """
         while self.state.step < self.num_steps and not self._stopped:
             self._step = step = Step(self)
@@ -165,7 +196,7 @@ class Run:
             if not self._stopped and self.state.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
                 raise ValueError(
                     f"stopped at step {self.state.step}: {MAX_SKIPPED_IN_A_ROW} steps in a row had "
-                    f"{SKIPPED}; no weight was changed by them; saved, {GO_ON}"
+                    f"{SKIPPED}; no weight was changed by them"
                 )
         self._loop.close()
 
@@ -236,29 +267,61 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close what is open; save the run first if its sampler failed for good.
-
-        Raises:
-            SamplerFailed: if the sampler failed; the message says which step is saved.
-        """
-        step, failed = self._step, None
+        """Close what is open; behind an error save the run first, and note on it what is saved."""
         stack = ExitStack()
         stack.push(self._resources)
         stack.push(self._loop)
-        if step is not None:
-            stack.push(step.end)
+        if self._step is not None:
+            stack.push(self._step.end)
         try:
-            if isinstance(error, SamplerFailed) and step is not None:
-                # Either the step has changed no weight yet, or it is over and in its evaluation.
-                if step.finished:
-                    self._record(step, last=True)
-                else:
-                    self._save(last=True)
-                failed = SamplerFailed(f"{error}; step {self.state.step} is saved, {GO_ON}")
+            if error is not None and self._loops:
+                note = self._save_behind(error)
+                if not is_out_of_memory(error):  # whose line names the newest checkpoint itself
+                    error.add_note(note)
         finally:
             stack.__exit__(kind, error, trace)
-        if failed is not None:
-            raise failed from error
+
+    def _save_behind(self, error: BaseException) -> str:
+        """Save the last whole step of a run that ends by an error; return what is saved.
+
+        Every rank must have that step: those of which a collective failed, since another one ended,
+        have it too, and all then save by the checkpoints' own process group.
+        """
+        step, state = self._step, self.state
+        if state.whole and step is not None and not step.finished:
+            step.undo()
+        number = state.step if state.whole else -1
+        together = self._peers is None or self._peers.all_hold(number, error)
+        self._try(self._checkpoints.finish, goes_on=False)
+        fault = ""
+        if not state.whole:
+            fault = f"the error came amid the updates of step {state.step + 1}"
+        elif not together:
+            fault = f"not every rank has the whole step {state.step}"
+        elif self._signals.insisted:
+            fault = "stopped at once"
+        elif isinstance(error, CheckpointFailed):
+            fault = f"step {state.step} is lost"
+        elif state.step not in (0, self._checkpoints.saved):
+            try:
+                self._save_alone()
+            except Exception as failure:
+                fault = f"step {state.step} could not be saved ({failure!r})"
+        saved = self._checkpoints.saved
+        if saved is None:
+            return f"{fault or 'no step was taken'}: nothing is saved"
+        return f"{fault}; step {saved} is saved, {GO_ON}".removeprefix("; ")
+
+    def _save_alone(self) -> None:
+        """Log the step that is over, and save the state, by no process group but the writer's."""
+        step, state = self._step, self.state
+        reshard(state.model)
+        over = step is None or step.finished
+        if step is not None and step.finished and not step.logged:
+            self._writer.write(step.metrics)
+        if self._overlapped is not None:
+            state.rollouts = self._overlapped.state_on_error(again=not over)
+        self._write_checkpoint(wait=True)
 
     def _close_step(self, *, last: bool) -> None:
         """End the present step and record it."""
@@ -273,33 +336,75 @@ class Run:
         train, state = self.config.train, self.state
         metrics = self._metrics = self._agreed(step.metrics)
         self._writer.write(metrics)
+        step.logged = True
         self._display.update(metrics)
         if metrics["skipped"]:
             self._display.say(skipped_line(metrics))
-        self._checkpoints.check()
+        self._try(self._checkpoints.check)
         self._stopped = (
             self._signals.agreed is not None
             or state.step == train.stop_at_step
             or self._reason is not None
         )
         given_up = state.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
-        last = last or self._stopped or given_up or state.step == self.num_steps
-        if last or (train.save_every and state.step % train.save_every == 0):
-            self._save(last=last)
+        if last or self._stopped or given_up or state.step == self.num_steps:
+            self._save_last()
+        elif (
+            self._time_to_save
+            or state.step == self._retried_at
+            or (train.save_every and state.step % train.save_every == 0)
+        ):
+            self._save()
 
     def _agreed(self, metrics: Metrics) -> Metrics:
-        """Agree on a signal that any rank received; return rank 0's times and the most memory."""
-        ranks = self.world.gather((self._signals.received, metrics))
-        self._signals.agreed = next((signal for signal, _ in ranks if signal is not None), None)
-        most = max(of_rank["peak_memory_bytes"] for _, of_rank in ranks)
-        return {**ranks[0][1], "peak_memory_bytes": most}
+        """Agree on what any rank received, and rank 0's clock; return its times, the most memory.
 
-    def _save(self, *, last: bool) -> None:
-        """Begin a checkpoint; the last one is on the disk when this returns."""
+        Sets the signal that all stop for, and whether it is time for a checkpoint.
+        """
+        minutes = self.config.train.save_minutes
+        is_time = bool(minutes) and time.monotonic() >= self._saved_at + 60 * minutes
+        ranks = self.world.gather((self._signals.received, is_time, metrics))
+        self._time_to_save = ranks[0][1]
+        self._signals.agreed = next((found for found, _, _ in ranks if found is not None), None)
+        most = max(of_rank["peak_memory_bytes"] for _, _, of_rank in ranks)
+        return {**ranks[0][2], "peak_memory_bytes": most}
+
+    def _save(self) -> None:
+        """Begin a checkpoint in the midst of the run, which goes on if it cannot be written."""
+        self._try(self._checkpoints.finish)
         if self._overlapped is not None:
             self.state.rollouts = self._overlapped.state()
-        extra = {"metrics_bytes": self._writer.num_bytes(), **self._sources}
-        self._checkpoints.save(self.state, extra, wait=last)
+        self._try(self._write_checkpoint)
+
+    def _save_last(self) -> None:
+        """Write the last checkpoint, and every line of the metrics.
+
+        Raises:
+            OSError: if one of them could not be written.
+        """
+        self._try(self._checkpoints.finish, goes_on=False)
+        if self._overlapped is not None:
+            self.state.rollouts = self._overlapped.state()
+        self._write_checkpoint(wait=True)
+        self.world.first_does(self._writer.require_written)
+
+    def _write_checkpoint(self, *, wait: bool = False) -> None:
+        self._saved_at = time.monotonic()
+        kept = self._writer.kept()
+        extra = {"metrics_bytes": kept.num_bytes, **self._sources}
+        if kept.unwritten:
+            extra["metrics_unwritten"] = kept.unwritten
+        self._checkpoints.save(self.state, extra, wait=wait, before=self._writer.sync)
+
+    def _try(self, work: Callable[[], None], *, goes_on: bool = True) -> None:
+        """Do work on checkpoints; report one that failed, and set when the next is tried."""
+        try:
+            work()
+        except CheckpointFailed as error:
+            wait = 2 ** (self._checkpoints.num_failed - 1)  # steps: each try may write for minutes
+            self._retried_at = self.state.step + wait
+            again = f"; training goes on, and it is tried again behind step {self._retried_at}"
+            self._display.say(f"{error}{again if goes_on else ''}")
 
 
 class Step:
@@ -314,6 +419,8 @@ class Step:
         evaluates: whether an evaluation on held-out data is due behind it.
         start: when it began, by `time.perf_counter`.
         metrics: metrics of the step that are logged, once it is finished.
+        finished: whether its updates are done and counted.
+        logged: whether its metrics are in `metrics.jsonl`.
     """
 
     def __init__(self, run: Run) -> None:
@@ -325,7 +432,8 @@ class Step:
         size = examples_per_step(config, run._num_examples)
         self.indices = indices_of_step(run._num_examples, size, state.step, seed=config.run.seed)
         self.metrics: Metrics = {}
-        self.finished = False
+        self.finished = self.logged = False
+        self._before = copy.deepcopy(state.counters()), random_state()
         self._whole, self._computing = ExitStack(), ExitStack()
         self._whole.enter_context(run._watch.step(self.number))
         self._computing.enter_context(memory_used_in(f"{STEP}{self.number}"))
@@ -361,13 +469,20 @@ class Step:
             "step_seconds": seconds,
             "tokens_per_second": num_tokens / seconds,
         }
-        self.finished = True
+        self.finished = state.whole = True
         self._whole.enter_context(memory_used_in(f"the evaluation of step {self.number}"))
 
     def log(self, metrics: Metrics) -> None:
         """Add metrics to those of the finished step."""
         assert self.finished
         self.metrics |= metrics
+
+    def undo(self) -> None:
+        """Put back counters and random states of its beginning, since no update was made in it."""
+        counters, randomness = self._before
+        for name, value in counters.items():
+            setattr(self._run.state, name, value)
+        restore_random_state(randomness)
 
     def end(
         self,

@@ -11,7 +11,7 @@ import torch
 from fastalign.compute import is_out_of_memory
 from fastalign.runs.checkpoint.files import CHECKPOINTS, list_checkpoints
 from fastalign.runs.config import AnyConfig
-from fastalign.runs.folder import has_steps
+from fastalign.runs.folder import has_steps, never_saved
 
 # How the notes on an optimiser step, and on a model that is read, begin.
 STEP = "step "
@@ -71,7 +71,8 @@ def how_to_go_on(folder: Path) -> str:
     if checkpoints:
         return f"The run goes on from {checkpoints[0].name} with the changed setting, --run.resume"
     if has_steps(folder):
-        return "No checkpoint was saved: start again with the changed setting, another --run.dir"
+        where = "" if never_saved(folder) else ", another --run.dir"
+        return f"No checkpoint was saved: start again with the changed setting{where}"
     return "Nothing was trained yet: start again with the changed setting"
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -20,9 +21,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fastalign.fused import metric_means
 from fastalign.output import safe_output, shown
 from fastalign.ranks.world import World
+from fastalign.runs.folder import METRICS
 
 Metrics = dict[str, float | int]
-METRICS = "metrics.jsonl"  # in a run's folder
 NUM_PLAIN_LINES = 20
 BOARD_BYTES = 2**18  # that must be free for TensorBoard's writer to go on
 
@@ -36,47 +37,72 @@ def mean_metrics(sums: dict[str, float]) -> Metrics:
 class MetricsWriter:
     """Appends one JSON object a step, and the same numbers to TensorBoard.
 
-    An existing `metrics.jsonl` is cut to the `num_bytes` that it held at a checkpoint, and
-    TensorBoard's values after that checkpoint's `step` are dropped.
+    Lines that cannot be written, since the disk is full or the like, are reported, held, and
+    written before the next one; a checkpoint holds them too. An existing `metrics.jsonl` is cut to
+    what a checkpoint knows of it, and TensorBoard's values after that checkpoint's `step` are
+    dropped.
     """
 
-    def __init__(self, folder: Path, *, num_bytes: int, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
+    def __init__(self, folder: Path, kept: "KeptMetrics", step: int) -> None:
         path = folder / METRICS
         found = path.stat().st_size if path.exists() else 0
-        if found < num_bytes:
+        if found < kept.num_bytes:
             raise ValueError(
-                f"{path}: expected at least the {num_bytes} bytes that the checkpoint of step "
+                f"{path}: expected at least the {kept.num_bytes} bytes that the checkpoint of step "
                 f"{step} knows, got {found}; --run.start-afresh metrics goes on with what there is"
             )
         self._file = path.open("ab", buffering=0)
-        self._file.truncate(num_bytes)
+        self._file.truncate(kept.num_bytes)
+        self._size, self._unwritten = kept.num_bytes, kept.unwritten.encode()
         self._folder = folder
-        self._board: Any = SummaryWriter(
-            str(folder / "tensorboard"), purge_step=step + 1 if step else None
-        )
+        self.require_written()
+        self._board: Any = None
+        self._on_board(partial(self._open_board, step), opens=True)
+
+    def _open_board(self, step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, metrics: Metrics) -> None:
         """Append one object; a number that JSON cannot hold (NaN, Inf) becomes a string."""
         plain = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
-        self._append(json.dumps(plain).encode() + b"\n")
+        failed_before = bool(self._unwritten)
+        self._unwritten += json.dumps(plain).encode() + b"\n"
+        try:
+            self.require_written()
+        except OSError as error:
+            if not failed_before:
+                print(f"{error}; the lines are held, and tried again after each step", flush=True)
         self._on_board(partial(self._add_scalars, metrics))
 
-    def _append(self, line: bytes) -> None:
-        try:
-            while line:
-                line = line[self._file.write(line) :]
-        except OSError as error:
-            raise OSError(
-                f"{self._file.name}: {error.strerror}; the run goes on from its newest checkpoint "
-                "with --run.resume"
-            ) from error
+    def require_written(self) -> None:
+        """Append the lines that are held.
 
-    def num_bytes(self) -> int:
-        """Flush `metrics.jsonl` to the disk; return its length, which a checkpoint records."""
+        Raises:
+            OSError: if they cannot be; the file holds whole lines then.
+        """
+        try:
+            rest = self._unwritten
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError as error:
+            self._file.truncate(self._size)
+            raise OSError(f"{self._file.name}: {error.strerror}") from error
+        self._size += len(self._unwritten)
+        self._unwritten = b""
+
+    def kept(self) -> "KeptMetrics":
+        """Return what a checkpoint is to hold of the file, once `sync` has returned."""
+        return KeptMetrics(self._size, self._unwritten.decode())
+
+    def sync(self) -> None:
+        """Flush `metrics.jsonl` to the disk.
+
+        Raises:
+            OSError: if it cannot be.
+        """
         os.fsync(self._file.fileno())
-        return self._file.tell()
 
     def close(self) -> None:
         """Close both files."""
@@ -88,9 +114,9 @@ class MetricsWriter:
             if name != "step":
                 self._board.add_scalar(name, value, metrics["step"])
 
-    def _on_board(self, work: Callable[[], None]) -> None:
+    def _on_board(self, work: Callable[[], None], *, opens: bool = False) -> None:
         """Report a failure of TensorBoard once: it ends no run, and hides no other failure."""
-        if self._board is None:
+        if self._board is None and not opens:
             return
         try:
             if shutil.disk_usage(self._folder).free < BOARD_BYTES:  # it would print a traceback
@@ -101,15 +127,34 @@ class MetricsWriter:
             self._board = None
 
 
+@dataclass(frozen=True)
+class KeptMetrics:
+    """The part of `metrics.jsonl` that a checkpoint knows.
+
+    Attributes:
+        num_bytes: length of the file.
+        unwritten: lines behind it that could not be written.
+    """
+
+    num_bytes: int = 0
+    unwritten: str = ""
+
+
 class NoWriter:
     """The writer of every rank but the first: it writes nothing."""
 
     def write(self, metrics: Metrics) -> None:
         """Do nothing."""
 
-    def num_bytes(self) -> int:
-        """Return 0."""
-        return 0
+    def require_written(self) -> None:
+        """Do nothing."""
+
+    def kept(self) -> KeptMetrics:
+        """Return that nothing is kept."""
+        return KeptMetrics()
+
+    def sync(self) -> None:
+        """Do nothing."""
 
     def close(self) -> None:
         """Do nothing."""
@@ -118,14 +163,14 @@ class NoWriter:
 AnyWriter = MetricsWriter | NoWriter
 
 
-def metrics_writer(folder: Path, world: World, *, num_bytes: int, step: int) -> AnyWriter:
+def metrics_writer(folder: Path, world: World, kept: KeptMetrics, step: int) -> AnyWriter:
     """Rank 0's writer; another rank's does nothing.
 
     Raises:
         ValueError: if the file is shorter than it was at the checkpoint.
     """
     writer: list[MetricsWriter] = []
-    world.first_does(lambda: writer.append(MetricsWriter(folder, num_bytes=num_bytes, step=step)))
+    world.first_does(lambda: writer.append(MetricsWriter(folder, kept, step)))
     return writer[0] if writer else NoWriter()
 
 

@@ -1,12 +1,14 @@
 """Beside a run's steps: signals that stop it, a trace of one step, the stacks of a stalled one."""
 
 import faulthandler
+import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,7 +23,18 @@ from fastalign.ranks.world import ALONE, World
 TRACES = "profile"
 STALLS = "stalls.txt"
 PATIENCE_SECONDS = 30.0  # that the writing thread may be late
-EXIT_CODES = {signal.SIGTERM: 0, signal.SIGINT: 130}
+# Exit codes of the stopped run: 0 after a scheduler's orderly stop, otherwise the shell's custom.
+EXIT_CODES = {
+    signal.SIGTERM: 0,
+    signal.SIGUSR1: 0,
+    signal.SIGXCPU: 0,
+    signal.SIGHUP: 129,
+    signal.SIGINT: 130,
+}
+# A request may come more than once: torchrun forwards to its workers what they got already, and a
+# terminal that is closed sends SIGHUP to the group, whose shell sends it again.
+ONE_REQUEST_SECONDS = 2.0
+HEARD = b"\nstopping after this step and saving; again: stop now\n"
 
 
 @dataclass
@@ -31,35 +44,54 @@ class StopRequest:
     Attributes:
         received: the signal, or None.
         agreed: signal that all ranks stop for at one step, or None.
+        insisted: whether a second request asked to stop at once, without a save.
     """
 
     received: signal.Signals | None = None
     agreed: signal.Signals | None = None
+    insisted: bool = False
 
     @property
     def exit_code(self) -> int:
-        """0 after SIGTERM (a scheduler's orderly stop), 130 after SIGINT (the shell's custom)."""
+        """The exit code of the signal that the run stopped for, or 0."""
         return 0 if self.agreed is None else EXIT_CODES[self.agreed]
 
 
 @contextmanager
-def stop_on_signal() -> Iterator[StopRequest]:
-    """Record the first signal; a second one has its ordinary effect at once.
+def stop_on_signal(*, speaks: bool = True) -> Iterator[StopRequest]:
+    """Record the first request; a second one has the signal's ordinary effect at once.
 
-    Behind a collective that failed SIGTERM is ignored: this rank has yet to say who is gone, and
-    `torchrun` asks all to end as soon as it sees one gone. Outside the main thread Python cannot
-    handle signals, and none are asked for.
+    Signals within `ONE_REQUEST_SECONDS` are one request, and so is every SIGXCPU, which the kernel
+    sends each second. SIGHUP stays ignored where it is (`nohup`). Behind a collective that failed
+    SIGTERM is ignored: this rank has yet to say who is gone, and `torchrun` asks all to end as soon
+    as it sees one gone. Outside the main thread Python cannot handle signals, and none are asked
+    for.
+
+    Args:
+        speaks: acknowledge the first request on the terminal.
     """
     request = StopRequest()
     previous: dict[signal.Signals, Any] = {}
+    first = 0.0
 
     def handle(number: int, frame: FrameType | None) -> None:
-        request.received = signal.Signals(number)
+        nonlocal first
+        if request.received is None:
+            request.received, first = signal.Signals(number), time.monotonic()
+            if speaks:
+                acknowledge()
+            return
+        if number == signal.SIGXCPU or time.monotonic() < first + ONE_REQUEST_SECONDS:
+            return
+        request.insisted = True
         for known, handler in previous.items():
             signal.signal(known, handler)
+        signal.raise_signal(number)
 
     try:
         for number in EXIT_CODES:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             previous[number] = signal.signal(number, handle)
     except ValueError:  # not the main thread
         yield request
@@ -73,6 +105,12 @@ def stop_on_signal() -> Iterator[StopRequest]:
     finally:
         for known, handler in previous.items():
             signal.signal(known, handler)
+
+
+def acknowledge() -> None:
+    """Say that the request was heard; a handler may interrupt `print`, so it writes by itself."""
+    with suppress(OSError, ValueError):  # no terminal, or one that is gone
+        os.write(sys.stderr.fileno(), HEARD)
 
 
 @contextmanager

@@ -13,13 +13,13 @@ import torch
 
 from fastalign.compute import Compute, find_device
 from fastalign.data import template_clock
-from fastalign.output import refuse_secret_settings
+from fastalign.output import lossy_output, refuse_secret_settings
 from fastalign.ranks.config import ParallelConfig
 from fastalign.ranks.failure import record_collectives, watched_by_ranks
 from fastalign.ranks.parallel import part_from_ranks
 from fastalign.ranks.world import ALONE, World, open_world, world_of_environment
 from fastalign.runs.config import AnyConfig, TrainConfig, check_numbers, config_to_dict
-from fastalign.runs.folder import announce, locked, prepare_run_folder
+from fastalign.runs.folder import announce, begin_in_folder, check_run_folder, locked
 from fastalign.runs.load_models import check_sharing
 from fastalign.runs.loop import Run
 from fastalign.runs.memory import out_of_memory_in_one_line
@@ -95,6 +95,7 @@ def open_run(config: AnyConfig, title: str) -> Iterator[Run]:
     if world.size > 1:
         record_collectives(folder)
     with ExitStack() as stack:
+        stack.enter_context(lossy_output())
         stack.enter_context(
             open_world(
                 world,
@@ -102,16 +103,15 @@ def open_run(config: AnyConfig, title: str) -> Iterator[Run]:
                 always=config.parallel.strategy == "fsdp",
             )
         )
-        stack.enter_context(watched_by_ranks(world, config.parallel))
+        peers = stack.enter_context(watched_by_ranks(world, config.parallel))
         if not world.is_first:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        began = world.first_does(
-            lambda: prepare_run_folder(folder, values, resume=config.run.resume)
-        )
-        stack.enter_context(template_clock(began))
+        world.first_does(lambda: check_run_folder(folder, values, resume=config.run.resume))
         world.first_does(lambda: stack.enter_context(locked(folder)))
+        began = world.first_does(lambda: begin_in_folder(folder, values, config.run))
+        stack.enter_context(template_clock(began))
         stack.enter_context(out_of_memory_in_one_line(config))
         announce(values)
         seed_everything(config.run.seed)
-        yield stack.enter_context(Run(config, title, compute))
+        yield stack.enter_context(Run(config, title, compute, peers))
         part_from_ranks()

@@ -32,6 +32,8 @@ class TrainState:
         rollouts: completions that were begun for the next step, as JSON holds them.
         reference: weights of a reference that is renewed as the run goes, by the model's names;
             empty where there is none.
+        whole: False from a step's first update until the step is counted; a checkpoint of what is
+            between them would be of no step.
     """
 
     model: Any
@@ -43,6 +45,7 @@ class TrainState:
     grad_norms: list[float] = field(default_factory=list)
     rollouts: dict[str, Any] = field(default_factory=dict)
     reference: dict[str, torch.Tensor] = field(default_factory=dict)
+    whole: bool = True
 
     def counters(self) -> dict[str, Any]:
         """Return the counters, as JSON holds them."""

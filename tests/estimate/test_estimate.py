@@ -117,7 +117,8 @@ def test_a_checkpoint_is_written_from_a_copy_while_training_goes_on(folder: Path
 
     copied, expected = saving(save_every=2)
     assert copied == expected
-    assert saving()[0] == saving(save_every=2, async_checkpoints=False)[0] == 0
+    assert saving()[0] == saving(save_minutes=0, save_every=2)[0] == expected
+    assert saving(save_minutes=0)[0] == saving(save_every=2, async_checkpoints=False)[0] == 0
 
 
 def test_a_frozen_weight_has_no_gradient_and_no_state(folder: Path) -> None:

@@ -2,8 +2,12 @@
 
 import json
 import math
+from decimal import Decimal
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,6 +24,7 @@ from fastalign.evaluation import (
     sampled_kl,
 )
 from fastalign.models import save_model, sequence_logprobs
+from fastalign.ranks.world import UserCodeFailed
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer
 
@@ -132,7 +137,97 @@ def test_a_damaged_bag_is_named(tmp_path: Path) -> None:
         load_reward(str(tmp_path / "none.json"))
 
 
-@pytest.mark.parametrize("returned", [[1.0], [1.0, float("nan")], [1.0, "x"]])
-def test_what_a_reward_returns_is_checked(returned: list[float]) -> None:
-    with pytest.raises(ValueError, match="reward: expected"):
-        apply_reward(lambda prompts, completions: returned, ["a", "b"], ["c", "d"])
+NUMBERS: list[Any] = [
+    *(True, 1, 1.0, Decimal("1"), Fraction(1)),
+    *(kind(1) for kind in (np.float16, np.float32, np.float64, np.int8, np.uint64, np.bool_)),
+    *(np.array(1.0), np.array(True), torch.tensor(1), torch.tensor(True)),
+    *(torch.tensor(1.0, dtype=torch.bfloat16), torch.tensor(1.0, requires_grad=True)),
+]
+
+
+@pytest.mark.parametrize("number", NUMBERS, ids=lambda n: f"{type(n).__name__} {n!r}")
+def test_every_type_of_number_is_a_reward(number: Any) -> None:
+    found = apply_reward(lambda prompts, completions: [number, 0], ["a", "b"], ["c", "d"])
+    assert found == [1.0, 0.0]
+    assert all(type(value) is float for value in found)
+
+
+@pytest.mark.parametrize(
+    "rewards",
+    [
+        (1, 0),
+        np.array([1, 0]),
+        np.array([1, 0], dtype=np.float32),
+        np.array([Decimal(1), 0], dtype=object),
+        torch.tensor([1.0, 0.0], dtype=torch.bfloat16),
+        torch.tensor([1.0, 0.0], requires_grad=True),
+    ],
+    ids=repr,
+)
+def test_an_array_or_a_tensor_is_as_a_list(rewards: Any) -> None:
+    assert apply_reward(lambda prompts, completions: rewards, ["a", "b"], ["c", "d"]) == [1, 0]
+
+
+NO_NUMBERS: list[Any] = [
+    *(None, "0.5", b"0.5", np.str_("0.5"), [1.0], {"score": 1.0}, 1j, np.complex64(1)),
+    *(float("nan"), float("inf"), np.float32("nan"), torch.tensor(-torch.inf), 10**400),
+    *(np.array([1.0]), torch.tensor([1.0]), np.timedelta64(5, "s"), Decimal("nan"), object),
+]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=repr)
+def test_anything_else_is_refused_with_its_source_and_row(value: Any) -> None:
+    with pytest.raises(ValueError, match="reward: my:own: expected a finite number, got") as error:
+        apply_reward(lambda prompts, completions: [1.0, value], ["a", "b"], ["c", "d"], "my:own")
+    assert repr(value)[:40] in str(error.value)
+    assert str(error.value).endswith("(number 1)")
+
+
+@pytest.mark.parametrize(
+    ("result", "said"),
+    [
+        ({"x": 1.0, "y": 2.0}, "dict"),
+        ({1.0, 2.0}, "set"),
+        ((value for value in (1.0, 2.0)), "generator"),
+        ("12", "str"),
+        (1.0, "float"),
+        (None, "NoneType"),
+        (np.array([[1.0], [2.0]]), r"ndarray \(2, 1\)"),
+        (torch.ones(2, 1), r"Tensor \(2, 1\)"),
+        (torch.tensor(1.0), r"Tensor \(\)"),
+        ([1.0], "2 numbers, one for each completion, got 1"),
+        ([1.0] * 3, "2 numbers, one for each completion, got 3"),
+    ],
+)
+def test_a_result_that_is_no_list_of_them_is_refused(result: Any, said: str) -> None:
+    with pytest.raises(ValueError, match=f"^reward: expected .*got {said}$|{said}$"):
+        apply_reward(lambda prompts, completions: result, ["a", "b"], ["c", "d"])
+
+
+@pytest.mark.parametrize("error", [ValueError("bug"), OSError("no server"), SystemExit(0)])
+def test_an_error_in_a_reward_names_its_source_and_keeps_its_traceback(
+    error: BaseException,
+) -> None:
+    def broken(prompts: list[Any], completions: list[str]) -> list[float]:
+        raise error
+
+    said = r"^reward: my:own: the code raised (ValueError\('bug'\)|OSError|sys.exit\(0\))"
+    with pytest.raises(UserCodeFailed, match=said) as failed:
+        apply_reward(broken, ["a"], ["b"], "my:own")
+    assert "in broken" in failed.value.trace
+    assert "apply_reward" not in failed.value.trace
+
+
+def test_an_error_in_the_module_of_a_reward_is_not_taken_for_a_missing_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "needs_more.py").write_text("import not_installed_here\n")
+    (tmp_path / "leaves.py").write_text("import sys\nsys.exit(0)\n")
+    with pytest.raises(UserCodeFailed, match="needs_more:f: the code raised ModuleNotFound") as e:
+        load_reward("needs_more:f")
+    assert "import not_installed_here" in e.value.trace
+    with pytest.raises(UserCodeFailed, match=r"reward: leaves:f: the code raised sys.exit\(0\)"):
+        load_reward("leaves:f")
+    with pytest.raises(ValueError, match=r"cannot import 'is_not_there\.at_all'"):
+        load_reward("is_not_there.at_all:f")

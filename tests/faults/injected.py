@@ -12,6 +12,7 @@ import torch
 
 from fastalign.cli import main as cli
 from fastalign.runs import accumulate, loop
+from fastalign.runs import open as opening
 from fastalign.runs.checkpoint.writer import CheckpointWriter, ShardWriter
 from fastalign.trainers.dpo import reference
 from fastalign.trainers.dpo import train as dpo
@@ -20,6 +21,7 @@ from tests import rank_processes as ranks
 from tests.runs.checkpoint.checkpoint_killer import kill_before
 
 MicroBatch = Literal["first", "middle", "last"]
+Where = Literal["setup", "batch", "rollout", "behind", "save", "leave", "end", "parting"]
 
 
 class Fault(Protocol):
@@ -133,14 +135,15 @@ class Happens:
     Attributes:
         what: the event.
         where: setup: the data is read; batch: a micro-batch; rollout: completions are sampled;
-            save: a checkpoint's files are written, by a thread of its own; leave: the loop is left.
+            behind: a step is over; save: a checkpoint's files are written, by a thread of its own;
+            leave: the loop is left; end: the final model is written; parting: the ranks part.
         step: in which, or the save of which; from 1.
         batch: in which micro-batch.
         rank: on which.
     """
 
     what: Callable[[], None]
-    where: Literal["setup", "batch", "rollout", "save", "leave"] = "batch"
+    where: Where = "batch"
     step: int = 0
     batch: MicroBatch = "first"
     rank: int | None = 0
@@ -161,7 +164,10 @@ class Happens:
             "batch": (accumulate, "loss_of_batch"),
             "rollout": (PolicySampler, "generate"),
             "save": (ShardWriter, "write_data"),
+            "behind": (loop.Run, "_close_step"),
             "leave": (CheckpointWriter, "close"),
+            "end": (loop, "save_final_model"),
+            "parting": (opening, "part_from_ranks"),
         }
         around(*owners[self.where], now)
 

@@ -105,7 +105,9 @@ class Stage:
             first_holds_store=first_holds_store,
         )
 
-    def end(self, run: str, started: ranks.Ranks, *, stopped: int | None = None) -> Outcome:
+    def end(
+        self, run: str, started: ranks.Ranks, *, stopped: int | None = None, traces: bool = False
+    ) -> Outcome:
         """When all have ended; a rank that is stopped is killed when the others have."""
         if stopped is not None:
             for rank, process in enumerate(started.processes):
@@ -114,12 +116,14 @@ class Stage:
         codes = started.join()
         outputs = [started.output(rank) for rank in range(len(codes))]
         HEARD.extend(outputs)
-        assert not any("Traceback" in output for output in outputs), "\n".join(outputs)
+        assert traces == any("Traceback" in output for output in outputs), "\n".join(outputs)
         return Outcome(codes, outputs, self.folder / run)
 
-    def run(self, place: Place, run: str, *flags: str, **options: Any) -> Outcome:
-        """A run that ends as it may."""
-        return self.end(run, self.start(place, run, *flags, **options))
+    def run(
+        self, place: Place, run: str, *flags: str, traces: bool = False, **options: Any
+    ) -> Outcome:
+        """A run that ends as it may; with a traceback only if that is expected."""
+        return self.end(run, self.start(place, run, *flags, **options), traces=traces)
 
     def finish(self, place: Place, run: str, *flags: str, **options: Any) -> Outcome:
         """A run that ends well."""

@@ -1,9 +1,12 @@
 """What a process runs out of: memory, room on its disk."""
 
+import errno
+import os
 import resource
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -11,6 +14,27 @@ import torch
 def out_of_memory() -> None:
     """As PyTorch's allocator says it."""
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+
+def disk_error() -> None:
+    """As a disk or a network file system says it."""
+    raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@dataclass(frozen=True)
+class NoConsole:
+    """Neither stdout nor stderr can be written: a pipe whose reader is gone, or a full disk."""
+
+    what: Literal["a closed pipe", "a full disk"]
+
+    def __call__(self) -> None:
+        if self.what == "a full disk":
+            target = os.open("/dev/full", os.O_WRONLY)
+        else:
+            reader, target = os.pipe()
+            os.close(reader)
+        for number in (1, 2):
+            os.dup2(target, number)
 
 
 @dataclass(frozen=True)

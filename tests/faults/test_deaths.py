@@ -27,6 +27,24 @@ def test_killed_in_a_step(stage: Stage, run: str, place: Place) -> None:
     assert_same_bits(stage.finish(place, run, "--run.resume"), stage.straight(place))
 
 
+@fault(
+    "SIGKILL before the first checkpoint",
+    *(ALONE,),
+    does="`the run in ... ended before its first checkpoint: it begins again at the first step; "
+    "its metrics are moved to metrics.jsonl.1`, with --run.resume and without; nothing has to be "
+    "deleted; it ends with the bits of a run without it",
+)
+def test_killed_before_the_first_checkpoint(stage: Stage, run: str, place: Place) -> None:
+    for number, flags in enumerate(((), ("--run.resume",))):
+        name = f"{run}-{number}"
+        death = Happens(Sent(signal.SIGKILL), step=4)
+        killed = stage.run(place, name, "--train.save-every", "0", faults=[death])
+        assert killed.codes == [KILLED]
+        end = stage.finish(place, name, *flags)
+        assert len((end.folder / "metrics.jsonl.1").read_text().splitlines()) == 3
+        assert_same_bits(end, stage.straight(place))
+
+
 def ends(place: Place, rank: int, code: int) -> list[int]:
     """Exit codes where one rank ends by itself, and the others because it does."""
     return [code if other == rank else RANK_FAILED for other in range(place.num_ranks)]

@@ -10,7 +10,7 @@ import pytest
 from fastalign.runs.checkpoint.files import CHECKPOINTS
 from tests.faults.injected import Happens, UntilWritten
 from tests.faults.real import Stage, assert_nothing_left_behind, assert_same_bits
-from tests.faults.shortages import Filled, SmallFiles, out_of_memory
+from tests.faults.shortages import Filled, SmallFiles, disk_error, out_of_memory
 from tests.faults.table import ALONE, DDP, FSDP, Place, fault
 
 
@@ -36,9 +36,9 @@ def more_room(disk: Path) -> None:
 @fault(
     "a disk that is full while a checkpoint is written (a tmpfs of 1.7 MB)",
     *(ALONE, DDP),
-    does="`was not written...: No space left on device; older checkpoints are untouched`, exit "
-    "code 2; nothing half-written is left; with more room it goes on to the bits of a run "
-    "without it",
+    does="`was not written...: No space left on device; older checkpoints are untouched; training "
+    "goes on, and it is tried again behind step`; the last one has to be written, else exit code "
+    "2; nothing half-written is left; with more room it goes on to the bits of a run without it",
 )
 def test_full_disk(stage: Stage, run: str, place: Place, disk: Path) -> None:
     # Written before the next step: beside it, the next line of metrics.jsonl may be what fails.
@@ -56,15 +56,16 @@ def test_full_disk(stage: Stage, run: str, place: Place, disk: Path) -> None:
     "a disk that is full while metrics.jsonl is written",
     *(ALONE, DDP),
     does="`TensorBoard's files are not complete`, `metrics.jsonl: No space left on "
-    "device; the run goes on from its newest checkpoint with --run.resume`, exit code 2 (of other "
-    "ranks 4); with more room it goes on to the bits of a run without it",
+    "device; the lines are held, and tried again after each step`, and training goes on; if there "
+    "is no room to the end, `step 3 is saved, go on with --run.resume`, exit code 2; with more "
+    "room it goes on to the bits of a run without it",
 )
 def test_full_disk_for_metrics(stage: Stage, run: str, place: Place, disk: Path) -> None:
     more_room(disk)
     # In the last page of metrics.jsonl there is room for a line or two after that.
     flags = ("--train.save-every", "3", "--train.no-async-checkpoints")
     full = stage.run(place, run, *flags, faults=[Happens(Filled(disk / "filler"), step=4)])
-    assert full.codes == [2, 4][: place.num_ranks], "\n".join(full.outputs)
+    assert full.codes == [2] * place.num_ranks, "\n".join(full.outputs)
     (disk / "filler").unlink()
     assert (disk / CHECKPOINTS / "step-000003").exists()
     end = stage.finish(place, run, "--run.resume")
@@ -75,8 +76,9 @@ def test_full_disk_for_metrics(stage: Stage, run: str, place: Place, disk: Path)
 @fault(
     "a disk that is full for one rank alone",
     *(DDP, FSDP),
-    does="`was not written (rank 1): File too large; older checkpoints are untouched`, exit code 2 "
-    "of every rank; nothing half-written is left; resumed, it ends with the bits of a run without",
+    does="`was not written (rank 1): File too large; older checkpoints are untouched; training goes"
+    " on`; since the last one fails too, exit code 2 of every rank; nothing half-written is left; "
+    "resumed, it ends with the bits of a run without",
 )
 def test_full_disk_of_one_rank(stage: Stage, run: str, place: Place) -> None:
     full = stage.run(place, run, faults=[Happens(SmallFiles(4096), "save", step=3, rank=1)])
@@ -86,15 +88,32 @@ def test_full_disk_of_one_rank(stage: Stage, run: str, place: Place) -> None:
 
 
 @fault(
-    "out of memory in a step",
+    "a checkpoint that fails once, of one rank (EIO)",
+    *(ALONE, DDP),
+    does="`was not written...: Input/output error; older checkpoints are untouched; training goes "
+    "on, and it is tried again behind step 5`, where it is saved; exit code 0, the bits of a run "
+    "without it",
+)
+def test_one_failed_save(stage: Stage, run: str, place: Place) -> None:
+    flags = ("--train.save-every", "4", "--train.no-async-checkpoints")
+    fails = Happens(disk_error, "save", step=4, rank=place.num_ranks - 1)
+    end = stage.finish(place, run, *flags, faults=[fails])
+    saved = sorted(path.name for path in (end.folder / CHECKPOINTS).iterdir())
+    assert saved == ["step-000005", "step-000008"]
+    assert_same_bits(end, stage.straight(place))
+
+
+@fault(
+    "out of memory in a step, before its first update",
     *(ALONE, FSDP),
-    does="`out of memory in step 4, a batch of ... tokens; lower --train.tokens-per-batch`, `The "
-    "run goes on from step-000003 with the changed setting, --run.resume`, exit code 2 (of other "
-    "ranks 4: they name the one); resumed, it ends with the bits of a run without it",
+    does="the step before it is saved: `out of memory in step 4, a batch of ... tokens; lower "
+    "--train.tokens-per-batch`, `The run goes on from step-000003 with the changed setting, "
+    "--run.resume`, exit code 2 (of other ranks 4: they name the one); resumed, it ends with the "
+    "bits of a run without it",
 )
 def test_out_of_memory(stage: Stage, run: str, place: Place) -> None:
-    last = place.num_ranks - 1
-    outcome = stage.run(place, run, faults=[Happens(out_of_memory, step=4, rank=last)])
+    last, flags = place.num_ranks - 1, ("--train.save-every", "0")
+    outcome = stage.run(place, run, *flags, faults=[Happens(out_of_memory, step=4, rank=last)])
     assert outcome.codes == [4] * last + [2]
     said = f"rank {last} of {place.num_ranks} ("
     assert all(said in output and "out of memory" in output for output in outcome.outputs[:last])

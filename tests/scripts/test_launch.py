@@ -166,7 +166,11 @@ def test_slurm_s_signal_reaches_the_ranks_and_a_stopped_run_is_queued_again(
         "scontrol requeue 7",
     ]
     folder.mkdir()
-    (folder / "metrics.jsonl").write_text("{}\n")
+    (folder / "metrics.jsonl").write_text("{}\n")  # a run that never saved begins again
+    call("slurm.sbatch", *words, FINISHES="1", **slurm)
+    assert not any("--run.resume" in line for line in calls_of(slurm))
+    (folder / "model").rmdir()
+    (folder / "checkpoints/step-000003").mkdir(parents=True)
     done = call("slurm.sbatch", *words, FINISHES="1", **slurm)
     assert done.returncode == 0, done.stderr
     assert calls_of(slurm) == [

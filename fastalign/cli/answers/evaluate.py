@@ -130,7 +130,8 @@ def judge_samples(
     if function is not None:
         n = config.sampling.num_samples
         repeated = [prompt for prompt in prompts.prompts for _ in range(n)]
-        rewards = apply_reward(function, repeated, [row["completion"] for row in rows])
+        texts = [row["completion"] for row in rows]
+        rewards = apply_reward(function, repeated, texts, config.reward)
         for row, reward in zip(rows, rewards, strict=True):
             row["reward"] = reward
         by_prompt = [rewards[start : start + n] for start in range(0, len(rewards), n)]
@@ -149,7 +150,8 @@ def judge_best_of(
     scores = None
     if config.best_of_reward is not None:
         function = load_reward(config.best_of_reward, config.model.compute())
-        flat = apply_reward(function, prompts, [row["completion"] for row in rows])
+        texts = [row["completion"] for row in rows]
+        flat = apply_reward(function, prompts, texts, config.best_of_reward)
         for row, score in zip(rows, flat, strict=True):
             row["best_of_score"] = score
         n = config.sampling.num_samples

@@ -66,7 +66,8 @@ def main(argv: Sequence[str]) -> int:
     function = load_reward(config.reward)
     groups = load_samples(config.data.samples)
     flat = [(prompt, text) for prompt, completions in groups for text in completions]
-    rewards = apply_reward(function, [prompt for prompt, _ in flat], [text for _, text in flat])
+    prompts, texts = [prompt for prompt, _ in flat], [text for _, text in flat]
+    rewards = apply_reward(function, prompts, texts, config.reward)
     rows = list(best_and_worst(groups, rewards, config.data.ties))
     pairs = [row for row in rows if row is not None]
     if not pairs:

@@ -180,7 +180,9 @@ def main(argv: Sequence[str]) -> int:
             config.reward, Compute(find_device(config.model.device, "model.device"))
         )
         pairs = pair_answers(answers_of(config.model, config), answers_of(config.baseline, config))
-        judged = write_verdicts(verdicts, pairs, iter(judge_by_reward(function, pairs)))
+        judged = write_verdicts(
+            verdicts, pairs, iter(judge_by_reward(function, pairs, config.reward))
+        )
     else:
         template = read_template(config.judge.template)
         endpoint = ChatEndpoint(config.judge)

@@ -31,6 +31,7 @@ class OverlappedSampler:
         self._sampler = sampler
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="rollouts")
         self._begun: _Begun | None = None
+        self._taken: _Begun | None = None  # what the latest `generate` returned of it
 
     @property
     def version(self) -> int:
@@ -65,11 +66,13 @@ class OverlappedSampler:
         self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
     ) -> list[list[Completion]]:
         """Return completions, those begun with this seed if there are any."""
+        self._taken = None
         if self._begun is not None:
             failure = self._begun.answers.exception()  # the engine does one thing at a time
             if self._begun.seed == seed:
                 begun, self._begun = self._begun, None
                 if failure is None:
+                    self._taken = begun
                     return begun.answers.result()
                 if not isinstance(failure, SamplerFailed):
                     raise failure
@@ -87,6 +90,16 @@ class OverlappedSampler:
         answers = self._begun.answers.result()
         rows = [[asdict(answer) for answer in of_prompt] for of_prompt in answers]
         return {"seed": self._begun.seed, "completions": rows}
+
+    def state_on_error(self, *, again: bool) -> dict[str, Any]:
+        """Return `state`, of a step that will be taken again with what `generate` returned to it.
+
+        Args:
+            again: whether the present step will be; else it is over.
+        """
+        if again:
+            self._begun = self._taken
+        return self.state()
 
     def restore(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""

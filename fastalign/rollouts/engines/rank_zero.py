@@ -65,6 +65,12 @@ class RankZeroSampler:
         """Return the state of `OverlappedSampler`."""
         return self._all_do(lambda sampler: sampler.state())
 
+    def state_on_error(self, *, again: bool) -> dict[str, Any]:
+        """Return that of `OverlappedSampler` on rank 0, {} on the others; no collective is used."""
+        if isinstance(self._sampler, OverlappedSampler):
+            return self._sampler.state_on_error(again=again)
+        return {}
+
     def restore(self, state: dict[str, Any]) -> None:
         """Restore the state of `OverlappedSampler`."""
         self._all_do(lambda sampler: sampler.restore(state))

@@ -38,7 +38,8 @@ from fastalign.runs.checkpoint.tensors import (
     trainable_parameters,
 )
 from fastalign.runs.config import Part, RunConfig
-from fastalign.runs.metrics import METRICS
+from fastalign.runs.folder import METRICS, never_saved
+from fastalign.runs.metrics import KeptMetrics
 from fastalign.runs.state import (
     TrainState,
     random_state,
@@ -54,17 +55,22 @@ SOURCES = {
 }
 
 
-def resume(run: RunConfig, state: TrainState, sources: dict[str, Any], world: World = ALONE) -> int:
+def resume(
+    run: RunConfig, state: TrainState, sources: dict[str, Any], world: World = ALONE
+) -> KeptMetrics:
     """Restore the newest good checkpoint; print which newer ones are damaged.
 
-    `sources` are the fingerprints of the data and frozen models that training began from.
+    A run that never saved begins at its first step. `sources` are the fingerprints of the data and
+    frozen models that training began from.
 
     Returns:
-        Length of `metrics.jsonl` in bytes when the checkpoint was made.
+        What the checkpoint knows of `metrics.jsonl`.
 
     Raises:
         ValueError: if there is no good checkpoint, or it was made from other sources.
     """
+    if run.export is None and world.of_first(never_saved(Path(run.dir))):
+        return KeptMetrics()
     checkpoint, faults = newest_good_checkpoint(Path(run.dir) / CHECKPOINTS, world)
     for fault in faults if world.is_first else ():
         print(f"damaged checkpoint passed over: {fault}", flush=True)
@@ -76,8 +82,10 @@ def resume(run: RunConfig, state: TrainState, sources: dict[str, Any], world: Wo
     restore(checkpoint, state, world, seed=run.seed, afresh=run.start_afresh)
     if world.is_first:
         print(f"resumed from {checkpoint}", flush=True)
-    num_bytes: int = saved["metrics_bytes"]
-    return whole_lines(Path(run.dir), num_bytes) if "metrics" in run.start_afresh else num_bytes
+    kept = KeptMetrics(saved["metrics_bytes"], saved.get("metrics_unwritten", ""))
+    if "metrics" in run.start_afresh:
+        return KeptMetrics(whole_lines(Path(run.dir), kept.num_bytes), kept.unwritten)
+    return kept
 
 
 def whole_lines(folder: Path, num_bytes: int) -> int:

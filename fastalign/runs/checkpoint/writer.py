@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
@@ -60,15 +61,27 @@ def file_of_each(plans: list[SavePlan]) -> dict[str, int]:
     return files
 
 
+class CheckpointFailed(OSError):
+    """A checkpoint could not be written, which every rank raises alike."""
+
+
 class ShardWriter(HuggingFaceStorageWriter):
     """Writes one checkpoint: the files of a rank, then on rank 0 what makes them a checkpoint.
 
     It becomes the folder `final`; `content` is that of `state.json`, `texts` are further files.
+    Rank 0 calls `before` before any file is written.
     """
 
-    def __init__(self, final: Path, keep: int, content: dict[str, Any], texts: dict[str, str]):
+    def __init__(
+        self,
+        final: Path,
+        keep: int,
+        content: dict[str, Any],
+        texts: dict[str, str],
+        before: Callable[[], None],
+    ):
         self.final, self.aside = final, final.with_name(f"{ASIDE}{final.name}")
-        self._keep, self._content, self._texts = keep, content, texts
+        self._keep, self._content, self._texts, self._before = keep, content, texts, before
         super().__init__(str(self.aside), save_distributed=True)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -77,6 +90,7 @@ class ShardWriter(HuggingFaceStorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Make the folder, on rank 0 and before any rank writes."""
+        self._before()
         folder = self.final.parent
         if not folder.exists():
             folder.mkdir(parents=True)
@@ -116,6 +130,7 @@ def not_finite(state: TrainState) -> str | None:
 @dataclass(frozen=True)
 class _Pending:
     writer: ShardWriter
+    step: int
     future: "Future[Any]"
 
 
@@ -128,7 +143,14 @@ class CheckpointWriter:
         world: the ranks.
         background: write while training goes on; the weights are copied first.
         timeout_seconds: time limit of the ranks' collectives while they write.
+
+    Attributes:
+        saved: step of the newest checkpoint that is known to be on the disk; None: there is none.
+        num_failed: checkpoints since then that could not be written.
     """
+
+    saved: int | None = None
+    num_failed = 0
 
     def __init__(
         self,
@@ -148,20 +170,30 @@ class CheckpointWriter:
     def _new_group(self) -> ProcessGroup:
         return dist.new_group(backend="gloo", timeout=self._timeout)  # type: ignore[no-any-return]
 
-    def save(self, state: TrainState, extra: dict[str, Any], *, wait: bool = False) -> Path:
+    def save(
+        self,
+        state: TrainState,
+        extra: dict[str, Any],
+        *,
+        wait: bool = False,
+        before: Callable[[], None] = lambda: None,
+    ) -> Path:
         """Begin to write `folder/step-NNNNNN`, after the one before is done.
 
         What `state` holds may change after this returns. `extra` goes into `state.json`. With
-        `wait` the checkpoint is on the disk when this returns, and nothing is copied first.
+        `wait` the checkpoint is on the disk when this returns, and nothing is copied first. Rank 0
+        calls `before`, in the thread that writes, before any file is written.
 
         Raises:
             AssertionError: if a weight is not finite; no checkpoint ever holds one.
-            OSError: if this one, or the one before, could not be written.
+            CheckpointFailed: if this one, or the one before, could not be written.
         """
         self.finish()
-        bad = next((name for name in self._world.gather(not_finite(state)) if name), None)
+        # Training's own process group may be broken, where a run is saved behind an error.
+        found = self._world.gather(not_finite(state), self._group)
+        bad = next((name for name in found if name), None)
         assert bad is None, f"{bad} holds a non-finite weight"
-        writer = self._writer(state, extra)
+        writer = self._writer(state, extra, before)
         tensors = tensors_of(state, self._world.rank)
         alone = self._world.size == 1
         if alone and self._group is None and dist.is_available() and dist.is_initialized():
@@ -177,7 +209,7 @@ class CheckpointWriter:
                 future.set_result(save(tensors, storage_writer=writer, **how))
             except CheckpointException as error:
                 future.set_exception(error)
-        self._pending = _Pending(writer, future)
+        self._pending = _Pending(writer, state.step, future)
         if wait or not self._background:
             self.finish()
         return writer.final
@@ -186,7 +218,7 @@ class CheckpointWriter:
         """Raise the error of the checkpoint that is being written; do not wait for it.
 
         Raises:
-            OSError: if it could not be written.
+            CheckpointFailed: if it could not be written.
         """
         if self._pending is not None and all(self._world.gather(self._pending.future.done())):
             self.finish()
@@ -195,14 +227,16 @@ class CheckpointWriter:
         """Wait until the checkpoint that was begun is on the disk.
 
         Raises:
-            OSError: if it could not be written; what was written of it is removed.
+            CheckpointFailed: if it could not be written; what was written of it is removed.
         """
         pending, self._pending = self._pending, None
         if pending is None:
             return
         failure = pending.future.exception()
         if failure is None:
+            self.saved, self.num_failed = pending.step, 0
             return
+        self.num_failed += 1
         if self._world.is_first:
             shutil.rmtree(pending.writer.aside, ignore_errors=True)
         raise failure_of(pending.writer.final, failure) from failure
@@ -214,7 +248,9 @@ class CheckpointWriter:
         except Exception as error:
             print(error, flush=True)
 
-    def _writer(self, state: TrainState, extra: dict[str, Any]) -> ShardWriter:
+    def _writer(
+        self, state: TrainState, extra: dict[str, Any], before: Callable[[], None]
+    ) -> ShardWriter:
         content = {
             "format": FORMAT,
             **state.counters(),
@@ -224,7 +260,7 @@ class CheckpointWriter:
         }
         texts = {ROLLOUTS: json.dumps(state.rollouts)} if state.rollouts else {}
         final = self._folder / f"step-{state.step:06d}"
-        return ShardWriter(final, self._keep, copy.deepcopy(content), texts)
+        return ShardWriter(final, self._keep, copy.deepcopy(content), texts, before)
 
 
 def failure_of(final: Path, failure: BaseException) -> Exception:
@@ -233,9 +269,7 @@ def failure_of(final: Path, failure: BaseException) -> Exception:
         return RuntimeError(f"checkpoint {final} was not written: {failure!r}")
     rank, (cause, _) = next(iter(failure.failures.items()))
     where = f" (rank {rank})" if len(failure.failures) > 1 or rank else ""
-    if not isinstance(cause, OSError):
-        return RuntimeError(f"checkpoint {final} was not written{where}: {cause!r}")
-    return OSError(
-        f"checkpoint {final} was not written{where}: {cause.strerror or cause}; older "
-        "checkpoints are untouched"
+    why = (cause.strerror or cause) if isinstance(cause, OSError) else repr(cause)
+    return CheckpointFailed(
+        f"checkpoint {final} was not written{where}: {why}; older checkpoints are untouched"
     )

@@ -27,7 +27,12 @@ from fastalign.trainers.online_dpo.samples import (
     prepare_online_dpo,
     score_samples,
 )
-from fastalign.trainers.sampling.collapse import reason_to_stop, watch
+from fastalign.trainers.sampling.collapse import (
+    count_without_signal,
+    print_steps_without_signal,
+    reason_to_stop,
+    watch,
+)
 
 
 def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
@@ -54,6 +59,7 @@ def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
             run.stop(reason_to_stop(watched(metrics), config.watch))
             if step.evaluates and online.held_out is not None:
                 step.log(evaluate_samples(online, scale))
+        print_steps_without_signal(run.state)
         return run.end(online.model, online.tokenizer)
 
 
@@ -78,8 +84,12 @@ def online_dpo_step(
     }
     counts |= online.sampler.metrics()
     counts |= watch(watched(scored.metrics), config.watch, state.kept)
+    no_pair = (
+        f"no pair of {len(indices)} prompts (the samples of each have one score, or are the same); "
+        "no weight is changed by such a step"
+    )
+    counts |= count_without_signal(state, None if fresh.groups else no_pair)
     if not fresh.groups:
-        warn_that_all_are_tied(state, len(indices))
         rate = learning_rate(config.optim, state.step, num_steps)
         return {**NO_UPDATE, "learning_rate": rate, **scored.metrics, **counts}
     places = torch.tensor(fresh.places)
@@ -112,17 +122,6 @@ NO_UPDATE: Metrics = {
 def watched(metrics: Metrics) -> Metrics:
     """Add a KL of 0 for a loss without a reference, which has no KL to watch."""
     return {"objective/kl": 0.0, **metrics}
-
-
-def warn_that_all_are_tied(state: TrainState, num_prompts: int) -> None:
-    """Print one line if a step has no pair; of several such steps in a row, for the first."""
-    if state.kept.get("last_step_without_pairs") != state.step - 1:
-        print(
-            f"step {state.step + 1}: no pair of {num_prompts} prompts (the samples of each have "
-            "one score, or are the same); no weight is changed by such a step",
-            flush=True,
-        )
-    state.kept["last_step_without_pairs"] = state.step
 
 
 def update_on(online: OnlineDPOSetup, pairs: Pairs, state: TrainState, num_steps: int) -> Metrics:

@@ -30,7 +30,14 @@ from fastalign.trainers.ppo.record import (
 )
 from fastalign.trainers.ppo.setup import PPOSetup, prepare_ppo, scale_of_scores
 from fastalign.trainers.ppo.update import Experience, mean_of_updates, one_update
-from fastalign.trainers.sampling.collapse import reason_to_stop, repeated_ratio, watch
+from fastalign.trainers.sampling.collapse import (
+    all_rewards_equal,
+    count_without_signal,
+    print_steps_without_signal,
+    reason_to_stop,
+    repeated_ratio,
+    watch,
+)
 from fastalign.trainers.sampling.policy_sampler import overlapped
 from fastalign.trainers.sampling.rollout import Rollouts, final_scores, rollout_seed
 
@@ -64,6 +71,7 @@ def train_ppo(config: PPOConfig) -> RunResult:
             run.stop(reason_to_stop(metrics, config.watch))
             if step.evaluates and ppo.held_out is not None:
                 step.log(evaluate_prompts(ppo))
+        print_steps_without_signal(run.state)
         others = {}
         if models.value is not None:
             others["value"] = partial(save_reward_model, models.value, models.value_tokenizer)
@@ -104,6 +112,7 @@ def ppo_step(ppo: PPOSetup, state: TrainState, indices: list[int], num_steps: in
         "episode": (state.step + 1) * len(score),
     }
     metrics |= watch(metrics, config.watch, state.kept)
+    metrics |= count_without_signal(state, no_signal(ppo, rollouts, experience))
     metrics["eps"] = len(score) / (time.perf_counter() - start)
     return metrics
 
@@ -173,6 +182,20 @@ def make_experience(
         **value_metrics(record, advantages.returns),
         "completions/repeated_ratio": repeated_ratio(responses),
     }
+
+
+def no_signal(ppo: PPOSetup, rollouts: Rollouts, experience: Experience) -> str | None:
+    """Return why a step teaches the policy nothing, or None.
+
+    A value model is the baseline of all prompts, which are then compared with each other.
+    """
+    needs_value = ppo.config.ppo.advantage.needs_value
+    if all_rewards_equal(rollouts.rewards, 1 if needs_value else ppo.config.sampling.num_samples):
+        of = "" if needs_value else "each prompt's "
+        return f"the rewards of all {of}completions are equal; such a step has no learning signal"
+    if not bool(experience.advantages.advantage.any()):
+        return "all advantages are zero; such a step has no learning signal"
+    return None
 
 
 def all_updates(

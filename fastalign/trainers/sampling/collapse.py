@@ -1,11 +1,15 @@
-"""Watch for a collapsed policy by limits on its samples' entropy, length, repeats and KL."""
+"""Watch for a collapsed policy by limits on its samples, and for steps that teach it nothing."""
 
 from collections.abc import Sequence
 
+from torch import Tensor
+
 from fastalign.runs.metrics import Metrics
+from fastalign.runs.state import TrainState
 from fastalign.trainers.sampling.config import WatchConfig
 
 RUN_LENGTH = 4  # tokens of the runs that repeats are counted of
+STEPS_WITHOUT_SIGNAL = "num_steps_without_signal"  # among them, too
 COLLAPSED_IN_A_ROW = "collapsed_in_a_row"  # among the numbers that a checkpoint keeps
 
 
@@ -61,3 +65,38 @@ def reason_to_stop(metrics: Metrics, config: WatchConfig) -> str | None:
         return None
     signs = ", ".join(signs_of_collapse(metrics, config))
     return f"collapsed for {int(metrics['collapsed'])} steps: {signs}"
+
+
+def all_rewards_equal(rewards: Tensor, num_samples: int) -> bool:
+    """Return whether rewards (R,) order no samples: those of each prompt are all equal.
+
+    Args:
+        rewards: all samples of the first prompt, then of the second.
+        num_samples: samples of a prompt that are compared; 1: all R are compared with each other.
+    """
+    groups = rewards.view(-1, num_samples) if num_samples > 1 else rewards.view(1, -1)
+    return groups.shape[1] > 1 and bool((groups == groups[:, :1]).all())
+
+
+def count_without_signal(state: TrainState, reason: str | None) -> Metrics:
+    """Count a step without a learning signal; print the first of the run.
+
+    Args:
+        state: state of the run, whose `kept` holds the count.
+        reason: what is missing, or None if the step has a signal.
+
+    Returns:
+        `num_steps_without_signal`, the number of such steps so far.
+    """
+    count = int(state.kept.get(STEPS_WITHOUT_SIGNAL, 0)) + (reason is not None)
+    if reason is not None and count == 1:
+        print(f"step {state.step + 1}: {reason}", flush=True)
+    state.kept[STEPS_WITHOUT_SIGNAL] = count
+    return {STEPS_WITHOUT_SIGNAL: count}
+
+
+def print_steps_without_signal(state: TrainState) -> None:
+    """Print the number of steps without a learning signal, if there were any."""
+    count = int(state.kept.get(STEPS_WITHOUT_SIGNAL, 0))
+    if count:
+        print(f"{count} of {state.step} steps had no learning signal", flush=True)

@@ -27,7 +27,7 @@ from fastalign.data import (
 from fastalign.evaluation import ModelReward, apply_reward, load_reward
 from fastalign.evaluation.rewards import RewardFunction
 from fastalign.models import RewardScale, has_adapter
-from fastalign.ranks.world import ALONE, World
+from fastalign.ranks.world import ALONE, UserCodeFailed, World
 from fastalign.rollouts import Completion, Sampler, SamplingParams
 from fastalign.runs.data import say_added_tokens
 from fastalign.runs.metrics import Metrics
@@ -37,6 +37,7 @@ from fastalign.trainers.sampling.policy_sampler import AnySampler
 # Prompts that the scale of scores is measured on, as openai/lm-human-preferences has them.
 NUM_SCALE_SAMPLES = 256
 FOREIGN_IDS = "sampling/num_ids_without_token"
+ERRORS = (UserCodeFailed, ValueError, OSError)  # of a reward function, raised on every rank
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class RewardSources:
 
         Raises:
             ValueError: if a source returns another number of rewards, or one that is not finite.
+            UserCodeFailed: if a source is a function that raises an error.
         """
         total = torch.zeros(len(texts), dtype=torch.float64)
         metrics: Metrics = {}
@@ -68,9 +70,12 @@ class RewardSources:
             try:
                 # A model's work is shared by all ranks; any other function is rank 0's alone.
                 shared = isinstance(function, ModelReward)
-                rewards = work() if shared else self.world.first_does(work)
+                rewards = work() if shared else self.world.first_does(work, ERRORS)
             except ValueError as error:
                 raise ValueError(f"reward.sources: {name}: {error}") from error
+            except UserCodeFailed as error:
+                error.args = (f"reward.sources: {name}: {error}",)
+                raise
             total += weight * torch.tensor(rewards, dtype=torch.float64)
             metrics[f"rewards/{name}/mean"] = fmean(rewards)
         metrics["reward"] = total.mean().item()
