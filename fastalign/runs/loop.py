@@ -27,8 +27,8 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from fastalign.batch.schedule import indices_of_step
-from fastalign.compute import Compute
-from fastalign.models import has_adapter, is_out_of_memory, model_fingerprint, save_model
+from fastalign.compute import Compute, is_out_of_memory
+from fastalign.models import has_adapter, model_fingerprint, save_model
 from fastalign.ranks.failure import Peers
 from fastalign.ranks.parallel import reshard
 from fastalign.rollouts import OverlappedSampler, RankZeroSampler
