@@ -7,7 +7,7 @@
 // of threads and an instruction set (-1 the best that the processor runs, 0 portable, 1 AVX2, 2
 // AVX-512). The CUDA library ends in _cuda and takes a cudaStream_t; it launches and returns.
 // Functions return 0, 1 for an instruction set that cannot be used, 2 for an unknown dtype, 3 for a
-// failed launch.
+// failed launch. Addresses are of the device's memory.
 #pragma once
 
 #include <stdint.h>
@@ -16,8 +16,14 @@
 extern "C" {
 #endif
 
-#define FASTALIGN_ABI_VERSION 3
+#define FASTALIGN_ABI_VERSION 4
 #define FASTALIGN_EXPORT __attribute__((visibility("default")))
+
+// Declares a function of both libraries.
+#define FASTALIGN_BOTH(name, ...)                                                     \
+    FASTALIGN_EXPORT int32_t fastalign_##name##_cpu(__VA_ARGS__, int32_t num_threads, \
+                                                    int32_t isa);                     \
+    FASTALIGN_EXPORT int32_t fastalign_##name##_cuda(__VA_ARGS__, void* stream);
 
 // Returns the version above, which is checked when the library is loaded.
 FASTALIGN_EXPORT int32_t fastalign_abi_version(void);
@@ -25,21 +31,22 @@ FASTALIGN_EXPORT int32_t fastalign_abi_version(void);
 // Returns 1 if this build has the instruction set and this processor runs it.
 FASTALIGN_EXPORT int32_t fastalign_cpu_isa_usable(int32_t isa);
 
-// z = softcap tanh(logits / softcap) / temperature (softcap 0: none; temperature (T,) or NULL).
-// logprob (T,) = z[target] - logsumexp; entropy (T,); logsumexp (T,). A target of ignore_index
-// gives logprob 0 and entropy 0.
-FASTALIGN_EXPORT int32_t fastalign_token_logprob_forward_cpu(
-    const void* logits, int32_t dtype, int64_t num_rows, int64_t num_columns, int64_t row_stride,
-    float softcap, int64_t ignore_index, const int64_t* targets, const float* temperature,
-    float* logprob, float* entropy, float* logsumexp, int32_t num_threads, int32_t isa);
+// z = gain u = softcap tanh(logits / softcap) / temperature, u the tanh, or the logits (softcap 0:
+// none; temperature (T,) or NULL). logprob (T,); entropy (T,); maximum (T,) of u; log_total (T,) =
+// log sum exp(z - max z). A target of ignore_index gives logprob 0 and entropy 0.
+FASTALIGN_BOTH(token_logprob_forward, const void* logits, int32_t dtype, int64_t num_rows,
+               int64_t num_columns, int64_t row_stride, float softcap, int64_t ignore_index,
+               const int64_t* targets, const float* temperature, float* logprob, float* entropy,
+               float* maximum, float* log_total)
 
-// gradient (T, V) of the logits, contiguous, from grad_logprob (T,) and grad_entropy (T,) or NULL:
-// [g (1[v = y] - p_v) - e p_v (log p_v + H)] dz_v / dlogits_v; zero where ignored.
-FASTALIGN_EXPORT int32_t fastalign_token_logprob_backward_cpu(
-    const void* logits, int32_t dtype, int64_t num_rows, int64_t num_columns, int64_t row_stride,
-    float softcap, int64_t ignore_index, const int64_t* targets, const float* temperature,
-    const float* logsumexp, const float* entropy, const float* grad_logprob,
-    const float* grad_entropy, void* gradient, int32_t num_threads, int32_t isa);
+// gradient (T, V) of the logits, contiguous, from what the forward wrote, grad_logprob (T,) and
+// grad_entropy (T,) or NULL: [g (1[v = y] - p_v) - e p_v (log p_v + H)] dz_v / dlogits_v; zero
+// where ignored.
+FASTALIGN_BOTH(token_logprob_backward, const void* logits, int32_t dtype, int64_t num_rows,
+               int64_t num_columns, int64_t row_stride, float softcap, int64_t ignore_index,
+               const int64_t* targets, const float* temperature, const float* logprob,
+               const float* entropy, const float* maximum, const float* log_total,
+               const float* grad_logprob, const float* grad_entropy, void* gradient)
 
 // Returns 1 if this processor has what the next function needs: AVX-512 with bfloat16.
 FASTALIGN_EXPORT int32_t fastalign_product_bf16_usable_cpu(void);
@@ -58,102 +65,54 @@ FASTALIGN_EXPORT int32_t fastalign_product_bf16_cpu(
 // zeros for rows with `ignored`. `gradient` (T, V) or NULL, float32 (gradient_dtype 0; may be x
 // itself) or bfloat16 (1), rows gradient_stride apart: what token_logprob's backward writes, by x,
 // with grad_logprob NULL standing for ones; grad_entropy may be NULL.
-FASTALIGN_EXPORT int32_t fastalign_head_tile_cpu(
-    float* x, int64_t num_rows, int64_t num_columns, int64_t row_stride, float softcap,
-    float logit_scale, const float* temperature, const int64_t* targets, const uint8_t* ignored,
-    float* logprob, float* entropy, uint8_t* is_argmax, void* gradient, int32_t gradient_dtype,
-    int64_t gradient_stride, const float* grad_logprob, const float* grad_entropy,
-    int32_t num_threads, int32_t isa);
+FASTALIGN_BOTH(head_tile, float* x, int64_t num_rows, int64_t num_columns, int64_t row_stride,
+               float softcap, float logit_scale, const float* temperature, const int64_t* targets,
+               const uint8_t* ignored, float* logprob, float* entropy, uint8_t* is_argmax,
+               void* gradient, int32_t gradient_dtype, int64_t gradient_stride,
+               const float* grad_logprob, const float* grad_entropy)
 
 // Preference pairs, B of them, whose 2B sequences of tokens lie between bounds (2B + 1,), chosen
 // first: losses (B,); sequence_logprob (2B,), each the sum of its part of logprob, in double,
 // rounded once; coefficient (2B,), the derivative of a pair's loss by each of its two. `link` and
 // the numbers are those of preference_pair.h. reference_logprob (2B,), length (2B,) and tie (B,)
 // may be NULL: no reference, all rows count, no tie. An unknown link returns 2.
-FASTALIGN_EXPORT int32_t fastalign_preference_loss_forward_cpu(
-    const float* logprob, const int64_t* bounds, const float* reference_logprob,
-    const int64_t* length, const uint8_t* tie, int64_t num_pairs, int32_t link, int32_t per_token,
-    float beta, float length_weight, float threshold, float right, float wrong, float tie_offset,
-    float* losses, float* sequence_logprob, float* coefficient, int32_t num_threads, int32_t isa);
+FASTALIGN_BOTH(preference_loss_forward, const float* logprob, const int64_t* bounds,
+               const float* reference_logprob, const int64_t* length, const uint8_t* tie,
+               int64_t num_pairs, int32_t link, int32_t per_token, float beta, float length_weight,
+               float threshold, float right, float wrong, float tie_offset, float* losses,
+               float* sequence_logprob, float* coefficient)
 
 // gradient (N,) of logprob: in sequence s of pair b, grad_losses[b] coefficient[s] +
 // grad_sequence_logprob[s], the latter (2B,) or NULL.
-FASTALIGN_EXPORT int32_t fastalign_preference_loss_backward_cpu(
-    const float* grad_losses, const float* grad_sequence_logprob, const float* coefficient,
-    const int64_t* bounds, int64_t num_pairs, float* gradient, int32_t num_threads, int32_t isa);
+FASTALIGN_BOTH(preference_loss_backward, const float* grad_losses,
+               const float* grad_sequence_logprob, const float* coefficient, const int64_t* bounds,
+               int64_t num_pairs, float* gradient)
 
 // Packed responses, here and below: response r has the tokens bounds[r] <= t < bounds[r + 1], N in
-// all. kl (N,) = x, x^2 / 2 or exp(-x) - 1 + x (estimator 0, 1, 2; an unknown one is an unknown
-// dtype), x = logprob - reference_logprob, both (N,); 0 where mask (N,) is 0 (NULL: all count).
-// sequence_kl (R,) its sums, added in double. reward (N,) = -coefficient kl, and 0 where mask is
-// 0; score (R,) or NULL is added at the last token that counts; where there is none, sequence_kl
-// is NaN. adaptive_coefficient () replaces coefficient unless NULL.
-FASTALIGN_EXPORT int32_t fastalign_kl_penalty_forward_cpu(
-    const float* logprob, const float* reference_logprob, const int64_t* bounds,
-    int64_t num_responses, const float* score, float coefficient, const float* adaptive_coefficient,
-    const uint8_t* mask, int32_t estimator, float* reward, float* kl, float* sequence_kl,
-    int32_t num_threads, int32_t isa);
+// all. kl (N,) = x, x^2 / 2 or, with x at least -20, min(exp(-x) - 1 + x, max_k3) (estimator 0, 1,
+// 2; an unknown one is an unknown dtype), x = logprob - reference_logprob, both (N,); 0 where mask
+// (N,) is 0 (NULL: all count). sequence_kl (R,) its sums, added in double. reward (N,) =
+// -coefficient kl, and 0 where mask is 0; score (R,) or NULL is added at the last token that
+// counts; where there is none, sequence_kl is NaN. adaptive_coefficient () replaces coefficient
+// unless NULL.
+FASTALIGN_BOTH(kl_penalty_forward, const float* logprob, const float* reference_logprob,
+               const int64_t* bounds, int64_t num_responses, const float* score, float coefficient,
+               const float* adaptive_coefficient, const uint8_t* mask, int32_t estimator,
+               float max_k3, float* reward, float* kl, float* sequence_kl)
 
 // gradient (N,) of logprob from grad_kl (N,) and grad_sequence_kl (R,), each may be NULL: their sum
-// times 1, x or 1 - exp(-x); 0 where mask is 0.
-FASTALIGN_EXPORT int32_t fastalign_kl_penalty_backward_cpu(
-    const float* grad_kl, const float* grad_sequence_kl, const float* logprob,
-    const float* reference_logprob, const int64_t* bounds, int64_t num_responses,
-    const uint8_t* mask, int32_t estimator, float* gradient, int32_t num_threads, int32_t isa);
+// times 1, x or 1 - exp(-x), the last 0 where a bound changes the estimate; 0 where mask is 0.
+FASTALIGN_BOTH(kl_penalty_backward, const float* grad_kl, const float* grad_sequence_kl,
+               const float* logprob, const float* reference_logprob, const int64_t* bounds,
+               int64_t num_responses, const uint8_t* mask, int32_t estimator, float max_k3,
+               float* gradient)
 
 // A_t = delta_t + gamma gae_lambda A_(t+1), delta_t = reward_t + gamma value_(t+1) - value_t, from
 // the end of each packed response, in double, after which the value is bootstrap_value (R,), or 0
 // for NULL: advantage (N,) = A, returns (N,) = A + value.
-FASTALIGN_EXPORT int32_t fastalign_gae_cpu(const float* reward, const float* value,
-                                           const int64_t* bounds, int64_t num_responses,
-                                           const float* bootstrap_value, double gamma,
-                                           double gae_lambda, float* advantage, float* returns,
-                                           int32_t num_threads, int32_t isa);
-
-// The same on a CUDA device; addresses are of device memory.
-FASTALIGN_EXPORT int32_t fastalign_token_logprob_forward_cuda(
-    const void* logits, int32_t dtype, int64_t num_rows, int64_t num_columns, int64_t row_stride,
-    float softcap, int64_t ignore_index, const int64_t* targets, const float* temperature,
-    float* logprob, float* entropy, float* logsumexp, void* stream);
-
-FASTALIGN_EXPORT int32_t fastalign_token_logprob_backward_cuda(
-    const void* logits, int32_t dtype, int64_t num_rows, int64_t num_columns, int64_t row_stride,
-    float softcap, int64_t ignore_index, const int64_t* targets, const float* temperature,
-    const float* logsumexp, const float* entropy, const float* grad_logprob,
-    const float* grad_entropy, void* gradient, void* stream);
-
-FASTALIGN_EXPORT int32_t fastalign_head_tile_cuda(
-    float* x, int64_t num_rows, int64_t num_columns, int64_t row_stride, float softcap,
-    float logit_scale, const float* temperature, const int64_t* targets, const uint8_t* ignored,
-    float* logprob, float* entropy, uint8_t* is_argmax, void* gradient, int32_t gradient_dtype,
-    int64_t gradient_stride, const float* grad_logprob, const float* grad_entropy, void* stream);
-
-FASTALIGN_EXPORT int32_t fastalign_preference_loss_forward_cuda(
-    const float* logprob, const int64_t* bounds, const float* reference_logprob,
-    const int64_t* length, const uint8_t* tie, int64_t num_pairs, int32_t link, int32_t per_token,
-    float beta, float length_weight, float threshold, float right, float wrong, float tie_offset,
-    float* losses, float* sequence_logprob, float* coefficient, void* stream);
-
-FASTALIGN_EXPORT int32_t fastalign_preference_loss_backward_cuda(
-    const float* grad_losses, const float* grad_sequence_logprob, const float* coefficient,
-    const int64_t* bounds, int64_t num_pairs, float* gradient, void* stream);
-
-FASTALIGN_EXPORT int32_t fastalign_kl_penalty_forward_cuda(
-    const float* logprob, const float* reference_logprob, const int64_t* bounds,
-    int64_t num_responses, const float* score, float coefficient, const float* adaptive_coefficient,
-    const uint8_t* mask, int32_t estimator, float* reward, float* kl, float* sequence_kl,
-    void* stream);
-
-FASTALIGN_EXPORT int32_t fastalign_kl_penalty_backward_cuda(
-    const float* grad_kl, const float* grad_sequence_kl, const float* logprob,
-    const float* reference_logprob, const int64_t* bounds, int64_t num_responses,
-    const uint8_t* mask, int32_t estimator, float* gradient, void* stream);
-
-FASTALIGN_EXPORT int32_t fastalign_gae_cuda(const float* reward, const float* value,
-                                            const int64_t* bounds, int64_t num_responses,
-                                            const float* bootstrap_value, double gamma,
-                                            double gae_lambda, float* advantage, float* returns,
-                                            void* stream);
+FASTALIGN_BOTH(gae, const float* reward, const float* value, const int64_t* bounds,
+               int64_t num_responses, const float* bootstrap_value, double gamma, double gae_lambda,
+               float* advantage, float* returns)
 
 // The pass over a tile in two, for a vocabulary whose columns are shared among processes. First
 // each row's statistics over these columns, x only read. With u = tanh(logit_scale x / softcap), or
@@ -161,53 +120,39 @@ FASTALIGN_EXPORT int32_t fastalign_gae_cuda(const float* reward, const float* va
 // (T,), the sum of exp(z - max z), and weighted (T,) or NULL, that of (z - max z) exp(z - max z),
 // both 0 in that case; target_u (T,), u at the target, 0 for a target outside 0..num_columns - 1,
 // which is another process's. Rows with `ignored`: zeros.
-FASTALIGN_EXPORT int32_t fastalign_head_tile_statistics_cpu(
-    const float* x, int64_t num_rows, int64_t num_columns, int64_t row_stride, float softcap,
-    float logit_scale, const float* temperature, const int64_t* targets, const uint8_t* ignored,
-    float* maximum, float* total, float* weighted, float* target_u, int32_t num_threads,
-    int32_t isa);
+FASTALIGN_BOTH(head_tile_statistics, const float* x, int64_t num_rows, int64_t num_columns,
+               int64_t row_stride, float softcap, float logit_scale, const float* temperature,
+               const int64_t* targets, const uint8_t* ignored, float* maximum, float* total,
+               float* weighted, float* target_u)
 
 // Then head_tile's gradient of these columns, given the statistics over all columns: maximum of u,
 // log_total = log sum exp(z - max z), and entropy (T,), which may be NULL where grad_entropy is.
-FASTALIGN_EXPORT int32_t fastalign_head_tile_gradient_cpu(
-    float* x, int64_t num_rows, int64_t num_columns, int64_t row_stride, float softcap,
-    float logit_scale, const float* temperature, const int64_t* targets, const uint8_t* ignored,
-    const float* maximum, const float* log_total, const float* entropy, void* gradient,
-    int32_t gradient_dtype, int64_t gradient_stride, const float* grad_logprob,
-    const float* grad_entropy, int32_t num_threads, int32_t isa);
-
-FASTALIGN_EXPORT int32_t fastalign_head_tile_statistics_cuda(
-    const float* x, int64_t num_rows, int64_t num_columns, int64_t row_stride, float softcap,
-    float logit_scale, const float* temperature, const int64_t* targets, const uint8_t* ignored,
-    float* maximum, float* total, float* weighted, float* target_u, void* stream);
-
-FASTALIGN_EXPORT int32_t fastalign_head_tile_gradient_cuda(
-    float* x, int64_t num_rows, int64_t num_columns, int64_t row_stride, float softcap,
-    float logit_scale, const float* temperature, const int64_t* targets, const uint8_t* ignored,
-    const float* maximum, const float* log_total, const float* entropy, void* gradient,
-    int32_t gradient_dtype, int64_t gradient_stride, const float* grad_logprob,
-    const float* grad_entropy, void* stream);
+FASTALIGN_BOTH(head_tile_gradient, float* x, int64_t num_rows, int64_t num_columns,
+               int64_t row_stride, float softcap, float logit_scale, const float* temperature,
+               const int64_t* targets, const uint8_t* ignored, const float* maximum,
+               const float* log_total, const float* entropy, void* gradient, int32_t gradient_dtype,
+               int64_t gradient_stride, const float* grad_logprob, const float* grad_entropy)
 
 // KL of two softmaxes over logits (T, V) and reference (T, V), each with its own dtype and row
 // stride; both are transformed as token_logprob's are. kl (T,): KL(policy || reference), or with
 // over_reference KL(reference || policy); at least 0, inf where one side bans a token to which the
-// other gives probability. logsumexp and reference_logsumexp (T,) are for the backward. ignored
-// (T,) or NULL: zeros in all three.
-FASTALIGN_EXPORT int32_t fastalign_token_kl_forward_cpu(
-    const void* logits, int32_t dtype, int64_t row_stride, const void* reference,
-    int32_t reference_dtype, int64_t reference_stride, int64_t num_rows, int64_t num_columns,
-    float softcap, int32_t over_reference, const float* temperature, const uint8_t* ignored,
-    float* kl, float* logsumexp, float* reference_logsumexp, int32_t num_threads, int32_t isa);
+// other gives probability. maximum and log_total (T,) of each side are for the backward. ignored
+// (T,) or NULL: zeros in all five.
+FASTALIGN_BOTH(token_kl_forward, const void* logits, int32_t dtype, int64_t row_stride,
+               const void* reference, int32_t reference_dtype, int64_t reference_stride,
+               int64_t num_rows, int64_t num_columns, float softcap, int32_t over_reference,
+               const float* temperature, const uint8_t* ignored, float* kl, float* maximum,
+               float* log_total, float* reference_maximum, float* reference_log_total)
 
 // gradient (T, V) of the policy's logits, contiguous, in their dtype, from grad_kl (T,):
 // g p_v (log p_v - log q_v - KL) dz_v / dlogits_v, or with over_reference g (p_v - q_v)
 // dz_v / dlogits_v; zero where ignored, NaN where kl is infinite.
-FASTALIGN_EXPORT int32_t fastalign_token_kl_backward_cpu(
-    const void* logits, int32_t dtype, int64_t row_stride, const void* reference,
-    int32_t reference_dtype, int64_t reference_stride, int64_t num_rows, int64_t num_columns,
-    float softcap, int32_t over_reference, const float* temperature, const uint8_t* ignored,
-    const float* kl, const float* logsumexp, const float* reference_logsumexp, const float* grad_kl,
-    void* gradient, int32_t num_threads, int32_t isa);
+FASTALIGN_BOTH(token_kl_backward, const void* logits, int32_t dtype, int64_t row_stride,
+               const void* reference, int32_t reference_dtype, int64_t reference_stride,
+               int64_t num_rows, int64_t num_columns, float softcap, int32_t over_reference,
+               const float* temperature, const uint8_t* ignored, const float* kl,
+               const float* maximum, const float* log_total, const float* reference_maximum,
+               const float* reference_log_total, const float* grad_kl, void* gradient)
 
 // One pass over a policy's and a reference's tile of products, both (num_rows, num_columns) with
 // row_stride, which it may destroy; both become logits as in head_tile. logprob, reference_logprob,
@@ -217,35 +162,12 @@ FASTALIGN_EXPORT int32_t fastalign_token_kl_backward_cpu(
 // the two are the derivatives of logprob and of kl by the policy's products, and no grad_* is read;
 // without, `gradient` is that of grad_logprob logprob + grad_entropy entropy + grad_kl kl. A kl
 // that is infinite has NaN gradients, unless its grad_kl is 0.
-FASTALIGN_EXPORT int32_t fastalign_kl_tile_cpu(
-    float* policy, float* reference, int64_t num_rows, int64_t num_columns, int64_t row_stride,
-    float softcap, float logit_scale, int32_t over_reference, const float* temperature,
-    const int64_t* targets, const uint8_t* ignored, float* logprob, float* reference_logprob,
-    float* entropy, float* kl, void* gradient, void* kl_gradient, int32_t gradient_dtype,
-    int64_t gradient_stride, const float* grad_logprob, const float* grad_entropy,
-    const float* grad_kl, int32_t num_threads, int32_t isa);
-
-// The same on a CUDA device.
-FASTALIGN_EXPORT int32_t fastalign_token_kl_forward_cuda(
-    const void* logits, int32_t dtype, int64_t row_stride, const void* reference,
-    int32_t reference_dtype, int64_t reference_stride, int64_t num_rows, int64_t num_columns,
-    float softcap, int32_t over_reference, const float* temperature, const uint8_t* ignored,
-    float* kl, float* logsumexp, float* reference_logsumexp, void* stream);
-
-FASTALIGN_EXPORT int32_t fastalign_token_kl_backward_cuda(
-    const void* logits, int32_t dtype, int64_t row_stride, const void* reference,
-    int32_t reference_dtype, int64_t reference_stride, int64_t num_rows, int64_t num_columns,
-    float softcap, int32_t over_reference, const float* temperature, const uint8_t* ignored,
-    const float* kl, const float* logsumexp, const float* reference_logsumexp, const float* grad_kl,
-    void* gradient, void* stream);
-
-FASTALIGN_EXPORT int32_t fastalign_kl_tile_cuda(
-    float* policy, float* reference, int64_t num_rows, int64_t num_columns, int64_t row_stride,
-    float softcap, float logit_scale, int32_t over_reference, const float* temperature,
-    const int64_t* targets, const uint8_t* ignored, float* logprob, float* reference_logprob,
-    float* entropy, float* kl, void* gradient, void* kl_gradient, int32_t gradient_dtype,
-    int64_t gradient_stride, const float* grad_logprob, const float* grad_entropy,
-    const float* grad_kl, void* stream);
+FASTALIGN_BOTH(kl_tile, float* policy, float* reference, int64_t num_rows, int64_t num_columns,
+               int64_t row_stride, float softcap, float logit_scale, int32_t over_reference,
+               const float* temperature, const int64_t* targets, const uint8_t* ignored,
+               float* logprob, float* reference_logprob, float* entropy, float* kl, void* gradient,
+               void* kl_gradient, int32_t gradient_dtype, int64_t gradient_stride,
+               const float* grad_logprob, const float* grad_entropy, const float* grad_kl)
 
 #ifdef __cplusplus
 }

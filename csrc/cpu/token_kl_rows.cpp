@@ -48,10 +48,10 @@ void forward_row(const KLRows& rows, int64_t index) {
     const Divergence found = rows.over_reference ? read_divergence<true>(rows.num_columns, read)
                                                  : read_divergence<false>(rows.num_columns, read);
     rows.kl[index] = static_cast<float>(found.kl);
-    rows.logsumexp[index] =
-        static_cast<float>(policy_maximum * row.gain + std::log(found.policy_total));
-    rows.reference_logsumexp[index] =
-        static_cast<float>(reference_maximum * row.gain + std::log(found.reference_total));
+    rows.maximum[index] = policy_maximum;
+    rows.log_total[index] = static_cast<float>(std::log(found.policy_total));
+    rows.reference_maximum[index] = reference_maximum;
+    rows.reference_log_total[index] = static_cast<float>(std::log(found.reference_total));
 }
 
 template <bool OVER_REFERENCE, typename Policy, typename Reference>
@@ -59,13 +59,16 @@ void write_gradient(const KLRows& rows, int64_t index) {
     const Row<Policy, Reference> row(rows, index);
     auto* gradient =
         static_cast<typename Policy::Element*>(rows.gradient) + index * rows.num_columns;
-    const float kl = rows.saved_kl[index], logsumexp = rows.saved_logsumexp[index],
-                reference_logsumexp = rows.saved_reference_logsumexp[index];
+    const float kl = rows.kl[index];
+    const float maximum = rows.maximum[index], log_total = rows.log_total[index];
+    const float reference_maximum = rows.reference_maximum[index];
+    const float reference_log_total = rows.reference_log_total[index];
     const float coefficient = (std::isinf(kl) ? NAN : rows.grad_kl[index]) * row.scale;
     visit_vectors(0, rows.num_columns, [&](int64_t column, auto count) {
         const Float u = row.policy_u(column, count);
-        const Float log_p = u * row.gain - logsumexp;
-        const Float log_q = row.reference_u(column, count) * row.gain - reference_logsumexp;
+        const Float log_p = (u - maximum) * row.gain - log_total;
+        const Float v = row.reference_u(column, count);
+        const Float log_q = (v - reference_maximum) * row.gain - reference_log_total;
         const Float p = exp(log_p);
         Float bracket =
             OVER_REFERENCE ? p - exp(log_q) : p * ((bounded(log_p) - bounded(log_q)) - kl);
@@ -87,7 +90,9 @@ void run_row(const KLRows& rows, int64_t index) {
             write_gradient<false, Policy, Reference>(rows, index);
         }
     } else if (ignored) {
-        rows.kl[index] = rows.logsumexp[index] = rows.reference_logsumexp[index] = 0;
+        for (float* found : {rows.kl, rows.maximum, rows.log_total, rows.reference_maximum,
+                             rows.reference_log_total})
+            found[index] = 0;
     } else {
         forward_row<Policy, Reference>(rows, index);
     }

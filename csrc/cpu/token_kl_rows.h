@@ -15,10 +15,10 @@ struct KLRows {
     int32_t over_reference;
     const float* temperature;
     const uint8_t* ignored;
-    // forward
-    float *kl, *logsumexp, *reference_logsumexp;
-    // backward; `gradient` is NULL in the forward
-    const float *saved_kl, *saved_logsumexp, *saved_reference_logsumexp, *grad_kl;
+    // written forward, read backward
+    float *kl, *maximum, *log_total, *reference_maximum, *reference_log_total;
+    // NULL in the forward
+    const float* grad_kl;
     void* gradient;
 };
 

@@ -25,23 +25,37 @@ int32_t fastalign_token_logprob_forward_cpu(const void* logits, int32_t dtype, i
                                             int64_t num_columns, int64_t row_stride, float softcap,
                                             int64_t ignore_index, const int64_t* targets,
                                             const float* temperature, float* logprob,
-                                            float* entropy, float* logsumexp, int32_t num_threads,
-                                            int32_t isa) {
+                                            float* entropy, float* maximum, float* log_total,
+                                            int32_t num_threads, int32_t isa) {
     const Rows rows = {logits,       dtype,   num_rows,    num_columns, row_stride, softcap,
-                       ignore_index, targets, temperature, logprob,     entropy,    logsumexp,
-                       nullptr,      nullptr, nullptr,     nullptr,     nullptr};
+                       ignore_index, targets, temperature, logprob,     entropy,    maximum,
+                       log_total,    nullptr, nullptr,     nullptr};
     return run(rows, num_threads, isa);
 }
 
 int32_t fastalign_token_logprob_backward_cpu(const void* logits, int32_t dtype, int64_t num_rows,
                                              int64_t num_columns, int64_t row_stride, float softcap,
                                              int64_t ignore_index, const int64_t* targets,
-                                             const float* temperature, const float* logsumexp,
-                                             const float* entropy, const float* grad_logprob,
+                                             const float* temperature, const float* logprob,
+                                             const float* entropy, const float* maximum,
+                                             const float* log_total, const float* grad_logprob,
                                              const float* grad_entropy, void* gradient,
                                              int32_t num_threads, int32_t isa) {
-    const Rows rows = {logits,       dtype,   num_rows,     num_columns,  row_stride, softcap,
-                       ignore_index, targets, temperature,  nullptr,      nullptr,    nullptr,
-                       logsumexp,    entropy, grad_logprob, grad_entropy, gradient};
+    const Rows rows = {logits,
+                       dtype,
+                       num_rows,
+                       num_columns,
+                       row_stride,
+                       softcap,
+                       ignore_index,
+                       targets,
+                       temperature,
+                       const_cast<float*>(logprob),
+                       const_cast<float*>(entropy),
+                       const_cast<float*>(maximum),
+                       const_cast<float*>(log_total),
+                       grad_logprob,
+                       grad_entropy,
+                       gradient};
     return run(rows, num_threads, isa);
 }

@@ -15,10 +15,9 @@ struct Rows {
     int64_t ignore_index;
     const int64_t* targets;
     const float* temperature;
-    // forward
-    float *logprob, *entropy, *logsumexp;
-    // backward; `gradient` is NULL in the forward
-    const float *saved_logsumexp, *saved_entropy, *grad_logprob, *grad_entropy;
+    float *logprob, *entropy, *maximum, *log_total;  // written forward, read backward
+    // NULL in the forward
+    const float *grad_logprob, *grad_entropy;
     void* gradient;
 };
 

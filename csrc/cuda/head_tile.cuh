@@ -5,7 +5,7 @@
 #include <cuda_bf16.h>
 
 #include "reduce.cuh"
-#include "row_transform.cuh"
+#include "row_gradient.cuh"
 
 namespace fastalign {
 
@@ -70,36 +70,17 @@ __device__ Softmax read_statistics(const float* row, int64_t num_columns,
     return reduce_block<THREADS>(mine, transform.gain);
 }
 
-// What the gradient of one row is computed from: log p = z - max z - log_total.
-struct RowGradient {
-    int64_t target;  // outside the row: another process's
-    float maximum;   // of u
-    float log_total, logprob, entropy;
-    float grad_logprob, grad_entropy;
-    bool of_entropy, ignored;
-};
-
 template <typename T, bool ALIGNED>
 __device__ void write_gradient(const float* row, T* gradient, int64_t num_columns,
                                const RowTransform& transform, const RowGradient& known) {
-    const float g = known.grad_logprob, e = known.grad_entropy;
-    const float rest = -expm1f(known.logprob);  // 1 - p: exact where p is near 1
+    const float rest = known.rest();
     for (int64_t column = threadIdx.x * PIECE; column < num_columns; column += THREADS * PIECE) {
         const int count = num_columns - column < PIECE ? num_columns - column : PIECE;
         alignas(16) float values[PIECE];
         load_piece<ALIGNED>(row + column, count, 0.0f, values);
 #pragma unroll
-        for (int i = 0; i < PIECE; ++i) {
-            const float u = transform.u(values[i]);
-            const float log_p = (u - known.maximum) * transform.gain - known.log_total;
-            const float p = expf(log_p);
-            float result = column + i == known.target ? g * rest : -g * p;
-            if (known.of_entropy)
-                result -= e * p * ((log_p < -1e30f ? -1e30f : log_p) + known.entropy);
-            result *= transform.slope;
-            if (transform.softcap) result *= 1.0f - u * u;
-            values[i] = known.ignored ? 0.0f : result;
-        }
+        for (int i = 0; i < PIECE; ++i)
+            values[i] = known.by_product(transform, transform.u(values[i]), column + i, rest);
         store_piece<ALIGNED>(gradient + column, count, values);
     }
 }

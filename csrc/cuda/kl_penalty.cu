@@ -8,12 +8,14 @@
 namespace {
 
 constexpr int THREADS = 256;
+constexpr float LOWEST_LOG_RATIO = -20.0f;
 
 struct Tokens {
     const float *logprob, *reference_logprob;
     const int64_t* bounds;
     const uint8_t* mask;
     int32_t estimator;
+    float max_k3;
 
     __device__ bool count(int64_t t) const { return !mask || mask[t]; }
     __device__ float log_ratio(int64_t t) const { return logprob[t] - reference_logprob[t]; }
@@ -26,15 +28,21 @@ __device__ inline float series(float x) {
     return x * x * (0.5f - x * (1.0f / 6 - x * p));
 }
 
-__device__ inline float estimate(float x, int32_t estimator) {
-    if (estimator == 0) return x;
-    if (estimator == 1) return 0.5f * x * x;
+__device__ inline float unbounded_k3(float x) {
     return fabsf(x) < 0.5f ? series(x) : expf(-x) - 1.0f + x;
 }
 
-__device__ inline float slope(float x, int32_t estimator) {
-    if (estimator == 0) return 1.0f;
-    return estimator == 1 ? x : -expm1f(-x);
+__device__ inline float estimate(float x, const Tokens& tokens) {
+    if (tokens.estimator == 0) return x;
+    if (tokens.estimator == 1) return 0.5f * x * x;
+    const float k3 = unbounded_k3(x < LOWEST_LOG_RATIO ? LOWEST_LOG_RATIO : x);
+    return k3 > tokens.max_k3 ? tokens.max_k3 : k3;  // fminf would swallow a NaN
+}
+
+__device__ inline float slope(float x, const Tokens& tokens) {
+    if (tokens.estimator == 0) return 1.0f;
+    if (tokens.estimator == 1) return x;
+    return x < LOWEST_LOG_RATIO || unbounded_k3(x) > tokens.max_k3 ? 0.0f : -expm1f(-x);
 }
 
 struct Found {
@@ -75,7 +83,7 @@ __global__ void __launch_bounds__(THREADS)
     for (int64_t t = tokens.bounds[response] + threadIdx.x; t < end; t += THREADS) {
         float here = 0.0f;
         if (tokens.count(t)) {
-            here = estimate(tokens.log_ratio(t), tokens.estimator);
+            here = estimate(tokens.log_ratio(t), tokens);
             found.merge(here, t);
         }
         kl[t] = here;
@@ -97,7 +105,7 @@ __global__ void __launch_bounds__(THREADS)
         float here = 0.0f;
         if (tokens.count(t)) {
             const float upstream = of_sequence + (grad_kl ? grad_kl[t] : 0.0f);
-            here = upstream * slope(tokens.log_ratio(t), tokens.estimator);
+            here = upstream * slope(tokens.log_ratio(t), tokens);
         }
         gradient[t] = here;
     }
@@ -111,11 +119,11 @@ int32_t fastalign_kl_penalty_forward_cuda(const float* logprob, const float* ref
                                           const int64_t* bounds, int64_t num_responses,
                                           const float* score, float coefficient,
                                           const float* adaptive_coefficient, const uint8_t* mask,
-                                          int32_t estimator, float* reward, float* kl,
+                                          int32_t estimator, float max_k3, float* reward, float* kl,
                                           float* sequence_kl, void* stream) {
     if (estimator < 0 || estimator > 2) return 2;
     if (num_responses == 0) return 0;
-    const Tokens tokens = {logprob, reference_logprob, bounds, mask, estimator};
+    const Tokens tokens = {logprob, reference_logprob, bounds, mask, estimator, max_k3};
     forward_kernel<<<static_cast<unsigned>(num_responses), THREADS, 0,
                      static_cast<cudaStream_t>(stream)>>>(
         tokens, score, coefficient, adaptive_coefficient, reward, kl, sequence_kl);
@@ -125,11 +133,11 @@ int32_t fastalign_kl_penalty_forward_cuda(const float* logprob, const float* ref
 int32_t fastalign_kl_penalty_backward_cuda(const float* grad_kl, const float* grad_sequence_kl,
                                            const float* logprob, const float* reference_logprob,
                                            const int64_t* bounds, int64_t num_responses,
-                                           const uint8_t* mask, int32_t estimator, float* gradient,
-                                           void* stream) {
+                                           const uint8_t* mask, int32_t estimator, float max_k3,
+                                           float* gradient, void* stream) {
     if (estimator < 0 || estimator > 2) return 2;
     if (num_responses == 0) return 0;
-    const Tokens tokens = {logprob, reference_logprob, bounds, mask, estimator};
+    const Tokens tokens = {logprob, reference_logprob, bounds, mask, estimator, max_k3};
     backward_kernel<<<static_cast<unsigned>(num_responses), THREADS, 0,
                       static_cast<cudaStream_t>(stream)>>>(tokens, grad_kl, grad_sequence_kl,
                                                            gradient);

@@ -3,7 +3,7 @@
 #include "../abi.h"
 #include "divergence.cuh"
 #include "pair_pieces.cuh"
-#include "row_transform.cuh"
+#include "row_gradient.cuh"
 
 namespace {
 

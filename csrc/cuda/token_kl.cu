@@ -2,11 +2,12 @@
 #include "../abi.h"
 #include "divergence.cuh"
 #include "pair_pieces.cuh"
+#include "row_gradient.cuh"
 
 namespace {
 
 using fastalign::bounded;
-using fastalign::PIECE;
+using fastalign::RowTransform;
 
 constexpr int THREADS = 256;
 
@@ -18,27 +19,19 @@ struct KLRows {
     bool over_reference;
     const float* temperature;
     const uint8_t* ignored;
+
+    __device__ RowTransform transform(int64_t index) const {
+        return fastalign::row_transform(softcap, 1.0f, temperature, index);
+    }
 };
 
 struct Found {
-    float *kl, *logsumexp, *reference_logsumexp;
+    float *kl, *maximum, *log_total, *reference_maximum, *reference_log_total;
 };
 
 struct Saved {
-    const float *kl, *logsumexp, *reference_logsumexp, *grad_kl;
+    const float *kl, *maximum, *log_total, *reference_maximum, *reference_log_total, *grad_kl;
     void* gradient;
-};
-
-// z = gain u, where u is the logit, or with a softcap a tanh.
-struct RowTransform {
-    float softcap, scale, gain;
-    __device__ RowTransform(const KLRows& rows, int64_t index)
-        : softcap(rows.softcap),
-          scale(rows.temperature ? 1.0f / rows.temperature[index] : 1.0f),
-          gain(softcap > 0.0f ? softcap * scale : scale) {}
-    __device__ float u(float x) const { return softcap > 0.0f ? tanhf(x / softcap) : x; }
-    // not fused with what follows: equal sides stay equal
-    __device__ float z(float u) const { return __fmul_rn(gain, u); }
 };
 
 template <typename P, typename Q>
@@ -53,7 +46,7 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(KLRows rows, Found fou
     const P* policy;
     const Q* reference;
     rows_of(rows, index, &policy, &reference);
-    const RowTransform transform(rows, index);
+    const RowTransform transform = rows.transform(index);
     auto mine = fastalign::Divergence<OVER_REFERENCE>::empty();
     fastalign::for_each_pair_piece<THREADS>(
         policy, reference, rows.num_columns, [&](int64_t column, auto columns) {
@@ -69,8 +62,10 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(KLRows rows, Found fou
     if (threadIdx.x != 0) return;
     const bool ignored = rows.ignored && rows.ignored[index];
     found.kl[index] = ignored ? 0.0f : all.kl();
-    found.logsumexp[index] = all.maximum + logf(all.total);
-    found.reference_logsumexp[index] = all.reference_maximum + logf(all.reference_total);
+    found.maximum[index] = all.maximum;
+    found.log_total[index] = logf(all.total);
+    found.reference_maximum[index] = all.reference_maximum;
+    found.reference_log_total[index] = logf(all.reference_total);
 }
 
 template <typename P, typename Q, bool OVER_REFERENCE>
@@ -80,11 +75,13 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(KLRows rows, Saved sa
     const Q* reference;
     rows_of(rows, index, &policy, &reference);
     P* gradient = static_cast<P*>(saved.gradient) + index * rows.num_columns;
-    const RowTransform transform(rows, index);
+    const RowTransform transform = rows.transform(index);
     const bool ignored = rows.ignored && rows.ignored[index];
-    const float kl = saved.kl[index], logsumexp = saved.logsumexp[index],
-                reference_logsumexp = saved.reference_logsumexp[index];
-    const float coefficient = (isinf(kl) ? CUDART_NAN_F : saved.grad_kl[index]) * transform.scale;
+    const float kl = saved.kl[index];
+    const float maximum = saved.maximum[index], log_total = saved.log_total[index];
+    const float reference_maximum = saved.reference_maximum[index];
+    const float reference_log_total = saved.reference_log_total[index];
+    const float coefficient = (isinf(kl) ? CUDART_NAN_F : saved.grad_kl[index]) * transform.slope;
     fastalign::for_each_pair_piece<THREADS>(
         policy, reference, rows.num_columns, [&](int64_t column, auto columns) {
             constexpr int COUNT = decltype(columns)::count;
@@ -94,12 +91,13 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(KLRows rows, Saved sa
 #pragma unroll
             for (int i = 0; i < COUNT; ++i) {
                 const float u = transform.u(x[i]);
-                const float log_p = transform.z(u) - logsumexp;
-                const float log_q = transform.z(transform.u(y[i])) - reference_logsumexp;
+                const float z = transform.z(u), r = transform.z(transform.u(y[i]));
+                const float log_p = (z - maximum) - log_total;
+                const float log_q = (r - reference_maximum) - reference_log_total;
                 const float p = expf(log_p);
                 float result =
                     OVER_REFERENCE ? p - expf(log_q) : p * ((bounded(log_p) - bounded(log_q)) - kl);
-                if (transform.softcap > 0.0f) result *= 1.0f - u * u;
+                if (transform.softcap) result *= 1.0f - u * u;
                 x[i] = ignored ? 0.0f : result * coefficient;
             }
             fastalign::store_columns<COUNT>(gradient + column, x);
@@ -161,24 +159,25 @@ int32_t fastalign_token_kl_forward_cuda(const void* logits, int32_t dtype, int64
                                         int64_t reference_stride, int64_t num_rows,
                                         int64_t num_columns, float softcap, int32_t over_reference,
                                         const float* temperature, const uint8_t* ignored, float* kl,
-                                        float* logsumexp, float* reference_logsumexp,
-                                        void* stream) {
+                                        float* maximum, float* log_total, float* reference_maximum,
+                                        float* reference_log_total, void* stream) {
     const KLRows rows = {logits,   reference,           dtype,       reference_dtype,
                          num_rows, num_columns,         row_stride,  reference_stride,
                          softcap,  over_reference != 0, temperature, ignored};
-    return run(rows, Found{kl, logsumexp, reference_logsumexp}, stream);
+    return run(rows, Found{kl, maximum, log_total, reference_maximum, reference_log_total}, stream);
 }
 
-int32_t fastalign_token_kl_backward_cuda(const void* logits, int32_t dtype, int64_t row_stride,
-                                         const void* reference, int32_t reference_dtype,
-                                         int64_t reference_stride, int64_t num_rows,
-                                         int64_t num_columns, float softcap, int32_t over_reference,
-                                         const float* temperature, const uint8_t* ignored,
-                                         const float* kl, const float* logsumexp,
-                                         const float* reference_logsumexp, const float* grad_kl,
-                                         void* gradient, void* stream) {
+int32_t fastalign_token_kl_backward_cuda(
+    const void* logits, int32_t dtype, int64_t row_stride, const void* reference,
+    int32_t reference_dtype, int64_t reference_stride, int64_t num_rows, int64_t num_columns,
+    float softcap, int32_t over_reference, const float* temperature, const uint8_t* ignored,
+    const float* kl, const float* maximum, const float* log_total, const float* reference_maximum,
+    const float* reference_log_total, const float* grad_kl, void* gradient, void* stream) {
     const KLRows rows = {logits,   reference,           dtype,       reference_dtype,
                          num_rows, num_columns,         row_stride,  reference_stride,
                          softcap,  over_reference != 0, temperature, ignored};
-    return run(rows, Saved{kl, logsumexp, reference_logsumexp, grad_kl, gradient}, stream);
+    return run(
+        rows,
+        Saved{kl, maximum, log_total, reference_maximum, reference_log_total, grad_kl, gradient},
+        stream);
 }

@@ -3,15 +3,21 @@
 from torch import Tensor
 
 
+def is_count(name: str) -> bool:
+    """Return True if a metric counts something: it is summed, never averaged."""
+    return name.rpartition("/")[2].startswith("num_")
+
+
 def metric_means(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """Turn the summed metrics of a step into means, under the same names; counts stay counts.
 
+    A count is named `num_...`, perhaps after a slash, as `policy/num_clamped`.
     Means are over pairs, but `entropy`, `mean_token_accuracy`, `policy/*` and `val/*` over tokens,
     `logits/chosen` and `logits/rejected` over that side's, and `rewards/accuracies`, and a reward
     model's `accuracy` and `margin`, over pairs that are not ties. A mean over nothing is 0.
     Extremes (`min_...`, `max_...`) stay what they are.
     """
-    counts = {name: value for name, value in sums.items() if name.startswith("num_")}
+    counts = {name: value for name, value in sums.items() if is_count(name)}
     means = dict(counts)
     for name, value in sums.items():
         if name in counts:

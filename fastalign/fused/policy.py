@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastalign.fused.metrics import metric_means
 from fastalign.losses.chunk_losses import ppo_loss_fn
+from fastalign.losses.policy import MAX_LOG_RATIO
 from fastalign.ops.head.arguments import HeadOptions, LinearBackend
 from fastalign.ops.head.fused_linear_loss.api import head_loss
 from fastalign.ops.head.linear_head import LinearHead, LoraWeights, as_linear_head
@@ -28,6 +29,7 @@ def fused_linear_ppo_loss(
     *,
     clip_range: float = 0.2,
     entropy_coefficient: float = 0.0,
+    max_log_ratio: float = MAX_LOG_RATIO,
     normaliser: float | Tensor | None = None,
     bias: Tensor | None = None,  # (V,)
     temperature: float | Tensor = 1.0,  # or (T,)
@@ -45,7 +47,8 @@ def fused_linear_ppo_loss(
     In place of these lines, and without their (T, V) tensors:
 
         log_p = log_softmax((hidden @ weight.T).float() / temperature, -1)
-        ratio = (log_p[arange(T), targets] - old_logprob).exp()
+        log_ratio = log_p[arange(T), targets] - old_logprob
+        ratio = log_ratio.clamp(-max_log_ratio, max_log_ratio).exp()
         clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
         loss = -minimum(ratio * advantage, clipped * advantage).mean()
         loss = loss - entropy_coefficient * -(log_p.exp() * log_p).sum(-1).mean()
@@ -61,6 +64,7 @@ def fused_linear_ppo_loss(
         clip_range: epsilon of the clipping.
         entropy_coefficient: weight of the entropy bonus. Where it is not 0 the logits are
             computed twice, 8 TDV in place of 6.
+        max_log_ratio: bound of the log-ratio, as in verl; a token beyond it gets no gradient.
         normaliser: divisor of the sum over tokens; None: the number of targets here.
 
     The keywords `bias`, `softcap`, `logit_scale`, `lora` and `vocabulary_shard` are the fields of
@@ -69,7 +73,8 @@ def fused_linear_ppo_loss(
 
     Returns:
         The loss (), and the means of `metric_means`: `policy/approxkl_avg` (half the mean squared
-        difference of log-probs), `policy/clipfrac_avg`, `policy/entropy_avg`, `val/ratio`.
+        difference of log-probs), `policy/clipfrac_avg`, `policy/entropy_avg`, `val/ratio`; and the
+        number of tokens beyond `max_log_ratio`, `policy/num_clamped`.
 
     Raises:
         ValueError: as `fused_linear_loss`; also if a shape, device or the clip range is wrong.
@@ -89,6 +94,7 @@ def fused_linear_ppo_loss(
         rows.gathered(advantage),
         clip_range=clip_range,
         entropy_coefficient=entropy_coefficient,
+        max_log_ratio=max_log_ratio,
         normaliser=rows.num_targets() if normaliser is None else normaliser,
     )
     loss, sums = head_loss(rows.hidden, head, rows.targets, None, loss_fn, rows.options)

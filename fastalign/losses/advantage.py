@@ -52,7 +52,8 @@ def whiten(values: Tensor, *, shift_mean: bool = True, eps: float = 1e-8) -> Ten
 
     Return (x - mean) / sqrt(var + eps) [+ mean] in the shape and dtype of `values`, as in
     openai/lm-human-preferences, the code of arXiv 1909.08593, which shifts advantages but not
-    rewards.
+    rewards. The variance is the population's, over N; TRL and verl take the sample's, over N - 1:
+    their result is smaller by sqrt((N - 1) / N).
     """
     mean = values.double().mean()
     white = (values - mean) * whitening_scale(values, eps=eps)

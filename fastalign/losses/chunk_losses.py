@@ -8,10 +8,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastalign.losses.policy import negative_logprob, ppo_clip
+from fastalign.losses.policy import (
+    MAX_LOG_RATIO,
+    negative_logprob,
+    ppo_clip,
+)
 from fastalign.ops.head.fused_linear_loss import LossFunction, TokenChunk
-from fastalign.ops.kl_penalty import kl_penalty
-from fastalign.ops.kl_penalty.api import Estimator
+from fastalign.ops.kl_penalty import KLPenalty, kl_penalty
+from fastalign.ops.kl_penalty.api import MAX_K3, Estimator
 from fastalign.ops.preference_loss import PairLogprobs, PreferenceFormula, preference_loss
 from fastalign.ops.segments import segment_sum
 
@@ -113,6 +117,8 @@ def ppo_loss_fn(
     reference_logprob: Tensor | None = None,  # (T,)
     kl_coefficient: float = 0.0,
     estimator: Estimator = "k3",
+    max_log_ratio: float = MAX_LOG_RATIO,
+    max_k3: float = MAX_K3,
     normaliser: float | Tensor,
 ) -> LossFunction:
     """Make PPO's loss for `fused_linear_loss`: clipped loss minus entropy bonus, over `normaliser`.
@@ -129,12 +135,15 @@ def ppo_loss_fn(
         reference_logprob: log-probs under the reference, for all rows; None: no KL in the loss.
         kl_coefficient: weight of the KL.
         estimator: `k2` or `k3`; the gradient of `k1` is zero in expectation.
+        max_log_ratio: as in `ppo_clip`.
+        max_k3: as in `ops.kl_penalty`.
         normaliser: number of target tokens of the *whole* step.
 
     Returns:
         The loss function. Its metrics are sums over target tokens: `policy/approxkl_avg`,
         `policy/clipfrac_avg`, `policy/entropy_avg`, `val/ratio`, with a reference `policy/kl_avg`,
-        and those of `sft_loss_fn`.
+        the number of tokens that one of the two bounds changed, `policy/num_clamped`, and those
+        of `sft_loss_fn`.
 
     Raises:
         ValueError: if the estimator of a KL in the loss is `k1`.
@@ -146,23 +155,28 @@ def ppo_loss_fn(
         rows, target = slice(chunk.row_start, chunk.row_stop), chunk.is_target
         old = torch.where(target, old_logprob[rows].to(chunk.logprob), 0.0)
         advantages = torch.where(target, advantage[rows].to(chunk.logprob), 0.0)
-        losses = ppo_clip(chunk.logprob, old, advantages, clip_range=clip_range)
+        losses = ppo_clip(
+            chunk.logprob, old, advantages, clip_range=clip_range, max_log_ratio=max_log_ratio
+        )
         weighted = losses if weight is None else losses * weight[rows].to(losses)
         loss = weighted.sum() / normaliser
         if entropy_coefficient:
             loss = loss - entropy_coefficient * chunk.entropy.sum() / normaliser
         change = (chunk.logprob - old).detach()
-        ratio = change.exp()
+        ratio = change.clamp(-max_log_ratio, max_log_ratio).exp()
         clipped = (losses.detach() > -ratio * advantages) & target
+        clamped = (change.abs() > max_log_ratio) & target
         more = {}
         if reference_logprob is not None:
-            kl = _kl_of_chunk(chunk, reference_logprob[rows], estimator)
-            loss = loss + kl_coefficient * kl / normaliser
-            more["policy/kl_avg"] = kl.detach()
+            found = _kl_of_chunk(chunk, reference_logprob[rows], estimator, max_k3)
+            loss = loss + kl_coefficient * found.sequence_kl[0] / normaliser
+            more["policy/kl_avg"] = found.sequence_kl[0].detach()
+            clamped |= (estimator == "k3") & (found.kl >= max_k3)
         return loss, {
             "policy/approxkl_avg": 0.5 * change.square().sum(),
             "policy/clipfrac_avg": clipped.to(ratio.dtype).sum(),
             "policy/entropy_avg": chunk.entropy.sum(),
+            "policy/num_clamped": clamped.to(ratio.dtype).sum(),
             "val/ratio": (ratio * target).sum(),
             **more,
             **_token_metrics(chunk),
@@ -171,19 +185,21 @@ def ppo_loss_fn(
     return loss_fn
 
 
-def _kl_of_chunk(chunk: TokenChunk, reference_logprob: Tensor, estimator: Estimator) -> Tensor:
-    """Return the sum of the KL estimates of the chunk's targets, ()."""
+def _kl_of_chunk(
+    chunk: TokenChunk, reference_logprob: Tensor, estimator: Estimator, max_k3: float
+) -> KLPenalty:
+    """Return the KL estimates of the chunk's targets, as one sequence."""
     reference = reference_logprob.to(chunk.logprob)
     bounds = torch.tensor([0, chunk.logprob.numel()], device=reference.device)
-    found = kl_penalty(
+    return kl_penalty(
         chunk.logprob,
         reference,
         bounds,
         coefficient=0.0,
         estimator=estimator,
         mask=chunk.is_target,
+        max_k3=max_k3,
     )
-    return found.sequence_kl[0]
 
 
 def _check_length(name: str, value: Tensor | None, length: int) -> None:

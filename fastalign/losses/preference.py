@@ -344,7 +344,7 @@ def simpo(
     """SimPO, arXiv 2405.14734; no reference.
 
     Return -log sigmoid(beta * (mean log pi(c) - mean log pi(r)) - gamma), with means over tokens:
-    Meng et al. (2024), eq. 6. Here gamma is the margin itself; TRL's is its ratio to beta.
+    Meng et al. (2024), eq. 6. gamma is the margin itself, as in TRL (`simpo_gamma`).
 
     Raises:
         ValueError: if shapes differ, or beta <= 0.

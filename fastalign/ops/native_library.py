@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 FOLDER = Path(__file__).parents[1] / "_native"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # In the order of csrc/abi.h; -1 lets the library take the best that the processor has.

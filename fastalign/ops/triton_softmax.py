@@ -1,4 +1,7 @@
-"""Parts of the Triton kernels: tanh, the logit transform, and a softmax's running statistics."""
+"""Parts of the Triton kernels: the logit transform, softmaxes' statistics, and a row's gradient.
+
+Arithmetic is float32, whatever the dtype of the logits.
+"""
 
 import triton
 import triton.language as tl
@@ -11,14 +14,6 @@ def tanh(x):
     e = tl.exp(-2.0 * tl.abs(x))
     t = (1.0 - e) / (1.0 + e)
     return tl.where(x < 0, -t, t)
-
-
-@triton.jit
-def transform(x, softcap, scale, HAS_SOFTCAP: tl.constexpr):
-    """Return z = softcap * tanh(x / softcap) * scale, where scale is 1 / temperature."""
-    if HAS_SOFTCAP:
-        x = softcap * tanh(x / softcap)
-    return x * scale
 
 
 @triton.jit
@@ -42,35 +37,138 @@ def add_block(m, total, weighted, z, scale=1.0):
 
 
 @triton.jit
+def u_of(x, cap_scale, HAS_SOFTCAP: tl.constexpr):
+    """Return the tanh of a softcap, or the product itself."""
+    if HAS_SOFTCAP:
+        x = tanh(x * cap_scale)
+    return x
+
+
+@triton.jit
+def row_sums(
+    x_ptr,
+    num_columns,
+    cap_scale,
+    gain,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the maximum of u, and of z less its maximum the sums of exp(z) and of z exp(z).
+
+    The maximum is that of u, so that a target's u less it is exactly 0 where it is the maximum.
+    """
+    m = -float("inf")
+    total = 0.0
+    weighted = 0.0
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < num_columns
+        x = tl.load(x_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
+        u = tl.where(inside, u_of(x, cap_scale, HAS_SOFTCAP), -float("inf"))
+        m, total, weighted = add_block(m, total, weighted, u, gain)
+    return m, total, weighted
+
+
+@triton.jit
+def one_less_p(logprob):
+    """Return 1 - p, by its series where p is near 1: 1 - exp(logprob) would cancel there."""
+    series = 1.0 + logprob * (0.5 + logprob * (0.16666667 + logprob * 0.041666667))
+    return tl.where(logprob > -0.01, -logprob * series, 1.0 - tl.exp(logprob))
+
+
+@triton.jit
+def write_gradient(
+    x_ptr,
+    gradient_ptr,
+    num_columns,
+    target,
+    is_target,
+    transform,
+    known,
+    upstream,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_GRAD_ENTROPY: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write one row's slope [g (1[v = y] - p) - e p (log p + H)] over its columns.
+
+    `transform` and `known` are tuples; known[0] is the maximum of u.
+    """
+    tl.debug_barrier()  # every thread has read the target before any overwrites it
+    cap_scale, gain, slope = transform
+    m, log_total, logprob, entropy = known
+    g, e = upstream
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < num_columns
+        x = tl.load(x_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
+        u = u_of(x, cap_scale, HAS_SOFTCAP)
+        log_p = (u - m) * gain - log_total
+        p = tl.exp(log_p)
+        result = g * tl.where(column == target, one_less_p(logprob), -p)
+        if HAS_GRAD_ENTROPY:
+            result -= e * p * (tl.where(log_p < -1e30, -1e30, log_p) + entropy)
+        if HAS_SOFTCAP:
+            result *= 1.0 - u * u
+        result = tl.where(is_target, result * slope, 0.0).to(gradient_ptr.dtype.element_ty)
+        tl.store(gradient_ptr + column, result, mask=inside)
+
+
+@triton.jit
+def row_transform(
+    row,
+    temperature_ptr,
+    softcap,
+    logit_scale,
+    HAS_TEMPERATURE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Return cap_scale, gain and slope: u = tanh(cap_scale x) or x, z = gain u, dz / dx by u.
+
+    A row's maximum is subtracted from u: the rounding error of a product with a large z could
+    exceed differences of z.
+    """
+    slope, cap_scale = logit_scale, logit_scale / softcap
+    if HAS_TEMPERATURE:
+        slope = slope / tl.load(temperature_ptr + row)
+    gain = slope
+    if HAS_SOFTCAP:
+        gain = slope / cap_scale
+    return cap_scale, gain, slope
+
+
+@triton.jit
 def bounded(shifted):
     """Bound a banned token's logit from below, for 0 * -inf is NaN; a NaN stays one."""
     return tl.where(shifted < -1e30, -1e30, shifted)
 
 
 @triton.jit
-def _less(z, m):
+def _less(z, m, scale):
     # Until a finite value comes m is -inf, and -inf - -inf is NaN.
-    return bounded(z - tl.where(m == -float("inf"), 0.0, m))
+    return bounded((z - tl.where(m == -float("inf"), 0.0, m)) * scale)
 
 
 @triton.jit
-def _drop(m, new_m):
-    return tl.where(m == -float("inf"), 0.0, bounded(m - tl.where(m == -float("inf"), 0.0, new_m)))
+def _drop(m, new_m, scale):
+    return tl.where(m == -float("inf"), 0.0, _less(m, new_m, scale))
 
 
 @triton.jit
-def add_pair(m, total, weighted, n, reference_total, cross, largest, z, r, OVER: tl.constexpr):
+def add_pair(
+    m, total, weighted, n, reference_total, cross, largest, z, r, scale, OVER: tl.constexpr
+):
     """Add a block, z and r, to the running statistics of a policy and a reference.
 
     m, total and weighted are the policy's as in `add_block`; n and reference_total the
-    reference's maximum and sum. With d = (z - m) - (r - n), cross is the sum of exp(z - m) d and
-    largest the largest d; with OVER (the reference) d has the other sign, and its weight is
-    exp(r - n).
+    reference's maximum and sum. With d = scale * ((z - m) - (r - n)), cross is the sum of
+    exp(scale * (z - m)) d and largest the largest d; with OVER (the reference) d has the other
+    sign, and its weight is the reference's exponential.
     """
     new_m, new_n = tl.maximum(m, tl.max(z, axis=0)), tl.maximum(n, tl.max(r, axis=0))
-    drop, reference_drop = _drop(m, new_m), _drop(n, new_n)
+    drop, reference_drop = _drop(m, new_m, scale), _drop(n, new_n, scale)
     shrink, reference_shrink = tl.exp(drop), tl.exp(reference_drop)
-    s, t = _less(z, new_m), _less(r, new_n)
+    s, t = _less(z, new_m, scale), _less(r, new_n, scale)
     e, f = tl.exp(s), tl.exp(t)
     # New maxima change d of all columns so far by the same amount, so the sums can be corrected.
     change = drop - reference_drop
@@ -85,6 +183,34 @@ def add_pair(m, total, weighted, n, reference_total, cross, largest, z, r, OVER:
     reference_total = reference_shrink * reference_total + tl.sum(f, axis=0)
     largest = tl.maximum(largest + change, tl.max(d, axis=0))
     return new_m, total, weighted, new_n, reference_total, cross, largest
+
+
+@triton.jit
+def pair_sums(
+    policy_ptr,
+    reference_ptr,
+    num_columns,
+    cap_scale,
+    gain,
+    OVER_REFERENCE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Return the running statistics of `add_pair` over whole rows; the maxima are those of u."""
+    lowest = -float("inf")
+    m, total, weighted = lowest, 0.0, 0.0
+    n, reference_total, cross, largest = lowest, 0.0, 0.0, lowest
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < num_columns
+        x = tl.load(policy_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(reference_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        u = tl.where(inside, u_of(x, cap_scale, HAS_SOFTCAP), lowest)
+        v = tl.where(inside, u_of(y, cap_scale, HAS_SOFTCAP), lowest)
+        m, total, weighted, n, reference_total, cross, largest = add_pair(
+            m, total, weighted, n, reference_total, cross, largest, u, v, gain, OVER_REFERENCE
+        )
+    return m, total, weighted, n, reference_total, cross, largest
 
 
 @triton.jit

@@ -1,5 +1,6 @@
 """The drop-in policy loss and sequence log-probs against eager lines."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from fastalign import fused_linear_ppo_loss, sequence_logprob
 from fastalign.losses import ppo_clip
 from fastalign.losses.chunk_losses import ppo_loss_fn
-from fastalign.ops import fused_linear_loss
+from fastalign.ops import TokenChunk, fused_linear_loss
 
 ROWS, VOCABULARY, WIDTH = 23, 41, 8
 BOUNDS = [0, 5, 5, 14, 23]
@@ -97,6 +98,59 @@ def test_ppo_loss_gradients_and_metrics(
     assert 0 < float(outside[target].to(dtype).mean()) < 1
     for name, value in means.items():
         torch.testing.assert_close(metrics[name], value[target].mean().detach(), **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_ratio_that_would_overflow_is_clamped_and_counted(
+    dtype: torch.dtype, sign: float
+) -> None:
+    hidden, weight, _, targets, old, advantage = inputs(dtype)
+    far = torch.tensor([2, 7, 20])
+    old[far], advantage[far] = -200.0 * sign, torch.tensor([1.0, -1.0, -2.0], dtype=dtype)
+    loss, metrics = fused_linear_ppo_loss(hidden, weight, targets, old, advantage)
+    found = torch.autograd.grad(loss, (hidden, weight))
+    assert loss.isfinite()
+    assert all(gradient.isfinite().all() for gradient in found)
+    assert not found[0][far].any()  # no gradient through the clamp
+    assert metrics["policy/num_clamped"] == 3
+    assert metrics["val/ratio"].isfinite()
+    assert torch.equal(ppo_clip(old, old - 40, advantage), ppo_clip(old, old - 20, advantage))
+    # inside of the bounds nothing changes
+    kept = targets.clone()
+    kept[far] = -100
+    bounded, unbounded = (
+        fused_linear_ppo_loss(hidden, weight, kept, old, advantage, max_log_ratio=bound)
+        for bound in (20.0, math.inf)
+    )
+    assert torch.equal(bounded[0], unbounded[0])
+    assert bounded[1]["policy/num_clamped"] == 0
+    for one, other in zip(
+        *(torch.autograd.grad(each[0], (hidden, weight)) for each in (bounded, unbounded)),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+
+
+def test_a_kl_in_the_loss_is_bounded_and_counted() -> None:
+    logprob = torch.tensor([-100.0, -1.0, -2.0, -3.0], requires_grad=True)
+    target = torch.tensor([True, True, True, False])
+    reference = torch.tensor([0.0, -1.2, -1.8, 0.0])
+    chunk = TokenChunk(logprob, torch.zeros(4), target, target, 0, 4, 0, 4)
+    for estimator, expected in (("k3", 1), ("k2", 0)):
+        loss_fn = ppo_loss_fn(
+            logprob.detach(),
+            torch.zeros(4),
+            reference_logprob=reference,
+            kl_coefficient=0.5,
+            estimator=estimator,
+            normaliser=3,
+        )
+        loss, sums = loss_fn(chunk)
+        (gradient,) = torch.autograd.grad(loss, logprob)
+        assert gradient.isfinite().all()
+        assert (gradient[0] == 0) == (estimator == "k3")
+        assert sums["policy/num_clamped"] == expected
 
 
 def test_ppo_names_wrong_shapes() -> None:

@@ -81,5 +81,8 @@ def test_importance_weights_are_truncated_above() -> None:
     found = importance_weight(new, sampler, max_weight=2.0)
     assert found.tolist() == pytest.approx([2.0, 1.0, math.exp(-1)])
     assert not found.requires_grad
+    far = torch.tensor([200.0, -200.0])
+    bounded = importance_weight(far, torch.zeros(2), max_weight=math.inf)
+    assert bounded.tolist() == pytest.approx([math.exp(20), math.exp(-20)])
     with pytest.raises(ValueError, match="max_weight: expected a positive number, got 0"):
         importance_weight(new, sampler, max_weight=0)

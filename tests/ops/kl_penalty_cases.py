@@ -49,7 +49,8 @@ def inputs(lengths: list[int], *, everything: bool = True) -> Inputs:
 def plain(given: Inputs, estimator: str, leaf: Tensor) -> KLPenalty:
     """The lines in the docstring."""
     x = leaf - given.reference_logprob
-    kl = {"k1": x, "k2": x**2 / 2, "k3": torch.expm1(-x) + x}[estimator]
+    y = x.clamp(min=-20)
+    kl = {"k1": x, "k2": x**2 / 2, "k3": (torch.expm1(-y) + y).clamp(max=10.0)}[estimator]
     if given.mask is not None:
         kl = torch.where(given.mask, kl, 0.0)
     pairs = list(zip(given.bounds.tolist(), given.bounds.tolist()[1:], strict=False))

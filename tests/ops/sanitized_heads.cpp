@@ -13,22 +13,23 @@ void token_logprob(const Shape& shape, int32_t dtype, bool options, Setting sett
     const int64_t num_rows = shape.num_rows, num_columns = shape.num_columns;
     auto logits = numbers<T>(shape.size(), dtype, num_columns, shape.row_stride());
     Rows rows(shape);
-    Array<float> logsumexp(num_rows);
+    Array<float> maximum(num_rows), log_total(num_rows);
     const float* temperature = options ? rows.temperature.get() : nullptr;
     const float softcap = options ? 3.0f : 0.0f;
     require(fastalign_token_logprob_forward_cpu(
                 logits.get(), dtype, num_rows, num_columns, shape.row_stride(), softcap, -100,
                 rows.targets.get(), temperature, rows.logprob.get(), rows.entropy.get(),
-                logsumexp.get(), setting.num_threads, setting.isa) == 0,
+                maximum.get(), log_total.get(), setting.num_threads, setting.isa) == 0,
             "token_logprob_forward");
-    for (auto* array : {&rows.logprob, &rows.entropy, &logsumexp}) array->check_finite();
+    for (auto* array : {&rows.logprob, &rows.entropy, &maximum, &log_total}) array->check_finite();
     Array<T> gradient(num_rows * num_columns);
-    require(fastalign_token_logprob_backward_cpu(
-                logits.get(), dtype, num_rows, num_columns, shape.row_stride(), softcap, -100,
-                rows.targets.get(), temperature, logsumexp.get(), rows.entropy.get(),
-                rows.grad_logprob.get(), options ? rows.grad_entropy.get() : nullptr,
-                gradient.get(), setting.num_threads, setting.isa) == 0,
-            "token_logprob_backward");
+    require(
+        fastalign_token_logprob_backward_cpu(
+            logits.get(), dtype, num_rows, num_columns, shape.row_stride(), softcap, -100,
+            rows.targets.get(), temperature, rows.logprob.get(), rows.entropy.get(), maximum.get(),
+            log_total.get(), rows.grad_logprob.get(), options ? rows.grad_entropy.get() : nullptr,
+            gradient.get(), setting.num_threads, setting.isa) == 0,
+        "token_logprob_backward");
     gradient.check_written();
 }
 
@@ -148,7 +149,8 @@ void check_head_tile_split(Setting setting) {
 
 namespace {
 
-// Each operand straight and transposed, c overwritten and added to, its rows 3 apart.
+// Each operand straight and transposed, c overwritten and added to, its rows 3
+// apart.
 }  // namespace
 
 void check_product(Setting setting) {

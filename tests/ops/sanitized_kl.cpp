@@ -24,27 +24,30 @@ void token_kl(const Shape& shape, int32_t dtype, int32_t over_reference, bool op
     auto reference = numbers<uint16_t>(apart.size(), 1, num_columns, apart.row_stride());
     Rows rows(shape);
     auto ignored = ignored_of(rows, num_rows);
-    Array<float> kl(num_rows), logsumexp(num_rows), reference_logsumexp(num_rows);
+    Array<float> kl(num_rows), maximum(num_rows), log_total(num_rows);
+    Array<float> reference_maximum(num_rows), reference_log_total(num_rows);
     const float* temperature = options ? rows.temperature.get() : nullptr;
     const uint8_t* skipped = options ? ignored.get() : nullptr;
     const float softcap = options ? 3.0f : 0.0f;
     require(fastalign_token_kl_forward_cpu(
                 logits.get(), dtype, shape.row_stride(), reference.get(), 1, apart.row_stride(),
                 num_rows, num_columns, softcap, over_reference, temperature, skipped, kl.get(),
-                logsumexp.get(), reference_logsumexp.get(), setting.num_threads, setting.isa) == 0,
+                maximum.get(), log_total.get(), reference_maximum.get(), reference_log_total.get(),
+                setting.num_threads, setting.isa) == 0,
             "token_kl_forward");
     kl.check_finite();
     Array<T> gradient(num_rows * num_columns);
     require(fastalign_token_kl_backward_cpu(
                 logits.get(), dtype, shape.row_stride(), reference.get(), 1, apart.row_stride(),
                 num_rows, num_columns, softcap, over_reference, temperature, skipped, kl.get(),
-                logsumexp.get(), reference_logsumexp.get(), rows.grad_logprob.get(), gradient.get(),
-                setting.num_threads, setting.isa) == 0,
+                maximum.get(), log_total.get(), reference_maximum.get(), reference_log_total.get(),
+                rows.grad_logprob.get(), gradient.get(), setting.num_threads, setting.isa) == 0,
             "token_kl_backward");
     gradient.check_written();
 }
 
-// Both brackets, in place or in places of their own, or one gradient weighted from upstream.
+// Both brackets, in place or in places of their own, or one gradient weighted
+// from upstream.
 template <typename T>
 void kl_tile(const Shape& shape, int32_t over_reference, bool brackets, bool in_place, bool softcap,
              Setting setting) {

@@ -32,7 +32,7 @@ void kl_penalty(const std::vector<int64_t>& lengths, int32_t estimator, bool opt
     require(fastalign_kl_penalty_forward_cpu(logprob.get(), reference.get(), bounds.get(),
                                              num_responses, options ? score.get() : nullptr, 0.1f,
                                              options ? adaptive.get() : nullptr, masked, estimator,
-                                             reward.get(), kl.get(), sequence_kl.get(),
+                                             10.0f, reward.get(), kl.get(), sequence_kl.get(),
                                              setting.num_threads, setting.isa) == 0,
             "kl_penalty_forward");
     reward.check_finite();
@@ -42,7 +42,7 @@ void kl_penalty(const std::vector<int64_t>& lengths, int32_t estimator, bool opt
     require(fastalign_kl_penalty_backward_cpu(
                 options ? grad_kl.get() : nullptr, options ? nullptr : grad_sequence_kl.get(),
                 logprob.get(), reference.get(), bounds.get(), num_responses, masked, estimator,
-                gradient.get(), setting.num_threads, setting.isa) == 0,
+                10.0f, gradient.get(), setting.num_threads, setting.isa) == 0,
             "kl_penalty_backward");
     gradient.check_finite();
 }

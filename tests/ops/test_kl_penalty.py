@@ -1,5 +1,7 @@
 """`kl_penalty`: every backend against the docstring's lines in float64, values and gradients."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -86,6 +88,26 @@ def test_extreme_log_ratios(backend: str, estimator: str) -> None:
     for name, true in run(given, estimator, None).items():
         ours = run(given, estimator, backend)[name]
         torch.testing.assert_close(ours, true, rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_k3_is_bounded_with_no_gradient_where_it_is(backend: str) -> None:
+    logprob = torch.tensor([-100.0, -4.0, -0.7, -1.0, -30.0]).requires_grad_()
+    reference_logprob = torch.tensor([0.0, -1.0, -0.9, -31.0, -3e4])
+    arguments = {"coefficient": 0.05, "estimator": "k3", "backend": backend}
+    bounds = torch.tensor([0, 2, 5])
+    found = kl_penalty(logprob, reference_logprob, bounds, **arguments)
+    small = math.expm1(-0.2) + 0.2
+    torch.testing.assert_close(found.kl, torch.tensor([10.0, 10.0, small, 10.0, 10.0]))
+    torch.testing.assert_close(found.reward, -0.05 * found.kl.detach())
+    (gradient,) = torch.autograd.grad(found.kl.sum(), logprob)
+    slope = torch.tensor([0.0, 0.0, -math.expm1(-0.2), 0.0, 0.0])
+    torch.testing.assert_close(gradient, slope)
+    wider = kl_penalty(logprob, reference_logprob, bounds, max_k3=25.0, **arguments).kl
+    expected = torch.tensor([25.0, math.expm1(3.0) - 3, small, 25.0, 25.0])
+    torch.testing.assert_close(wider, expected)
+    assert torch.equal(wider[2], found.kl[2])
+    with pytest.raises(ValueError, match="max_k3: expected a positive number, got -1"):
+        kl_penalty(logprob, reference_logprob, bounds, max_k3=-1.0, **arguments)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -182,7 +204,7 @@ def test_the_registration_passes_opcheck(name: str) -> None:
     leaf = given.logprob.requires_grad_()
     packed = (leaf, given.reference_logprob, given.bounds, given.score)
     torch.library.opcheck(
-        kl_penalty_forward, (*packed, 0.0, given.coefficient, given.mask, "k3", name)
+        kl_penalty_forward, (*packed, 0.0, given.coefficient, given.mask, "k3", 10.0, name)
     )
 
 
@@ -211,7 +233,7 @@ def test_a_score_without_a_token_raises_or_is_seen(backend: str) -> None:
         kl_penalty(logprob, bounds=torch.tensor([0, 2, 3]), score=score[:2], mask=mask, **arguments)
     # Where values are not looked at first, as on a GPU.
     packed = (logprob, logprob, bounds, score)
-    found = KLPenalty(*kl_penalty_forward(*packed, 0.1, None, None, "k1", backend))
+    found = KLPenalty(*kl_penalty_forward(*packed, 0.1, None, None, "k1", 10.0, backend))
     assert found.sequence_kl.isnan().tolist() == [False, True, False]
     assert found.reward.tolist() == [0.0, 1.0, 1.0]
 

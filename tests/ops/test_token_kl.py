@@ -230,6 +230,15 @@ def test_extreme_logits(backend: str) -> None:
     assert leaf.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("case", [Case("reverse"), Case("forward", temperature=0.7)], ids=str)
+def test_a_large_offset_of_all_logits_costs_no_precision(backend: str, case: Case) -> None:
+    logits, reference = inputs((5, 600), (torch.float32, torch.float32))
+    logits, reference = logits + 1e4, reference - 3e4
+    truth = eager(logits.double(), reference.double(), case)
+    for found, true in zip(run(logits, reference, backend, case), truth, strict=True):
+        torch.testing.assert_close(found.double(), true, rtol=1e-5, atol=2e-6)
+
+
 def test_rows_need_not_be_contiguous(backend: str) -> None:
     logits, reference = inputs((6, 130), (torch.float32, torch.float32))
     views = logits[::2, 3:70], reference[1::2, 60:127]

@@ -127,6 +127,19 @@ def test_extreme_logits(backend: str) -> None:
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+@pytest.mark.parametrize("offset", [1e4, -3e5])
+def test_a_large_offset_of_all_logits_costs_no_precision(
+    backend: str, offset: float, case: Case
+) -> None:
+    logits, targets = inputs((5, 600), torch.float32)
+    shifted = logits + offset
+    assert shifted.diff().ne(0).any()
+    truth = eager(shifted.double(), targets, case)
+    for found, true in zip(run(shifted, targets, backend, case), truth, strict=True):
+        torch.testing.assert_close(found.double(), true, rtol=0, atol=4e-6)
+
+
 def test_a_row_may_begin_with_banned_tokens(backend: str) -> None:
     logits = torch.full((2, 9001), -torch.inf)
     logits[0, 8990:] = torch.linspace(-1, 1, 11)

@@ -62,7 +62,7 @@ def preference_loss_entries() -> list[Entry]:
 
 def packed_entries() -> list[Entry]:
     module = "fastalign.ops.kl_penalty.triton_kernels"
-    types = {"bounds_ptr": "*i64", "mask_ptr": "*u8", "coefficient": "fp32"}
+    types = {"bounds_ptr": "*i64", "mask_ptr": "*u8", "coefficient": "fp32", "max_k3": "fp32"}
     shared = {"ESTIMATOR": "k3", "HAS_MASK": True, "BLOCK": kl_penalty_block}
     forward = {**shared, "HAS_SCORE": True, "HAS_ADAPTIVE": True}
     backward = {**shared, "HAS_GRAD_KL": True, "HAS_GRAD_SEQUENCE_KL": True}

@@ -29,6 +29,7 @@ DROP_INS = {
     "fused_linear_ppo_loss",
     "fused_linear_preference_loss",
     "fused_linear_sft_loss",
+    "kl_penalty",
     "linear_kl",
     "linear_logprob",
     "ppo_loss_fn",

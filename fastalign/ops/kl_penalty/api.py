@@ -14,6 +14,7 @@ from fastalign.ops.kl_penalty.reference import last_tokens
 from fastalign.ops.packed_arguments import check_device, check_packed, compute_dtype
 
 Estimator = Literal["k1", "k2", "k3"]
+MAX_K3 = 10.0  # largest estimate of k3, as in verl and NeMo-RL
 
 
 class KLPenalty(NamedTuple):
@@ -36,6 +37,7 @@ def kl_penalty(
     coefficient: float | Tensor,  # or ()
     estimator: Estimator = "k1",
     mask: Tensor | None = None,  # (N,) bool
+    max_k3: float = MAX_K3,
     backend: BackendName = "auto",
 ) -> KLPenalty:
     """Return KL estimates of sampled tokens and the shaped reward of RLHF, for packed responses.
@@ -43,7 +45,8 @@ def kl_penalty(
     Equivalent to these lines, in one pass and with sums accumulated in float64:
 
         x = logprob - reference_logprob
-        kl = {"k1": x, "k2": x**2 / 2, "k3": expm1(-x) + x}[estimator]
+        y = x.clamp(min=-20)
+        kl = {"k1": x, "k2": x**2 / 2, "k3": (expm1(-y) + y).clamp(max=max_k3)}[estimator]
         kl = where(mask, kl, 0)
         sequence_kl = stack([part.sum() for part in kl.split(lengths)])
         reward = -coefficient * kl.detach()
@@ -67,6 +70,9 @@ def kl_penalty(
         estimator: "k1", "k2" or "k3".
         mask: tokens that count; the others have no KL, no reward and no gradient, whatever their
             log-probs.
+        max_k3: largest estimate of k3, whose exponential would overflow; the bounds are those of
+            verl and NeMo-RL. A token above it has this KL and no gradient, as through a clamp.
+            k1 and k2 have no exponential and no bound.
         backend: "auto" takes native code where it was built, else Triton on a GPU, else the
             reference; a named backend runs or raises.
 
@@ -83,6 +89,8 @@ def kl_penalty(
     if estimator not in get_args(Estimator):
         known = ", ".join(map(repr, get_args(Estimator)))
         raise ValueError(f"estimator: expected one of {known}, got {estimator!r}")
+    if not max_k3 > 0:
+        raise ValueError(f"max_k3: expected a positive number, got {max_k3}")
     _check_mask(mask, logprob)
     if score is not None:
         _check_scored(bounds, mask, len(logprob))
@@ -97,6 +105,7 @@ def kl_penalty(
         adaptive,
         mask,
         estimator,
+        float(max_k3),
         choose_backend("kl_penalty", backend, logprob.device.type, logprob.dtype),
     )
     return KLPenalty(*results)

@@ -65,7 +65,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.set_materialize_grads(False)
     # Not the adaptive coefficient, which may be updated in place before the backward.
     ctx.save_for_backward(given.logprob, given.reference_logprob, given.bounds, given.mask)
-    ctx.options = (given.estimator, given.backend)
+    ctx.options = (given.estimator, given.max_k3, given.backend)
 
 
 def _backward(ctx: Any, _: Any, grad_kl: Tensor | None, grad_sequence_kl: Tensor | None) -> Any:

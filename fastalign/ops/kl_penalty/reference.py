@@ -10,6 +10,9 @@ from torch import Tensor
 
 from fastalign.ops.segments import segment_sum
 
+# A lower log-ratio counts as this one in k3, whose exponential would overflow.
+LOWEST_LOG_RATIO = -20.0
+
 
 class Inputs(NamedTuple):
     """The arguments of `kl_penalty`, as every backend takes them."""
@@ -22,6 +25,7 @@ class Inputs(NamedTuple):
     adaptive_coefficient: Tensor | None  # (), in place of `coefficient`
     mask: Tensor | None  # (N,) bool
     estimator: str
+    max_k3: float
     backend: str
 
 
@@ -42,7 +46,7 @@ def _log_ratio(logprob: Tensor, reference_logprob: Tensor, mask: Tensor | None) 
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N,), (R,)
     """Return the reward, the KL and its sums."""
-    logprob, reference_logprob, bounds, score, constant, adaptive, mask, estimator, _ = inputs
+    logprob, reference_logprob, bounds, score, constant, adaptive, mask, estimator, *_ = inputs
     coefficient = constant if adaptive is None else adaptive
     log_ratio = _log_ratio(logprob, reference_logprob, mask)
     if estimator == "k1":
@@ -50,7 +54,8 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:  # (N,), (N,), (R,
     elif estimator == "k2":
         kl = log_ratio.square() / 2
     else:
-        kl = torch.expm1(-log_ratio) + log_ratio
+        bounded = log_ratio.clamp(min=LOWEST_LOG_RATIO)
+        kl = (torch.expm1(-bounded) + bounded).clamp(max=inputs.max_k3)
     reward = -coefficient * kl.detach()
     sequence_kl = segment_sum(kl, bounds)
     if score is not None:
@@ -69,14 +74,19 @@ def backward(
 ) -> Tensor:  # (N,)
     """Return the gradient of the log-probs.
 
-    The derivative by x = logprob - reference_logprob is 1 for k1, x for k2, 1 - exp(-x) for k3.
+    The derivative by x = logprob - reference_logprob is 1 for k1, x for k2, 1 - exp(-x) for k3,
+    and 0 where a bound changes that estimate.
     """
     mask, estimator = inputs.mask, inputs.estimator
     log_ratio = _log_ratio(inputs.logprob, inputs.reference_logprob, mask)
     if estimator == "k1":
         slope = torch.ones_like(log_ratio)
+    elif estimator == "k2":
+        slope = log_ratio
     else:
-        slope = log_ratio if estimator == "k2" else -torch.expm1(-log_ratio)
+        exponential = torch.expm1(-log_ratio)
+        clamped = (log_ratio < LOWEST_LOG_RATIO) | (exponential + log_ratio > inputs.max_k3)
+        slope = -exponential.masked_fill(clamped, 0.0)
     upstream = torch.zeros_like(slope) if grad_kl is None else grad_kl
     if grad_sequence_kl is not None:
         lengths = inputs.bounds.diff()

@@ -22,24 +22,32 @@ def _series(x):
 
 
 @triton.jit
-def _estimate(x, ESTIMATOR: tl.constexpr):
+def _unbounded_k3(x):
+    return tl.where(tl.abs(x) < 0.5, _series(x), tl.exp(-x) - 1.0 + x)
+
+
+@triton.jit
+def _estimate(x, max_k3, ESTIMATOR: tl.constexpr):
     if ESTIMATOR == "k1":
         kl = x
     elif ESTIMATOR == "k2":
         kl = x * x * 0.5
     else:
-        kl = tl.where(tl.abs(x) < 0.5, _series(x), tl.exp(-x) - 1.0 + x)
+        kl = _unbounded_k3(tl.where(x < -20.0, -20.0, x))
+        kl = tl.where(kl > max_k3, max_k3, kl)  # tl.minimum would drop a NaN
     return kl
 
 
 @triton.jit
-def _slope(x, ESTIMATOR: tl.constexpr):
+def _slope(x, max_k3, ESTIMATOR: tl.constexpr):
     if ESTIMATOR == "k1":
         slope = 1.0
     elif ESTIMATOR == "k2":
         slope = x
     else:
-        slope = tl.where(tl.abs(x) < 0.5, x - _series(x), 1.0 - tl.exp(-x))
+        y = tl.where(x < -20.0, -20.0, x)  # whose exponential is finite
+        slope = tl.where(tl.abs(y) < 0.5, y - _series(y), 1.0 - tl.exp(-y))
+        slope = tl.where((x < -20.0) | (_unbounded_k3(y) > max_k3), 0.0, slope)
     return slope
 
 
@@ -66,6 +74,7 @@ def kl_penalty_fwd_kernel(
     kl_ptr,
     sequence_kl_ptr,
     coefficient,
+    max_k3,
     ESTIMATOR: tl.constexpr,
     HAS_SCORE: tl.constexpr,
     HAS_ADAPTIVE: tl.constexpr,
@@ -94,7 +103,7 @@ def kl_penalty_fwd_kernel(
         token = start + tl.arange(0, BLOCK)
         inside = token < end
         x, counts = _log_ratio(logprob_ptr, reference_ptr, mask_ptr, token, inside, HAS_MASK)
-        kl = _estimate(x, ESTIMATOR)
+        kl = _estimate(x, max_k3, ESTIMATOR)
         reward = tl.where(counts, -coefficient * kl, 0.0)
         if HAS_SCORE:
             reward += tl.where(token == last, score, 0.0)
@@ -116,6 +125,7 @@ def kl_penalty_bwd_kernel(
     bounds_ptr,
     mask_ptr,
     gradient_ptr,
+    max_k3,
     ESTIMATOR: tl.constexpr,
     HAS_GRAD_KL: tl.constexpr,
     HAS_GRAD_SEQUENCE_KL: tl.constexpr,
@@ -135,7 +145,7 @@ def kl_penalty_bwd_kernel(
         upstream = of_sequence
         if HAS_GRAD_KL:
             upstream += tl.load(grad_kl_ptr + token, mask=inside, other=0.0)
-        gradient = tl.where(counts, upstream * _slope(x, ESTIMATOR), 0.0)
+        gradient = tl.where(counts, upstream * _slope(x, max_k3, ESTIMATOR), 0.0)
         tl.store(gradient_ptr + token, gradient, mask=inside)
 
 
@@ -151,6 +161,7 @@ def _mask_bytes(inputs: Inputs, unused: Tensor) -> Tensor:
 def _options(inputs: Inputs) -> dict[str, Any]:
     num_tokens = max(inputs.logprob.shape[0], 1)
     return {
+        "max_k3": inputs.max_k3,
         "ESTIMATOR": inputs.estimator,
         "HAS_MASK": inputs.mask is not None,
         "BLOCK": min(MAX_BLOCK, triton.next_power_of_2(num_tokens)),

@@ -21,25 +21,18 @@ def _arguments(inputs: Inputs) -> list[Argument | Tensor | None]:
     return [*listed, contiguous(inputs.temperature, torch.float32), contiguous(inputs.ignored)]
 
 
-def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:  # each (T,) float32
-    """Return the KL and the two log-sum-exps."""
-    logits = inputs.logits
-    kl, logsumexp, reference_logsumexp = new_rows(3, logits.shape[0], logits)
-    results = (kl, logsumexp, reference_logsumexp)
-    call("token_kl_forward", logits.device, [*_arguments(inputs), *results])
+def forward(inputs: Inputs) -> list[Tensor]:  # each (T,) float32
+    """Return the KL, and each side's maximum and log sum exp(z - max z)."""
+    results = new_rows(5, inputs.logits.shape[0], inputs.logits)
+    call("token_kl_forward", inputs.logits.device, [*_arguments(inputs), *results])
     return results
 
 
-def backward(
-    inputs: Inputs,
-    kl: Tensor,  # (T,)
-    logsumexp: Tensor,  # (T,)
-    reference_logsumexp: Tensor,  # (T,)
-    grad_kl: Tensor,  # (T,)
-) -> Tensor:  # (T, V)
-    """Return the gradient of the logits, in their dtype."""
-    logits = inputs.logits
-    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    rows = (kl, logsumexp, reference_logsumexp, grad_kl.contiguous(), gradient)
-    call("token_kl_backward", logits.device, [*_arguments(inputs), *rows])
+def backward(inputs: Inputs, *rows: Tensor) -> Tensor:  # (T, V)
+    """Return the gradient of the logits, in their dtype; `rows` as in `reference.backward`."""
+    gradient = torch.empty(
+        inputs.logits.shape, dtype=inputs.logits.dtype, device=inputs.logits.device
+    )
+    arguments = [*_arguments(inputs), *map(contiguous, rows), gradient]
+    call("token_kl_backward", inputs.logits.device, arguments)
     return gradient

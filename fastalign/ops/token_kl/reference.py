@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.ops.token_logprob.reference import LOWEST_LOGPROB, scaled_logits
+from fastalign.ops.token_logprob.reference import LOWEST_LOGPROB, by_logits, transformed
 
 # Log-probs that differ by more: one of them is a banned token's.
 BANNED_DIFFERENCE = -0.5 * LOWEST_LOGPROB
@@ -44,48 +44,52 @@ def divergence(
     return kl if ignored is None else kl.masked_fill(ignored, 0.0)
 
 
-def _both(inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Return both sides' z, in the wider dtype."""
-    logits, reference_logits, temperature, _, softcap, *_ = inputs
-    dtype = torch.promote_types(logits.dtype, reference_logits.dtype)
-    return (
-        scaled_logits(logits.to(dtype), temperature, softcap),
-        scaled_logits(reference_logits.to(dtype), temperature, softcap),
+def _both(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Return both sides' u in the wider dtype, and the gain."""
+    sides = (inputs.logits, inputs.reference_logits)
+    dtype = torch.promote_types(*(side.dtype for side in sides))
+    (u, gain), (v, _) = (
+        transformed(side.to(dtype), inputs.temperature, inputs.softcap) for side in sides
     )
+    return u, v, gain
 
 
-def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:  # each (T,)
-    """Return the KL and the two log-sum-exps."""
-    z, r = _both(inputs)
-    log_p, log_q = z.log_softmax(-1), r.log_softmax(-1)
-    kl = divergence(log_p, log_q, inputs.over_reference, inputs.ignored)
-    return kl, z.logsumexp(-1), r.logsumexp(-1)
+def forward(inputs: Inputs) -> list[Tensor]:  # each (T,)
+    """Return the KL, and of each side the maximum of u and log sum exp(z - max z)."""
+    *sides, gain = _both(inputs)
+    log_probs, softmaxes = [], []
+    for u in sides:
+        maximum = u.amax(-1)
+        shifted = (u - maximum[:, None]) * gain
+        log_probs.append(shifted.log_softmax(-1))
+        softmaxes += [maximum, shifted.logsumexp(-1)]
+    log_p, log_q = log_probs
+    return [divergence(log_p, log_q, inputs.over_reference, inputs.ignored), *softmaxes]
 
 
 def backward(
     inputs: Inputs,
     kl: Tensor,  # (T,)
-    logsumexp: Tensor,  # (T,)
-    reference_logsumexp: Tensor,  # (T,)
+    maximum: Tensor,  # (T,)
+    log_total: Tensor,  # (T,)
+    reference_maximum: Tensor,  # (T,)
+    reference_log_total: Tensor,  # (T,)
     grad_kl: Tensor,  # (T,)
 ) -> Tensor:  # (T, V), the logits' dtype
     """Return the gradient of the logits.
 
     d KL(p || q) / d z_v = p_v (log p_v - log q_v - KL);  d KL(q || p) / d z_v = p_v - q_v.
     """
-    logits, _, temperature, ignored, softcap, over_reference, _ = inputs
-    z, r = _both(inputs)
-    log_p, log_q = z - logsumexp[:, None], r - reference_logsumexp[:, None]
-    if over_reference:
+    u, v, gain = _both(inputs)
+    log_p = (u - maximum[:, None]) * gain - log_total[:, None]
+    log_q = (v - reference_maximum[:, None]) * gain - reference_log_total[:, None]
+    if inputs.over_reference:
         gradient = log_p.exp() - log_q.exp()
     else:
         difference = log_p.clamp(min=LOWEST_LOGPROB) - log_q.clamp(min=LOWEST_LOGPROB)
         gradient = log_p.exp() * (difference - kl[:, None])
     gradient = gradient * grad_kl.masked_fill(kl.isinf(), torch.nan)[:, None]
-    if temperature is not None:
-        gradient = gradient / temperature.to(z.dtype)[:, None]
-    if softcap is not None:
-        gradient = gradient * (1 - torch.tanh(logits.to(z.dtype) / softcap).square())
-    if ignored is not None:
-        gradient = gradient.masked_fill(ignored[:, None], 0.0)
-    return gradient.to(logits.dtype)
+    gradient = by_logits(gradient, u, gain, inputs.softcap)
+    if inputs.ignored is not None:
+        gradient = gradient.masked_fill(inputs.ignored[:, None], 0.0)
+    return gradient.to(inputs.logits.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastalign.ops.backends import contiguous, new_rows, unit_columns
 from fastalign.ops.token_kl.reference import Inputs
-from fastalign.ops.triton_softmax import add_pair, bounded, divergence, tanh, transform
+from fastalign.ops.triton_softmax import bounded, divergence, pair_sums, row_transform, u_of
 from fastalign.ops.triton_table import launch_options
 
 
@@ -23,8 +23,10 @@ def token_kl_fwd_kernel(
     temperature_ptr,
     ignored_ptr,
     kl_ptr,
-    logsumexp_ptr,
-    reference_logsumexp_ptr,
+    maximum_ptr,
+    log_total_ptr,
+    reference_maximum_ptr,
+    reference_log_total_ptr,
     row_stride,
     reference_stride,
     num_columns,
@@ -37,30 +39,22 @@ def token_kl_fwd_kernel(
 ):
     """Reduce one row of each side to the statistics of `add_pair`, online."""
     row = tl.program_id(0).to(tl.int64)
-    scale = 1.0
-    if HAS_TEMPERATURE:
-        scale = 1.0 / tl.load(temperature_ptr + row)
+    cap_scale, gain, _slope = row_transform(
+        row, temperature_ptr, softcap, 1.0, HAS_TEMPERATURE, HAS_SOFTCAP
+    )
     logits_ptr += row * row_stride
     reference_ptr += row * reference_stride
-    lowest = -float("inf")
-    m, total, weighted = lowest, 0.0, 0.0
-    n, reference_total, cross, largest = lowest, 0.0, 0.0, lowest
-    for start in range(0, num_columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < num_columns
-        x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        y = tl.load(reference_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        z = tl.where(inside, transform(x, softcap, scale, HAS_SOFTCAP), lowest)
-        r = tl.where(inside, transform(y, softcap, scale, HAS_SOFTCAP), lowest)
-        m, total, weighted, n, reference_total, cross, largest = add_pair(
-            m, total, weighted, n, reference_total, cross, largest, z, r, OVER_REFERENCE
-        )
+    m, total, _weighted, n, reference_total, cross, largest = pair_sums(
+        logits_ptr, reference_ptr, num_columns, cap_scale, gain, OVER_REFERENCE, HAS_SOFTCAP, BLOCK
+    )
     _, kl = divergence(total, reference_total, cross, largest, OVER_REFERENCE)
     if HAS_IGNORED:
         kl = tl.where(tl.load(ignored_ptr + row) == 0, kl, 0.0)
     tl.store(kl_ptr + row, kl)
-    tl.store(logsumexp_ptr + row, m + tl.log(total))
-    tl.store(reference_logsumexp_ptr + row, n + tl.log(reference_total))
+    tl.store(maximum_ptr + row, m)
+    tl.store(log_total_ptr + row, tl.log(total))
+    tl.store(reference_maximum_ptr + row, n)
+    tl.store(reference_log_total_ptr + row, tl.log(reference_total))
 
 
 @triton.jit
@@ -70,8 +64,10 @@ def token_kl_bwd_kernel(
     temperature_ptr,
     ignored_ptr,
     kl_ptr,
-    logsumexp_ptr,
-    reference_logsumexp_ptr,
+    maximum_ptr,
+    log_total_ptr,
+    reference_maximum_ptr,
+    reference_log_total_ptr,
     grad_kl_ptr,
     gradient_ptr,
     row_stride,
@@ -92,34 +88,37 @@ def token_kl_bwd_kernel(
     kept = True
     if HAS_IGNORED:
         kept = tl.load(ignored_ptr + row) == 0
-    scale = 1.0
-    if HAS_TEMPERATURE:
-        scale = 1.0 / tl.load(temperature_ptr + row)
-    logsumexp = tl.load(logsumexp_ptr + row)
-    reference_logsumexp = tl.load(reference_logsumexp_ptr + row)
+    cap_scale, gain, slope = row_transform(
+        row, temperature_ptr, softcap, 1.0, HAS_TEMPERATURE, HAS_SOFTCAP
+    )
+    m, log_total = tl.load(maximum_ptr + row), tl.load(log_total_ptr + row)
+    n, reference_log_total = (
+        tl.load(reference_maximum_ptr + row),
+        tl.load(reference_log_total_ptr + row),
+    )
     kl = tl.load(kl_ptr + row)
-    g = tl.where(kl == float("inf"), float("nan"), tl.load(grad_kl_ptr + row))
+    g = tl.where(kl == float("inf"), float("nan"), tl.load(grad_kl_ptr + row)) * slope
     kl = tl.where(kl == float("inf"), 0.0, kl)
+    logits_ptr += row * row_stride
+    reference_ptr += row * reference_stride
+    gradient_ptr += row * num_columns
     for start in range(0, num_columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < num_columns
-        x = tl.load(logits_ptr + row * row_stride + column, mask=inside, other=0.0).to(tl.float32)
-        y = tl.load(reference_ptr + row * reference_stride + column, mask=inside, other=0.0)
-        slope = scale
-        if HAS_SOFTCAP:
-            t = tanh(x / softcap)
-            x = softcap * t
-            slope = scale * (1.0 - t * t)
-        log_p = x * scale - logsumexp
-        log_q = transform(y.to(tl.float32), softcap, scale, HAS_SOFTCAP) - reference_logsumexp
+        x = tl.load(logits_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
+        y = tl.load(reference_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
+        u, v = u_of(x, cap_scale, HAS_SOFTCAP), u_of(y, cap_scale, HAS_SOFTCAP)
+        log_p = (u - m) * gain - log_total
+        log_q = (v - n) * gain - reference_log_total
         p = tl.exp(log_p)
         if OVER_REFERENCE:
             bracket = p - tl.exp(log_q)
         else:
             bracket = p * (bounded(log_p) - bounded(log_q) - kl)
-        gradient = tl.where(kept, bracket * (g * slope), 0.0)
-        place = gradient_ptr + row * num_columns + column
-        tl.store(place, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
+        if HAS_SOFTCAP:
+            bracket *= 1.0 - u * u
+        gradient = tl.where(kept, bracket * g, 0.0)
+        tl.store(gradient_ptr + column, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
 def _operands(inputs: Inputs, unused: Tensor) -> list[Tensor]:
@@ -149,41 +148,24 @@ def _options(kernel: str, inputs: Inputs, operands: list[Tensor]) -> dict[str, A
     }
 
 
-def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:  # each (T,) float32
-    """Return the KL and the two log-sum-exps."""
+def forward(inputs: Inputs) -> list[Tensor]:  # each (T,) float32
+    """Return the KL, and of each side the maximum of u and log sum exp(z - max z)."""
     num_rows = inputs.logits.shape[0]
-    kl, logsumexp, reference_logsumexp = new_rows(3, num_rows, inputs.logits)
+    results = new_rows(5, num_rows, inputs.logits)
     if num_rows:
-        operands = _operands(inputs, unused=kl)
-        token_kl_fwd_kernel[(num_rows,)](
-            *operands,
-            kl,
-            logsumexp,
-            reference_logsumexp,
-            **_options("token_kl_fwd_kernel", inputs, operands),
-        )
-    return kl, logsumexp, reference_logsumexp
+        operands = _operands(inputs, unused=results[0])
+        options = _options("token_kl_fwd_kernel", inputs, operands)
+        token_kl_fwd_kernel[(num_rows,)](*operands, *results, **options)
+    return results
 
 
-def backward(
-    inputs: Inputs,
-    kl: Tensor,  # (T,)
-    logsumexp: Tensor,  # (T,)
-    reference_logsumexp: Tensor,  # (T,)
-    grad_kl: Tensor,  # (T,)
-) -> Tensor:  # (T, V)
-    """Return the gradient of the logits, in their dtype."""
+def backward(inputs: Inputs, *rows: Tensor) -> Tensor:  # (T, V)
+    """Return the gradient of the logits, in their dtype; `rows` as in `reference.backward`."""
     logits = inputs.logits
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if logits.shape[0]:
-        operands = _operands(inputs, unused=kl)
-        token_kl_bwd_kernel[(logits.shape[0],)](
-            *operands,
-            kl,
-            logsumexp,
-            reference_logsumexp,
-            grad_kl.contiguous(),
-            gradient,
-            **_options("token_kl_bwd_kernel", inputs, operands),
-        )
+        operands = _operands(inputs, unused=rows[0])
+        options = _options("token_kl_bwd_kernel", inputs, operands)
+        given = [row.contiguous() for row in rows]
+        token_kl_bwd_kernel[(logits.shape[0],)](*operands, *given, gradient, **options)
     return gradient

@@ -93,7 +93,7 @@ def token_logprob(
     if rows is not None:
         rows = rows.expand(logits.shape[0])
     chosen = choose_backend("token_logprob", backend, logits.device.type, logits.dtype)
-    logprob, entropy, _ = token_logprob_forward(
+    logprob, entropy, *_ = token_logprob_forward(
         logits, targets, rows, softcap, ignore_index, chosen
     )
     return (logprob, entropy) if return_entropy else logprob

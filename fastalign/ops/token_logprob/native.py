@@ -26,25 +26,18 @@ def _arguments(inputs: Inputs) -> list[Argument | Tensor | None]:
     ]
 
 
-def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:  # each (T,) float32
-    """Return log-prob, entropy and log-sum-exp."""
-    logprob, entropy, logsumexp = new_rows(3, inputs.logits.shape[0], inputs.logits)
-    results = (logprob, entropy, logsumexp)
+def forward(inputs: Inputs) -> list[Tensor]:  # each (T,) float32
+    """Return log-prob, entropy, maximum of u and log sum exp(z - max z)."""
+    results = new_rows(4, inputs.logits.shape[0], inputs.logits)
     call("token_logprob_forward", inputs.logits.device, [*_arguments(inputs), *results])
     return results
 
 
-def backward(
-    inputs: Inputs,
-    entropy: Tensor,  # (T,)
-    logsumexp: Tensor,  # (T,)
-    grad_logprob: Tensor,  # (T,)
-    grad_entropy: Tensor | None,  # (T,)
-) -> Tensor:  # (T, V)
-    """Return the gradient of the logits, in their dtype."""
-    logits = inputs.logits
-    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    upstream = (grad_logprob.contiguous(), contiguous(grad_entropy, torch.float32))
-    rows = (logsumexp, entropy, *upstream, gradient)
-    call("token_logprob_backward", logits.device, [*_arguments(inputs), *rows])
+def backward(inputs: Inputs, *rows: Tensor | None) -> Tensor:  # (T, V)
+    """Return the gradient of the logits, in their dtype; `rows` as in `reference.backward`."""
+    gradient = torch.empty(
+        inputs.logits.shape, dtype=inputs.logits.dtype, device=inputs.logits.device
+    )
+    arguments = [*_arguments(inputs), *map(contiguous, rows), gradient]
+    call("token_logprob_backward", inputs.logits.device, arguments)
     return gradient

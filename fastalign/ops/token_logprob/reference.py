@@ -23,34 +23,58 @@ class Inputs(NamedTuple):
     backend: str
 
 
-def scaled_logits(
+def transformed(
     logits: Tensor,  # (T, V)
     temperature: Tensor | None,  # (T,)
     softcap: float | None,
-) -> Tensor:  # (T, V), float32 or float64
-    """Return z = softcap * tanh(logits / softcap) / temperature."""
-    z = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+) -> tuple[Tensor, Tensor | float]:  # (T, V) float32 or float64, and a number or (T, 1)
+    """Return u and the gain: z = gain * u = softcap * tanh(logits / softcap) / temperature.
+
+    The row's maximum is subtracted from u, not from z: a large offset that all logits of a row
+    have in common would make the rounding errors of a product with it as large as differences.
+    """
+    u = logits.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    gain: Tensor | float = 1.0
     if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
+        u, gain = torch.tanh(u / softcap), softcap
     if temperature is not None:
-        z = z / temperature.to(z.dtype)[:, None]
-    return z
+        gain = gain / temperature.to(u.dtype)[:, None]
+    return u, gain
 
 
-def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:  # each (T,)
-    """Return log-prob, entropy and log-sum-exp; zeros in the first two where ignored."""
-    z = scaled_logits(inputs.logits, inputs.temperature, inputs.softcap)
-    logprob = z.log_softmax(-1)
+def by_logits(
+    gradient: Tensor,  # (T, V)
+    u: Tensor,  # (T, V)
+    gain: Tensor | float,  # or (T, 1)
+    softcap: float | None,
+) -> Tensor:
+    """Return the gradient of the logits from that of z."""
+    gradient = gradient * gain
+    return gradient if softcap is None else gradient * ((1 - u.square()) / softcap)
+
+
+def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # each (T,)
+    """Return log-prob, entropy, maximum of u and log sum exp(z - max z).
+
+    The first two are zeros where ignored.
+    """
+    u, gain = transformed(inputs.logits, inputs.temperature, inputs.softcap)
+    maximum = u.amax(-1)
+    shifted = (u - maximum[:, None]) * gain
+    logprob = shifted.log_softmax(-1)
     ignored = inputs.targets == inputs.ignore_index
     picked = logprob.gather(1, inputs.targets.masked_fill(ignored, 0)[:, None])[:, 0]
     entropy = -(logprob.exp() * logprob.clamp(min=LOWEST_LOGPROB)).sum(-1)
-    return picked.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0), z.logsumexp(-1)
+    picked, entropy = picked.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0)
+    return picked, entropy, maximum, shifted.logsumexp(-1)
 
 
 def backward(
     inputs: Inputs,
+    logprob: Tensor,  # (T,)
     entropy: Tensor,  # (T,)
-    logsumexp: Tensor,  # (T,)
+    maximum: Tensor,  # (T,)
+    log_total: Tensor,  # (T,)
     grad_logprob: Tensor,  # (T,)
     grad_entropy: Tensor | None,  # (T,)
 ) -> Tensor:  # (T, V), the logits' dtype
@@ -59,17 +83,16 @@ def backward(
     d logprob / d z_v = 1[v = y] - p_v;  d entropy / d z_v = -p_v (log p_v + entropy).
     """
     logits, targets, temperature, softcap, ignore_index, _ = inputs
-    z = scaled_logits(logits, temperature, softcap)
-    log_p = z - logsumexp[:, None]
+    u, gain = transformed(logits, temperature, softcap)
+    log_p = (u - maximum[:, None]) * gain - log_total[:, None]
     p = log_p.exp()
     ignored = (targets == ignore_index)[:, None]
     gradient = -grad_logprob[:, None] * p
-    gradient.scatter_add_(1, targets.masked_fill(ignored[:, 0], 0)[:, None], grad_logprob[:, None])
+    # 1 - p from the log-prob: exact where p is near 1
+    at_target = -torch.expm1(logprob) * grad_logprob
+    gradient.scatter_(1, targets.masked_fill(ignored[:, 0], 0)[:, None], at_target[:, None])
     if grad_entropy is not None:
         bracket = log_p.clamp(min=LOWEST_LOGPROB) + entropy[:, None]
         gradient = gradient - grad_entropy[:, None] * p * bracket
-    if temperature is not None:
-        gradient = gradient / temperature.to(z.dtype)[:, None]
-    if softcap is not None:
-        gradient = gradient * (1 - torch.tanh(logits.to(z.dtype) / softcap).square())
+    gradient = by_logits(gradient, u, gain, softcap)
     return gradient.masked_fill(ignored, 0.0).to(logits.dtype)

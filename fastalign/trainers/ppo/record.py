@@ -15,6 +15,7 @@ from torch import Tensor
 from fastalign.batch.packed import PackedBatch
 from fastalign.batch.schedule import packed_batches
 from fastalign.compute import Compute
+from fastalign.losses.policy import MAX_LOG_RATIO, probability_ratio
 from fastalign.models import (
     AttentionPlan,
     adapter_off,
@@ -24,6 +25,7 @@ from fastalign.models import (
     score_at,
 )
 from fastalign.ops import LinearHead, LinearKL, kl_penalty, linear_kl, linear_logprob
+from fastalign.ops.kl_penalty.api import MAX_K3
 from fastalign.ops.segments import segment_sum
 from fastalign.ranks.parallel import enter, is_sharded
 from fastalign.runs.accumulate import Examples
@@ -289,9 +291,13 @@ def adapted_coefficient(
 def objective_metrics(
     record: TokenRecord, found: Penalised, score: Tensor, config: KLPenalty, coefficient: float
 ) -> Metrics:
-    """Return TRL's `objective/...` (means over responses), and `entropy` (over tokens)."""
+    """Return TRL's `objective/...` (means over responses), and `entropy` (over tokens).
+
+    `objective/num_clamped` counts the tokens whose KL is the largest that `kl_penalty` gives.
+    """
     penalty = coefficient if config.in_reward else 0.0
     non_score = -penalty * found.sequence_kl
+    clamped = (config.estimator == "k3") & (found.kl >= MAX_K3)
     return {
         "objective/kl": found.sequence_kl.mean().item(),
         "objective/entropy": -segment_sum(record.logprob, record.bounds).mean().item(),
@@ -300,19 +306,24 @@ def objective_metrics(
         "objective/scores": score.mean().item(),
         "entropy": record.entropy.mean().item(),
         "kl_coefficient": coefficient,
+        "objective/num_clamped": clamped.sum().item(),
     }
 
 
 def sampling_metrics(record: TokenRecord) -> Metrics:
-    """Return the distance of the sampler's log-probs from the trainer's, by TRL's names."""
+    """Return the distance of the sampler's log-probs from the trainer's, by TRL's names.
+
+    `sampling/num_clamped` counts the tokens whose ratio `probability_ratio` bounds.
+    """
     difference = record.logprob - record.sampler_logprob
-    ratio = difference.exp()
+    ratio = probability_ratio(record.logprob, record.sampler_logprob)
     return {
         "sampling/sampling_logp_difference/mean": difference.abs().mean().item(),
         "sampling/sampling_logp_difference/max": difference.abs().max().item(),
         "sampling/importance_sampling_ratio/min": ratio.min().item(),
         "sampling/importance_sampling_ratio/mean": ratio.mean().item(),
         "sampling/importance_sampling_ratio/max": ratio.max().item(),
+        "sampling/num_clamped": (difference.abs() > MAX_LOG_RATIO).sum().item(),
     }
 
 

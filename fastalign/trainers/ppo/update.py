@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastalign.batch.packed import PackedBatch
 from fastalign.batch.schedule import indices_of_step
+from fastalign.fused.metrics import is_count
 from fastalign.losses import value_clipped
 from fastalign.losses.chunk_losses import ppo_loss_fn
 from fastalign.models import AttentionPlan, hidden_and_head
@@ -191,7 +192,7 @@ def mean_of_updates(updates: Sequence[Metrics]) -> Metrics:
     result: Metrics = {"num_updates": len(updates)}
     for name in updates[0]:
         values: list[Any] = [metrics[name] for metrics in updates]
-        summed = name == "skipped" or name.startswith("num_")
+        summed = name == "skipped" or is_count(name)
         result[name] = sum(values) if summed else fmean(values)
     result["val/ratio_var"] = pvariance([metrics["val/ratio"] for metrics in updates])
     return result

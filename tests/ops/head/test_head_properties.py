@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastalign.ops import linear_logprob, token_logprob
+from fastalign import LinearHead, fused_linear_ppo_loss
+from fastalign.ops import linear_kl, linear_logprob, token_logprob
 from fastalign.ops.backends import unusable_reason
 from fastalign.ops.head.head_tile import HeadTransform, Tile, read_tile
 
@@ -68,6 +69,40 @@ def test_a_constant_added_to_every_logit_changes_nothing(backend: str, shift: fl
         # the shifted logits themselves are rounded to float32
         rounding = 4 * abs(shift) * torch.finfo(torch.float32).eps
         torch.testing.assert_close(found, expected, rtol=0, atol=rounding + 1e-6)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_a_large_constant_added_to_every_logit_costs_no_precision(
+    backend: str, temperature: float
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+
+    def quarters(*shape: int) -> Tensor:
+        return torch.randint(-4, 5, shape, generator=generator) / 4
+
+    sides = [(quarters(ROWS, WIDTH), 2 * quarters(1000, WIDTH)) for _ in range(2)]
+    targets = torch.randint(1000, (ROWS,), generator=generator)
+
+    def results(shift: float) -> list[Tensor]:
+        leaves = [side.requires_grad_() for side in sides[0]]
+        bias = torch.full((1000,), shift)  # at which quarters are still exact
+        policy, reference = ((h, LinearHead(w, bias)) for h, w in (leaves, sides[1]))
+        options = {"temperature": temperature, "backend": backend}
+        old, advantage = -torch.ones(ROWS), torch.ones(ROWS)
+        loss, _ = fused_linear_ppo_loss(*policy, targets, old, advantage, **options)
+        found = [
+            *linear_logprob(*policy, targets, return_entropy=True, **options),
+            *linear_kl(*policy, *reference, targets, **options),
+            loss,
+        ]
+        upstream = [torch.linspace(-1, 1, ROWS).expand_as(value) for value in found[:-1]]
+        upstream.append(torch.tensor(1.0))
+        pairs = zip(found, upstream, strict=True)
+        total = sum((value * by).sum() for value, by in pairs if value.requires_grad)
+        return [*found, *torch.autograd.grad(total, leaves)]
+
+    for found, expected in zip(results(2.0**14), results(0.0), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=4e-6)
 
 
 def test_the_order_of_tokens_and_of_rows_does_not_matter(backend: str) -> None:

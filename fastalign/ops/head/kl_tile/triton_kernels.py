@@ -9,43 +9,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastalign.ops.head.head_tile import Tile
-from fastalign.ops.head.head_tile.triton_kernels import (
-    launch_arguments,
+from fastalign.ops.head.head_tile.triton_kernels import launch_arguments, rows_of
+from fastalign.ops.head.kl_tile.statistics import PairStatistics, PairUpstream
+from fastalign.ops.triton_softmax import (
+    bounded,
+    divergence,
     one_less_p,
+    pair_sums,
     row_transform,
-    rows_of,
     u_of,
 )
-from fastalign.ops.head.kl_tile.statistics import PairStatistics, PairUpstream
-from fastalign.ops.triton_softmax import add_pair, bounded, divergence
-
-
-@triton.jit
-def _statistics(
-    policy_ptr,
-    reference_ptr,
-    num_columns,
-    cap_scale,
-    gain,
-    OVER_REFERENCE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Return the running statistics of `add_pair` over whole rows."""
-    lowest = -float("inf")
-    m, total, weighted = lowest, 0.0, 0.0
-    n, reference_total, cross, largest = lowest, 0.0, 0.0, lowest
-    for start in range(0, num_columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < num_columns
-        x = tl.load(policy_ptr + column, mask=inside, other=0.0)
-        y = tl.load(reference_ptr + column, mask=inside, other=0.0)
-        z = tl.where(inside, u_of(x, cap_scale, HAS_SOFTCAP) * gain, lowest)
-        r = tl.where(inside, u_of(y, cap_scale, HAS_SOFTCAP) * gain, lowest)
-        m, total, weighted, n, reference_total, cross, largest = add_pair(
-            m, total, weighted, n, reference_total, cross, largest, z, r, OVER_REFERENCE
-        )
-    return m, total, weighted, n, reference_total, cross, largest
 
 
 @triton.jit
@@ -107,16 +80,15 @@ def kl_tile_kernel(
     target = tl.load(targets_ptr + row)
     # read before the reductions, whose barriers keep any warp from overwriting them first
     policy_x, reference_x = tl.load(policy_ptr + target), tl.load(reference_ptr + target)
-    m, total, weighted, n, reference_total, cross, largest = _statistics(
+    m, total, weighted, n, reference_total, cross, largest = pair_sums(
         policy_ptr, reference_ptr, num_columns, cap_scale, gain, OVER_REFERENCE, HAS_SOFTCAP, BLOCK
     )
     mean, kl = divergence(total, reference_total, cross, largest, OVER_REFERENCE)
     entropy = tl.log(total) - weighted / total
     entropy = tl.where(entropy < 0.0, 0.0, entropy)
-    logprob = u_of(policy_x, cap_scale, HAS_SOFTCAP) * gain - m - tl.log(total)
-    reference_logprob = (
-        u_of(reference_x, cap_scale, HAS_SOFTCAP) * gain - n - tl.log(reference_total)
-    )
+    logprob = (u_of(policy_x, cap_scale, HAS_SOFTCAP) - m) * gain - tl.log(total)
+    reference_logprob = (u_of(reference_x, cap_scale, HAS_SOFTCAP) - n) * gain
+    reference_logprob -= tl.log(reference_total)
     _store(logprob_ptr + row, logprob, is_target)
     _store(reference_logprob_ptr + row, reference_logprob, is_target)
     _store(entropy_ptr + row, entropy, is_target)
@@ -132,10 +104,11 @@ def kl_tile_kernel(
         for start in range(0, num_columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < num_columns
-            u = u_of(tl.load(policy_ptr + column, mask=inside, other=0.0), cap_scale, HAS_SOFTCAP)
-            y = tl.load(reference_ptr + column, mask=inside, other=0.0)
-            s = bounded(u * gain - m)
-            t = bounded(u_of(y, cap_scale, HAS_SOFTCAP) * gain - n)
+            x = tl.load(policy_ptr + column, mask=inside, other=-float("inf"))
+            y = tl.load(reference_ptr + column, mask=inside, other=-float("inf"))
+            u = u_of(x, cap_scale, HAS_SOFTCAP)
+            s = bounded((u - m) * gain)
+            t = bounded((u_of(y, cap_scale, HAS_SOFTCAP) - n) * gain)
             p, of_kl = _kl_bracket(s, t, total, reference_total, mean, OVER_REFERENCE)
             of_logprob = tl.where(column == target, one_less_p(logprob), -p)
             by_product = slope

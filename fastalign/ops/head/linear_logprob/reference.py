@@ -11,7 +11,10 @@ from fastalign.ops.head.products import accumulation_dtype
 
 
 def head_logits(call: HeadCall) -> Tensor:
-    """Return the logits (T, V) in the accumulation dtype, from rounded operands."""
+    """Return the logits (T, V) in the accumulation dtype, from rounded operands.
+
+    With a temperature they are less by a constant of each row: see `token_logprob`'s `transformed`.
+    """
     dtype = accumulation_dtype(call.compute_dtype)
 
     def multiplied(rows: Tensor, columns: Tensor) -> Tensor:
@@ -27,7 +30,8 @@ def head_logits(call: HeadCall) -> Tensor:
     if call.softcap is not None:
         logits = call.softcap * torch.tanh(logits / call.softcap)
     if call.temperature is not None:
-        logits = logits / call.temperature.to(dtype).reshape(-1, 1)
+        shifted = logits - logits.detach().amax(-1, keepdim=True)
+        logits = shifted / call.temperature.to(dtype).reshape(-1, 1)
     return logits
 
 
