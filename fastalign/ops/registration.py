@@ -49,12 +49,8 @@ def register_rows(
         num_differentiable: how many of them, the first ones, are differentiable in the logits.
         launchers: function from a backend to its module with `forward` and `backward`.
     """
-    kinds = list(get_type_hints(inputs).values())
-    num_tensors = sum(kind in (Tensor, Tensor | None) for kind in kinds)
-    of_results = ", ".join(f"Tensor {result}" for result in results)
-    upstream = [f"Tensor grad_{result}" for result in results[:num_differentiable]]
-    upstream[1:] = [grad.replace("Tensor", "Tensor?") for grad in upstream[1:]]
-    num_rows = len(results) + num_differentiable  # arguments of the backward before the inputs
+    fields = get_type_hints(inputs)
+    num_tensors = sum(kind in (Tensor, Tensor | None) for kind in fields.values())
 
     @torch.library.custom_op(
         f"fastalign::{name}",
@@ -73,20 +69,7 @@ def register_rows(
         num_rows = matrices[0].shape[0]
         return tuple(matrices[0].new_empty(num_rows, dtype=dtype) for _ in results)
 
-    @torch.library.custom_op(
-        f"fastalign::{name}_backward",
-        mutates_args=(),
-        schema=f"({of_results}, {', '.join(upstream)}, {arguments_of(inputs)}) -> Tensor",
-    )
-    def backward(*arguments: Any) -> Any:
-        rows, given = arguments[:num_rows], inputs(*arguments[num_rows:])
-        with on_device(arguments[0]):
-            return launchers(arguments[-1]).backward(given, *rows).contiguous()
-
-    @backward.register_fake
-    def _(*arguments: Any) -> Any:
-        logits = arguments[num_rows]
-        return logits.new_empty(logits.shape)
+    backward = _register_backward(name, inputs, results, num_differentiable, launchers)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[num_differentiable:])
@@ -96,7 +79,7 @@ def register_rows(
 
     def of_logits(ctx: Any, *gradients: Tensor | None) -> Any:
         first, *others = gradients[:num_differentiable]
-        nothing = (None,) * (len(kinds) - 1)
+        nothing = (None,) * (len(fields) - 1)
         if first is None and not any(value is not None for value in others):
             return None, *nothing
         saved = ctx.saved_tensors
@@ -107,3 +90,35 @@ def register_rows(
 
     forward.register_autograd(of_logits, setup_context=setup_context)
     return forward
+
+
+def _register_backward(
+    name: str,
+    inputs: type[Any],
+    results: Sequence[str],
+    num_differentiable: int,
+    launchers: Callable[[str], ModuleType],
+) -> Callable[..., Any]:
+    """Register and return the backward of an operation: the arguments are those of the forward."""
+    rows = [f"Tensor {result}" for result in results]
+    rows += [f"Tensor? grad_{result}" for result in results[:num_differentiable]]
+    num_rows = len(rows)
+
+    @torch.library.custom_op(
+        f"fastalign::{name}_backward",
+        mutates_args=(),
+        schema=f"({', '.join(rows)}, {arguments_of(inputs)}) -> Tensor",
+    )
+    def backward(*arguments: Any) -> Any:
+        with on_device(arguments[0]):
+            gradient = launchers(arguments[-1]).backward(
+                inputs(*arguments[num_rows:]), *arguments[:num_rows]
+            )
+        return gradient.contiguous()
+
+    @backward.register_fake
+    def _(*arguments: Any) -> Any:
+        logits = arguments[num_rows]
+        return logits.new_empty(logits.shape)
+
+    return backward

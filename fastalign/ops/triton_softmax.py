@@ -101,9 +101,10 @@ def write_gradient(
     for start in range(0, num_columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < num_columns
-        x = tl.load(x_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
+        x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
         u = u_of(x, cap_scale, HAS_SOFTCAP)
-        log_p = (u - m) * gain - log_total
+        # outside, a maximum far below zero would make the exponential overflow
+        log_p = tl.where(inside, (u - m) * gain - log_total, -float("inf"))
         p = tl.exp(log_p)
         result = g * tl.where(column == target, one_less_p(logprob), -p)
         if HAS_GRAD_ENTROPY:

@@ -240,7 +240,7 @@ def test_a_kl_in_the_loss_and_weights_of_tokens(budget: int | None, estimator: A
         leaf.grad = None
     logprob, _ = eager(hidden, weight, bias, targets)
     x = (logprob - reference)[target]
-    kl = (x.square() / 2 if estimator == "k2" else (-x).exp() - 1 + x).sum()
+    kl = (x.square() / 2 if estimator == "k2" else ((-x).exp() - 1 + x).clamp(max=10)).sum()
     clipped = ppo_clip(logprob, old, advantage)[target] * weights[target]
     expected = clipped.sum() / 20 + 0.4 * kl / 20
     expected.backward()

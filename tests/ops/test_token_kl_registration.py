@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops import token_kl
-from fastalign.ops.token_kl.op import token_kl_forward
+from fastalign.ops.token_kl.api import token_kl_forward
 from tests.ops.test_token_kl import CASES, DIRECTIONS, NATIVE, inputs, run
 
 FLOATS = (torch.float32, torch.float32)

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastalign import token_logprob
 from fastalign.ops import native_library
 from fastalign.ops.backends import choose_backend, unusable_reason
-from fastalign.ops.token_logprob.op import token_logprob_forward
+from fastalign.ops.token_logprob.api import token_logprob_forward
 from tests.tolerance import assert_no_worse
 
 NATIVE = unusable_reason("native", "cpu", torch.float32)

@@ -105,11 +105,12 @@ def token_kl_bwd_kernel(
     for start in range(0, num_columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < num_columns
-        x = tl.load(logits_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
-        y = tl.load(reference_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
+        x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        y = tl.load(reference_ptr + column, mask=inside, other=0.0).to(tl.float32)
         u, v = u_of(x, cap_scale, HAS_SOFTCAP), u_of(y, cap_scale, HAS_SOFTCAP)
-        log_p = (u - m) * gain - log_total
-        log_q = (v - n) * gain - reference_log_total
+        # outside, a maximum far below zero would make the exponentials overflow
+        log_p = tl.where(inside, (u - m) * gain - log_total, -float("inf"))
+        log_q = tl.where(inside, (v - n) * gain - reference_log_total, -float("inf"))
         p = tl.exp(log_p)
         if OVER_REFERENCE:
             bracket = p - tl.exp(log_q)

@@ -1,5 +1,6 @@
 """`token_logprob`: log-probs of given tokens from logits."""
 
+from types import ModuleType
 from typing import Literal, overload
 
 import torch
@@ -7,7 +8,21 @@ from torch import Tensor
 
 from fastalign.ops.backends import BackendName, choose_backend
 from fastalign.ops.head.arguments import check_targets, check_transform, temperature_tensor
-from fastalign.ops.token_logprob.op import token_logprob_forward
+from fastalign.ops.registration import register_rows
+from fastalign.ops.token_logprob import native, reference
+
+
+def _launchers(backend: str) -> ModuleType:
+    """Return the backend's `forward` and `backward`; Triton, which may be missing, comes late."""
+    if backend == "triton":
+        from fastalign.ops.token_logprob import triton_kernels
+
+        return triton_kernels
+    return native if backend == "native" else reference
+
+
+RESULTS = ("logprob", "entropy", "maximum", "log_total")
+token_logprob_forward = register_rows("token_logprob", reference.Inputs, RESULTS, 2, _launchers)
 
 
 @overload

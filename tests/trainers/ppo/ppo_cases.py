@@ -137,7 +137,7 @@ def eager_loss(run: PPOSetup, rollouts: Rollouts, scores: Sequence[float]) -> Te
         kl = {
             "k1": x,
             "k2": x.square() / 2,
-            "k3": (-x).exp() - 1 + x,
+            "k3": ((-x).exp() - 1 + x).clamp(max=10),
             "full": (log_p.exp() * (log_p - of_reference[1])).sum(-1),
         }[config.kl.estimator]
         weight = config.kl.coefficient if config.kl.in_reward else 0.0

@@ -104,11 +104,12 @@ def kl_tile_kernel(
         for start in range(0, num_columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < num_columns
-            x = tl.load(policy_ptr + column, mask=inside, other=-float("inf"))
-            y = tl.load(reference_ptr + column, mask=inside, other=-float("inf"))
+            x = tl.load(policy_ptr + column, mask=inside, other=0.0)
+            y = tl.load(reference_ptr + column, mask=inside, other=0.0)
             u = u_of(x, cap_scale, HAS_SOFTCAP)
-            s = bounded((u - m) * gain)
-            t = bounded((u_of(y, cap_scale, HAS_SOFTCAP) - n) * gain)
+            # outside, a maximum far below zero would make the exponentials overflow
+            s = tl.where(inside, bounded((u - m) * gain), -1e30)
+            t = tl.where(inside, bounded((u_of(y, cap_scale, HAS_SOFTCAP) - n) * gain), -1e30)
             p, of_kl = _kl_bracket(s, t, total, reference_total, mean, OVER_REFERENCE)
             of_logprob = tl.where(column == target, one_less_p(logprob), -p)
             by_product = slope
