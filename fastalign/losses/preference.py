@@ -8,6 +8,9 @@ Notation: pi policy, rho reference, c chosen, r rejected, |.| number of target t
 of whole responses, and
 
     h = (log pi(c) - log rho(c)) - (log pi(r) - log rho(r)).
+
+Each raises a `ValueError` if shapes differ or a parameter is out of its range: beta > 0,
+0 <= label_smoothing < 0.5, alpha >= 0, nu > 1 (Rao-Kupper) or nu > 0 (Davidson).
 """
 
 import math
@@ -62,9 +65,6 @@ def dpo(
     """DPO, arXiv 2305.18290.
 
     Return -log sigmoid(beta * h): Rafailov et al. (2023), eq. 7.
-
-    Raises:
-        ValueError: if shapes differ, or beta <= 0.
     """
     check_positive(beta=beta)
     h = log_ratio_difference(
@@ -94,9 +94,6 @@ def dpo_label_smoothed(
 
     Return -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h), for labels that are wrong with
     probability e = label_smoothing: Mitchell, "A note on DPO with noisy preferences" (2023), eq. 3.
-
-    Raises:
-        ValueError: if shapes differ, beta <= 0, or not 0 <= label_smoothing < 0.5.
     """
     check_label_smoothing(label_smoothing)
     check_positive(beta=beta)
@@ -132,9 +129,6 @@ def dpo_robust(
     Return (-(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h)) / (1 - 2 e), for labels that are
     wrong with probability e = label_smoothing: Chowdhury et al. (2024), eq. 12. An unbiased
     estimate of DPO's loss on clean labels, so it may be negative.
-
-    Raises:
-        ValueError: if shapes differ, beta <= 0, or not 0 <= label_smoothing < 0.5.
     """
     check_label_smoothing(label_smoothing)
     check_positive(beta=beta)
@@ -162,9 +156,6 @@ def hinge(
 
     Return max(0, 1 - beta * h): SLiC (Zhao et al. 2023, eq. 1) on DPO's implicit rewards, as in
     RSO (arXiv 2309.06657, eq. 10).
-
-    Raises:
-        ValueError: if shapes differ, or beta <= 0.
     """
     check_positive(beta=beta)
     h = log_ratio_difference(
@@ -189,9 +180,6 @@ def ipo_sum(
 
     Return (h - 1 / (2 beta))^2: Azar et al. (2023), eq. 17, whose tau is `beta`. TRL's "ipo" is
     `ipo_mean`.
-
-    Raises:
-        ValueError: if shapes differ, or beta <= 0.
     """
     check_positive(beta=beta)
     h = log_ratio_difference(
@@ -206,6 +194,22 @@ def ipo_sum(
 def per_token(logprob: Tensor, length: Tensor) -> Tensor:
     """Return the mean log-prob of a response's tokens, (B,); 0 for an empty response."""
     return logprob / length.clamp(min=1).to(logprob.dtype)
+
+
+def _mean_logprobs(
+    policy_chosen_logprob: Tensor,
+    policy_rejected_logprob: Tensor,
+    chosen_length: Tensor,
+    rejected_length: Tensor,
+) -> tuple[Tensor, Tensor]:
+    check_same_shape(
+        policy_chosen_logprob=policy_chosen_logprob,
+        policy_rejected_logprob=policy_rejected_logprob,
+        chosen_length=chosen_length,
+        rejected_length=rejected_length,
+    )
+    chosen = per_token(policy_chosen_logprob, chosen_length)
+    return chosen, per_token(policy_rejected_logprob, rejected_length)
 
 
 def _mean_log_ratio_difference(
@@ -247,9 +251,6 @@ def ipo_mean(
 
     Return (h - 1 / (2 beta))^2 with the h of mean log-probs: what TRL calls "ipo". The paper's own
     loss is `ipo_sum`.
-
-    Raises:
-        ValueError: if shapes differ, or beta <= 0.
     """
     check_positive(beta=beta)
     h = _mean_log_ratio_difference(
@@ -278,9 +279,6 @@ def dpo_length_normalised(
 
     Return -log sigmoid(beta * h) with the h of mean log-probs: Tulu 3 (Lambert et al. 2024), eq. 6;
     TRL's "sigmoid_norm", open-instruct's "dpo_norm". It needs a larger beta: Tulu 3 takes 5.
-
-    Raises:
-        ValueError: if shapes differ, or beta <= 0.
     """
     check_positive(beta=beta)
     h = _mean_log_ratio_difference(
@@ -311,9 +309,6 @@ def dpo_length_penalised(
     Return -log sigmoid(beta * h + alpha * (|c| - |r|)): Park et al. (2024), eq. 9. It is DPO with a
     reward that is lower by alpha for each token: a preference for a longer answer counts as partly
     explained by its length, and gets a smaller gradient.
-
-    Raises:
-        ValueError: if shapes differ, beta <= 0, or alpha < 0.
     """
     check_positive(beta=beta)
     if not alpha >= 0:
@@ -345,19 +340,11 @@ def simpo(
 
     Return -log sigmoid(beta * (mean log pi(c) - mean log pi(r)) - gamma), with means over tokens:
     Meng et al. (2024), eq. 6. gamma is the margin itself, as in TRL (`simpo_gamma`).
-
-    Raises:
-        ValueError: if shapes differ, or beta <= 0.
     """
     check_positive(beta=beta)
-    check_same_shape(
-        policy_chosen_logprob=policy_chosen_logprob,
-        policy_rejected_logprob=policy_rejected_logprob,
-        chosen_length=chosen_length,
-        rejected_length=rejected_length,
+    chosen, rejected = _mean_logprobs(
+        policy_chosen_logprob, policy_rejected_logprob, chosen_length, rejected_length
     )
-    chosen = per_token(policy_chosen_logprob, chosen_length)
-    rejected = per_token(policy_rejected_logprob, rejected_length)
     return -F.logsigmoid(beta * (chosen - rejected) - gamma)
 
 
@@ -375,19 +362,11 @@ def orpo(
     Return -mean log pi(c) - beta * log sigmoid(log odds(c) - log odds(r)): Hong et al. (2024),
     eqs. 4, 6 and 7. The odds are p / (1 - p), with p the geometric mean of the tokens'
     probabilities; the paper's lambda is `beta`.
-
-    Raises:
-        ValueError: if shapes differ, or beta <= 0.
     """
     check_positive(beta=beta)
-    check_same_shape(
-        policy_chosen_logprob=policy_chosen_logprob,
-        policy_rejected_logprob=policy_rejected_logprob,
-        chosen_length=chosen_length,
-        rejected_length=rejected_length,
+    chosen, rejected = _mean_logprobs(
+        policy_chosen_logprob, policy_rejected_logprob, chosen_length, rejected_length
     )
-    chosen = per_token(policy_chosen_logprob, chosen_length)
-    rejected = per_token(policy_rejected_logprob, rejected_length)
     return -chosen - beta * F.logsigmoid(log_odds(chosen) - log_odds(rejected))
 
 
@@ -432,9 +411,6 @@ def dpo_rao_kupper(
     """DPO with ties, Rao-Kupper model, arXiv 2409.17431.
 
     Return `rao_kupper(beta * h, tie)`: Chen et al. (2024).
-
-    Raises:
-        ValueError: if shapes differ, beta <= 0, or nu <= 1.
     """
     check_positive(beta=beta)
     h = log_ratio_difference(
@@ -464,9 +440,6 @@ def dpo_davidson(
     """DPO with ties, Davidson model, arXiv 2409.17431.
 
     Return `davidson(beta * h, tie)`: Chen et al. (2024).
-
-    Raises:
-        ValueError: if shapes differ, beta <= 0, or nu <= 0.
     """
     check_positive(beta=beta)
     h = log_ratio_difference(
