@@ -104,9 +104,8 @@ def kl_tile_kernel(
         for start in range(0, num_columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside = column < num_columns
-            x = tl.load(policy_ptr + column, mask=inside, other=0.0)
+            u = u_of(tl.load(policy_ptr + column, mask=inside, other=0.0), cap_scale, HAS_SOFTCAP)
             y = tl.load(reference_ptr + column, mask=inside, other=0.0)
-            u = u_of(x, cap_scale, HAS_SOFTCAP)
             # outside, a maximum far below zero would make the exponentials overflow
             s = tl.where(inside, bounded((u - m) * gain), -1e30)
             t = tl.where(inside, bounded((u_of(y, cap_scale, HAS_SOFTCAP) - n) * gain), -1e30)
