@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastalign.data.readers.row import DataFault, Row, show, show_names
+from fastalign.data.readers.row import DataFault, Row, shorten, show, show_names
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Roles that may follow each role; None is the beginning.
@@ -24,6 +24,8 @@ _UNSUPPORTED_KEYS = (
 )
 # Other tools' names of whether a message is learned: OpenAI, Mistral, axolotl, ms-swift, verl.
 _LEARNED_KEYS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
+# Names that other tools may give to a message's share in the loss, such as `train_detail`.
+_LIKE_LEARNED_KEYS = re.compile("train|loss|weight|mask|learn|ignore", re.IGNORECASE)
 _HANDLED_KEYS = {"role", "content", *_UNSUPPORTED_KEYS, *_LEARNED_KEYS}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PRINTED_LIST = re.compile(r"\s*\[\s*\{.*['\"]role['\"]\s*:.*\}\s*\]\s*", re.DOTALL)
@@ -129,6 +131,11 @@ def _message(row: Row, column: str, index: int, item: object) -> Message:
     for key in _UNSUPPORTED_KEYS:
         if item.get(key):
             raise DataFault(row.where, f"{name}{key} is not supported", column)
+    for key in unknown_keys([item]):
+        if _LIKE_LEARNED_KEYS.search(key):
+            known = ", ".join(_LEARNED_KEYS)
+            problem = f"{name}{shorten(key)} is not supported; of such keys only {known} are"
+            raise DataFault(row.where, problem, column)
     if isinstance(item["content"], list):
         problem = f"{name}expected text, got a list of parts (only text is supported)"
         raise DataFault(row.where, problem, column)

@@ -227,6 +227,7 @@ def test_a_key_of_a_message_keeps_it_from_being_learned(
         ({**BAD, "weight": 0, "train": True}, "weight and train contradict"),
         ({**BAD, "reasoning": "so"}, "reasoning is not supported"),
         ({**BAD, "prefix": True}, "prefix is not supported"),
+        ({**BAD, "train_detail": [1]}, "'train_detail' is not supported; of such keys only weight"),
         ({**BAD, "weight": 0}, "no message of the assistant is to be learned"),
     ],
 )
