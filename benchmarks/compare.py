@@ -20,6 +20,7 @@ from benchmarks.compare_steps import NAMES, compare_all_steps
 from benchmarks.head_rows import DTYPES, compare_heads
 from benchmarks.operations import compare_operations, print_operations
 from benchmarks.peers import PEERS
+from fastalign.written_files import check_file, write_file
 
 OPERATIONS = "operations"
 
@@ -58,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--rounds", type=int, default=5, help="number of timed calls of each implementation"
     )
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
     steps = parser.add_argument_group("whole steps")
     steps.add_argument(
         "--model", choices=list(step_cases.SHAPES), action="append", help="may be repeated"
@@ -108,10 +110,9 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--data: {arguments.data} is not there")
     if arguments.json:  # fail before the work, not after it
         try:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.open("a", encoding="utf-8").close()
-        except OSError as error:
-            parser.error(f"--json: {error}")
+            check_file("--json", arguments.json, overwrite=arguments.overwrite)
+        except (ValueError, OSError) as error:
+            parser.error(str(error))
     if arguments.dtype is None:
         on_cpu = ["float32"] if name in (*NAMES, ROLLOUT) else list(DTYPES)
         arguments.dtype = on_cpu if arguments.device == "cpu" else ["bfloat16"]
@@ -143,7 +144,8 @@ def main() -> None:
     rows = compare(arguments)
     if arguments.json:
         records = [{k.rstrip("_"): v for k, v in asdict(row).items()} for row in rows]
-        arguments.json.write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(records, indent=1) + "\n"
+        write_file(arguments.json, text, overwrite=arguments.overwrite)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,14 @@ from safetensors import safe_open
 
 # Pages have tables, the .json and .jsonl files of a run everything else that it measured.
 SUFFIXES = {".jsonl", ".json", ".safetensors", ".html"}
-NOT_RESULTS = {"source", "checkpoints", "cache", "tensorboard", "machine.json"}
+NOT_RESULTS = {
+    "source",
+    "checkpoints",
+    "cache",
+    "tensorboard",
+    "machine.json",
+    "fastalign_manifest.json",
+}
 MEASURED = re.compile(
     r"second|s/step|tokens_per_|tokens/s|peak|flops|utilisation|^(.*/)?eps$", re.IGNORECASE
 )

@@ -8,6 +8,7 @@ import contextlib
 import json
 import multiprocessing
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -56,6 +57,9 @@ def execute(job: Job) -> tuple[Job, float, str | None]:
     from fastalign.cli.main import main
 
     start = time.perf_counter()
+    finished = (job.folder / "model").exists()  # and the evaluation was interrupted
+    if not finished and (job.folder / "config.yaml").exists():  # the run was interrupted
+        shutil.rmtree(job.folder)
     job.folder.mkdir(parents=True, exist_ok=True)
     log = job.folder / "log.txt"
     with (
@@ -63,7 +67,7 @@ def execute(job: Job) -> tuple[Job, float, str | None]:
         contextlib.redirect_stdout(file),
         contextlib.redirect_stderr(file),
     ):
-        for command in job.commands:
+        for command in job.commands[finished:]:
             print("$ fastalign", *command, flush=True)
             if main(command):
                 last = log.read_text(encoding="utf-8").strip().splitlines()[-1]
@@ -113,7 +117,7 @@ def evaluation(model: Path, run: Path, folder: Path, seed: int, *more: str) -> t
         *("eval", "--model.path", str(model), "--reference.path", str(folder / "sft" / "model")),
         *("--reward", str(SAMPLES / "reward.json"), "--sampling.max-new-tokens", "40"),
         *("--data.prompts", str(SAMPLES / "prompts_eval.jsonl"), "--run.seed", str(seed)),
-        *("--out", str(run / "eval" / "eval.json"), *more),
+        *("--out", str(run / "eval" / "eval.json"), "--overwrite", *more),
     )
 
 
@@ -122,7 +126,16 @@ def shared_jobs(folder: Path, quick: bool) -> list[Job]:
     base, sft, reward = folder / "base", folder / "sft", folder / "reward"
     texts = ("--data.train", str(SAMPLES / "texts_train.jsonl.gz"))
     shape = ("--vocab-size", "768", "--hidden-size", "128", "--layers", "4", "--heads", "4")
-    begin = ("new-model", *texts, *shape, "--max-positions", "256", "--out", str(base))
+    begin = (
+        "new-model",
+        *texts,
+        *shape,
+        "--max-positions",
+        "256",
+        "--overwrite",
+        "--out",
+        str(base),
+    )
     tune = (
         *("sft", "--config", str(RECIPES / "sft.yaml"), "--model.path", str(base), *texts),
         *("--train.max-steps", "400" if quick else "1000", "--run.dir", str(sft)),
@@ -173,6 +186,15 @@ def method_jobs(experiment: dict[str, Any], folder: Path, quick: bool) -> Iterat
             yield LabelledJob(job, labels)
 
 
+def mark_folder(folder: Path, parser: argparse.ArgumentParser) -> None:
+    """Leave a mark in the experiment's folder; end if it holds something else."""
+    mark = folder / ".frontier"
+    if folder.exists() and any(folder.iterdir()) and not mark.exists():
+        parser.error(f"{folder} exists, and this script did not make it; name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark.touch()
+
+
 def main() -> None:
     """Run the experiment in a folder and draw its frontier."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -183,6 +205,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     folder: Path = options.folder
+    mark_folder(folder, parser)
     experiment = yaml.safe_load((RECIPES / "experiment.yaml").read_text(encoding="utf-8"))
     begin = time.perf_counter()
     write_preferred(SAMPLES / "pairs_train.jsonl", folder / "preferred.jsonl")
@@ -200,7 +223,8 @@ def main() -> None:
     from fastalign.cli.main import main as fastalign
 
     for name in ("frontier.html", "frontier.png"):
-        if fastalign(["frontier", str(folder / "runs.jsonl"), "--out", str(folder / name)]):
+        out = ["--out", str(folder / name), "--overwrite"]
+        if fastalign(["frontier", str(folder / "runs.jsonl"), *out]):
             sys.exit(2)
     print(f"Finished in {time.perf_counter() - begin:.0f} seconds.")
 

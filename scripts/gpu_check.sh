@@ -40,9 +40,9 @@ mkdir -p "$folder"
 "$python" -m fastalign doctor | tee "$folder/doctor.txt"
 FASTALIGN_TEST_GPU=1 "$python" -m pytest tests/gpu -q
 for name in operations head; do
-    "$python" -m benchmarks.compare "$name" --device cuda --json "$folder/$name.json" | tee "$folder/$name.txt"
+    "$python" -m benchmarks.compare "$name" --device cuda --json "$folder/$name.json" --overwrite | tee "$folder/$name.txt"
 done
 if "$python" -c 'import transformers, datasets, trl' 2>/dev/null; then  # optimiser steps; run the other shapes by hand
     "$python" -m benchmarks.compare dpo-step --device cuda --model llama-3.2-1b --case long-prompts --rounds 3 \
-        --json "$folder/dpo-step.json" | tee "$folder/dpo-step.txt"
+        --json "$folder/dpo-step.json" --overwrite | tee "$folder/dpo-step.txt"
 fi

@@ -18,6 +18,7 @@ from fastalign.data import DataFault
 from fastalign.data.columns import COLUMNS
 from fastalign.data.readers.files import shown_entries
 from fastalign.data.readers.rows import read_rows
+from fastalign.written_files import check_file, write_file
 
 SIDES = (("response_a", "response_b"), ("chosen", "rejected"))
 
@@ -45,10 +46,23 @@ def main() -> int:
     parser.add_argument("--train", required=True, help="file (.jsonl) to write")
     parser.add_argument("--held-out", required=True, help="file (.jsonl) to write")
     parser.add_argument("--share", type=float, default=0.1, help="share of the held-out pairs")
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
     options = parser.parse_args()
     try:
         if not 0 < options.share < 1:
             raise ValueError(f"--share: expected a number between 0 and 1, got {options.share}")
+        outputs = {}
+        for held_out, name in ((False, options.train), (True, options.held_out)):
+            setting = "--held-out" if held_out else "--train"
+            inputs = [("data.pairs", Path(options.pairs).resolve())]
+            outputs[held_out] = check_file(
+                setting,
+                name,
+                overwrite=options.overwrite,
+                inputs=inputs if inputs[0][1].exists() else [],
+            )
+        if outputs[False].resolve() == outputs[True].resolve():
+            raise ValueError(f"--held-out: {options.held_out} is the file of --train, too")
         parts: dict[bool, list[str]] = {True: [], False: []}
         unread: list[str] = []
         for row in read_rows(options.pairs, COLUMNS, unread):
@@ -58,11 +72,8 @@ def main() -> int:
             parts[held_out].append(json.dumps(row.values, ensure_ascii=False) + "\n")
         if unread:
             print(f"{options.pairs}: not read: {shown_entries(unread)}")
-        for held_out, path in ((False, Path(options.train)), (True, Path(options.held_out))):
-            if path.exists():
-                raise ValueError(f"{path} exists; remove it or choose another name")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("".join(parts[held_out]), encoding="utf-8")
+        for held_out, path in outputs.items():
+            write_file(path, "".join(parts[held_out]), overwrite=options.overwrite)
             print(f"{len(parts[held_out])} pairs written to {path}")
     except (ValueError, OSError) as error:
         print(f"split_pairs: {error}", file=sys.stderr)

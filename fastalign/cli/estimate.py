@@ -11,6 +11,7 @@ import torch
 from fastalign.cli.algorithms import ALGORITHMS
 from fastalign.cli.config_parse import take_option
 from fastalign.estimate.run import Estimate, estimate_run
+from fastalign.written_files import check_file, input_paths, write_file
 
 ESTIMATED = {name: each for name, each in ALGORITHMS.items() if not each.samples}
 USAGE = """usage: fastalign estimate sft | dpo | reward [--config FILE] FLAGS
@@ -21,6 +22,7 @@ and its tokenizer. Runs that sample (ppo, online-dpo) are not estimated.
 
 --ranks N     memory of each of N ranks (torchrun) with the `parallel` settings
 --json FILE   also write the estimate to FILE
+--overwrite   replace FILE if it exists
 
 All other flags are those of the command.
 
@@ -133,10 +135,14 @@ def main(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     output, arguments = take_option(argv, "--json")
     ranks, arguments = take_ranks(arguments)
+    overwrite = "--overwrite" in arguments
+    arguments = [word for word in arguments if word != "--overwrite"]
     name, *flags = arguments or ["nothing"]
     if name not in ESTIMATED:
         raise ValueError(f"expected one of {', '.join(ESTIMATED)}, got {name!r}")
     config = ESTIMATED[name].parse(flags)
+    if output is not None:
+        check_file("--json", output, overwrite=overwrite, inputs=input_paths(config))
     found = estimate_run(config, ranks)
     peak, free = found.total_of(found.largest), available_bytes(found.device)
     print(
@@ -154,5 +160,5 @@ def main(argv: Sequence[str]) -> int:
         print("\n".join(remedies(config, found)))
     if output is not None:
         record = {"algorithm": name, "available_bytes": free, **as_record(found)}
-        Path(output).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_file(Path(output), json.dumps(record, indent=1) + "\n", overwrite=overwrite)
     return 0 if fits else 1

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.cli.config_parse import parse_flags
+from fastalign.written_files import check_folder, check_not_among_data, input_paths, written_folder
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
 CHAT_TEMPLATE = (
@@ -51,6 +52,8 @@ class NewModelConfig:
     max_positions: int = 1024
     """Maximum sequence length."""
     run: NewModelRun = field(default_factory=NewModelRun)
+    overwrite: bool = False
+    """Replace the folder if it exists."""
 
 
 def texts_of(source: str) -> Iterator[str]:
@@ -126,15 +129,18 @@ def new_model(argv: Sequence[str]) -> int:
             f"hidden-size: expected a multiple of twice the {config.heads} heads, "
             f"got {config.hidden_size}"
         )
-    out = empty_folder(config.out)
+    out = Path(config.out)
+    check_folder("out", out, overwrite=config.overwrite, inputs=input_paths(config))
+    check_not_among_data("out", out, input_paths(config))
     texts = texts_of(config.data.train)
     first = next(texts, None)
     if first is None:
         raise ValueError(f"data.train: {config.data.train} holds no text")
     tokenizer = train_tokenizer(itertools.chain([first], texts), config.vocab_size)
     model = make_model(config, len(tokenizer))
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    with written_folder(out) as aside:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     print(json.dumps({"out": str(out), "tokens": len(tokenizer), "parameters": num_parameters}))
     return 0
@@ -157,6 +163,8 @@ class MergeConfig:
     model: MergeModel
     out: str
     """Folder to write in transformers' layout."""
+    overwrite: bool = False
+    """Replace the folder if it exists."""
 
 
 def merge(argv: Sequence[str]) -> int:
@@ -166,24 +174,14 @@ def merge(argv: Sequence[str]) -> int:
     from fastalign.models import adapter_base, load_policy, save_model
 
     config = parse_flags(MergeConfig, argv, "fastalign merge")
-    out = empty_folder(config.out)
+    out = Path(config.out)
+    check_folder("out", out, overwrite=config.overwrite, inputs=input_paths(config))
     if adapter_base(config.model.path) is None:
         raise ValueError(f"model.path: {config.model.path} is no adapter's folder (peft's layout)")
     trust = config.model.trust_remote_code
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=trust)
     model = load_policy(config.model.path, Compute(packing="padded"), trust_remote_code=trust)
-    save_model(model, tokenizer, out)
+    with written_folder(out) as aside:
+        save_model(model, tokenizer, aside)
     print(f"merged model written to {out}")
     return 0
-
-
-def empty_folder(out: str) -> Path:
-    """Return the folder to write.
-
-    Raises:
-        ValueError: if it exists and is not an empty folder.
-    """
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"out: {folder} exists and is not an empty folder")
-    return folder

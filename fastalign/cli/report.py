@@ -13,6 +13,7 @@ from rich.table import Table
 
 from fastalign.cli.config_parse import parse_flags
 from fastalign.output import shown
+from fastalign.written_files import check_file, input_paths, write_file
 
 RUN_ARGUMENT = tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(required)")
 
@@ -24,7 +25,9 @@ class ReportConfig:
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, RUN_ARGUMENT]
     """Run folders (--run.dir)."""
     out: str = "report.html"
-    """Page to write, replacing an older one."""
+    """Page (.html) to write."""
+    overwrite: bool = False
+    """Replace the page if it exists."""
 
 
 @dataclass(frozen=True)
@@ -36,9 +39,11 @@ class FrontierConfig:
     .jsonl) of entries with `method`, `strength`, `seed`, `run` (its folder or eval.json) and
     `best_of`."""
     out: str = "frontier.html"
-    """Page (.html) or picture (.png, .svg, .pdf) to write, replacing an older one."""
+    """Page (.html) or picture (.png, .svg, .pdf) to write."""
     origin: str = "sft"
     """Method whose point all curves start at, if it is among the runs."""
+    overwrite: bool = False
+    """Replace the files if they exist."""
 
 
 def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int = 1) -> None:
@@ -64,6 +69,9 @@ def main(argv: Sequence[str]) -> int:
     config = parse_flags(ReportConfig, argv, "fastalign report")
     if not config.runs:
         raise ValueError("expected one run's folder or more, got none")
+    if Path(config.out).suffix != ".html":
+        raise ValueError(f"out: expected .html, got {config.out}")
+    out = check_file("out", config.out, overwrite=config.overwrite, inputs=input_paths(config))
     runs = read_runs(config.runs)
     show(COLUMNS, table(runs), num_left=2)
     for columns, rows in (
@@ -73,9 +81,7 @@ def main(argv: Sequence[str]) -> int:
     ):
         if rows:
             show(columns, rows)
-    out = Path(config.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(render(runs), encoding="utf-8")
+    write_file(out, render(runs), overwrite=config.overwrite)
     print(f"report written to {out}")
     return 0
 
@@ -88,7 +94,7 @@ def frontier(argv: Sequence[str]) -> int:
         PICTURES,
         find_origin,
         frontier_table,
-        write_frontier,
+        render_frontier,
     )
 
     config = parse_flags(FrontierConfig, argv, "fastalign frontier")
@@ -97,12 +103,14 @@ def frontier(argv: Sequence[str]) -> int:
     out = Path(config.out)
     if out.suffix not in (".html", *PICTURES):
         raise ValueError(f"out: expected .html, {', '.join(PICTURES)}, got {out}")
+    table = out.with_suffix(".table.json")
+    for path in (out, table):
+        check_file("out", path, overwrite=config.overwrite, inputs=input_paths(config))
     points = frontier_points(read_frontier(config.runs))
     show(COLUMNS, frontier_table(points), num_left=2)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_frontier(points, find_origin(points, config.origin), out)
-    table = out.with_suffix(".table.json")
+    content = render_frontier(points, find_origin(points, config.origin), out.suffix)
+    write_file(out, content, overwrite=config.overwrite)
     text = json.dumps([asdict(point) for point in points], indent=1, ensure_ascii=False)
-    table.write_text(text + "\n", encoding="utf-8")
+    write_file(table, text + "\n", overwrite=config.overwrite)
     print(f"written to {out} and {table}")
     return 0

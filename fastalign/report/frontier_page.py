@@ -1,8 +1,8 @@
 """The frontier's table and picture: one curve per method, all from the same starting point."""
 
+import io
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from fastalign.report.frontier import FrontierPoint, Strength
@@ -110,18 +110,18 @@ def draw_point(axes: Any, point: FrontierPoint, colour: str, mark: str) -> None:
     )
 
 
-def write_frontier(
-    points: Sequence[FrontierPoint], origin: FrontierPoint | None, out: Path
-) -> None:
-    """Write a page (.html) with picture and table, or the picture alone (.png, .svg, .pdf)."""
+def render_frontier(
+    points: Sequence[FrontierPoint], origin: FrontierPoint | None, suffix: str
+) -> bytes:
+    """Return a page (.html) with picture and table, or the picture alone (.png, .svg, .pdf)."""
     figure = draw_frontier(points, origin)
-    if out.suffix != ".html":
-        figure.savefig(out, dpi=150)
-        return
-    page = fill(
+    if suffix != ".html":
+        stream = io.BytesIO()
+        figure.savefig(stream, format=suffix.removeprefix("."), dpi=150)
+        return stream.getvalue()
+    return fill(
         "frontier.html.jinja",
         columns=COLUMNS,
         table=frontier_table(points),
         picture=as_data_uri(figure),
-    )
-    out.write_text(page, encoding="utf-8")
+    ).encode()

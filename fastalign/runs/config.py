@@ -246,6 +246,9 @@ class RunConfig:
     export: str | None = None
     """With run.resume, write the newest valid checkpoint's models to this folder in transformers'
     layout and exit without training."""
+    overwrite: bool = False
+    """Replace what stands where the run writes its models (model/, adapter/, value/, eval/), even
+    if this run did not make it."""
 
     def __post_init__(self) -> None:
         require(bool(self.dir), "run.dir", "a folder", self.dir)

@@ -1,7 +1,6 @@
 """The models that a run writes at its end: `model/`, of an adapter also `adapter/`, and others."""
 
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,14 @@ from fastalign.models import has_adapter, load_policy, merge_adapter, save_adapt
 from fastalign.ranks.parallel import is_sharded
 from fastalign.ranks.world import World
 from fastalign.runs.config import AnyConfig
+from fastalign.runs.folder import run_of
+from fastalign.written_files import (
+    begin_folder,
+    check_folder,
+    check_not_among_data,
+    finish_folder,
+    input_paths,
+)
 
 
 def save_final_model(
@@ -38,17 +45,17 @@ def save_final_model(
         other_folders: name of each further folder to the function that writes it.
     """
     for name, write in other_folders.items():
-        with written(folder / name, world) as aside:
+        with written(config, folder / name, world) as aside:
             write(aside)
     if has_adapter(model):
-        with written(folder / "adapter", world) as aside:
+        with written(config, folder / "adapter", world) as aside:
             save_adapter(model, aside)
             if world.is_first:
                 tokenizer.save_pretrained(aside)
         if not config.model.lora.save_merged:
             return
         model = merged(model, folder / "adapter", config, world)
-    with written(folder / "model", world) as aside:
+    with written(config, folder / "model", world) as aside:
         save_model(model, tokenizer, aside)
 
 
@@ -68,21 +75,51 @@ def merged(model: Any, adapter: Path, config: AnyConfig, world: World) -> Any:
     )
 
 
-@contextmanager
-def written(final: Path, world: World) -> Iterator[Path]:
-    """Yield a folder for rank 0 to write into, which gets its final name when it is complete."""
-    aside = final.with_name(f".writing-{final.name}")
+def check_outputs(config: AnyConfig, others: Collection[str] = ()) -> None:
+    """Check, before anything is loaded, that the run may write to its folder and its models.
 
-    def prepare() -> None:
-        if aside.exists():  # left behind by a run that was killed
-            shutil.rmtree(aside)
+    Args:
+        config: the run's settings.
+        others: names of folders that the run writes beside the policy's.
+
+    Raises:
+        ValueError: if a folder holds what this run did not make, or is an input of the run.
+    """
+    setting, name = ("run.dir", config.run.dir)
+    if config.run.export is not None:
+        setting, name = ("run.export", config.run.export)
+    folder, inputs = Path(name), input_paths(config)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{setting}: expected a folder, {folder} is a file")
+    for read, path in inputs:
+        if path == folder.resolve():
+            raise ValueError(f"{setting}: {folder} is {read}, which is read; choose another folder")
+    check_not_among_data(setting, folder, inputs)
+    owner = run_of(Path(config.run.dir))
+    inputs = [*inputs, ("run.dir", Path(config.run.dir).resolve())]
+    names = ["adapter"] if config.model.lora.rank else []
+    names += ["model"] if not config.model.lora.rank or config.model.lora.save_merged else []
+    for part in (*names, *others):
+        check_folder(
+            setting, folder / part, owner=owner, overwrite=config.run.overwrite, inputs=inputs
+        )
+
+
+@contextmanager
+def written(config: AnyConfig, final: Path, world: World) -> Iterator[Path]:
+    """Yield a folder for rank 0 to write into, which gets its final name when it is complete.
+
+    Raises:
+        ValueError: if something else took that name during the run, whose last step is saved.
+    """
+    owner = world.of_first(run_of(Path(config.run.dir)))
+    aside = world.first_does(lambda: begin_folder(final, owner))
 
     def finish() -> None:
-        if final.exists():
-            shutil.rmtree(final)
-        aside.rename(final)
+        setting = "run.dir" if config.run.export is None else "run.export"
+        check_folder(setting, final, owner=owner, overwrite=config.run.overwrite)
+        finish_folder(aside, final, owner)
 
-    world.first_does(prepare)
     yield aside
     world.first_does(finish)
     print(f"{final.name} written to {final}", flush=True)

@@ -4,6 +4,7 @@ import fcntl
 import itertools
 import json
 import platform
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -16,8 +17,9 @@ import yaml
 
 from fastalign.compute import find_device
 from fastalign.ranks.world import world_of_environment
-from fastalign.runs.checkpoint.files import CHECKPOINTS, list_checkpoints, write_text_atomically
+from fastalign.runs.checkpoint.files import CHECKPOINTS, list_checkpoints
 from fastalign.runs.config import RunConfig
+from fastalign.written_files import write_text_atomically
 from fastalign.yaml_file import read_yaml_file
 
 CONFIG = "config.yaml"
@@ -30,6 +32,7 @@ MAY_CHANGE = {
     ("run", "resume"),
     ("run", "export"),
     ("run", "start_afresh"),
+    ("run", "overwrite"),
     ("train", "stop_at_step"),
     ("train", "save_every"),
     ("train", "save_minutes"),
@@ -151,6 +154,8 @@ def check_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) -> N
             f"run.dir: {folder} holds another run; add --run.resume to go on with it, or choose "
             "another folder"
         )
+    elif not values["run"]["overwrite"]:
+        check_names_are_free(folder)
     folder.mkdir(parents=True, exist_ok=True)
 
 
@@ -165,6 +170,7 @@ def begin_in_folder(folder: Path, values: dict[str, Any], run: RunConfig) -> dat
     Raises:
         ValueError: if the device does not exist, or the record of its beginning is damaged.
     """
+    write_machine(folder, values["train"])  # first: by it the rest is known to be a run's
     if run.export is None and never_saved(folder):
         if has_steps(folder):
             numbers = (f"{METRICS}.{number}" for number in itertools.count(1))
@@ -180,7 +186,6 @@ def begin_in_folder(folder: Path, values: dict[str, Any], run: RunConfig) -> dat
     if not run.resume:
         write_text_atomically(folder / CONFIG, as_yaml(values))
         write_text_atomically(folder / BEGAN_FILE, f"{datetime.now().isoformat()}\n")
-    write_machine(folder, values["train"])
     return when_begun(folder)
 
 
@@ -202,6 +207,22 @@ def when_begun(folder: Path) -> datetime:
         raise ValueError(f"{record}: expected a date and time: {error}") from None
 
 
+def check_names_are_free(folder: Path) -> None:
+    """Check that a folder without a run's `machine.json` holds nothing that a run would write to.
+
+    Raises:
+        ValueError: if it does; names the first.
+    """
+    if run_of(folder) is not None:
+        return
+    found = next((name for name in WRITTEN if (folder / name).exists()), None)
+    if found is not None:
+        raise ValueError(
+            f"run.dir: {folder / found} exists, and no run of fastalign made it; choose another "
+            "folder (--run.overwrite writes to it)"
+        )
+
+
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Lock the folder for this process, so that two runs cannot write into it.
@@ -209,7 +230,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         ValueError: if another process holds the lock.
     """
-    with (folder / ".lock").open("w") as file:
+    with (folder / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -223,10 +244,26 @@ def announce(values: dict[str, Any]) -> None:
 
 
 MACHINE_FILE = "machine.json"
+# What a run writes to its folder, beside the models of its end.
+WRITTEN = (
+    *(MACHINE_FILE, CONFIG, BEGAN_FILE, METRICS),
+    *(CHECKPOINTS, "tensorboard", "profile"),
+)
+
+
+def run_of(folder: Path) -> str | None:
+    """Return the name by which a run marks what it makes; None if the folder holds no run."""
+    try:
+        found = json.loads((folder / MACHINE_FILE).read_text(encoding="utf-8"))
+        return str(found.get("run", "")) if "fastalign" in found else None
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
 
 
 def write_machine(folder: Path, train: dict[str, Any]) -> None:
     """Write device, number of processes, dtype of the products, and versions to `machine.json`.
+
+    It also holds a random name of the run (`run`), which a resumed run keeps.
 
     Args:
         folder: folder of the run.
@@ -244,5 +281,6 @@ def write_machine(folder: Path, train: dict[str, Any]) -> None:
         "products": "bfloat16" if bf16 else "float32",
         "torch": torch.__version__,
         "fastalign": version("fastalign"),
+        "run": run_of(folder) or secrets.token_hex(8),
     }
     write_text_atomically(folder / MACHINE_FILE, json.dumps(found, indent=1) + "\n")

@@ -1,7 +1,7 @@
 """Open a run: join the ranks, resolve the device, prepare and lock the run's folder."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import (
     ExitStack,
     contextmanager,
@@ -19,6 +19,7 @@ from fastalign.ranks.failure import record_collectives, watched_by_ranks
 from fastalign.ranks.parallel import part_from_ranks
 from fastalign.ranks.world import ALONE, World, open_world, world_of_environment
 from fastalign.runs.config import AnyConfig, TrainConfig, check_numbers, config_to_dict
+from fastalign.runs.final_model import check_outputs
 from fastalign.runs.folder import announce, begin_in_folder, check_run_folder, locked
 from fastalign.runs.load_models import check_sharing
 from fastalign.runs.loop import Run
@@ -72,17 +73,19 @@ def device_of_rank(name: str, world: World) -> torch.device:
 
 
 @contextmanager
-def open_run(config: AnyConfig, title: str) -> Iterator[Run]:
+def open_run(config: AnyConfig, title: str, others: Collection[str] = ()) -> Iterator[Run]:
     """Join the ranks, prepare and lock the run's folder, print the settings, seed everything.
 
     Only rank 0 prints.
 
-    `title` is the algorithm's name, in front of the progress bar.
+    `title` is the algorithm's name, in front of the progress bar; `others` are folders that the run
+    writes at its end beside the policy's.
 
     Raises:
         ValueError: if a number is not finite, a setting holds a secret, the folder holds another
-            run or is in use, a library is missing, memory did not suffice, settings contradict each
-            other, or the ranks did not all come.
+            run or is in use, a folder that would be written holds what this run did not make, a
+            library is missing, memory did not suffice, settings contradict each other, or the ranks
+            did not all come.
     """
     check_numbers(config)
     values = config_to_dict(config)
@@ -106,6 +109,7 @@ def open_run(config: AnyConfig, title: str) -> Iterator[Run]:
         peers = stack.enter_context(watched_by_ranks(world, config.parallel))
         if not world.is_first:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        world.first_does(lambda: check_outputs(config, others))
         world.first_does(lambda: check_run_folder(folder, values, resume=config.run.resume))
         world.first_does(lambda: stack.enter_context(locked(folder)))
         began = world.first_does(lambda: begin_in_folder(folder, values, config.run))

@@ -161,7 +161,7 @@ def test_an_adapter_is_trained_evaluated_and_merged(work: Path) -> None:
     found = []
     for path in ("runs/lora/adapter", "merged"):
         models = ["--model.path", path, "--reference.path", "base"]
-        out = f"{path.replace('/', '-')}.json"
+        out = f"{path.replace('/', '-')}/eval.json"
         fastalign("eval", *models, *data, *sampling, "--out", out)
         found.append(json.loads((work / out).read_text()))
     assert found[0]["accuracy"] == 1.0

@@ -43,6 +43,31 @@ def test_two_at_once(stage: Stage, run: str, place: Place) -> None:
     assert_same_bits(done, stage.straight(place))
 
 
+@fault(
+    "a folder called model in run.dir, or in the folder of an export, that the run did not make",
+    *(ALONE, DDP),
+    does="`run.dir: ...model exists and is not an empty folder (this run did not make it); "
+    "--run.overwrite replaces it, or choose another place`, for an export `run.export: ...model "
+    "exists`, exit code 2 before anything is loaded; nothing in it is touched. What the run wrote "
+    "itself, and nobody changed, is replaced",
+)
+def test_a_foreign_model(stage: Stage, run: str, place: Place) -> None:
+    mine = stage.folder / run / "model/notes.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    assert stage.run(place, run).codes == [2] * place.num_ranks
+    assert [path for path in (stage.folder / run).rglob("*") if path.is_file()] == [mine]
+    there = stage.copy_of(stage.straight(place), f"{run}-stopped", last=3)
+    out = stage.folder / f"{run}-out"
+    export = ("--run.resume", "--run.export", str(out))
+    for _ in range(2):
+        assert stage.run(place, there.folder.name, *export).codes == [0] * place.num_ranks
+    (out / "model/notes.txt").write_text("mine")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    assert stage.run(place, there.folder.name, *export).codes == [2] * place.num_ranks
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
 @contextmanager
 def other_content(file: Path, old: str, new: str) -> Iterator[None]:
     before = file.read_bytes()

@@ -11,12 +11,11 @@ from fastalign.batch.packed import Group
 from fastalign.cli.answers.sampling import (
     SampledModel,
     SamplingConfig,
+    as_lines,
     load_sampled,
-    new_file,
     read_prompts,
     sample,
     sample_rows,
-    write_rows,
 )
 from fastalign.cli.config_parse import parse_flags
 from fastalign.compute import Packing
@@ -33,6 +32,9 @@ from fastalign.evaluation import (
     summary,
 )
 from fastalign.models import sequence_logprobs
+from fastalign.written_files import check_file, input_paths, write_file
+
+SAMPLES = "samples.jsonl"  # beside the result
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class EvalConfig(SamplingConfig):
     model: SampledModel
     reference: EvalReference
     out: str
-    """File (.json) to write, which must not exist."""
+    """File (.json) to write."""
     data: EvalData = field(default_factory=EvalData)
     reward: str | None = None
     """`module:function` (prompts, completions) -> numbers, a reward model, or a .json file."""
@@ -193,7 +195,13 @@ def main(argv: Sequence[str]) -> int:
     check(config)
     most = max(config.sampling.num_samples, *config.best_of, 1)
     config = replace(config, sampling=replace(config.sampling, num_samples=most))
-    out = new_file(config.out)
+    if Path(config.out).name == SAMPLES:
+        raise ValueError(f"out: {SAMPLES} is the name of the samples beside it; choose another")
+    inputs = input_paths(config)
+    out = check_file("out", config.out, overwrite=config.overwrite, inputs=inputs)
+    samples = out.with_name(SAMPLES)
+    if config.data.prompts is not None:
+        check_file("out", samples, overwrite=config.overwrite, inputs=inputs)
     start = time.perf_counter()
     policy, tokenizer = load_sampled(config.model)
     same = SampledModel(config.reference.path, config.model.trust_remote_code, config.model.device)
@@ -208,8 +216,8 @@ def main(argv: Sequence[str]) -> int:
         result |= found
     result = {**result, "seconds": time.perf_counter() - start, "config": asdict(config)}
     if rows:
-        write_rows(Path(out.parent, "samples.jsonl"), rows)
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_file(samples, as_lines(rows), overwrite=config.overwrite)
+    write_file(out, json.dumps(result, indent=1) + "\n", overwrite=config.overwrite)
     for name in ("reward", "kl", "accuracy"):
         if name in result:
             print(f"{name} {result[name]:.3f} +- {result[f'{name}_se']:.3f}")

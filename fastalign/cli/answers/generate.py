@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from fastalign.cli.answers.sampling import (
     SampledModel,
     SamplingConfig,
+    as_lines,
     load_sampled,
-    new_file,
     read_prompts,
     sample,
     sample_rows,
-    write_rows,
 )
 from fastalign.cli.config_parse import parse_flags
+from fastalign.written_files import check_file, input_paths, write_file
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,17 @@ class GenerateConfig(SamplingConfig):
     model: SampledModel
     data: GenerateData
     out: str
-    """File (.jsonl) to write, which must not exist."""
+    """File (.jsonl) to write."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return 0 when the file is written."""
     config = parse_flags(GenerateConfig, argv, "fastalign generate")
-    out = new_file(config.out)
+    out = check_file("out", config.out, overwrite=config.overwrite, inputs=input_paths(config))
     model, tokenizer = load_sampled(config.model)
     prompts = read_prompts(config.data.prompts, model, tokenizer, config.sampling)
     completions = sample(config.model, model, tokenizer, prompts.prompt_ids, config)
     rows = list(sample_rows(prompts, completions, tokenizer))
-    write_rows(out, rows)
+    write_file(out, as_lines(rows), overwrite=config.overwrite)
     print(f"{len(rows)} completions of {len(prompts.prompts)} prompts written to {out}")
     return 0

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fastalign.cli.answers.sampling import new_file, write_rows
+from fastalign.cli.answers.sampling import as_lines
 from fastalign.cli.config_parse import parse_flags
 from fastalign.data import Content, content_as_json, load_samples
 from fastalign.evaluation import apply_reward, load_reward
+from fastalign.written_files import check_file, input_paths, write_file
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class LabelConfig:
     reward: str
     """`module:function` (prompts, completions) -> numbers, a reward model, or a .json file."""
     out: str
-    """File (.jsonl) to write, which must not exist."""
+    """File (.jsonl) to write."""
+    overwrite: bool = False
+    """Replace the file if it exists."""
 
 
 def best_and_worst(
@@ -63,6 +66,7 @@ def best_and_worst(
 def main(argv: Sequence[str]) -> int:
     """Run the command; return 0 when the file is written."""
     config = parse_flags(LabelConfig, argv, "fastalign label")
+    out = check_file("out", config.out, overwrite=config.overwrite, inputs=input_paths(config))
     function = load_reward(config.reward)
     groups = load_samples(config.data.samples)
     flat = [(prompt, text) for prompt, completions in groups for text in completions]
@@ -75,7 +79,7 @@ def main(argv: Sequence[str]) -> int:
             f"data.samples: no prompt of {config.data.samples} has two answers that differ in "
             "reward; sample more of each (--sampling.num-samples)"
         )
-    write_rows(new_file(config.out), pairs)
+    write_file(out, as_lines(pairs), overwrite=config.overwrite)
     dropped = len(rows) - len(pairs)
     print(
         f"{len(pairs)} pairs written to {config.out}; {dropped} prompts without one (ties, blanks)"

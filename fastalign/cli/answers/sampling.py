@@ -5,7 +5,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +69,8 @@ class SamplingConfig:
     a vLLM server (vllm-server)."""
     vllm: VllmOptions = field(default_factory=VllmOptions)
     run: SamplingRun = field(default_factory=SamplingRun)
+    overwrite: bool = False
+    """Replace files that exist."""
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler, self.vllm)
@@ -186,19 +187,6 @@ def sample(
     return found
 
 
-def new_file(out: str) -> Path:
-    """Return the path to write after creating its folder.
-
-    Raises:
-        ValueError: if the file exists, since nothing is overwritten.
-    """
-    path = Path(out)
-    if path.exists():
-        raise ValueError(f"out: {path} exists; remove it or choose another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path
-
-
 def sample_rows(
     prompts: PromptDataset, completions: Sequence[Sequence[Completion]], tokenizer: Tokenizer
 ) -> Iterator[dict[str, Any]]:
@@ -214,7 +202,6 @@ def sample_rows(
             }
 
 
-def write_rows(out: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows as JSON Lines."""
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    out.write_text(text, encoding="utf-8")
+def as_lines(rows: Iterable[dict[str, Any]]) -> str:
+    """Return rows as JSON Lines."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -4,10 +4,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fastalign.cli.answers.sampling import SampledModel, new_file, write_rows
+from fastalign.cli.answers.sampling import SampledModel, as_lines
 from fastalign.cli.config_parse import parse_flags
 from fastalign.data import read_samples
 from fastalign.evaluation import ModelReward, apply_reward
+from fastalign.written_files import check_file, input_paths, write_file
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,17 @@ class ScoreConfig:
     model: ScoringModel
     data: ScoreData
     out: str
-    """File (.jsonl) to write, which must not exist."""
+    """File (.jsonl) to write."""
     raw: bool = False
     """Write the scores of transformers, without normalising by reward_mean and reward_std."""
+    overwrite: bool = False
+    """Replace the file if it exists."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return 0 when the file is written."""
     config = parse_flags(ScoreConfig, argv, "fastalign score")
-    out = new_file(config.out)
+    out = check_file("out", config.out, overwrite=config.overwrite, inputs=input_paths(config))
     samples = read_samples(config.data.samples)
     model = ModelReward(
         config.model.path,
@@ -50,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
         model, [sample.prompt for sample in samples], [sample.completion for sample in samples]
     )
     rows = [{**s.values, "reward": reward} for s, reward in zip(samples, rewards, strict=True)]
-    write_rows(out, rows)
+    write_file(out, as_lines(rows), overwrite=config.overwrite)
     print(
         f"{len(rows)} answers scored, mean {statistics.fmean(rewards):.3f}, from "
         f"{min(rewards):.3f} to {max(rewards):.3f}; written to {config.out}"

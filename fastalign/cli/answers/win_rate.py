@@ -12,7 +12,6 @@ from fastalign.cli.answers.sampling import (
     SampledModel,
     SamplingConfig,
     load_sampled,
-    new_file,
     read_prompts,
     sample,
 )
@@ -29,6 +28,7 @@ from fastalign.evaluation.win_rate import (
     pair_answers,
     win_rate,
 )
+from fastalign.written_files import check_file, input_paths, write_file
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class WinRateConfig(SamplingConfig):
     model: Side
     baseline: Side
     out: str
-    """File (.json) to write, which must not exist."""
+    """File (.json) to write."""
     reward: str | None = None
     """Reward as judge: `module:function`, a reward model, or a .json file."""
     judge: EndpointConfig = field(default_factory=EndpointConfig)
@@ -115,11 +115,12 @@ def progress(judged: Iterator[Judged], total: int) -> Iterator[Judged]:
 
 
 def write_verdicts(
-    path: Path, pairs: Sequence[AnswerPair], judged: Iterator[Judged]
+    path: Path, pairs: Sequence[AnswerPair], judged: Iterator[Judged], overwrite: bool
 ) -> list[Judged]:
     """Write a row for each pair as it comes: a verdict that was paid for is never lost."""
     kept: list[Judged] = []
-    with removed_if_empty(path), path.open("w", encoding="utf-8") as file:
+    mode = "w" if overwrite else "x"  # x: nothing that appeared there meanwhile is replaced
+    with path.open(mode, encoding="utf-8") as file, removed_if_empty(path):
         for pair, found in zip(pairs, judged, strict=True):
             kept.append(found)
             row = {
@@ -171,8 +172,10 @@ def main(argv: Sequence[str]) -> int:
     """Run the command; return 0 when the JSON is written."""
     config = parse_flags(WinRateConfig, argv, "fastalign win-rate")
     check(config)
-    out = new_file(config.out)
-    verdicts = new_file(str(out.with_suffix(".verdicts.jsonl")))
+    overwrite, inputs = config.overwrite, input_paths(config)
+    out = check_file("out", config.out, overwrite=overwrite, inputs=inputs)
+    verdicts = out.with_suffix(".verdicts.jsonl")
+    check_file("out", verdicts, overwrite=overwrite, inputs=inputs)
     start = time.perf_counter()
     result: dict[str, Any] = {}
     if config.reward is not None:
@@ -180,22 +183,22 @@ def main(argv: Sequence[str]) -> int:
             config.reward, Compute(find_device(config.model.device, "model.device"))
         )
         pairs = pair_answers(answers_of(config.model, config), answers_of(config.baseline, config))
-        judged = write_verdicts(
-            verdicts, pairs, iter(judge_by_reward(function, pairs, config.reward))
-        )
+        judgements = iter(judge_by_reward(function, pairs, config.reward))
+        judged = write_verdicts(verdicts, pairs, judgements, overwrite)
     else:
         template = read_template(config.judge.template)
         endpoint = ChatEndpoint(config.judge)
         print(f"every pair is asked about in both orders:\n\n{template}", flush=True)
         pairs = pair_answers(answers_of(config.model, config), answers_of(config.baseline, config))
         asked = judge_by_endpoint(endpoint, template, pairs, config.judge.concurrency)
-        judged = write_verdicts(verdicts, pairs, progress(asked, len(pairs)))
+        judged = write_verdicts(verdicts, pairs, progress(asked, len(pairs)), overwrite)
         result = {**judge_statistics(judged), "num_retries": endpoint.num_retries}
         result["template"] = template
     print(f"each pair and its verdict written to {verdicts}")
     result = {**win_rate(pairs, judged), **result, "seconds": time.perf_counter() - start}
     result["config"] = asdict(config)
-    out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(result, indent=1, ensure_ascii=False) + "\n"
+    write_file(out, text, overwrite=overwrite)
     print(summary(result))
     print(f"written to {out}")
     return 0

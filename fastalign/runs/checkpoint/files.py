@@ -1,14 +1,13 @@
 """A checkpoint's folder: published by a rename, verified by its hashes, removed when it is old."""
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from fastalign.ranks.world import ALONE, World
+from fastalign.written_files import entry_of, fault_of_file, sync
 
 CHECKPOINTS = "checkpoints"  # in a run's folder
 MANIFEST = "manifest.json"
@@ -16,43 +15,6 @@ STATE = "state.json"
 SHARD = ".safetensors"
 ASIDE = ".writing-"
 REMOVED = ".removing-"
-
-
-def sha256_of(path: Path) -> str:
-    """Return the file's SHA-256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Flush a file's or folder's content to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_bytes_atomically(path: Path, content: bytes) -> None:
-    """Write a file atomically: a reader finds the old content or the new, never half of it."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        aside.write_bytes(content)
-        sync(aside)
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)  # there only if the disk is full or the like
-    sync(path.parent)
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write text atomically, as UTF-8."""
-    write_bytes_atomically(path, text.encode())
-
-
-def entry_of(path: Path) -> dict[str, Any]:
-    """Return a file's entry in the manifest: its size and its SHA-256."""
-    return {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
 
 
 def place_of(checkpoint: Path) -> tuple[int, int, int] | None:
@@ -141,17 +103,6 @@ def read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]]:
         if shard.name not in expected:
             raise ValueError(f"{shard.name} is not in {MANIFEST}")
     return expected
-
-
-def fault_of_file(path: Path, size: int, digest: str) -> str | None:
-    """Return the fault of one file, or None."""
-    if not path.is_file():
-        return f"{path.name} is missing"
-    if path.stat().st_size != size:
-        return f"{path.name} has {path.stat().st_size} bytes, expected {size}"
-    if sha256_of(path) != digest:
-        return f"{path.name} is damaged (its SHA-256 differs)"
-    return None
 
 
 def fault_of(checkpoint: Path, world: World = ALONE) -> str | None:

@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.checkpoint.storage import WriteResult
 
 from fastalign.ranks.world import ALONE, World
-from fastalign.runs.checkpoint.files import ASIDE, STATE, clear_left_behind, entry_of, publish, sync
+from fastalign.runs.checkpoint.files import ASIDE, STATE, clear_left_behind, publish
 from fastalign.runs.checkpoint.tensors import (
     FORMAT,
     ROLLOUTS,
@@ -33,6 +33,7 @@ from fastalign.runs.checkpoint.tensors import (
     trainable_parameters,
 )
 from fastalign.runs.state import TrainState
+from fastalign.written_files import entry_of, sync
 
 # A file is made in memory before it is written: a rank's part goes into about so many.
 FILES = 32

@@ -27,10 +27,10 @@ from fastalign.models import (
     sequence_logprobs,
 )
 from fastalign.runs.accumulate import Examples
-from fastalign.runs.checkpoint.files import write_bytes_atomically
 from fastalign.runs.load_models import load_model, share
 from fastalign.runs.memory import memory_used_in
 from fastalign.trainers.dpo.config import DPOConfig
+from fastalign.written_files import write_bytes_atomically
 
 # Examples between two writes: what was computed is kept even if the run is stopped in between.
 PIECE = 4096
@@ -252,7 +252,7 @@ def merge_into_cache(path: Path, values: Tensor) -> Tensor:
         OSError: if it cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / ".lock").open("w") as lock:
+    with (path.parent / ".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
         there, fault = read_cache(path, len(values))
         if fault is not None:

@@ -51,7 +51,8 @@ def train_ppo(config: PPOConfig) -> RunResult:
         ValueError: if a setting, a file or a model is at fault; the message is one line.
         FileNotFoundError: if a file is not there.
     """
-    with open_run(config, "ppo") as run:
+    others = ["value"] if config.ppo.advantage.needs_value else []
+    with open_run(config, "ppo", others) as run:
         advise_on_estimator(config)
         ppo = prepare_ppo(config, run.compute)
         run.enter_context(closing(ppo.sampler))
@@ -72,10 +73,10 @@ def train_ppo(config: PPOConfig) -> RunResult:
             if step.evaluates and ppo.held_out is not None:
                 step.log(evaluate_prompts(ppo))
         print_steps_without_signal(run.state)
-        others = {}
+        value_folder = {}
         if models.value is not None:
-            others["value"] = partial(save_reward_model, models.value, models.value_tokenizer)
-        return run.end(models.policy, ppo.tokenizer, other_folders=others)
+            value_folder["value"] = partial(save_reward_model, models.value, models.value_tokenizer)
+        return run.end(models.policy, ppo.tokenizer, other_folders=value_folder)
 
 
 def ppo_step(ppo: PPOSetup, state: TrainState, indices: list[int], num_steps: int) -> Metrics:

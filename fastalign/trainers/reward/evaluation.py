@@ -23,8 +23,8 @@ from fastalign.evaluation import (
 )
 from fastalign.models import response_reward, response_values, set_reward_scale
 from fastalign.ranks.parallel import enter
-from fastalign.runs.checkpoint.files import write_text_atomically
 from fastalign.trainers.reward.config import RewardLoss
+from fastalign.written_files import write_text_atomically
 
 # Pairs whose responses' scores have mean 0 and standard deviation 1 once they are normalised.
 NUM_SCALE_PAIRS = 512

@@ -22,6 +22,7 @@ from fastalign.runs.accumulate import (
     measure_examples,
 )
 from fastalign.runs.data import check_positions, load_data, load_sets
+from fastalign.runs.final_model import written
 from fastalign.runs.load_models import load_reward_for_training
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
@@ -62,7 +63,8 @@ def train_reward(config: RewardConfig) -> RunResult:
         ValueError: if a setting, a file or the model is at fault; the message is one line.
         FileNotFoundError: if a file is not there.
     """
-    with open_run(config, "reward") as run:
+    others = ["eval"] if config.data.eval is not None and config.run.export is None else []
+    with open_run(config, "reward", others) as run:
         model, tokenizer = load_reward_for_training(config, run.compute)
         data, held_out = load_sets(config, model, tokenizer)
         judged = None if held_out is None else pairs_to_judge(config, held_out, model, tokenizer)
@@ -166,11 +168,11 @@ def judge(
         measures["tie_rate"] = rate
     folder = Path(config.run.dir) / "eval"
     rows = pair_rows(pairs, held_out.sources)
-    compute.world.first_does(lambda: write_evaluation(folder, measures, rows))
+    with written(config, folder, compute.world) as aside:
+        compute.world.first_does(lambda: write_evaluation(aside, measures, rows))
     for name in ("accuracy", "longer_wins_accuracy", "bag_of_words_accuracy", "log_likelihood"):
         if name in measures:
             print(f"{name} {measures[name]:.3f} +- {measures[f'{name}_se']:.3f}", flush=True)
-    print(f"evaluation written to {folder}", flush=True)
 
 
 def reward_gradient(

@@ -12,10 +12,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastalign.runs.checkpoint.files import entry_of, fault_of
+from fastalign.runs.checkpoint.files import fault_of
 from fastalign.runs.checkpoint.restore import restore, restore_random
 from fastalign.runs.config import RunConfig
 from fastalign.trainers import train_sft
+from fastalign.written_files import entry_of
 from tests.runs.checkpoint.checkpoint_cases import make_state, saved, trained
 from tests.small_runs import saved_tensors, sft_config
 
