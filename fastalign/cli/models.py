@@ -172,6 +172,7 @@ def merge(argv: Sequence[str]) -> int:
     from fastalign.compute import Compute
     from fastalign.data import load_tokenizer
     from fastalign.models import adapter_base, load_policy, save_model
+    from fastalign.runs.final_model import write_end_tokens
 
     config = parse_flags(MergeConfig, argv, "fastalign merge")
     out = Path(config.out)
@@ -183,5 +184,6 @@ def merge(argv: Sequence[str]) -> int:
     model = load_policy(config.model.path, Compute(packing="padded"), trust_remote_code=trust)
     with written_folder(out) as aside:
         save_model(model, tokenizer, aside)
+        write_end_tokens(aside, tokenizer)
     print(f"merged model written to {out}")
     return 0

@@ -1,5 +1,6 @@
 """The models that a run writes at its end: `model/`, of an adapter also `adapter/`, and others."""
 
+import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 
 from fastalign.compute import Compute
+from fastalign.data import Tokenizer, eos_token_ids
 from fastalign.models import has_adapter, load_policy, merge_adapter, save_adapter
 from fastalign.ranks.parallel import is_sharded
 from fastalign.ranks.world import World
@@ -47,16 +49,40 @@ def save_final_model(
     for name, write in other_folders.items():
         with written(config, folder / name, world) as aside:
             write(aside)
+            world.first_does(lambda at=aside: write_end_tokens(at, tokenizer))  # type: ignore[misc]
     if has_adapter(model):
         with written(config, folder / "adapter", world) as aside:
             save_adapter(model, aside)
             if world.is_first:
                 tokenizer.save_pretrained(aside)
+                write_end_tokens(aside, tokenizer)
         if not config.model.lora.save_merged:
             return
         model = merged(model, folder / "adapter", config, world)
     with written(config, folder / "model", world) as aside:
         save_model(model, tokenizer, aside)
+        world.first_does(lambda: write_end_tokens(aside, tokenizer))
+
+
+def write_end_tokens(folder: Path, tokenizer: Tokenizer) -> None:
+    """Record in a model's files the tokens at which our samplers stop, and its pad token.
+
+    Plain `generate` of transformers, and engines, then stop where training and sampling here did. A
+    pad token that is there stays; one that also ends answers is recorded for generation alone,
+    since transformers would not train the embedding of a model's pad token.
+    """
+    ends = eos_token_ids(tokenizer, tokenizer.name_or_path or None)
+    pad = tokenizer.pad_token_id
+    for name in ("config.json", "generation_config.json"):
+        file = folder / name
+        if not file.exists() and name == "config.json":  # an adapter has none
+            continue
+        values = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        values["eos_token_id"] = list(ends) if len(ends) > 1 else ends[0]
+        if values.get("pad_token_id") is None and (pad not in ends or name != "config.json"):
+            values["pad_token_id"] = pad
+        text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+        file.write_text(text, encoding="utf-8")
 
 
 def merged(model: Any, adapter: Path, config: AnyConfig, world: World) -> Any:

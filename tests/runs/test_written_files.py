@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, LogitsProcessor
 
 from fastalign import trainers, written_files
 from fastalign.cli.algorithms import ALGORITHMS
 from fastalign.cli.main import main
+from fastalign.data import eos_token_ids, load_tokenizer
 from fastalign.runs.config import LoraConfig
 from fastalign.written_files import (
     MANIFEST,
@@ -27,6 +30,7 @@ from fastalign.written_files import (
 )
 from tests.ranks.test_ranks import TRAINERS
 from tests.small_runs import prompts_file, sft_config, words_reward, write_rows
+from tests.tokenizers import CHATML, make_tokenizer
 
 NOT_READ = {"dir", "export", "out", "cache_dir", "sync_folder", "device", "targets", "origin"} | {
     *("endpoint", "model", "key_variable", "host", "url", "trainer_host")
@@ -466,3 +470,60 @@ def test_what_a_command_reads_is_never_replaced(
     assert main(arguments) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert contents(work) == before
+
+
+@pytest.mark.parametrize("trainer", ["sft", "ppo", "reward", "lora", "export"])
+def test_every_model_that_is_written_stops_where_our_sampler_stops(
+    folder: Path, trainer: str
+) -> None:
+    tokenizer = make_tokenizer(chat_template=CHATML)  # ends turns with <|im_end|>, the base says 2
+    tokenizer.save_pretrained(folder / "llama")
+    generation = json.loads((folder / "llama/generation_config.json").read_text())
+    (folder / "llama/generation_config.json").write_text(
+        json.dumps({**generation, "eos_token_id": [2, 3], "pad_token_id": None})
+    )
+    make, train = TRAINERS[{"lora": "dpo", "export": "sft"}.get(trainer, trainer)]
+    config = make(folder, "run", max_steps=1)
+    if trainer == "lora":
+        config = replace(config, model=replace(config.model, lora=LoraConfig(rank=2)))
+    train(config)
+    out = folder / "run"
+    if trainer == "export":
+        out = folder / "out"
+        run = replace(config.run, resume=True, export=str(out))
+        train(replace(config, run=run))
+    if trainer == "lora":
+        adapter = ["--model.path", str(out / "adapter"), "--out", str(folder / "run/merged")]
+        assert main(["merge", *adapter]) == 0
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    names = {"ppo": ["model", "value"], "lora": ["model", "adapter", "merged"]}
+    for name in names.get(trainer, ["model"]):
+        for file in ("config.json", "generation_config.json"):
+            if (name, file) == ("adapter", "config.json"):
+                continue
+            found = json.loads((out / name / file).read_text())
+            assert found["eos_token_id"] == [2, 3, end], (name, file)
+            assert found["pad_token_id"] is not None
+        opened = load_tokenizer(out / name)
+        assert opened.chat_template == CHATML
+        assert eos_token_ids(opened, out / name) == (2, 3, end)
+    if trainer in ("sft", "export"):
+        model = AutoModelForCausalLM.from_pretrained(out / "model")
+        model.get_output_embeddings().weight.data.zero_()
+        inputs = torch.tensor([[5, 6, 7]])
+        for stop in (2, 3, end, 9):
+            bias = ToToken(stop)
+            drawn = model.generate(inputs, max_new_tokens=4, logits_processor=[bias])
+            assert drawn.shape[1] - 3 == (1 if stop in (2, 3, end) else 4)
+
+
+class ToToken(LogitsProcessor):
+    """Makes one token the only one that can be drawn."""
+
+    def __init__(self, token: int) -> None:
+        self.token = token
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        forced = torch.full_like(scores, -torch.inf)
+        forced[:, self.token] = 0.0
+        return forced
