@@ -132,6 +132,11 @@ class ModelReward:
             found.update(zip(members, scores.tolist(), strict=True))
         return [found[place] for place in range(len(completions))]
 
+    @property
+    def model(self) -> Any:
+        """The network, sharded as the run's other models are."""
+        return self._model
+
     def _batch_scores(self, batch: PackedBatch) -> Tensor:
         return enter(self._model, lambda: response_reward(self._model, batch, self._compute))
 

@@ -20,6 +20,7 @@ from fastalign.models.load import (
     read_config,
     save_model,
     save_reward_model,
+    weights_fingerprint,
 )
 from fastalign.models.lora import (
     adapter_off,
@@ -80,4 +81,5 @@ __all__ = [
     "sequence_logprobs",
     "set_pad_token",
     "set_reward_scale",
+    "weights_fingerprint",
 ]

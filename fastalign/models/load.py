@@ -371,11 +371,21 @@ def model_fingerprint(model: Any) -> str:
     adapter is left out, so that runs with different adapters share what they compute of a base.
     """
     digest = hashlib.sha256(model.config.to_json_string().encode())
+    return _add_weights(digest, model)
+
+
+def weights_fingerprint(model: Any) -> str:
+    """Return `model_fingerprint` of the weights alone, without the configuration."""
+    return _add_weights(hashlib.sha256(), model)
+
+
+def _add_weights(digest: Any, model: Any) -> str:
+    """Return the digest after every weight's name, shape, dtype and bytes."""
     for name, value in sorted(base_state(model).items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         plain: Tensor = whole(value.detach()).cpu().contiguous()
         digest.update(plain.flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 def fingerprint_or_none(model: Any) -> str | None:

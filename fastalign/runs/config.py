@@ -14,6 +14,11 @@ Precision = Literal["auto", "bf16", "float32"]
 Schedule = Literal["constant", "linear", "cosine"]
 States = Literal["float32", "8bit"]
 Part = Literal["optimizer", "random", "kept", "grad_norms", "rollouts", "metrics"]
+Input = Literal[
+    "data", "eval_data", "ptx_data", "model", "base", "reference", "value", "reward", "tokenizer"
+]
+
+
 BasePrecision = Literal["float32", "bf16", "nf4"]
 
 
@@ -243,6 +248,9 @@ class RunConfig:
     """Parts of the checkpoint to ignore: optimizer (AdamW's moments), random (generator states),
     kept (the algorithm's own numbers), grad_norms (for optim.skip_sigma), rollouts (unfinished
     ones), or metrics (accept a metrics.jsonl that is shorter than it was)."""
+    accept_changed: tuple[Input, ...] = ()
+    """Inputs that may have changed since the checkpoint: data, eval_data, ptx_data, model, base,
+    reference, value, reward or tokenizer; by default any change is an error that names it."""
     export: str | None = None
     """With run.resume, write the newest valid checkpoint's models to this folder in transformers'
     layout and exit without training."""
@@ -255,7 +263,10 @@ class RunConfig:
         known = set(self.start_afresh) <= set(get_args(Part))
         expected = f"parts among {', '.join(get_args(Part))}"
         require(known, "run.start_afresh", expected, self.start_afresh)
-        for name in ("start_afresh", "export"):
+        known = set(self.accept_changed) <= set(get_args(Input))
+        expected = f"inputs among {', '.join(get_args(Input))}"
+        require(known, "run.accept_changed", expected, self.accept_changed)
+        for name in ("start_afresh", "accept_changed", "export"):
             if getattr(self, name) and not self.resume:
                 raise ValueError(f"run.{name}: expected run.resume beside it")
 

@@ -33,6 +33,7 @@ MAY_CHANGE = {
     ("run", "export"),
     ("run", "start_afresh"),
     ("run", "overwrite"),
+    ("run", "accept_changed"),
     ("train", "stop_at_step"),
     ("train", "save_every"),
     ("train", "save_minutes"),

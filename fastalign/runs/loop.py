@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 from fastalign.batch.schedule import indices_of_step
 from fastalign.compute import Compute, is_out_of_memory
-from fastalign.models import has_adapter, model_fingerprint, save_model
+from fastalign.models import save_model
 from fastalign.ranks.failure import Peers
 from fastalign.ranks.parallel import reshard
 from fastalign.rollouts import OverlappedSampler, RankZeroSampler
@@ -38,6 +38,7 @@ from fastalign.runs.checkpoint.restore import resume
 from fastalign.runs.checkpoint.writer import CheckpointFailed, CheckpointWriter
 from fastalign.runs.config import AnyConfig, DataConfig
 from fastalign.runs.final_model import save_final_model
+from fastalign.runs.inputs import Inputs, fingerprints
 from fastalign.runs.memory import STEP, memory_used_in, peak_memory_bytes
 from fastalign.runs.metrics import KeptMetrics, Metrics, ProgressDisplay, metrics_writer
 from fastalign.runs.observe import StallWatch, stop_on_signal, traced
@@ -118,7 +119,7 @@ class Run:
         data: Any,
         *,
         policy: Any = None,
-        reference_fingerprint: str | None = None,
+        inputs: Inputs | None = None,
         overlapped: OverlappedSampler | RankZeroSampler | None = None,
     ) -> None:
         """Make the optimiser, restore a checkpoint if the run resumes, and open the writers.
@@ -127,8 +128,7 @@ class Run:
             model: the module whose parameters are trained.
             data: training examples, with a length and a `fingerprint`.
             policy: the part of `model` that is saved as `model/`; default: all of it.
-            reference_fingerprint: fingerprint of a frozen reference, which a checkpoint does not
-                hold and a resumed run must find again.
+            inputs: the run's other inputs, which a resumed run must find again.
             overlapped: a sampler that works on the next step's completions, which a checkpoint
                 waits for and holds.
 
@@ -148,14 +148,11 @@ class Run:
         if line is not None:
             print(line, flush=True)
         policy = model if policy is None else policy
-        self._sources = {
-            "data_fingerprint": data.fingerprint,
-            "base_fingerprint": model_fingerprint(policy) if has_adapter(policy) else None,
-            "reference_fingerprint": reference_fingerprint,
-        }
+        found = fingerprints(config, policy, data, inputs or Inputs())
+        self._inputs = world.of_first(found)
         kept = KeptMetrics()
         if config.run.resume:
-            kept = resume(config.run, state, self._sources, world)
+            kept = resume(config.run, state, self._inputs, world)
         if config.run.export is not None:
             self._stopped = True
             return
@@ -391,7 +388,7 @@ class Run:
     def _write_checkpoint(self, *, wait: bool = False) -> None:
         self._saved_at = time.monotonic()
         kept = self._writer.kept()
-        extra = {"metrics_bytes": kept.num_bytes, **self._sources}
+        extra: dict[str, Any] = {"metrics_bytes": kept.num_bytes, "inputs": self._inputs}
         if kept.unwritten:
             extra["metrics_unwritten"] = kept.unwritten
         self._checkpoints.save(self.state, extra, wait=wait, before=self._writer.sync)

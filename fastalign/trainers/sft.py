@@ -21,6 +21,7 @@ from fastalign.runs.accumulate import (
 )
 from fastalign.runs.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
 from fastalign.runs.data import load_sets
+from fastalign.runs.inputs import Inputs
 from fastalign.runs.load_models import load_for_training
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
@@ -53,7 +54,7 @@ def train_sft(config: SFTConfig) -> RunResult:
         if held_out is not None:
             eval_examples = measure_examples(held_out.groups, run.compute.packing)
 
-        run.begin(model, data)
+        run.begin(model, data, inputs=Inputs(tokenizer, held_out))
         for step in run.steps():
             total = sft_gradient(model, examples, step.indices, run.compute)
             step.finish(run.optimise(total))

@@ -83,9 +83,9 @@ def other_content(file: Path, old: str, new: str) -> Iterator[None]:
     "a resume with other settings, on other data, with another reference, of another model",
     *(ALONE, FSDP),
     does="`run.resume: these settings differ from the run's: optim.lr (0.001, now 0.002)`, "
-    "`run.resume: the training data is not what ...step-000003 was trained on`, `run.resume: the "
-    "frozen reference is not what ...step-000003 was trained on` (of a model of another "
-    "shape, too): exit code 2, and nothing is changed",
+    "`run.resume: the training data, the held-out data are not what ...step-000003 was trained "
+    "on`, `run.resume: the frozen reference is not what ...step-000003 was trained on` (of a model "
+    "of another shape, too): exit code 2, and nothing is changed",
 )
 def test_other_things(stage: Stage, run: str, place: Place) -> None:
     stopped = stage.copy_of(stage.straight(place), run, last=3)
@@ -108,6 +108,32 @@ def test_other_things(stage: Stage, run: str, place: Place) -> None:
     with other_content(config, '"num_hidden_layers": 2', '"num_hidden_layers": 1'):
         refused()
     assert_same_bits(stage.finish(place, run, "--run.resume"), stage.straight(place))
+
+
+@fault(
+    "a PPO run resumed with another reward function's file, other demonstrations (ppo.ptx_data), "
+    "another config.json of its model",
+    ALONE,
+    does="`run.resume: the reward (words: words.json) is not what ...step-000003 was trained on; "
+    "--run.accept-changed reward goes on with it all the same`, `the data of ppo.ptx_data is not`, "
+    "`the starting model (rms_norm_eps of config.json 1e-06, now 1e-05)`: exit code 2, and nothing "
+    "is changed; with the flag it goes on, and says so: `goes on with another reward`",
+)
+def test_other_inputs(stage: Stage, run: str, place: Place) -> None:
+    stopped = stage.copy_of(stage.straight(place, "ppo"), run, last=3)
+    before = contents(stopped)
+    llama, words = stage.folder / "llama", stage.folder / "words.json"
+    for file, old, new in [
+        (words, '"bias": 0.5', '"bias": 0.25'),
+        (stage.folder / "texts.jsonl", "camera", "battery"),
+        (llama / "config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-05'),
+    ]:
+        with other_content(file, old, new):
+            assert stage.run(place, run, "--run.resume", trainer="ppo").codes == [2]
+        assert contents(stopped) == before
+    flags = ("--run.resume", "--run.accept-changed", "reward")
+    with other_content(words, '"bias": 0.5', '"bias": 0.25'):
+        stage.finish(place, run, *flags, trainer="ppo")
 
 
 @fault(

@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import safe_open
@@ -108,6 +109,37 @@ def test_a_weight_is_missing(stage: Stage, run: str, place: Place) -> None:
     shutil.copytree(stage.folder / "llama", bad)
     spoil(bad, take_out=True)
     assert stage.run(place, run, "--model.path", str(bad)).codes == [2] * place.num_ranks
+
+
+@fault(
+    "a weights' file of the model's folder that is cut off, or empty; a config.json that is "
+    "broken, or has one layer less than there are weights for",
+    ALONE,
+    does="`the weights in ... cannot be read: model.safetensors: Error while deserializing`, "
+    "`config.json: expected a JSON object`, `hold 9 tensors that the model of its config.json does "
+    "not use (model.layers.1...)`: one line, exit code 2, before anything is written",
+)
+def test_damaged_model_files(stage: Stage, run: str, place: Place) -> None:
+    for number, (name, change) in enumerate(DAMAGES):
+        bad = stage.folder / f"bad-{run}-{number}"
+        shutil.copytree(stage.folder / "llama", bad)
+        (bad / name).write_bytes(change((bad / name).read_bytes()))
+        outcome = stage.run(place, f"{run}-{number}", "--model.path", str(bad))
+        assert outcome.codes == [2]
+        assert "Traceback" not in outcome.outputs[0]
+        assert str(bad) in outcome.outputs[0].splitlines()[-1]
+        assert not (outcome.folder / "checkpoints").exists()
+
+
+DAMAGES: list[tuple[str, Callable[[bytes], bytes]]] = [
+    ("model.safetensors", lambda content: content[:-100]),
+    ("model.safetensors", lambda content: b""),
+    ("config.json", lambda content: content[:-20]),
+    (
+        "config.json",
+        lambda content: content.replace(b'"num_hidden_layers": 2', b'"num_hidden_layers": 1'),
+    ),
+]
 
 
 @fault(

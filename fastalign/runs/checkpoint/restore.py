@@ -39,6 +39,7 @@ from fastalign.runs.checkpoint.tensors import (
 )
 from fastalign.runs.config import Part, RunConfig
 from fastalign.runs.folder import METRICS, never_saved
+from fastalign.runs.inputs import Parts, changed_inputs
 from fastalign.runs.metrics import KeptMetrics
 from fastalign.runs.state import (
     TrainState,
@@ -47,27 +48,20 @@ from fastalign.runs.state import (
     seed_everything,
 )
 
-# Training begins from these; a checkpoint holds their fingerprints only.
-SOURCES = {
-    "data_fingerprint": "training data",
-    "base_fingerprint": "frozen base in model.path",
-    "reference_fingerprint": "frozen reference",
-}
-
 
 def resume(
-    run: RunConfig, state: TrainState, sources: dict[str, Any], world: World = ALONE
+    run: RunConfig, state: TrainState, inputs: Mapping[str, Parts], world: World = ALONE
 ) -> KeptMetrics:
     """Restore the newest good checkpoint; print which newer ones are damaged.
 
-    A run that never saved begins at its first step. `sources` are the fingerprints of the data and
-    frozen models that training began from.
+    A run that never saved begins at its first step. `inputs` are what training begins from, as
+    `runs.inputs.fingerprints` returns them.
 
     Returns:
         What the checkpoint knows of `metrics.jsonl`.
 
     Raises:
-        ValueError: if there is no good checkpoint, or it was made from other sources.
+        ValueError: if there is no good checkpoint, or it was made from other inputs.
     """
     if run.export is None and world.of_first(never_saved(Path(run.dir))):
         return KeptMetrics()
@@ -75,10 +69,17 @@ def resume(
     for fault in faults if world.is_first else ():
         print(f"damaged checkpoint passed over: {fault}", flush=True)
     saved = read_state(checkpoint)
-    for name, value in sources.items():
-        if saved.get(name) != value:
-            what = SOURCES[name]
-            raise ValueError(f"run.resume: the {what} is not what {checkpoint} was trained on")
+    changed = changed_inputs(saved, inputs)
+    refused = [name for name in changed if name not in run.accept_changed]
+    if refused:
+        which = ", the ".join(changed[name] for name in refused)
+        raise ValueError(
+            f"run.resume: the {which} {'is' if len(refused) == 1 else 'are'} not what {checkpoint} "
+            f"was trained on; "
+            f"--run.accept-changed {' '.join(refused)} goes on with it all the same"
+        )
+    if world.is_first:
+        say_how_inputs_differ(checkpoint, saved, changed)
     restore(checkpoint, state, world, seed=run.seed, afresh=run.start_afresh)
     if world.is_first:
         print(f"resumed from {checkpoint}", flush=True)
@@ -86,6 +87,20 @@ def resume(
     if "metrics" in run.start_afresh:
         return KeptMetrics(whole_lines(Path(run.dir), kept.num_bytes), kept.unwritten)
     return kept
+
+
+def say_how_inputs_differ(
+    checkpoint: Path, saved: Mapping[str, Any], changed: Mapping[str, str]
+) -> None:
+    """Print which inputs are others than those of the checkpoint, and which cannot be compared."""
+    if changed:
+        print(f"goes on with another {', another '.join(changed.values())}", flush=True)
+    if "inputs" not in saved:
+        print(
+            f"{checkpoint} is of an earlier version: only its data and frozen models are compared "
+            "with what is there now, not the other inputs",
+            flush=True,
+        )
 
 
 def whole_lines(folder: Path, num_bytes: int) -> int:

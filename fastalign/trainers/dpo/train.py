@@ -25,6 +25,7 @@ from fastalign.runs.accumulate import (
     policy_loss,
 )
 from fastalign.runs.data import load_sets
+from fastalign.runs.inputs import Inputs
 from fastalign.runs.load_models import load_for_training
 from fastalign.runs.loop import RunResult, indices_of_run
 from fastalign.runs.metrics import Metrics
@@ -68,7 +69,7 @@ def train_dpo(config: DPOConfig) -> RunResult:
         data, held_out = load_sets(config, policy, tokenizer)
         pairs, eval_pairs = prepare_pairs(config, policy, tokenizer, (data, held_out), run.compute)
 
-        run.begin(policy, data, reference_fingerprint=pairs.fingerprint)
+        run.begin(policy, data, inputs=Inputs(tokenizer, held_out, pairs.fingerprint))
         for step in run.steps():
             total = dpo_gradient(policy, config.loss, pairs, step.indices, run.compute)
             step.finish(run.optimise(total))

@@ -48,11 +48,8 @@ def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
         scale = online.measure_scale() if config.reward.normalise else None
         reference = online.reference
 
-        run.begin(
-            online.model,
-            online.prompts,
-            reference_fingerprint=fingerprint_or_none(reference and reference.began_as),
-        )
+        inputs = online.inputs(fingerprint_or_none(reference and reference.began_as))
+        run.begin(online.model, online.prompts, inputs=inputs)
         for step in run.steps():
             metrics = online_dpo_step(online, scale, run.state, step.indices, run.num_steps)
             step.finish(metrics)

@@ -1,6 +1,6 @@
 """The inputs of every PPO step: models, sampler, prompts, reward sources, scale of scores."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from fastalign.models import (
     set_pad_token,
 )
 from fastalign.runs.accumulate import Examples, measure_examples
+from fastalign.runs.inputs import Inputs, digest_of, model_parts
 from fastalign.runs.load_models import (
     load_for_training,
     load_model,
@@ -182,6 +183,16 @@ class PPOSetup(SamplingSetup):
     config: PPOConfig
     models: PPOModels
     ptx: Examples | None
+
+    def inputs(self, reference_fingerprint: str | None) -> Inputs:
+        """Return those of every algorithm that samples, the value model and the demonstrations."""
+        found = super().inputs(reference_fingerprint)
+        others = dict(found.others)
+        if self.models.value is not None:
+            others["value"] = model_parts(self.models.value)
+        if self.ptx is not None:
+            others["ptx_data"] = {"content": digest_of(repr(list(self.ptx.groups)))}
+        return replace(found, others=others)
 
 
 def prepare_ppo(config: PPOConfig, compute: Compute) -> PPOSetup:

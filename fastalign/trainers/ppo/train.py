@@ -63,7 +63,7 @@ def train_ppo(config: PPOConfig) -> RunResult:
             models.trained,
             ppo.prompts,
             policy=models.policy,
-            reference_fingerprint=fingerprint_or_none(frozen),
+            inputs=ppo.inputs(fingerprint_or_none(frozen)),
             overlapped=overlapped(ppo.sampler),
         )
         for step in run.steps():

@@ -23,6 +23,7 @@ from fastalign.runs.accumulate import (
 )
 from fastalign.runs.data import check_positions, load_data, load_sets
 from fastalign.runs.final_model import written
+from fastalign.runs.inputs import Inputs
 from fastalign.runs.load_models import load_reward_for_training
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
@@ -73,7 +74,7 @@ def train_reward(config: RewardConfig) -> RunResult:
         if held_out is not None:
             eval_pairs = prepare_comparisons(config.loss, held_out, run.compute)
 
-        run.begin(model, data)
+        run.begin(model, data, inputs=Inputs(tokenizer, held_out))
         for step in run.steps():
             total = reward_gradient(model, config.loss, pairs, step.indices, run.compute)
             nu = nu_metric(model, config.loss)

@@ -1,6 +1,8 @@
 """Rollouts: prompts, completions of the policy as it stands, their rewards and scores."""
 
+import inspect
 import random
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -30,6 +32,7 @@ from fastalign.models import RewardScale, has_adapter
 from fastalign.ranks.world import ALONE, UserCodeFailed, World
 from fastalign.rollouts import Completion, Sampler, SamplingParams
 from fastalign.runs.data import say_added_tokens
+from fastalign.runs.inputs import Inputs, Parts, file_parts, model_parts
 from fastalign.runs.metrics import Metrics
 from fastalign.trainers.sampling.config import PromptDataConfig, RewardSourceConfig
 from fastalign.trainers.sampling.policy_sampler import AnySampler
@@ -96,6 +99,29 @@ def load_sources(config: RewardSourceConfig, compute: Compute) -> RewardSources:
         weights=config.weights or (1.0,) * len(config.sources),
         world=compute.world,
     )
+
+
+def reward_parts(function: RewardFunction, source: str) -> Parts:
+    """Return what decides a source's scores: a model's weights, or the bytes of its files.
+
+    Of a Python function these are the file that defines it and the module that was named; modules
+    that they import are not looked at.
+    """
+    if isinstance(function, ModelReward):
+        return model_parts(function.model)
+    if source.endswith(".json"):
+        return file_parts(source)
+    module = sys.modules[source.partition(":")[0]]
+    named = (inspect.unwrap(function), getattr(function, "__call__", None), module)  # noqa: B004
+    parts: dict[str, Any] = {}
+    for thing in named:
+        try:
+            file = inspect.getsourcefile(thing)  # type: ignore[arg-type]
+        except TypeError:  # an object without a file of its own
+            continue
+        if file is not None and Path(file).is_file():
+            parts |= file_parts(file)
+    return parts
 
 
 def source_names(sources: Sequence[str]) -> tuple[str, ...]:
@@ -293,6 +319,16 @@ class SamplingSetup:
     prompts: PromptDataset
     held_out: PromptDataset | None
     said: list[str] = field(default_factory=list)
+
+    def inputs(self, reference_fingerprint: str | None) -> Inputs:
+        """Return what a resumed run must find again, the sources of the rewards among it."""
+        functions = zip(self.sources.names, self.sources.functions, strict=True)
+        specifications = self.config.reward.sources
+        reward: dict[str, Any] = {}
+        for (name, function), source in zip(functions, specifications, strict=True):
+            reward |= {f"{name}: {k}": v for k, v in reward_parts(function, source).items()}
+        others = {"reward": reward}
+        return Inputs(self.tokenizer, self.held_out, reference_fingerprint, others)
 
     def roll_out(self, indices: Sequence[int], step: int) -> Rollouts:
         """Sample and score answers to these training prompts."""
