@@ -36,6 +36,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
 
 
+def require_finite(values: torch.Tensor, what: str) -> None:
+    """Check that computed numbers are finite, before they are written or trained on.
+
+    Raises:
+        ValueError: if one is NaN or infinite; the message begins with `what`.
+    """
+    bad = int((~values.isfinite()).sum())
+    if bad:
+        raise ValueError(
+            f"{what}: {bad} of {values.numel()} are not finite; the model computes NaN or infinity "
+            "(its weights, its configuration or the dtype of its products are at fault)"
+        )
+
+
 AttentionChoice = Literal["auto", "sdpa", "flash_attn", "varlen", "flex"]
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from fastalign.compute import require_finite
 from fastalign.rollouts.distribution import sampling_logprobs
 from fastalign.rollouts.sampler import Completion, SamplingParams, check_prompts, sample_seed
 
@@ -129,7 +130,9 @@ class TransformersSampler:
         finally:
             self._model.generation_config = saved
         tokens = output[:, longest:].tolist()
-        logprobs = torch.stack(draw.logprobs, dim=1).tolist()
+        drawn = torch.stack(draw.logprobs, dim=1)
+        require_finite(drawn, "log-probs of sampled tokens")
+        logprobs = drawn.tolist()
         return [self._cut(*row) for row in zip(tokens, logprobs, strict=True)]
 
     def _cut(self, tokens: list[int], logprobs: list[float]) -> Completion:

@@ -36,10 +36,28 @@ def load_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokeniz
         dtype=base_dtype(config.model, compute),
         nf4=config.model.lora.base == "nf4",
     )
+    check_router(model, config.model.path)
     without_weights = any(p.is_meta for p in model.parameters())  # another rank reads them
     with torch.device("meta") if without_weights else nullcontext():
         add_new_adapter(model, config.model)
     return share(ready_for_training(model, config), compute), tokenizer
+
+
+def check_router(model: Any, path: str) -> None:
+    """Check that a mixture of experts does not ask for a loss that is not computed here.
+
+    Raises:
+        ValueError: if its configuration adds the router's auxiliary loss to that of its tokens.
+    """
+    config = model.config.get_text_config()
+    weight = getattr(config, "router_aux_loss_coef", None)
+    if getattr(config, "output_router_logits", False) and weight:
+        raise ValueError(
+            f"model.path: config.json of {path!r} asks for the router's auxiliary loss "
+            f"(output_router_logits true, router_aux_loss_coef {weight}), which is not computed; "
+            "expected output_router_logits false, under which the router is trained by the "
+            "tokens' loss alone"
+        )
 
 
 def load_reward_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokenizer]:

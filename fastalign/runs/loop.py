@@ -239,6 +239,11 @@ class Run:
             self._loop.close()
         step, export = self.state.step, self.config.run.export
         finished = export is None and step >= self.num_steps
+        if finished and self.state.num_skipped_in_a_row >= step > 0:
+            raise ValueError(
+                f"every step of the run, {step} in all, had {SKIPPED}: no model is written, since "
+                "nothing was trained"
+            )
         if finished or export is not None:
             folder = self.folder if export is None else Path(export)
             self.world.first_does(lambda: folder.mkdir(parents=True, exist_ok=True))

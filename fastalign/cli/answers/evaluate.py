@@ -7,6 +7,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fastalign.batch.packed import Group
 from fastalign.cli.answers.sampling import (
     SampledModel,
@@ -18,7 +21,7 @@ from fastalign.cli.answers.sampling import (
     sample_rows,
 )
 from fastalign.cli.config_parse import parse_flags
-from fastalign.compute import Packing
+from fastalign.compute import Compute, Packing, require_finite
 from fastalign.data import Tokenizer, check_same_vocabulary, load_preferences
 from fastalign.evaluation import (
     apply_reward,
@@ -96,8 +99,8 @@ def judge_pairs(
     for line in data.report.log_lines():
         print(line, flush=True)
     compute = config.model.compute(config.packing)
-    policy_logprob = sequence_logprobs(policy, data.groups, compute)
-    reference_logprob = sequence_logprobs(reference, data.groups, compute)
+    policy_logprob = finite_logprobs(policy, data.groups, compute)
+    reference_logprob = finite_logprobs(reference, data.groups, compute)
     accuracy = preference_accuracy(policy_logprob, reference_logprob, data.ties)
     margin = mean_margin(policy_logprob, reference_logprob, config.loss.beta)
     return {
@@ -124,7 +127,7 @@ def judge_samples(
     ]
     compute = config.model.compute(config.packing)
     kl = sampled_kl(
-        sequence_logprobs(policy, groups, compute), sequence_logprobs(reference, groups, compute)
+        finite_logprobs(policy, groups, compute), finite_logprobs(reference, groups, compute)
     )
     lengths = [[float(len(ids)) for ids in group.response_ids] for group in groups]
     result: dict[str, Any] = {**summary("kl", kl)}
@@ -141,6 +144,17 @@ def judge_samples(
         result |= judge_best_of(config, repeated, rows, by_prompt)
     result["share_unfinished"] = sum(r["finish_reason"] == "length" for r in rows) / len(rows)
     return result, rows
+
+
+def finite_logprobs(model: Any, groups: Sequence[Group], compute: Compute) -> list[Tensor]:
+    """Return `sequence_logprobs`.
+
+    Raises:
+        ValueError: if one is not finite.
+    """
+    found = sequence_logprobs(model, groups, compute)
+    require_finite(torch.cat(found), f"log-probs under {model.name_or_path}")
+    return found
 
 
 def judge_best_of(

@@ -186,14 +186,19 @@ class CheckpointWriter:
         calls `before`, in the thread that writes, before any file is written.
 
         Raises:
-            AssertionError: if a weight is not finite; no checkpoint ever holds one.
+            ValueError: if a weight is not finite; no checkpoint ever holds one.
             CheckpointFailed: if this one, or the one before, could not be written.
         """
         self.finish()
         # Training's own process group may be broken, where a run is saved behind an error.
         found = self._world.gather(not_finite(state), self._group)
         bad = next((name for name in found if name), None)
-        assert bad is None, f"{bad} holds a non-finite weight"
+        if bad is not None:
+            raise ValueError(
+                f"step {state.step} is not saved: {bad} holds a non-finite weight, though loss and "
+                "gradient were finite; older checkpoints are untouched (a lower optim.lr or "
+                "optim.weight_decay may help)"
+            )
         writer = self._writer(state, extra, before)
         tensors = tensors_of(state, self._world.rank)
         alone = self._world.size == 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastalign.batch.packed import Group
-from fastalign.compute import Compute
+from fastalign.compute import Compute, require_finite
 from fastalign.data import Tokenizer, check_same_vocabulary
 from fastalign.models import adapter_off, has_adapter, sequence_logprobs
 from fastalign.ranks.parallel import is_sharded
@@ -70,7 +70,9 @@ class OnlineReference:
 def response_logprobs(model: Any, groups: Sequence[Group], compute: Compute) -> Tensor:
     """Return the log-prob of every response under a model as it is, (R,) float32 on the CPU."""
     with memory_used_in(f"log-probs, in batches of at most {compute.tokens_per_batch} tokens"):
-        return torch.cat(sequence_logprobs(model, groups, compute))
+        found = torch.cat(sequence_logprobs(model, groups, compute))
+    require_finite(found, "log-probs of the step's samples")
+    return found
 
 
 def copy_weights(model: Any) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastalign.batch.packed import PackedBatch
 from fastalign.batch.schedule import packed_batches
-from fastalign.compute import Compute
+from fastalign.compute import Compute, require_finite
 from fastalign.losses.policy import MAX_LOG_RATIO, probability_ratio
 from fastalign.models import (
     AttentionPlan,
@@ -138,6 +138,8 @@ def record_tokens(
             counts["num_packed_tokens"] += num_tokens
     ranks = compute.world.gather((parts, counts))
     joined = joined_parts(examples, {k: v for of_rank, _ in ranks for k, v in of_rank.items()})
+    for name in {"logprob", "reference_logprob", "value"} & joined.keys():
+        require_finite(joined[name], f"{name} of the sampled tokens")
     lengths = [len(ids) for group in examples.groups for ids in group.response_ids]
     record = TokenRecord(
         bounds=torch.tensor([0, *accumulate(lengths)]),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastalign.batch.packed import Group
 from fastalign.batch.schedule import indices_of_step
-from fastalign.compute import Compute
+from fastalign.compute import Compute, require_finite
 from fastalign.data import TokenizedDataset, Tokenizer
 from fastalign.evaluation import (
     BagOfWordsBaseline,
@@ -37,7 +37,9 @@ def pair_rewards(model: Any, groups: Sequence[Group], compute: Compute) -> Tenso
     rewards = response_values(
         lambda batch: enter(model, lambda: response_reward(model, batch, compute)), groups, compute
     )
-    return torch.stack(rewards).double()
+    scores = torch.stack(rewards).double()
+    require_finite(scores, "scores of the reward model")
+    return scores
 
 
 def measure_scale(model: Any, data: TokenizedDataset, compute: Compute, seed: int) -> None:
