@@ -1,4 +1,4 @@
-"""Fingerprints of what a run is made of, which its checkpoints keep and a resumed run compares.
+"""Fingerprints of the inputs of a run, which its checkpoints keep and a resumed run compares.
 
 An input is a dictionary of its parts (a file, a key of a configuration) to a hash or a plain value,
 so that a difference can be named.
@@ -42,7 +42,7 @@ Parts = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Inputs:
-    """What training begins from, beside the model and the training data.
+    """Inputs of a run beside its model and its training data.
 
     Attributes:
         tokenizer: tokenizer of the model, or None.
