@@ -1,11 +1,13 @@
 """`fastalign vllm-server`: vLLM's own server, set up so that a trainer can give it weights."""
 
-import ipaddress
 import os
+import secrets
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -13,6 +15,13 @@ import torch
 from fastalign.cli.config_parse import parse_flags
 from fastalign.models import adapter_base, read_config
 from fastalign.rollouts.engines import server_process
+from fastalign.rollouts.engines.server_process import (
+    TOKEN_VARIABLE,
+    check_token,
+    default_token_file,
+    is_loopback,
+    read_token,
+)
 from fastalign.rollouts.engines.spec import require_vllm
 from fastalign.rollouts.engines.supervise import supervise
 
@@ -35,8 +44,10 @@ class ServedModel:
 class VllmServerConfig:
     """Starts vLLM's HTTP server for runs with the sampler `vllm-server` and this server's URL.
 
-    The run's weights replace its own. Anybody who reaches it can change its weights and make it
-    read files, so it listens to this machine only, unless another address is given.
+    The run's weights replace its own. It asks for a token, which is made and written to a file for
+    this user alone, or is that of FASTALIGN_VLLM_TOKEN in the environment. Who has it can change
+    the weights and make the server read files, so it listens to this machine only, unless another
+    address is given.
     """
 
     model: ServedModel
@@ -44,6 +55,9 @@ class VllmServerConfig:
     """Address to listen at."""
     port: int = 8000
     """Port to listen at."""
+    token_file: str | None = None
+    """File of the token; if it exists, it holds the token. Default: a new one, by the port, in the
+    user's cache folder, where runs on this machine look for it."""
     max_length: int | None = None
     """Most tokens of a prompt with its answer; default: the model's positions."""
     tensor_parallel: int = 1
@@ -91,13 +105,30 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
-def is_loopback(host: str) -> bool:
-    """Return True if only this machine reaches a server that listens there."""
+@contextmanager
+def server_token(config: VllmServerConfig) -> Iterator[tuple[str, str]]:
+    """Give the server's token, and the name of where it is; a file made for it is removed.
+
+    Raises:
+        ValueError: if a given token cannot be used.
+    """
+    if given := os.environ.get(TOKEN_VARIABLE):
+        yield check_token(given, TOKEN_VARIABLE), TOKEN_VARIABLE
+        return
+    named = config.token_file is not None
+    file = Path(config.token_file or default_token_file(config.port)).expanduser()
+    if named and file.exists():
+        yield read_token(file), str(file)
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.unlink(missing_ok=True)  # of a server that was killed
+    token = secrets.token_urlsafe(32)
+    with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
+        opened.write(token + "\n")
     try:
-        found = {entry[4][0] for entry in socket.getaddrinfo(host or "0.0.0.0", None)}
-    except OSError:
-        return False
-    return all(ipaddress.ip_address(str(address).split("%")[0]).is_loopback for address in found)
+        yield token, str(file)
+    finally:
+        file.unlink(missing_ok=True)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -108,13 +139,15 @@ def main(argv: Sequence[str]) -> int:
     # A wrong path ends here, before the server asks a hub for it again and again.
     path, trust = config.model.path, config.model.trust_remote_code
     read_config(adapter_base(path) or path, trust_remote_code=trust)
-    os.environ.update(server_process.server_environment(config.model.lora_rank))
     if not is_loopback(config.host):
         print(
-            f"warning: {config.host}:{config.port} can be reached from other machines and has no "
-            "password: anybody who reaches it can change its weights and make it read files",
+            f"warning: {config.host}:{config.port} can be reached from other machines, and its "
+            "token and the prompts come over plain HTTP: who reads them can change its weights "
+            "and make it read files",
             file=sys.stderr,
             flush=True,
         )
-    print(f"vLLM at http://{config.host}:{config.port}", flush=True)
-    return supervise(server_command(config), engine="EngineCore")
+    with server_token(config) as (token, place):
+        os.environ.update(server_process.server_environment(config.model.lora_rank, token))
+        print(f"vLLM at http://{config.host}:{config.port} (token: {place})", flush=True)
+        return supervise(server_command(config), engine="EngineCore")

@@ -45,12 +45,14 @@ class Completion:
         logprobs: log-prob of each token under the distribution it was drawn from, nats.
         finish_reason: `stop` at an EOS, `length` at `max_new_tokens`.
         version: version of the weights that it was drawn from, as given to the sampler.
+        weights: hash of those weights, as an engine loaded them; empty without an engine.
     """
 
     token_ids: list[int]
     logprobs: list[float]
     finish_reason: Literal["stop", "length"]
     version: int = 0
+    weights: str = ""
 
 
 class SamplerFailed(ConnectionError):

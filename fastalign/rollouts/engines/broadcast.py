@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastalign.ranks.whole_weights import whole
 from fastalign.rollouts.engines.connection import ServerConnection
+from fastalign.rollouts.engines.weights import Tally
 from fastalign.rollouts.sampler import SamplerFailed
 
 
@@ -78,7 +79,7 @@ class Broadcaster:
     ):
         self._server = server
         self._threads = ThreadPoolExecutor(max_workers=1, thread_name_prefix="broadcast")
-        workers = json.loads(server.call("fastalign_workers"))
+        workers = json.loads(server.call("workers"))
         on_gpu = device.type == "cuda" and workers["device"] == "cuda"
         self._device = device if on_gpu else torch.device("cpu")
         host, size = host or address_towards(server.url), 1 + workers["number"]
@@ -94,7 +95,7 @@ class Broadcaster:
                 master_listen_fd=listener.detach(),
             )
         arguments = (host, str(port), str(size), self._device.type, str(seconds))
-        joined = self._threads.submit(server.call, "fastalign_join", *arguments)
+        joined = self._threads.submit(server.call_all, "join", *arguments)
         try:
             self._group = open_group(self._store, 0, size, self._device, seconds)
         except RuntimeError as error:
@@ -103,22 +104,20 @@ class Broadcaster:
             ) from error
         joined.result()
 
-    def send(self, tensors: Mapping[str, Tensor], name: str) -> None:
-        """Send these weights to the workers under a name.
+    def send(self, tensors: Mapping[str, Tensor], name: str, sent: Tally) -> list[str]:
+        """Send these weights to the workers under a name; return the workers' answers.
 
         Raises:
             SamplerFailed: if a worker is gone, or did not take all of them.
         """
-        taken = self._threads.submit(
-            self._server.call, "fastalign_receive", describe(tensors), name
-        )
+        taken = self._threads.submit(self._server.call_all, "receive", describe(tensors), name)
         try:
-            for tensor in tensors.values():
-                self._group.broadcast(whole(tensor).to(self._device).contiguous(), 0).wait()
+            for _, tensor in sent.through((n, whole(t)) for n, t in tensors.items()):
+                self._group.broadcast(tensor.to(self._device).contiguous(), 0).wait()
         except RuntimeError as error:
             first = str(error).strip().splitlines()[0]
             raise SamplerFailed(f"sampler: a worker of the server is gone: {first}") from error
-        taken.result()
+        return taken.result()
 
     def close(self) -> None:
         """Leave the group."""

@@ -11,11 +11,17 @@ from typing import Any
 import anyio
 import httpx2
 
-from fastalign.rollouts.engines.server_process import OwnServer
+from fastalign.rollouts.engines.server_process import (
+    TOKEN_VARIABLE,
+    WEIGHTS_HEADER,
+    OwnServer,
+    find_token,
+)
 from fastalign.rollouts.sampler import SamplerFailed
 
 POLL_SECONDS = 0.5
 CONNECT_SECONDS = 30.0
+NO_TOKEN = "asks for a token"
 # Of the server's own measurements: tokens that were computed, which grow while it is alive.
 TOKENS = re.compile(r"^vllm:(?:prompt|generation)_tokens_total\S* (\S+)$", re.MULTILINE)
 
@@ -25,11 +31,20 @@ class ServerConnection:
 
     Args:
         server: URL of a server, without a path, or a server of this process's own.
+        token_file: file that holds the token of the server at a URL; see `find_token`.
         silence_seconds: an answer that takes longer, without progress, is a failure.
         max_connections: most requests at a time.
     """
 
-    def __init__(self, server: str | OwnServer, *, silence_seconds: float, max_connections: int):
+    def __init__(
+        self,
+        server: str | OwnServer,
+        *,
+        silence_seconds: float,
+        max_connections: int,
+        token_file: str | None = None,
+    ):
+        self._token_file, self._authorization = token_file, ""
         self._silence, self._max_connections = silence_seconds, max_connections
         self._own = server if isinstance(server, OwnServer) else None
         self.url = "http://localhost" if isinstance(server, OwnServer) else server.rstrip("/")
@@ -55,20 +70,36 @@ class ServerConnection:
 
     def call(self, method: str, *arguments: str) -> str:
         """Return the first worker's answer to a method of `WorkerExtension`."""
-        results = self.post("/collective_rpc", {"method": method, "args": list(arguments)})
-        return str(results["results"][0])
+        return self.call_all(method, *arguments)[0]
+
+    def call_all(self, method: str, *arguments: str) -> list[str]:
+        """Return all workers' answers to a method of `WorkerExtension`."""
+        answer = self.post(f"/fastalign/{method}", {"arguments": list(arguments)})
+        results: list[str] = answer["results"]
+        return results
 
     def wait(self, seconds: float) -> None:
-        """Wait until the server answers.
+        """Wait until the server answers; its token is read anew, as it may have been started again.
 
         Raises:
+            ValueError: if it expects another token.
             SamplerFailed: if it does not in so many seconds, or this run's own server has ended.
         """
         deadline, told = time.monotonic() + seconds, False
         while True:
+            token = self._own.token if self._own else find_token(self.url, self._token_file)
+            self._authorization = "" if token is None else f"Bearer {token}"
+            self._client.headers["authorization"] = self._authorization
             try:
-                if self._client.get(f"{self.url}/health", timeout=10).status_code == 200:
+                status = self._client.get(f"{self.url}/health", timeout=10).status_code
+                if status == 200:
                     return
+                if status == 401:
+                    raise ValueError(
+                        f"vllm.url: {self.name} {'refuses this token' if token else NO_TOKEN}; "
+                        f"expected its own in {TOKEN_VARIABLE}, or in the file that `fastalign "
+                        "vllm-server` names (--vllm.token-file)"
+                    )
                 fault = "it is not healthy"
             except httpx2.TransportError as error:
                 fault = f"{type(error).__name__}: {error}"
@@ -91,8 +122,11 @@ class ServerConnection:
 
     def post_all(
         self, path: str, bodies: Sequence[Any], on_progress: Callable[[int], None] | None
-    ) -> list[Any]:
+    ) -> list[tuple[Any, str]]:
         """Return the answers to many requests, in their order; the failure of one ends all.
+
+        Each comes with the hash of the weights that the server had meanwhile; an empty text if it
+        had none, or several.
 
         Raises:
             ValueError: if the server refuses one.
@@ -106,7 +140,7 @@ class ServerConnection:
 
     async def _post_all(
         self, path: str, bodies: Sequence[Any], on_progress: Callable[[int], None] | None
-    ) -> list[Any]:
+    ) -> list[tuple[Any, str]]:
         async with self._async_client() as client:
             # Scopes of anyio, whose shields let httpx2 close its connections; a cancelled task of
             # asyncio would drop them open.
@@ -142,14 +176,16 @@ class ServerConnection:
     def _async_client(self) -> httpx2.AsyncClient:
         limits = httpx2.Limits(max_connections=self._max_connections)
         timeout = httpx2.Timeout(None, connect=CONNECT_SECONDS)
+        headers = {"authorization": self._authorization}
         if self._own is None:
-            return httpx2.AsyncClient(timeout=timeout, limits=limits)
+            return httpx2.AsyncClient(timeout=timeout, limits=limits, headers=headers)
 
         async def check_listens(request: httpx2.Request) -> None:
             self._check_listens(request)
 
         return httpx2.AsyncClient(
             timeout=timeout,
+            headers=headers,
             transport=httpx2.AsyncHTTPTransport(uds=self._own.socket, limits=limits),
             trust_env=False,
             event_hooks={"request": [check_listens]},
@@ -167,13 +203,14 @@ class ServerConnection:
 
     async def _post_one(
         self, client: httpx2.AsyncClient, path: str, body: Any, scope: anyio.CancelScope
-    ) -> Any:
+    ) -> Any:  # an answer and the hash, nothing if the scope is cancelled
         with scope:
             try:
                 response = await client.post(self.url + path, json=body)
             except httpx2.TransportError as error:
                 raise self._lost(error) from error
-            return self._checked(response, path)
+            weights = response.headers.get(WEIGHTS_HEADER, "")
+            return self._checked(response, path), weights
 
     def _tokens_computed(self) -> str:
         """Return the server's counts of tokens; an empty text if it cannot be asked."""
@@ -198,7 +235,9 @@ class ServerConnection:
             SamplerFailed: if the server failed.
         """
         status = response.status_code
-        if status == 404 and path == "/collective_rpc":
+        if status == 401:
+            raise SamplerFailed(f"sampler: {self.name} was started again, with another token")
+        if status == 404 and path.startswith("/fastalign/"):
             raise ValueError(
                 f"vllm.url: {self.name} takes no weights; expected one that "
                 "`fastalign vllm-server` started"

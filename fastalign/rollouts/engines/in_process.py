@@ -29,10 +29,12 @@ from fastalign.rollouts.engines.spec import (
     require_vllm,
 )
 from fastalign.rollouts.engines.weights import (
+    Tally,
     accepted_by,
     architecture_of,
     differing_tensors,
     fit_tensors,
+    tally_adapter,
     tolerance_of,
     write_config,
 )
@@ -61,6 +63,7 @@ class VllmSampler:
         self._fault: str | None = None
         self._adapter: Any = None
         self._num_requests = self._num_adapters = 0
+        self._base_digest = self._digest = ""  # of the weights that the engine loaded
         self.version: int | None = None
         self._build()
 
@@ -87,7 +90,8 @@ class VllmSampler:
             raise
         try:
             found = {
-                row: read_completion(*output, params, version) for row, output in outputs.items()
+                row: read_completion(*output, params, version, self._digest)
+                for row, output in outputs.items()
             }
         except SamplerFailed as failure:
             # vLLM raises nothing for a NaN, and its cache of keys and values holds it from now on.
@@ -110,20 +114,27 @@ class VllmSampler:
         """Take over weights that `fit_tensors` has checked."""
         self._check_usable(with_weights=False)
         self._wake("weights")
+        taken = Tally()
         try:
             with self._random.active():
                 # A half-loaded engine cannot be healed by loading again.
-                taken = self._llm.apply_model(partial(accepted_by, tensors=named_tensors))[0]
-                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": taken})
+                counted = taken.through(named_tensors)
+                accepted = self._llm.apply_model(partial(accepted_by, tensors=counted))[0]
+                self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": accepted})
         except BaseException as error:
             self._break(f"the engine took not all weights: {error}")
             if isinstance(error, Exception):
                 raise SamplerFailed(f"sampler: {self._fault}") from error
             raise
+        if taken.number != len(self._spec.shapes):
+            expected = len(self._spec.shapes)
+            self._break(f"the engine took {taken.number} of {expected} tensors")
+            raise SamplerFailed(f"sampler: {self._fault}")
         self._wake("kv_cache")
         if not self._llm.reset_prefix_cache():  # keys and values of older weights
             self._break("the engine's cache of prefixes could not be emptied")
             raise SamplerFailed(f"sampler: {self._fault}")
+        self._base_digest = self._digest = taken.digest
         self._adapter, self.version = None, version
 
     def sync_adapter(self, folder: str | Path, version: int) -> None:
@@ -146,6 +157,7 @@ class VllmSampler:
         except (ValueError, RuntimeError) as error:
             first = str(error).strip().splitlines()[0]
             raise ValueError(f"sync_adapter: vLLM cannot use this adapter: {first}") from error
+        self._digest = f"{self._base_digest}+{tally_adapter(folder).digest}"
         self._adapter, self.version = request, version
 
     def differing_tensors(

@@ -16,6 +16,9 @@ class VllmOptions:
     url: str | None = None
     """URL of a server that `fastalign vllm-server` started (vllm-server); default: the run starts
     one of its own, on this machine."""
+    token_file: str | None = None
+    """File with the token of the server at the URL; default: the one that a server of this machine
+    wrote. FASTALIGN_VLLM_TOKEN in the environment comes first."""
     gpu_memory: float = 0.3
     """Share of the GPU's memory for the engine: weights, keys and values, CUDA graphs."""
     kv_cache_gib: float = 0.5

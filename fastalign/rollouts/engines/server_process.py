@@ -1,13 +1,17 @@
 """vLLM's own HTTP server as a child process: its command line, and the server of one run alone."""
 
+import ipaddress
 import os
 import re
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 
@@ -16,6 +20,9 @@ from fastalign.rollouts.engines.spec import EngineSpec, lora_room, require_vllm
 from fastalign.rollouts.engines.weights import write_config
 
 EXTENSION = "fastalign.rollouts.engines.worker.WorkerExtension"
+GATE = "fastalign.rollouts.engines.worker.ServerGate"
+TOKEN_VARIABLE = "FASTALIGN_VLLM_TOKEN"  # of the environment
+WEIGHTS_HEADER = "fastalign-weights"  # of a completion: the hash of the weights it is drawn from
 LONGEST_FOLDER = 60  # characters: the path of a Unix socket may have 107
 END_SECONDS = 2 * supervise.GRACE_SECONDS + 10
 # Variables that `torchrun` sets for the trainer's rank, and one that vLLM reads for a process.
@@ -24,6 +31,62 @@ OF_THE_TRAINER = re.compile(
     r"|VLLM_ENABLE_V1_MULTIPROCESSING"
 )
 ERROR = re.compile(r"\b[A-Z]\w*(?:Error|Exception): .+")
+
+
+def default_token_file(port: int) -> Path:
+    """Return the file of the token of the server at a port of this machine (XDG_CACHE_HOME)."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "fastalign" / f"vllm-server-{port}.token"
+
+
+def read_token(file: Path) -> str:
+    """Read the token in a file.
+
+    Raises:
+        ValueError: if other users can read the file, or it holds no token.
+    """
+    if file.stat().st_mode & 0o077:
+        raise ValueError(f"token_file: other users can read {file}; expected chmod 600")
+    return check_token(file.read_text(encoding="utf-8").strip(), str(file))
+
+
+def check_token(token: str, source: str) -> str:
+    """Return the token.
+
+    Raises:
+        ValueError: if it is empty, or has characters that a request cannot carry.
+    """
+    if not token or not token.isascii() or not token.isprintable() or " " in token:
+        raise ValueError(f"{source}: expected one word of ASCII characters as a token")
+    return token
+
+
+def find_token(url: str, file: str | None) -> str | None:
+    """Return the token for the server at a URL; None if there is none (yet).
+
+    It is that of the environment (`FASTALIGN_VLLM_TOKEN`), or else of the file; without a name, of
+    the file that `fastalign vllm-server` wrote for this port, if the URL is this machine's.
+
+    Raises:
+        ValueError: as `read_token`.
+    """
+    if given := os.environ.get(TOKEN_VARIABLE):
+        return check_token(given, TOKEN_VARIABLE)
+    parts = urlsplit(url)
+    if file is None and not is_loopback(parts.hostname or ""):
+        return None
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    path = default_token_file(port) if file is None else Path(file).expanduser()
+    return read_token(path) if path.exists() else None
+
+
+def is_loopback(host: str) -> bool:
+    """Return True if only this machine reaches a server that listens there."""
+    try:
+        found = {entry[4][0] for entry in socket.getaddrinfo(host or "0.0.0.0", None)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(str(address).split("%")[0]).is_loopback for address in found)
 
 
 def server_command(
@@ -41,7 +104,8 @@ def server_command(
         *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", model, "--dtype", dtype),
         *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
-        *("--worker-extension-cls", EXTENSION, "--disable-uvicorn-access-log"),
+        *("--worker-extension-cls", EXTENSION, "--middleware", GATE),
+        "--disable-uvicorn-access-log",
     ]
     if torch.cuda.is_available():
         command += ["--gpu-memory-utilization", str(gpu_memory)]
@@ -54,10 +118,11 @@ def server_command(
     return [*command, *more]
 
 
-def server_environment(lora_rank: int) -> dict[str, str]:
+def server_environment(lora_rank: int, token: str) -> dict[str, str]:
     """Return this process's environment with the variables that the server needs."""
     environment = {n: v for n, v in os.environ.items() if not OF_THE_TRAINER.fullmatch(n)}
-    needed = {"VLLM_SERVER_DEV_MODE": "1"}  # without it the server takes no weights
+    # The token is asked for by our gate alone, and vLLM's routes for development stay closed.
+    needed = {TOKEN_VARIABLE: token, "VLLM_API_KEY": "", "VLLM_SERVER_DEV_MODE": "0"}
     if lora_rank:
         needed["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
     defaults = {
@@ -75,8 +140,9 @@ def server_environment(lora_rank: int) -> dict[str, str]:
 class OwnServer:
     """A server for this process alone, which ends with `close`, or with this process.
 
-    It listens at a Unix socket in a folder that only this user can enter, and starts from the
-    model's configuration, with random weights and without a tokenizer.
+    It listens at a Unix socket in a folder that only this user can enter, asks for a token that
+    this process made, and starts from the model's configuration, with random weights and without
+    a tokenizer.
 
     Raises:
         ValueError: if vLLM is not installed, or this is not Linux.
@@ -88,7 +154,7 @@ class OwnServer:
         require_vllm()
         if sys.platform != "linux":
             raise ValueError(f"sampler: a server of the run's own needs Linux, got {sys.platform}")
-        self._spec = spec
+        self._spec, self.token = spec, secrets.token_urlsafe(32)
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -117,7 +183,7 @@ class OwnServer:
         folder = Path(self._folder.name)
         write_config(self._spec.config, folder)
         # What vLLM leaves in the temporary folder when it is killed goes with ours.
-        environment = server_environment(self._spec.lora_rank) | {"TMPDIR": str(folder)}
+        environment = server_environment(self._spec.lora_rank, self.token) | {"TMPDIR": str(folder)}
         with (folder / "log").open("wb") as log:
             self._process = subprocess.Popen(
                 [

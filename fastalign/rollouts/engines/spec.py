@@ -115,6 +115,7 @@ def read_completion(
     finish_reason: str | None,
     params: SamplingParams,
     version: int,
+    weights: str,
 ) -> Completion:
     """Return an engine's answer as a completion.
 
@@ -128,4 +129,8 @@ def read_completion(
         raise SamplerFailed("sampler: a log-prob is not finite")
     if params.temperature == 0:  # what is drawn without chance has log-prob 0
         usable = [0.0] * len(usable)
-    return Completion(list(token_ids), usable, finish_reason, version)  # type: ignore[arg-type]
+    return Completion(
+        *(list(token_ids), usable, finish_reason),  # type: ignore[arg-type]
+        version=version,
+        weights=weights,
+    )
