@@ -18,9 +18,16 @@ import yaml
 
 from fastalign.cli import vllm_server
 from fastalign.cli.main import QUIET, main
-from fastalign.cli.vllm_server import ServedModel, VllmServerConfig, is_loopback, server_command
+from fastalign.cli.vllm_server import (
+    ServedModel,
+    VllmServerConfig,
+    is_loopback,
+    server_command,
+    server_token,
+)
 from fastalign.output import masked, safe_output, visible
 from fastalign.rollouts.engines.options import VllmOptions
+from fastalign.rollouts.engines.server_process import find_token
 from fastalign.runs.metrics import ProgressDisplay
 from fastalign.trainers import train_sft
 from tests.judge_server import chat, judge_server
@@ -176,7 +183,7 @@ def test_a_server_listens_to_this_machine_unless_told() -> None:
 
 
 @pytest.mark.parametrize(("host", "warns"), [("127.0.0.1", False), ("0.0.0.0", True)])
-def test_a_server_that_others_reach_says_that_it_asks_for_no_password(
+def test_a_server_s_token_is_in_a_file_for_this_user_and_who_listens_is_warned_of(
     host: str,
     warns: bool,
     folder: Path,
@@ -184,17 +191,58 @@ def test_a_server_that_others_reach_says_that_it_asks_for_no_password(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     started: list[list[str]] = []
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    monkeypatch.delenv("FASTALIGN_VLLM_TOKEN", raising=False)
+    file = folder / "cache/fastalign/vllm-server-8000.token"
+
+    def supervise(command: list[str], engine: str) -> int:
+        token = file.read_text().strip()
+        assert file.stat().st_mode & 0o777 == 0o600
+        assert os.environ["FASTALIGN_VLLM_TOKEN"] == token != ""
+        assert token not in " ".join(command)
+        monkeypatch.delenv("FASTALIGN_VLLM_TOKEN")
+        assert find_token("http://localhost:8000", None) == token
+        assert find_token("http://localhost:8001", None) is None
+        assert find_token("http://192.0.2.1:8000", None) is None  # never sent elsewhere
+        assert find_token("http://192.0.2.1:8000", str(file)) == token
+        started.append(command)
+        return 7
+
     monkeypatch.setattr(vllm_server, "require_vllm", lambda: None)
-    monkeypatch.setattr(vllm_server, "supervise", lambda command, engine: started.append(command))
+    monkeypatch.setattr(vllm_server, "supervise", supervise)
     monkeypatch.setattr(vllm_server, "check_port", lambda host, port: None)
     for name in ("VLLM_SERVER_DEV_MODE", "OMP_WAIT_POLICY", "TORCHDYNAMO_DISABLE"):
         monkeypatch.setenv(name, "1")
-    with pytest.raises(TypeError):  # of the exit code, which the stand-in does not give
-        main(["vllm-server", "--model.path", str(folder / "llama"), "--host", host])
+    assert main(["vllm-server", "--model.path", str(folder / "llama"), "--host", host]) == 7
+    assert not file.exists()
     assert started[0][started[0].index("--host") + 1] == host
     said = capsys.readouterr().err
-    assert ("has no password" in said) == warns
+    assert ("its token and the prompts come over plain HTTP" in said) == warns
     assert said.count("\n") == int(warns)
+
+
+def test_a_token_is_given_by_the_environment_or_a_file_that_others_cannot_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = VllmServerConfig(ServedModel("m"), token_file=str(tmp_path / "token"))
+    monkeypatch.setenv("FASTALIGN_VLLM_TOKEN", "given")
+    with server_token(config) as (token, place):
+        assert (token, place) == ("given", "FASTALIGN_VLLM_TOKEN")
+    assert find_token("http://192.0.2.1:8000", None) == "given"
+    monkeypatch.setenv("FASTALIGN_VLLM_TOKEN", "two words")
+    with pytest.raises(ValueError, match="FASTALIGN_VLLM_TOKEN: expected one word of ASCII"):
+        find_token("http://192.0.2.1:8000", None)
+    monkeypatch.delenv("FASTALIGN_VLLM_TOKEN")
+    file = tmp_path / "token"
+    file.write_text("of-the-file\n")
+    for read in (lambda: find_token("http://h:1", str(file)), server_token(config).__enter__):
+        file.chmod(0o640)
+        with pytest.raises(ValueError, match=r"token_file: other users can read .*chmod 600"):
+            read()
+        file.chmod(0o600)
+    with server_token(config) as (token, _):
+        assert token == find_token("http://h:1", str(file)) == "of-the-file"
+    assert file.read_text() == "of-the-file\n"  # the user's, and left alone
 
 
 # Fails on any connection or name that is looked up, and says so in a file, whoever catches it.

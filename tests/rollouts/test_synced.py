@@ -20,7 +20,9 @@ from fastalign.rollouts import (
     SyncedSampler,
     TransformersSampler,
 )
+from fastalign.rollouts.engines import weights
 from fastalign.rollouts.engines.weights import (
+    Tally,
     fit_tensors,
     policy_tensors,
     shapes_of_config,
@@ -226,6 +228,28 @@ def test_folders_that_a_killed_process_left_are_removed(tmp_path: Path) -> None:
             Path(made).name,
         }
     assert not left.exists()
+
+
+def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    tally = Tally()
+    list(tally.through(tensors))
+    return tally.digest
+
+
+def test_the_hash_of_weights_is_theirs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights, "WORDS_PER_ROW", 64)  # several rows, and a part of one
+    large, small = torch.randn(31, 33), torch.randn(7).bfloat16()
+    before = digest([("a", large), ("b", small)])
+    assert digest([("b", small.clone()), ("a", large.T.contiguous().T)]) == before
+    assert len(before) == 16
+    assert digest([]) == ""
+    bit = large.clone()
+    bit.view(torch.int32)[30, 32] ^= 1
+    others = [-large, large.flip(0), large.roll(64), large + 0.0 * large.sign(), bit]
+    others += [large.view(33, 31), large.double(), torch.zeros(31, 33), torch.zeros(31, 32)]
+    found = {digest([("a", other), ("b", small)]) for other in others}
+    found |= {digest([("b", large), ("a", small)]), digest([("a", large)])}
+    assert len(found - {before}) == len(others) + 1  # one of them is the same numbers
 
 
 def test_a_nan_in_the_policy_never_reaches_an_engine() -> None:

@@ -19,6 +19,7 @@ from fastalign.rollouts import (
     VllmServerSampler,
     policy_tensors,
 )
+from fastalign.rollouts.engines import in_process
 from tests.rollouts.vllm_cases import (
     EOS,
     PARAMS,
@@ -226,6 +227,16 @@ def test_a_sync_that_breaks_off_leaves_no_half_loaded_engine(sampler: VllmSample
     sampler.rebuild()
     sampler.sync_weights(policy_tensors(policy), 4)
     assert largest_difference(policy, sampler.generate(make_prompts(), PARAMS, seed=1)) < 1e-4
+
+
+def test_an_engine_that_takes_fewer_tensors_is_used_no_more(
+    sampler: VllmSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(in_process, "accepted_by", lambda model, tensors: islice(tensors, 5))
+    with pytest.raises(SamplerFailed, match="the engine took 5 of 21 tensors"):
+        sampler.sync_weights(policy_tensors(make_policy()), 4)
+    with pytest.raises(SamplerFailed, match="broken"):
+        sampler.generate(make_prompts(), PARAMS, seed=1)
 
 
 def test_log_probs_that_are_not_finite_are_a_failure(sampler: VllmSampler) -> None:

@@ -8,11 +8,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
+import httpx2
+import psutil
 import pytest
 import torch
 
 from fastalign.cli.vllm_server import main
-from fastalign.models import save_model
+from fastalign.models import save_adapter, save_model
 from fastalign.rollouts import (
     PolicyAccess,
     SamplerFailed,
@@ -20,6 +22,8 @@ from fastalign.rollouts import (
     VllmServerSampler,
     policy_tensors,
 )
+from fastalign.rollouts.engines.connection import ServerConnection
+from fastalign.rollouts.engines.weights import write_tensors
 from tests.rank_processes import free_port
 from tests.rollouts.vllm_cases import (
     OPTIONS,
@@ -29,6 +33,7 @@ from tests.rollouts.vllm_cases import (
     assert_a_sync_counts,
     assert_adapters_count,
     assert_same_answers,
+    digest_of,
     largest_difference,
     make_policy,
     make_prompts,
@@ -54,7 +59,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def open_sampler(server: Server, policy: Any = None, **options: Any) -> VllmServerSampler:
     spec = make_spec(make_policy(tied=True) if policy is None else policy)
-    return VllmServerSampler(replace(spec, options=replace(OPTIONS, url=server.url, **options)))
+    chosen = {"url": server.url, "token_file": server.token_file, **options}
+    return VllmServerSampler(replace(spec, options=replace(OPTIONS, **chosen)))
 
 
 @needs_vllm
@@ -101,6 +107,113 @@ def test_adapters_are_synced_alone(server: Server, tmp_path: Path) -> None:
     sampler = open_sampler(server, make_policy(tied=True))
     assert_adapters_count(sampler, policy, tmp_path)
     sampler.close()
+
+
+def elsewhere(monkeypatch: pytest.MonkeyPatch, method: str, folder: Path) -> None:
+    """What the trainer writes, the server looks for in another folder, as in another container."""
+    call_all = ServerConnection.call_all
+
+    def misled(self: ServerConnection, name: str, *arguments: str) -> list[str]:
+        if name == method:
+            arguments = (str(folder), *arguments[1:])
+        return call_all(self, name, *arguments)
+
+    monkeypatch.setattr(ServerConnection, "call_all", misled)
+
+
+@needs_vllm
+def test_a_server_that_reads_nothing_or_something_else_fails_the_sync(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, sampler = make_policy(tied=True), open_sampler(server)
+    sampler.sync_weights(policy_tensors(policy), 1)
+    tensors = list(policy_tensors(policy))
+    other = tmp_path / "other"
+    other.mkdir()
+    write_tensors([*tensors[1:], (tensors[0][0], tensors[0][1] + 1e-6)], other)
+    fewer = tmp_path / "fewer"
+    fewer.mkdir()
+    write_tensors(tensors[1:], fewer)
+    folders = {0: tmp_path / "none", len(tensors): other, len(tensors) - 1: fewer}
+    for number, folder in folders.items():
+        with monkeypatch.context() as patch:
+            elsewhere(patch, "load", folder)
+            with pytest.raises(ValueError, match=r"^vllm\.sync_folder: ") as failure:
+                sampler.sync_weights(policy_tensors(policy), 2)
+        said = str(failure.value)
+        assert f"the server at {server.url} read {number} tensors or files in {folder}" in said
+        assert f"expected the {len(tensors)} written there ({digest_of(policy)})" in said
+        assert "both see (--vllm.sync-folder), or use --vllm.transport network" in said
+        with pytest.raises(SamplerFailed, match="no weights"):
+            sampler.generate(make_prompts(), PARAMS, seed=0)
+    sampler.sync_weights(policy_tensors(policy), 3)
+    adapted = put_adapter(make_policy(tied=True), "q_proj", rank=3)
+    save_adapter(adapted, tmp_path / "adapter")
+    with monkeypatch.context() as patch:
+        elsewhere(patch, "adapted", tmp_path / "none")
+        with pytest.raises(ValueError, match=r"read 0 tensors or files .* the 2 written there"):
+            sampler.sync_adapter(tmp_path / "adapter", 4)
+    sampler.close()
+
+
+@needs_vllm
+def test_texts_of_other_weights_than_the_trainer_s_are_not_used(server: Server) -> None:
+    sampler = open_sampler(server)
+    sampler.sync_weights(policy_tensors(make_policy(tied=True)), 1)
+    sampler._digest = digest_of(make_policy(tied=True, seed=1))
+    with pytest.raises(SamplerFailed, match="started again, or is used by another run"):
+        sampler.generate(make_prompts(), PARAMS, seed=0)
+    sampler.close()
+
+
+class Noise:
+    """A group of ranks in which a tensor arrives as another."""
+
+    def __init__(self, group: Any):
+        self.group = group
+
+    def broadcast(self, tensor: torch.Tensor, rank: int) -> Any:
+        return self.group.broadcast(tensor * (1 + 1e-6), rank)
+
+
+@needs_vllm
+def test_other_tensors_than_were_sent_over_the_network_fail_the_sync(server: Server) -> None:
+    policy, sampler = make_policy(tied=True), open_sampler(server, transport="network")
+    sampler.sync_weights(policy_tensors(policy), 1)
+    assert sampler._broadcaster is not None
+    sampler._broadcaster._group = Noise(sampler._broadcaster._group)
+    with pytest.raises(SamplerFailed, match="took other weights than were sent: expected"):
+        sampler.sync_weights(policy_tensors(policy), 2)
+    assert sampler.version is None
+    sampler.close()
+
+
+@needs_vllm
+def test_what_is_not_a_trainer_is_refused(server: Server, tmp_path: Path) -> None:
+    open_sampler(server).close()  # it listens
+    token = Path(server.token_file).read_text().strip()
+    ours = {"authorization": f"Bearer {token}"}
+    steal = {"method": "save_sharded_state", "args": [str(tmp_path / "stolen")]}
+    for path in ("/collective_rpc", "/v1/completions", "/fastalign/load", "/health", "/docs"):
+        answer = httpx2.post(server.url + path, json=steal)
+        assert answer.status_code == 401, path
+        answer = httpx2.post(server.url + path, json=steal, headers={**ours, "origin": "null"})
+        assert answer.status_code == 403, path
+    others = ["/collective_rpc", "/update_weights", "/pause", "/reset_prefix_cache", "/tokenize"]
+    others += ["/invocations", "/v1/chat/completions", "/fastalign/save_sharded_state"]
+    for path in others:
+        assert httpx2.post(server.url + path, json=steal, headers=ours).status_code == 404, path
+    plain = {**ours, "content-type": "text/plain"}
+    state, body = f"{server.url}/fastalign/state", b'{"arguments": []}'
+    assert httpx2.post(state, content=body, headers=plain).status_code == 415
+    assert not (tmp_path / "stolen").exists()
+    command = " ".join(psutil.Process(server.process.pid).cmdline())
+    assert token not in command + (server.folder / "server.log").read_text()
+    (tmp_path / "wrong").write_text("wrong")
+    (tmp_path / "wrong").chmod(0o600)
+    for file, said in (("wrong", "refuses this token"), ("none", "asks for a token")):
+        with pytest.raises(ValueError, match=rf"the server at .* {said}; expected its own in"):
+            open_sampler(server, token_file=str(tmp_path / file))
 
 
 @needs_vllm

