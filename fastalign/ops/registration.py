@@ -1,6 +1,7 @@
 """Registration with `torch.library`: schemas from NamedTuples, and operations on rows of logits."""
 
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from types import ModuleType
 from typing import Any, get_type_hints
 
@@ -28,12 +29,17 @@ def arguments_of(inputs: type[tuple[Any, ...]]) -> str:
     return ", ".join(f"{_TYPES[kind]} {name}" for name, kind in get_type_hints(inputs).items())
 
 
+def kernels(operation: str, backend: str) -> ModuleType:
+    """Return an operation's module of a backend: "native", "triton" or "reference".
+
+    It is imported when it is first needed, for Triton may be missing.
+    """
+    module = "triton_kernels" if backend == "triton" else backend
+    return import_module(f"fastalign.ops.{operation}.{module}")
+
+
 def register_rows(
-    name: str,
-    inputs: type[Any],
-    results: Sequence[str],
-    num_differentiable: int,
-    launchers: Callable[[str], ModuleType],
+    name: str, inputs: type[Any], results: Sequence[str], num_differentiable: int
 ) -> Callable[..., Any]:
     """Register an operation on rows of logits, and its backward; return the forward.
 
@@ -42,12 +48,11 @@ def register_rows(
     ones: zeros in place of the first of those if that is not given, None for another.
 
     Args:
-        name: name in the namespace `fastalign`.
+        name: name in the namespace `fastalign`, and of the operation's folder.
         inputs: NamedTuple of the arguments: tensors, the differentiable logits (T, V) first, then
             numbers, and the backend last.
         results: names of the results.
         num_differentiable: how many of them, the first ones, are differentiable in the logits.
-        launchers: function from a backend to its module with `forward` and `backward`.
     """
     fields = get_type_hints(inputs)
     num_tensors = sum(kind in (Tensor, Tensor | None) for kind in fields.values())
@@ -59,7 +64,7 @@ def register_rows(
     )
     def forward(*arguments: Any) -> Any:
         with on_device(arguments[0]):
-            return tuple(launchers(arguments[-1]).forward(inputs(*arguments)))
+            return tuple(kernels(name, arguments[-1]).forward(inputs(*arguments)))
 
     @forward.register_fake
     def _(*arguments: Any) -> tuple[Tensor, ...]:
@@ -69,7 +74,7 @@ def register_rows(
         num_rows = matrices[0].shape[0]
         return tuple(matrices[0].new_empty(num_rows, dtype=dtype) for _ in results)
 
-    backward = _register_backward(name, inputs, results, num_differentiable, launchers)
+    backward = _register_backward(name, inputs, results, num_differentiable)
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(*output[num_differentiable:])
@@ -93,11 +98,7 @@ def register_rows(
 
 
 def _register_backward(
-    name: str,
-    inputs: type[Any],
-    results: Sequence[str],
-    num_differentiable: int,
-    launchers: Callable[[str], ModuleType],
+    name: str, inputs: type[Any], results: Sequence[str], num_differentiable: int
 ) -> Callable[..., Any]:
     """Register and return the backward of an operation: the arguments are those of the forward."""
     rows = [f"Tensor {result}" for result in results]
@@ -111,7 +112,7 @@ def _register_backward(
     )
     def backward(*arguments: Any) -> Any:
         with on_device(arguments[0]):
-            gradient = launchers(arguments[-1]).backward(
+            gradient = kernels(name, arguments[-1]).backward(
                 inputs(*arguments[num_rows:]), *arguments[:num_rows]
             )
         return gradient.contiguous()

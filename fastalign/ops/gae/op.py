@@ -1,24 +1,13 @@
 """Registration of `gae`: one schema with the backend as argument, one fake, no gradient."""
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastalign.ops.backends import on_device
-from fastalign.ops.gae import native, reference
 from fastalign.ops.gae.reference import Inputs
-from fastalign.ops.registration import arguments_of
-
-
-def _launchers(backend: str) -> ModuleType:
-    """Return the backend's `forward`; Triton, which may be missing, is imported late."""
-    if backend == "triton":
-        from fastalign.ops.gae import triton_kernels
-
-        return triton_kernels
-    return native if backend == "native" else reference
+from fastalign.ops.registration import arguments_of, kernels
 
 
 @torch.library.custom_op(
@@ -28,7 +17,7 @@ def gae_forward(*arguments: Any) -> Any:
     """Return advantages and returns, each (N,)."""
     inputs = Inputs(*arguments)
     with on_device(inputs.reward):
-        return _launchers(inputs.backend).forward(inputs)
+        return kernels("gae", inputs.backend).forward(inputs)
 
 
 @gae_forward.register_fake

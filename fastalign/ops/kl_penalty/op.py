@@ -1,24 +1,13 @@
 """Registration of `kl_penalty`: one schema with the backend as argument, one fake."""
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastalign.ops.backends import on_device
-from fastalign.ops.kl_penalty import native, reference
 from fastalign.ops.kl_penalty.reference import Inputs
-from fastalign.ops.registration import arguments_of
-
-
-def _launchers(backend: str) -> ModuleType:
-    """Return the backend's `forward` and `backward`; Triton, which may be missing, comes late."""
-    if backend == "triton":
-        from fastalign.ops.kl_penalty import triton_kernels
-
-        return triton_kernels
-    return native if backend == "native" else reference
+from fastalign.ops.registration import arguments_of, kernels
 
 
 @torch.library.custom_op(
@@ -30,7 +19,7 @@ def kl_penalty_forward(*arguments: Any) -> Any:
     """Return the reward (N,), the KL (N,) and its sums (R,)."""
     inputs = Inputs(*arguments)
     with on_device(inputs.logprob):
-        return _launchers(inputs.backend).forward(inputs)
+        return kernels("kl_penalty", inputs.backend).forward(inputs)
 
 
 @kl_penalty_forward.register_fake
@@ -50,7 +39,7 @@ def kl_penalty_backward(*arguments: Any) -> Any:
     """Return the gradient (N,) of the log-probs."""
     upstream, inputs = arguments[:2], Inputs(*arguments[2:])
     with on_device(inputs.logprob):
-        return _launchers(inputs.backend).backward(inputs, *upstream)
+        return kernels("kl_penalty", inputs.backend).backward(inputs, *upstream)
 
 
 @kl_penalty_backward.register_fake

@@ -1,25 +1,13 @@
 """Registration of `preference_loss`'s kernels; the reference is differentiated by autograd."""
 
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastalign.ops.backends import on_device
-from fastalign.ops.preference_loss import native
 from fastalign.ops.preference_loss.reference import Inputs
-from fastalign.ops.registration import arguments_of
-
-
-def _launchers(backend: str) -> ModuleType:
-    """Return the backend's `forward` and `backward`; Triton, which may be missing, comes late."""
-    if backend == "native":
-        return native
-    assert backend == "triton", backend
-    from fastalign.ops.preference_loss import triton_kernels
-
-    return triton_kernels
+from fastalign.ops.registration import arguments_of, kernels
 
 
 @torch.library.custom_op(
@@ -31,7 +19,7 @@ def preference_loss_forward(*arguments: Any) -> Any:
     """Return losses (B,), sequence log-probs (2B,), and each loss's derivatives by those (2B,)."""
     inputs = Inputs(*arguments)
     with on_device(inputs.logprob):
-        return _launchers(inputs.backend).forward(inputs)
+        return kernels("preference_loss", inputs.backend).forward(inputs)
 
 
 @preference_loss_forward.register_fake
@@ -52,7 +40,7 @@ def preference_loss_backward(*arguments: Any) -> Any:
     """Return the gradient (N,) of the tokens' log-probs."""
     *rest, backend = arguments
     with on_device(arguments[0]):
-        return _launchers(backend).backward(*rest)
+        return kernels("preference_loss", backend).backward(*rest)
 
 
 @preference_loss_backward.register_fake

@@ -1,6 +1,5 @@
 """`token_kl`: the KL divergence at each token, from two models' logits."""
 
-from types import ModuleType
 from typing import Literal, get_args
 
 import torch
@@ -9,22 +8,13 @@ from torch import Tensor
 from fastalign.ops.backends import BackendName, choose_backend
 from fastalign.ops.head.arguments import check_transform, temperature_tensor
 from fastalign.ops.registration import register_rows
-from fastalign.ops.token_kl import native, reference
+from fastalign.ops.token_kl.reference import Inputs
 
 KLDirection = Literal["reverse", "forward"]
 
 
-def _launchers(backend: str) -> ModuleType:
-    """Return the backend's `forward` and `backward`; Triton, which may be missing, comes late."""
-    if backend == "triton":
-        from fastalign.ops.token_kl import triton_kernels
-
-        return triton_kernels
-    return native if backend == "native" else reference
-
-
 RESULTS = ("kl", "maximum", "log_total", "reference_maximum", "reference_log_total")
-token_kl_forward = register_rows("token_kl", reference.Inputs, RESULTS, 1, _launchers)
+token_kl_forward = register_rows("token_kl", Inputs, RESULTS, 1)
 
 
 def is_over_reference(direction: str) -> bool:

@@ -1,6 +1,5 @@
 """`token_logprob`: log-probs of given tokens from logits."""
 
-from types import ModuleType
 from typing import Literal, overload
 
 import torch
@@ -9,20 +8,10 @@ from torch import Tensor
 from fastalign.ops.backends import BackendName, choose_backend
 from fastalign.ops.head.arguments import check_targets, check_transform, temperature_tensor
 from fastalign.ops.registration import register_rows
-from fastalign.ops.token_logprob import native, reference
-
-
-def _launchers(backend: str) -> ModuleType:
-    """Return the backend's `forward` and `backward`; Triton, which may be missing, comes late."""
-    if backend == "triton":
-        from fastalign.ops.token_logprob import triton_kernels
-
-        return triton_kernels
-    return native if backend == "native" else reference
-
+from fastalign.ops.token_logprob.reference import Inputs
 
 RESULTS = ("logprob", "entropy", "maximum", "log_total")
-token_logprob_forward = register_rows("token_logprob", reference.Inputs, RESULTS, 2, _launchers)
+token_logprob_forward = register_rows("token_logprob", Inputs, RESULTS, 2)
 
 
 @overload

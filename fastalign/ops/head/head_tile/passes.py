@@ -19,8 +19,6 @@ scratch in the tile's dtype, and works on S rows at a time.
 Legend: C tile rows, V vocabulary.
 """
 
-from types import ModuleType
-
 from torch import Tensor
 
 from fastalign.ops.backends import on_device
@@ -32,18 +30,7 @@ from fastalign.ops.head.head_tile.tile import (
     TileStatistics,
     Upstream,
 )
-
-
-def _kernels(backend: str) -> ModuleType:
-    """Return the module of "native" or "triton", imported when it is first needed."""
-    if backend == "native":
-        from fastalign.ops.head.head_tile import native
-
-        return native
-    assert backend == "triton"
-    from fastalign.ops.head.head_tile import triton_kernels
-
-    return triton_kernels
+from fastalign.ops.registration import kernels
 
 
 def read_tile(
@@ -69,7 +56,9 @@ def read_tile(
         assert scratch is not None
         return torch_strips.read(tile, scratch, gradient, upstream)
     with on_device(tile.products):
-        read: RowStatistics = _kernels(backend).read(tile, gradient, upstream, with_entropy)
+        read: RowStatistics = kernels("head.head_tile", backend).read(
+            tile, gradient, upstream, with_entropy
+        )
     return read
 
 
@@ -88,7 +77,7 @@ def head_tile_statistics(
         assert scratch is not None
         return torch_strips.statistics(tile, scratch, with_entropy)
     with on_device(tile.products):
-        found: TileStatistics = _kernels(backend).statistics(tile, with_entropy)
+        found: TileStatistics = kernels("head.head_tile", backend).statistics(tile, with_entropy)
     return found
 
 
@@ -116,4 +105,4 @@ def head_tile_gradient(
         torch_strips.gradient(tile, known, scratch, gradient, upstream)
         return
     with on_device(tile.products):
-        _kernels(backend).gradient(tile, known, gradient, upstream)
+        kernels("head.head_tile", backend).gradient(tile, known, gradient, upstream)

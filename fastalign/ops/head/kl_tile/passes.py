@@ -14,26 +14,13 @@ which do not depend on the loss; with upstream gradients their combination, and 
 Legend: C tile rows, V vocabulary, S strip rows.
 """
 
-from types import ModuleType
-
 from torch import Tensor
 
 from fastalign.ops.backends import on_device
 from fastalign.ops.head.head_tile import Tile
 from fastalign.ops.head.kl_tile import torch_strips
 from fastalign.ops.head.kl_tile.statistics import PairStatistics, PairUpstream
-
-
-def _kernels(backend: str) -> ModuleType:
-    """Return the module of "native" or "triton", imported when it is first needed."""
-    if backend == "native":
-        from fastalign.ops.head.kl_tile import native
-
-        return native
-    assert backend == "triton"
-    from fastalign.ops.head.kl_tile import triton_kernels
-
-    return triton_kernels
+from fastalign.ops.registration import kernels
 
 
 def read_pair(
@@ -67,5 +54,5 @@ def read_pair(
         assert scratch is not None
         return torch_strips.read(*arguments, scratch)
     with on_device(tile.products):
-        read: PairStatistics = _kernels(backend).read(*arguments)
+        read: PairStatistics = kernels("head.kl_tile", backend).read(*arguments)
     return read
