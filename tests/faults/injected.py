@@ -16,6 +16,7 @@ from fastalign.runs import open as opening
 from fastalign.runs.checkpoint.writer import CheckpointWriter, ShardWriter
 from fastalign.trainers.dpo import reference
 from fastalign.trainers.dpo import train as dpo
+from fastalign.trainers.ppo import update
 from fastalign.trainers.sampling.policy_sampler import PolicySampler
 from tests import rank_processes as ranks
 from tests.runs.checkpoint.checkpoint_killer import kill_before
@@ -126,6 +127,30 @@ class Poison:
             return part, sums
 
         setattr(accumulate, "loss_of_batch", poisoned)  # noqa: B010
+
+
+@dataclass(frozen=True)
+class FarApart:
+    """The sampler's log-probs of a step's tokens are lower than they were: ratios overflow.
+
+    Attributes:
+        step: in which, from 1.
+        by: by how much.
+        rank: of the run.
+    """
+
+    step: int
+    by: float
+    rank: int | None = 0
+
+    def install(self) -> None:
+        plain = update.ppo_loss_fn
+
+        def apart(old_logprob: Any, *arguments: Any, **options: Any) -> Any:
+            lower = self.by if NOW.step == self.step else 0.0
+            return plain(old_logprob - lower, *arguments, **options)
+
+        setattr(update, "ppo_loss_fn", apart)  # noqa: B010
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from tests.faults.injected import NaNReference, Poison
+from tests.faults.injected import FarApart, NaNReference, Poison
 from tests.faults.real import (
     NUM_STEPS,
     Stage,
@@ -184,4 +184,20 @@ def test_one_update_of_ppo(stage: Stage, run: str, place: Place) -> None:
     outcome = stage.finish(place, run, faults=faults, trainer="ppo")
     assert [row["skipped"] for row in numbers(outcome.folder)] == [1, 1, 1, 1]
     assert all(outcome.moved(step) for step in (2, 3, 4))
+    assert all(value.isfinite().all() for value in outcome.checkpoint(4).values())
+
+
+@fault(
+    "log-probs of the sampler that are lower than the policy's by 200 in a PPO step, whose ratios "
+    "float32 cannot hold",
+    *(ALONE, DDP),
+    does="each log-ratio counts as 20 and its token gets no gradient by the ratio; "
+    "policy/num_clamped counts them, no update is skipped, and every number stays finite",
+)
+def test_ratios_that_overflow(stage: Stage, run: str, place: Place) -> None:
+    outcome = stage.finish(place, run, faults=[FarApart(2, 200.0, rank=None)], trainer="ppo")
+    rows = numbers(outcome.folder)
+    assert [row["policy/num_clamped"] > 0 for row in rows] == [False, True, False, False]
+    assert not any(row["skipped"] for row in rows)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
     assert all(value.isfinite().all() for value in outcome.checkpoint(4).values())
