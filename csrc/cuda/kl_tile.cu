@@ -7,8 +7,8 @@
 
 namespace {
 
-using fastalign::bounded;
 using fastalign::RowTransform;
+using fastalign::shifted;
 
 constexpr int THREADS = 512;
 
@@ -51,8 +51,9 @@ struct RowGradient {
     }
 
     // By z: `first` is the log-prob's or the combination's, `second` the KL's.
-    __device__ void compute(float z, float r, int64_t column, float* first, float* second) const {
-        const float s = bounded(z - maximum), t = bounded(r - reference_maximum);
+    __device__ void compute(float u, float v, float gain, int64_t column, float* first,
+                            float* second) const {
+        const float s = shifted(u, maximum, gain), t = shifted(v, reference_maximum, gain);
         const float exponential = expf(s), p = exponential * scale;
         // in this order it is exactly zero where the two sides are the same
         const float of_kl =
@@ -81,8 +82,7 @@ __device__ void write_gradients(const KLTile& tile, const RowTransform& transfor
 #pragma unroll
             for (int i = 0; i < COUNT; ++i) {
                 const float u = transform.u(x[i]);
-                gradient.compute(transform.z(u), transform.z(transform.u(y[i])), column + i, &x[i],
-                                 &y[i]);
+                gradient.compute(u, transform.u(y[i]), transform.gain, column + i, &x[i], &y[i]);
                 const float slope = transform.slope * (transform.softcap ? 1.0f - u * u : 1.0f);
                 x[i] = ignored ? 0.0f : x[i] * slope;
                 y[i] = ignored ? 0.0f : y[i] * slope;
@@ -109,16 +109,17 @@ __global__ void __launch_bounds__(THREADS) kl_tile_kernel(KLTile tile) {
             fastalign::load_columns<COUNT>(reference + column, y);
 #pragma unroll
             for (int i = 0; i < COUNT; ++i)
-                mine.add(transform.z(transform.u(x[i])), transform.z(transform.u(y[i])));
+                mine.add(transform.u(x[i]), transform.u(y[i]), transform.gain);
         });
-    const auto all = fastalign::reduce_block<THREADS>(mine);
+    const auto all = fastalign::reduce_block<THREADS>(mine, transform.gain);
     const int64_t target = tile.targets[index];
     const float log_total = logf(all.total), found = log_total - all.weighted / all.total;
     const float entropy = found < 0.0f ? 0.0f : found;
-    const float logprob = transform.z(transform.u(policy[target])) - all.maximum - log_total;
+    const float u = transform.u(policy[target]), v = transform.u(reference[target]);
+    const float logprob = (u - all.maximum) * transform.gain - log_total;
     if (threadIdx.x == 0) {
-        const float z = transform.z(transform.u(reference[target]));
-        const float reference_logprob = z - all.reference_maximum - logf(all.reference_total);
+        const float reference_logprob =
+            (v - all.reference_maximum) * transform.gain - logf(all.reference_total);
         tile.logprob[index] = ignored ? 0.0f : logprob;
         tile.reference_logprob[index] = ignored ? 0.0f : reference_logprob;
         tile.entropy[index] = ignored ? 0.0f : entropy;

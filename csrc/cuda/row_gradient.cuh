@@ -10,8 +10,6 @@ struct RowTransform {
     float cap_scale, gain, slope;  // u = tanh(cap_scale x) or x; z = gain u; slope: dz / dx by u
     bool softcap;
     __device__ float u(float x) const { return softcap ? tanhf(cap_scale * x) : x; }
-    // not fused with what follows: equal heads stay equal
-    __device__ float z(float u) const { return __fmul_rn(gain, u); }
 };
 
 // `temperature`: (T,) or NULL.

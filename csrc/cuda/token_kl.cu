@@ -8,6 +8,7 @@ namespace {
 
 using fastalign::bounded;
 using fastalign::RowTransform;
+using fastalign::shifted;
 
 constexpr int THREADS = 256;
 
@@ -56,9 +57,9 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(KLRows rows, Found fou
             fastalign::load_columns<COUNT>(reference + column, y);
 #pragma unroll
             for (int i = 0; i < COUNT; ++i)
-                mine.add(transform.z(transform.u(x[i])), transform.z(transform.u(y[i])));
+                mine.add(transform.u(x[i]), transform.u(y[i]), transform.gain);
         });
-    const auto all = fastalign::reduce_block<THREADS>(mine);
+    const auto all = fastalign::reduce_block<THREADS>(mine, transform.gain);
     if (threadIdx.x != 0) return;
     const bool ignored = rows.ignored && rows.ignored[index];
     found.kl[index] = ignored ? 0.0f : all.kl();
@@ -91,9 +92,10 @@ __global__ void __launch_bounds__(THREADS) backward_kernel(KLRows rows, Saved sa
 #pragma unroll
             for (int i = 0; i < COUNT; ++i) {
                 const float u = transform.u(x[i]);
-                const float z = transform.z(u), r = transform.z(transform.u(y[i]));
-                const float log_p = (z - maximum) - log_total;
-                const float log_q = (r - reference_maximum) - reference_log_total;
+                const float v = transform.u(y[i]);
+                const float log_p = shifted(u, maximum, transform.gain) - log_total;
+                const float log_q =
+                    shifted(v, reference_maximum, transform.gain) - reference_log_total;
                 const float p = expf(log_p);
                 float result =
                     OVER_REFERENCE ? p - expf(log_q) : p * ((bounded(log_p) - bounded(log_q)) - kl);
