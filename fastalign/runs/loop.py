@@ -26,6 +26,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+import torch
+
 from fastalign.batch.schedule import indices_of_step
 from fastalign.compute import Compute, is_out_of_memory
 from fastalign.models import save_model
@@ -453,8 +455,8 @@ class Step:
         """
         self._computing.close()
         run, state = self._run, self._run.state
-        num_tokens = int(metrics["num_packed_tokens"])
-        metrics = {name: value for name, value in metrics.items() if name != "num_packed_tokens"}
+        metrics = plain_numbers(metrics)
+        num_tokens = int(metrics.pop("num_packed_tokens"))
         state.step += 1
         state.num_tokens += num_tokens
         state.num_skipped_in_a_row = state.num_skipped_in_a_row + 1 if all_skipped(metrics) else 0
@@ -475,9 +477,13 @@ class Step:
         self._whole.enter_context(memory_used_in(f"the evaluation of step {self.number}"))
 
     def log(self, metrics: Metrics) -> None:
-        """Add metrics to those of the finished step."""
+        """Add metrics to those of the finished step; any type of number will do.
+
+        Raises:
+            ValueError: if one is no number.
+        """
         assert self.finished
-        self.metrics |= metrics
+        self.metrics |= plain_numbers(metrics)
 
     def undo(self) -> None:
         """Put back counters and random states of its beginning, since no update was made in it."""
@@ -538,6 +544,23 @@ def indices_of_run(config: AnyConfig, num_examples: int) -> set[int]:
         size = examples_per_step(config, num_examples)
         used.update(indices_of_step(num_examples, size, step, seed=config.run.seed))
     return used
+
+
+def plain_numbers(metrics: Metrics) -> Metrics:
+    """Return metrics with NumPy's numbers, tensors () and the like as Python's.
+
+    Raises:
+        ValueError: if one is no number.
+    """
+    plain: Metrics = {}
+    for name, value in metrics.items():
+        single = hasattr(value, "__float__") and not getattr(value, "shape", ())
+        if not single or isinstance(value, str):
+            raise ValueError(f"metric {name}: expected a number, got {value!r}")
+        if isinstance(value, torch.Tensor):
+            value = value.item()
+        plain[name] = value if isinstance(value, int | float) else float(value)
+    return plain
 
 
 def all_skipped(metrics: Metrics) -> bool:

@@ -129,8 +129,12 @@ def traced(folder: Path, *, wanted: bool, step: int, world: World = ALONE) -> It
         yield
     rank = "" if world.is_first else f"-rank{world.rank:05d}"
     path = folder / TRACES / f"step-{step:06d}{rank}.json"
-    path.parent.mkdir(exist_ok=True)
-    found.export_chrome_trace(str(path))
+    try:
+        path.parent.mkdir(exist_ok=True)
+        found.export_chrome_trace(str(path))
+    except OSError as error:  # the step's updates are done: it must not be lost
+        print(f"trace of step {step} was not written to {path}: {error.strerror}", flush=True)
+        return
     print(f"trace of step {step} written to {path}", flush=True)
 
 
@@ -154,7 +158,7 @@ class StallWatch:
         if self._file is None:
             yield
             return
-        size = self._path.stat().st_size
+        size = self._size()
         over = threading.Event()
         watch = threading.Thread(target=self._watch, args=(over,), name="stall-watch", daemon=True)
         self._rearm()
@@ -165,12 +169,16 @@ class StallWatch:
             over.set()
             watch.join()
             faulthandler.cancel_dump_traceback_later()
-            if self._path.stat().st_size > size:
+            if self._size() > size:
                 print(
                     f"step {number} took more than {self._seconds:g} seconds; the stacks of all "
                     f"threads are in {self._path}",
                     flush=True,
                 )
+
+    def _size(self) -> int:
+        assert self._file is not None
+        return os.fstat(self._file.fileno()).st_size  # its name may be gone
 
     def _rearm(self) -> None:
         assert self._file is not None
@@ -193,6 +201,7 @@ class StallWatch:
     def close(self) -> None:
         """Close the file, and remove it if it is empty."""
         if self._file is not None:
+            size = self._size()
             self._file.close()
-            if not self._path.stat().st_size:
-                self._path.unlink()
+            if not size:
+                self._path.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -33,8 +34,10 @@ def own_loop(
 ) -> RunResult:
     """The loop; in the step and at the place that `fails` names it raises an error."""
 
-    def at(number: int, place: str) -> None:
+    def at(number: int, place: str, step: Any = None) -> None:
         if fails == (number, place):
+            if step is not None:
+                step.log({"nothing": None})
             raise error or KeyError("of the loop's own")
 
     with open_run(config, "own") as run:
@@ -50,7 +53,8 @@ def own_loop(
             metrics = run.optimise(total)
             at(step.number, "amid the updates")
             step.finish(metrics)
-            step.log({"half": step.number / 2})
+            step.log({"half": torch.tensor(step.number / 2, requires_grad=True)})
+            at(step.number, "a metric that is no number", step)
             at(step.number, "behind the step")
             if step.number == leave_after:
                 break
@@ -104,6 +108,13 @@ def test_an_error_leaves_a_checkpoint_of_the_last_whole_step(
     assert same_weights(folder, "run", "straight")
     rows, straight = read_metrics(folder / "run"), read_metrics(folder / "straight")
     assert [row["loss"] for row in rows] == [row["loss"] for row in straight]
+
+
+def test_a_metric_that_is_no_number_is_named_and_the_step_is_saved(folder: Path) -> None:
+    said = r"metric nothing: expected a number, got None\nstep 4 is saved"
+    with pytest.raises(ValueError, match=said):
+        own_loop(sft_config(folder, "run"), fails=(4, "a metric that is no number"))
+    assert [row["step"] for row in read_metrics(folder / "run")] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("save_every", [0, 2])

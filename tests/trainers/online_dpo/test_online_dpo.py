@@ -255,13 +255,16 @@ def test_a_constant_reward_says_so_and_changes_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train_online_dpo(online_config(folder, "run", reward="constant"))
-    said = [line for line in capsys.readouterr().out.splitlines() if "no pair of" in line]
+    out = capsys.readouterr().out
+    said = [line for line in out.splitlines() if "no pair of" in line]
+    assert "8 of 8 steps had no learning signal" in out
     assert said == [
         "step 1: no pair of 4 prompts (the samples of each have one score, or are the same); no "
         "weight is changed by such a step"
     ]
     rows = read_metrics(folder / "run")
     assert [(row["num_pairs"], row["num_ties_dropped"]) for row in rows] == [(0, 4)] * 8
+    assert [row["num_steps_without_signal"] for row in rows] == list(range(1, 9))
     before, after = load_file(folder / "llama/model.safetensors"), weights(folder, "run")
     assert all(torch.equal(after[name], before[name]) for name in after)
 

@@ -42,7 +42,12 @@ from fastalign.trainers import (
 from fastalign.trainers.ppo import train as ppo
 from fastalign.trainers.ppo.record import adapted_coefficient
 from fastalign.trainers.ppo.setup import ActorCritic, value_source
-from fastalign.trainers.sampling.collapse import is_repetitive, signs_of_collapse, watch
+from fastalign.trainers.sampling.collapse import (
+    all_rewards_equal,
+    is_repetitive,
+    signs_of_collapse,
+    watch,
+)
 from tests.runs.test_resume import assert_same_run
 from tests.small_runs import learning_rate_scales, ppo_config, read_metrics, write_rows
 from tests.tiny import tiny_model, tiny_reward_model
@@ -405,3 +410,50 @@ def test_the_exact_kl_needs_a_head_without_an_adapter(folder: Path) -> None:
     lora = replace(LORA, targets=("all-linear", "lm_head"))
     with pytest.raises(ValueError, match=r"kl\.estimator: expected k1, k2 or k3 with an adapter"):
         train_ppo(replace(config, model=replace(config.model, lora=lora)))
+
+
+@pytest.mark.parametrize("advantage", [Gae(), Grpo()], ids=["gae", "grpo"])
+def test_rewards_that_are_all_equal_are_counted_and_said_once(
+    folder: Path, advantage: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = ppo_config(folder, "run", max_steps=3)
+    (folder / "words.json").write_text(json.dumps({"bias": 0.0, "weights": {}}))
+    reward = replace(config.reward, normalise=False)
+    settings = replace(config.ppo, advantage=advantage)
+    train_ppo(replace(config, reward=reward, ppo=settings))
+    out = capsys.readouterr().out
+    assert out.count("completions are equal; such a step has no learning signal") == 1
+    assert "step 1: the rewards of all" in out
+    assert "3 of 3 steps had no learning signal" in out
+    assert [row["num_steps_without_signal"] for row in read_metrics(folder / "run")] == [1, 2, 3]
+
+
+def test_rewards_are_compared_where_they_order_samples() -> None:
+    rewards = torch.tensor([1.0, 1.0, 2.0, 2.0])
+    assert all_rewards_equal(rewards, 2)
+    assert not all_rewards_equal(rewards, 1)
+    assert not all_rewards_equal(torch.tensor([1.0, 1.0, 2.0, 3.0]), 2)
+    assert all_rewards_equal(torch.ones(4), 1)
+    assert not all_rewards_equal(torch.ones(1), 1)  # nothing to compare with
+
+
+def test_an_error_between_two_updates_saves_nothing_of_their_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train_ppo(ppo_config(folder, "straight", max_steps=3))
+    plain, calls = ppo.one_update, []
+
+    def fails(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 6:  # the second of four updates of step 2
+            raise KeyError("in an update")
+        return plain(*arguments)
+
+    monkeypatch.setattr(ppo, "one_update", fails)
+    said = r"amid the updates of step 2; step 1 is saved, go on with --run\.resume"
+    with pytest.raises(KeyError, match=said):
+        train_ppo(ppo_config(folder, "run", max_steps=3, save_every=1))
+    assert [path.name for path in (folder / "run/checkpoints").iterdir()] == ["step-000001"]
+    train_ppo(ppo_config(folder, "run", max_steps=3, save_every=1, resume=True))
+    losses = [[row["loss"] for row in read_metrics(folder / run)] for run in ("straight", "run")]
+    assert losses[0] == losses[1]

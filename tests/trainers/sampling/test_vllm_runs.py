@@ -128,7 +128,7 @@ def test_a_run_whose_engine_keeps_an_old_tensor_stops_and_names_it(
     with pytest.raises(
         SamplerFailed,
         match=r"nats a token off .* it does not compute with: "
-        r"model\.layers\.1\.mlp\.down_proj\.weight; step \d is saved",
+        r"model\.layers\.1\.mlp\.down_proj\.weight\nstep \d is saved",
     ):
         train_ppo(replace(config, optim=replace(config.optim, lr=3e-2, warmup_steps=0)))
 
@@ -232,7 +232,7 @@ def test_a_sampler_that_fails_for_good_ends_a_run_that_is_saved(
 
     monkeypatch.setattr(FakeEngine, "_call", fail)
     step = 3 if moment == "rollouts" else 8
-    with pytest.raises(SamplerFailed, match=rf"it is gone; step {step} is saved, go on with"):
+    with pytest.raises(SamplerFailed, match=rf"it is gone\nstep {step} is saved, go on with"):
         train_ppo(config("failed"))
     rows = read_metrics(folder / "failed")
     assert [row["step"] for row in rows] == list(range(1, step + 1))
