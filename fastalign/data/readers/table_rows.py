@@ -15,7 +15,9 @@ def _csv_lines(path: Path) -> Iterator[str]:
         if len(line) > MAX_ROW_BYTES:
             size = MAX_ROW_BYTES // 2**20
             raise DataFault(f"{path}:{number}", f"the line is larger than {size} MiB")
-        yield decode(f"{path}:{number}", line)
+        # A mark within the file is text: a cell of it alone is a row.
+        mark = "\ufeff" if number > 1 and line.startswith(b"\xef\xbb\xbf") else ""
+        yield mark + decode(f"{path}:{number}", line)
 
 
 def csv_rows(path: Path, delimiter: str = ",") -> Iterator[Row | DataFault]:
