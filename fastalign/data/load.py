@@ -23,6 +23,8 @@ from fastalign.data.tokenizer import Tokenizer
 OnTooLong = Literal["error", "skip", "truncate"]
 Ties = Literal["error", "keep", "drop"]
 
+LENGTH_ADVICE = "raise --data.max-length, or use --data.on-too-long skip or truncate"
+
 
 @dataclass(frozen=True)
 class TokenizedDataset:
@@ -86,17 +88,18 @@ def load_sft(
     max_length: int,
     on_bad_row: OnBadRow = "error",
     on_too_long: OnTooLong = "error",
+    advice: str = LENGTH_ADVICE,
 ) -> TokenizedDataset:
     """Load demonstrations: `text`, `messages`, or `prompt` and `completion`.
 
     The source is a file, folder or hub name. A prompt with its response has at most `max_length`
     tokens. `error` raises the first bad or long row, `skip` counts it, `truncate` cuts the response
-    and counts it.
+    and counts it. The error on a long row ends with `advice`, which names the command's own flags.
 
     Raises:
         ValueError: if a row is bad or too long under `error`, or no row is left.
     """
-    return _load(source, "sft", tokenizer, max_length, on_bad_row, on_too_long, "error")
+    return _load(source, "sft", tokenizer, max_length, on_bad_row, on_too_long, "error", advice)
 
 
 def load_preferences(
@@ -107,6 +110,7 @@ def load_preferences(
     on_bad_row: OnBadRow = "error",
     on_too_long: OnTooLong = "error",
     ties: Ties = "error",
+    advice: str = LENGTH_ADVICE,
 ) -> TokenizedDataset:
     """Load comparisons: `chosen` and `rejected`, or `response_a`, `response_b` and `label`.
 
@@ -115,7 +119,7 @@ def load_preferences(
     Raises:
         ValueError: if a row is bad, too long or a tie under `error`, or no row is left.
     """
-    return _load(source, "preference", tokenizer, max_length, on_bad_row, on_too_long, ties)
+    return _load(source, "preference", tokenizer, max_length, on_bad_row, on_too_long, ties, advice)
 
 
 def load_prompts(
@@ -125,6 +129,7 @@ def load_prompts(
     max_length: int,
     on_bad_row: OnBadRow = "error",
     on_too_long: Literal["error", "skip"] = "error",
+    advice: str = "raise --data.max-length, or use --data.on-too-long skip",
 ) -> PromptDataset:
     """Load prompts to answer from the column `prompt`; other columns are ignored.
 
@@ -144,7 +149,7 @@ def load_prompts(
             refuse(report, fault, on_bad_row)
             continue
         if len(ids) > max_length:
-            refuse_long(report, example.source, len(ids), max_length, on_too_long)
+            refuse_long(report, example.source, (len(ids), max_length), on_too_long, advice)
             continue
         report.forms[example.form] += 1
         report.prompt_lengths.append(len(ids))
@@ -164,6 +169,7 @@ def _load(
     on_bad_row: OnBadRow,
     on_too_long: OnTooLong,
     ties: Ties,
+    advice: str,
 ) -> TokenizedDataset:
     encoder, report = Encoder(tokenizer), DataReport(str(source))
     data = TokenizedDataset([], [], [], [], [], report, "")
@@ -189,7 +195,7 @@ def _load(
         except DataFault as fault:
             refuse(report, fault, on_bad_row)
             continue
-        group = fit(row.group, example.source, report, max_length, on_too_long)
+        group = fit(row.group, example.source, report, max_length, on_too_long, advice)
         if group is None:
             continue
         margin, votes = (compared.margin, compared.votes) if compared else (None, None)
@@ -217,7 +223,12 @@ def _count(report: DataReport, example: Example, row: TokenisedRow, group: Group
 
 
 def fit(
-    group: Group, source: str, report: DataReport, max_length: int, on_too_long: OnTooLong
+    group: Group,
+    source: str,
+    report: DataReport,
+    max_length: int,
+    on_too_long: OnTooLong,
+    advice: str,
 ) -> Group | None:
     """Return the group within `max_length`, or None if it is left out, which is counted."""
     num_prompt = len(group.prompt_ids)
@@ -235,7 +246,8 @@ def fit(
             report.num_truncated += 1
             return kept
     # A row that would have nothing left to train on cannot be truncated.
-    refuse_long(report, source, longest, max_length, "error" if on_too_long == "error" else "skip")
+    how = "error" if on_too_long == "error" else "skip"
+    refuse_long(report, source, (longest, max_length), how, advice)
     return None
 
 
@@ -247,15 +259,12 @@ def refuse(report: DataReport, fault: DataFault, on_bad_row: OnBadRow) -> None:
 
 
 def refuse_long(
-    report: DataReport, source: str, length: int, max_length: int, on_too_long: str
+    report: DataReport, source: str, lengths: tuple[int, int], on_too_long: str, advice: str
 ) -> None:
-    """Raise an error for a row over `max_length`, or count it."""
+    """Raise an error for a row whose length is over the upper limit (`lengths`), or count it."""
     if on_too_long == "error":
-        raise DataFault(
-            source,
-            f"expected at most {max_length} tokens (data.max_length), got {length}; raise the "
-            "limit, or use --data.on-too-long skip or truncate",
-        )
+        length, limit = lengths
+        raise DataFault(source, f"expected at most {limit} tokens, got {length}; {advice}")
     report.num_too_long += 1
 
 

@@ -26,7 +26,7 @@ def check_packable(config: Any) -> None:
     Raises:
         ValueError: if it is not; names the architecture and the remedy.
     """
-    remedy = "use packing: padded (--train.packing padded)"
+    remedy = "use packing: padded (--train.packing, in eval --packing)"
     if config.model_type not in PACKABLE:
         raise ValueError(
             f"model type {config.model_type!r} cannot be packed: known to be exact are "

@@ -38,8 +38,8 @@ def check_positions(model: Any, data: TokenizedDataset) -> None:
         longest = len(group.prompt_ids) + max(len(ids) for ids in group.response_ids)
         if longest > limit:
             raise ValueError(
-                f"{source}: {longest} tokens, but the model has {limit} positions; lower "
-                "--data.max-length and say what to do with such rows (--data.on-too-long)"
+                f"{source}: {longest} tokens, but the model has {limit} positions; "
+                f"lower --data.max-length to at most {limit}"
             )
 
 

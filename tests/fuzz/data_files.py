@@ -292,4 +292,5 @@ def try_prompts(path: Path) -> None:
     try:
         load_prompts(path, chat_tokenizer(), max_length=50, on_bad_row="skip", on_too_long="skip")
     except ValueError as error:
-        assert len(str(error).splitlines()) == 1
+        if len(str(error).splitlines()) != 1:
+            raise AssertionError(f"not one line: {error!r}") from error

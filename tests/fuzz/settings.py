@@ -1,7 +1,7 @@
 """Random flags and YAML files: a command runs with them, or refuses them in one line.
 
 A case takes a valid command and changes one to three of its options, as flags or in the file:
-numbers of any size and none, words, nothing, names that do not exist, keys twice, tags, wrong types.
+numbers of any size and none, words, nothing, names that do not exist, keys twice, other types.
 """
 
 import contextlib

@@ -3,15 +3,20 @@
 python tests/repo/test_public_names.py
 """
 
+import ast
 import contextlib
 import importlib
 import inspect
 import io
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
+from fastalign.cli.algorithms import ALGORITHMS
 from fastalign.cli.main import COMMANDS, main
+from fastalign.cli.main import MODULES as PLACES
+from tests.repo.structure import Checkout
 
 HERE = Path(__file__).parent
 NAMES_FILE = HERE / "public_names.txt"
@@ -56,6 +61,79 @@ def test_public_names_are_the_recorded_ones() -> None:
 
 def test_command_line_options_are_the_recorded_ones() -> None:
     assert command_line_options() == OPTIONS_FILE.read_text().splitlines()
+
+
+SAMPLING = {name for name, algorithm in ALGORITHMS.items() if algorithm.samples}
+# Flags of messages by the modules that say them: the commands that reach them, if not all.
+REACHED: dict[str, set[str]] = {
+    "fastalign.cli.answers.sampling": {"generate", "eval", "win-rate"},
+    "fastalign.cli.config_parse": set(ALGORITHMS),
+    "fastalign.cli.report": {"report", "frontier"},
+    "fastalign.data.load": {"sft", "dpo", "reward"},
+    "fastalign.data.tokenizer": set(ALGORITHMS),
+    "fastalign.models.architecture": set(ALGORITHMS),
+    "fastalign.models.attention": set(ALGORITHMS),
+    "fastalign.ranks": set(ALGORITHMS),
+    "fastalign.report": {"report"},
+    "fastalign.rollouts": {*SAMPLING, "generate", "eval", "win-rate"},
+    "fastalign.runs": set(ALGORITHMS),
+    "fastalign.trainers.sampling": SAMPLING,
+}
+ONLY = {
+    ("fastalign.data.load", "--data.ties"): {"dpo", "reward"},  # whose rows can be ties
+    ("fastalign.data.load", "--loss"): {"dpo", "reward"},
+    ("fastalign.models.architecture", "--packing"): {"eval"},  # the text says so
+    ("fastalign.cli.config_parse", "--sampler"): SAMPLING,
+    ("fastalign.cli.doctor", "--train.attention"): set(ALGORITHMS),  # of which it speaks
+}
+ALIKE = {"estimate", "preflight"}
+OF_PIP = {"--force-reinstall", "--no-deps"}
+
+
+def speakers(module: str, flag: str) -> set[str]:
+    """The commands that can print a module's message with that flag."""
+    if (module, flag) in ONLY:
+        return ONLY[module, flag]
+    for name, commands in REACHED.items():
+        if module == name or module.startswith(f"{name}."):
+            return commands
+    part = module.removeprefix("fastalign.").split(".")
+    if part[0] == "trainers":
+        return {part[1].replace("_", "-")}
+    names = {name for name, (place, _) in PLACES.items() if place.partition(":")[0] == module}
+    return names or set(COMMANDS)
+
+
+def flags_of_messages() -> Iterator[tuple[str, str]]:
+    """Each module with a flag that one of its messages names; docstrings are no messages."""
+    for module in Checkout().modules.values():
+        nodes = list(ast.walk(module.tree))
+        docs = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+        for node in nodes:
+            if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
+                continue
+            text = re.sub(r"fastalign [a-z-]+ --\S+", "", node.value)  # another command's, named
+            for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text):
+                if id(node) not in docs and node.value != flag and flag not in OF_PIP:
+                    yield module.name, flag
+
+
+def test_messages_name_flags_that_the_command_has() -> None:
+    options: dict[str, set[str]] = {}
+    for line in OPTIONS_FILE.read_text().splitlines():
+        command, _, option = line.rpartition(" ")
+        options.setdefault(command.split()[0], set()).add(option)
+    found = set(flags_of_messages())
+    assert len(found) > 40
+    assert ONLY.keys() <= found
+    missing = {
+        f"{module}: {flag} is no flag of {command}"
+        for module, flag in found
+        for command in speakers(module, flag)
+        # estimate and preflight take a training command's flags behind their own
+        if flag not in options[command] | (options["dpo"] if command in ALIKE else set())
+    }
+    assert missing == set()
 
 
 if __name__ == "__main__":

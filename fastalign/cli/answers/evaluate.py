@@ -94,7 +94,11 @@ def judge_pairs(
     """Return the accuracy and the margin of the implicit reward."""
     assert config.data.pairs is not None
     data = load_preferences(
-        config.data.pairs, tokenizer, max_length=config.data.max_length, ties="drop"
+        config.data.pairs,
+        tokenizer,
+        max_length=config.data.max_length,
+        ties="drop",
+        advice="raise --data.max-length",
     )
     for line in data.report.log_lines():
         print(line, flush=True)

@@ -77,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     if not pairs:
         raise ValueError(
             f"data.samples: no prompt of {config.data.samples} has two answers that differ in "
-            "reward; sample more of each (--sampling.num-samples)"
+            "reward; sample more of each (fastalign generate --sampling.num-samples)"
         )
     write_file(out, as_lines(pairs), overwrite=config.overwrite)
     dropped = len(rows) - len(pairs)

@@ -101,9 +101,11 @@ def read_prompts(
     room = limit - params.max_new_tokens
     if room < 1:
         raise ValueError(
-            f"sampling.max-new-tokens: the model has {limit} positions, got {params.max_new_tokens}"
+            f"--sampling.max-new-tokens: expected less than the model's {limit} positions, got "
+            f"{params.max_new_tokens}"
         )
-    prompts = load_prompts(source, tokenizer, max_length=room)
+    advice = f"the model has {limit} positions; shorten it, or lower --sampling.max-new-tokens"
+    prompts = load_prompts(source, tokenizer, max_length=room, advice=advice)
     for line in prompts.report.log_lines():
         print(line, flush=True)
     return prompts

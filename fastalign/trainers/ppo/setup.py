@@ -230,6 +230,7 @@ def load_ptx(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> Examp
         max_length=config.data.max_length + config.sampling.max_new_tokens,
         on_bad_row=config.data.on_bad_row,
         on_too_long=config.data.on_too_long,
+        advice="raise --data.max-length, or use --data.on-too-long skip",
     )
     for line in found.report.log_lines():
         print(line, flush=True)

@@ -209,6 +209,9 @@ def load_prompt_sets(
             f"sampling.max_new_tokens: expected less than the model's {limit} positions, "
             f"got {params.max_new_tokens}"
         )
+    remedy = "raise --data.max-length"
+    if room < data.max_length:
+        remedy = f"lower --sampling.max-new-tokens (the model has {limit} positions)"
     sets = []
     for source in [data.train, *([] if data.eval is None else [data.eval])]:
         found = load_prompts(
@@ -217,6 +220,7 @@ def load_prompt_sets(
             max_length=min(data.max_length, room),
             on_bad_row=data.on_bad_row,
             on_too_long=data.on_too_long,
+            advice=f"{remedy}, or use --data.on-too-long skip",
         )
         for line in found.report.log_lines():
             print(line, flush=True)
