@@ -78,6 +78,10 @@ REACHED: dict[str, set[str]] = {
     "fastalign.rollouts": {*SAMPLING, "generate", "eval", "win-rate"},
     "fastalign.runs": set(ALGORITHMS),
     "fastalign.trainers.sampling": SAMPLING,
+    "fastalign.written_files": {
+        *("estimate", "generate", "score", "label", "eval", "win-rate"),
+        *("frontier", "report", "merge", "new-model"),
+    },
 }
 ONLY = {
     ("fastalign.data.load", "--data.ties"): {"dpo", "reward"},  # whose rows can be ties
