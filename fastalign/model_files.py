@@ -6,6 +6,7 @@ of these errors say which file it was. So the files are looked at once a library
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from pickle import UnpicklingError
 from textwrap import shorten
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from fastalign.compute import is_out_of_memory
@@ -30,7 +32,12 @@ TOKENIZER = (
 )
 LONGEST = 300  # characters of a library's text
 # Formats of numbers that a weight may have; others are of quantised or damaged files.
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 
 
 @contextmanager
@@ -138,6 +145,22 @@ def fault_of_tokenizer(content: dict[str, Any]) -> str | None:
     except Exception as error:  # the library's bindings raise no other class
         return reason_of(error).removeprefix("Exception: ")
     return None
+
+
+def format_of_weights(path: str | Path) -> str | None:
+    """Return the format that most bytes of a folder's safetensors files have, such as BF16.
+
+    Of a hub name, or a folder without such files, None is returned.
+    """
+    sizes: Counter[str] = Counter()
+    for file in Path(path).expanduser().glob("model*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - no mapping
+                part = opened.get_slice(name)
+                kind = part.get_dtype()
+                if kind in FLOATS:
+                    sizes[kind] += math.prod(part.get_shape()) * FLOATS[kind].itemsize
+    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def fault_of_tensors(file: Path) -> str | None:

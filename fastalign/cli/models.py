@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fastalign.cli.config_parse import parse_flags
 from fastalign.written_files import check_folder, check_not_among_data, input_paths, written_folder
@@ -154,11 +154,13 @@ class MergeModel:
     """Folder in peft's layout, which names its base."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the base."""
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Format of the weights that are written; auto is that of the base."""
 
 
 @dataclass(frozen=True)
 class MergeConfig:
-    """Add an adapter to the float32 weights of its base and write the model to OUT."""
+    """Add an adapter to its base, in float32, and write the model to OUT."""
 
     model: MergeModel
     out: str
@@ -171,7 +173,7 @@ def merge(argv: Sequence[str]) -> int:
     """Run `fastalign merge`; return 0 when the folder is written."""
     from fastalign.compute import Compute
     from fastalign.data import load_tokenizer
-    from fastalign.models import adapter_base, load_policy, save_model
+    from fastalign.models import adapter_base, load_policy, save_model, set_save_dtype
     from fastalign.runs.final_model import write_end_tokens
 
     config = parse_flags(MergeConfig, argv, "fastalign merge")
@@ -182,6 +184,7 @@ def merge(argv: Sequence[str]) -> int:
     trust = config.model.trust_remote_code
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=trust)
     model = load_policy(config.model.path, Compute(packing="padded"), trust_remote_code=trust)
+    set_save_dtype(model, config.model.save_dtype)
     with written_folder(out) as aside:
         save_model(model, tokenizer, aside)
         write_end_tokens(aside, tokenizer)

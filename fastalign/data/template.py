@@ -44,6 +44,16 @@ def render_responses(
     return head, pieces
 
 
+def end_of_answer(template: Template) -> str:
+    """Return the text that the template puts after an assistant's last turn.
+
+    Raises:
+        TemplateError: if the template refuses a question with its answer.
+    """
+    turns = (Message("user", "."), Message("assistant", _mark(0)))
+    return _literals(template(turns, False), range(1))[-1]
+
+
 def is_learned(message: Message) -> bool:
     """Return whether a message of a response is trained on."""
     return message.role == "assistant" and message.learned

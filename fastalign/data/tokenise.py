@@ -26,7 +26,13 @@ from fastalign.data.template import (
     is_learned,
     render_responses,
 )
-from fastalign.data.tokenizer import Tokenizer, chat_template, eos_token_ids
+from fastalign.data.tokenizer import (
+    Tokenizer,
+    chat_template,
+    eos_token_ids,
+    place_of_end,
+    special_ids,
+)
 
 # A prefix after which tokens are those of a continuation.
 _BEFORE = "\n"
@@ -64,12 +70,8 @@ class Encoder:
         added = tokenizer("a")["input_ids"]
         bos = tokenizer.bos_token_id
         self._bos = [int(bos)] if bos is not None and added[:1] == [bos] else []
-        special = {
-            int(number)
-            for number, token in tokenizer.added_tokens_decoder.items()
-            if token.special and number != bos
-        }
-        self._stops = special | set(eos_token_ids(tokenizer, tokenizer.name_or_path))
+        ends = eos_token_ids(tokenizer, tokenizer.name_or_path)
+        self._stops = special_ids(tokenizer).union(ends)
 
     def ids(self, text: str) -> list[int]:
         """Return the tokens of a text, without special tokens added."""
@@ -211,11 +213,10 @@ class Encoder:
         for text, learned in pieces[1:]:
             more = self.continuation_ids(text)
             ids, mask = ids + more, mask + [learned] * len(more)
-        last_stop = max((i for i, token in enumerate(ids) if token in self._stops), default=-1)
-        tail = ids[last_stop + 1 :]
+        end = place_of_end(self._tokenizer, ids, self._stops)
+        if end >= 0:
+            return ids[: end + 1], mask[: end + 1], crosses
         last_learned = max(i for i, used in enumerate(mask) if used) if any(mask) else -1
-        if last_stop >= 0 and not self._tokenizer.decode(tail).strip():
-            return ids[: last_stop + 1], mask[: last_stop + 1], crosses
         # Without an end-of-turn token the model would never learn to stop: add EOS.
         return (
             [*ids[: last_learned + 1], self.eos_token_id],

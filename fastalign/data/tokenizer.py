@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fastalign.data.conversation import Message, content_as_json
-from fastalign.data.template import Template, TemplateError
+from fastalign.data.template import Template, TemplateError, end_of_answer
 from fastalign.model_files import TOKENIZER, read_object, reading
 
 PAD_TOKEN = "<|fastalign_pad|>"
@@ -192,15 +192,16 @@ def use_distinct_pad(tokenizer: Tokenizer, ends: Collection[int]) -> int:
 def eos_token_ids(tokenizer: Tokenizer, path: str | Path | None = None) -> tuple[int, ...]:
     """Return the token ids at which generation stops, sorted.
 
-    They are the tokenizer's EOS and, if `path` is a model folder, those that its
-    `generation_config.json` lists, such as an instruction model's end-of-turn token.
+    They are the tokenizer's EOS, the special token with which its chat template ends an answer, and
+    those that the `generation_config.json` of a model lists. `path` is the model's folder or hub
+    name; an adapter's folder without that file has its base's.
 
     Raises:
         ValueError: if there is no such token, or the file is damaged.
     """
     found = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-    file = None if path is None else Path(path).expanduser() / "generation_config.json"
-    if file is not None and file.is_file():
+    file = None if path is None or not str(path) else _generation_config(path)
+    if file is not None:
         try:
             listed = read_object(file).get("eos_token_id")
         except ValueError as error:
@@ -209,9 +210,77 @@ def eos_token_ids(tokenizer: Tokenizer, path: str | Path | None = None) -> tuple
         if not all(type(number) is int and 0 <= number < 2**31 for number in ids):
             raise ValueError(f"{file}: expected token ids as eos_token_id, got {listed!r}")
         found |= set(ids)
+    if tokenizer.chat_template:
+        hashable: Any = tokenizer
+        found |= _template_ends(hashable, str(tokenizer.chat_template), frozenset(found))
     if not found:
         raise ValueError(f"tokenizer {tokenizer.name_or_path}: has no EOS token")
     return tuple(sorted(found))
+
+
+def _generation_config(path: str | Path, *, of_base: bool = False) -> Path | None:
+    """Return the file of a folder or of the hub that lists a model's end tokens, or None."""
+    from transformers.utils import cached_file
+
+    name, file = str(path), "generation_config.json"
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:  # no name of the hub
+            return None
+        with reading(f"{file} of {name}", name):
+            found = cached_file(
+                name,
+                file,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+        return None if found is None else Path(found)
+    if (folder / file).is_file():
+        return folder / file
+    adapter = folder / "adapter_config.json"
+    if of_base or not adapter.is_file():
+        return None
+    try:
+        base = read_object(adapter).get("base_model_name_or_path")
+    except ValueError as error:
+        raise ValueError(f"{adapter}: {error}") from None
+    return _generation_config(base, of_base=True) if base and isinstance(base, str) else None
+
+
+def special_ids(tokenizer: Tokenizer) -> set[int]:
+    """Return the special tokens that can end an answer: all but BOS."""
+    return {
+        int(number)
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special and number != tokenizer.bos_token_id
+    }
+
+
+def place_of_end(tokenizer: Tokenizer, ids: Sequence[int], stops: Collection[int]) -> int:
+    """Return the place of the last of `stops`, if at most white space follows it, or else -1."""
+    last = max((place for place, token in enumerate(ids) if token in stops), default=-1)
+    return -1 if last >= 0 and tokenizer.decode(ids[last + 1 :]).strip() else last
+
+
+@lru_cache(maxsize=4)
+def _template_ends(tokenizer: Tokenizer, template: str, others: frozenset[int]) -> frozenset[int]:
+    """Return the special token with which a chat template ends an answer, if it has one.
+
+    Answers are cut behind the same token when they are tokenised for training. A template that
+    refuses a plain question with its answer has none; it may be there for other rows.
+
+    Args:
+        tokenizer: the tokenizer.
+        template: its template, which it can change.
+        others: the end tokens that are known otherwise.
+    """
+    try:
+        text = end_of_answer(chat_template(tokenizer))
+    except TemplateError:
+        return frozenset()
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    place = place_of_end(tokenizer, ids, special_ids(tokenizer) | others)
+    return frozenset() if place < 0 else frozenset({int(ids[place])})
 
 
 def chat_template(tokenizer: Tokenizer) -> Template:

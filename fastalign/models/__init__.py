@@ -20,6 +20,7 @@ from fastalign.models.load import (
     read_config,
     save_model,
     save_reward_model,
+    set_save_dtype,
     weights_fingerprint,
 )
 from fastalign.models.lora import (
@@ -81,5 +82,6 @@ __all__ = [
     "sequence_logprobs",
     "set_pad_token",
     "set_reward_scale",
+    "set_save_dtype",
     "weights_fingerprint",
 ]

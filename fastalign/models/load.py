@@ -1,6 +1,7 @@
 """Load and save causal models and reward models in transformers' layout."""
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging
 
 from fastalign.compute import ON_CPU, Compute
-from fastalign.model_files import CONFIGURATIONS, WEIGHTS, fault_of_files, reading
+from fastalign.model_files import (
+    CONFIGURATIONS,
+    FLOATS,
+    WEIGHTS,
+    fault_of_files,
+    format_of_weights,
+    read_object,
+    reading,
+)
 from fastalign.models import attention
 from fastalign.models.architecture import (
     PACKABLE,
@@ -180,8 +189,27 @@ def check_tied(model: Any, path: str | Path) -> None:
         )
 
 
-def ready(model: Any, path: str | Path, device: torch.device) -> Any:
+def stored_dtype(path: str | Path, config: Any) -> torch.dtype:
+    """Return the dtype that most of a checkpoint's weights have in its files.
+
+    Of a hub name, and of files that are not safetensors, it is what the configuration says.
+    """
+    found = format_of_weights(path)
+    if found is not None:
+        return FLOATS[found]
+    said: torch.dtype | None = getattr(config, "dtype", None)
+    return torch.float32 if said is None else said
+
+
+def set_save_dtype(model: Any, name: str) -> None:
+    """Set the dtype in which `save_model` writes a loaded model; auto leaves the checkpoint's."""
+    if name != "auto":
+        model.save_dtype = getattr(torch, name)
+
+
+def ready(model: Any, path: str | Path, device: torch.device, save_dtype: torch.dtype) -> Any:
     """Move a model to its device, check its weights, and put it in evaluation mode."""
+    model.save_dtype = save_dtype
     model = model.to(device)
     check_finite(model, path)
     disable_dropout(model)
@@ -197,6 +225,8 @@ def load_policy(
     nf4: bool = False,
 ) -> Any:
     """Load a causal model from a folder in transformers' layout, or from the hub.
+
+    `save_model` writes it in the dtype of the checkpoint, which its attribute `save_dtype` holds.
 
     Args:
         path: folder or hub name; of a folder in peft's layout, the base with the adapter merged.
@@ -230,7 +260,7 @@ def load_policy(
     if base is not None:
         open_adapter(model, path)
         merge_adapter(model)
-    model = ready(model, path, compute.device)
+    model = ready(model, path, compute.device, stored_dtype(source, config))
     check_head(model)
     return model
 
@@ -283,7 +313,7 @@ def load_reward_model(
     if not has_head:
         draw_head(model.score, seed)
     model.get_input_embeddings().padding_idx = None  # every token's embedding is trained
-    return ready(model, path, compute.device)
+    return ready(model, path, compute.device, stored_dtype(path, config))
 
 
 @contextmanager
@@ -343,14 +373,50 @@ def save_model(
     """Write weights, configuration and tokenizer in transformers' layout.
 
     If ranks share the model, all of them call this, and rank 0 writes; `model` is None on a rank
-    that has none. `leave_out` names parameters that are not the architecture's own.
+    that has none. `leave_out` names parameters that are not the architecture's own. A model that
+    was loaded by this module is written in the dtype `model.save_dtype`; it keeps its own.
+
+    Raises:
+        ValueError: if that dtype cannot hold a weight.
     """
     state = None if model is None else whole_state(model)
     if state is None:
         return
     weights = {name: value for name, value in state.items() if name not in leave_out}
+    dtype = getattr(model, "save_dtype", None)
+    if dtype is not None:
+        weights = as_dtype(weights, dtype)
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
+    if dtype not in (None, model.dtype):
+        file = Path(folder) / "config.json"
+        values = read_object(file) | {"dtype": str(dtype).removeprefix("torch.")}
+        text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
+        file.write_text(text, encoding="utf-8")
+
+
+def as_dtype(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors in a dtype, in host memory where they change; tied ones stay one tensor.
+
+    Raises:
+        ValueError: if a value is finite, and in that dtype it is not; names the first tensor.
+    """
+    cast: dict[Any, Tensor] = {}
+    found = {}
+    for name, value in state.items():
+        key = (value.data_ptr(), value.shape, value.stride())
+        if not value.is_floating_point() or value.dtype == dtype:
+            found[name] = value
+            continue
+        if key not in cast:
+            cast[key] = value.detach().to(dtype).cpu()
+            if bool((cast[key].isinf() & ~value.isinf().cpu()).any()):
+                raise ValueError(
+                    f"model.save_dtype: {name} holds {value.abs().max().item():g}, which is beyond "
+                    f"{str(dtype).removeprefix('torch.')}; expected float32 or bfloat16"
+                )
+        found[name] = cast[key]
+    return found
 
 
 def save_reward_model(

@@ -20,6 +20,7 @@ Input = Literal[
 
 
 BasePrecision = Literal["float32", "bf16", "nf4"]
+SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def require(condition: bool, name: str, expected: str, value: object) -> None:
@@ -105,10 +106,15 @@ class ModelConfig:
     """Folder in transformers' layout, or a hub name."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model."""
+    save_dtype: SaveDtype = "auto"
+    """Format of the weights of every model that is written; auto is that of the checkpoint that the
+    model was loaded from. An adapter's own weights are float32."""
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         require(bool(self.path), "model.path", "a model folder or a hub name", self.path)
+        choices = get_args(SaveDtype)
+        require(self.save_dtype in choices, "model.save_dtype", ", ".join(choices), self.save_dtype)
 
 
 @dataclass(frozen=True)

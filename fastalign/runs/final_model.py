@@ -10,7 +10,13 @@ import torch
 
 from fastalign.compute import Compute
 from fastalign.data import Tokenizer, eos_token_ids
-from fastalign.models import has_adapter, load_policy, merge_adapter, save_adapter
+from fastalign.models import (
+    has_adapter,
+    load_policy,
+    merge_adapter,
+    save_adapter,
+    set_save_dtype,
+)
 from fastalign.ranks.parallel import is_sharded
 from fastalign.ranks.world import World
 from fastalign.runs.config import AnyConfig
@@ -93,12 +99,14 @@ def merged(model: Any, adapter: Path, config: AnyConfig, world: World) -> Any:
     if not world.is_first:
         return None
     lora = config.model.lora
-    return load_policy(
+    model = load_policy(
         adapter,
         Compute(packing="padded"),
         dtype=torch.float32 if lora.base == "float32" else torch.bfloat16,
         trust_remote_code=config.model.trust_remote_code,
     )
+    set_save_dtype(model, config.model.save_dtype)
+    return model
 
 
 def check_outputs(config: AnyConfig, others: Collection[str] = ()) -> None:

@@ -45,6 +45,7 @@ MAY_CHANGE = {
     ("reference", "cache_dir"),
     ("reference", "offload"),
     ("data", "eval"),
+    ("model", "save_dtype"),
     ("model", "lora", "save_merged"),
     ("parallel", "timeout_seconds"),
     ("parallel", "silence_seconds"),

@@ -17,6 +17,7 @@ from fastalign.models import (
     load_policy,
     load_reward_model,
     model_without_weights,
+    set_save_dtype,
 )
 from fastalign.ranks.parallel import load_on_first, share_by_ddp, share_by_fsdp
 from fastalign.runs.config import AnyConfig, ModelConfig
@@ -72,12 +73,14 @@ def load_reward_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, 
 def load_reward_network(path: str, config: AnyConfig, compute: Compute) -> Any:
     """Load a reward model's network; draw a head by the run's seed if it has none."""
     trust = config.model.trust_remote_code
-    return loaded(
+    model = loaded(
         path,
         compute,
         lambda where: load_reward_model(path, where, seed=config.run.seed, trust_remote_code=trust),
         lambda: model_without_weights(path, compute, reward=True, trust_remote_code=trust),
     )
+    set_save_dtype(model, config.model.save_dtype)
+    return model
 
 
 def ready_for_training(model: Any, config: AnyConfig) -> Any:
@@ -149,6 +152,7 @@ def load_model(
         lambda where: load_policy(path, where, nf4=nf4, **options),
         lambda: model_without_weights(path, compute, reward=False, **options),
     )
+    set_save_dtype(model, config.save_dtype)
     check_vocabulary(model, tokenizer, path)
     print(f"attention of {path}: {attention_name(model)}", flush=True)
     return model, tokenizer

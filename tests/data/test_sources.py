@@ -68,6 +68,30 @@ def test_stop_tokens_are_the_tokenizers_and_the_generation_configs(tmp_path: Pat
         eos_token_ids(tokenizer, tmp_path)
 
 
+def test_an_adapter_has_the_stop_tokens_of_its_base(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer, base, adapter = make_tokenizer(), tmp_path / "base", tmp_path / "adapter"
+    for folder in (base, adapter):
+        folder.mkdir()
+    (base / "generation_config.json").write_text('{"eos_token_id": [2, 9]}')
+    config = adapter / "adapter_config.json"
+    config.write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    assert eos_token_ids(tokenizer, adapter) == (2, 9)
+    (adapter / "generation_config.json").write_text('{"eos_token_id": 5}')
+    assert eos_token_ids(tokenizer, adapter) == (2, 5)
+    (adapter / "generation_config.json").unlink()
+    cached = tmp_path / "cache/models--someone--base"  # a base of the hub, which is in the cache
+    (cached / "snapshots/0f").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs/main").write_text("0f")
+    (cached / "snapshots/0f/generation_config.json").write_text('{"eos_token_id": 7}')
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    config.write_text(json.dumps({"base_model_name_or_path": "someone/base"}))
+    assert eos_token_ids(tokenizer, adapter) == eos_token_ids(tokenizer, "someone/base") == (2, 7)
+    assert eos_token_ids(tokenizer, "someone/other") == (2,)
+
+
 def test_a_missing_pad_token_becomes_eos(tmp_path: Path) -> None:
     make_tokenizer().save_pretrained(tmp_path)
     for name in ("tokenizer_config.json", "special_tokens_map.json"):

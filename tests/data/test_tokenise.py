@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from fastalign.cli.main import main
-from fastalign.data import load_preferences, load_prompts, load_sft, template_clock
+from fastalign.data import (
+    eos_token_ids,
+    load_preferences,
+    load_prompts,
+    load_sft,
+    template_clock,
+)
 from fastalign.data import tokenizer as tokenizer_module
 from tests.tokenizers import CHATML, THINKING, WITHOUT_END, make_tokenizer
 
@@ -101,6 +107,31 @@ def test_a_conversation_ends_as_its_template_says_once(tmp_path: Path, pad_is_eo
     for number, text in enumerate(("yes", "no")):
         assert tokenizer.decode(learned(group, number)) == f"{text}<|im_end|>"
         assert learned(group, number).count(CHATML_END) == 1
+
+
+@pytest.mark.parametrize(
+    ("template", "ends"),
+    [
+        (CHATML, (EOS, CHATML_END)),
+        (CHATML.replace("<|im_end|>", "</s>"), (EOS,)),
+        (CHATML.replace("<|im_end|>", "<|im_end|></s>"), (EOS,)),
+        (CHATML.replace("<|im_end|>", "[end]"), (EOS,)),  # no single token
+        (WITHOUT_END, (EOS,)),
+        ("{{ raise_exception('no') }}", (EOS,)),
+        ("{{ 1 / 0 }}", (EOS,)),
+        (None, (EOS,)),
+    ],
+)
+def test_the_token_with_which_the_template_ends_an_answer_is_an_end_token(
+    tmp_path: Path, template: str | None, ends: tuple[int, ...]
+) -> None:
+    tokenizer = copy.copy(make_tokenizer(adds_bos=False))  # its EOS is </s>
+    tokenizer.chat_template = template
+    assert eos_token_ids(tokenizer) == ends
+    if template == CHATML:
+        file = write(tmp_path, {"prompt": [USER], "chosen": [YES], "rejected": [NO]})
+        (group,) = load_preferences(file, tokenizer, max_length=99).groups
+        assert learned(group)[-1] == CHATML_END
 
 
 def test_a_template_without_an_end_still_learns_to_stop(tmp_path: Path) -> None:

@@ -1,13 +1,20 @@
 """Input without one meaning, with control characters or secrets; a damaged config.yaml."""
 
+import copy
 import json
 import os
 import sys
 from dataclasses import dataclass
 
+import torch
+from safetensors.torch import load_file
+
+from fastalign.models import save_model
 from tests.faults.real import Stage, assert_same_bits, contents
 from tests.faults.table import ALONE, DDP, Place, fault
 from tests.small_runs import write_rows
+from tests.tiny import tiny_model
+from tests.tokenizers import CHATML, make_tokenizer
 
 
 @fault(
@@ -63,6 +70,29 @@ def test_control_characters(stage: Stage, run: str, place: Place) -> None:
     outcome = stage.run(place, run, "--data.train", str(data))
     assert outcome.codes == [2]
     assert not set("\x1b\u202e") & set(outcome.outputs[0])
+
+
+@fault(
+    "a checkpoint in bfloat16, whose template ends answers with another token than EOS",
+    ALONE,
+    does="the model is written in bfloat16 and lists both tokens; where a weight does not fit, "
+    "`model.save_dtype: ... which is beyond float16; expected float32 or bfloat16`, exit code 2",
+)
+def test_exported_model(stage: Stage, run: str, place: Place) -> None:
+    base, tokenizer = stage.folder / f"{run}-base", copy.copy(make_tokenizer())
+    tokenizer.chat_template = CHATML
+    model = tiny_model("llama", vocab_size=320).bfloat16()
+    model.get_input_embeddings().weight.data[319] = 2.0**17
+    save_model(model, tokenizer, base)
+    flags = ("--model.path", str(base), "--train.max-steps", "1", "--optim.lr", "0")
+    whole = stage.finish(place, run, *flags)
+    written = load_file(whole.folder / "model/model.safetensors")
+    assert {value.dtype for value in written.values()} == {torch.bfloat16}
+    config = json.loads((whole.folder / "model/config.json").read_text())
+    assert (config["dtype"], config["eos_token_id"]) == ("bfloat16", [2, 4])
+    outcome = stage.run(place, f"{run}-half", *flags, "--model.save-dtype", "float16")
+    assert outcome.codes == [2]
+    assert not (outcome.folder / "model").exists()
 
 
 @fault(

@@ -1,9 +1,12 @@
 """Loading: what is refused, and what the message says."""
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import BloomConfig, CohereConfig, CohereForCausalLM, LlamaConfig
 
 from fastalign.batch.packed import Group, pack
@@ -13,10 +16,14 @@ from fastalign.models import (
     hidden_and_head,
     lm_head,
     load_policy,
+    load_reward_model,
     response_logprob,
+    save_model,
+    set_save_dtype,
 )
 from fastalign.models.head import check_head
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_reward_model
+from tests.tokenizers import make_tokenizer
 
 
 def test_a_saved_model_loads_and_agrees(tmp_path: Path) -> None:
@@ -28,6 +35,50 @@ def test_a_saved_model_loads_and_agrees(tmp_path: Path) -> None:
         response_logprob(loaded, batch, Compute()),
         response_logprob(model, batch, Compute()),
     )
+
+
+def dtypes_of(folder: Path) -> tuple[set[torch.dtype], str]:
+    weights = load_file(folder / "model.safetensors").values()
+    return {v.dtype for v in weights}, json.loads((folder / "config.json").read_text())["dtype"]
+
+
+@pytest.mark.parametrize("make", [tiny_model, tiny_reward_model])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # gpt2 ties its head
+def test_a_model_is_written_in_the_dtype_of_its_checkpoint(
+    tmp_path: Path, architecture: str, make: Any
+) -> None:
+    model = make(architecture, vocab_size=320).bfloat16()
+    embedding = model.get_input_embeddings().weight
+    next(p for p in model.parameters() if p.numel() < 100).data = torch.ones(32)  # one in float32
+    model.save_pretrained(tmp_path / "in")
+    (tmp_path / "in/config.json").write_text(
+        (tmp_path / "in/config.json").read_text().replace("bfloat16", "float32")
+    )
+    load = load_policy if make is tiny_model else load_reward_model
+    loaded = load(tmp_path / "in")
+    for name, dtype in (
+        ("auto", torch.bfloat16),
+        ("float32", torch.float32),
+        ("float16", torch.float16),
+    ):
+        set_save_dtype(loaded, name)
+        save_model(loaded, make_tokenizer(), tmp_path / name)
+        assert dtypes_of(tmp_path / name) == ({dtype}, str(dtype).removeprefix("torch."))
+        again = load(tmp_path / name)
+        assert torch.equal(again.get_input_embeddings().weight, embedding.to(dtype).float())
+        before, after = (load_file(tmp_path / f / "model.safetensors") for f in ("in", name))
+        assert before.keys() == after.keys()  # a tied head is written once
+    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+
+
+def test_a_weight_that_the_written_dtype_cannot_hold_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama", vocab_size=320)
+    model.get_input_embeddings().weight.data[3, 4] = 70000.0
+    model.save_pretrained(tmp_path)
+    loaded = load_policy(tmp_path)
+    set_save_dtype(loaded, "float16")
+    with pytest.raises(ValueError, match=r"model\.save_dtype: .*embed_tokens.* holds 70000"):
+        save_model(loaded, make_tokenizer(), tmp_path / "out")
 
 
 def test_an_architecture_that_is_not_known_to_pack_is_refused_by_name(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 Each payload writes a file where it runs. What torch's restricted reader takes is taken.
 """
 
+import copy
 import hashlib
 import json
 import os
@@ -133,7 +134,7 @@ def test_code_beside_a_model_is_not_run(folder: Path, mark: Path) -> None:
 
 
 def test_a_chat_template_cannot_reach_python(folder: Path) -> None:
-    tokenizer = make_tokenizer()
+    tokenizer = copy.copy(make_tokenizer())
     tokenizer.chat_template = (
         "{{ ''.__class__.__mro__[1].__subclasses__() }}{{ cycler.__init__.__globals__.os }}"
     )

@@ -17,10 +17,10 @@ from tests.small_runs import saved_tensors
 CASES = [(name, None) for name in TRAINERS] + [("dpo", lora)]
 
 
-def of_run(config: Any, folder: Path, change: Callable[[Any], Any] | None) -> Any:
+def of_run(config: Any, folder: Path, change: Callable[[Any], Any] | None, save_dtype: str) -> Any:
     config = config if change is None else change(config)
     run = replace(config.run, resume=True, export=str(folder / "exported"))
-    return replace(config, run=run)
+    return replace(config, run=run, model=replace(config.model, save_dtype=save_dtype))
 
 
 @pytest.mark.parametrize(("trainer", "change"), CASES)
@@ -31,7 +31,8 @@ def test_a_checkpoint_is_exported(
     make, train = TRAINERS[trainer]
     stopped = make(folder, "run", stop_at_step=3)
     train(stopped if change is None else change(stopped))
-    config = of_run(make(folder, "run"), folder, change)
+    dtype = torch.float32 if num_ranks == 1 else torch.bfloat16
+    config = of_run(make(folder, "run"), folder, change, "auto" if num_ranks == 1 else "bfloat16")
     if num_ranks == 1:
         assert not train(config).finished
     else:
@@ -46,10 +47,14 @@ def test_a_checkpoint_is_exported(
         assert all(torch.equal(adapter[f"base_model.model.{n}"], v) for n, v in names.items())
     kind = AutoModelForSequenceClassification if trainer == "reward" else AutoModelForCausalLM
     opened = kind.from_pretrained(exported / "model").state_dict()
+    written = [load_file(file) for file in exported.glob("*/model.safetensors")]
+    assert len(written) == 1 + (trainer == "ppo")
+    assert {value.dtype for state in written for value in state.values()} == {dtype}
+    assert {value.dtype for value in opened.values()} == {dtype}
     for name, value in opened.items():
         expected = kept.get(name, kept.get(f"policy.{name}"))
         if change is None:
-            assert torch.equal(value, expected), name
+            assert torch.equal(value, expected.to(dtype)), name
     assert (exported / "value").exists() == (trainer == "ppo")
 
 

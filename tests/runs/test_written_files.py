@@ -1,5 +1,6 @@
 """What a command writes replaces nothing that it did not make: runs, commands, links, rights."""
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
 from fastalign import trainers, written_files
@@ -476,8 +478,11 @@ def test_what_a_command_reads_is_never_replaced(
 def test_every_model_that_is_written_stops_where_our_sampler_stops(
     folder: Path, trainer: str
 ) -> None:
-    tokenizer = make_tokenizer(chat_template=CHATML)  # ends turns with <|im_end|>, the base says 2
+    # The template ends turns with <|im_end|>, the tokenizer has </s> (2), as the base has.
+    tokenizer = copy.copy(make_tokenizer())
+    tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder / "llama")
+    halve(folder / "llama")
     generation = json.loads((folder / "llama/generation_config.json").read_text())
     (folder / "llama/generation_config.json").write_text(
         json.dumps({**generation, "eos_token_id": [2, 3], "pad_token_id": None})
@@ -504,6 +509,10 @@ def test_every_model_that_is_written_stops_where_our_sampler_stops(
             found = json.loads((out / name / file).read_text())
             assert found["eos_token_id"] == [2, 3, end], (name, file)
             assert found["pad_token_id"] is not None
+        if name != "adapter":
+            kept = load_file(out / name / "model.safetensors").values()
+            assert {value.dtype for value in kept} == {torch.bfloat16}
+            assert json.loads((out / name / "config.json").read_text())["dtype"] == "bfloat16"
         opened = load_tokenizer(out / name)
         assert opened.chat_template == CHATML
         assert eos_token_ids(opened, out / name) == (2, 3, end)
@@ -515,6 +524,12 @@ def test_every_model_that_is_written_stops_where_our_sampler_stops(
             bias = ToToken(stop)
             drawn = model.generate(inputs, max_new_tokens=4, logits_processor=[bias])
             assert drawn.shape[1] - 3 == (1 if stop in (2, 3, end) else 4)
+
+
+def halve(folder: Path) -> None:
+    """Store a model's weights in bfloat16."""
+    model = AutoModelForCausalLM.from_pretrained(folder).bfloat16()
+    model.save_pretrained(folder)
 
 
 class ToToken(LogitsProcessor):
