@@ -247,8 +247,9 @@ def count_rows(path: Path) -> int | None:
             return len(json.loads(content))
     except (ValueError, OSError, EOFError, RecursionError, zlib.error, csv.Error):
         return None
+    mark = b"\xef\xbb\xbf"  # which alone in a line of JSON is no row
     lines = re.split(b"\r\n|\n|\r", content)
-    return sum(bool(line.strip(b" \t")) for line in lines)
+    return sum(bool(line.removeprefix(mark).strip(b" \t")) for line in lines)
 
 
 def outcome(seed: int, folder: Path, encoder_too: bool = False) -> str:
