@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+MOST_SAMPLES = 2**16  # of a prompt; more than any estimate needs is a mistyped number
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -25,6 +27,10 @@ class SamplingParams:
             if getattr(self, name) < 1:
                 got = getattr(self, name)
                 raise ValueError(f"sampling.{name}: expected at least 1, got {got}")
+        if self.num_samples > MOST_SAMPLES:
+            raise ValueError(
+                f"sampling.num_samples: expected at most {MOST_SAMPLES}, got {self.num_samples}"
+            )
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(
                 f"sampling.temperature: expected a finite number of at least 0, got "

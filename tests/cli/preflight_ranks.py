@@ -23,7 +23,7 @@ def become(rank: dict[str, Any], folder: Path) -> None:
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT), number)
     os.environ.update(rank["environment"])
     preflight.version = lambda name: rank["versions"].get(name) or metadata.version(name)
-    cli.SECONDS_OF_FIRST = 0  # no torchrun ends the others when one prints its error
+    cli.SECONDS_FOR_RANK_0 = 0  # no torchrun ends the others when one prints its error
     sys.argv = ["fastalign", "preflight", *rank["arguments"]]
     try:
         cli.console()

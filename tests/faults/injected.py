@@ -57,7 +57,7 @@ def run(faults: Sequence[Fault], alone: bool, arguments: Sequence[str]) -> None:
     for fault in faults:
         if fault.rank in (None, rank):
             fault.install()
-    cli.SECONDS_OF_FIRST = 0  # no torchrun ends the others when one prints its error
+    cli.SECONDS_FOR_RANK_0 = 0  # no torchrun ends the others when one prints its error
     count_steps()  # around the faults, which go by it
     ranks.command(*arguments)
 

@@ -129,6 +129,7 @@ def test_impossible_prompts_are_refused(prompts: list[list[int]], new: int, mess
     [
         ("max_new_tokens", 0),
         ("num_samples", 0),
+        ("num_samples", 10**12),
         ("temperature", -1.0),
         ("top_p", 0.0),
         ("top_k", -1),
