@@ -26,7 +26,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 # Last names of the settings whose text can be a file or folder to read.
 READ = {
     *("path", "tokenizer", "sources", "reward", "best_of_reward", "template", "runs", "file"),
-    *("train", "eval", "prompts", "pairs", "samples", "ptx_data"),
+    *("train", "eval", "prompts", "pairs", "samples", "ptx_data", "token_file"),
 }
 
 Inputs = Sequence[tuple[str, Path]]  # each setting that names a path, and the path

@@ -169,7 +169,7 @@ class StallWatch:
             over.set()
             watch.join()
             faulthandler.cancel_dump_traceback_later()
-            if self._size() > size:
+            if not self._file.closed and self._size() > size:  # a dropped step ends late
                 print(
                     f"step {number} took more than {self._seconds:g} seconds; the stacks of all "
                     f"threads are in {self._path}",

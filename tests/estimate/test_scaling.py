@@ -132,5 +132,5 @@ def test_ranks_are_asked_for_at_the_command(
     for bad in ("0", "two", "-1"):
         assert main(["estimate", "sft", *words, f"--ranks={bad}"]) == 2
         assert f"--ranks: expected a number of at least 1, got '{bad}'" in capsys.readouterr().err
-    assert main(["estimate", "sft", *words, "--optim.states", "8bit", *shared]) == 2
+    assert main(["estimate", "sft", *words, "--optim.states", "8bit", *shared, "--overwrite"]) == 2
     assert "optim.states: 8bit states are not sharded" in capsys.readouterr().err

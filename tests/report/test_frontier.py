@@ -195,7 +195,7 @@ def test_the_command_writes_page_picture_and_table(
     assert [row["method"] for row in rows] == ["SFT", "best of n", "DPO", "DPO", "PPO"]
     assert rows[1]["kl_se"] is None
     assert rows[4]["collapse_rate"] == pytest.approx(2 / 3)
-    for name, begin in (("f.png", b"\x89PNG"), ("f.svg", b"<?xml"), ("f.pdf", b"%PDF")):
+    for name, begin in (("a.png", b"\x89PNG"), ("b.svg", b"<?xml"), ("c.pdf", b"%PDF")):
         assert main(["frontier", "runs.yaml", "--out", name]) == 0
         assert (runs / name).read_bytes().startswith(begin)
     assert main(["frontier", "runs.yaml", "--out", "f.gif"]) == 2
