@@ -68,7 +68,10 @@ class Kept:
         self.inner = TransformersSampler(self.model, eos_token_ids=[EOS], pad_token_id=0)
 
     def generate(self, prompts: Any, params: Any, *, seed: int) -> Any:
-        self.model.load_state_dict(dict(self.policy.tensors()), strict=False)  # tied ones once
+        own = self.model.state_dict()
+        for name, tensor in self.policy.tensors():  # each is gathered when it is asked for
+            own[name].copy_(tensor)
+        self.inner.version = self.version
         found = self.inner.generate(prompts, params, seed=seed)
         first = found[0][0]
         (ours,) = self.policy.logprobs([(list(prompts[0]), first.token_ids)], params)
