@@ -61,12 +61,14 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # each (T
     u, gain = transformed(inputs.logits, inputs.temperature, inputs.softcap)
     maximum = u.amax(-1)
     shifted = (u - maximum[:, None]) * gain
-    logprob = shifted.log_softmax(-1)
+    # PyTorch's log_softmax adds up the terms of a large vocabulary one by one; `sum` adds pairwise.
+    log_total = shifted.exp().sum(-1).log()
+    logprob = shifted - log_total[:, None]
     ignored = inputs.targets == inputs.ignore_index
     picked = logprob.gather(1, inputs.targets.masked_fill(ignored, 0)[:, None])[:, 0]
     entropy = -(logprob.exp() * logprob.clamp(min=LOWEST_LOGPROB)).sum(-1)
     picked, entropy = picked.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0)
-    return picked, entropy, maximum, shifted.logsumexp(-1)
+    return picked, entropy, maximum, log_total
 
 
 def backward(

@@ -41,7 +41,9 @@ def row_statistics(
     """Return log-prob, entropy and is_argmax, each (T,), of logits (T, V); zeros where ignored."""
     ignored = targets == ignore_index
     columns = targets.masked_fill(ignored, 0)[:, None]
-    log_p = torch.log_softmax(logits, dim=-1)
+    # PyTorch's log_softmax adds up the terms of a large vocabulary one by one; `sum` adds pairwise.
+    shifted = logits - logits.detach().amax(dim=-1, keepdim=True)
+    log_p = shifted - shifted.exp().sum(dim=-1, keepdim=True).log()
     logprob = log_p.gather(1, columns).squeeze(1)
     finite = log_p.clamp(min=torch.finfo(log_p.dtype).min)  # a banned token, p = 0, adds nothing
     entropy = -(log_p.exp() * finite).sum(dim=-1)
