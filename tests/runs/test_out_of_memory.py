@@ -163,6 +163,7 @@ def test_commands_that_do_not_train_say_it_in_a_line_too(
 
 
 def test_how_to_go_on_depends_on_what_was_saved(folder: Path) -> None:
+    from fastalign.runs import loop
     from fastalign.trainers import train_sft
 
     def without_memory() -> str:
@@ -175,6 +176,11 @@ def test_how_to_go_on_depends_on_what_was_saved(folder: Path) -> None:
 
     config = sft_config(folder, "run", max_steps=2)
     run = folder / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "Step", None)
+        with pytest.raises(TypeError):
+            train_sft(config)  # as the loop leaves the folder before its first step
+    assert (run / "metrics.jsonl").stat().st_size == 0
     assert without_memory().endswith(
         "Nothing was trained yet: start again with the changed setting"
     )
@@ -183,7 +189,9 @@ def test_how_to_go_on_depends_on_what_was_saved(folder: Path) -> None:
         without_memory()
     )
     shutil.rmtree(run / "checkpoints")
-    assert "No checkpoint was saved: start again with the changed setting" in without_memory()
+    assert without_memory().endswith("start again with the changed setting, another --run.dir")
+    with pytest.raises(ValueError, match=r"run.dir: .* holds another run"):
+        train_sft(config)
 
 
 def test_other_errors_pass(folder: Path) -> None:
