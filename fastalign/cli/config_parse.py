@@ -150,16 +150,39 @@ def flatten_section(section_type: Any, content: Any, name: str, path: str) -> di
         raise ValueError(f"{path}: {name}: expected keys and values, got {got}")
     flat: dict[str, Any] = {}
     known: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(section_type)}
+    metadata = {field.name: field.metadata for field in dataclasses.fields(section_type)}
     for key, value in content.items():
         place = f"{name}.{key}" if name else str(key)
         if key not in known:
             raise ValueError(f"{path}: unknown key {place}; expected one of {', '.join(known)}")
         if dataclasses.is_dataclass(known[key]):
-            flat |= flatten_section(known[key], value, place, path)
+            inner = flatten_section(known[key], value, place, path)
+            for hidden in metadata[key].get("hidden", ()):
+                inner = without_hidden(inner, known[key], f"{place}.{hidden}", path)
+            flat |= inner
         else:
             check_value(value, known[key], f"{path}: {place}")
             flat[place] = value
     return flat
+
+
+def without_hidden(flat: dict[str, Any], owner: type[Any], name: str, path: str) -> dict[str, Any]:
+    """Return flattened values without those of a section that the command has no flags for.
+
+    A run's own `config.yaml` holds them at their defaults.
+
+    Raises:
+        ValueError: if one has another value.
+    """
+    section: Any = get_type_hints(owner)[name.rpartition(".")[2]]
+    defaults: dict[str, Any] = {
+        f"{name}.{key}": list(value) if isinstance(value, tuple) else value
+        for key, value in dataclasses.asdict(section()).items()
+    }
+    for key in sorted(flat.keys() & defaults.keys()):
+        if str(flat[key]) != str(defaults[key]):
+            raise ValueError(f"{path}: {key}: expected {defaults[key]}, got {flat[key]}")
+    return {key: value for key, value in flat.items() if key not in defaults}
 
 
 def check_value(value: Any, field_type: Any, where: str) -> None:
@@ -295,6 +318,9 @@ def section_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
         elif entry.default_factory is not dataclasses.MISSING:
             default = entry.default_factory()
         kind = hints[entry.name]
+        for name in entry.metadata.get("hidden", ()):  # of a section: refused by this command
+            section = get_type_hints(kind)[name]
+            kind = narrowed(kind, [name], Annotated[section, tyro.conf.Suppress])  # type: ignore[arg-type]
         if default is None or default == ():  # the text says what no value means
             kind = Annotated[kind, tyro.conf.arg(help_behavior_hint="")]
         text = entry.metadata.get("help") or partial(field_docs(info.type).get, entry.name)

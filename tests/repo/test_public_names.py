@@ -90,6 +90,14 @@ ONLY = {
     ("fastalign.cli.config_parse", "--sampler"): SAMPLING,
     ("fastalign.cli.doctor", "--train.attention"): set(ALGORITHMS),  # of which it speaks
 }
+# Messages that come up for an adapter alone, which a reward model is not.
+ONLY |= {
+    (module, flag): set(ALGORITHMS) - {"reward"}
+    for module, flag in (
+        ("fastalign.runs.memory", "--model.lora.base"),
+        ("fastalign.data.tokenizer", "--model.lora.rank"),
+    )
+}
 ALIKE = {"estimate", "preflight"}
 OF_PIP = {"--force-reinstall", "--no-deps"}
 

@@ -180,7 +180,7 @@ REWARD_LOSSES: dict[str, type[RewardLoss]] = {
 class RewardConfig:
     """Reward-model training on comparisons."""
 
-    model: ModelConfig
+    model: ModelConfig = field(metadata={"hidden": ("lora",)})
     data: PreferenceDataConfig
     run: RunConfig
     loss: RewardLoss = field(default_factory=BradleyTerryLoss)
