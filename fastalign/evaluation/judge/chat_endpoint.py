@@ -130,7 +130,10 @@ class ChatEndpoint:
                 final = error.status_code not in RETRIED
                 asked = error.response.headers.get("retry-after", "")
                 wait = max(wait, float(asked) if asked.isdecimal() else 0.0)
-            except (self._openai.APIConnectionError, TimeoutError) as error:
+            except (self._openai.APITimeoutError, TimeoutError):
+                fault = f"no answer within {self._config.timeout_seconds:g} seconds"
+                final = False
+            except self._openai.APIConnectionError as error:
                 cause = error.__cause__ or error
                 fault = f"no answer ({type(cause).__name__}: {cause})"
                 # If the endpoint never answered, its address is wrong or it is not running.
@@ -168,7 +171,7 @@ class ChatEndpoint:
             for piece in read(*arguments):
                 yield piece
                 if time.monotonic() > deadline:
-                    raise TimeoutError(f"over {self._config.timeout_seconds:g} seconds")
+                    raise TimeoutError
 
         response.iter_raw = limited
 
