@@ -6,6 +6,7 @@ store where they meet is this process's, as it is the agent's under `torchrun`.
 
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
@@ -116,4 +117,5 @@ def _run(
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may run under `nohup`
     target(*arguments)
