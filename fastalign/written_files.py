@@ -59,6 +59,12 @@ def write_bytes_atomically(path: Path, content: bytes) -> None:
     sync(path.parent)
 
 
+def clear_half_written(path: Path) -> None:
+    """Remove what processes that were killed had written of a file; no other may write it now."""
+    for left in path.parent.glob(f".{path.name}.*"):
+        left.unlink()
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write text atomically, as UTF-8."""
     write_bytes_atomically(path, text.encode())

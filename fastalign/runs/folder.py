@@ -19,7 +19,7 @@ from fastalign.compute import find_device
 from fastalign.ranks.world import world_of_environment
 from fastalign.runs.checkpoint.files import CHECKPOINTS, list_checkpoints
 from fastalign.runs.config import RunConfig
-from fastalign.written_files import write_text_atomically
+from fastalign.written_files import clear_half_written, write_text_atomically
 from fastalign.yaml_file import read_yaml_file
 
 CONFIG = "config.yaml"
@@ -172,6 +172,8 @@ def begin_in_folder(folder: Path, values: dict[str, Any], run: RunConfig) -> dat
     Raises:
         ValueError: if the device does not exist, or the record of its beginning is damaged.
     """
+    for name in (MACHINE_FILE, CONFIG, BEGAN_FILE):
+        clear_half_written(folder / name)
     write_machine(folder, values["train"])  # first: by it the rest is known to be a run's
     if run.export is None and never_saved(folder):
         if has_steps(folder):

@@ -190,6 +190,14 @@ def test_a_new_run_writes_to_no_file_that_no_run_made(folder: Path, name: str) -
     assert file.read_text() == "mine: 1"
 
 
+def test_what_a_killed_run_had_half_written_goes_when_the_run_goes_on(folder: Path) -> None:
+    trainers.train_sft(sft_config(folder, "run", stop_at_step=1))
+    for name in ("machine.json", "config.yaml", "began.txt"):
+        (folder / "run" / f".{name}.123").write_text("ha")
+    trainers.train_sft(sft_config(folder, "run", stop_at_step=2, resume=True))
+    assert [path.name for path in (folder / "run").glob(".*")] == [".lock"]
+
+
 def test_a_run_that_never_took_a_step_is_begun_again(folder: Path) -> None:
     config = sft_config(folder, "run", max_steps=1)
     with pytest.raises(FileNotFoundError):
