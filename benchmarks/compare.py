@@ -59,6 +59,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--rounds", type=int, default=5, help="number of timed calls of each implementation"
     )
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument(
+        "--tested", action="store_true", help="`head`: do not run the head's tests first"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
     steps = parser.add_argument_group("whole steps")
     steps.add_argument(
@@ -102,6 +105,8 @@ def parse_arguments() -> argparse.Namespace:
         allowed = name in NAMES or (name == ROLLOUT and flag == "threads")
         if getattr(arguments, flag) is not None and not allowed:
             parser.error(f"--{flag}: {name} is no step")
+    if arguments.tested and name != "head":
+        parser.error(f"--tested: {name} runs no tests")
     if name == "answers-step" and "chat" in (arguments.case or []):
         parser.error("--case: its rows have two answers each, and answers-step takes up to 8")
     if arguments.case and "chat" in arguments.case and arguments.data is None:
@@ -135,7 +140,8 @@ def compare(arguments: argparse.Namespace) -> list[Any]:
         print_operations(rows)
         return list(rows)
     cases, peers = arguments.case or [], arguments.peer or []
-    return list(compare_heads(name, cases, device, arguments.dtype, rounds, peers))
+    tested = arguments.tested
+    return list(compare_heads(name, cases, device, arguments.dtype, rounds, peers, tested=tested))
 
 
 def main() -> None:

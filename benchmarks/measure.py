@@ -1,4 +1,7 @@
-"""Time functions side by side: interleaved calls, median, spread and peak memory."""
+"""Time functions side by side: interleaved calls, median, spread and peak memory.
+
+A GPU's work is timed by the GPU, between CUDA events; a CPU's by the clock.
+"""
 
 import statistics
 import time
@@ -12,6 +15,10 @@ import torch
 CLEAR_REFS = Path("/proc/self/clear_refs")
 # A function is not timed again after two calls that took this long in total.
 ENOUGH_SECONDS = 20.0
+# A GPU function shorter than this is repeated for as long in every round, at most so many times.
+ROUND_SECONDS = 0.02
+MAX_REPEATS = 100
+FLUSHED_BYTES = 256 * 2**20  # more than the L2 cache of any GPU here
 
 
 @dataclass(frozen=True)
@@ -75,16 +82,52 @@ def peak_bytes(call: Prepared, device: str) -> int | None:
     return resident_bytes("VmHWM") - before
 
 
-def seconds(call: Prepared, device: str) -> float:
-    """Return the wall-clock seconds of one call, synchronised before and after."""
+def cpu_seconds(call: Prepared) -> float:
+    """Return the wall-clock seconds of one call."""
     state = call.prepare()
-    if device == "cuda":
-        torch.cuda.synchronize()
     start = time.perf_counter()
     call.run(state)
-    if device == "cuda":
-        torch.cuda.synchronize()
     return time.perf_counter() - start
+
+
+class GpuTimer:
+    """Times calls by CUDA events: the seconds of the GPU alone, a mean over repeats.
+
+    Before each call the GPU overwrites a buffer that is larger than its L2 cache. So a call never
+    finds its inputs in the cache, and is launched while the GPU is still busy: a short call would
+    otherwise be as long as its launch by the host.
+    """
+
+    def __init__(self, flushed: torch.Tensor) -> None:
+        self._flushed = flushed
+        self._repeats: dict[Prepared, int] = {}
+
+    def __call__(self, call: Prepared) -> float:
+        """Return the mean seconds of the repeats of a round."""
+        if call not in self._repeats:
+            one = self._mean(call, 1)
+            self._repeats[call] = min(max(round(ROUND_SECONDS / one), 1), MAX_REPEATS)
+        return self._mean(call, self._repeats[call])
+
+    def _mean(self, call: Prepared, repeats: int) -> float:
+        events = []
+        for _ in range(repeats):
+            state = call.prepare()
+            self._flushed.zero_()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call.run(state)
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+        return 1e-3 * statistics.fmean(start.elapsed_time(end) for start, end in events)
+
+
+def timer_of(device: str) -> Callable[[Prepared], float]:
+    """Return the function that times one call on a device."""
+    if device != "cuda":
+        return cpu_seconds
+    return GpuTimer(torch.empty(FLUSHED_BYTES, dtype=torch.uint8, device="cuda"))
 
 
 def _unprepared(function: Callable[[], object]) -> Prepared:
@@ -92,25 +135,31 @@ def _unprepared(function: Callable[[], object]) -> Prepared:
 
 
 def measure(
-    functions: Mapping[str, Callable[[], object] | Prepared], device: str, *, num_rounds: int
+    functions: Mapping[str, Callable[[], object] | Prepared],
+    device: str,
+    *,
+    num_rounds: int,
+    timer: Callable[[Prepared], float] | None = None,
 ) -> dict[str, Measurement]:
-    """Measure each function with one call per round, so that a busy machine affects all alike.
+    """Measure each function once per round, so that a busy machine affects all alike.
 
     Args:
         functions: calls without arguments, or prepared ones, by name.
         device: `cpu` or `cuda`.
-        num_rounds: number of timed calls after one to warm up; fewer of a slow function.
+        num_rounds: number of timed rounds after a call to warm up; fewer of a slow function.
+        timer: function that returns the seconds of a call; by default that of the device.
     """
     calls = {
         name: function if isinstance(function, Prepared) else _unprepared(function)
         for name, function in functions.items()
     }
     peaks = {name: peak_bytes(call, device) for name, call in calls.items()}
+    seconds = timer or timer_of(device)
     times: dict[str, list[float]] = {name: [] for name in functions}
     for done in range(num_rounds):
         for name, call in calls.items():
             if done < 2 or sum(times[name]) < ENOUGH_SECONDS:
-                times[name].append(seconds(call, device))
+                times[name].append(seconds(call))
     return {
         name: Measurement(
             milliseconds=1e3 * statistics.median(values),

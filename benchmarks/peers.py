@@ -25,12 +25,16 @@ def torch_compile(device: str) -> Implementation:
 
 def torch_linear_cross_entropy(device: str) -> Implementation:
     """Return torch's linear_cross_entropy in chunks; its `auto` takes 8 rows on a CPU."""
-    options = torch.nn.LinearCrossEntropyOptions(
+    # Imports, so that a torch without these is a peer that is missing.
+    from torch.nn import LinearCrossEntropyOptions
+    from torch.nn.functional import linear_cross_entropy
+
+    options = LinearCrossEntropyOptions(
         batch_chunk_size=TORCH_CHUNK_ROWS, chunking_method=None, acc_policy="accurate"
     )
 
     def loss(inputs: HeadInputs) -> Tensor:
-        negative = torch.nn.functional.linear_cross_entropy(
+        negative = linear_cross_entropy(
             inputs.hidden, inputs.weight, inputs.targets, reduction="none", options=options
         )
         return dpo_of(-negative.float(), inputs)

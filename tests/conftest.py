@@ -31,6 +31,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file comes first: at the end no process works on one alone.
 
     Tests of files that take long are marked `slow`, which `./scripts/test.sh --quick` leaves out.
+    Those that interpret Triton's kernels are skipped where the interpreter itself fails.
     """
     seconds = json.loads(DURATIONS.read_text(encoding="utf-8"))
 
@@ -41,6 +42,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if of_file(item) > SLOW_SECONDS:
             item.add_marker(pytest.mark.slow)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        skip_interpreted(items)
+
+
+def skip_interpreted(items: list[pytest.Item]) -> None:
+    from tests.interpreter import interpreter_failure, is_interpreted
+
+    interpreted = [item for item in items if is_interpreted(item)]
+    reason = interpreter_failure() if interpreted else None
+    if reason is not None:
+        for item in interpreted:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -1,15 +1,20 @@
 """The benchmark times nothing that is wrong, and its tables stay readable."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import head_rows, tune
-from benchmarks.heads import HeadCase, eager_dpo, fastalign_dpo, make_inputs
-from benchmarks.measure import measure
+from benchmarks.heads import HeadCase, HeadInputs, eager_dpo, fastalign_dpo, make_inputs
+from benchmarks.measure import MAX_REPEATS, GpuTimer, Prepared, measure
+from benchmarks.peers import usable_peers
 from fastalign.ops.triton_table import Configuration, read_table
 
 CASE = HeadCase("small", 16, 8, 50, 2)
@@ -24,6 +29,29 @@ def test_a_peer_that_differs_is_named_and_not_timed(capsys: pytest.CaptureFixtur
     }
     assert list(head_rows.agreeing(CASE, inputs, functions)) == ["eager", "fastalign"]
     assert "not timed: small: wrong differs from eager by 1.00e-02" in capsys.readouterr().out
+
+
+def test_a_peer_that_fails_is_named_and_the_rest_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    inputs = make_inputs(CASE, "cpu", torch.float32)
+
+    def fails(inputs: HeadInputs) -> torch.Tensor:
+        raise RuntimeError("no kernel image")
+
+    def fails_backward(inputs: HeadInputs) -> torch.Tensor:
+        return eager_dpo(inputs).detach()
+
+    functions = {"eager": eager_dpo, "one": fails, "other": fails_backward, "third": eager_dpo}
+    assert list(head_rows.agreeing(CASE, inputs, functions)) == ["eager", "third"]
+    out = capsys.readouterr().out
+    assert "not timed: small: one fails: no kernel image" in out
+    assert "not timed: small: other fails: element 0 of tensors does not require grad" in out
+
+
+def test_a_torch_without_a_peer_leaves_it_out_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions")
+    usable, reasons = usable_peers("head", "cpu", ["torch.compile", "torch lce"])
+    assert list(usable) == ["torch.compile"]
+    assert "LinearCrossEntropyOptions" in reasons["torch lce"]
 
 
 class OneCall:
@@ -53,9 +81,28 @@ def test_nothing_is_timed_where_fastalign_differs() -> None:
 
 
 def test_a_red_test_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_rows, "TESTS", ["tests/no_such_test.py"])
+    monkeypatch.setitem(head_rows.TESTS, "cpu", ["tests/no_such_test.py"])
     with pytest.raises(SystemExit, match="nothing is timed"):
-        head_rows.refuse_on_a_red_test()
+        head_rows.refuse_on_a_red_test("cpu")
+
+
+def test_on_a_gpu_its_own_tests_are_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[tuple[list[str], str | None]] = []
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        ran.append((command, options["env"].get("FASTALIGN_TEST_GPU")))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.delenv("FASTALIGN_TEST_GPU", raising=False)
+    monkeypatch.setattr(subprocess, "run", run)
+    for device in ("cuda", "cpu"):
+        head_rows.refuse_on_a_red_test(device)
+    (on_gpu, on_cpu), root = ran, head_rows.ROOT
+    assert on_gpu == ([sys.executable, "-m", "pytest", "-q", "-x", *head_rows.TESTS["cuda"]], "1")
+    assert on_cpu[1] is None
+    for device, tests in head_rows.TESTS.items():
+        assert all((root / test).exists() for test in tests)
+        assert all(test.startswith("tests/gpu/") == (device == "cuda") for test in tests)
 
 
 def test_every_call_is_timed_in_every_round() -> None:
@@ -63,6 +110,53 @@ def test_every_call_is_timed_in_every_round() -> None:
     calls = {name: (lambda name=name: order.append(name)) for name in ("one", "two")}
     assert measure(calls, "cpu", num_rounds=3).keys() == calls.keys()
     assert order == ["one", "two"] * 4  # once to warm up, then interleaved
+
+
+class FakeGpu:
+    """A GPU that works off calls in order, and whose clock runs only while it works."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.milliseconds = 0.0
+        self.flushed = 0
+        gpu = self
+
+        class Event:
+            def __init__(self, *, enable_timing: bool) -> None:
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = gpu.milliseconds
+
+            def elapsed_time(self, end: Any) -> float:
+                return float(end.at - self.at)
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+
+    def zero_(self) -> None:
+        """In the place of the buffer that is larger than the L2 cache."""
+        self.flushed += 1
+        self.milliseconds += 0.1
+
+    def work(self, milliseconds: float) -> Callable[[], None]:
+        def run() -> None:
+            self.milliseconds += milliseconds
+
+        return run
+
+
+def test_a_gpus_calls_are_timed_by_its_events_over_repeats(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = FakeGpu(monkeypatch)
+    short, long = gpu.work(0.05), gpu.work(30.0)
+    prepared = Prepared(gpu.work(500.0), lambda _: gpu.work(4.0)())
+    calls = {"short": short, "long": long, "prepared": prepared}
+    found = measure(calls, "cpu", num_rounds=2, timer=GpuTimer(gpu))  # type: ignore[arg-type]
+    milliseconds = {name: one.milliseconds for name, one in found.items()}
+    assert milliseconds == pytest.approx({"short": 0.05, "long": 30.0, "prepared": 4.0})
+    # a first call of each, which says how often a round of 20 ms repeats it
+    assert gpu.flushed == 3 + 2 * (MAX_REPEATS + 1 + 5)
 
 
 def test_tuning_writes_a_table_that_the_kernels_read(

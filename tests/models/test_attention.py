@@ -1,7 +1,10 @@
 """Every implementation of shared-prefix attention: what it computes, and which one is chosen."""
 
+import functools
 import inspect
-from types import SimpleNamespace
+import itertools
+import sys
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -52,6 +55,7 @@ def test_logprobs_and_gradients_are_those_of_sdpa(
 def test_the_arguments_of_torchs_kernel_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
+    @functools.wraps(varlen_attn)  # and so with its signature
     def record(*arguments: Any, **options: Any) -> torch.Tensor:
         calls.append(inspect.signature(varlen_attn).bind(*arguments, **options).arguments)
         return arguments[0]
@@ -64,6 +68,116 @@ def test_the_arguments_of_torchs_kernel_are_its_own(monkeypatch: pytest.MonkeyPa
         varlen.torch_kernel(rows, keys, keys, bounds, ScoreForm(0.5, window))
     assert [call["window_size"] for call in calls] == [(-1, 0), (5, 0)]  # (-1, 0) is its causal
     assert all(call["enable_gqa"] and call["scale"] == 0.5 for call in calls)
+
+
+FORMS = [ScoreForm(), ScoreForm(0.5, 6)]
+
+
+def window_of(window_size: tuple[int, int], causal: bool) -> int | None:
+    """What a flash kernel takes as the window of a causal attention."""
+    assert causal or window_size[1] == 0
+    assert window_size[1] in (-1, 0)
+    return None if window_size[0] < 0 else window_size[0] + 1
+
+
+def varlen_attn_2_11(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:
+    """The signature of torch 2.11, whose kernel counts grouped heads itself."""
+    bounds = varlen.Bounds(cu_seq_q, cu_seq_k, max_q, max_k)
+    form = ScoreForm(scale, window_of(window_size, causal=False))
+    return varlen_reference(query, key, value, bounds, form)
+
+
+def varlen_attn_2_15(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    """The newest signature, which refuses grouped heads unless it is told of them."""
+    if not enable_gqa and query.shape[1] != key.shape[1]:
+        raise ValueError("Expect query and key/value to have the same number of heads")
+    assert cu_seq_k is not None
+    bounds = (cu_seq_q, cu_seq_k, max_q, max_k)
+    return varlen_attn_2_11(query, key, value, *bounds, scale=scale, window_size=window_size)
+
+
+def flash_attn_varlen_func(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The signature of flash-attn 2.8."""
+    assert causal
+    assert deterministic
+    bounds = varlen.Bounds(cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    form = ScoreForm(softmax_scale, window_of(window_size, causal), softcap or None)
+    return varlen_reference(q, k, v, bounds, form)
+
+
+def flash_attn(function: Any) -> ModuleType:
+    """A package in the place of flash-attn."""
+    module = ModuleType("flash_attn")
+    module.flash_attn_varlen_func = function  # type: ignore[attr-defined]
+    return module
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (4, 4)], ids=str)
+@pytest.mark.parametrize(
+    ("stub", "form"),
+    [
+        *itertools.product([varlen_attn_2_11, varlen_attn_2_15, flash_attn_varlen_func], FORMS),
+        (flash_attn_varlen_func, ScoreForm(softcap=3.0)),  # the others have none
+    ],
+)
+def test_each_signature_of_a_kernel_is_met(
+    stub: Any, form: ScoreForm, heads: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stub)
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn(stub))
+    name = "flash_attn" if stub is flash_attn_varlen_func else "varlen"
+    plan = varlen.Varlen(row_segments(pack(random_groups()).layout), torch.device("cpu"))
+    num_tokens = int(plan.bounds.queries[-1])
+    query, key, value = (
+        torch.randn(num_tokens, n, 8, dtype=torch.float64) for n in (heads[0], *[heads[1]] * 2)
+    )
+    found = plan.attend(varlen.KERNELS[name], query, key, value, form)
+    assert torch.equal(found, plan.attend(varlen_reference, query, key, value, form))
 
 
 def test_flex_visits_each_block_that_it_needs_and_no_other() -> None:
@@ -136,26 +250,24 @@ LLAMA = SimpleNamespace(model_type="llama", head_dim=64)
 
 
 @pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """A GPU of compute capability 9.0 and whatever packages a test says are installed."""
-    has: dict[str, Any] = {"flash_attn": object(), "capability": (9, 0)}
-    monkeypatch.setattr(choice, "find_spec", has.get)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: has["capability"])
-    return has
+def hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A GPU of compute capability 9.0, and flash-attn."""
+    monkeypatch.setitem(sys.modules, "flash_attn", flash_attn(flash_attn_varlen_func))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    return monkeypatch
 
 
-def test_auto_takes_what_can_run(hopper: dict[str, Any]) -> None:
+def test_auto_takes_what_can_run(hopper: pytest.MonkeyPatch) -> None:
     def chosen(config: Any = LLAMA, dtype: torch.dtype = torch.bfloat16) -> str:
         return choice.choose_attention("auto", GPU, dtype, config)
 
     gemma = SimpleNamespace(model_type="gemma2", head_dim=256, attn_logit_softcapping=50.0)
     assert choice.choose_attention("auto", torch.device("cpu"), torch.float32, LLAMA) == "sdpa"
     assert chosen() == chosen(gemma) == "flash_attn"
-    hopper.clear()
-    hopper["capability"] = (9, 0)
+    hopper.setitem(sys.modules, "flash_attn", None)
     assert chosen() == "varlen"
     assert chosen(gemma) == chosen(dtype=torch.float32) == "flex"
-    hopper["capability"] = (7, 5)
+    hopper.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert chosen() == "flex"
 
 
@@ -190,7 +302,23 @@ def test_a_named_one_runs_or_is_refused(
         choice.choose_attention(name, device, dtype, config)
 
 
-def test_a_package_that_is_missing_is_named(hopper: dict[str, Any]) -> None:
-    hopper["flash_attn"] = None
-    with pytest.raises(ValueError, match=r"pip install flash-attn"):
+def flash_attn_2_3(q: Any, k: Any, v: Any, *, window_size: Any = (-1, -1)) -> None:
+    """Before softcaps and a deterministic backward."""
+
+
+@pytest.mark.parametrize(
+    ("package", "message"),
+    [
+        (None, r"cannot be imported \(pip install 'fastalign\[flash\]'\): import of flash_attn"),
+        (ModuleType("flash_attn"), "cannot be imported .*flash_attn_varlen_func"),  # flash-attn-4
+        (flash_attn(flash_attn_2_3), r"no softcap, deterministic \(pip install --upgrade"),
+    ],
+    ids=["missing", "without the function", "old"],
+)
+def test_a_package_that_cannot_be_used_is_named(
+    package: ModuleType | None, message: str, hopper: pytest.MonkeyPatch
+) -> None:
+    hopper.setitem(sys.modules, "flash_attn", package)
+    with pytest.raises(ValueError, match=message):
         choice.choose_attention("flash_attn", GPU, torch.bfloat16, LLAMA)
+    assert choice.choose_attention("auto", GPU, torch.bfloat16, LLAMA) == "varlen"

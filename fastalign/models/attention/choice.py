@@ -1,11 +1,11 @@
 """The choice of an implementation of shared-prefix attention, and why one cannot run."""
 
-from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 import torch
 
 from fastalign.compute import AttentionChoice
+from fastalign.models.attention.varlen import flash_attn_reason
 
 AttentionName = Literal["sdpa", "flash_attn", "varlen", "flex"]
 ATTENTIONS: tuple[AttentionName, ...] = get_args(AttentionName)
@@ -33,8 +33,8 @@ def attention_reason(
         return f"it needs a GPU, and the device is {device}"
     if name == "flex":
         return None
-    if name == "flash_attn" and find_spec("flash_attn") is None:
-        return "the package flash-attn is not installed (pip install flash-attn)"
+    if name == "flash_attn" and (reason := flash_attn_reason()) is not None:
+        return reason
     if torch.cuda.get_device_capability(device)[0] < 8:
         return "it needs a GPU of compute capability 8.0 or newer"
     if dtype not in (torch.bfloat16, torch.float16):

@@ -8,8 +8,10 @@ Legend: T packed tokens, S segments, M gathered keys, H heads, d head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+import functools
+import inspect
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +39,34 @@ class Bounds(NamedTuple):
 # (query (T, H, d), key (M, H_kv, d), value (M, H_kv, d), bounds, form) -> (T, H, d); causal,
 # bottom-right aligned.
 VarlenKernel = Callable[[Tensor, Tensor, Tensor, Bounds, ScoreForm], Tensor]
+# Keywords of `flash_attn_varlen_func` that its first releases did not have.
+FLASH_KEYWORDS = ("window_size", "softcap", "deterministic")
+
+
+@functools.cache
+def parameters_of(function: Callable[..., Any]) -> Collection[str]:
+    """Return the names of a library's function's parameters, which differ between releases."""
+    return frozenset(inspect.signature(function).parameters)
+
+
+def flash_attn_reason() -> str | None:
+    """Return why the flash-attn package cannot be called, with a remedy; None if it can.
+
+    The package is imported, since one that was built for another torch, or flash-attn-4 alone, is
+    found by name and fails at its first use.
+    """
+    try:
+        from flash_attn import flash_attn_varlen_func
+    except ImportError as error:
+        (line, *_) = str(error).splitlines() or [type(error).__name__]
+        return f"the package flash-attn cannot be imported (pip install 'fastalign[flash]'): {line}"
+    missing = [n for n in FLASH_KEYWORDS if n not in parameters_of(flash_attn_varlen_func)]
+    if missing:
+        return (
+            f"its flash_attn_varlen_func has no {', '.join(missing)} "
+            "(pip install --upgrade 'fastalign[flash]')"
+        )
+    return None
 
 
 def flash_attn_kernel(
@@ -69,6 +99,11 @@ def torch_kernel(
     from torch.nn.attention.varlen import varlen_attn
 
     assert form.softcap is None
+    options: dict[str, Any] = {}
+    # torch 2.11 has no such flag: it hands grouped heads to the kernel, which counts them itself.
+    # Where the flag exists, they are refused without it.
+    if "enable_gqa" in parameters_of(varlen_attn):
+        options["enable_gqa"] = query.shape[1] != key.shape[1]
     output = varlen_attn(
         query,
         key,
@@ -76,7 +111,7 @@ def torch_kernel(
         *bounds,
         scale=form.scaling,
         window_size=(-1 if form.window is None else form.window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **options,
     )
     assert isinstance(output, Tensor)
     return output
