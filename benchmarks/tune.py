@@ -86,6 +86,9 @@ def write_table(table: dict[str, list[Configuration]], path: Path = TABLE) -> No
 def main() -> None:
     """Run the tuning, print and write the result."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
+    parser.add_argument(
+        "--table", type=Path, default=TABLE, help="file to write, in place of the package's"
+    )
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
@@ -93,7 +96,7 @@ def main() -> None:
     found = tuned(getattr(torch, arguments.dtype))
     for kernel, configuration in found.items():
         print(f"{kernel:28} block {configuration.block:5} warps {configuration.num_warps:3}")
-    write_table(merged(read_table(), found))
+    write_table(merged(read_table(), found), arguments.table)
 
 
 if __name__ == "__main__":

@@ -311,7 +311,7 @@ def flash_attn_2_3(q: Any, k: Any, v: Any, *, window_size: Any = (-1, -1)) -> No
     [
         (None, r"cannot be imported \(pip install 'fastalign\[flash\]'\): import of flash_attn"),
         (ModuleType("flash_attn"), "cannot be imported .*flash_attn_varlen_func"),  # flash-attn-4
-        (flash_attn(flash_attn_2_3), r"no softcap, deterministic \(pip install --upgrade"),
+        (flash_attn(flash_attn_2_3), r"no softcap, deterministic \(pip install -U"),
     ],
     ids=["missing", "without the function", "old"],
 )

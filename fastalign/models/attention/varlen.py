@@ -64,7 +64,7 @@ def flash_attn_reason() -> str | None:
     if missing:
         return (
             f"its flash_attn_varlen_func has no {', '.join(missing)} "
-            "(pip install --upgrade 'fastalign[flash]')"
+            "(pip install -U 'fastalign[flash]')"
         )
     return None
 
