@@ -1,4 +1,4 @@
-"""What a machine without a network needs beside its torch, Triton and transformers.
+"""A list of what a machine without a network needs beside torch, Triton and transformers.
 
 The packages, with the versions that are installed or pinned here, as wheels; and the library of
 CUDA kernels, built where there is an nvcc.

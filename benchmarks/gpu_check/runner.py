@@ -52,7 +52,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Record:
-    """What became of a step: the content of NAME.json.
+    """A step's fate: the content of NAME.json.
 
     Attributes:
         step: name of the step.
