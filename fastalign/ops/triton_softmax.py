@@ -45,6 +45,53 @@ def u_of(x, cap_scale, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def load_columns(row_ptr, start, num_columns, other, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return a block of a row as float32, and which of its columns lie inside the row.
+
+    A WHOLE block is loaded without a mask: of a number of columns that is not a multiple of 16
+    Triton would make scalar loads.
+    """
+    column = start + tl.arange(0, BLOCK)
+    inside = column < num_columns
+    pointers = row_ptr + column
+    x = tl.load(pointers) if WHOLE else tl.load(pointers, mask=inside, other=other)
+    return x.to(tl.float32), inside
+
+
+@triton.jit
+def store_columns(row_ptr, start, num_columns, values, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
+    """Store a block of a row, rounded to its dtype; a WHOLE one without a mask."""
+    column = start + tl.arange(0, BLOCK)
+    values = values.to(row_ptr.dtype.element_ty)
+    if WHOLE:
+        tl.store(row_ptr + column, values)
+    else:
+        tl.store(row_ptr + column, values, mask=column < num_columns)
+
+
+@triton.jit
+def _add_columns(
+    x_ptr,
+    start,
+    num_columns,
+    m,
+    total,
+    weighted,
+    cap_scale,
+    gain,
+    HAS_SOFTCAP: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add one block of a row to its sums."""
+    x, inside = load_columns(x_ptr, start, num_columns, -float("inf"), WHOLE, BLOCK)
+    u = u_of(x, cap_scale, HAS_SOFTCAP)
+    if not WHOLE:
+        u = tl.where(inside, u, -float("inf"))
+    return add_block(m, total, weighted, u, gain)
+
+
+@triton.jit
 def row_sums(
     x_ptr,
     num_columns,
@@ -60,12 +107,25 @@ def row_sums(
     m = -float("inf")
     total = 0.0
     weighted = 0.0
-    for start in range(0, num_columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < num_columns
-        x = tl.load(x_ptr + column, mask=inside, other=-float("inf")).to(tl.float32)
-        u = tl.where(inside, u_of(x, cap_scale, HAS_SOFTCAP), -float("inf"))
-        m, total, weighted = add_block(m, total, weighted, u, gain)
+    whole = num_columns - num_columns % BLOCK
+    for start in range(0, whole, BLOCK):
+        m, total, weighted = _add_columns(
+            x_ptr, start, num_columns, m, total, weighted, cap_scale, gain, HAS_SOFTCAP, True, BLOCK
+        )
+    for start in range(whole, num_columns, BLOCK):  # once, or not at all
+        m, total, weighted = _add_columns(
+            x_ptr,
+            start,
+            num_columns,
+            m,
+            total,
+            weighted,
+            cap_scale,
+            gain,
+            HAS_SOFTCAP,
+            False,
+            BLOCK,
+        )
     return m, total, weighted
 
 
@@ -74,6 +134,43 @@ def one_less_p(logprob):
     """Return 1 - p, by its series where p is near 1: 1 - exp(logprob) would cancel there."""
     series = 1.0 + logprob * (0.5 + logprob * (0.16666667 + logprob * 0.041666667))
     return tl.where(logprob > -0.01, -logprob * series, 1.0 - tl.exp(logprob))
+
+
+@triton.jit
+def _write_columns(
+    x_ptr,
+    gradient_ptr,
+    start,
+    num_columns,
+    target,
+    is_target,
+    transform,
+    known,
+    upstream,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_GRAD_ENTROPY: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Write one block of a row's gradient."""
+    cap_scale, gain, slope = transform
+    m, log_total, logprob, entropy = known
+    g, e = upstream
+    x, inside = load_columns(x_ptr, start, num_columns, 0.0, WHOLE, BLOCK)
+    u = u_of(x, cap_scale, HAS_SOFTCAP)
+    log_p = (u - m) * gain - log_total
+    if not WHOLE:
+        # outside, a maximum far below zero would make the exponential overflow
+        log_p = tl.where(inside, log_p, -float("inf"))
+    p = tl.exp(log_p)
+    column = start + tl.arange(0, BLOCK)
+    result = g * tl.where(column == target, one_less_p(logprob), -p)
+    if HAS_GRAD_ENTROPY:
+        result -= e * p * (tl.where(log_p < -1e30, -1e30, log_p) + entropy)
+    if HAS_SOFTCAP:
+        result *= 1.0 - u * u
+    result = tl.where(is_target, result * slope, 0.0)
+    store_columns(gradient_ptr, start, num_columns, result, WHOLE, BLOCK)
 
 
 @triton.jit
@@ -95,24 +192,39 @@ def write_gradient(
     `transform` and `known` are tuples; known[0] is the maximum of u.
     """
     tl.debug_barrier()  # every thread has read the target before any overwrites it
-    cap_scale, gain, slope = transform
-    m, log_total, logprob, entropy = known
-    g, e = upstream
-    for start in range(0, num_columns, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < num_columns
-        x = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        u = u_of(x, cap_scale, HAS_SOFTCAP)
-        # outside, a maximum far below zero would make the exponential overflow
-        log_p = tl.where(inside, (u - m) * gain - log_total, -float("inf"))
-        p = tl.exp(log_p)
-        result = g * tl.where(column == target, one_less_p(logprob), -p)
-        if HAS_GRAD_ENTROPY:
-            result -= e * p * (tl.where(log_p < -1e30, -1e30, log_p) + entropy)
-        if HAS_SOFTCAP:
-            result *= 1.0 - u * u
-        result = tl.where(is_target, result * slope, 0.0).to(gradient_ptr.dtype.element_ty)
-        tl.store(gradient_ptr + column, result, mask=inside)
+    whole = num_columns - num_columns % BLOCK
+    for start in range(0, whole, BLOCK):
+        _write_columns(
+            x_ptr,
+            gradient_ptr,
+            start,
+            num_columns,
+            target,
+            is_target,
+            transform,
+            known,
+            upstream,
+            HAS_SOFTCAP,
+            HAS_GRAD_ENTROPY,
+            True,
+            BLOCK,
+        )
+    for start in range(whole, num_columns, BLOCK):  # once, or not at all
+        _write_columns(
+            x_ptr,
+            gradient_ptr,
+            start,
+            num_columns,
+            target,
+            is_target,
+            transform,
+            known,
+            upstream,
+            HAS_SOFTCAP,
+            HAS_GRAD_ENTROPY,
+            False,
+            BLOCK,
+        )
 
 
 @triton.jit
