@@ -17,6 +17,10 @@ GOOD_TILE_ROWS = 256
 MIN_SAVED_SHARE = 0.25
 # A CPU's products keep their speed in smaller tiles than a GPU's.
 DEFAULT_BUFFER_ROWS = {"cpu": 1024, "cuda": 4096}
+# On a GPU rows begin this many elements apart, or a multiple of it: at 16 bytes, which kernels and
+# library products need for their widest accesses, and at which equal rows give equal bits. Triton
+# compiles for strides that are multiples of 16.
+ROW_MULTIPLE = {"cpu": 1, "cuda": 16}
 DEFAULT_BYTES_PER_LOGIT = 3  # a saved row in two bytes, and a quarter as many in four
 MIN_DEFAULT_BUFFER_BYTES = 64 * 2**20
 
@@ -44,6 +48,18 @@ def free_bytes(device: torch.device) -> int | None:
         return None
     (line,) = (line for line in table.read_text().splitlines() if line.startswith("MemAvailable"))
     return int(line.split()[1]) * 1024
+
+
+def padded_columns(num_columns: int, device_type: str) -> int:
+    """Return the row stride of a buffer with that many columns, in elements."""
+    multiple = ROW_MULTIPLE.get(device_type, ROW_MULTIPLE["cuda"])
+    return -(-num_columns // multiple) * multiple
+
+
+def empty_rows(num_rows: int, num_columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return an uninitialised matrix whose rows are `padded_columns` apart."""
+    stride = padded_columns(num_columns, device.type)
+    return torch.empty((num_rows, stride), dtype=dtype, device=device)[:, :num_columns]
 
 
 def default_budget(
@@ -132,7 +148,7 @@ class Budget:
         item = accumulation_dtype(self.compute_dtype).itemsize
         saved_item = product_dtype(self.compute_dtype, self.device.type).itemsize
         same = item == saved_item
-        columns, budget = max(self.num_columns, 1), self.max_buffer_bytes
+        columns, budget = self._stride, self.max_buffer_bytes
         smallest = self._check(item, 0 if same else saved_item)
         if self.save and same and not self.reread:
             strip = self._strip_rows(num_rows)
@@ -162,6 +178,11 @@ class Budget:
         saved = min(num_rows, (budget - used(rows)) // (columns * saved_item)) if save else 0
         return Plan(rows, self._strip_rows(rows), saved)
 
+    @property
+    def _stride(self) -> int:
+        """Row stride of the buffers to plan for, at least 1."""
+        return padded_columns(max(self.num_columns, 1), self.device.type)
+
     def _strip_rows(self, rows: int) -> int:
         """Return the rows of a strip of scratch for a tile of `rows`."""
         if self.backend != "torch":
@@ -171,7 +192,7 @@ class Budget:
     def _check(self, item: int, converted_item: int) -> int:
         """Return the bytes of the smallest tile; raise unless the budget holds it."""
         scratch = self.backend == "torch"
-        smallest = ((3 if scratch else 1) * item + converted_item) * max(self.num_columns, 1)
+        smallest = ((3 if scratch else 1) * item + converted_item) * self._stride
         if self.max_buffer_bytes < smallest:
             raise ValueError(
                 f"max_buffer_bytes: expected at least {smallest} (one row of {self.num_columns} "
@@ -240,4 +261,4 @@ class Buffers:
         return self._converted[:rows]
 
     def _empty(self, rows: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty((rows, self._columns), dtype=dtype, device=self._device)
+        return empty_rows(rows, self._columns, dtype, self._device)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastalign.ops.head.buffers import Budget
+from fastalign.ops.head.buffers import Budget, empty_rows, padded_columns
 from fastalign.ops.head.call import HeadCall, as_results, fake_results
 from fastalign.ops.head.kl_tile import PairStatistics
 from fastalign.ops.head.linear_kl import tiled
@@ -86,7 +86,7 @@ class PairCall(NamedTuple):
         """Return the budget of the buffers: that of a head with twice the vocabulary."""
         trained = any(self.needs)
         return Budget(
-            2 * self.weight.shape[0],
+            2 * padded_columns(self.weight.shape[0], self.hidden.device.type),
             self.compute_dtype,
             self.hidden.device,
             self.max_buffer_bytes,
@@ -135,9 +135,9 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     num_rows, dtype = call.hidden.shape[0], call.compute_dtype
     saved_rows = call.budget().plan(num_rows).saved_rows
     like = call.hidden.new_empty(0, dtype=accumulation_dtype(dtype))
-    brackets = like.new_empty(
-        (2, saved_rows, call.weight.shape[0]), dtype=product_dtype(dtype, like.device.type)
-    )
+    num_columns, bracket_dtype = call.weight.shape[0], product_dtype(dtype, like.device.type)
+    rows = empty_rows(2 * saved_rows, num_columns, bracket_dtype, like.device)
+    brackets = rows.view(2, saved_rows, num_columns)
     return (*PairStatistics.empty(num_rows, like), brackets, call.new_jacobians(saved_rows))
 
 

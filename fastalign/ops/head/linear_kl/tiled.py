@@ -58,17 +58,21 @@ class PairInputs:
 
 
 class PairBuffers:
-    """Buffers of a head with twice the vocabulary, seen as two: each is (2, rows, V)."""
+    """Buffers of a head with twice the padded vocabulary, as two: each is (2, rows, V)."""
 
     def __init__(self, buffers: Buffers, num_columns: int) -> None:
         self._buffers, self._columns = buffers, num_columns
         self.backend, self.tile_rows = buffers.backend, buffers.tile_rows
         self.projects_in_place = buffers.projects_in_place
         scratch = buffers.scratch
-        self.scratch = None if scratch is None else scratch.view(4, -1, num_columns)
+        if scratch is not None:
+            rows, stride = scratch.shape[1], scratch.shape[2] // 2
+            scratch = scratch.view(4, rows, stride)[..., :num_columns]
+        self.scratch = scratch
 
     def _as_pair(self, buffer: Tensor) -> Tensor:
-        return buffer.view(2, buffer.shape[0], self._columns)
+        stride = buffer.shape[1] // 2
+        return buffer.view(2, buffer.shape[0], stride)[..., : self._columns]
 
     def new_brackets(self) -> Tensor:
         """Return an empty (2, K, V) for the brackets that the plan saves."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.head import tiled
+from fastalign.ops.head.buffers import empty_rows
 from fastalign.ops.head.call import NUM_TENSORS, HeadCall, as_results, fake_results
 from fastalign.ops.head.head_tile import Upstream
 from fastalign.ops.head.products import accumulation_dtype, product_dtype
@@ -44,7 +45,7 @@ def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
         hidden.new_empty(num_rows, dtype=dtype),
         hidden.new_empty(num_rows, dtype=dtype),
         hidden.new_empty(num_rows, dtype=torch.bool),
-        hidden.new_empty((plan.saved_rows, call.weight.shape[0]), dtype=bracket_dtype),
+        empty_rows(plan.saved_rows, call.weight.shape[0], bracket_dtype, hidden.device),
         call.new_jacobian(),
     )
 
