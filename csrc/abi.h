@@ -6,8 +6,11 @@
 // 2 float16; everything else is float32 or int64. The CPU library ends in _cpu and takes a number
 // of threads and an instruction set (-1 the best that the processor runs, 0 portable, 1 AVX2, 2
 // AVX-512). The CUDA library ends in _cuda and takes a cudaStream_t; it launches and returns.
-// Functions return 0, 1 for an instruction set that cannot be used, 2 for an unknown dtype, 3 for a
-// failed launch. Addresses are of the device's memory.
+// Functions return 0, 1 for an instruction set that cannot be used, 2 for an unknown dtype, and
+// CUDA's error, negative, where a launch failed. Addresses are of the device's memory.
+//
+// A target that is neither ignored nor one of the V columns gives a log-prob and a row of the
+// gradient that are NaN, not numbers that lie in another place.
 #pragma once
 
 #include <stdint.h>
@@ -16,7 +19,7 @@
 extern "C" {
 #endif
 
-#define FASTALIGN_ABI_VERSION 4
+#define FASTALIGN_ABI_VERSION 5
 #define FASTALIGN_EXPORT __attribute__((visibility("default")))
 
 // Declares a function of both libraries.
@@ -27,6 +30,14 @@ extern "C" {
 
 // Returns the version above, which is checked when the library is loaded.
 FASTALIGN_EXPORT int32_t fastalign_abi_version(void);
+
+// Returns 0 if the current GPU and its driver run the CUDA library's kernels, else CUDA's error,
+// negative. No kernel is launched.
+FASTALIGN_EXPORT int32_t fastalign_cuda_probe(void);
+
+// Return the name and the explanation of an error that a function of the CUDA library returned.
+FASTALIGN_EXPORT const char* fastalign_cuda_error_name(int32_t code);
+FASTALIGN_EXPORT const char* fastalign_cuda_error_string(int32_t code);
 
 // Returns 1 if this build has the instruction set and this processor runs it.
 FASTALIGN_EXPORT int32_t fastalign_cpu_isa_usable(int32_t isa);

@@ -38,7 +38,7 @@ inline Row make_row(float* x, int64_t num_columns, int64_t target, float softcap
     return row;
 }
 
-inline bool holds_target(const Row& row) { return row.target >= 0 && row.target < row.num_columns; }
+inline bool holds_target(const Row& row) { return holds(row.target, row.num_columns); }
 
 // The fused pass: the row holds u already, and may become e.
 template <bool SOFTCAP>

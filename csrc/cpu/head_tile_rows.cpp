@@ -40,12 +40,14 @@ void run_row(const HeadTile& tile, int64_t index) {
     Row row =
         make_row(tile.x + index * tile.row_stride, tile.num_columns, tile.targets[index],
                  tile.softcap, tile.logit_scale, tile.temperature ? tile.temperature[index] : 1.0f);
-    row.grad_logprob = tile.grad_logprob ? tile.grad_logprob[index] : 1.0f;
+    // NaN, and so are the log-prob and the gradient, where the target is no column
+    row.grad_logprob = !holds_target(row) ? NAN : tile.grad_logprob ? tile.grad_logprob[index] : 1;
     row.grad_entropy = of_entropy ? tile.grad_entropy[index] : 0.0f;
     if (softcap) apply_softcap(row);
     row.maximum = row_maximum<Float32>(row.x, row.num_columns);
     typedef InPlace<false> Reading;
-    const float shifted = (row.x[row.target] - row.maximum) * row.gain;
+    const float at_target = holds_target(row) ? row.x[row.target] : NAN;
+    const float shifted = (at_target - row.maximum) * row.gain;
     const bool keep = tile.gradient && !softcap && !of_entropy;
     if (tile.entropy || of_entropy) {
         keep ? read_sums<Reading, true, true>(row) : read_sums<Reading, false, true>(row);

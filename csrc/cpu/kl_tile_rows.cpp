@@ -48,7 +48,8 @@ void write_gradients(const KLTile& tile, const Row& row, const Divergence& found
     // 1 - p from the log-prob: exact where p is near 1
     const float rest = static_cast<float>(-std::expm1(row.logprob));
     const float offset = static_cast<float>(found.entropy - std::log(found.policy_total));
-    const float g = BRACKETS ? 1.0f : tile.grad_logprob[index];
+    const bool inside = holds(row.target, row.num_columns);
+    const float g = !inside ? NAN : BRACKETS ? 1.0f : tile.grad_logprob[index];
     const float e = BRACKETS ? 0.0f : tile.grad_entropy[index];
     const float of_upstream = BRACKETS ? 1.0f : tile.grad_kl[index];
     const float k = found.infinite() && of_upstream != 0 ? NAN : of_upstream;
@@ -64,16 +65,17 @@ void write_gradients(const KLTile& tile, const Row& row, const Divergence& found
             const Float u = load_count<Float32>(row.policy + column, count);
             slope = row.slope * (1.0f - u * u);
         }
-        if (BRACKETS) return Written{of_logprob * slope, of_kl * (slope * k)};
+        if (BRACKETS) return Written{g * of_logprob * slope, of_kl * (slope * k)};
         return Written{(g * of_logprob + k * of_kl - e * p * (at.policy + offset)) * slope, slope};
     };
-    const Written target = compute(row.target, int64_t{1}, true);  // before it is overwritten
+    Written target{};  // computed before it is overwritten
+    if (inside) target = compute(row.target, int64_t{1}, true);
     visit_vectors(0, row.num_columns, [&](int64_t column, auto count) {
         const Written written = compute(column, count, false);
         store_count<Type>(first + column, written.first, count);
         if (BRACKETS) store_count<Type>(second + column, written.second, count);
     });
-    store_count<Type>(first + row.target, target.first, 1);
+    if (inside) store_count<Type>(first + row.target, target.first, 1);
 }
 
 void write_zeros(const KLTile& tile, int64_t index) {
@@ -106,8 +108,12 @@ void run_row(const KLTile& tile, int64_t index) {
     row.reference_maximum = row_maximum<Float32>(row.reference, row.num_columns);
     const Divergence found = read_divergence<OVER_REFERENCE>(
         row.num_columns, [&](int64_t column, auto count) { return row.read(column, count); });
-    const float shifted = (row.policy[row.target] - row.policy_maximum) * row.gain;
-    const float reference_shifted = (row.reference[row.target] - row.reference_maximum) * row.gain;
+    // a number from another row would look like a log-prob
+    const bool inside = holds(row.target, row.num_columns);
+    const float z = inside ? row.policy[row.target] : NAN;
+    const float r = inside ? row.reference[row.target] : NAN;
+    const float shifted = (z - row.policy_maximum) * row.gain;
+    const float reference_shifted = (r - row.reference_maximum) * row.gain;
     row.logprob = shifted - std::log(found.policy_total);
     tile.logprob[index] = static_cast<float>(row.logprob);
     tile.reference_logprob[index] =

@@ -54,7 +54,9 @@ void forward_row(const Rows& rows, int64_t index) {
         rows.logprob[index] = rows.entropy[index] = 0;
         return;
     }
-    const float u = transform.u(load_count<Type>(row + target, 1))[0];
+    // a number from another row would look like a log-prob
+    const bool inside = holds(target, rows.num_columns);
+    const float u = inside ? transform.u(load_count<Type>(row + target, 1))[0] : NAN;
     const float entropy = static_cast<float>(log_total - weighted / total);
     rows.logprob[index] = static_cast<float>((u - maximum) * transform.gain - log_total);
     rows.entropy[index] = entropy < 0 ? 0 : entropy;
@@ -72,7 +74,8 @@ void backward_row(const Rows& rows, int64_t index) {
     }
     const Transform transform(rows, index);
     const float maximum = rows.maximum[index], log_total = rows.log_total[index];
-    const float g = rows.grad_logprob[index], entropy = rows.entropy[index];
+    const bool inside = holds(target, rows.num_columns);
+    const float g = inside ? rows.grad_logprob[index] : NAN, entropy = rows.entropy[index];
     const float e = rows.grad_entropy ? rows.grad_entropy[index] : 0.0f;
     // 1 - p from the log-prob: exact where p is near 1
     const float rest = -std::expm1(rows.logprob[index]);
@@ -87,7 +90,7 @@ void backward_row(const Rows& rows, int64_t index) {
     };
     visit_vectors(0, rows.num_columns,
                   [&](int64_t column, auto count) { write(column, count, false); });
-    write(target, int64_t{1}, true);
+    if (inside) write(target, int64_t{1}, true);
 }
 
 }  // namespace

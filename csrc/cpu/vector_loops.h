@@ -12,6 +12,11 @@ namespace FASTALIGN_ISA {
 
 typedef std::integral_constant<int64_t, WIDTH> WholeVector;
 
+// True if a target is a column of the row.
+inline bool holds(int64_t target, int64_t num_columns) {
+    return target >= 0 && target < num_columns;
+}
+
 // Calls visit(column, count) for whole vectors, whose count the compiler knows, and for the rest.
 template <typename Visit>
 inline void visit_vectors(int64_t start, int64_t stop, const Visit& visit) {

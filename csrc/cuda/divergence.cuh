@@ -5,9 +5,9 @@
 #include <cuda_runtime.h>
 #include <math_constants.h>
 
-namespace fastalign {
+#include "reduce.cuh"
 
-constexpr float LOWEST = -1e30f;  // stands for a banned token's logit less the largest
+namespace fastalign {
 
 __device__ inline float bounded(float shifted) {
     return shifted < LOWEST ? LOWEST : shifted;  // fmaxf would swallow a NaN

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "../abi.h"
+#include "launch.cuh"
 
 namespace {
 
@@ -133,5 +134,5 @@ int32_t fastalign_gae_cuda(const float* reward, const float* value, const int64_
                              advantage, returns, aligned};
     gae_kernel<<<static_cast<unsigned>(num_responses), THREADS, 0,
                  static_cast<cudaStream_t>(stream)>>>(given);
-    return cudaGetLastError() == cudaSuccess ? 0 : 3;
+    return fastalign::launched();
 }

@@ -4,6 +4,7 @@
 
 #include <cuda_bf16.h>
 
+#include "launch.cuh"
 #include "reduce.cuh"
 #include "row_gradient.cuh"
 
@@ -37,7 +38,7 @@ __device__ inline void store_piece(float* to, int count, const float* values) {
 
 template <bool ALIGNED>
 __device__ inline void store_piece(__nv_bfloat16* to, int count, const float* values) {
-    __nv_bfloat162 pairs[PIECE / 2];
+    alignas(16) __nv_bfloat162 pairs[PIECE / 2];
 #pragma unroll
     for (int i = 0; i < PIECE / 2; ++i)
         pairs[i] = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
@@ -51,38 +52,51 @@ __device__ inline void store_piece(__nv_bfloat16* to, int count, const float* va
         if (i < count) to[i] = rounded[i];
 }
 
+// Calls visit(column, count) on this thread's pieces of a row: PIECE columns, a constant for the
+// compiler, and at the row's end fewer.
+template <typename Visit>
+__device__ inline void for_each_tile_piece(int64_t num_columns, const Visit& visit) {
+    int64_t column = threadIdx.x * PIECE;
+    for (; column + PIECE <= num_columns; column += THREADS * PIECE) visit(column, PIECE);
+    if (column < num_columns) visit(column, static_cast<int>(num_columns - column));
+}
+
+// Loads a piece as u, -inf behind the row's end.
+template <bool ALIGNED>
+__device__ inline void load_u(const float* from, int count, const RowTransform& transform,
+                              float (&u)[PIECE]) {
+    load_piece<ALIGNED>(from, count, 0.0f, u);
+#pragma unroll
+    for (int i = 0; i < PIECE; ++i) u[i] = i < count ? transform.u(u[i]) : -CUDART_INF_F;
+}
+
 // Of z, but for the maximum, which is that of u: the target's u less it is exactly 0 where it is
 // it.
 template <bool ALIGNED>
 __device__ Softmax read_statistics(const float* row, int64_t num_columns,
                                    const RowTransform& transform) {
+    const float scale = transform.gain * LOG2_E;
     Softmax mine = Softmax::empty();
-    for (int64_t column = threadIdx.x * PIECE; column < num_columns; column += THREADS * PIECE) {
-        const int count = num_columns - column < PIECE ? num_columns - column : PIECE;
-        alignas(16) float x[PIECE];
-        load_piece<ALIGNED>(row + column, count, 0.0f, x);
-#pragma unroll
-        for (int i = 0; i < PIECE; ++i) {
-            if (i >= count) continue;
-            mine.add(transform.u(x[i]), transform.gain);
-        }
-    }
-    return reduce_block<THREADS>(mine, transform.gain);
+    for_each_tile_piece(num_columns, [&](int64_t column, int count) {
+        alignas(16) float u[PIECE];
+        load_u<ALIGNED>(row + column, count, transform, u);
+        mine.add(u, scale);
+    });
+    return reduce_block<THREADS>(mine, scale);
 }
 
 template <typename T, bool ALIGNED>
 __device__ void write_gradient(const float* row, T* gradient, int64_t num_columns,
                                const RowTransform& transform, const RowGradient& known) {
     const float rest = known.rest();
-    for (int64_t column = threadIdx.x * PIECE; column < num_columns; column += THREADS * PIECE) {
-        const int count = num_columns - column < PIECE ? num_columns - column : PIECE;
+    for_each_tile_piece(num_columns, [&](int64_t column, int count) {
         alignas(16) float values[PIECE];
         load_piece<ALIGNED>(row + column, count, 0.0f, values);
 #pragma unroll
         for (int i = 0; i < PIECE; ++i)
             values[i] = known.by_product(transform, transform.u(values[i]), column + i, rest);
         store_piece<ALIGNED>(gradient + column, count, values);
-    }
+    });
 }
 
 // Whether rows begin at 16-byte boundaries.

@@ -32,10 +32,6 @@ struct TileGradient {
     const float *grad_logprob, *grad_entropy;
 };
 
-__device__ inline bool holds(int64_t target, int64_t num_columns) {
-    return target >= 0 && target < num_columns;
-}
-
 template <bool ALIGNED>
 __global__ void __launch_bounds__(THREADS)
     head_tile_statistics_kernel(SplitTile tile, TileStatistics found) {
@@ -48,7 +44,7 @@ __global__ void __launch_bounds__(THREADS)
     const int64_t target = tile.targets[index];
     found.maximum[index] = ignored ? 0.0f : all.maximum;
     found.total[index] = ignored ? 0.0f : all.total;
-    if (found.weighted) found.weighted[index] = ignored ? 0.0f : all.weighted;
+    if (found.weighted) found.weighted[index] = ignored ? 0.0f : all.natural_weighted();
     found.target_u[index] =
         ignored || !holds(target, tile.num_columns) ? 0.0f : transform.u(row[target]);
 }
@@ -86,7 +82,7 @@ int32_t launch_gradient(const SplitTile& tile, const TileGradient& wanted, int64
     } else {
         head_tile_gradient_kernel<T, false><<<blocks, THREADS, 0, stream>>>(tile, wanted);
     }
-    return cudaGetLastError() == cudaSuccess ? 0 : 3;
+    return launched();
 }
 
 }  // namespace
@@ -107,7 +103,7 @@ int32_t fastalign_head_tile_statistics_cuda(const float* x, int64_t num_rows, in
     } else {
         head_tile_statistics_kernel<false><<<blocks, THREADS, 0, queue>>>(tile, found);
     }
-    return cudaGetLastError() == cudaSuccess ? 0 : 3;
+    return launched();
 }
 
 int32_t fastalign_head_tile_gradient_cuda(float* x, int64_t num_rows, int64_t num_columns,

@@ -4,6 +4,7 @@
 #include <math_constants.h>
 
 #include "../abi.h"
+#include "launch.cuh"
 
 namespace {
 
@@ -111,8 +112,6 @@ __global__ void __launch_bounds__(THREADS)
     }
 }
 
-int32_t launched() { return cudaGetLastError() == cudaSuccess ? 0 : 3; }
-
 }  // namespace
 
 int32_t fastalign_kl_penalty_forward_cuda(const float* logprob, const float* reference_logprob,
@@ -127,7 +126,7 @@ int32_t fastalign_kl_penalty_forward_cuda(const float* logprob, const float* ref
     forward_kernel<<<static_cast<unsigned>(num_responses), THREADS, 0,
                      static_cast<cudaStream_t>(stream)>>>(
         tokens, score, coefficient, adaptive_coefficient, reward, kl, sequence_kl);
-    return launched();
+    return fastalign::launched();
 }
 
 int32_t fastalign_kl_penalty_backward_cuda(const float* grad_kl, const float* grad_sequence_kl,
@@ -141,5 +140,5 @@ int32_t fastalign_kl_penalty_backward_cuda(const float* grad_kl, const float* gr
     backward_kernel<<<static_cast<unsigned>(num_responses), THREADS, 0,
                       static_cast<cudaStream_t>(stream)>>>(tokens, grad_kl, grad_sequence_kl,
                                                            gradient);
-    return launched();
+    return fastalign::launched();
 }

@@ -2,6 +2,7 @@
 // second-level cache where they still may be, for the gradients; one write.
 #include "../abi.h"
 #include "divergence.cuh"
+#include "launch.cuh"
 #include "pair_pieces.cuh"
 #include "row_gradient.cuh"
 
@@ -47,6 +48,7 @@ struct RowGradient {
           rest(-expm1f(logprob)),  // 1 - p: exact where p is near 1
           log_p_offset(entropy - logf(all.total)),
           target(tile.targets[index]) {
+        if (!fastalign::holds(target, tile.num_columns)) g = CUDART_NAN_F;
         if (isinf(all.kl()) && k != 0.0f) k = CUDART_NAN_F;
     }
 
@@ -60,7 +62,7 @@ struct RowGradient {
             OVER_REFERENCE ? (exponential - expf(t) * ratio) * scale : p * ((s - t) - mean);
         const float of_logprob = column == target ? rest : -p;
         *second = k * of_kl;
-        *first = of_logprob;
+        *first = g * of_logprob;
         if (!BRACKETS) *first = g * of_logprob + *second - e * p * (s + log_p_offset);
     }
 };
@@ -71,10 +73,11 @@ __device__ void write_gradients(const KLTile& tile, const RowTransform& transfor
                                 int64_t index, bool ignored) {
     const float* policy = tile.policy + index * tile.row_stride;
     const float* reference = tile.reference + index * tile.row_stride;
+    const bool aligned = fastalign::aligned(policy) && fastalign::aligned(reference);
     T* first = static_cast<T*>(tile.gradient) + index * tile.gradient_stride;
     T* second = static_cast<T*>(tile.kl_gradient) + index * tile.gradient_stride;
-    fastalign::for_each_pair_piece<THREADS>(
-        policy, reference, tile.num_columns, [&](int64_t column, auto columns) {
+    fastalign::for_each_fixed_piece<THREADS>(
+        aligned, tile.num_columns, [&](int64_t column, auto columns) {
             constexpr int COUNT = decltype(columns)::count;
             float x[COUNT], y[COUNT];
             fastalign::load_columns<COUNT>(policy + column, x);
@@ -101,8 +104,9 @@ __global__ void __launch_bounds__(THREADS) kl_tile_kernel(KLTile tile) {
         fastalign::row_transform(tile.softcap, tile.logit_scale, tile.temperature, index);
     const bool ignored = tile.ignored[index];
     auto mine = fastalign::Divergence<OVER_REFERENCE>::empty();
-    fastalign::for_each_pair_piece<THREADS>(
-        policy, reference, num_columns, [&](int64_t column, auto columns) {
+    const bool aligned = fastalign::aligned(policy) && fastalign::aligned(reference);
+    fastalign::for_each_fixed_piece<THREADS>(
+        aligned, num_columns, [&](int64_t column, auto columns) {
             constexpr int COUNT = decltype(columns)::count;
             float x[COUNT], y[COUNT];
             fastalign::load_columns<COUNT>(policy + column, x);
@@ -115,7 +119,10 @@ __global__ void __launch_bounds__(THREADS) kl_tile_kernel(KLTile tile) {
     const int64_t target = tile.targets[index];
     const float log_total = logf(all.total), found = log_total - all.weighted / all.total;
     const float entropy = found < 0.0f ? 0.0f : found;
-    const float u = transform.u(policy[target]), v = transform.u(reference[target]);
+    // a number from another row would look like a log-prob
+    const bool inside = fastalign::holds(target, num_columns);
+    const float u = inside ? transform.u(policy[target]) : CUDART_NAN_F;
+    const float v = inside ? transform.u(reference[target]) : CUDART_NAN_F;
     const float logprob = (u - all.maximum) * transform.gain - log_total;
     if (threadIdx.x == 0) {
         const float reference_logprob =
@@ -144,7 +151,7 @@ int32_t launch(const KLTile& tile, int64_t num_rows, bool over_reference, cudaSt
     } else {
         kl_tile_kernel<T, false><<<blocks, THREADS, 0, stream>>>(tile);
     }
-    return cudaGetLastError() == cudaSuccess ? 0 : 3;
+    return fastalign::launched();
 }
 
 }  // namespace

@@ -37,6 +37,20 @@ __device__ void for_each_pair_piece(const A* first, const B* second, int64_t num
     if (tail < num_columns) visit(tail, Columns<1>{});
 }
 
+// The same for rows that begin at multiples of 16 bytes, if `aligned` says so. A thread has the
+// same columns in any case, so equal rows give equal bits wherever they lie.
+template <int THREADS, typename Visit>
+__device__ void for_each_fixed_piece(bool aligned, int64_t num_columns, const Visit& visit) {
+    for (int64_t column = threadIdx.x * PIECE; column < num_columns; column += THREADS * PIECE) {
+        const int64_t rest = num_columns - column;
+        if (aligned && rest >= PIECE) {
+            visit(column, Columns<PIECE>{});
+        } else {
+            for (int i = 0; i < PIECE && i < rest; ++i) visit(column + i, Columns<1>{});
+        }
+    }
+}
+
 // COUNT values, from an aligned place unless COUNT is 1.
 template <int COUNT, typename T>
 __device__ inline void load_columns(const T* from, float* values) {

@@ -2,6 +2,7 @@
 // thread then computes the pair's loss. Sums are in double and always in the same order.
 #include "../abi.h"
 #include "../preference_pair.h"
+#include "launch.cuh"
 #include "pieces.cuh"
 
 namespace {
@@ -90,7 +91,7 @@ int32_t fastalign_preference_loss_forward_cuda(
     forward_kernel<<<static_cast<unsigned>(num_pairs), THREADS, 0,
                      static_cast<cudaStream_t>(stream)>>>(pairs, formula, losses, sequence_logprob,
                                                           coefficient);
-    return cudaGetLastError() == cudaSuccess ? 0 : 3;
+    return fastalign::launched();
 }
 
 int32_t fastalign_preference_loss_backward_cuda(const float* grad_losses,
@@ -101,5 +102,5 @@ int32_t fastalign_preference_loss_backward_cuda(const float* grad_losses,
     backward_kernel<<<static_cast<unsigned>(num_pairs), THREADS, 0,
                       static_cast<cudaStream_t>(stream)>>>(grad_losses, grad_sequence_logprob,
                                                            coefficient, bounds, gradient);
-    return cudaGetLastError() == cudaSuccess ? 0 : 3;
+    return fastalign::launched();
 }

@@ -6,6 +6,11 @@
 
 namespace fastalign {
 
+// True if a target is a column of the row.
+__device__ inline bool holds(int64_t target, int64_t num_columns) {
+    return target >= 0 && target < num_columns;
+}
+
 struct RowTransform {
     float cap_scale, gain, slope;  // u = tanh(cap_scale x) or x; z = gain u; slope: dz / dx by u
     bool softcap;

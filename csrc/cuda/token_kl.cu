@@ -1,6 +1,7 @@
 // token_kl on CUDA: a block a row; one read of both sides forward, one read and one write backward.
 #include "../abi.h"
 #include "divergence.cuh"
+#include "launch.cuh"
 #include "pair_pieces.cuh"
 #include "row_gradient.cuh"
 
@@ -141,7 +142,7 @@ int32_t launch_for(const KLRows& rows, const Places& places, cudaStream_t stream
         default:
             return 2;
     }
-    return cudaGetLastError() == cudaSuccess ? 0 : 3;
+    return fastalign::launched();
 }
 
 template <typename Places>

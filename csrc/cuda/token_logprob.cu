@@ -1,6 +1,7 @@
 // token_logprob on CUDA: a block a row, 16-byte accesses, one read forward, one read and one write
 // backward.
 #include "../abi.h"
+#include "launch.cuh"
 #include "pieces.cuh"
 #include "reduce.cuh"
 #include "row_gradient.cuh"
@@ -42,22 +43,29 @@ __global__ void __launch_bounds__(THREADS) forward_kernel(const T* logits, Rows 
     const int64_t index = blockIdx.x;
     const T* row = logits + index * rows.row_stride;
     const RowTransform transform = rows.transform(index);
+    const float scale = transform.gain * fastalign::LOG2_E;
     Softmax mine = Softmax::empty();  // the maximum is that of u
-    const auto add = [&](T x) { mine.add(transform.u(widened(x)), transform.gain); };
     fastalign::for_each_piece<THREADS>(
         row, rows.num_columns, threadIdx.x, [&](int64_t column, bool whole) {
-            if (!whole) return add(row[column]);
+            if (!whole) {
+                const float u[1] = {transform.u(widened(row[column]))};
+                return mine.add(u, scale);
+            }
             const uint4 piece = __ldcs(reinterpret_cast<const uint4*>(row + column));
             const T* values = reinterpret_cast<const T*>(&piece);
+            float u[PER_PIECE];
 #pragma unroll
-            for (int i = 0; i < PER_PIECE; ++i) add(values[i]);
+            for (int i = 0; i < PER_PIECE; ++i) u[i] = transform.u(widened(values[i]));
+            mine.add(u, scale);
         });
-    const Softmax all = fastalign::reduce_block<THREADS>(mine, transform.gain);
+    const Softmax all = fastalign::reduce_block<THREADS>(mine, scale);
     if (threadIdx.x != 0) return;
     const int64_t target = rows.targets[index];
     const bool ignored = target == rows.ignore_index;
-    const float log_total = logf(all.total), entropy = log_total - all.weighted / all.total;
-    const float u = ignored ? 0.0f : transform.u(widened(row[target]));
+    const float log_total = logf(all.total), entropy = all.entropy();
+    // a number from another row would look like a log-prob
+    const bool inside = fastalign::holds(target, rows.num_columns);
+    const float u = inside ? transform.u(widened(row[target])) : CUDART_NAN_F;
     const float logprob = (u - all.maximum) * transform.gain - log_total;
     found.logprob[index] = ignored ? 0.0f : logprob;
     found.entropy[index] = ignored || entropy < 0.0f ? 0.0f : entropy;
@@ -75,15 +83,16 @@ __global__ void __launch_bounds__(THREADS)
     const RowTransform transform = rows.transform(index);
     const int64_t target = rows.targets[index];
     const bool of_entropy = saved.grad_entropy != nullptr;
-    const RowGradient known = {target,
-                               saved.maximum[index],
-                               saved.log_total[index],
-                               saved.logprob[index],
-                               saved.entropy[index],
-                               saved.grad_logprob[index],
-                               of_entropy ? saved.grad_entropy[index] : 0.0f,
-                               of_entropy,
-                               target == rows.ignore_index};
+    const RowGradient known = {
+        target,
+        saved.maximum[index],
+        saved.log_total[index],
+        saved.logprob[index],
+        saved.entropy[index],
+        fastalign::holds(target, rows.num_columns) ? saved.grad_logprob[index] : CUDART_NAN_F,
+        of_entropy ? saved.grad_entropy[index] : 0.0f,
+        of_entropy,
+        target == rows.ignore_index};
     const float rest = known.rest();
     const auto compute = [&](float x, int64_t column) {
         return known.by_product(transform, transform.u(x), column, rest);
@@ -144,12 +153,10 @@ int32_t run(const void* logits, int32_t dtype, const Rows& rows, const Places& p
         default:
             return 2;
     }
-    return cudaGetLastError() == cudaSuccess ? 0 : 3;
+    return fastalign::launched();
 }
 
 }  // namespace
-
-int32_t fastalign_abi_version(void) { return FASTALIGN_ABI_VERSION; }
 
 int32_t fastalign_token_logprob_forward_cuda(const void* logits, int32_t dtype, int64_t num_rows,
                                              int64_t num_columns, int64_t row_stride, float softcap,

@@ -8,11 +8,12 @@ import os
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 FOLDER = Path(__file__).parents[1] / "_native"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # In the order of csrc/abi.h; -1 lets the library take the best that the processor has.
@@ -48,11 +49,45 @@ def _load(device_type: str) -> ctypes.CDLL | str:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def unusable_reason(device_type: str) -> str | None:
-    """Return why there is no library for a device type, and the remedy; None: there is one."""
+    """Return why native code cannot run on a device type, and the remedy; None: it can.
+
+    Of CUDA: on the current GPU, which is asked once. Where torch sees none, only whether there is a
+    library.
+    """
     if device_type not in _REMEDY:
         return f"there is no native code for device {device_type!r}"
     found = _load(device_type)
-    return found if isinstance(found, str) else None
+    if isinstance(found, str):
+        return found
+    if device_type == "cuda" and torch.cuda.is_available():
+        return gpu_reason(torch.cuda.current_device())
+    return None
+
+
+@lru_cache
+def gpu_reason(index: int) -> str | None:
+    """Return why a GPU cannot run the CUDA library's kernels; None: it can."""
+    library = load("cuda")
+    library.fastalign_cuda_probe.restype = ctypes.c_int32
+    with torch.cuda.device(index):
+        code = library.fastalign_cuda_probe()
+    if code == 0:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return (
+        f"the cuda library has no kernel that {torch.cuda.get_device_name(index)} and its driver "
+        f"run ({cuda_error(library, code)}); update the driver, or reinstall with "
+        f"FASTALIGN_CUDA_ARCHITECTURES={major}{minor}"
+    )
+
+
+def cuda_error(library: ctypes.CDLL, code: int) -> str:
+    """Return CUDA's name and explanation of an error that a function of a library returned."""
+    texts = []
+    for function in (library.fastalign_cuda_error_name, library.fastalign_cuda_error_string):
+        function.restype = ctypes.c_char_p
+        texts.append(function(ctypes.c_int32(code)).decode())
+    return ": ".join(texts)
 
 
 def load(device_type: str) -> ctypes.CDLL:
@@ -82,18 +117,36 @@ def address(tensor: Tensor | None) -> ctypes.c_void_p:
 Argument = ctypes.c_int32 | ctypes.c_int64 | ctypes.c_float | ctypes.c_double | ctypes.c_void_p
 
 
-def _place(device: torch.device) -> list[Argument]:
-    """Return the last arguments: on a CPU threads and instruction set, on a GPU the stream."""
+class EntryPoint(NamedTuple):
+    """A C function, its library, and the arguments that it ends with."""
+
+    function: Any
+    library: ctypes.CDLL
+    ending: list[Argument]
+
+
+def entry_point(name: str, device: torch.device) -> EntryPoint:
+    """Return fastalign_<name>_<device type>, and what tells it where to run.
+
+    That is the number of threads and the instruction set on a CPU, the current stream on a GPU.
+
+    Raises:
+        ValueError: if FASTALIGN_CPU_ISA is no name of an instruction set.
+    """
+    library = load(device.type)
+    function = getattr(library, f"fastalign_{name}_{device.type}")
     if device.type == "cuda":
-        return [ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)]
+        stream = torch.cuda.current_stream(device).cuda_stream
+        return EntryPoint(function, library, [ctypes.c_void_p(stream)])
     isa = os.environ.get("FASTALIGN_CPU_ISA", "best")
     if isa not in ISA_CODES:
         raise ValueError(f"FASTALIGN_CPU_ISA: expected one of {', '.join(ISA_CODES)}, got {isa!r}")
-    return [ctypes.c_int32(torch.get_num_threads()), ctypes.c_int32(ISA_CODES[isa])]
+    threads, code = ctypes.c_int32(torch.get_num_threads()), ctypes.c_int32(ISA_CODES[isa])
+    return EntryPoint(function, library, [threads, code])
 
 
 def call(name: str, device: torch.device, arguments: Sequence[Argument | Tensor | None]) -> None:
-    """Run fastalign_<name>_<device type>; threads and instruction set, or the stream, are added.
+    """Run fastalign_<name>_<device type>, with the arguments that `entry_point` adds.
 
     Args:
         name: name of the C function without prefix and device.
@@ -102,11 +155,14 @@ def call(name: str, device: torch.device, arguments: Sequence[Argument | Tensor 
 
     Raises:
         ValueError: if FASTALIGN_CPU_ISA names an instruction set that this processor lacks.
+        RuntimeError: if CUDA refuses the launch, with CUDA's error.
     """
-    function = getattr(load(device.type), f"fastalign_{name}_{device.type}")
+    function, library, ending = entry_point(name, device)
     function.restype = ctypes.c_int32
     passed = [address(x) if x is None or isinstance(x, Tensor) else x for x in arguments]
-    code = function(*passed, *_place(device))
+    code = function(*passed, *ending)
     if code == 1:
         raise ValueError("FASTALIGN_CPU_ISA: this processor or this build does not have it")
+    if code < 0:
+        raise RuntimeError(f"{name}: {cuda_error(library, code)}")
     assert code == 0, f"{name}: native code returned {code}"

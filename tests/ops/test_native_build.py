@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+# Sources of kernels that read rows of a vocabulary.
+OF_ROWS = {"head_tile", "head_tile_split", "kl_tile", "token_kl", "token_logprob"}
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
@@ -84,3 +86,25 @@ def test_the_cuda_sources_compile_without_spills(tmp_path: Path, source: Path) -
     assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), spills
     shared = [int(size) for size in re.findall(r"(\d+) bytes smem", done.stderr)]
     assert max(shared, default=0) <= 2048, shared  # reductions only: a few words for each warp
+    if source.stem in OF_ROWS:
+        assert_accesses_are_wide(tmp_path / "out.o")
+
+
+def assert_accesses_are_wide(compiled: Path) -> None:
+    """No local memory, and 16 bytes at a time in aligned rows, as a head's buffers have them.
+
+    In the machine code for sm_90.
+    """
+    triton = pytest.importorskip("triton")
+    dump = [triton.knobs.nvidia.cuobjdump.path, "-sass", "-arch", "sm_90", str(compiled)]
+    done = subprocess.run(dump, capture_output=True, text=True, check=True)
+    kernels = re.split(r"Function : (\S+)", done.stdout)[1:]
+    names, codes = kernels[::2], kernels[1::2]
+    assert names
+    for name, code in zip(names, codes, strict=True):
+        assert not re.search(r"\b(LDL|STL)\b", code), name
+        if "head_tile" in name and "Lb0E" in name:  # rows that are not aligned
+            continue
+        assert re.search(r"\bLDG\.\S*128\b", code), name
+        if "forward_kernel" not in name and "statistics" not in name:
+            assert re.search(r"\bSTG\.\S*128\b", code), name

@@ -163,6 +163,26 @@ def test_a_nan_stays_in_its_row(backend: str) -> None:
         assert value.isnan().tolist() == [False, True, False]
 
 
+def test_a_target_that_is_no_column_gives_nan(backend: str) -> None:
+    """The operation itself: the public function refuses such targets on a CPU, not on a GPU."""
+    logits, targets = inputs((6, 77), torch.float32)
+    strange = targets.clone()
+    strange[[2, 4, 5]] = torch.tensor([77, -1, 2**40])
+    found = []
+    for given in (targets, strange):
+        leaf = logits.clone().requires_grad_()
+        logprob, entropy, *_ = token_logprob_forward(leaf, given, None, None, -100, backend)
+        (logprob + entropy).sum().backward()
+        assert leaf.grad is not None
+        found.append((logprob.detach(), entropy.detach(), leaf.grad))
+    (logprob, entropy, gradient), (strange_logprob, strange_entropy, strange_gradient) = found
+    assert strange_logprob.isnan().tolist() == [False, False, True, False, True, True]
+    assert strange_gradient[[2, 4, 5]].isnan().all()
+    assert torch.equal(strange_entropy, entropy)
+    assert torch.equal(strange_logprob[[0, 1, 3]], logprob[[0, 1, 3]])
+    assert torch.equal(strange_gradient[[0, 1, 3]], gradient[[0, 1, 3]])
+
+
 def test_rows_need_not_be_contiguous(backend: str) -> None:
     logits, targets = inputs((6, 130), torch.float32)
     whole = run(logits[::2, 3:70].contiguous(), targets[::2] % 67, backend, Case())

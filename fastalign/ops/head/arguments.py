@@ -191,7 +191,9 @@ def check_call_on_ranks(
 
 
 def check_targets(targets: Tensor, num_columns: int, ignore_index: int) -> None:
-    """Check, on a CPU, that targets are in range; a GPU's own indexing check does it there.
+    """Check, on a CPU, that targets are in range.
+
+    A GPU would have to be waited for: there the log-prob of such a target is NaN.
 
     Raises:
         ValueError: if one is not, naming its row.

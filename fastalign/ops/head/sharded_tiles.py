@@ -96,12 +96,15 @@ class ShardReader:
         dist.all_reduce(packed, group=self._group)
         shifted, total = packed[1], packed[0].masked_fill(tile.ignored, 1.0)
         log_total = total.log()
+        # The targets of ignored rows are 0. NaN makes the row's gradient NaN on every rank.
+        outside = (tile.targets < 0) | (tile.targets >= self._shard.vocab_size)
         entropy = torch.zeros_like(total)
         if found.weighted is not None:
             # rounding may leave a sure row a hair below zero
             entropy = (log_total - packed[2] / total).clamp_(min=0.0)
             entropy.masked_fill_(tile.ignored, 0.0)
+        log_total = log_total.masked_fill(outside, torch.nan)
         logprob = (shifted - log_total).masked_fill_(tile.ignored, 0.0)
-        is_argmax = shifted.ge(0.0) & ~tile.ignored
+        is_argmax = shifted.ge(0.0) & ~(tile.ignored | outside)
         softmax = SoftmaxStatistics(maximum, log_total, entropy)
         return RowStatistics(logprob, entropy, is_argmax, softmax)

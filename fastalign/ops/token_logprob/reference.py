@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastalign.ops.target_columns import target_columns
+
 # Replaces -inf where 0 * -inf would be NaN.
 LOWEST_LOGPROB = -1e30
 
@@ -56,7 +58,7 @@ def by_logits(
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # each (T,)
     """Return log-prob, entropy, maximum of u and log sum exp(z - max z).
 
-    The first two are zeros where ignored.
+    The first two are zeros where ignored; the log-prob is NaN where the target is no column.
     """
     u, gain = transformed(inputs.logits, inputs.temperature, inputs.softcap)
     maximum = u.amax(-1)
@@ -65,7 +67,8 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # each (T
     log_total = shifted.exp().sum(-1).log()
     logprob = shifted - log_total[:, None]
     ignored = inputs.targets == inputs.ignore_index
-    picked = logprob.gather(1, inputs.targets.masked_fill(ignored, 0)[:, None])[:, 0]
+    columns, factor = target_columns(inputs.targets, ignored, u.shape[1], u.dtype)
+    picked = (logprob.gather(1, columns) * factor)[:, 0]
     entropy = -(logprob.exp() * logprob.clamp(min=LOWEST_LOGPROB)).sum(-1)
     picked, entropy = picked.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0)
     return picked, entropy, maximum, log_total
@@ -82,17 +85,19 @@ def backward(
 ) -> Tensor:  # (T, V), the logits' dtype
     """Return the gradient of the logits.
 
-    d logprob / d z_v = 1[v = y] - p_v;  d entropy / d z_v = -p_v (log p_v + entropy).
+    d logprob / d z_v = 1[v = y] - p_v;  d entropy / d z_v = -p_v (log p_v + entropy). A row whose
+    target is no column is NaN.
     """
     logits, targets, temperature, softcap, ignore_index, _ = inputs
     u, gain = transformed(logits, temperature, softcap)
     log_p = (u - maximum[:, None]) * gain - log_total[:, None]
     p = log_p.exp()
     ignored = (targets == ignore_index)[:, None]
-    gradient = -grad_logprob[:, None] * p
+    columns, factor = target_columns(targets, ignored[:, 0], u.shape[1], u.dtype)
+    g = grad_logprob[:, None] * factor
     # 1 - p from the log-prob: exact where p is near 1
-    at_target = -torch.expm1(logprob) * grad_logprob
-    gradient.scatter_(1, targets.masked_fill(ignored[:, 0], 0)[:, None], at_target[:, None])
+    at_target = -torch.expm1(logprob)[:, None] * g
+    gradient = (-g * p).scatter_(1, columns, at_target)
     if grad_entropy is not None:
         bracket = log_p.clamp(min=LOWEST_LOGPROB) + entropy[:, None]
         gradient = gradient - grad_entropy[:, None] * p * bracket

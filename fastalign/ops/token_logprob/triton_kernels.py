@@ -46,8 +46,9 @@ def token_logprob_fwd_kernel(
     m, total, weighted = row_sums(logits_ptr, num_columns, cap_scale, gain, HAS_SOFTCAP, BLOCK)
     log_total = tl.log(total)
     ignored = target == ignore_index
-    # An ignored target is no column, so its row reads column 0 and discards it.
-    x = tl.load(logits_ptr + tl.where(ignored, 0, target)).to(tl.float32)
+    # NaN where the target is no column; where it is ignored that is discarded.
+    inside = (target >= 0) & (target < num_columns)
+    x = tl.load(logits_ptr + target, mask=inside, other=float("nan")).to(tl.float32)
     logprob = (u_of(x, cap_scale, HAS_SOFTCAP) - m) * gain - log_total
     entropy = log_total - weighted / total
     # Rounding may leave it slightly below zero; tl.maximum would drop a NaN.
@@ -91,6 +92,8 @@ def token_logprob_bwd_kernel(
     e = 0.0
     if HAS_GRAD_ENTROPY:
         e = tl.load(grad_entropy_ptr + row)
+    inside = (target >= 0) & (target < num_columns)
+    g = tl.where(inside, tl.load(grad_logprob_ptr + row), float("nan"))
     write_gradient(
         logits_ptr + row * row_stride,
         gradient_ptr + row * num_columns,
@@ -99,7 +102,7 @@ def token_logprob_bwd_kernel(
         target != ignore_index,
         row_transform(row, temperature_ptr, softcap, 1.0, HAS_TEMPERATURE, HAS_SOFTCAP),
         known,
-        (tl.load(grad_logprob_ptr + row), e),
+        (g, e),
         HAS_SOFTCAP,
         HAS_GRAD_ENTROPY,
         BLOCK,

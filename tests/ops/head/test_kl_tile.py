@@ -194,6 +194,28 @@ def test_strided_tiles_and_what_lies_beside_them(backend: str) -> None:
 
 
 @pytest.mark.parametrize("combined", [False, True])
+def test_a_target_that_is_no_column_gives_nan(backend: str, combined: bool) -> None:
+    tiles, targets, ignored = products(6, 45)
+    transform, strange = transform_of("plain", 6), targets.clone()
+    strange[[1, 3]] = torch.tensor([45, -1])
+    others = [0, 2, 4, 5]
+    arguments = (ignored, transform, False, backend)
+    expected, expected_place = run(tiles.clone(), targets, *arguments, combined=combined)
+    read, place = run(tiles.clone(), strange, *arguments, combined=combined)
+    for logprob in (read.logprob, read.reference_logprob):
+        assert logprob.isnan().tolist() == [False, True, False, True, False, False]
+    assert torch.equal(read.kl, expected.kl)
+    assert torch.equal(read.entropy, expected.entropy)
+    by_logprob, expected_by_logprob = (
+        (place, expected_place) if combined else (place[0], expected_place[0])
+    )
+    assert by_logprob[[1, 3]].isnan().all()
+    assert torch.equal(by_logprob[others], expected_by_logprob[others])
+    if not combined:
+        assert torch.equal(place[1], expected_place[1])
+
+
+@pytest.mark.parametrize("combined", [False, True])
 def test_an_ignored_row_may_hold_anything(backend: str, combined: bool) -> None:
     tiles, targets, ignored = products(6, 45)
     tiles[0, 2], tiles[1, 2, 5:] = torch.nan, -torch.inf

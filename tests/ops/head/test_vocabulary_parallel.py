@@ -12,6 +12,8 @@ from torch import Tensor
 
 from fastalign import VocabularyShard, linear_logprob
 from fastalign.ops.head import buffers as linear_buffers
+from fastalign.ops.head.head_tile import HeadTransform, Tile
+from fastalign.ops.head.sharded_tiles import ShardReader
 from tests.ops.head import vocabulary_parallel_worker
 from tests.ops.head.linear_logprob.linear_logprob_cases import (
     EAGER,
@@ -190,3 +192,19 @@ def test_no_rows_and_no_look_at_free_memory(
     assert logprob.shape == (0,)
     assert weight.grad is not None
     assert not weight.grad.any()
+
+
+def test_a_target_that_no_shard_has_gives_nan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: None)  # one rank's sums are the whole
+    products = torch.randn(4, 45, generator=torch.Generator().manual_seed(0))
+    targets, ignored = torch.tensor([3, 45, -1, 0]), torch.tensor([False, False, False, True])
+    tile = Tile(products, targets, ignored, HeadTransform())
+    plan = linear_buffers.Plan(tile_rows=4, scratch_rows=4, saved_rows=0)
+    buffers = linear_buffers.Buffers(plan, 45, torch.float32, products.device, "torch")
+    reader, bracket = ShardReader(VocabularyShard(None, 0, 45, 45)), torch.empty(4, 45)
+    read = reader.read(tile, buffers, bracket, with_entropy=True)
+    assert read.logprob.isnan().tolist() == [False, True, True, False]
+    assert bracket.isnan().all(1).tolist() == [False, True, True, False]
+    assert bracket[[0, 3]].isfinite().all()
+    assert read.entropy.isfinite().all()
+    assert not read.is_argmax[1:].any()

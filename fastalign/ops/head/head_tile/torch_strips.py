@@ -6,7 +6,7 @@ Legend: C tile rows, S strip rows, V the columns here.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from fastalign.ops.head.head_tile.tile import (
     TileStatistics,
     Upstream,
 )
+from fastalign.ops.target_columns import target_columns
 
 # A strip and its two scratch copies should stay in a CPU core's cache; a GPU wants few launches.
 STRIP_ELEMENTS = {"cpu": 2**17, "cuda": 2**24}
@@ -63,9 +64,10 @@ def _read_strip(
 ) -> RowStatistics:
     """Read one strip; `upstream` holds columns (S, 1)."""
     shifted, exponential = scratch[0], scratch[1]
-    target, ignored = tile.targets[:, None], tile.ignored[:, None]
+    ignored, num_columns = tile.ignored[:, None], tile.products.shape[1]
+    target, factor = target_columns(tile.targets, tile.ignored, num_columns, shifted.dtype)
     shifted_logits(tile.products, tile.transform, out=shifted)
-    target_logit = shifted.gather(1, target)
+    target_logit = shifted.gather(1, target) * factor
     torch.exp(shifted, out=exponential)
     total = exponential.sum(dim=1, keepdim=True)
     log_sum = total.log()
@@ -73,7 +75,9 @@ def _read_strip(
     shifted.clamp_(min=LOWEST_SHIFTED_LOGIT).mul_(exponential)
     entropy = log_sum - shifted.sum(dim=1, keepdim=True) / total
     if gradient is not None:
-        softmax = StripSoftmax(total, log_sum, logprob, entropy)
+        # a total that is NaN makes the whole row NaN
+        softmax = StripSoftmax(total * factor, log_sum, logprob, entropy)
+        tile = replace(tile, targets=target.squeeze(1))
         _write_gradient(tile, scratch, softmax, gradient, upstream)
     return RowStatistics(
         logprob.masked_fill_(ignored, 0.0).squeeze(1),

@@ -57,7 +57,9 @@ def head_tile_kernel(
     entropy = log_total - weighted / total
     entropy = tl.where(entropy < 0.0, 0.0, entropy)
     target = tl.load(targets_ptr + row)
-    shifted = (u_of(tl.load(x_ptr + target), cap_scale, HAS_SOFTCAP) - m) * gain
+    inside = (target >= 0) & (target < num_columns)
+    x = tl.load(x_ptr + target, mask=inside, other=float("nan"))
+    shifted = (u_of(x, cap_scale, HAS_SOFTCAP) - m) * gain
     logprob = shifted - log_total
     tl.store(logprob_ptr + row, tl.where(is_target, logprob, 0.0))
     tl.store(entropy_ptr + row, tl.where(is_target, entropy, 0.0))
@@ -68,6 +70,7 @@ def head_tile_kernel(
             g = tl.load(grad_logprob_ptr + row)
         if HAS_GRAD_ENTROPY:
             e = tl.load(grad_entropy_ptr + row)
+        g = tl.where(inside, g, float("nan"))
         write_gradient(
             x_ptr,
             gradient_ptr + row * gradient_stride,

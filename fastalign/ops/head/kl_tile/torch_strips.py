@@ -15,6 +15,7 @@ from fastalign.ops.head.head_tile.torch_strips import (
     strips,
 )
 from fastalign.ops.head.kl_tile.statistics import PairStatistics, PairUpstream
+from fastalign.ops.target_columns import target_columns
 
 # A larger difference of two shifted logits means that one is a banned token's.
 BANNED_DIFFERENCE = -0.5 * LOWEST_SHIFTED_LOGIT
@@ -45,8 +46,12 @@ class _Strip:
     """A strip's statistics, each (S, 1); what its gradients are made from is in the scratch."""
 
     def __init__(self, tile: Tile, over_reference: bool, scratch: Tensor) -> None:
-        products, target, transform = tile.products, tile.targets[:, None], tile.transform
-        self._products, self._target, self._transform = products, target, transform
+        products, transform = tile.products, tile.transform
+        target, factor = target_columns(
+            tile.targets, tile.ignored, products.shape[2], products.dtype
+        )
+        self._products, self._transform = products, transform
+        self._target, self._factor = target, factor
         self._ignored, self._over_reference = tile.ignored[:, None], over_reference
         shifted, difference, p, q = scratch
         shifted_logits(products[0], transform, out=shifted)
@@ -55,8 +60,9 @@ class _Strip:
         torch.exp(difference, out=q)
         self._total, self._reference_total = p.sum(1, keepdim=True), q.sum(1, keepdim=True)
         self._log_total = self._total.log()
-        self._logprob = shifted.gather(1, target) - self._log_total
-        self._reference_logprob = difference.gather(1, target) - self._reference_total.log()
+        self._logprob = shifted.gather(1, target) * factor - self._log_total
+        reference_logit = difference.gather(1, target) * factor
+        self._reference_logprob = reference_logit - self._reference_total.log()
         shifted.clamp_(min=LOWEST_SHIFTED_LOGIT)
         difference.clamp_(min=LOWEST_SHIFTED_LOGIT).neg_().add_(shifted)
         # reuse the reference's products as scratch: they have been consumed
@@ -107,7 +113,7 @@ class _Strip:
         """Write the derivatives of log-prob and KL by the products."""
         slope = self._transform.slope(self._p)
         of_kl = self._kl_bracket(slope)
-        of_logprob = self._p.mul_(-slope / self._total)
+        of_logprob = self._p.mul_(-slope * self._factor / self._total)
         of_logprob.scatter_(1, self._target, -torch.expm1(self._logprob) * slope)
         tanh_slope = self._tanh_slope()
         for value in (of_logprob, of_kl):
@@ -122,6 +128,7 @@ class _Strip:
         """Write the derivative by the products of upstream's combination of the statistics."""
         slope = self._transform.slope(self._p)
         g, e, k = (values[:, None].to(self._p.dtype) * slope for values in upstream)
+        g = g * self._factor
         result = self._kl_bracket(k)
         p, log_p_plus_entropy = self._p, self._shifted.add_(self._entropy - self._log_total)
         p.div_(self._total)

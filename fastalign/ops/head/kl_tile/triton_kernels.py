@@ -28,6 +28,12 @@ def _store(pointers, value, is_target, mask=None):
 
 
 @triton.jit
+def _logprob(x, m, total, cap_scale, gain, HAS_SOFTCAP: tl.constexpr):
+    """Return the log-prob of a target's product x, NaN if that is NaN."""
+    return (u_of(x, cap_scale, HAS_SOFTCAP) - m) * gain - tl.log(total)
+
+
+@triton.jit
 def _kl_bracket(s, t, total, reference_total, mean, OVER_REFERENCE: tl.constexpr):
     """Return the policy's p, and the derivative of the KL by z."""
     scale = 1.0 / total
@@ -79,16 +85,17 @@ def kl_tile_kernel(
     reference_ptr += row * row_stride
     target = tl.load(targets_ptr + row)
     # read before the reductions, whose barriers keep any warp from overwriting them first
-    policy_x, reference_x = tl.load(policy_ptr + target), tl.load(reference_ptr + target)
+    has_column, nan = (target >= 0) & (target < num_columns), float("nan")
+    policy_x = tl.load(policy_ptr + target, mask=has_column, other=nan)
+    reference_x = tl.load(reference_ptr + target, mask=has_column, other=nan)
     m, total, weighted, n, reference_total, cross, largest = pair_sums(
         policy_ptr, reference_ptr, num_columns, cap_scale, gain, OVER_REFERENCE, HAS_SOFTCAP, BLOCK
     )
     mean, kl = divergence(total, reference_total, cross, largest, OVER_REFERENCE)
     entropy = tl.log(total) - weighted / total
     entropy = tl.where(entropy < 0.0, 0.0, entropy)
-    logprob = (u_of(policy_x, cap_scale, HAS_SOFTCAP) - m) * gain - tl.log(total)
-    reference_logprob = (u_of(reference_x, cap_scale, HAS_SOFTCAP) - n) * gain
-    reference_logprob -= tl.log(reference_total)
+    logprob = _logprob(policy_x, m, total, cap_scale, gain, HAS_SOFTCAP)
+    reference_logprob = _logprob(reference_x, n, reference_total, cap_scale, gain, HAS_SOFTCAP)
     _store(logprob_ptr + row, logprob, is_target)
     _store(reference_logprob_ptr + row, reference_logprob, is_target)
     _store(entropy_ptr + row, entropy, is_target)
@@ -98,7 +105,8 @@ def kl_tile_kernel(
         if not BRACKETS:
             g, e = tl.load(grad_logprob_ptr + row), tl.load(grad_entropy_ptr + row)
             k = tl.load(grad_kl_ptr + row)
-        k = tl.where((kl == float("inf")) & (k != 0.0), float("nan"), k)
+        g = tl.where(has_column, g, nan)
+        k = tl.where((kl == float("inf")) & (k != 0.0), nan, k)
         gradient_ptr += row * gradient_stride
         kl_gradient_ptr += row * gradient_stride
         for start in range(0, num_columns, BLOCK):
@@ -111,11 +119,9 @@ def kl_tile_kernel(
             t = tl.where(inside, bounded((u_of(y, cap_scale, HAS_SOFTCAP) - n) * gain), -1e30)
             p, of_kl = _kl_bracket(s, t, total, reference_total, mean, OVER_REFERENCE)
             of_logprob = tl.where(column == target, one_less_p(logprob), -p)
-            by_product = slope
-            if HAS_SOFTCAP:
-                by_product = slope * (1.0 - u * u)
+            by_product = slope * (1.0 - u * u) if HAS_SOFTCAP else slope
             if BRACKETS:
-                result = of_logprob
+                result = g * of_logprob
                 _store(kl_gradient_ptr + column, of_kl * k * by_product, is_target, inside)
             else:
                 result = g * of_logprob + k * of_kl - e * p * (s - tl.log(total) + entropy)

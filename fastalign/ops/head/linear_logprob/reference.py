@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastalign.ops.head.call import HeadCall
 from fastalign.ops.head.products import accumulation_dtype
+from fastalign.ops.target_columns import target_columns
 
 
 def head_logits(call: HeadCall) -> Tensor:
@@ -38,15 +39,18 @@ def head_logits(call: HeadCall) -> Tensor:
 def row_statistics(
     logits: Tensor, targets: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return log-prob, entropy and is_argmax, each (T,), of logits (T, V); zeros where ignored."""
+    """Return log-prob, entropy and is_argmax, each (T,), of logits (T, V); zeros where ignored.
+
+    The log-prob is NaN where the target is no column, and so is the gradient of it.
+    """
     ignored = targets == ignore_index
-    columns = targets.masked_fill(ignored, 0)[:, None]
+    columns, factor = target_columns(targets, ignored, logits.shape[1], logits.dtype)
     # PyTorch's log_softmax adds up the terms of a large vocabulary one by one; `sum` adds pairwise.
     shifted = logits - logits.detach().amax(dim=-1, keepdim=True)
     log_p = shifted - shifted.exp().sum(dim=-1, keepdim=True).log()
-    logprob = log_p.gather(1, columns).squeeze(1)
+    logprob = (log_p.gather(1, columns) * factor).squeeze(1)
     finite = log_p.clamp(min=torch.finfo(log_p.dtype).min)  # a banned token, p = 0, adds nothing
     entropy = -(log_p.exp() * finite).sum(dim=-1)
-    chosen = logits.gather(1, columns).squeeze(1)
+    chosen = (logits.gather(1, columns) * factor).squeeze(1)
     is_argmax = (chosen >= logits.amax(dim=-1)) & ~ignored
     return logprob.masked_fill(ignored, 0.0), entropy.masked_fill(ignored, 0.0), is_argmax

@@ -110,6 +110,23 @@ def test_an_ignored_row_may_hold_anything(backend: str) -> None:
     assert gradient.isfinite().all()
 
 
+@pytest.mark.parametrize("name", ["plain", "softcap"])
+def test_a_target_that_is_no_column_gives_nan(backend: str, name: str) -> None:
+    tile, targets, ignored = products(6, 45)
+    transform, strange = transform_of(name, 6), targets.clone()
+    strange[[1, 3]] = torch.tensor([45, -1])
+    others = [0, 2, 4, 5]
+    for upstream in UPSTREAMS:
+        arguments = (ignored, transform, upstream, backend)
+        expected, expected_gradient = run(tile.clone(), targets, *arguments)
+        read, gradient = run(tile.clone(), strange, *arguments)
+        assert read.logprob.isnan().tolist() == [False, True, False, True, False, False]
+        assert gradient[[1, 3]].isnan().all()
+        assert not read.is_argmax[[1, 3]].any()
+        assert torch.equal(read.entropy, expected.entropy)
+        assert torch.equal(gradient[others], expected_gradient[others])
+
+
 def test_a_nan_stays_one(backend: str) -> None:
     tile, targets, ignored = products(3, 45)
     tile[1, 44] = torch.nan

@@ -10,6 +10,7 @@ from torch import Tensor
 from fastalign.ops.backends import unusable_reason
 from fastalign.ops.head.linear_logprob import linear_logprob
 from fastalign.ops.head.linear_logprob.op import linear_logprob_forward
+from fastalign.ops.head.linear_logprob.reference import row_statistics
 from tests.ops.head.linear_logprob.linear_logprob_cases import (
     BUDGETS,
     EAGER,
@@ -270,3 +271,15 @@ def test_wrong_arguments_are_named(changed: dict[str, Any], message: str) -> Non
     }
     with pytest.raises(ValueError, match=message):
         linear_logprob(**arguments)
+
+
+def test_a_target_that_is_no_column_gives_nan() -> None:
+    """In the definition, as in the kernels: on a GPU targets are not checked first."""
+    logits = torch.randn(4, 9, dtype=torch.float64).requires_grad_()
+    logprob, entropy, is_argmax = row_statistics(logits, torch.tensor([3, 9, -1, -100]), -100)
+    (gradient,) = torch.autograd.grad(logprob.sum(), logits)
+    assert logprob.isnan().tolist() == [False, True, True, False]
+    assert gradient.isnan().all(1).tolist() == [False, True, True, False]
+    assert gradient[[0, 3]].isfinite().all()
+    assert entropy.isfinite().all()
+    assert not is_argmax[1:].any()
