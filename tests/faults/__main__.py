@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.faults.table import FOLDER, Row, as_markdown, with_table
+from tests.faults.table import FOLDER, Row, as_markdown, declared, with_table
 
 SURVIVED = "survived"
 
@@ -42,7 +42,7 @@ def main(argv: list[str]) -> int:
     options = parser.parse_args(argv)
     results = Results()
     code = pytest.main([str(FOLDER), "-q", "-k", options.k], plugins=[results])
-    rows = list(dict.fromkeys(results.of_test.values()))
+    rows = [row for row in declared() if row in results.of_test.values()]
     table = as_markdown(rows, results.found)
     print(f"\n{table}")
     survived = [row for row in rows if results.found.get(row) == SURVIVED]

@@ -19,7 +19,8 @@ def stage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 @pytest.fixture
 def run(request: pytest.FixtureRequest) -> str:
     """A name that no other test's run has."""
-    return "".join(c if c.isalnum() else "-" for c in request.node.name)
+    name = f"{request.path.stem.removeprefix('test_')} {request.node.name.removeprefix('test_')}"
+    return "".join(c if c.isalnum() else "-" for c in name)
 
 
 @pytest.fixture(autouse=True)
