@@ -12,7 +12,7 @@ from torch import Tensor
 from fastalign.ops.head.buffers import Budget
 from fastalign.ops.head.head_tile import HeadTransform
 from fastalign.ops.head.operands import Gradients, HeadInputs, Needs
-from fastalign.ops.head.products import accumulation_dtype, operand
+from fastalign.ops.head.products import ProductSum, accumulation_dtype, operand
 
 
 class HeadCall(NamedTuple):
@@ -102,28 +102,33 @@ class HeadCall(NamedTuple):
         dtype = accumulation_dtype(self.compute_dtype)
         return self.hidden.new_empty((rows, self.hidden.shape[1]), dtype=dtype)
 
-    def new_gradients(self) -> Gradients:
-        """Return tensors for the wanted gradients: empty ones of rows, zeros of weights."""
-        dtype, needs = accumulation_dtype(self.compute_dtype), self.wanted
+    def new_gradients(self, *, single: bool) -> Gradients:
+        """Return the wanted gradients: empty tensors of rows, sums of products for weights.
+
+        Args:
+            single: True if every weight's gradient is one product at most.
+        """
+        needs = self.wanted
 
         def rows_like(wanted: bool, rows: Tensor | None) -> Tensor | None:
             if rows is None or not wanted:
                 return None
             # float16 could underflow before the caller's loss scaling reaches it
-            row_dtype = dtype if rows.dtype == torch.float16 else rows.dtype
+            wide = accumulation_dtype(self.compute_dtype)
+            row_dtype = wide if rows.dtype == torch.float16 else rows.dtype
             return torch.empty(rows.shape, dtype=row_dtype, device=rows.device)
 
-        def zeros_like(wanted: bool, value: Tensor | None) -> Tensor | None:
-            if value is None or not wanted:
+        def sum_for(wanted: bool, leaf: Tensor | None) -> ProductSum | None:
+            if leaf is None or not wanted:
                 return None
-            return value.new_zeros(value.shape, dtype=dtype)
+            return ProductSum(leaf, self.compute_dtype, single=single)
 
         return Gradients(
             rows_like(needs.hidden, self.hidden),
-            zeros_like(needs.weight, self.weight),
-            zeros_like(needs.bias, self.bias),
+            sum_for(needs.weight, self.weight),
+            sum_for(needs.bias, self.bias),
             rows_like(needs.lora_hidden, self.lora_hidden),
-            zeros_like(needs.lora_weight, self.lora_weight),
+            sum_for(needs.lora_weight, self.lora_weight),
         )
 
     def by_argument(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
@@ -139,12 +144,9 @@ NUM_TENSORS = HeadCall._fields.index("softcap")
 def as_results(
     gradients: Sequence[Tensor | None], leaves: Sequence[Tensor | None]
 ) -> tuple[Tensor, ...]:
-    """Return each gradient in its leaf's dtype; an operator cannot return None, so else empty."""
+    """Return the gradients of an operator, which cannot return None: an empty tensor for each."""
     like = next(leaf for leaf in leaves if leaf is not None)
-    return tuple(
-        like.new_empty(0) if gradient is None or leaf is None else gradient.to(leaf.dtype)
-        for gradient, leaf in zip(gradients, leaves, strict=True)
-    )
+    return tuple(like.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 def fake_results(needs: Sequence[bool], leaves: Sequence[Tensor | None]) -> tuple[Tensor, ...]:

@@ -3,12 +3,13 @@
 Legend: N rows, V vocabulary, D hidden, r rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from fastalign.ops.head.head_tile import HeadTransform, Tile
-from fastalign.ops.head.products import add_product, product
+from fastalign.ops.head.products import ProductSum, add_product, multiplied, product
 
 
 @dataclass(frozen=True)
@@ -81,23 +82,42 @@ class Needs:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Tensors that a backward writes (those of rows) or adds to (the others); None: not wanted."""
+    """Gradients that a backward writes (of rows) or adds to (the others); None: not wanted."""
 
     hidden: Tensor | None  # (N, D), any float dtype
-    weight: Tensor | None  # (V, D), accumulation dtype
-    bias: Tensor | None  # (V,), accumulation dtype
+    weight: ProductSum | None  # (V, D)
+    bias: ProductSum | None  # (V,)
     lora_hidden: Tensor | None = None  # (N, r), any float dtype
-    lora_weight: Tensor | None = None  # (V, r), accumulation dtype
+    lora_weight: ProductSum | None = None  # (V, r)
 
     @property
-    def all(self) -> tuple[Tensor | None, ...]:
-        """Every gradient, in the order of `Needs`."""
-        return (self.hidden, self.weight, self.bias, self.lora_hidden, self.lora_weight)
+    def needs(self) -> Needs:
+        """Which gradients are wanted."""
+        found = (self.hidden, self.weight, self.bias, self.lora_hidden, self.lora_weight)
+        return Needs(*(value is not None for value in found))
 
     def rows(self, start: int, stop: int) -> "Gradients":
-        """Return the same tensors, those that have a row for each token on rows start..stop."""
+        """Return the same gradients, those that have a row for each token on rows start..stop."""
         hidden, lora_hidden = (
             None if value is None else value[start:stop]
             for value in (self.hidden, self.lora_hidden)
         )
         return Gradients(hidden, self.weight, self.bias, lora_hidden, self.lora_weight)
+
+    def results(
+        self, leaves: Sequence[Tensor | None], scale: Tensor | None = None
+    ) -> list[Tensor | None]:
+        """Return each gradient times `scale` () in its leaf's dtype, in the order of `Needs`.
+
+        They may be asked for once: the memory of the sums is theirs.
+        """
+        found = (self.hidden, self.weight, self.bias, self.lora_hidden, self.lora_weight)
+        results: list[Tensor | None] = []
+        for gradient, leaf in zip(found, leaves, strict=True):
+            if gradient is None or leaf is None:
+                results.append(None)
+            elif isinstance(gradient, ProductSum):
+                results.append(gradient.result(scale))
+            else:
+                results.append(multiplied(gradient, scale, leaf.dtype))
+        return results

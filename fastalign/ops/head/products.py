@@ -5,11 +5,20 @@ Legend: C rows, V vocabulary, D hidden.
 
 import ctypes
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from fastalign.ops import native_library
+
+# Elements of an output that is computed in float32, a strip at a time, and rounded: a strip stays
+# in a CPU's cache, and a GPU wants few launches.
+STRIP_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
+MIN_STRIP_ROWS = 2048  # each strip packs the other operand again
+# A GPU's library computes an output of fewer elements in several parts along the summed dimension,
+# which it may add up in bfloat16.
+MIN_ROUNDED_OUTPUT = 2**24
 
 
 def accumulation_dtype(compute_dtype: torch.dtype) -> torch.dtype:
@@ -67,6 +76,91 @@ def add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
     else:
         _native_product(left, right, out, accumulate=True)
+
+
+def strip_rows(num_columns: int, device_type: str) -> int:
+    """Return the rows of a matrix that are rounded at a time."""
+    elements = STRIP_ELEMENTS.get(device_type, STRIP_ELEMENTS["cuda"])
+    return max(MIN_STRIP_ROWS, elements // max(num_columns, 1))
+
+
+def _strips(matrix: Tensor) -> Iterator[slice]:
+    """Yield spans of the rows of `matrix` that are rounded at a time."""
+    rows = strip_rows(matrix.shape[1], matrix.device.type)
+    for start in range(0, matrix.shape[0], rows):
+        yield slice(start, min(start + rows, matrix.shape[0]))
+
+
+def rounded_product(left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Write left @ right into `out`, accumulated in float32 (float64) and rounded once."""
+    wide = accumulation_dtype(left.dtype)
+    in_one = left.is_cuda and left.dtype == out.dtype and out.numel() >= MIN_ROUNDED_OUTPUT
+    if out.dtype == wide or in_one:
+        product(left, right, out)
+        return
+    scratch: Tensor | None = None
+    for rows in _strips(out):
+        part = out[rows]
+        if scratch is None:
+            scratch = torch.empty(part.shape, dtype=wide, device=out.device)
+        sums = scratch[: part.shape[0]]
+        product(left[rows], right, sums)
+        part.copy_(sums)
+
+
+def multiplied(matrix: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return matrix (n, k) times `scale` () in `dtype`, rounded once; destroys `matrix`.
+
+    On a CPU a factor of one costs no pass; a GPU's is not waited for.
+    """
+    if scale is not None and not scale.is_cuda and bool(scale == 1):
+        scale = None
+    if scale is None:
+        return matrix.to(dtype)
+    out = matrix if matrix.dtype == dtype else torch.empty_like(matrix, dtype=dtype)
+    # a matrix takes part in the promotion, a tensor () would be rounded to the other's dtype
+    factor = scale.to(accumulation_dtype(matrix.dtype)).reshape(1, 1)
+    if matrix.is_cuda or out.dtype == factor.dtype:
+        return torch.mul(matrix, factor, out=out)
+    for rows in _strips(matrix):  # a CPU converts what it multiplies in a copy
+        torch.mul(matrix[rows], factor, out=out[rows])
+    return out
+
+
+class ProductSum:
+    """Gradient of a weight (V, k) or bias (V,): a sum of products left @ right.
+
+    A single product is rounded to the leaf's dtype at once. Several are added up in the
+    accumulation dtype; the first is written, not added to zeros.
+
+    Args:
+        leaf: the tensor whose gradient it is.
+        compute_dtype: dtype of the products.
+        single: True if there will be one product at most.
+    """
+
+    def __init__(self, leaf: Tensor, compute_dtype: torch.dtype, *, single: bool) -> None:
+        self._shape, self._leaf_dtype, self._device = leaf.shape, leaf.dtype, leaf.device
+        self._single = single
+        self._dtype = leaf.dtype if single else accumulation_dtype(compute_dtype)
+        self._sum: Tensor | None = None
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """Add left (V, n) @ right (n, k)."""
+        if self._sum is not None:
+            assert not self._single
+            add_product(left, right, out=self._sum)
+            return
+        shape = (left.shape[0], right.shape[1])
+        self._sum = torch.empty(shape, dtype=self._dtype, device=self._device)
+        rounded_product(left, right, out=self._sum)
+
+    def result(self, scale: Tensor | None = None) -> Tensor:
+        """Return the sum times `scale` () in the leaf's shape and dtype; zeros of no product."""
+        found, self._sum = self._sum, None
+        if found is None:
+            return torch.zeros(self._shape, dtype=self._leaf_dtype, device=self._device)
+        return multiplied(found, scale, self._leaf_dtype).view(self._shape)
 
 
 def _with_a_unit_stride(matrix: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from fastalign.ops.head.buffers import Buffers
 from fastalign.ops.head.head_tile import RowStatistics, SoftmaxStatistics, Tile, Upstream, read_tile
-from fastalign.ops.head.operands import Gradients, HeadInputs
-from fastalign.ops.head.products import accumulation_dtype, add_product, product
+from fastalign.ops.head.operands import Gradients, HeadInputs, Needs
+from fastalign.ops.head.products import accumulation_dtype, product
 
 
 @dataclass
@@ -36,6 +36,12 @@ class Saved:
     brackets: Tensor | None
     jacobian: Tensor | None
     softmax: SoftmaxStatistics | None = None
+
+    def holds_all(self, num_rows: int) -> bool:
+        """Return True if a loss of log-probs alone needs no row computed again."""
+        if self.jacobian is not None:
+            return True
+        return self.brackets is not None and self.brackets.shape[0] == num_rows
 
 
 class TileReader(Protocol):
@@ -163,7 +169,7 @@ def backward(
     grad_logprob = upstream.logprob.masked_fill(head.ignored, 0.0)
     if upstream.entropy is None and saved.jacobian is not None:
         if gradients.hidden is not None:
-            gradients.hidden.copy_(scaled_rows(saved.jacobian, grad_logprob, head.ignored))
+            scaled_rows(saved.jacobian, grad_logprob, head.ignored, out=gradients.hidden)
         return
     num_saved = 0
     if upstream.entropy is None and brackets is not None and brackets.shape[0]:
@@ -185,9 +191,69 @@ def backward(
         add_products(gradient, rows, gradients.rows(start, stop), scale, reader)
 
 
-def scaled_rows(rows: Tensor, scale: Tensor, ignored: Tensor) -> Tensor:
-    """Return the rows times scale, and zero where ignored even if the row holds a NaN."""
-    return (rows * scale[:, None].to(rows.dtype)).masked_fill_(ignored[:, None], 0.0)
+def scaled_rows(rows: Tensor, scale: Tensor, ignored: Tensor, out: Tensor) -> Tensor:
+    """Write rows (n, k) times scale (n,), rounded once, into `out`; return it.
+
+    Zero where ignored, even if the row holds a NaN.
+    """
+    factor = scale[:, None].to(accumulation_dtype(rows.dtype))
+    return torch.mul(rows, factor, out=out).masked_fill_(ignored[:, None], 0.0)
+
+
+def num_weight_products(num_rows: int, num_saved: int, tile_rows: int) -> int:
+    """Return the products that one backward adds to a weight's gradient.
+
+    Args:
+        num_rows: rows of the call.
+        num_saved: rows whose saved brackets are used, in one product.
+        tile_rows: rows of each product of the others.
+    """
+    return (num_saved > 0) + len(tile_spans(num_rows - num_saved, 0, tile_rows))
+
+
+@dataclass
+class RowJacobians:
+    """bracket @ W of some rows, and bracket @ B under LoRA, (n, D) and (n, r).
+
+    In the accumulation dtype; None where not wanted. Ranks that share the vocabulary may still be
+    adding them up: `write` waits for that.
+    """
+
+    hidden: Tensor | None
+    lora_hidden: Tensor | None
+    pending: list[dist.Work]
+
+    def write(self, gradients: Gradients, scale: Tensor, ignored: Tensor) -> None:
+        """Write the rows' gradients: `scale` (n,) times these, and zeros where ignored."""
+        for work in self.pending:
+            work.wait()
+        for jacobian, of_rows in (
+            (self.hidden, gradients.hidden),
+            (self.lora_hidden, gradients.lora_hidden),
+        ):
+            if jacobian is not None and of_rows is not None:
+                scaled_rows(jacobian, scale, ignored, out=of_rows)
+
+
+def row_jacobians(
+    bracket: Tensor, head: HeadInputs, needs: Needs, reader: TileReader = ONE_PROCESS
+) -> RowJacobians:
+    """Return the products of bracket (n, V) that are wanted for the rows' gradients."""
+    dtype, num_rows = accumulation_dtype(head.hidden.dtype), bracket.shape[0]
+    pending = []
+
+    def multiplied(wanted: bool, weight: Tensor | None) -> Tensor | None:
+        if weight is None or not wanted:
+            return None
+        jacobian = torch.empty((num_rows, weight.shape[1]), dtype=dtype, device=bracket.device)
+        _multiply(bracket, weight, out=jacobian)
+        work = reader.begin_sum(jacobian)
+        if work is not None:
+            pending.append(work)
+        return jacobian
+
+    hidden = multiplied(needs.hidden, head.weight)
+    return RowJacobians(hidden, multiplied(needs.lora_hidden, head.lora_weight), pending)
 
 
 def add_products(
@@ -198,27 +264,11 @@ def add_products(
     reader: TileReader = ONE_PROCESS,
 ) -> None:
     """Add the gradient products of bracket (n, V), whose rows count `scale` (n,) times, or once."""
-    dtype = accumulation_dtype(head.hidden.dtype)
     if scale is None:
-        scale = torch.ones_like(head.ignored, dtype=dtype)
-    pending = []
-    for weight, of_rows in (
-        (head.weight, gradients.hidden),
-        (head.lora_weight, gradients.lora_hidden),
-    ):
-        if of_rows is not None and weight is not None:
-            jacobian = torch.empty(of_rows.shape, dtype=dtype, device=bracket.device)
-            _multiply(bracket, weight, out=jacobian)
-            work = reader.begin_sum(jacobian)
-            if work is None:
-                of_rows.copy_(scaled_rows(jacobian, scale, head.ignored))
-            else:
-                pending.append((work, jacobian, of_rows))
-    if bracket.shape[1]:
-        _add_weight_products(bracket, head, gradients, scale)
-    for work, jacobian, of_rows in pending:  # summed while the weight's gradient was computed
-        work.wait()
-        of_rows.copy_(scaled_rows(jacobian, scale, head.ignored))
+        scale = torch.ones_like(head.ignored, dtype=accumulation_dtype(head.hidden.dtype))
+    rows = row_jacobians(bracket, head, gradients.needs, reader)
+    add_weight_products(bracket, (head.hidden, head.lora_hidden), head.ignored, gradients, scale)
+    rows.write(gradients, scale, head.ignored)  # ranks added them up meanwhile
 
 
 def _multiply(bracket: Tensor, weight: Tensor, out: Tensor) -> None:
@@ -229,18 +279,28 @@ def _multiply(bracket: Tensor, weight: Tensor, out: Tensor) -> None:
         out.zero_()
 
 
-def _add_weight_products(
-    bracket: Tensor, head: HeadInputs, gradients: Gradients, scale: Tensor
+def add_weight_products(
+    bracket: Tensor,
+    rows: tuple[Tensor, Tensor | None],
+    ignored: Tensor,
+    gradients: Gradients,
+    scale: Tensor,
 ) -> None:
-    """Add the products that are gradients of weight, bias and LoRA's B."""
-    dtype = accumulation_dtype(head.hidden.dtype)
-    for rows, of_weight in (
-        (head.hidden, gradients.weight),
-        (head.lora_hidden, gradients.lora_weight),
-    ):
-        if of_weight is not None and rows is not None:
-            weighted = scaled_rows(rows.to(dtype), scale, head.ignored).to(bracket.dtype)
-            add_product(bracket.t(), weighted, out=of_weight)
+    """Add the products that are gradients of weight, bias and LoRA's B.
+
+    Args:
+        bracket: (n, V) brackets, in the products' dtype.
+        rows: hidden states (n, D) and, of an adapted head, what its B multiplies (n, r).
+        ignored: (n,) bool.
+        gradients: receives the products.
+        scale: (n,) coefficient of each row and whatever else multiplies the gradient: it multiplies
+            n rows of D before the product, not V of them behind it.
+    """
+    if bracket.shape[1] == 0:  # the empty shard of a rank
+        return
+    for values, of_weight in zip(rows, (gradients.weight, gradients.lora_weight), strict=True):
+        if of_weight is not None and values is not None:
+            weighted = torch.empty(values.shape, dtype=bracket.dtype, device=bracket.device)
+            of_weight.add(bracket.t(), scaled_rows(values, scale, ignored, out=weighted))
     if gradients.bias is not None:
-        column = scale[:, None].to(bracket.dtype)
-        add_product(bracket.t(), column, out=gradients.bias[:, None])
+        gradients.bias.add(bracket.t(), scale[:, None].to(bracket.dtype))

@@ -43,10 +43,12 @@ def fused_linear_loss(
     """Compute a loss () of a head's log-probs, and its metrics, without the (T, V) logits.
 
     The gradient is computed in the forward: a chunk of whole groups is projected, `loss_fn` is
-    differentiated on the chunk's log-probs, and the gradient products follow at once. The backward
-    only multiplies by the upstream gradient, in place, and can run once. Products (FLOPs over
-    T*D*V): 2 without gradients, 4 where the weight is frozen, otherwise 6; of a group too large
-    for the budget, the rows that cannot be saved are computed again (up to 8).
+    differentiated on the chunk's log-probs, and the gradient products follow at once. Where the
+    budget holds all rows in one chunk, the weight's product waits for the backward, which writes it
+    in the weight's dtype; of several chunks the sum is in float32, and the backward multiplies it
+    by the upstream gradient. It can run once. Products (FLOPs over T*D*V): 2 without gradients, 4
+    where the weight is frozen, otherwise 6; of a group too large for the budget, the rows that
+    cannot be saved are computed again (up to 8).
 
     Under torch.compile, which needs `segments` on the host, the loss is traced and the gradient
     computed in the backward, with the same products for all rows that the budget can save.

@@ -152,10 +152,12 @@ def linear_kl_backward(*arguments: Any) -> tuple[Tensor, ...]:
     grads, (brackets, jacobians) = arguments[:3], arguments[3:5]
     call = PairCall(*arguments[5:])
     with torch.autocast(call.hidden.device.type, enabled=False):
-        gradients = call.policy.new_gradients()
         saved = SavedPair(brackets, jacobians if call.policy.wanted.only_hidden else None)
-        tiled.backward(call.inputs(), call.buffers(), gradients, saved, grads)
-    return as_results(gradients.all[:3], call[:3])
+        buffers, num_rows = call.buffers(), call.hidden.shape[0]
+        single = tiled.num_weight_products(num_rows, buffers, saved, grads) <= 1
+        gradients = call.policy.new_gradients(single=single)
+        tiled.backward(call.inputs(), buffers, gradients, saved, grads)
+    return as_results(gradients.results(call.policy.leaves)[:3], call[:3])
 
 
 @linear_kl_backward.register_fake

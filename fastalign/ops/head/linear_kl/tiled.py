@@ -161,6 +161,20 @@ def backward(
         add_products(gradient, rows.policy, gradients.rows(start, stop), None)
 
 
+def num_weight_products(
+    num_rows: int,
+    buffers: PairBuffers,
+    saved: SavedPair,
+    grads: tuple[Tensor | None, Tensor | None, Tensor | None],
+) -> int:
+    """Return the products that `backward` adds to the weight's gradient."""
+    grad_logprob, grad_entropy, grad_kl = grads
+    num_saved = 0 if grad_entropy is not None else saved.brackets.shape[1]
+    combines = grad_logprob is not None and grad_kl is not None
+    of_saved = len(tile_spans(num_saved, 0, buffers.tile_rows)) if combines else num_saved > 0
+    return of_saved + len(tile_spans(num_rows - num_saved, 0, buffers.tile_rows))
+
+
 def _add_saved(
     pair: PairInputs,
     buffers: PairBuffers,
@@ -204,5 +218,8 @@ def _write_hidden(
     """Write the gradient of the hidden states' last rows, from both brackets @ W of those."""
     first = ignored.shape[0] - hidden.shape[0]
     coefficients = (upstream.logprob[first:], upstream.kl[first:])
-    terms = [scaled_rows(jacobians[i], coefficients[i], ignored[first:]) for i in used]
+    terms = [
+        scaled_rows(jacobians[i], coefficients[i], ignored[first:], torch.empty_like(jacobians[i]))
+        for i in used
+    ]
     hidden.copy_(sum(terms[1:], terms[0]))

@@ -67,11 +67,13 @@ def linear_logprob_backward(
     call = HeadCall(*arguments)
     with torch.autocast(call.hidden.device.type, enabled=False):
         buffers = call.budget(reread=call.return_entropy).buffers(call.hidden.shape[0])
-        gradients = call.new_gradients()
+        num_saved = 0 if grad_entropy is not None else brackets.shape[0]
+        products = tiled.num_weight_products(call.hidden.shape[0], num_saved, buffers.tile_rows)
+        gradients = call.new_gradients(single=products <= 1)
         saved = tiled.Saved(brackets, jacobian if call.wanted.only_hidden else None)
         upstream = Upstream(grad_logprob, grad_entropy)
         tiled.backward(call.inputs(), buffers, gradients, saved, upstream)
-    return as_results(gradients.all, call.leaves)
+    return as_results(gradients.results(call.leaves), call.leaves)
 
 
 @linear_logprob_backward.register_fake

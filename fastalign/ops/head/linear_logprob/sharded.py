@@ -74,17 +74,16 @@ class _ShardedLogprob(torch.autograd.Function):
         brackets, jacobian, *softmax = tensors[NUM_TENSORS:]
         known = None if softmax[0] is None else SoftmaxStatistics(*softmax)
         with torch.autocast(call.hidden.device.type, enabled=False):
-            gradients = call.new_gradients()
+            buffers, num_rows = _buffers(call, ctx.shard), call.hidden.shape[0]
+            num_saved = 0 if grad_entropy is not None else brackets.shape[0]
+            products = tiled.num_weight_products(num_rows, num_saved, buffers.tile_rows)
+            gradients = call.new_gradients(single=products <= 1)
             tiled.backward(
                 call.inputs(),
-                _buffers(call, ctx.shard),
+                buffers,
                 gradients,
                 tiled.Saved(brackets, jacobian, known),
                 Upstream(grad_logprob, grad_entropy),
                 ShardReader(ctx.shard),
             )
-        cast = [
-            gradient if gradient is None or leaf is None else gradient.to(leaf.dtype)
-            for gradient, leaf in zip(gradients.all, call.leaves, strict=True)
-        ]
-        return (None, *call.by_argument(cast))
+        return (None, *call.by_argument(gradients.results(call.leaves)))
