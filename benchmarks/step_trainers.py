@@ -82,8 +82,8 @@ def fastalign_answers(job: Job, clock: Clock) -> None:
     examples = measure_examples(job.groups, compute.packing)
     while True:
         total = sft_gradient(model, examples, range(len(job.groups)), compute)
+        optimiser_step(state, [total], optim, job.num_steps)
         losses.append(total.loss)
-        optimiser_step(state, losses[-1], optim, job.num_steps)
         state.step += 1
 
 

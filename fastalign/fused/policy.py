@@ -57,7 +57,7 @@ def fused_linear_ppo_loss(
         hidden: (T, D) hidden states that predict `targets` (already shifted).
         weight: (V, D) weight of the head, or a `LinearHead`.
         targets: (T,) sampled token ids; rows with `ignore_index` are left out of every product,
-            which synchronises with a GPU once.
+            which synchronises with a GPU once, unless they are on the host.
         old_logprob: (T,) log-probs of the policy that sampled, at the same temperature; get no
             gradient.
         advantage: (T,) advantages; get no gradient.
@@ -82,7 +82,7 @@ def fused_linear_ppo_loss(
     for name, value in (("old_logprob", old_logprob), ("advantage", advantage)):
         if value.shape != targets.shape:
             raise ValueError(f"{name}: expected {tuple(targets.shape)}, got {tuple(value.shape)}")
-        if value.device != targets.device:
+        if value.device not in (targets.device, hidden.device):
             raise ValueError(
                 f"{name}: expected on {targets.device} as targets are, got {value.device}"
             )
@@ -131,7 +131,7 @@ def sequence_logprob(
         hidden: (T, D) hidden states that predict `targets` (already shifted).
         weight: (V, D) weight of the head, or a `LinearHead`.
         targets: (T,) token ids; rows with `ignore_index` are left out of every product, which
-            synchronises with a GPU once.
+            synchronises with a GPU once, unless they are on the host.
         cu_seqlens: (R + 1,) row bounds of the sequences, from 0 to T.
 
     The keywords `bias`, `softcap`, `logit_scale`, `lora` and `vocabulary_shard` are the fields of
@@ -147,6 +147,6 @@ def sequence_logprob(
     head = as_linear_head(weight, bias, softcap, logit_scale, lora, vocabulary_shard)
     options = HeadOptions(temperature, ignore_index, compute_dtype, max_buffer_bytes, backend)
     rows = TargetRows(hidden, targets, options)
-    bounds = torch.tensor(rows.bounds(cu_seqlens), device=hidden.device)
+    bounds = torch.tensor(rows.bounds(cu_seqlens)).to(hidden.device, non_blocking=True)
     logprob, _ = head_logprob(rows.hidden, head, rows.targets, rows.options)
     return segment_sum(logprob, bounds)

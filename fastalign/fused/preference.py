@@ -54,7 +54,7 @@ def fused_linear_preference_loss(
         hidden: (T, D) hidden states that predict `targets` (already shifted).
         weight: (V, D) weight of the head, or a `LinearHead`.
         targets: (T,) token ids; rows with `ignore_index` (prompts, padding) are left out of every
-            product, which synchronises with a GPU once.
+            product, which synchronises with a GPU once, unless they are on the host.
         cu_seqlens: (2B + 1,) row bounds of the sequences: chosen, rejected, chosen, ...
         pair_loss: formula, for example `formula(ipo_sum, beta=0.1)` of `fastalign.losses`; or
             any function from `PairLogprobs` of B pairs to losses (B,).

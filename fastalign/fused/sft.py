@@ -43,7 +43,7 @@ def fused_linear_sft_loss(
         hidden: (T, D) hidden states that predict `targets` (already shifted).
         weight: (V, D) weight of the head, or a `LinearHead`.
         targets: (T,) token ids; rows with `ignore_index` are left out of every product, which
-            synchronises with a GPU once.
+            synchronises with a GPU once, unless they are on the host.
         normaliser: divisor of the sum over tokens; None: the number of targets here.
 
     The keywords `bias`, `softcap`, `logit_scale`, `lora` and `vocabulary_shard` are the fields of

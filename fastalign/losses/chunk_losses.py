@@ -74,15 +74,18 @@ def preference_loss_fn(
         pairs = slice(chunk.group_start, chunk.group_stop)
         responses = slice(2 * chunk.group_start, 2 * chunk.group_stop)
         device = chunk.logprob.device
-        local = bounds[responses.start : responses.stop + 1] - chunk.row_start
-        local = local.to(device, non_blocking=True)  # does not wait for the GPU
+
+        def moved(values: Tensor) -> Tensor:
+            return values.to(device, non_blocking=True)  # does not wait for the GPU
+
+        local = moved(bounds[responses.start : responses.stop + 1] - chunk.row_start)
         losses, found = _pair_losses(
             pair_loss,
             chunk,
             local,
-            None if reference_logprob is None else reference_logprob[responses].to(device),
-            None if tie is None else tie[pairs].to(device),
-            None if margin is None else margin[pairs].to(device),
+            None if reference_logprob is None else moved(reference_logprob[responses]),
+            None if tie is None else moved(tie[pairs]),
+            None if margin is None else moved(margin[pairs]),
         )
         metrics = {**_pair_metrics(found, beta), **_token_metrics(chunk)}
         return losses.sum() / normaliser, metrics
@@ -190,7 +193,7 @@ def _kl_of_chunk(
 ) -> KLPenalty:
     """Return the KL estimates of the chunk's targets, as one sequence."""
     reference = reference_logprob.to(chunk.logprob)
-    bounds = torch.tensor([0, chunk.logprob.numel()], device=reference.device)
+    bounds = torch.tensor([0, chunk.logprob.numel()]).to(reference.device, non_blocking=True)
     return kl_penalty(
         chunk.logprob,
         reference,

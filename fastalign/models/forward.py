@@ -87,14 +87,18 @@ def padded_hidden(model: Any, batch: PackedBatch) -> tuple[Tensor, Tensor]:
             place[position] = row * longest + column
     index = [sequence + [0] * (longest - len(sequence)) for sequence in sequences]
     device = batch.input_ids.device
-    lengths = torch.tensor([len(sequence) for sequence in sequences], device=device)
+
+    def moved(values: list[Any]) -> Tensor:
+        return torch.tensor(values).to(device, non_blocking=True)
+
+    lengths = moved([len(sequence) for sequence in sequences])
     mask = torch.arange(longest, device=device) < lengths[:, None]
-    input_ids = batch.input_ids[torch.tensor(index, device=device)] * mask
+    input_ids = batch.input_ids[moved(index)] * mask
     output = model.base_model(
         input_ids=input_ids, attention_mask=mask.to(torch.int64), use_cache=False
     )
     hidden: Tensor = output.last_hidden_state
-    return hidden.flatten(0, 1), torch.tensor(place, device=device)
+    return hidden.flatten(0, 1), moved(place)
 
 
 def response_logprob(

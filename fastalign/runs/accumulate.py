@@ -1,11 +1,13 @@
 """One gradient of many examples: micro-batches, shared by the ranks, added up."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fastalign.batch.packed import Group, PackedBatch
 from fastalign.batch.schedule import packed_batches, packed_lengths
@@ -36,29 +38,104 @@ def measure_examples(groups: Sequence[Group], packing: Packing) -> Examples:
     return Examples(groups, packed_lengths(groups, packing))
 
 
-@dataclass
+class Part(NamedTuple):
+    """Sums of one micro-batch, on the device."""
+
+    loss: Tensor  # ()
+    sums: dict[str, Tensor]  # each ()
+    num_tokens: int
+
+
 class Total:
     """Sums over the micro-batches of all ranks.
 
+    Those of a run of one process stay on the device until `loss` or `sums` is asked for, or until
+    `read_totals` reads them with other numbers, so that a step waits for its GPU once.
+
     Attributes:
-        loss: the loss.
-        sums: sums that the metrics are made of, and `num_micro_batches`.
         num_tokens: packed tokens computed.
     """
 
-    loss: float = 0.0
-    sums: dict[str, float] = field(default_factory=lambda: {"num_micro_batches": 0})
-    num_tokens: int = 0
+    def __init__(
+        self, loss: float = 0.0, sums: dict[str, float] | None = None, num_tokens: int = 0
+    ) -> None:
+        self._loss = loss
+        self._sums: dict[str, float] = {"num_micro_batches": 0} if sums is None else sums
+        self.num_tokens = num_tokens
+        self._parts: list[Part] = []
+
+    def append(self, part: Part) -> None:
+        """Add a micro-batch, whose numbers are read later."""
+        self._parts.append(part)
+        self.num_tokens += part.num_tokens
+
+    @property
+    def loss(self) -> float:
+        """The loss."""
+        read_totals([self])
+        return self._loss
+
+    @loss.setter
+    def loss(self, value: float) -> None:
+        read_totals([self])
+        self._loss = value
+
+    @property
+    def sums(self) -> dict[str, float]:
+        """Sums that the metrics are made of, and `num_micro_batches`."""
+        read_totals([self])
+        return self._sums
 
     def add(self, other: "Total") -> None:
         """Add other sums to these, in place."""
-        self.loss += other.loss
-        add_sums(self.sums, other.sums)
+        self._loss = self.loss + other.loss
+        add_sums(self._sums, other.sums)
         self.num_tokens += other.num_tokens
 
     def metrics(self) -> Metrics:
         """Return `loss`, and the sums as means."""
         return {"loss": self.loss, **mean_metrics(self.sums)}
+
+
+def read_totals(totals: Sequence[Total], *more: Tensor) -> list[float]:
+    """Read what `totals` still have on the device, in one copy with the numbers in `more`.
+
+    Args:
+        totals: sums, which have their numbers afterwards.
+        more: further tensors ().
+
+    Returns:
+        The numbers of `more`.
+    """
+    parts = [(total, part) for total in totals for part in total._parts]
+    waiting = [value for _, part in parts for value in (part.loss, *part.sums.values())]
+    numbers = iter(read_numbers([*waiting, *more]))
+    for total, part in parts:
+        total._loss += next(numbers)
+        sums = {name: next(numbers) for name in part.sums} | {"num_micro_batches": 1}
+        add_sums(total._sums, sums)
+    for total in totals:
+        total._parts = []
+    return list(numbers)
+
+
+def read_numbers(values: Sequence[Tensor]) -> list[float]:
+    """Return tensors () as Python's numbers, integers as such: one copy for each device."""
+    by_device: dict[torch.device, dict[torch.dtype, list[int]]] = {}
+    whole = [value.full_tensor() if isinstance(value, DTensor) else value for value in values]
+    for place, value in enumerate(whole):
+        by_device.setdefault(value.device, {}).setdefault(value.dtype, []).append(place)
+    found: list[float] = [0.0] * len(values)
+    for by_dtype in by_device.values():
+        # stacked by dtype, for a common one could be too narrow
+        stacks = [
+            torch.stack([whole[p].reshape(()) for p in places]) for places in by_dtype.values()
+        ]
+        numbers = torch.cat([stack.double() for stack in stacks]).tolist()
+        for place, number in zip(chain.from_iterable(by_dtype.values()), numbers, strict=True):
+            kept = whole[place].is_floating_point()
+            found[place] = number if kept else int(number)
+    return found
 
 
 def accumulate(
@@ -93,8 +170,10 @@ def accumulate(
                 part = part if piece.counts else part * 0
                 part.backward()  # type: ignore[no-untyped-call]
             if piece.counts:
-                of_batch = {k: v.item() for k, v in sums.items()} | {"num_micro_batches": 1}
-                total.add(Total(part.item(), of_batch, batch.num_tokens))
+                total.append(Part(part.detach(), sums, batch.num_tokens))
+    if compute.world.size == 1:
+        return total
+    read_totals([total])
     of_ranks = Total(sums={})
     for of_rank in compute.world.gather(total):  # in the ranks' order: all get the same bits
         of_ranks.add(of_rank)

@@ -46,8 +46,9 @@ from fastalign.runs.metrics import KeptMetrics, Metrics, ProgressDisplay, metric
 from fastalign.runs.observe import StallWatch, stop_on_signal, traced
 from fastalign.runs.state import (
     TrainState,
+    apply_gradient,
+    clipped_norm,
     make_optimizer,
-    optimiser_step,
     random_state,
     restore_random_state,
 )
@@ -206,8 +207,10 @@ class Run:
         (`optim.skip_sigma`): `skipped` is then 1.
         """
         assert self._step is not None
+        optim, state = self.config.optim, self.state
+        norm = clipped_norm(state.model, optim, [total])  # waits for the gradient
         computed = time.perf_counter()
-        update = optimiser_step(self.state, total.loss, self.config.optim, self.num_steps)
+        update = apply_gradient(state, total.loss, norm, optim, self.num_steps)
         return {
             **total.metrics(),
             **update,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastalign.runs.accumulate import Total, read_totals
 from fastalign.runs.config import OptimConfig, States
 
 NUM_NORMS = 128  # gradient norms that a spike is compared with
@@ -156,19 +157,39 @@ def clip_gradient(model: nn.Module, max_norm: float) -> torch.Tensor:
     return norms[0] if len(norms) == 1 else torch.stack(norms).norm()
 
 
+def clipped_norm(model: nn.Module, config: OptimConfig, totals: Sequence[Total]) -> float:
+    """Clip the gradient; return its norm, read in one copy with the step's sums."""
+    (norm,) = read_totals(totals, clip_gradient(model, config.grad_clip))
+    return norm
+
+
 def optimiser_step(
-    state: TrainState, loss: float, config: OptimConfig, num_steps: int
+    state: TrainState, totals: Sequence[Total], config: OptimConfig, num_steps: int
 ) -> dict[str, float | int]:
-    """Apply the gradient, unless it or the loss is not finite, or it is a spike.
+    """Clip the gradient and `apply_gradient`; the loss is the sum of those of `totals`."""
+    norm = clipped_norm(state.model, config, totals)
+    return apply_gradient(state, sum(total.loss for total in totals), norm, config, num_steps)
+
+
+def apply_gradient(
+    state: TrainState, loss: float, norm: float, config: OptimConfig, num_steps: int
+) -> dict[str, float | int]:
+    """Apply the clipped gradient, unless it or the loss is not finite, or it is a spike.
 
     The caller counts the step.
+
+    Args:
+        state: the run's state.
+        loss: the step's loss.
+        norm: the gradient's norm before clipping.
+        config: settings of the optimiser.
+        num_steps: optimiser steps of the whole run.
 
     Returns:
         `learning_rate`, `grad_norm` and `skipped` (1 where no weight was changed).
     """
     rate = learning_rate(config, state.step, num_steps)
-    norm = float(clip_gradient(state.model, config.grad_clip))
-    finite = bool(torch.isfinite(torch.tensor([loss, norm])).all())
+    finite = math.isfinite(loss) and math.isfinite(norm)
     taken = finite and not is_spike(norm, state.grad_norms, config.skip_sigma)
     if taken:
         state.grad_norms = [*state.grad_norms, norm][-NUM_NORMS:]

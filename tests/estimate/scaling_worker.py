@@ -108,7 +108,7 @@ def training(case: Case, world: World) -> dict[str, Any]:
     for number in range(2):
         total = sft_gradient(model, examples, indices, compute)
         found["gradients"] = storages(p.grad for p in model.parameters() if p.requires_grad)
-        optimiser_step(state, total.loss, optim, 2)
+        optimiser_step(state, [total], optim, 2)
         state.step = number + 1
     assert total.sums["num_micro_batches"] == case.batches * world.size
     states = [s[name] for s in state.optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
@@ -135,7 +135,7 @@ def peak(case: Case, world: World) -> dict[str, Any]:
         held += [local(s[n]) for s in state.optimizer.state.values() for n in s if n != "step"]
         with Alive(held) as alive:
             total = sft_gradient(model, examples, range(len(examples.groups)), compute)
-            optimiser_step(state, total.loss, optim, 2)
+            optimiser_step(state, [total], optim, 2)
     return {"peak": alive.peak}
 
 

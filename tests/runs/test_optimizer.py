@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastalign.runs.accumulate import Total
 from fastalign.runs.config import OptimConfig
 from fastalign.runs.state import TrainState, make_optimizer, optimiser_step
 from fastalign.trainers import train_dpo, train_sft
@@ -33,7 +34,7 @@ def train(model: nn.Module, config: OptimConfig, num_steps: int) -> TrainState:
     draw = torch.Generator().manual_seed(1)
     for _ in range(num_steps):
         model(torch.randn(16, 80, generator=draw)).square().sum().backward()
-        optimiser_step(state, 0.0, replace(config, warmup_steps=100), 1000)
+        optimiser_step(state, [Total()], replace(config, warmup_steps=100), 1000)
         state.step += 1
     return state
 
@@ -80,7 +81,7 @@ def test_a_step_that_is_not_finite_changes_no_weight_and_no_state() -> None:
     before = [flat(model), *(t.clone() for t in tensors(state.optimizer.state_dict()["state"]))]
     model(torch.randn(4, 80)).sum().backward()
     model[0].weight.grad[5, 3] = torch.inf  # type: ignore[index,union-attr]
-    assert optimiser_step(state, 1.0, CONFIG, 1000)["skipped"] == 1
+    assert optimiser_step(state, [Total(1.0)], CONFIG, 1000)["skipped"] == 1
     after = [flat(model), *tensors(state.optimizer.state_dict()["state"])]
     assert len(after) > 10
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))

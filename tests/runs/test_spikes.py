@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastalign.runs.accumulate import Total
 from fastalign.runs.config import OptimConfig
 from fastalign.runs.state import TrainState, is_spike, make_optimizer, optimiser_step
 from fastalign.trainers import sft as sft_module
@@ -31,7 +32,7 @@ def test_a_spike_changes_no_weight_and_is_not_among_the_norms_that_judge_the_nex
 
     def step(scale: float) -> dict[str, float | int]:
         (scale * model(torch.randn(8, 4)).square().mean()).backward()
-        found = optimiser_step(state, 1.0, config, 1000)
+        found = optimiser_step(state, [Total(1.0)], config, 1000)
         state.step += 1
         return found
 

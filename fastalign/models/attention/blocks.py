@@ -130,7 +130,12 @@ class Blocks:
                 tuple(torch.cat(parts, 1).flatten() for parts in zip(prompt, own, strict=True))
             )
             self.blocks.append(
-                Block(prompt_length.to(device), own_length.to(device), num_prompt, num_own)
+                Block(
+                    prompt_length.to(device, non_blocking=True),
+                    own_length.to(device, non_blocking=True),
+                    num_prompt,
+                    num_own,
+                )
             )
         self.queries, self.keys = (
             Gather.from_copies(

@@ -46,13 +46,13 @@ class Flex:
     """The mask of one batch."""
 
     def __init__(self, segments: Segments, device: torch.device) -> None:
-        self._visited = visited_blocks(segments, BLOCK_TOKENS).to(device)
+        self._visited = visited_blocks(segments, BLOCK_TOKENS).to(device, non_blocking=True)
         self._num_tokens = segments.num_tokens
         group = (segments.number == 0).cumsum(0)
         offset = torch.arange(segments.num_tokens) - segments.per_token(segments.start)
         position = offset + segments.per_token(segments.prompt_length)
         self._group, self._number, self._position = (
-            values.to(device)
+            values.to(device, non_blocking=True)
             for values in (
                 segments.per_token(group),
                 segments.per_token(segments.number),

@@ -54,7 +54,10 @@ class Gather:
         return cls(
             index.to(device, non_blocking=True),
             places.to(device, non_blocking=True),
-            tuple((t.to(device), p.to(device)) for t, p in parts[1:]),
+            tuple(
+                (t.to(device, non_blocking=True), p.to(device, non_blocking=True))
+                for t, p in parts[1:]
+            ),
         )
 
     def __call__(self, rows: Tensor) -> Tensor:

@@ -132,7 +132,9 @@ class Varlen:
         )
         of_keys = segments.prompt_length + segments.length
         queries, keys = (
-            torch.nn.functional.pad(each.cumsum(0), (1, 0)).to(torch.int32).to(device)
+            torch.nn.functional.pad(each.cumsum(0), (1, 0)).to(
+                device, torch.int32, non_blocking=True
+            )
             for each in (segments.length, of_keys)
         )
         self.bounds = Bounds(queries, keys, int(segments.length.max()), int(of_keys.max()))

@@ -12,17 +12,19 @@ from fastalign.ops.head.arguments import HeadOptions
 class TargetRows:
     """Rows of a head whose target is not ignored; the rows as they came where none is.
 
-    Finding them waits for a GPU once; so under torch.compile every row stays, and an ignored one
-    costs its products. Errors of shape are left to the operation that follows.
+    Finding them waits for a GPU where the targets are on it. It does not where they are still on
+    the host, as a collator has them: rows, targets and bounds are found there, and sent. Under
+    torch.compile every row stays, and an ignored one costs its products. Errors of shape are left
+    to the operation that follows.
 
     Attributes:
         hidden: (N, D), differentiable.
-        targets: (N,) int64.
+        targets: (N,) int64, on the device of `hidden`.
         options: the call's options, with the gathered temperature (N,).
     """
 
     def __init__(self, hidden: Tensor, targets: Tensor, options: HeadOptions) -> None:
-        self.hidden, self.targets, self.options = hidden, targets, options
+        self.hidden, self.targets, self.options = hidden, self._moved(targets, hidden), options
         self._num_rows = hidden.shape[0] if hidden.ndim else 0
         self._mask: Tensor | None = None
         self._indices: Tensor | None = None
@@ -31,18 +33,25 @@ class TargetRows:
         if torch.compiler.is_compiling():
             return
         mask = targets != options.ignore_index
-        indices = mask.nonzero().flatten()
-        if indices.numel() == self._num_rows:
+        found = mask.nonzero().flatten()
+        if found.numel() == self._num_rows:
             return
-        self._mask, self._indices = mask, indices
-        self.hidden, self.targets = hidden.index_select(0, indices), targets[indices]
+        self._mask, self._indices = mask, self._moved(found, hidden)
+        self.targets = self._moved(targets[found], hidden)
+        self.hidden = hidden.index_select(0, self._indices)
         temperature = options.temperature
         if isinstance(temperature, Tensor) and temperature.shape == targets.shape:
-            self.options = replace(options, temperature=temperature[indices])
+            self.options = replace(options, temperature=self.gathered(temperature))
+
+    @staticmethod
+    def _moved(values: Tensor, like: Tensor) -> Tensor:
+        """Return values of the host on the device of `like`; others as they are."""
+        return values.to(like.device, non_blocking=True) if values.device.type == "cpu" else values
 
     def gathered(self, values: Tensor) -> Tensor:
-        """Return the gathered rows of values (T, ...)."""
-        return values if self._indices is None else values[self._indices]
+        """Return the gathered rows of values (T, ...), on the device of `hidden`."""
+        moved = self._moved(values, self.hidden)
+        return moved if self._indices is None else moved[self._indices]
 
     def num_targets(self) -> float | Tensor:
         """Return the number of targets, at least 1: on the host where the rows were gathered."""

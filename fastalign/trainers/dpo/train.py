@@ -157,9 +157,9 @@ def dpo_batch_loss(
     loss_fn = preference_loss_fn(
         loss.formula(),
         bounds,
-        None if reference is None else reference[chosen].flatten().to(device),
+        None if reference is None else reference[chosen].flatten().to(device, non_blocking=True),
         normaliser=normaliser,
-        tie=pairs.ties[chosen].to(device),
+        tie=pairs.ties[chosen].to(device, non_blocking=True),
         beta=loss.beta,
     )
     # The two responses of a pair must be in one chunk.

@@ -132,8 +132,8 @@ def update_on(online: OnlineDPOSetup, pairs: Pairs, state: TrainState, num_steps
     epochs = [mini_batches(num_pairs, count, f"{order}/{e}") for e in range(config.pairs.epochs)]
     for indices in chain.from_iterable(epochs):
         total = dpo_gradient(online.model, config.loss, pairs, indices, online.compute)
+        updates.append(optimiser_step(state, [total], config.optim, num_steps))
         losses.append(total.loss)
-        updates.append(optimiser_step(state, total.loss, config.optim, num_steps))
         whole.add(total)
         if updates[-1]["skipped"]:
             break

@@ -63,15 +63,18 @@ def one_update(
 
     `number` is the update's number within the run, by which demonstrations are drawn.
     """
+    terms = update_gradient(ppo, experience, groups, number)
+    totals = [total for _, total in terms.values()]
+    update = optimiser_step(state, totals, ppo.config.optim, num_steps)
     metrics: Metrics = {"loss": 0.0, "num_packed_tokens": 0, "num_micro_batches": 0}
-    for name, (coefficient, total) in update_gradient(ppo, experience, groups, number).items():
+    for name, (coefficient, total) in terms.items():
         metrics["loss"] += total.loss
         metrics["num_packed_tokens"] += total.num_tokens
         metrics["num_micro_batches"] += int(total.sums.pop("num_micro_batches"))
         metrics[f"loss/{name}_avg"] = total.loss / coefficient
         means = total.metrics()
         metrics |= {k: v for k, v in means.items() if k.startswith(("policy/", "val/"))}
-    return metrics | optimiser_step(state, metrics["loss"], ppo.config.optim, num_steps)
+    return metrics | update
 
 
 def update_gradient(
@@ -130,13 +133,17 @@ def clipped_loss(
     rows, device = record.rows_of(chosen), batch.targets.device
     sampled = not kl.in_reward and kl.estimator != "full"
     weight = experience.weight
+
+    def moved(values: Tensor) -> Tensor:
+        return values[rows].to(device, non_blocking=True)
+
     return ppo_loss_fn(
-        record.logprob[rows].to(device),
-        experience.advantages.advantage[rows].to(device),
+        moved(record.logprob),
+        moved(experience.advantages.advantage),
         clip_range=settings.clip_range,
         entropy_coefficient=settings.entropy_coefficient,
-        weight=None if weight is None else weight[rows].to(device),
-        reference_logprob=record.reference_logprob[rows].to(device) if sampled else None,
+        weight=None if weight is None else moved(weight),
+        reference_logprob=moved(record.reference_logprob) if sampled else None,
         kl_coefficient=experience.kl_coefficient,
         estimator="k3" if kl.estimator == "full" else kl.estimator,
         normaliser=num_tokens,
@@ -178,7 +185,7 @@ def value_batch_loss(
     assert returns is not None
     rows = experience.record.rows_of(chosen)
     value = token_values(ppo.models.value, batch, ppo.compute, None)
-    before, target = old[rows].to(value), returns[rows].to(value)
+    before, target = (each[rows].to(value, non_blocking=True) for each in (old, returns))
     losses = value_clipped(value, before, target, clip_range=settings.clip_range)
     clipped = losses.detach() > (value.detach() - target).square() / 2
     return settings.coefficient * losses.sum() / num_tokens, {

@@ -38,8 +38,12 @@ class Labels:
 
     def at(self, chosen: list[int], device: torch.device) -> "Labels":
         """Return the labels of the chosen pairs, on a device."""
-        shares = None if self.shares is None else self.shares[chosen].to(device)
-        return Labels(self.tie[chosen].to(device), self.margin[chosen].to(device), shares)
+
+        def moved(values: Tensor) -> Tensor:
+            return values[chosen].to(device, non_blocking=True)
+
+        shares = None if self.shares is None else moved(self.shares)
+        return Labels(moved(self.tie), moved(self.margin), shares)
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,8 @@ def plain_config(folder: Path, **sections: Any) -> PPOConfig:
 
 def make_run(config: PPOConfig, *, moved: bool = True, **train: Any) -> PPOSetup:
     """A run whose policy is no longer the reference, nor its value model zero, if `moved`."""
-    compute = make_compute(TrainConfig(device="cpu", **train))
+    train = {"device": "cpu", **train}
+    compute = make_compute(TrainConfig(**train))
     run = prepare_ppo(replace(config, train=replace(config.train, **train)), compute)
     if moved:
         torch.manual_seed(1)
