@@ -88,6 +88,14 @@ def buffer_bytes(weight: Tensor, num_rows: int, compute: Compute) -> int:
     return min(most, num_rows * weight.shape[0] * 4)
 
 
+def is_rounded_once(weight: Tensor, compute: Compute) -> bool:
+    """Return True if a step of several batches keeps the head in the products' dtype.
+
+    Weights that FSDP2 gathers are in that dtype already.
+    """
+    return weight.dtype != compute.dtype and compute.parallel.strategy != "fsdp"
+
+
 def states_bytes(model: Any, states: str) -> int:
     """Return the bytes of AdamW's two moments of every trained parameter."""
     total = 0.0
@@ -139,6 +147,9 @@ def _peak(model: Any, batch: PackedBatch, compute: Compute, backwards: int) -> P
                 tracker._param_to_grad_hook_handles[parameter] = (nothing, nothing)
         tracker.track_external(model)
         with tracker:
+            rounded = None
+            if backwards > 1 and head is not None and is_rounded_once(head.weight, compute):
+                rounded = torch.empty_like(head.weight, dtype=compute.dtype, requires_grad=False)
             for _ in range(max(backwards, 1)):
                 with torch.set_grad_enabled(backwards > 0):
                     hidden = hidden_at(model, batch, positions, compute, plan)
@@ -149,6 +160,7 @@ def _peak(model: Any, batch: PackedBatch, compute: Compute, backwards: int) -> P
                         loss.backward()
                     del loss
                 tracker.reset_mod_stats()
+            del rounded
         snapshot = tracker.get_tracker_snapshot("peak")
     model.zero_grad(set_to_none=True)  # as a step does: the next peak begins without gradients
     (kinds,) = (v for device, v in snapshot.items() if device.type == compute.device.type)

@@ -1,6 +1,7 @@
 """One gradient of many examples: micro-batches, shared by the ranks, added up."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from fastalign.compute import Compute, Packing
 from fastalign.models import hidden_and_head
 from fastalign.ops import LinearHead, fused_linear_loss
 from fastalign.ops.head.fused_linear_loss import LossFunction
+from fastalign.ops.head.products import weights_rounded_once
 from fastalign.ranks.parallel import enter
 from fastalign.runs.memory import memory_used_in
 from fastalign.runs.metrics import Metrics, mean_metrics
@@ -77,6 +79,7 @@ class Total:
 
     @loss.setter
     def loss(self, value: float) -> None:
+        """Replace the loss."""
         read_totals([self])
         self._loss = value
 
@@ -158,19 +161,20 @@ def accumulate(
     """
     total = Total()
     pieces = list(packed_batches(examples.groups, indices, examples.lengths, compute))
-    for piece in pieces:
-        with memory_used_in(f"a batch of {piece.batch.num_tokens} tokens"):
-            batch = piece.batch.to(compute.device)
-            # The ranks sum their gradients once, in the step's last backward.
-            sync = compute.syncs_each_batch or (last and piece is pieces[-1])
-            with torch.set_grad_enabled(backward):
-                part, sums = loss_of_batch(model, batch_loss, batch, piece.indices, sync)
-            if backward:
-                # A rank without work computes a batch of another's, and adds nothing by it.
-                part = part if piece.counts else part * 0
-                part.backward()  # type: ignore[no-untyped-call]
-            if piece.counts:
-                total.append(Part(part.detach(), sums, batch.num_tokens))
+    with weights_rounded_once() if len(pieces) > 1 else nullcontext():
+        for piece in pieces:
+            with memory_used_in(f"a batch of {piece.batch.num_tokens} tokens"):
+                batch = piece.batch.to(compute.device)
+                # The ranks sum their gradients once, in the step's last backward.
+                sync = compute.syncs_each_batch or (last and piece is pieces[-1])
+                with torch.set_grad_enabled(backward):
+                    part, sums = loss_of_batch(model, batch_loss, batch, piece.indices, sync)
+                if backward:
+                    # A rank without work computes a batch of another's, and adds nothing by it.
+                    part = part if piece.counts else part * 0
+                    part.backward()  # type: ignore[no-untyped-call]
+                if piece.counts:
+                    total.append(Part(part.detach(), sums, batch.num_tokens))
     if compute.world.size == 1:
         return total
     read_totals([total])

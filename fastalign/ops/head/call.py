@@ -12,7 +12,12 @@ from torch import Tensor
 from fastalign.ops.head.buffers import Budget
 from fastalign.ops.head.head_tile import HeadTransform
 from fastalign.ops.head.operands import Gradients, HeadInputs, Needs
-from fastalign.ops.head.products import ProductSum, accumulation_dtype, operand
+from fastalign.ops.head.products import (
+    ProductSum,
+    accumulation_dtype,
+    operand,
+    weight_operand,
+)
 
 
 class HeadCall(NamedTuple):
@@ -67,7 +72,7 @@ class HeadCall(NamedTuple):
         dtype, ignored = self.compute_dtype, self.targets == self.ignore_index
         return HeadInputs(
             operand(self.hidden, dtype),
-            operand(self.weight, dtype),
+            weight_operand(self.weight, dtype),
             None if self.bias is None else self.bias.to(accumulation_dtype(dtype)),
             self.targets.masked_fill(ignored, 0),
             ignored,

@@ -6,6 +6,8 @@ Legend: C rows, V vocabulary, D hidden.
 import ctypes
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +58,47 @@ def product_dtype(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:
 def operand(value: Tensor, compute_dtype: torch.dtype) -> Tensor:
     """Return `value` rounded to `compute_dtype`, in the dtype of its products on this device."""
     return value.to(compute_dtype).to(product_dtype(compute_dtype, value.device.type))
+
+
+class _RoundedWeight(NamedTuple):
+    weight: Tensor  # detached: it holds the storage, which then is no other weight's
+    version: int
+    rounded: Tensor
+
+
+_ROUNDED: dict[tuple[Any, ...], _RoundedWeight] = {}
+_OPEN = 0
+
+
+@contextmanager
+def weights_rounded_once() -> Iterator[None]:
+    """Keep a head's weight in the products' dtype, for the calls inside; the weight may not change.
+
+    A float32 weight is otherwise rounded by each call. A change that PyTorch counts (any operation
+    in place) is noticed; one behind its back, as through `.data`, is not.
+    """
+    global _OPEN
+    _OPEN += 1
+    try:
+        yield
+    finally:
+        _OPEN -= 1
+        if _OPEN == 0:
+            _ROUNDED.clear()
+
+
+def weight_operand(weight: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    """Return `operand` of a weight, the same one to all calls inside of `weights_rounded_once`."""
+    low = product_dtype(compute_dtype, weight.device.type)
+    if not _OPEN or torch.compiler.is_compiling() or weight.dtype == compute_dtype == low:
+        return operand(weight, compute_dtype)
+    place = (weight.untyped_storage()._cdata, weight.storage_offset())
+    key = (*place, weight.shape, weight.stride(), weight.dtype, compute_dtype)
+    found = _ROUNDED.get(key)
+    if found is None or found.version != weight._version:
+        rounded = operand(weight, compute_dtype)
+        found = _ROUNDED[key] = _RoundedWeight(weight.detach(), weight._version, rounded)
+    return found.rounded
 
 
 def product(left: Tensor, right: Tensor, out: Tensor) -> None:

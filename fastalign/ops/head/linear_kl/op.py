@@ -17,7 +17,12 @@ from fastalign.ops.head.kl_tile import PairStatistics
 from fastalign.ops.head.linear_kl import tiled
 from fastalign.ops.head.linear_kl.tiled import PairBuffers, PairInputs, SavedPair
 from fastalign.ops.head.operands import HeadInputs
-from fastalign.ops.head.products import accumulation_dtype, operand, product_dtype
+from fastalign.ops.head.products import (
+    accumulation_dtype,
+    operand,
+    product_dtype,
+    weight_operand,
+)
 from fastalign.ops.registration import arguments_of
 
 
@@ -74,7 +79,7 @@ class PairCall(NamedTuple):
         shared, bias = self.reference_weight.is_set_to(self.weight), self.reference_bias
         reference = HeadInputs(
             operand(self.reference_hidden, dtype),
-            policy.weight if shared else operand(self.reference_weight, dtype),
+            policy.weight if shared else weight_operand(self.reference_weight, dtype),
             None if bias is None else bias.to(accumulation_dtype(dtype)),
             policy.targets,
             policy.ignored,
