@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from fastalign.ops.head.buffers import Budget
+from fastalign.ops.head.buffers import Budget, padded_columns
 from fastalign.ops.head.fused_linear_loss.chunked import balanced_capacity
 from fastalign.ops.head.products import accumulation_dtype, product_dtype, strip_rows
 
@@ -52,8 +52,9 @@ def footprint(
     leaf, columns = leaf_dtype.itemsize, budget.num_columns
     rows = balanced_capacity(range(num_rows + 1), budget.most_saved_rows(num_rows))
     plan, num_chunks = budget.plan(rows), -(-num_rows // rows)
-    brackets = rows * columns * low.itemsize
-    tile = (plan.tile_rows + 2 * plan.scratch_rows) * columns * wide.itemsize
+    stride = padded_columns(columns, device)
+    brackets = rows * stride * low.itemsize
+    tile = (plan.tile_rows + 2 * plan.scratch_rows) * stride * wide.itemsize
     of_weight, of_hidden = columns * hidden_size, num_rows * hidden_size
     copies = (of_weight + of_hidden) * low.itemsize if leaf_dtype != low else 0
     jacobian, weighted = rows * hidden_size * wide.itemsize, rows * hidden_size * low.itemsize
