@@ -69,6 +69,36 @@ def test_a_runs_own_file_with_an_engine_in_it_starts_another(tmp_path: Path) -> 
         parse(["--config", str(file), "--sampler", "vllm"])
 
 
+ONE, TWO = "http://one:8000", "http://two:8000"
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "urls"),
+    [
+        ("{}", ["--vllm.url", ONE, "--sampler", "vllm-server"], (ONE,)),
+        ("{}", ["--vllm.url", ONE, TWO, "--sampler", "vllm-server"], (ONE, TWO)),
+        (f"{{sampler: vllm-server, vllm: {{url: '{ONE}'}}}}", [], (ONE,)),
+        (f"{{sampler: vllm-server, vllm: {{url: ['{ONE}', '{TWO}']}}}}", [], (ONE, TWO)),
+        (
+            f"{{sampler: vllm-server, vllm: {{url: ['{ONE}', '{TWO}']}}}}",
+            ["--vllm.url", TWO],
+            (TWO,),
+        ),
+        ("{sampler: vllm-server, vllm: {url: null}}", [], None),
+        ("{sampler: vllm-server, vllm: {url: []}}", [], None),
+    ],
+)
+def test_one_server_or_several_are_named_on_the_command_line_and_in_a_file(
+    text: str, flags: list[str], urls: tuple[str, ...] | None, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    config = parse(["--config", str(file), *BASE, *flags])
+    assert config.vllm.url == urls
+    file.write_text(yaml.safe_dump(config_to_dict(config)))  # a run's own
+    assert parse(["--config", str(file)]).vllm.url == urls
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

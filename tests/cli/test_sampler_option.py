@@ -152,6 +152,9 @@ class Failing:
     def rebuild(self) -> None:
         self.version = None
 
+    def metrics(self) -> dict[str, float | int]:
+        return {}
+
     def sleep(self) -> None:
         pass
 

@@ -1,5 +1,6 @@
 """Requests to a server: its address, and what is left open when it goes in the midst of them."""
 
+import asyncio
 import gc
 import socket
 import threading
@@ -10,6 +11,7 @@ import pytest
 from fastalign.rollouts import VllmOptions
 from fastalign.rollouts.engines import connection as server_connection
 from fastalign.rollouts.engines.connection import ServerConnection
+from fastalign.rollouts.engines.server_process import server_environment
 from fastalign.rollouts.sampler import SamplerFailed
 
 ANSWER = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 2\r\n\r\n{}"
@@ -31,6 +33,11 @@ def answer_every_other_and_go(listener: socket.socket) -> None:
     listener.close()
 
 
+async def post_all(connection: ServerConnection) -> None:
+    async with connection.session() as session:
+        await connection.post_all(session, "/v1/completions", [{}] * NUM_REQUESTS, None)
+
+
 def test_a_server_that_goes_leaves_no_socket_open(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_connection, "POLL_SECONDS", 60)  # it is asked for nothing else
     listener = socket.create_server(("127.0.0.1", 0), backlog=NUM_REQUESTS)
@@ -42,7 +49,7 @@ def test_a_server_that_goes_leaves_no_socket_open(monkeypatch: pytest.MonkeyPatc
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         with pytest.raises(SamplerFailed, match="gone or silent"):
-            connection.post_all("/v1/completions", [{}] * NUM_REQUESTS, None)
+            asyncio.run(post_all(connection))
         connection.close()
         server.join()
         gc.collect()
@@ -61,4 +68,28 @@ def test_what_is_no_address_is_refused_at_once(url: str) -> None:
 
 @pytest.mark.parametrize("url", ["http://here", "https://here:1/", "http://[::1]:8000/below"])
 def test_addresses_are_taken(url: str) -> None:
-    assert VllmOptions(url=url).url == url
+    assert VllmOptions(url=url).url == VllmOptions(url=(url,)).url == (url,)
+
+
+def test_several_addresses_are_taken_each_once() -> None:
+    urls = ("http://here:1", "http://here:2")
+    assert VllmOptions(url=urls).url == urls
+    with pytest.raises(ValueError, match=r"vllm\.url: expected each server once, got http://here"):
+        VllmOptions(url=("http://here:1", "http://here:1/"))
+    with pytest.raises(ValueError, match=r"vllm\.url: expected an address such as .* got 'there'"):
+        VllmOptions(url=("http://here:1", "there"))
+    assert VllmOptions(url=()).url is None
+
+
+def test_a_server_has_nothing_of_the_trainers_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's processes would take themselves for ranks of the training."""
+    of_rank = ["RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME", "WORLD_SIZE"]
+    of_rank += ["LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"]
+    of_rank += ["TORCHELASTIC_RUN_ID", "TORCHELASTIC_USE_AGENT_STORE"]
+    for name in of_rank:
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("RANKED", "kept")
+    environment = server_environment(0, "word")
+    assert environment.keys().isdisjoint(of_rank)
+    assert environment["RANKED"] == "kept"
+    assert environment["FASTALIGN_VLLM_TOKEN"] == "word"

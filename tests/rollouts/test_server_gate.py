@@ -1,6 +1,10 @@
 """The gate of a vLLM server, before a stand-in for vLLM: who is let in, and to what."""
 
+import itertools
 import json
+import os
+import signal
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +14,15 @@ import httpx2
 import pytest
 import torch
 
-from fastalign.rollouts import SamplerFailed, SamplingParams, VllmServerSampler, policy_tensors
-from tests.rollouts.stand_in_server import TOKEN, stand_in_server
+from fastalign.rollouts import (
+    PolicyAccess,
+    SamplerFailed,
+    SamplingParams,
+    SyncedSampler,
+    VllmServerSampler,
+    policy_tensors,
+)
+from tests.rollouts.stand_in_server import TOKEN, StandInProcess, stand_in_server
 from tests.rollouts.vllm_cases import (
     OPTIONS,
     assert_a_sync_counts,
@@ -102,7 +113,7 @@ def test_texts_of_other_weights_than_the_trainer_s_are_not_used(
     served[1].fastalign_load = lambda folder, version: json.dumps({"number": 0, "digest": ""})
     # The same name, by which another trainer's sync could not be told from this one's.
     served[1]._fastalign_version = sampler._name
-    sampler.server.call("load", str(tmp_path), sampler._name)
+    sampler.servers[0].connection.call("load", str(tmp_path), sampler._name)
     del served[1].fastalign_load
     with pytest.raises(SamplerFailed, match="started again, or is used by another run"):
         sampler.generate([[5, 9]], PARAMS, seed=0)
@@ -120,3 +131,91 @@ def test_an_engine_that_skips_tensors_is_found_out(
     monkeypatch.setattr(served[1], "reload_weights", reload)
     with pytest.raises(ValueError, match=r"read 1 tensors or files in .* the 21 written there"):
         sampler.sync_weights(policy_tensors(policy), 1)
+
+
+def test_a_server_that_is_killed_is_waited_for_and_the_work_repeated(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FASTALIGN_VLLM_TOKEN", TOKEN)
+    policy = make_policy(tied=True)
+    prompts = [[5, 9], [7], [30, 31], [8]]
+    server = StandInProcess(policy.config, ("completion", 7))
+    options = replace(OPTIONS, url=server.url)
+
+    def start_again() -> None:
+        server.process.join(20)
+        assert server.process.exitcode == -9
+        server.start(wait=False)
+
+    sampler = SyncedSampler(
+        PolicyAccess(policy),
+        VllmServerSampler(replace(make_spec(policy), options=options)),
+        num_rebuilds=1,
+        max_difference=1e-3,
+        on_rebuild=start_again,
+    )
+    try:
+        expected = sampler.generate(prompts, PARAMS, seed=0)
+        assert sampler.metrics()["sampling/num_rebuilds"] == 0
+        # The step that failed is repeated, with the policy's weights, on the server that is new.
+        assert sampler.generate(prompts, PARAMS, seed=0) == expected
+        assert sampler.metrics()["sampling/num_rebuilds"] == 1
+        assert sampler.metrics() == {"sampling/num_rebuilds": 0, "time/sync_seconds": 0.0}
+        said = f"sampler: the server at {server.url} is gone or silent"
+        assert capsys.readouterr().out.startswith(said)
+    finally:
+        sampler.close()
+        server.kill()
+
+
+@pytest.mark.parametrize("moment", ["generate", "sync"])
+def test_a_server_that_is_stopped_is_reported_in_time(
+    moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTALIGN_VLLM_TOKEN", TOKEN)
+    policy = make_policy(tied=True)
+    server = StandInProcess(policy.config)
+    options = replace(OPTIONS, url=server.url, silence_seconds=1.0)
+    sampler = VllmServerSampler(replace(make_spec(policy), options=options))
+    try:
+        sampler.sync_weights(policy_tensors(policy), 1)
+        expected = sampler.generate([[5, 9]], PARAMS, seed=0)
+        os.kill(server.process.pid, signal.SIGSTOP)
+        silent = rf"^sampler: the server at {server.url} is gone or silent"
+        with pytest.raises(SamplerFailed, match=silent):  # noqa: PT012 (one of two)
+            if moment == "sync":
+                sampler.sync_weights(policy_tensors(policy), 2)
+            else:
+                sampler.generate([[5, 9]], PARAMS, seed=0)
+        os.kill(server.process.pid, signal.SIGCONT)
+        sampler.sync_weights(policy_tensors(policy), 1)
+        assert sampler.generate([[5, 9]], PARAMS, seed=0) == expected
+    finally:
+        sampler.close()
+        server.kill()
+
+
+def test_an_engine_that_hangs_among_its_completions_is_reported_in_time(
+    served: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its server still answers."""
+    monkeypatch.setenv("FASTALIGN_VLLM_TOKEN", TOKEN)
+    policy = make_policy(tied=True)
+    options = replace(OPTIONS, url=served[0], silence_seconds=1.0)
+    sampler = VllmServerSampler(replace(make_spec(policy), options=options))
+    sampler.sync_weights(policy_tensors(policy), 1)
+    on, done = threading.Event(), list[int]()
+    sampler._on_progress = done.append
+
+    def count(what: str) -> None:
+        if what == "completion":
+            number = next(numbers)
+            assert number < 2 or on.wait(60)
+
+    numbers = itertools.count()
+    monkeypatch.setattr(served[1], "count", count)
+    with pytest.raises(SamplerFailed, match=r"showed no progress for 1 seconds"):
+        sampler.generate([[5, 9]] * 3, PARAMS, seed=0)
+    assert max(done, default=0) > 0
+    on.set()
+    sampler.close()

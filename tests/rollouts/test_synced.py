@@ -76,6 +76,12 @@ class FakeEngine:
         names = [name for name, value in named_tensors if not torch.equal(own[name], value)]
         return names, len(own)
 
+    def needs_weights(self) -> bool:
+        return self.version is None
+
+    def metrics(self) -> dict[str, float | int]:
+        return {}
+
     def sleep(self) -> None:
         self._call("sleep")
 

@@ -4,6 +4,7 @@ It uses the interfaces that vLLM keeps stable (`LLM`, `add_request` and `step`, 
 LoRA requests), and restores whatever vLLM changes in the trainer's process.
 """
 
+import gc
 import os
 import random
 import tempfile
@@ -40,6 +41,9 @@ from fastalign.rollouts.engines.weights import (
 )
 from fastalign.rollouts.sampler import Completion, SamplerFailed, SamplingParams, sample_seed
 
+# Part of the message of vLLM's AssertionError where the engine before still holds memory that
+# `sleep` frees.
+MEMORY_IS_HELD = "CuMem allocator can only be used for one instance per process"
 # Token ids, log-probs and finish reason of one completion.
 Output = tuple[list[int], list[float], str | None]
 
@@ -56,6 +60,12 @@ class VllmSampler:
 
     def __init__(self, spec: EngineSpec, *, on_progress: Callable[[int], None] | None = None):
         require_vllm()
+        if spec.options.tensor_parallel > 1:
+            raise ValueError(
+                "vllm.tensor_parallel: an engine in this process has one GPU, since weights are "
+                "handed to it by reference; expected 1 or VllmServerSampler, got "
+                f"{spec.options.tensor_parallel}"
+            )
         self._spec, self._on_progress = spec, on_progress
         self._spec.shapes  # noqa: B018 (computed before vLLM may change transformers' classes)
         self._random = EngineRandomState()
@@ -170,6 +180,14 @@ class VllmSampler:
             found: tuple[list[str], int] = self._llm.apply_model(compare)[0]
         return found
 
+    def needs_weights(self) -> bool:
+        """Return True if `sync_weights` must come before the next `sync_adapter`."""
+        return self.version is None
+
+    def metrics(self) -> dict[str, float | int]:
+        """Return no metrics, since there is one engine."""
+        return {}
+
     def sleep(self) -> None:
         """Free GPU memory until the next sync; under adapters the base waits in host memory."""
         if self._sleeps and self._llm is not None and self._fault is None:
@@ -179,8 +197,13 @@ class VllmSampler:
                 self.version = None
 
     def rebuild(self) -> None:
-        """Build a new engine in place of a broken one; it has no weights yet."""
+        """Build a new engine in place of a broken one; it has no weights yet.
+
+        Raises:
+            SamplerFailed: if it does not start.
+        """
         self.close()
+        gc.collect()  # an engine is full of circles, and vLLM's allocator takes one at a time
         self._build()
 
     def close(self) -> None:
@@ -203,6 +226,13 @@ class VllmSampler:
             except (RuntimeError, OSError, MemoryError) as error:
                 first = str(error).strip().splitlines()[-1]
                 raise SamplerFailed(f"sampler: vLLM's engine did not start: {first}") from error
+            except AssertionError as error:
+                if MEMORY_IS_HELD not in str(error):
+                    raise
+                raise SamplerFailed(
+                    "sampler: the engine before still holds its GPU memory, and vLLM builds no "
+                    "other beside it; expected --vllm.no-sleep or --sampler vllm-server"
+                ) from error
             finally:
                 # An engine that did not start leaves the process group that vLLM made for it.
                 if self._llm is None and not self._in_group and dist.is_initialized():

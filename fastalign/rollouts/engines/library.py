@@ -50,8 +50,6 @@ def engine_arguments(spec: EngineSpec) -> dict[str, Any]:
     else:
         arguments["gpu_memory_utilization"] = options.gpu_memory
         arguments["enable_sleep_mode"] = options.sleep
-    if options.tensor_parallel > 1:
-        arguments["tensor_parallel_size"] = options.tensor_parallel
     if spec.lora_rank:
         room = lora_room(spec.lora_rank)
         arguments |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room}

@@ -13,12 +13,12 @@ PROCESS_IS_GONE = "sampler: vllm-process is gone; use vllm-server (started by th
 class VllmOptions:
     """vLLM as the sampler (`--sampler vllm`, `vllm-server`)."""
 
-    url: str | None = None
-    """URL of a server that `fastalign vllm-server` started (vllm-server); default: the run starts
-    one of its own, on this machine."""
+    url: tuple[str, ...] | None = None
+    """One or more URLs of servers that `fastalign vllm-server` started, which share the prompts
+    (vllm-server); default: the run starts one server of its own, on this machine."""
     token_file: str | None = None
-    """File with the token of the server at the URL; default: the one that a server of this machine
-    wrote. FASTALIGN_VLLM_TOKEN in the environment comes first."""
+    """File with the token of the servers at the URLs; default: the one that each server of this
+    machine wrote. FASTALIGN_VLLM_TOKEN in the environment comes first."""
     gpu_memory: float = 0.3
     """Share of the GPU's memory for the engine: weights, keys and values, CUDA graphs."""
     kv_cache_gib: float = 0.5
@@ -52,7 +52,12 @@ class VllmOptions:
     """Folder that weights are written to for a server, which must see it too; default: memory."""
 
     def __post_init__(self) -> None:
-        self._check_url()
+        urls: object = None if self.url == () else self.url
+        object.__setattr__(self, "url", (urls,) if isinstance(urls, str) else urls)
+        for url in self.url or ():
+            check_url(url)
+        if len({url.rstrip("/") for url in self.url or ()}) < len(self.url or ()):
+            raise ValueError(f"vllm.url: expected each server once, got {' '.join(self.url or ())}")
         for name in ("kv_cache_gib", "start_seconds", "silence_seconds"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
@@ -68,20 +73,24 @@ class VllmOptions:
                 f"vllm.max_difference: expected a finite number above 0, got {self.max_difference}"
             )
 
-    def _check_url(self) -> None:
-        if self.url is None:
-            return
-        if "@" in self.url or "?" in self.url:  # it may hold a secret, and is not repeated
-            raise ValueError("vllm.url: expected an address without user, password and query")
-        try:
-            parts = urlsplit(self.url)
-            known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-        except ValueError:  # half a bracket, or a port that is none
-            known = False
-        if not known:
-            raise ValueError(
-                f"vllm.url: expected an address such as http://127.0.0.1:8000, got {self.url!r}"
-            )
+
+def check_url(url: str) -> None:
+    """Check that this may be the address of a server.
+
+    Raises:
+        ValueError: if it is no http(s) address, or holds more than one.
+    """
+    if "@" in url or "?" in url:  # it may hold a secret, and is not repeated
+        raise ValueError("vllm.url: expected an address without user, password and query")
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # half a bracket, or a port that is none
+        known = False
+    if not known:
+        raise ValueError(
+            f"vllm.url: expected an address such as http://127.0.0.1:8000, got {url!r}"
+        )
 
 
 def check_sampler(sampler: SamplerName, options: VllmOptions, *, may_overlap: bool = False) -> None:

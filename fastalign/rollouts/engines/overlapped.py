@@ -5,7 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from fastalign.rollouts.engines.synced import NUM_CHECKED, SyncedSampler
+from fastalign.rollouts.engines.synced import SyncedSampler
 from fastalign.rollouts.sampler import Completion, SamplerFailed, SamplingParams
 
 CHECKED_TOKENS_BEFOREHAND = 16  # of the completions that are checked before a batch is begun
@@ -58,7 +58,7 @@ class OverlappedSampler:
             num_samples=1,
             max_new_tokens=min(params.max_new_tokens, CHECKED_TOKENS_BEFOREHAND),
         )
-        self._sampler.generate(prompt_ids[:NUM_CHECKED], few, seed=seed)
+        self._sampler.generate(prompt_ids[: self._sampler.num_checked], few, seed=seed)
         answers = self._threads.submit(self._sampler.engine.generate, prompt_ids, params, seed=seed)
         self._begun = _Begun(seed, answers)
 

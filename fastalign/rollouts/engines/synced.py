@@ -17,7 +17,8 @@ from fastalign.rollouts.engines.spec import EngineSpec
 from fastalign.rollouts.engines.weights import sync_folder
 from fastalign.rollouts.sampler import Completion, SamplerFailed, SamplingParams
 
-NUM_CHECKED = 4  # completions after each sync that the trainer computes again
+# Completions after each sync that the trainer computes again: as many, or one of each server.
+NUM_CHECKED = 4
 CHECKED_TOKENS = 128  # of each at most
 LARGEST_DIFFERENCE = 20.0  # nats, in place of the infinite one of a token that cannot be drawn
 ENGINES: dict[str, type[VllmSampler | VllmServerSampler]] = {
@@ -48,6 +49,12 @@ class Engine(Protocol):
     ) -> tuple[list[str], int]:
         """Return the names it does not compute with, and how many could be compared."""
 
+    def needs_weights(self) -> bool:
+        """Return True if `sync_weights` must come before the next `sync_adapter`."""
+
+    def metrics(self) -> dict[str, float | int]:
+        """Return metrics of its own since the last call."""
+
     def sleep(self) -> None:
         """Free memory until the next sync, if the engine can."""
 
@@ -72,6 +79,7 @@ class SyncedSampler:
         num_rebuilds: number of times in a row that a failed engine is built anew.
         max_difference: largest mean difference of log-probs, nats, at which a run goes on.
         adapter_folder: parent of the folders that adapters are written to; default: memory.
+        num_checked: number of completions after each sync that the policy computes again.
         on_rebuild: called before a failed engine is built anew and its work begins again.
     """
 
@@ -83,9 +91,11 @@ class SyncedSampler:
         num_rebuilds: int,
         max_difference: float,
         adapter_folder: str | None = None,
+        num_checked: int = NUM_CHECKED,
         on_rebuild: Callable[[], None] = lambda: None,
     ):
         self._policy, self.engine = policy, engine
+        self.num_checked = num_checked
         self._on_rebuild = on_rebuild
         self._num_rebuilds, self._max_difference = num_rebuilds, max_difference
         self._folder_for_adapters = adapter_folder
@@ -113,9 +123,10 @@ class SyncedSampler:
                 if num_failures == self._num_rebuilds:
                     raise
                 print(f"{failure}; it is built anew and its work repeated", flush=True)
-                self._on_rebuild()
-                self._count("sampling/num_rebuilds", 1)
-                self.engine.rebuild()
+            # Not above: the failure's frames keep the broken engine's memory.
+            self._on_rebuild()
+            self._count("sampling/num_rebuilds", 1)
+            self.engine.rebuild()
         if not self._checked:
             self._check(prompt_ids, found, params)
         self.engine.sleep()
@@ -129,7 +140,7 @@ class SyncedSampler:
         """Return differences, seconds and rebuilds since the last call."""
         found = {"sampling/num_rebuilds": 0, "time/sync_seconds": 0.0, **self._metrics}
         self._metrics = {}
-        return found
+        return found | self.engine.metrics()
 
     def close(self) -> None:
         """End the engine."""
@@ -145,7 +156,7 @@ class SyncedSampler:
             return
         start = time.perf_counter()
         has_adapter = self._policy.has_adapter
-        if not has_adapter or self.engine.version is None:
+        if not has_adapter or self.engine.needs_weights():
             self.engine.sync_weights(self._policy.tensors(), self.version)
         if has_adapter:
             folder = sync_folder(self._folder_for_adapters)
@@ -168,8 +179,9 @@ class SyncedSampler:
         Raises:
             SamplerFailed: if they differ by more than `max_difference` on average.
         """
-        step = max(1, len(prompt_ids) // NUM_CHECKED)
-        places = list(range(0, len(prompt_ids), step))[:NUM_CHECKED]
+        # Spread evenly, so that each of several servers, which have equal shares, is checked.
+        number = min(self.num_checked, len(prompt_ids))
+        places = [-(-len(prompt_ids) * n // number) for n in range(number)]
         sequences = [
             (list(prompt_ids[place]), completions[place][0].token_ids[:CHECKED_TOKENS])
             for place in places
@@ -221,5 +233,6 @@ def open_engine(
         num_rebuilds=spec.options.num_rebuilds,
         max_difference=limit,
         adapter_folder=spec.options.sync_folder,
+        num_checked=max(NUM_CHECKED, len(spec.options.url or ())),
         on_rebuild=on_rebuild,
     )

@@ -8,6 +8,7 @@ import socket
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,53 @@ def check_shapes(got: Mapping[str, tuple[int, ...]], expected: Shapes) -> None:
             raise ValueError(
                 f"sync_weights: {name}: expected shape {expected[name]}, got {got[name]}"
             )
+
+
+@dataclass(frozen=True)
+class EngineDtypes:
+    """The dtypes of an engine's weights, to which a policy's are rounded before they are sent.
+
+    Attributes:
+        dtype: dtype of nearly all of them.
+        wide: last two parts of the names (`gate.weight`) of those that are float32 in any case.
+    """
+
+    dtype: torch.dtype
+    wide: frozenset[str] = frozenset()
+
+    def of(self, name: str, tensor: Tensor) -> torch.dtype:
+        """Return the dtype in which a tensor is sent: the engine's where that is the smaller."""
+        kept = not tensor.is_floating_point() or ending(name) in self.wide
+        return tensor.dtype if kept or self.dtype.itemsize >= tensor.itemsize else self.dtype
+
+    def of_all(self, other: "EngineDtypes") -> "EngineDtypes":
+        """Return the dtypes that suit this engine and another."""
+        larger = max(self.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+        return EngineDtypes(larger, self.wide | other.wide)
+
+    def gathered(self, named_tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+        """Yield the tensors rounded, where they are, and then gathered (`whole`)."""
+        for name, tensor in named_tensors:
+            yield name, whole(tensor.to(self.of(name, tensor)))
+
+
+def ending(name: str) -> str:
+    """Return the last two parts of a tensor's name; engines may call what is before otherwise."""
+    return ".".join(name.replace(".base_layer.", ".").split(".")[-2:])
+
+
+def wide_names(engine_model: Any) -> list[str]:
+    """Return the endings of the names of an engine's float32 parameters and buffers."""
+    named = [*engine_model.named_parameters(), *engine_model.named_buffers()]
+    return sorted({ending(name) for name, tensor in named if tensor.dtype == torch.float32})
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """Copy a tensor to host memory, contiguous; from a GPU to pinned memory, at the bus's speed."""
+    if not tensor.is_cuda:
+        return tensor.to("cpu", copy=True).contiguous()
+    # torch keeps the pinned memory of one tensor for the next.
+    return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)
 
 
 def accepted_by(engine_model: Any, tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
@@ -195,7 +243,7 @@ def write_tensors(tensors: NamedTensors, folder: Path, *, part_bytes: int = 2**2
     size = number = 0
     for name, tensor in tensors:
         # Copied, since safetensors refuses tied tensors, which share storage.
-        part[name] = whole(tensor).to("cpu", copy=True).contiguous()
+        part[name] = to_host(whole(tensor))
         size += tensor.numel() * tensor.element_size()
         if size >= part_bytes:
             save_file(part, folder / f"part-{number:05d}.safetensors")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fastalign.rollouts.engines.broadcast import join_group, receive
+from fastalign.rollouts.engines.broadcast import gpu_of, join_group, receive
 from fastalign.rollouts.engines.server_process import TOKEN_VARIABLE, WEIGHTS_HEADER
 from fastalign.rollouts.engines.weights import (
     NamedTensors,
@@ -23,6 +23,7 @@ from fastalign.rollouts.engines.weights import (
     differing_tensors,
     read_tensors,
     tally_adapter,
+    wide_names,
 )
 
 PREFIX = "fastalign_"  # of the workers' methods
@@ -43,7 +44,6 @@ class WorkerExtension:
 
     _fastalign_version = _fastalign_base = ""
     _group: Any = None
-    _device: Any = None
 
     def fastalign_state(self) -> str:
         """Return as JSON: `version`, the name of the last sync, and the model's `config`."""
@@ -60,7 +60,7 @@ class WorkerExtension:
 
     def fastalign_receive(self, description: str, version: str) -> str:
         """Take over the tensors that the trainer sends to its group; return as `load`."""
-        return self._take(receive(self._group, description, self._device), version)
+        return self._take(receive(self._group, description), version)
 
     def _take(self, tensors: NamedTensors, version: str) -> str:
         worker: Any = self
@@ -90,19 +90,28 @@ class WorkerExtension:
                 module.reset_lora(slot)
 
     def fastalign_workers(self) -> str:
-        """Return as JSON the `number` of workers and the type of their `device`."""
+        """Return facts as JSON: the `number` of workers, and this one's `device` and `gpu`.
+
+        Beside them stand the `dtype` of its weights and the names of those that are `wide`.
+        """
         worker: Any = self
-        number = worker.parallel_config.world_size
-        return json.dumps({"number": number, "device": worker.device.type})
+        facts = {
+            "number": worker.parallel_config.world_size,
+            "device": worker.device.type,
+            "gpu": gpu_of(worker.device),
+            "dtype": str(worker.model_config.dtype).removeprefix("torch."),
+            "wide": wide_names(worker.get_model()),
+        }
+        return json.dumps(facts)
 
     def fastalign_join(
         self, host: str, port: str, size: str, device_type: str, seconds: str
     ) -> str:
         """Join the trainer's group."""
         worker: Any = self
-        self._device = worker.device if device_type == "cuda" else torch.device("cpu")
+        device = worker.device if device_type == "cuda" else torch.device("cpu")
         rank = 1 + worker.rank
-        self._group = join_group(host, int(port), rank, int(size), self._device, float(seconds))
+        self._group = join_group(host, int(port), rank, int(size), device, float(seconds))
         return str(rank)
 
     def fastalign_adapted(self, folder: str, version: str) -> str:
