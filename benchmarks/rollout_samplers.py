@@ -135,13 +135,13 @@ def open_embedded(job: RolloutJob, model: Any) -> Contestant:
 
 def open_in_process(job: RolloutJob, model: Any) -> Contestant:
     """Open an engine of vLLM in this process."""
-    return _engine(VllmSampler(engine_spec(job, model)), model)
+    return contestant_of(VllmSampler(engine_spec(job, model)), model)
 
 
 def open_server(job: RolloutJob, model: Any) -> Contestant:
     """Start a server of vLLM for this measurement."""
     sampler = VllmServerSampler(engine_spec(job, model))
-    return replace(_engine(sampler, model), processes=family_of(sampler.process_id))
+    return replace(contestant_of(sampler, model), processes=family_of(sampler.process_id))
 
 
 def family_of(process: int) -> tuple[int, ...]:
@@ -185,7 +185,9 @@ def _answers_of(sampler: Any) -> Callable[[Prompts, SamplingParams, int], list[l
     return generate
 
 
-def _engine(sampler: Any, model: Any) -> Contestant:
+def contestant_of(sampler: Any, model: Any) -> Contestant:
+    """Return an open engine, with the model as its policy."""
+
     def sync(version: int) -> None:
         sampler.sync_weights(policy_tensors(model), version)
 

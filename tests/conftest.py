@@ -7,7 +7,9 @@ or a GPU: `FASTALIGN_TEST_GPU=1 pytest tests/gpu` is the second.
 import gc
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +22,8 @@ HERE = Path(__file__).parent
 # Seconds that each file takes; ./scripts/test.sh --record-durations rewrites it.
 DURATIONS = HERE / "durations.json"
 SLOW_SECONDS = 10.0
+# Files whose tests ask the same servers, each of which takes long to start: one process runs them.
+SHARE_SERVERS = ("rollouts/test_vllm_server.py", "trainers/sampling/test_vllm_runs.py")
 measured: dict[str, float] = {}
 
 
@@ -38,7 +42,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def of_file(item: pytest.Item) -> float:
         return float(seconds.get(item.path.relative_to(HERE).as_posix(), 0.0))
 
-    items.sort(key=of_file, reverse=True)
+    def of_process(item: pytest.Item) -> float:
+        if item.path.relative_to(HERE).as_posix() in SHARE_SERVERS:
+            return float(sum(seconds.get(name, 0.0) for name in SHARE_SERVERS))
+        return of_file(item)
+
+    items.sort(key=of_process, reverse=True)
     for item in items:
         if of_file(item) > SLOW_SECONDS:
             item.add_marker(pytest.mark.slow)
@@ -54,6 +63,32 @@ def skip_interpreted(items: list[pytest.Item]) -> None:
     if reason is not None:
         for item in interpreted:
             item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """The files that share servers count as one."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByServers(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            scope: str = super()._split_scope(nodeid)
+            return SHARE_SERVERS[0] if scope.removeprefix("tests/") in SHARE_SERVERS else scope
+
+    return ByServers(config, log)
+
+
+@pytest.fixture(scope="session")
+def vllm_servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """Up to two servers of vLLM, started when a test first asks for one of them."""
+    from tests.rollouts.vllm_cases import Servers, nothing_left_in_shared_memory
+
+    with nothing_left_in_shared_memory():
+        servers = Servers(tmp_path_factory.mktemp("served"))
+        yield servers
+        servers.stop()
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:

@@ -3,16 +3,22 @@
 import copy
 import importlib.util
 import json
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks import compare, compare_rollouts
+from benchmarks import compare, compare_rollouts, rollout_samplers, rollout_worker
 from benchmarks.compare_rollouts import measure_samplers
 from benchmarks.rollout_cases import CASES, disturb, write_policy
 from benchmarks.rollout_rows import Times, print_rollouts, rows_of
@@ -23,12 +29,17 @@ from benchmarks.rollout_samplers import (
     PEERS,
     Contestant,
     RolloutJob,
+    contestant_of,
+    engine_spec,
     open_embedded,
     open_generate,
 )
 from benchmarks.rollout_worker import Turns, WrongAnswers
 from benchmarks.step_cases import EOS
-from fastalign.rollouts import SamplingParams
+from fastalign.rollouts import SamplingParams, VllmServerSampler
+from fastalign.rollouts.engines.server_process import TOKEN_VARIABLE
+from tests.rank_processes import CONTEXT
+from tests.rollouts.stand_in_server import TOKEN, stand_in_server
 
 CASE = CASES["smallest"]
 NUM_TOKENS = 4 * 5
@@ -115,7 +126,11 @@ def test_fewer_tokens_are_no_speed(job: RolloutJob) -> None:
         Turns(job, model, hasty(job, model)).begin()
 
 
-def test_a_peer_that_fails_is_named_and_ours_that_is_wrong_ends_it_all(job: RolloutJob) -> None:
+def test_a_peer_that_fails_is_named_and_ours_that_is_wrong_ends_it_all(
+    job: RolloutJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Processes that have imported everything: these samplers are no engines.
+    monkeypatch.setattr(rollout_worker.multiprocessing, "get_context", lambda method: CONTEXT)
     found = measure_samplers({"one": stale, "two": broken}, job, num_rounds=1)
     assert found["one"].reason is not None
     assert found["one"].reason.startswith("its likeliest tokens are not the policy's")
@@ -158,9 +173,45 @@ def run(
     return found
 
 
+def open_served(job: RolloutJob, model: Any) -> Contestant:
+    """As `open_server`, on a stand-in for the server; a start of vLLM's takes long."""
+    os.environ[TOKEN_VARIABLE] = TOKEN
+    stack = ExitStack()
+    url, _ = stack.enter_context(stand_in_server(model.config))
+    spec = engine_spec(job, model)
+    sampler = VllmServerSampler(replace(spec, options=replace(spec.options, url=(url,))))
+    stack.callback(sampler.close)
+    return replace(contestant_of(sampler, model), close=stack.close)
+
+
+def test_a_server_is_measured_with_all_its_processes(
+    job: RolloutJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    family = subprocess.Popen(
+        ["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE, start_new_session=True
+    )
+    assert family.stdout is not None
+    child = int(family.stdout.readline())
+    closed: list[bool] = []
+    sampler = SimpleNamespace(process_id=family.pid, close=lambda: closed.append(True))
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        rollout_samplers, "VllmServerSampler", lambda spec: (asked.append(spec), sampler)[1]
+    )
+    model = policy_of(job)
+    opened = rollout_samplers.open_server(job, model)
+    assert opened.processes == (family.pid, child)
+    assert asked[0].options.url is None  # it starts one
+    opened.close()
+    assert closed == [True]
+    os.killpg(family.pid, signal.SIGKILL)
+    family.wait()
+    family.stdout.close()
+
+
 @needs_vllm
 def test_engines_beside_the_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    samplers = {PEER: PEERS[PEER], **{name: ENGINES[name] for name in SYNCED}}
+    samplers = {PEER: PEERS[PEER], SYNCED[0]: ENGINES[SYNCED[0]], SYNCED[1]: open_served}
     rows = run(tmp_path, monkeypatch, lambda: (samplers, {"absent": "it is not installed"}))
     names = [(row["pass"], row["implementation"]) for row in rows]
     assert names == [

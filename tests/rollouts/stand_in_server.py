@@ -173,11 +173,11 @@ class StandInProcess:
         # The server that processes are forked from keeps the environment of its start.
         with pytest.MonkeyPatch.context() as environment:
             environment.delenv(TOKEN_VARIABLE, raising=False)
-            listens = CONTEXT.Event()
-            arguments = (self.config, self.port, dies_at, listens)
+            self.listens = CONTEXT.Event()  # kept: it is gone with its last reference here
+            arguments = (self.config, self.port, dies_at, self.listens)
             self.process = CONTEXT.Process(target=_serve, args=arguments)
             self.process.start()
-        assert not wait or listens.wait(60)
+        assert not wait or self.listens.wait(60)
 
     def kill(self) -> None:
         self.process.kill()

@@ -140,7 +140,7 @@ def test_a_server_that_is_killed_is_waited_for_and_the_work_repeated(
     policy = make_policy(tied=True)
     prompts = [[5, 9], [7], [30, 31], [8]]
     server = StandInProcess(policy.config, ("completion", 7))
-    options = replace(OPTIONS, url=server.url)
+    options = replace(OPTIONS, url=server.url, start_seconds=60)
 
     def start_again() -> None:
         server.process.join(20)

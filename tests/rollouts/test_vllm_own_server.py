@@ -1,7 +1,6 @@
 """A server that the sampler starts: killed, stopped, refused; nothing hangs and nothing is left."""
 
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,7 @@ import pytest
 import torch
 
 from fastalign.rollouts import SamplerFailed, VllmServerSampler, policy_tensors
-from fastalign.rollouts.engines import broadcast, server_process, weights
+from fastalign.rollouts.engines import server_process, weights
 from tests.rollouts.vllm_cases import (
     PARAMS,
     assert_a_sync_counts,
@@ -29,6 +28,7 @@ from tests.rollouts.vllm_cases import (
 )
 
 pytestmark = [needs_vllm]
+OF_THIS_RUN = "^sampler: the vLLM server of this run "
 SILENCE = 5.0  # seconds, after which these tests count an engine as dead
 
 
@@ -44,9 +44,7 @@ def engine() -> Iterator[VllmServerSampler]:
     with nothing_left_in_shared_memory():
         sampler = VllmServerSampler(make_spec(make_policy(tied=True)))
         yield sampler
-        family = family_of(sampler)
-        sampler.close()
-        assert not [process for process in family if process.is_running()]
+        sampler.close()  # the last test has closed it, unless one failed
     assert folders_left() <= before
 
 
@@ -111,78 +109,72 @@ def assert_usable(sampler: VllmServerSampler) -> None:
 
 
 def impatient(sampler: VllmServerSampler, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert sampler._server is not None
-    monkeypatch.setattr(sampler._server, "_silence", SILENCE)
-    monkeypatch.setattr(sampler._server._client, "timeout", SILENCE)
-    monkeypatch.setattr(sampler, "_options", replace(sampler._options, silence_seconds=SILENCE))
+    connection = sampler.servers[0].connection
+    monkeypatch.setattr(connection, "_silence", SILENCE)
+    monkeypatch.setattr(connection._client, "timeout", SILENCE)
 
 
-@pytest.mark.parametrize(
-    ("kind", "who", "moment"),
-    [
-        (signal.SIGSTOP, "api", "between"),
-        (signal.SIGSTOP, "engine", "generate"),
-        (signal.SIGSTOP, "engine", "sync"),
-        (signal.SIGKILL, "supervisor", "between"),
-        (signal.SIGKILL, "engine", "generate"),
-        (signal.SIGKILL, "engine", "sync"),
-        (signal.SIGKILL, "engine", "network sync"),
-    ],
-)
-def test_a_killed_or_stopped_server_is_reported_in_time_and_built_anew(
-    sampler: VllmServerSampler,
-    kind: signal.Signals,
-    who: str,
-    moment: str,
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("who", "moment"), [("api", "generate"), ("engine", "sync")])
+def test_a_stopped_server_is_reported_in_time_and_goes_on(
+    sampler: VllmServerSampler, who: str, moment: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy = make_policy(tied=True)
     sampler.sync_weights(policy_tensors(policy), 1)
     impatient(sampler, monkeypatch)
+    process, write = process_named(who, sampler.process_id), weights.write_tensors
+    monkeypatch.setattr(  # the weights are written, the server has not read them
+        "fastalign.rollouts.engines.server.write_tensors",
+        lambda *arguments: (write(*arguments), process.suspend()),
+    )
+    start = time.monotonic()
+    with pytest.raises(SamplerFailed, match=OF_THIS_RUN):  # noqa: PT012 (one of two)
+        if moment == "sync":
+            sampler.sync_weights(policy_tensors(policy), 2)
+        process.suspend()
+        sampler.generate(make_prompts(), PARAMS, seed=0)
+    assert time.monotonic() - start < 4 * SILENCE
+    monkeypatch.undo()
+    process.resume()
+    assert_usable(sampler)
+
+
+def assert_killed(sampler: VllmServerSampler, who: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two calls, or, the engine, among its completions: it is reported, and all end."""
+    sampler.sync_weights(policy_tensors(make_policy(tied=True)), 1)
+    impatient(sampler, monkeypatch)
     victim, family = process_named(who, sampler.process_id), family_of(sampler)
 
     def hit(*_: object) -> None:
-        if victim.is_running() and victim.status() not in ("stopped", "zombie"):
-            victim.send_signal(kind)
+        if victim.is_running() and victim.status() != "zombie":
+            victim.kill()
 
-    if moment == "between":
-        hit()
-        if kind == signal.SIGKILL:
-            time.sleep(2)  # the others end with their supervisor
-    elif moment == "generate":
+    if who == "engine":
         monkeypatch.setattr(sampler, "_on_progress", hit)
-    elif moment == "sync":  # the weights are written, the server has not read them
-        write = weights.write_tensors
-        monkeypatch.setattr(
-            "fastalign.rollouts.engines.server.write_tensors",
-            lambda *arguments: (write(*arguments), hit()),
-        )
-    else:  # between two tensors
-        options = replace(sampler._options, transport="network")
-        monkeypatch.setattr(sampler, "_options", options)
-        gather, calls = broadcast.whole, []
-
-        def whole(tensor: torch.Tensor) -> torch.Tensor:
-            calls.append(1)
-            return (hit() if len(calls) == 5 else None) or gather(tensor)
-
-        monkeypatch.setattr(broadcast, "whole", whole)
+    else:
+        hit()
+        assert psutil.wait_procs(family[1:], timeout=20)[1] == []  # they end with their supervisor
     start = time.monotonic()
-    with pytest.raises(SamplerFailed, match=r"^sampler: ") as failure:  # noqa: PT012 (one of two)
-        if "sync" in moment:
-            sampler.sync_weights(policy_tensors(policy), 2)
-        else:
-            sampler.generate(make_prompts() * 20, replace(PARAMS, max_new_tokens=50), seed=0)
+    with pytest.raises(SamplerFailed, match=OF_THIS_RUN):
+        sampler.generate(make_prompts() * 20, replace(PARAMS, max_new_tokens=50), seed=0)
     monkeypatch.undo()
     assert time.monotonic() - start < 4 * SILENCE
-    if moment != "network sync":
-        assert str(failure.value).startswith("sampler: the vLLM server of this run ")
-    if kind == signal.SIGSTOP and moment == "between":  # it has nothing of ours to finish
-        victim.resume()
-    else:
-        sampler.rebuild()
-        assert not [process for process in family if process.is_running()]
+    sampler.close()
+    assert not [process for process in family if process.is_running()]
+
+
+def test_a_server_whose_engine_is_killed_is_reported_in_time_and_built_anew(
+    sampler: VllmServerSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert_killed(sampler, "engine", monkeypatch)
+    sampler.rebuild()
     assert_usable(sampler)
+
+
+def test_a_server_whose_supervisor_is_killed_ends(
+    sampler: VllmServerSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last test of this server."""
+    assert_killed(sampler, "supervisor", monkeypatch)
 
 
 TRAINER = """
@@ -222,6 +214,7 @@ def test_a_killed_trainer_leaves_no_process_no_memory_and_no_folder_behind() -> 
     ("what", "said"),
     [
         ("exec sleep 600", r"this run did not start in 0\.5 seconds"),
+        ("kill -STOP $$", r"this run did not start in 0\.5 seconds"),
         (
             "echo 'RuntimeError: no room' >&2; exit 7",
             r"of this run ended \(exit code 7\): RuntimeError: no room",
@@ -235,7 +228,8 @@ def test_a_server_that_does_not_start_is_reported_in_time(
     python.write_text(f"#!/bin/sh\n{what}\n")
     python.chmod(0o755)
     spec = make_spec(make_policy())
-    seconds = 0.5 if "sleep" in what else 60.0
+    seconds = 60.0 if "exit" in what else 0.5
+    processes = psutil.Process().children(recursive=True)
     silent = replace(spec, options=replace(spec.options, start_seconds=seconds))
     real = server_process.server_command
     monkeypatch.setattr(
@@ -244,6 +238,7 @@ def test_a_server_that_does_not_start_is_reported_in_time(
     with pytest.raises(SamplerFailed, match=said):
         VllmServerSampler(silent)
     assert folders_left() <= before
+    assert set(psutil.Process().children(recursive=True)) <= set(processes)
 
 
 def test_weights_that_do_not_fit_in_memory_go_through_the_disk(

@@ -2,7 +2,6 @@
 
 import json
 import threading
-from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -14,11 +13,9 @@ import pytest
 import torch
 
 from fastalign.cli.vllm_server import main
-from fastalign.models import save_adapter, save_model
+from fastalign.models import save_adapter
 from fastalign.rollouts import (
-    PolicyAccess,
     SamplerFailed,
-    SyncedSampler,
     VllmServerSampler,
     policy_tensors,
 )
@@ -30,6 +27,7 @@ from tests.rollouts.vllm_cases import (
     PARAMS,
     TRUNCATED,
     Server,
+    Servers,
     assert_a_sync_counts,
     assert_adapters_count,
     assert_same_answers,
@@ -39,22 +37,14 @@ from tests.rollouts.vllm_cases import (
     make_prompts,
     make_spec,
     needs_vllm,
-    nothing_left_in_shared_memory,
-    process_named,
     shared_memory,
 )
 from tests.tiny import put_adapter
-from tests.tokenizers import make_tokenizer
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    folder = tmp_path_factory.mktemp("served")
-    save_model(make_policy(tied=True), make_tokenizer(), folder)
-    with nothing_left_in_shared_memory():
-        running = Server(folder, free_port())
-        yield running
-        running.stop()
+@pytest.fixture
+def server(vllm_servers: Servers) -> Server:
+    return vllm_servers.first
 
 
 def open_sampler(server: Server, policy: Any = None, **options: Any) -> VllmServerSampler:
@@ -176,8 +166,9 @@ class Noise:
 def test_other_tensors_than_were_sent_over_the_network_fail_the_sync(server: Server) -> None:
     policy, sampler = make_policy(tied=True), open_sampler(server, transport="network")
     sampler.sync_weights(policy_tensors(policy), 1)
-    assert sampler._broadcaster is not None
-    sampler._broadcaster._group = Noise(sampler._broadcaster._group)
+    broadcaster = sampler.servers[0]._broadcaster
+    assert broadcaster is not None
+    broadcaster.group.inner = Noise(broadcaster.group.inner)
     with pytest.raises(SamplerFailed, match="took other weights than were sent: expected"):
         sampler.sync_weights(policy_tensors(policy), 2)
     assert sampler.version is None
@@ -204,7 +195,7 @@ def test_what_is_not_a_trainer_is_refused(server: Server, tmp_path: Path) -> Non
     assert httpx2.post(state, content=body, headers=plain).status_code == 415
     assert not (tmp_path / "stolen").exists()
     command = " ".join(psutil.Process(server.process.pid).cmdline())
-    assert token not in command + (server.folder / "server.log").read_text()
+    assert token not in command + (server.folder / f"{server.port}.log").read_text()
     (tmp_path / "wrong").write_text("wrong")
     (tmp_path / "wrong").chmod(0o600)
     for file, said in (("wrong", "refuses this token"), ("none", "asks for a token")):
@@ -236,30 +227,6 @@ def test_a_port_in_use_is_said_before_anything_is_loaded(server: Server) -> None
     open_sampler(server).close()  # it listens
     with pytest.raises(ValueError, match=f"listen at 127.0.0.1:{server.port} .*in use"):
         main(["--model.path", str(server.folder), "--port", str(server.port)])
-
-
-@needs_vllm
-def test_a_server_that_is_killed_is_waited_for_and_the_work_repeated(server: Server) -> None:
-    policy = make_policy(tied=True)
-    inner = open_sampler(server, silence_seconds=8)
-    sampler = SyncedSampler(PolicyAccess(policy), inner, num_rebuilds=2, max_difference=1e-3)
-    expected = sampler.generate(make_prompts(), PARAMS, seed=0)
-    victim = process_named("api", server.process.pid)
-
-    def hit(count: int) -> None:
-        if victim.is_running() and victim.status() != "zombie":
-            victim.kill()
-
-    inner._on_progress = hit
-    with pytest.raises(SamplerFailed, match=f"the server at {server.url}"):
-        inner.generate(make_prompts() * 40, replace(PARAMS, max_new_tokens=50), seed=0)
-    inner._on_progress = None
-    server.process.wait(timeout=60)  # the rest of it ends by itself
-    server.start()
-    # The step that failed is repeated, with the policy's weights, on the server that is new.
-    assert_same_answers(sampler.generate(make_prompts(), PARAMS, seed=0), expected)
-    assert sampler.metrics()["sampling/num_rebuilds"] >= 1
-    sampler.close()
 
 
 @needs_vllm

@@ -1,5 +1,6 @@
 """Shared by the tests of vLLM: models, prompts, a server, the trainer's own log-probs."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from fastalign.models import save_adapter
+from fastalign.models import save_adapter, save_model
 from fastalign.rollouts import (
     Completion,
     EngineSpec,
@@ -24,8 +25,11 @@ from fastalign.rollouts import (
     policy_tensors,
     recompute_logprobs,
 )
+from fastalign.rollouts.engines.connection import ServerConnection
 from fastalign.rollouts.engines.supervise import GRACE_SECONDS, TRACKER_SECONDS, shared_memory_of
 from fastalign.rollouts.engines.weights import Tally, tally_adapter
+from tests.rank_processes import free_port
+from tests.tokenizers import make_tokenizer
 
 # The suite installs it; elsewhere these tests say what they need.
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="scripts/install_vllm_cpu.sh")
@@ -96,23 +100,41 @@ def process_named(who: str, supervisor: int) -> psutil.Process:
 
 
 class Server:
-    """A server in a process group of its own, as `fastalign vllm-server` starts it."""
+    """A server in a process group of its own, as `fastalign vllm-server` starts it.
 
-    def __init__(self, folder: Path, port: int):
-        self.folder, self.port, self.token_file = folder, port, str(folder / "token")
+    It has one thread, so that sums are repeatable.
+    """
+
+    def __init__(self, folder: Path, port: int, token_file: Path):
+        self.folder, self.port, self.token_file = folder, port, str(token_file)
         self.url = f"http://127.0.0.1:{port}"
         self.start()
 
     def start(self) -> None:
         command = [
             *(sys.executable, "-m", "fastalign", "vllm-server", "--model.path", str(self.folder)),
-            *("--port", str(self.port), "--kv-cache-gib", "0.125", "--model.lora-rank", "3"),
+            *("--port", str(self.port), "--kv-cache-gib", "0.125", "--model.lora-rank", "4"),
             *("--token-file", self.token_file),
         ]
-        with (self.folder / "server.log").open("ab") as log:
+        # Its cache of models' descriptions, without which each start imports vLLM twice.
+        cache = str(Path.home() / ".cache/vllm")
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CACHE_ROOT": cache}
+        with (self.folder / f"{self.port}.log").open("ab") as log:
             self.process = subprocess.Popen(
-                command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+                command,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=environment,
             )
+
+    def wait(self) -> None:
+        """Until it answers."""
+        connection = ServerConnection(
+            self.url, silence_seconds=60, max_connections=1, token_file=self.token_file
+        )
+        connection.wait(OPTIONS.start_seconds)
+        connection.close()
 
     def stop(self) -> None:
         """As a user does, with Ctrl-C; all of it is gone then."""
@@ -120,6 +142,38 @@ class Server:
         self.process.send_signal(signal.SIGINT)
         self.process.wait(timeout=60)
         assert psutil.wait_procs(processes, timeout=5)[1] == []
+
+
+class Servers:
+    """Two servers of the same tied model, which ask for one token; a dead one is started again."""
+
+    def __init__(self, folder: Path):
+        self._folder, self._token_file = folder, folder / "token"
+        self._servers: dict[int, Server] = {}
+        self._token_file.write_text("one-for-both\n")
+        self._token_file.chmod(0o600)
+        save_model(make_policy(tied=True), make_tokenizer(), folder)
+
+    @property
+    def first(self) -> Server:
+        return self._running(0)
+
+    @property
+    def second(self) -> Server:
+        return self._running(1)
+
+    def _running(self, number: int) -> Server:
+        if number not in self._servers:
+            self._servers[number] = Server(self._folder, free_port(), self._token_file)
+        server = self._servers[number]
+        if server.process.poll() is not None:
+            server.start()
+        return server
+
+    def stop(self) -> None:
+        for server in self._servers.values():
+            if server.process.poll() is None:
+                server.stop()
 
 
 def make_spec(policy: Any, **options: Any) -> EngineSpec:

@@ -1,12 +1,11 @@
 """Runs that sample by an engine of their own: exact, resumable, and repeated where it died."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from fastalign.models import save_model
@@ -14,24 +13,24 @@ from fastalign.rollouts import (
     EngineSpec,
     PolicyAccess,
     SamplerFailed,
-    SamplerName,
     SamplingParams,
     SyncedSampler,
     VllmServerSampler,
     policy_tensors,
 )
+from fastalign.rollouts.engines import weights
+from fastalign.rollouts.engines.connection import ServerConnection
 from fastalign.trainers import OnlineDPOConfig, PPOConfig, train_online_dpo, train_ppo
 from fastalign.trainers.sampling import policy_sampler as policy_sampler_module
 from tests import rank_processes as ranks
-from tests.rank_processes import free_port
 from tests.ranks.test_ranks import FSDP, lora
 from tests.rollouts.test_synced import FakeEngine
 from tests.rollouts.vllm_cases import (
     OPTIONS,
     Server,
+    Servers,
     make_policy,
     needs_vllm,
-    nothing_left_in_shared_memory,
     process_named,
 )
 from tests.runs.test_resume import assert_same_run
@@ -41,74 +40,33 @@ from tests.tokenizers import make_tokenizer
 DIFFERENCE = "sampling/sampling_logp_difference/max"
 
 
-@pytest.fixture(autouse=True)
-def _known_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep vLLM's cache of models' descriptions, without which each start imports vLLM twice."""
-    monkeypatch.setenv("VLLM_CACHE_ROOT", str(Path.home() / ".cache/vllm"))
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+@pytest.fixture
+def server(vllm_servers: Servers) -> Server:
     """One server for all runs that leave their engine in peace."""
-    folder = tmp_path_factory.mktemp("served")
-    save_model(make_policy(), make_tokenizer(), folder)
-    with pytest.MonkeyPatch.context() as environment, nothing_left_in_shared_memory():
-        environment.setenv("OMP_NUM_THREADS", "1")  # sums are repeatable
-        running = Server(folder, free_port())
-        yield running
-        running.stop()
+    return vllm_servers.first
 
 
-def vllm_config(
-    folder: Path,
-    run: str,
-    sampler: SamplerName = "vllm-server",
-    server: Server | None = None,
-    **train: Any,
-) -> PPOConfig:
-    """PPO on a model that vLLM's attention takes; without a server the run starts its own."""
-    save_model(make_policy(), make_tokenizer(), folder / "llama")
+def vllm_config(folder: Path, run: str, *servers: Server, **train: Any) -> PPOConfig:
+    """PPO on a model that vLLM's attention takes."""
+    save_model(make_policy(tied=True), make_tokenizer(), folder / "llama")
     config = ppo_config(folder, run, **({"max_steps": 8} | train))
-    found = {} if server is None else {"url": server.url, "token_file": server.token_file}
-    return replace(config, sampler=sampler, vllm=replace(OPTIONS, **found))
+    urls = tuple(server.url for server in servers)
+    vllm = replace(OPTIONS, url=urls, token_file=servers[0].token_file)
+    return replace(config, sampler="vllm-server", vllm=vllm)
 
 
 @needs_vllm
 def test_ppo_samples_from_the_weights_of_each_step_and_resumes_to_the_bit(
     folder: Path, server: Server
 ) -> None:
-    train_ppo(vllm_config(folder, "straight", server=server))
+    train_ppo(vllm_config(folder, "straight", server))
     rows = read_metrics(folder / "straight")
     assert [row["sampling/policy_version"] for row in rows] == list(range(8))
     assert max(row[DIFFERENCE] for row in rows) < 1e-4
     assert all(row["time/sync_seconds"] > 0 for row in rows)
-    train_ppo(vllm_config(folder, "resumed", server=server, stop_at_step=3))
-    train_ppo(vllm_config(folder, "resumed", server=server, resume=True))
+    train_ppo(vllm_config(folder, "resumed", server, stop_at_step=3))
+    train_ppo(vllm_config(folder, "resumed", server, resume=True))
     assert_same_run(folder / "straight", folder / "resumed")
-
-
-@needs_vllm
-def test_a_step_whose_engine_is_killed_is_repeated(
-    folder: Path, server: Server, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    train_ppo(vllm_config(folder, "undisturbed", server=server, max_steps=2))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    generate, calls = VllmServerSampler.generate, []
-
-    def disturbed(self: VllmServerSampler, *args: Any, **kwargs: Any) -> Any:
-        calls.append(self.process_id)
-        if len(calls) == 3:  # the scale of scores, the first step, the second
-            process_named("engine", self.process_id).kill()
-        return generate(self, *args, **kwargs)
-
-    monkeypatch.setattr(VllmServerSampler, "generate", disturbed)
-    train_ppo(vllm_config(folder, "disturbed", max_steps=2))
-    first, second = (read_metrics(folder / name) for name in ("undisturbed", "disturbed"))
-    assert [row["sampling/num_rebuilds"] for row in second] == [0, 1]
-    assert not any(psutil.pid_exists(supervisor) for supervisor in calls)
-    for before, after in zip(first, second, strict=True):
-        for name in ("loss", "objective/kl", "objective/scores", "grad_norm"):
-            assert before[name] == after[name]
 
 
 @needs_vllm
@@ -124,7 +82,7 @@ def test_a_run_whose_engine_keeps_an_old_tensor_stops_and_names_it(
         sync(self, tensors.items(), version)
 
     monkeypatch.setattr(VllmServerSampler, "sync_weights", forgetful)
-    config = vllm_config(folder, "run", server=server)
+    config = vllm_config(folder, "run", server)
     with pytest.raises(
         SamplerFailed,
         match=r"nats a token off .* it does not compute with: "
@@ -138,7 +96,7 @@ def test_rollouts_that_overlap_are_one_step_old_weighted_and_resumed_to_the_bit(
     folder: Path, server: Server
 ) -> None:
     def config(run: str, **train: Any) -> PPOConfig:
-        made = vllm_config(folder, run, server=server, eval_every=3, **train)
+        made = vllm_config(folder, run, server, eval_every=3, **train)
         ppo = replace(made.ppo, max_importance_weight=2.0)
         return replace(made, ppo=ppo, vllm=replace(made.vllm, overlap=True))
 
@@ -155,41 +113,12 @@ def test_rollouts_that_overlap_are_one_step_old_weighted_and_resumed_to_the_bit(
 
 
 @needs_vllm
-def test_an_engine_that_is_killed_in_the_background_costs_no_step(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = vllm_config(folder, "killed", max_steps=3)
-    config = replace(
-        made,
-        ppo=replace(made.ppo, max_importance_weight=2.0),
-        vllm=replace(OPTIONS, overlap=True),
-    )
-    generate = VllmServerSampler.generate
-
-    def disturbed(self: VllmServerSampler, *args: Any, **kwargs: Any) -> Any:
-        if threading.current_thread() is not threading.main_thread() and not killed:
-            killed.append(self.process_id)
-            process_named("engine", self.process_id).kill()
-        return generate(self, *args, **kwargs)
-
-    killed: list[int] = []
-    monkeypatch.setattr(VllmServerSampler, "generate", disturbed)
-    train_ppo(config)
-    assert len(killed) == 1
-    rows = read_metrics(folder / "killed")
-    # The second step's were drawn anew, from the policy as it was then.
-    assert [row["sampling/policy_version"] for row in rows] == [0, 1, 1]
-    assert [row["sampling/num_rebuilds"] for row in rows] == [0, 1, 0]
-
-
-@needs_vllm
 @pytest.mark.parametrize("change", [lambda config: config, lora], ids=["whole", "adapter"])
 def test_ranks_sample_by_one_engine(
     folder: Path, server: Server, change: Callable[[Any], Any]
 ) -> None:
-    """Of shards of a policy; rank 0 starts a server, or finds one, and drives it for all."""
-    found = server if change is lora else None
-    shared = change(vllm_config(folder, "shared", server=found, max_steps=3))
+    """Of shards of a policy; rank 0 finds a server, and drives it for all."""
+    shared = change(vllm_config(folder, "shared", server, max_steps=3))
     ranks.run(2, folder / "logs", train_ppo, replace(shared, parallel=FSDP))
     rows = read_metrics(folder / "shared")
     assert [row["sampling/policy_version"] for row in rows] == [0, 1, 2]
@@ -197,19 +126,69 @@ def test_ranks_sample_by_one_engine(
     assert all(row["time/sync_seconds"] > 0 for row in rows)
 
 
-def with_fake_engine(
-    monkeypatch: pytest.MonkeyPatch, fail_at: list[str]
-) -> Callable[..., SyncedSampler]:
+def with_fake_engine(monkeypatch: pytest.MonkeyPatch, num_rebuilds: int = 0) -> None:
     def open_fake(name: str, spec: EngineSpec, policy: PolicyAccess) -> SyncedSampler:
         model = policy._model
-        engine = FakeEngine(fail_at)
+        engine = FakeEngine()
         engine.model = type(model)(model.config).eval()
         engine.sync_weights(policy_tensors(model), 0)
         engine.calls.clear()
-        return SyncedSampler(policy, engine, num_rebuilds=0, max_difference=1e-3)
+        return SyncedSampler(policy, engine, num_rebuilds=num_rebuilds, max_difference=1e-3)
 
     monkeypatch.setattr(policy_sampler_module, "open_engine", open_fake)
-    return open_fake
+
+
+def test_a_step_whose_engine_fails_is_repeated(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def config(run: str) -> PPOConfig:
+        return replace(ppo_config(folder, run), sampler="vllm")
+
+    with_fake_engine(monkeypatch, num_rebuilds=1)
+    train_ppo(config("straight"))
+    calls = 0
+
+    def fail(self: FakeEngine, name: str) -> None:
+        nonlocal calls
+        calls += name == "generate"
+        if name == "generate" and calls == 3:  # the scale of scores, the first step, the second
+            raise SamplerFailed("sampler: it is gone")
+        if name == "rebuild":  # it has no weights, and some of its own
+            self.model.load_state_dict({k: -v for k, v in self.model.state_dict().items()})
+
+    monkeypatch.setattr(FakeEngine, "_call", fail)
+    train_ppo(config("failed"))
+    rows = read_metrics(folder / "failed")
+    assert [row["sampling/num_rebuilds"] for row in rows] == [0, 1, 0, 0, 0, 0, 0, 0]
+    assert [row["sampling/policy_version"] for row in rows] == list(range(8))
+    assert_same_run(folder / "straight", folder / "failed", apart_from=["sampling/num_rebuilds"])
+
+
+def test_an_engine_that_fails_in_the_background_costs_no_step(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = ppo_config(folder, "failed", max_steps=3)
+    config = replace(
+        made,
+        ppo=replace(made.ppo, max_importance_weight=2.0),
+        sampler="vllm-server",
+        vllm=replace(OPTIONS, overlap=True),
+    )
+    failed: list[str] = []
+
+    def fail(self: FakeEngine, name: str) -> None:
+        if threading.current_thread() is not threading.main_thread() and not failed:
+            failed.append(name)
+            self.version = None
+            raise SamplerFailed("sampler: it is gone")
+
+    with_fake_engine(monkeypatch, num_rebuilds=1)
+    monkeypatch.setattr(FakeEngine, "_call", fail)
+    train_ppo(config)
+    assert failed == ["generate"]
+    rows = read_metrics(folder / "failed")
+    # The second step's were drawn anew, from the policy as it was then.
+    assert [row["sampling/policy_version"] for row in rows] == [0, 1, 1]
 
 
 @pytest.mark.parametrize("moment", ["rollouts", "evaluation"])
@@ -220,7 +199,7 @@ def test_a_sampler_that_fails_for_good_ends_a_run_that_is_saved(
         made = replace(ppo_config(folder, run, **options), sampler="vllm")
         return replace(made, reward=replace(made.reward, normalise=False))
 
-    with_fake_engine(monkeypatch, [])
+    with_fake_engine(monkeypatch)
     train_ppo(config("straight"))
     calls = 0
 
@@ -243,7 +222,7 @@ def test_a_sampler_that_fails_for_good_ends_a_run_that_is_saved(
 
 @needs_vllm
 def test_online_dpo_checks_what_it_samples(folder: Path, server: Server) -> None:
-    base = vllm_config(folder, "unused", server=server)
+    base = vllm_config(folder, "unused", server)
     config = OnlineDPOConfig(
         model=base.model,
         data=base.data,
@@ -279,3 +258,57 @@ def test_the_sampler_that_is_gone_is_refused_by_name(folder: Path) -> None:
     gone = r"sampler: vllm-process is gone; use vllm-server \(started by the run\) or vllm"
     with pytest.raises(ValueError, match=gone):
         replace(ppo_config(folder, "run"), sampler="vllm-process")
+
+
+@needs_vllm
+def test_a_run_on_two_servers_of_which_each_is_killed_once_ends_with_the_same_bits(
+    folder: Path,
+    vllm_servers: Servers,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The second among its completions, and used again; then the first in a sync."""
+    first, second = vllm_servers.first, vllm_servers.second
+    train_ppo(vllm_config(folder, "straight", first, second))
+    rows = read_metrics(folder / "straight")
+    assert {row["sampling/num_servers"] for row in rows} == {2}
+    assert max(row[DIFFERENCE] for row in rows) < 1e-4
+    capsys.readouterr()
+    sync, write = VllmServerSampler.sync_weights, weights.write_tensors
+    post_all, versions = ServerConnection.post_all, []
+
+    def killing_post(self: ServerConnection, *arguments: Any) -> Any:
+        if self.url == second.url and versions[-1] == 1:
+            process_named("engine", second.process.pid).kill()
+        return post_all(self, *arguments)
+
+    def killing_write(*arguments: Any) -> None:
+        write(*arguments)
+        if versions[-1] == 5:  # the weights are written, the servers have not read them
+            process_named("engine", first.process.pid).kill()
+
+    def syncing(self: VllmServerSampler, named_tensors: Any, version: int) -> None:
+        versions.append(version)
+        if version == 3:
+            second.process.wait(timeout=60)  # the rest of it ends by itself
+            second.start()
+            second.wait()
+        sync(self, named_tensors, version)
+
+    monkeypatch.setattr(ServerConnection, "post_all", killing_post)
+    monkeypatch.setattr("fastalign.rollouts.engines.server.write_tensors", killing_write)
+    monkeypatch.setattr(VllmServerSampler, "sync_weights", syncing)
+    train_ppo(vllm_config(folder, "killed", first, second))
+    said = capsys.readouterr().out.splitlines()
+    said = [line for line in said if line.startswith("sampler: the server at ")]
+    left_out = "it is left out and its work repeated by the others (1 of 2 servers are left)"
+    assert [line.endswith(left_out) for line in said] == [True, False, True]
+    for server, line in zip((second, second, first), said, strict=True):
+        assert line.startswith(f"sampler: the server at {server.url} ")
+    assert said[1].endswith(" is used again")
+    rows = read_metrics(folder / "killed")
+    assert [row["sampling/num_servers"] for row in rows] == [2, 1, 1, 2, 2, 1, 1, 1]
+    assert [row["sampling/num_lost_servers"] for row in rows] == [0, 1, 0, 0, 0, 1, 0, 0]
+    of_servers = ["sampling/num_servers", "sampling/num_lost_servers", "eval_sampling/num_servers"]
+    assert_same_run(folder / "straight", folder / "killed", apart_from=of_servers)
+    first.process.wait(timeout=60)  # a test that needs it starts it again
