@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from fastalign.batch.packed import Group, PackedBatch, pack
-from fastalign.estimate.memory import move_to_fake, peak_of_step
+from fastalign.estimate.memory import move_to_fake, peak_of
 from fastalign.estimate.ranks import (
     ModelWeights,
     Sharing,
@@ -22,10 +22,11 @@ from fastalign.estimate.ranks import (
     reducing,
     weights_of,
 )
-from fastalign.models import add_adapter, attention
+from fastalign.models import attention
+from fastalign.models.lora import add_adapter
 from fastalign.ranks.config import ParallelConfig
 from fastalign.runs.config import TrainConfig
-from fastalign.runs.load_models import checkpoint_activations
+from fastalign.runs.load import checkpoint_activations
 from fastalign.runs.open import make_compute
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"
@@ -138,7 +139,7 @@ def peak(size: str, kind: str, num_layers: int, checkpointed: bool, gathered: bo
     move_to_fake(model, compute.device)
     if checkpointed:
         checkpoint_activations(model)
-    return peak_of_step(model, batch(), compute, states="float32", several=False).activations
+    return peak_of(model, batch(), compute, backwards=1).activations
 
 
 def step_bytes(size: str, kind: str, settings: ParallelConfig, ranks: int) -> int:

@@ -130,10 +130,10 @@ def read_groups(path: Path, vocab_size: int, num_groups: int) -> list[Group]:
         ValueError: if fewer than `num_groups` rows fit.
     """
     from fastalign.cli.models import texts_of, train_tokenizer
-    from fastalign.data import load_preferences
+    from fastalign.data.load import load_examples
 
     tokenizer = train_tokenizer(texts_of(str(path)), vocab_size - FIRST_WORD + 1)
-    data = load_preferences(path, tokenizer, max_length=MAX_LENGTH, on_too_long="skip")
+    data = load_examples(path, "preference", tokenizer, max_length=MAX_LENGTH, on_too_long="skip")
     if len(data.groups) < num_groups:
         raise ValueError(
             f"--data: expected at least {num_groups} pairs of up to {MAX_LENGTH} tokens in {path}, "

@@ -22,7 +22,8 @@ def fastalign_dpo(job: Job, clock: Clock) -> None:
 
 def fastalign_dpo_reference_in_the_step(job: Job, clock: Clock) -> None:
     """Run `train_dpo` and compute the reference's log-probs of the step's rows in every turn."""
-    from fastalign.models import load_policy, sequence_logprobs
+    from fastalign.models.forward import sequence_logprobs
+    from fastalign.models.load import load_policy
     from fastalign.runs.open import make_compute
     from fastalign.trainers import train_dpo
 
@@ -66,7 +67,7 @@ def fastalign_reward(job: Job, clock: Clock) -> None:
 
 def fastalign_answers(job: Job, clock: Clock) -> None:
     """Run the functions of `train_sft` on prompts with any number of trained responses."""
-    from fastalign.models import load_policy
+    from fastalign.models.load import load_policy
     from fastalign.runs.accumulate import measure_examples
     from fastalign.runs.config import OptimConfig
     from fastalign.runs.open import make_compute

@@ -37,11 +37,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def require_finite(values: torch.Tensor, what: str) -> None:
-    """Check that computed numbers are finite, before they are written or trained on.
-
-    Raises:
-        ValueError: if one is NaN or infinite; the message begins with `what`.
-    """
+    """Raise ValueError, which begins with `what`, if a computed number is NaN or infinite."""
     bad = int((~values.isfinite()).sum())
     if bad:
         raise ValueError(
@@ -51,11 +47,7 @@ def require_finite(values: torch.Tensor, what: str) -> None:
 
 
 AttentionChoice = Literal["auto", "sdpa", "flash_attn", "varlen", "flex"]
-
-
 Packing = Literal["shared_prefix", "packed", "padded"]
-
-
 PACKINGS: tuple[Packing, ...] = get_args(Packing)
 CPU_ALLOCATOR = "DefaultCPUAllocator"
 CPU = torch.device("cpu")

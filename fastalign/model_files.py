@@ -22,13 +22,8 @@ from fastalign.compute import is_out_of_memory
 CONFIGURATIONS = ("config.json", "generation_config.json")
 WEIGHTS = ("model*.safetensors", "*.index.json")
 TOKENIZER = (
-    "tokenizer*.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges*",
-    "chat_template*",
-    "config.json",
+    *("tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges*"),
+    *("chat_template*", "config.json"),
 )
 LONGEST = 300  # characters of a library's text
 # Formats of numbers that a weight may have; others are of quantised or damaged files.
@@ -66,11 +61,14 @@ def reading(what: str, path: str | Path, *patterns: str) -> Iterator[None]:
         raise ValueError(f"{what}: {reason}") from error
 
 
-def reason_of(error: BaseException) -> str:
-    """Return the beginning of an error's text in one line; a rare kind of error is named."""
+def reason_of(error: BaseException, *, said: str = "") -> str:
+    """Return the beginning of an error's text in one line, without the words already `said`.
+
+    A rare kind of error is named.
+    """
     if isinstance(error, UnpicklingError):  # torch's own text explains how to run it anyway
         return "a file is a pickle of more than tensors, which is not run"
-    lines = str(error).strip().splitlines() or [""]
+    lines = str(error).removeprefix(said).strip().splitlines() or [""]
     text = lines[0] if not lines[0].endswith(":") else " ".join(lines[:2])
     if type(error).__name__.startswith("StrictDataclass"):  # of transformers' configurations
         text = f"config.json: {text.removeprefix('Validation error for ')}"
@@ -99,7 +97,7 @@ def fault_of_file(file: Path) -> str | None:
         if file.suffix in (".txt", ".jinja"):
             file.read_text(encoding="utf-8")
     except (OSError, ValueError, SafetensorError) as error:
-        return reason_of(error)
+        return reason_of(error, said=f"{file}: ")
     return None
 
 
@@ -107,14 +105,14 @@ def read_object(file: Path) -> dict[str, Any]:
     """Read a JSON file that holds an object.
 
     Raises:
-        ValueError: if it holds something else.
+        ValueError: if it holds something else; names the file.
     """
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected a JSON object: {error}") from None
+        raise ValueError(f"{file}: expected a JSON object: {error}") from None
     if not isinstance(content, dict):
-        raise ValueError(f"expected a JSON object, got a {type(content).__name__}")
+        raise ValueError(f"{file}: expected a JSON object, got a {type(content).__name__}")
     return content
 
 

@@ -7,7 +7,7 @@ Every command prints through `safe_output`, and every page is filled through `sh
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO, cast
 
@@ -60,10 +60,9 @@ def shown(text: str) -> str:
 
 
 def refuse_secrets(arguments: Sequence[str]) -> None:
-    """Refuse flags with a secret, since settings are printed and saved in the run's folder.
+    """Raise ValueError for a flag with a secret, since settings are printed and saved.
 
-    Raises:
-        ValueError: if a setting holds a secret; the message names it without its value.
+    The message names the flag without its value.
     """
     flag = "the first argument"
     for word in arguments:
@@ -74,11 +73,7 @@ def refuse_secrets(arguments: Sequence[str]) -> None:
 
 
 def refuse_secret_settings(values: Mapping[str, Any], prefix: str = "") -> None:
-    """Refuse nested settings with a secret, as `refuse_secrets` does flags.
-
-    Raises:
-        ValueError: if a setting holds a secret; the message names it without its value.
-    """
+    """Raise ValueError for a nested setting with a secret, as `refuse_secrets` does for flags."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             refuse_secret_settings(value, f"{prefix}{name}.")
@@ -93,11 +88,27 @@ def _secret(name: str) -> ValueError:
     )
 
 
-class SafeStream:
-    """A text stream whose writes are passed through `shown`."""
+class _Around:
+    """A text stream around another, of which everything but writing is passed on."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
+
+    def write(self, text: str) -> int:
+        raise NotImplementedError
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """Write the lines one after the other."""
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return an attribute of the stream itself."""
+        return getattr(self._stream, name)
+
+
+class SafeStream(_Around):
+    """A text stream whose writes are passed through `shown`."""
 
     @property
     def rich_proxied_file(self) -> TextIO:
@@ -111,49 +122,27 @@ class SafeStream:
         self._stream.write(start + shown(text.removeprefix("\r")))
         return len(text)
 
-    def writelines(self, lines: Sequence[str]) -> None:
-        """Write the lines one after the other."""
-        for line in lines:
-            self.write(line)
 
-    def __getattr__(self, name: str) -> Any:
-        """Return an attribute of the stream itself."""
-        return getattr(self._stream, name)
-
-
-class LossyStream:
+class LossyStream(_Around):
     """A text stream that drops what cannot be written: to a closed pipe, a full disk, a terminal.
 
-    What comes later is tried again, since a disk may have room by then.
-
-    Args:
-        stream: the stream, of which everything but writing is passed on.
+    What comes later is tried again, since a disk may have room by then. Each line is flushed.
     """
 
     is_lossy = True  # also of a stream around it
-
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
 
     def write(self, text: str) -> int:
         """Write text, if it can be."""
         with suppress(OSError):
             self._stream.write(text)
+            if "\n" in text:
+                self._stream.flush()
         return len(text)
-
-    def writelines(self, lines: Any) -> None:
-        """Write lines, if they can be."""
-        for line in lines:
-            self.write(line)
 
     def flush(self) -> None:
         """Flush, if it can be done."""
         with suppress(OSError):
             self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        """Return the stream's own attribute."""
-        return getattr(self._stream, name)
 
 
 def plain_stream(stream: TextIO) -> TextIO:

@@ -47,11 +47,11 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_bytes_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file atomically: a reader finds the old content or the new, never half of it."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_bytes(content)
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
         sync(aside)
         aside.replace(path)
     finally:
@@ -63,11 +63,6 @@ def clear_half_written(path: Path) -> None:
     """Remove what processes that were killed had written of a file; no other may write it now."""
     for left in path.parent.glob(f".{path.name}.*"):
         left.unlink()
-
-
-def write_text_atomically(path: Path, text: str) -> None:
-    """Write text atomically, as UTF-8."""
-    write_bytes_atomically(path, text.encode())
 
 
 def entry_of(path: Path) -> dict[str, Any]:
@@ -117,23 +112,12 @@ def _base(path: Path) -> Iterator[Path]:
         yield Path(base).expanduser().resolve()
 
 
-def is_data(setting: str) -> bool:
-    """Return whether a setting names data: of a folder all files are read."""
-    return setting.startswith("data.") or setting.endswith(("ptx_data", ".samples"))
-
-
 def check_not_among_data(setting: str, path: Path, inputs: Inputs) -> None:
-    """Check that an output does not become part of a folder whose files are all read as data.
-
-    Raises:
-        ValueError: if it would.
-    """
+    """Raise ValueError if an output would lie in a folder whose files are all read as data."""
+    around = (path.resolve(), *path.resolve().parents)
     for name, source in inputs:
-        if (
-            is_data(name)
-            and source.is_dir()
-            and source in (path.resolve(), *path.resolve().parents)
-        ):
+        is_data = name.startswith("data.") or name.endswith(("ptx_data", ".samples"))
+        if is_data and source.is_dir() and source in around:
             raise ValueError(
                 f"{setting}: {path} is in {name} ({source}), a folder whose files are all read as "
                 "data; choose another place"
@@ -184,16 +168,15 @@ def write_file(path: Path, content: str | bytes, *, overwrite: bool) -> None:
         ValueError: if something else made a file of that name meanwhile; this content is then in
             another one, which the message names.
     """
-    data = content.encode() if isinstance(content, str) else content
     if path.exists() and not path.is_file():  # a pipe or a device
-        path.write_bytes(data)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
         return
     real = path.resolve()
     if real.exists() and not overwrite:
         kept = real.with_name(f"{real.name}.{os.getpid()}")
-        write_bytes_atomically(kept, data)
+        write_atomically(kept, content)
         raise ValueError(f"{path} was made by something else meanwhile; the result is in {kept}")
-    write_bytes_atomically(real, data)
+    write_atomically(real, content)
 
 
 def fault_of_folder(folder: Path, owner: str | None) -> str | None:

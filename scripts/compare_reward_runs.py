@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fastalign.evaluation import estimate
+from fastalign.evaluation.statistics import estimate
 
 
 def read_pairs(folder: Path) -> list[dict[str, Any]]:

@@ -14,9 +14,9 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from fastalign.data import DataFault
 from fastalign.data.columns import COLUMNS
 from fastalign.data.readers.files import shown_entries
+from fastalign.data.readers.row import DataFault
 from fastalign.data.readers.rows import read_rows
 from fastalign.written_files import check_file, write_file
 

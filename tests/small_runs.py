@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastalign.models import save_model
+from fastalign.models.load import save_model
 from fastalign.rollouts import SamplingParams
 from fastalign.runs.config import (
     DataConfig,

@@ -9,7 +9,9 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from fastalign.models import add_adapter, attention, disable_dropout
+from fastalign.models import attention
+from fastalign.models.architecture import disable_dropout
+from fastalign.models.lora import add_adapter
 
 SHARED = {
     "hidden_size": 32,

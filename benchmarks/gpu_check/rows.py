@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastalign.written_files import write_text_atomically
+from fastalign.written_files import write_atomically
 
 
 class Rows:
@@ -21,7 +21,7 @@ class Rows:
         self._rows.append(dict(row))
         print("  ".join(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
         if self._path is not None:
-            write_text_atomically(self._path, json.dumps(self._rows, indent=1) + "\n")
+            write_atomically(self._path, json.dumps(self._rows, indent=1) + "\n")
 
 
 def _short(value: Any) -> str:

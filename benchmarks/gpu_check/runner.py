@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
 
-from fastalign.written_files import write_text_atomically
+from fastalign.written_files import write_atomically
 
 STAGE_SECONDS = 540.0
 ROOT = Path(__file__).parents[2]
@@ -180,7 +180,7 @@ class Stage:
 
     def _record(self, record: Record) -> Record:
         text = json.dumps(asdict(record), indent=1) + "\n"
-        write_text_atomically(self.folder / f"{record.step}.json", text)
+        write_atomically(self.folder / f"{record.step}.json", text)
         return record
 
 

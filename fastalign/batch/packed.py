@@ -57,7 +57,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Layout:
-    """The bounds of a batch as Python numbers, so that the host plans without a GPU sync."""
+    """The bounds of a batch as Python numbers, so that the host plans without a GPU sync.
+
+    Attributes:
+        prompt_bounds: first token of each prompt and one past the last.
+        response_bounds: likewise of each response.
+        response_prompt: the group of each response.
+        target_bounds: response r owns rows [r] to [r + 1] of the N predicted tokens.
+    """
 
     prompt_bounds: tuple[tuple[int, int], ...]
     response_bounds: tuple[tuple[int, int], ...]
@@ -72,9 +79,7 @@ class PackedBatch:
     Attributes:
         input_ids: (T,) int64.
         position_ids: (T,) int64; each response continues its prompt's positions.
-        prompt_bounds: (G, 2) int64, first token and one past the last.
         response_bounds: (R, 2) int64, first token and one past the last.
-        response_prompt: (R,) int64, the group of each response.
         predict_index: (N,) int64, positions whose hidden states predict the trained tokens.
         targets: (N,) int64, the trained tokens.
         target_bounds: (R + 1,) int64; response r owns rows [r] to [r + 1] of the N.
@@ -83,9 +88,7 @@ class PackedBatch:
 
     input_ids: Tensor
     position_ids: Tensor
-    prompt_bounds: Tensor
     response_bounds: Tensor
-    response_prompt: Tensor
     predict_index: Tensor
     targets: Tensor
     target_bounds: Tensor
@@ -100,11 +103,6 @@ class PackedBatch:
     def num_targets(self) -> int:
         """N: predicted tokens."""
         return self.targets.numel()
-
-    @property
-    def num_responses(self) -> int:
-        """R: responses."""
-        return len(self.layout.response_bounds)
 
     def to(self, device: torch.device | str) -> PackedBatch:
         """Return the batch with its tensors on `device`."""
@@ -178,9 +176,7 @@ def pack(groups: Sequence[Group], *, share_prompts: bool = True) -> PackedBatch:
     return PackedBatch(
         input_ids=torch.tensor(input_ids),
         position_ids=torch.tensor(position_ids),
-        prompt_bounds=torch.tensor(prompt_bounds),
         response_bounds=torch.tensor(response_bounds),
-        response_prompt=torch.tensor(response_prompt),
         predict_index=torch.tensor(predict_index, dtype=torch.int64),
         targets=torch.tensor(targets, dtype=torch.int64),
         target_bounds=torch.tensor(layout.target_bounds),

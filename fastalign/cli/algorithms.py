@@ -35,12 +35,7 @@ class Algorithm:
         return _trainers(self.choices[setting]) if setting in self.choices else {}
 
     def parse(self, arguments: Sequence[str]) -> Any:
-        """Return the configuration that `--config FILE` and the flags describe.
-
-        Raises:
-            ValueError: if a key, flag or name is unknown or missing, or a value does not fit.
-            FileNotFoundError: if FILE does not exist.
-        """
+        """Return the configuration that `--config FILE` and the flags describe."""
         from fastalign.cli.config_parse import parse_config
 
         choices = {setting: self.table(setting) for setting in self.choices}

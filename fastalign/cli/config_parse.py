@@ -33,8 +33,6 @@ from fastalign.runs.config import check_numbers
 from fastalign.yaml_file import read_yaml_file
 
 Config = TypeVar("Config")
-
-
 CONFIG_HELP = "Settings can also come from a YAML file, `--config FILE`; flags override it."
 
 
@@ -59,9 +57,8 @@ def parse_config(
     for setting, table in (choices or {}).items():
         chosen, flags, values = take_choice(setting, table, flags, values, path)
         shape = narrowed(shape, setting.split("."), chosen)
-        default = next(iter(table))
-        names = ", ".join(table)
-        notes.append(f"Choices for `--{setting} NAME`: {names} (default: {default}).")
+        names = f"{', '.join(table)} (default: {next(iter(table))})"
+        notes.append(f"Choices for `--{setting} NAME`: {names}.")
     return parse_flags(shape, merge(shape, values, path, flags), command, "\n\n".join(notes))
 
 
@@ -122,24 +119,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def flatten(config: type, values: dict[str, Any], path: str) -> dict[str, Any]:
-    """Return nested settings as `{"optim.lr": 1e-6}`.
-
-    Raises:
-        ValueError: if a section or key is no field of the dataclass, or a mapping stands where a
-            value is expected or the reverse.
-    """
-    sections = [field.name for field in dataclasses.fields(config)]
-    for section in values:
-        if section not in sections:
-            raise ValueError(
-                f"{path}: unknown section {section!r}; expected one of {', '.join(sections)}"
-            )
-    return flatten_section(config, values, "", path)
-
-
-def flatten_section(section_type: Any, content: Any, name: str, path: str) -> dict[str, Any]:
-    """Return the settings of the section `name` ("" is the file) and of the sections in it.
+def flatten(section_type: Any, content: Any, path: str, name: str = "") -> dict[str, Any]:
+    """Return the settings of the section `name` ("" is the file) as `{"optim.lr": 1e-6}`.
 
     Raises:
         ValueError: if a key is unknown, or a mapping stands where a value is expected or the
@@ -149,30 +130,28 @@ def flatten_section(section_type: Any, content: Any, name: str, path: str) -> di
         got = reprlib.repr(content)
         raise ValueError(f"{path}: {name}: expected keys and values, got {got}")
     flat: dict[str, Any] = {}
-    known: dict[str, Any] = {field.name: field.type for field in dataclasses.fields(section_type)}
-    metadata = {field.name: field.metadata for field in dataclasses.fields(section_type)}
+    known = {field.name: field for field in dataclasses.fields(section_type)}
     for key, value in content.items():
         place = f"{name}.{key}" if name else str(key)
         if key not in known:
-            raise ValueError(f"{path}: unknown key {place}; expected one of {', '.join(known)}")
-        if dataclasses.is_dataclass(known[key]):
-            inner = flatten_section(known[key], value, place, path)
-            for hidden in metadata[key].get("hidden", ()):
-                inner = without_hidden(inner, known[key], f"{place}.{hidden}", path)
+            what = f"key {place}" if name else f"section {key!r}"
+            raise ValueError(f"{path}: unknown {what}; expected one of {', '.join(known)}")
+        kind: Any = known[key].type
+        if dataclasses.is_dataclass(kind):
+            inner = flatten(kind, value, path, place)
+            for hidden in known[key].metadata.get("hidden", ()):
+                inner = without_hidden(inner, kind, f"{place}.{hidden}", path)
             flat |= inner
         else:
-            check_value(value, known[key], f"{path}: {place}")
+            check_value(value, kind, f"{path}: {place}")
             flat[place] = value
     return flat
 
 
-def without_hidden(flat: dict[str, Any], owner: type[Any], name: str, path: str) -> dict[str, Any]:
+def without_hidden(flat: dict[str, Any], owner: Any, name: str, path: str) -> dict[str, Any]:
     """Return flattened values without those of a section that the command has no flags for.
 
-    A run's own `config.yaml` holds them at their defaults.
-
-    Raises:
-        ValueError: if one has another value.
+    A run's own `config.yaml` holds them at their defaults; another value is a ValueError.
     """
     section: Any = get_type_hints(owner)[name.rpartition(".")[2]]
     defaults: dict[str, Any] = {
@@ -186,11 +165,9 @@ def without_hidden(flat: dict[str, Any], owner: type[Any], name: str, path: str)
 
 
 def check_value(value: Any, field_type: Any, where: str) -> None:
-    """Check that a file's value is of the kind that a field's flag takes.
+    """Raise ValueError if a field's flag does not take such a value of a file.
 
-    Raises:
-        ValueError: if it is a mapping, a list, a boolean or null where the field takes none, or
-            would be read as a flag.
+    It is a mapping, a list, a boolean or null where the field takes none, or looks like a flag.
     """
     kinds = {get_origin(kind) or kind for kind in (field_type, *get_args(field_type))}
     items = value if isinstance(value, list) else [value]

@@ -9,18 +9,12 @@ from typing import Annotated, Literal
 import tyro
 
 from fastalign.cli.config_parse import parse_flags
-from fastalign.data import (
-    Content,
-    DataFault,
-    DataReport,
-    Encoder,
-    Example,
-    PreferenceExample,
-    PromptExample,
-    SFTExample,
-    load_tokenizer,
-    read_examples,
-)
+from fastalign.data.examples import Content, Example, PreferenceExample, PromptExample, SFTExample
+from fastalign.data.read import read_examples
+from fastalign.data.readers.row import DataFault
+from fastalign.data.report import DataReport
+from fastalign.data.tokenise import Encoder
+from fastalign.data.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -56,17 +50,14 @@ def check(config: CheckConfig) -> DataReport:
     kind = None if config.kind == "auto" else config.kind
     try:
         for example in read_examples(config.file, kind, report, on_bad_row="skip"):
-            if encoder is not None:
-                try:
-                    long = measure(report, encoder, example, config.max_length)
-                except DataFault as fault:
-                    report.faults.append(fault)
-                    continue
-                if long:
-                    report.num_too_long += 1
-                    continue
-            else:
-                count_characters(report, example)
+            try:
+                long = measure(report, encoder, example, config.max_length)
+            except DataFault as fault:
+                report.faults.append(fault)
+                continue
+            if long:
+                report.num_too_long += 1
+                continue
             report.num_used += 1
             report.num_ties += isinstance(example, PreferenceExample) and example.tie
             report.forms[example.form] += 1
@@ -95,24 +86,24 @@ def num_characters(content: Content) -> int:
 
 
 def measure(
-    report: DataReport,
-    encoder: Encoder,
-    example: Example,
-    max_length: int | None,
+    report: DataReport, encoder: Encoder | None, example: Example, max_length: int | None
 ) -> bool:
-    """Tokenise the example, add its lengths to the report, and return whether it is too long."""
+    """Add the example's lengths to the report, and return whether it has too many tokens."""
+    if encoder is None:
+        count_characters(report, example)
+        return False
     if isinstance(example, PromptExample):
         length = len(encoder.prompt(example))
         if max_length is not None and length > max_length:
             return True
         report.prompt_lengths.append(length)
         return False
-    row = encoder.row(example)
-    longest = max(len(response) for response in row.group.response_ids)
-    if max_length is not None and len(row.group.prompt_ids) + longest > max_length:
+    group, crosses = encoder.row(example)
+    longest = max(len(response) for response in group.response_ids)
+    if max_length is not None and len(group.prompt_ids) + longest > max_length:
         return True
-    report.num_crossing += row.crosses_boundary
-    report.add_lengths(row.group)
+    report.num_crossing += crosses
+    report.add_lengths(group)
     return False
 
 

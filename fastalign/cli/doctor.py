@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from fastalign.cli.config_parse import parse_flags
-from fastalign.models import ATTENTIONS, attention_reason
+from fastalign.models.attention.choice import ATTENTIONS, attention_reason
 from fastalign.ops import native_library
 from fastalign.ops.backends import choose_backend, unusable_reason
 from fastalign.ops.head.arguments import choose_linear_backend

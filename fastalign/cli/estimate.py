@@ -47,37 +47,31 @@ def available_bytes(device: torch.device) -> int | None:
 def table(found: Estimate) -> list[str]:
     """Return the lines of the table of the estimate by phase."""
     names = list(found.phases)
-    head = "MiB" if found.shared is None else f"MiB, each of {found.shared.ranks} ranks"
+    head = "MiB" if found.ranks is None else f"MiB, each of {found.ranks} ranks"
     lines = [f"{head:34}" + "".join(f"{name:>22}" for name in names)]
 
-    def row(label: str, of: Callable[[str], int], always: bool = True) -> None:
-        if not always and not any(of(name) for name in names):
-            return
-        lines.append(f"{label:34}" + "".join(f"{of(n) / MEBIBYTE:22,.0f}" for n in names))
+    def row(label: str, of: Callable[[str], int]) -> None:
+        if any(of(name) for name in names):
+            lines.append(f"{label:34}" + "".join(f"{of(n) / MEBIBYTE:22,.0f}" for n in names))
 
-    if found.libraries:
-        row("libraries, tokenizer, data", lambda name: found.libraries)
+    row("libraries, tokenizer, data", lambda name: found.libraries)
     row("weights", lambda name: found.phases[name].weights)
     row("gradients", lambda name: found.phases[name].gradients)
     row("AdamW's states", lambda name: found.phases[name].states)
-    row("DDP's copy of gradients", lambda name: found.phases[name].buckets, always=False)
-    row("gathered weights, at most", lambda name: found.phases[name].gathered, always=False)
-    row("gradients to reduce, at most", lambda name: found.phases[name].reducing, always=False)
-    row("copy for a checkpoint", lambda name: found.phases[name].saving, always=False)
+    row("DDP's copy of gradients", lambda name: found.phases[name].buckets)
+    row("gathered weights, at most", lambda name: found.phases[name].gathered)
+    row("gradients to reduce, at most", lambda name: found.phases[name].reducing)
+    row("copy for a checkpoint", lambda name: found.phases[name].saving)
     row("activations, logits, temporary", lambda name: found.phases[name].activations)
     row("kept by the allocator", lambda name: found.kept[name])
     row("peak", found.total_of)
-    if found.shared is not None and found.shared.host:
-        lines.append(f"in host memory, for each rank: {found.shared.host / MEBIBYTE:,.0f} MiB")
+    if found.host:
+        lines.append(f"in host memory, for each rank: {found.host / MEBIBYTE:,.0f} MiB")
     return lines
 
 
 def take_ranks(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
-    """Return the value of `--ranks` and the other flags.
-
-    Raises:
-        ValueError: if the value is not a number of at least 1.
-    """
+    """Return `--ranks`, of which less than 1 is a ValueError, or None; and the other flags."""
     text, rest = take_option(arguments, "--ranks")
     if text is None:
         return None, rest
@@ -88,8 +82,7 @@ def take_ranks(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
 
 def remedies(config: Any, found: Estimate) -> list[str]:
     """Return a line for each setting that would save memory."""
-    train = config.train
-    ranks = None if found.shared is None else found.shared.ranks
+    train, ranks = config.train, found.ranks
     changes: list[tuple[str, Any]] = []
     if not train.gradient_checkpointing:
         changed = replace(config, train=replace(train, gradient_checkpointing=True))
@@ -122,9 +115,9 @@ def as_record(found: Estimate) -> dict[str, Any]:
             for phase, parts in found.phases.items()
         },
     }
-    if (shared := found.shared) is not None:
-        record |= {"ranks": shared.ranks, "batches_of_a_rank": shared.batches}
-        record["host_bytes"] = shared.host
+    if found.ranks is not None:
+        batches = -(-found.num_batches // found.ranks)
+        record |= {"ranks": found.ranks, "batches_of_a_rank": batches, "host_bytes": found.host}
     return record
 
 

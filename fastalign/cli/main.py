@@ -31,27 +31,15 @@ MODULES: dict[str, tuple[str, str]] = {
     "vllm-server": ("fastalign.cli.vllm_server", "start a vLLM server for training to sample from"),
     "generate": ("fastalign.cli.answers.generate", "sample completions for a file of prompts"),
     "score": ("fastalign.cli.answers.score", "score a file of answers with a reward model"),
-    "label": (
-        "fastalign.cli.answers.label",
-        "make preference pairs from sampled completions and a reward",
-    ),
-    "eval": (
-        "fastalign.cli.answers.evaluate",
-        "measure accuracy on pairs, reward and KL of samples",
-    ),
-    "win-rate": (
-        "fastalign.cli.answers.win_rate",
-        "measure how often a model's answers win",
-    ),
+    "label": ("fastalign.cli.answers.label", "make preference pairs from samples and a reward"),
+    "eval": ("fastalign.cli.answers.evaluate", "measure accuracy on pairs, reward, KL of samples"),
+    "win-rate": ("fastalign.cli.answers.win_rate", "measure how often a model's answers win"),
     "frontier": ("fastalign.cli.report:frontier", "plot reward against KL of many runs"),
     "report": ("fastalign.cli.report", "write one report.html for one or more run folders"),
     "data": ("fastalign.cli.data", "check a data file and list every fault by line"),
     "merge": ("fastalign.cli.models:merge", "merge an adapter into its base model"),
     "new-model": ("fastalign.cli.models:new_model", "make a tokenizer and a small random model"),
-    "doctor": (
-        "fastalign.cli.doctor",
-        "list the usable backends, and why others are not",
-    ),
+    "doctor": ("fastalign.cli.doctor", "list the usable backends, and why others are not"),
 }
 COMMANDS: dict[str, str] = {
     **{name: algorithm.summary for name, algorithm in ALGORITHMS.items()},
@@ -104,14 +92,17 @@ def run(argv: Sequence[str]) -> int:
     except (ValueError, OSError, RankFailed, UserCodeFailed) as error:
         if os.environ.get("FASTALIGN_DEBUG"):
             raise
+        code = RANK_FAILED
         if not isinstance(error, RankFailed):
             wait_for_rank_0()
+            code = 2
         if isinstance(error, UserCodeFailed):
             print(error.trace, end="", file=sys.stderr)
+            code = 1
         notes = getattr(error, "__notes__", [])  # on what is saved
         text = " ".join("; ".join([str(error), *notes]).split())
         print(f"fastalign {argv[0]}: {text}", file=sys.stderr)
-        return exit_code_of(error)
+        return code
     except (RuntimeError, MemoryError) as error:
         from fastalign.compute import is_out_of_memory  # heavy, and already imported by the command
 
@@ -120,12 +111,6 @@ def run(argv: Sequence[str]) -> int:
         first = (str(error).strip().splitlines() or [""])[0]
         print(f"fastalign {argv[0]}: out of memory: {first}", file=sys.stderr)
         return 2
-
-
-def exit_code_of(error: Exception) -> int:
-    """Return 4 for a missing rank, 1 for an error in the user's own code, 2 for a mistake."""
-    codes = {RankFailed: RANK_FAILED, UserCodeFailed: 1}
-    return next((code for kind, code in codes.items() if isinstance(error, kind)), 2)
 
 
 def run_command(name: str, arguments: list[str]) -> int:
@@ -147,7 +132,7 @@ def console() -> None:
     occupy_standard_descriptors()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name or a sample may not be encodable
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     trains = sys.argv[1:2] and sys.argv[1] in ALGORITHMS
     with lossy_output() if trains else nullcontext(), safe_output():
         try:

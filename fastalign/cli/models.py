@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -56,16 +56,6 @@ class NewModelConfig:
     """Replace the folder if it exists."""
 
 
-def texts_of(source: str) -> Iterator[str]:
-    """Yield every text in the rows of a source: plain columns and the contents of messages."""
-    from fastalign.data import DataFault, read_texts
-
-    for text in read_texts(source):
-        if isinstance(text, DataFault):
-            raise text
-        yield text
-
-
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
     """Train a byte-level BPE tokenizer with BOS, EOS and pad; it prepends BOS, as Llama's does."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -117,6 +107,8 @@ def make_model(config: NewModelConfig, num_tokens: int) -> Any:
 
 def new_model(argv: Sequence[str]) -> int:
     """Run `fastalign new-model`; return 0 when the folder is written."""
+    from fastalign.data.read import read_texts
+
     config = parse_flags(NewModelConfig, argv, "fastalign new-model")
     if config.vocab_size < 256 + len(SPECIAL_TOKENS):
         raise ValueError(f"vocab-size: expected at least 259, got {config.vocab_size}")
@@ -132,7 +124,7 @@ def new_model(argv: Sequence[str]) -> int:
     out = Path(config.out)
     check_folder("out", out, overwrite=config.overwrite, inputs=input_paths(config))
     check_not_among_data("out", out, input_paths(config))
-    texts = texts_of(config.data.train)
+    texts = read_texts(config.data.train)
     first = next(texts, None)
     if first is None:
         raise ValueError(f"data.train: {config.data.train} holds no text")
@@ -172,8 +164,9 @@ class MergeConfig:
 def merge(argv: Sequence[str]) -> int:
     """Run `fastalign merge`; return 0 when the folder is written."""
     from fastalign.compute import Compute
-    from fastalign.data import load_tokenizer
-    from fastalign.models import adapter_base, load_policy, save_model, set_save_dtype
+    from fastalign.data.tokenizer import load_tokenizer
+    from fastalign.models.load import load_policy, save_model, set_save_dtype
+    from fastalign.models.lora_files import adapter_base
     from fastalign.runs.final_model import write_end_tokens
 
     config = parse_flags(MergeConfig, argv, "fastalign merge")

@@ -36,8 +36,7 @@ from fastalign.ranks.world import (
     open_world,
     world_of_environment,
 )
-from fastalign.runs.config import AnyConfig, config_to_dict
-from fastalign.runs.folder import flat_settings
+from fastalign.runs.config import TrainingConfig, config_to_dict, flat_settings
 from fastalign.runs.open import device_of_rank
 
 SECONDS = 50.0  # with the imports before, a minute
@@ -82,20 +81,16 @@ def main(argv: Sequence[str]) -> int:
         ignore_sigterm()  # torchrun ends all ranks once the first leaves, and this one has to print
         if world.local_rank == 0:
             text = str(error).replace(f"; {GO_ON}", "")
-            print(f"fastalign preflight: {text}", file=sys.stderr, flush=True)
+            print(f"fastalign preflight: {text}", file=sys.stderr)
         return 2
     if world.is_first:
         show(COLUMNS, rows, num_left=3)
-        print(f"preflight: {world.size} of {world.size} ranks are ready", flush=True)
+        print(f"preflight: {world.size} of {world.size} ranks are ready")
     return 0
 
 
 def seconds_of(text: str) -> float:
-    """Return the number of seconds that an argument holds.
-
-    Raises:
-        ValueError: if it is no positive number.
-    """
+    """Return the positive number of seconds that an argument holds; raise ValueError if none."""
     with suppress(ValueError):
         if 0 < float(text) < float("inf"):
             return float(text)
@@ -116,7 +111,6 @@ def ended_after(seconds: float, world: World) -> Iterator[None]:
             f"fastalign preflight: {here(world)}: no end in {seconds:g} seconds; is rank 0 at "
             f"{address} (MASTER_ADDR, MASTER_PORT), and does the disk of run.dir answer?",
             file=sys.stderr,
-            flush=True,
         )
         os._exit(2)
 
@@ -129,7 +123,7 @@ def ended_after(seconds: float, world: World) -> Iterator[None]:
         timer.cancel()
 
 
-def preflight(config: AnyConfig, world: World, seconds: float) -> list[tuple[str, ...]]:
+def preflight(config: TrainingConfig, world: World, seconds: float) -> list[tuple[str, ...]]:
     """Make all checks; return one row for each rank, with the cells that COLUMNS name.
 
     `seconds` limits the ranks' arrival, and each collective.
@@ -161,7 +155,7 @@ def preflight(config: AnyConfig, world: World, seconds: float) -> list[tuple[str
     ]
 
 
-def facts_of(config: AnyConfig, world: World) -> tuple[torch.device, Facts]:
+def facts_of(config: TrainingConfig, world: World) -> tuple[torch.device, Facts]:
     """Return the device of this rank, and the facts that ranks compare."""
     faults, gpu = [], None
     try:

@@ -61,10 +61,8 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int
 
 def main(argv: Sequence[str]) -> int:
     """Run `fastalign report`; return 0 when the page is written."""
-    from fastalign.report.page import COLUMNS, render, table
-    from fastalign.report.reward import REWARD_COLUMNS, reward_table
+    from fastalign.report.page import render, tables
     from fastalign.report.runs import read_runs
-    from fastalign.report.speed import SPEED_COLUMNS, TIME_COLUMNS, speed_table, time_table
 
     config = parse_flags(ReportConfig, argv, "fastalign report")
     if not config.runs:
@@ -73,14 +71,9 @@ def main(argv: Sequence[str]) -> int:
         raise ValueError(f"out: expected .html, got {config.out}")
     out = check_file("out", config.out, overwrite=config.overwrite, inputs=input_paths(config))
     runs = read_runs(config.runs)
-    show(COLUMNS, table(runs), num_left=2)
-    for columns, rows in (
-        (REWARD_COLUMNS, reward_table(runs)),
-        (SPEED_COLUMNS, speed_table(runs)),
-        (TIME_COLUMNS, time_table(runs)),
-    ):
+    for name, (columns, rows) in tables(runs).items():
         if rows:
-            show(columns, rows)
+            show(columns, rows, num_left=2 if name == "runs" else 1)
     write_file(out, render(runs), overwrite=config.overwrite)
     print(f"report written to {out}")
     return 0
@@ -88,12 +81,13 @@ def main(argv: Sequence[str]) -> int:
 
 def frontier(argv: Sequence[str]) -> int:
     """Run `fastalign frontier`; return 0 when the picture and the table are written."""
-    from fastalign.report.frontier import frontier_points, read_frontier
-    from fastalign.report.frontier_page import (
+    from fastalign.report.frontier import (
         COLUMNS,
         PICTURES,
         find_origin,
+        frontier_points,
         frontier_table,
+        read_frontier,
         render_frontier,
     )
 

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 
 from fastalign.cli.config_parse import parse_flags
-from fastalign.models import adapter_base, read_config
+from fastalign.models.load import read_config
+from fastalign.models.lora_files import adapter_base
 from fastalign.rollouts.engines import server_process
 from fastalign.rollouts.engines.server_process import (
     TOKEN_VARIABLE,
@@ -88,11 +89,7 @@ def server_command(config: VllmServerConfig) -> list[str]:
 
 
 def check_port(host: str, port: int) -> None:
-    """Check, before minutes of loading, that a server can listen there.
-
-    Raises:
-        ValueError: if the port is in use, or the address is not this machine's.
-    """
+    """Raise ValueError, before minutes of loading, if no server can listen at this address."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -107,11 +104,7 @@ def check_port(host: str, port: int) -> None:
 
 @contextmanager
 def server_token(config: VllmServerConfig) -> Iterator[tuple[str, str]]:
-    """Give the server's token, and the name of where it is; a file made for it is removed.
-
-    Raises:
-        ValueError: if a given token cannot be used.
-    """
+    """Give the server's token, and the name of where it is; a file made for it is removed."""
     if given := os.environ.get(TOKEN_VARIABLE):
         yield check_token(given, TOKEN_VARIABLE), TOKEN_VARIABLE
         return
@@ -145,9 +138,8 @@ def main(argv: Sequence[str]) -> int:
             "token and the prompts come over plain HTTP: who reads them can change its weights "
             "and make it read files",
             file=sys.stderr,
-            flush=True,
         )
     with server_token(config) as (token, place):
         os.environ.update(server_process.server_environment(config.model.lora_rank, token))
-        print(f"vLLM at http://{config.host}:{config.port} (token: {place})", flush=True)
+        print(f"vLLM at http://{config.host}:{config.port} (token: {place})")
         return supervise(server_command(config), engine="EngineCore")

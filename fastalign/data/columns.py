@@ -23,20 +23,11 @@ _EXPECTED: dict[str, str] = {
 }
 UNSUPPORTED = ("tools", "images", "image", "chat_template_kwargs")
 _OTHER_NAMES = {
-    "instruction": "prompt",
-    "question": "prompt",
-    "query": "prompt",
-    "input": "prompt",
-    "output": "completion",
-    "response": "completion",
-    "answer": "completion",
-    "conversation": "messages",
-    "conversations": "messages",
-    "accepted": "chosen",
-    "preferred": "chosen",
-    "winner": "chosen",
-    "loser": "rejected",
-    "content": "text",
+    **dict.fromkeys(("instruction", "question", "query", "input"), "prompt"),
+    **dict.fromkeys(("output", "response", "answer"), "completion"),
+    **dict.fromkeys(("conversation", "conversations"), "messages"),
+    **dict.fromkeys(("accepted", "preferred", "winner"), "chosen"),
+    **{"loser": "rejected", "content": "text"},
 }
 
 

@@ -1,7 +1,7 @@
 """Conversations of messages `{role, content}`: reading them from rows and checking their order."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -117,33 +117,31 @@ def messages(row: Row, column: str) -> tuple[Message, ...]:
 
 def _message(row: Row, column: str, index: int, item: object) -> Message:
     name = f"message {index}: "
+
+    def fault(problem: str) -> DataFault:
+        return DataFault(row.where, name + problem, column)
+
     if not isinstance(item, dict):
-        raise DataFault(
-            row.where, f"{name}expected an object with role and content, got {show(item)}", column
-        )
+        raise fault(f"expected an object with role and content, got {show(item)}")
     if "role" not in item or "content" not in item:
         hint = " (rename from and value)" if {"from", "value"} <= set(item) else ""
-        problem = f"{name}expected the keys role and content, got {show_names(item)}{hint}"
-        raise DataFault(row.where, problem, column)
+        raise fault(f"expected the keys role and content, got {show_names(item)}{hint}")
     if not isinstance(item["role"], str) or item["role"] not in ROLES:
-        problem = f"{name}expected a role of {', '.join(ROLES)}, got {show(item['role'])}"
-        raise DataFault(row.where, problem, column)
+        raise fault(f"expected a role of {', '.join(ROLES)}, got {show(item['role'])}")
     for key in _UNSUPPORTED_KEYS:
         if item.get(key):
-            raise DataFault(row.where, f"{name}{key} is not supported", column)
+            raise fault(f"{key} is not supported")
     for key in unknown_keys([item]):
         if _LIKE_LEARNED_KEYS.search(key):
             known = ", ".join(_LEARNED_KEYS)
-            problem = f"{name}{shorten(key)} is not supported; of such keys only {known} are"
-            raise DataFault(row.where, problem, column)
+            raise fault(f"{shorten(key)} is not supported; of such keys only {known} are")
     if isinstance(item["content"], list):
-        problem = f"{name}expected text, got a list of parts (only text is supported)"
-        raise DataFault(row.where, problem, column)
+        raise fault("expected text, got a list of parts (only text is supported)")
     text = check_text(row.where, column, item["content"], name)
-    return Message(item["role"], text, _learned(row, column, item, name))
+    return Message(item["role"], text, _learned(item, fault))
 
 
-def _learned(row: Row, column: str, item: dict[str, object], name: str) -> bool:
+def _learned(item: dict[str, object], fault: Callable[[str], DataFault]) -> bool:
     """Return whether the keys of a message let it be trained on; they must agree.
 
     Raises:
@@ -152,14 +150,11 @@ def _learned(row: Row, column: str, item: dict[str, object], name: str) -> bool:
     found = {key: item[key] for key in _LEARNED_KEYS if item.get(key) is not None}
     for key, value in found.items():
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            problem = f"{name}{key}: expected 0, 1, true or false, got {show(value)}"
-            raise DataFault(row.where, problem, column)
+            raise fault(f"{key}: expected 0, 1, true or false, got {show(value)}")
     if len({bool(value) for value in found.values()}) > 1:
-        problem = f"{name}the keys {' and '.join(found)} contradict each other"
-        raise DataFault(row.where, problem, column)
+        raise fault(f"the keys {' and '.join(found)} contradict each other")
     if item["role"] != "assistant" and any(found.values()):
-        problem = f"{name}{next(iter(found))}: only messages of the assistant are learned"
-        raise DataFault(row.where, problem, column)
+        raise fault(f"{next(iter(found))}: only messages of the assistant are learned")
     return all(found.values())
 
 

@@ -1,6 +1,5 @@
 """Rows to checked examples: the required values of their columns."""
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -112,7 +111,7 @@ def _sft(row: Row) -> SFTExample:
         raise DataFault(row.where, problem, "label")
     prompt, completion = content(row, "prompt"), content(row, column)
     _check_pair(row, prompt, {column: completion})
-    return SFTExample(prompt, completion, row.where, f"prompt + completion, {_style(prompt)}")
+    return SFTExample(prompt, completion, row.where, f"prompt + completion, {style(prompt)}")
 
 
 def _prompt(row: Row) -> PromptExample:
@@ -120,7 +119,7 @@ def _prompt(row: Row) -> PromptExample:
         raise missing(row, "prompt", ("prompt",))
     prompt = content(row, "prompt")
     _check_pair(row, prompt, {})
-    return PromptExample(prompt, row.where, f"prompt, {_style(prompt)}")
+    return PromptExample(prompt, row.where, f"prompt, {style(prompt)}")
 
 
 def _preference(row: Row) -> PreferenceExample:
@@ -134,7 +133,7 @@ def _preference(row: Row) -> PreferenceExample:
             raise missing(row, "preference", names)
     first, second = content(row, names[0]), content(row, names[1])
     if isinstance(first, str) != isinstance(second, str):
-        problem = f"{names[0]} is {_style(first)} but this is {_style(second)}"
+        problem = f"{names[0]} is {style(first)} but this is {style(second)}"
         raise DataFault(row.where, problem, names[1])
     if first == second:
         raise DataFault(row.where, f"identical to {names[0]}", names[1])
@@ -146,7 +145,7 @@ def _preference(row: Row) -> PreferenceExample:
     if label == "b":
         first, second = second, first
         votes = votes and votes.swapped()
-    form = " + ".join((("prompt",) if explicit else ()) + names) + f", {_style(prompt)}"
+    form = " + ".join((("prompt",) if explicit else ()) + names) + f", {style(prompt)}"
     tie, margin = label == "tie", _margin(row)
     return PreferenceExample(prompt, first, second, tie, margin, votes, row.where, form)
 
@@ -180,7 +179,7 @@ def _check_pair(row: Row, prompt: Content, responses: Mapping[str, Content]) -> 
     """Check that prompt and responses are all plain text, or all conversations in a valid order."""
     for column, response in responses.items():
         if isinstance(prompt, str) != isinstance(response, str):
-            problem = f"the prompt is {_style(prompt)} but this is {_style(response)}"
+            problem = f"the prompt is {style(prompt)} but this is {style(response)}"
             raise DataFault(row.where, problem, column)
     if isinstance(prompt, str):
         return
@@ -211,16 +210,29 @@ def _margin(row: Row) -> float | None:
             value = float(value) if value.strip() else None
         except ValueError:
             raise DataFault(row.where, f"expected a number, got {show(value)}", "margin") from None
-    if value is None:
-        return None
+    return None if value is None else _finite(row, "margin", value)
+
+
+def _finite(
+    row: Row,
+    column: str,
+    value: object,
+    *,
+    name: str = "",
+    what: str = "number",
+    least: float = -1e30,
+) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataFault(row.where, f"expected a number, got {show(value)}", "margin")
-    if abs(value) > 1e30 or not math.isfinite(value):
-        raise DataFault(row.where, f"expected a finite number, got {show(value)}", "margin")
+        raise DataFault(row.where, f"{name}expected a {what}, got {show(value)}", column)
+    if not least <= value <= 1e30:
+        bound = f" of at least {least:g}" if least >= 0 else ""
+        problem = f"{name}expected a finite {what}{bound}, got {show(value)}"
+        raise DataFault(row.where, problem, column)
     return float(value)
 
 
-def _style(value: Content) -> str:
+def style(value: Content) -> str:
+    """Return whether it is plain text or a conversation, in words."""
     return "plain text" if isinstance(value, str) else "a conversation"
 
 
@@ -284,18 +296,11 @@ def row_votes(row: Row) -> Votes | None:
     if not {"a", "b"} <= named <= set(_VOTE_SIDES):
         problem = f"expected the keys a, b and tie, got {show_names(value)}"
         raise DataFault(row.where, problem, "votes")
-    counts = [_count(row, side, value.get(side)) for side in _VOTE_SIDES]
+    given = [0 if value.get(side) is None else value[side] for side in _VOTE_SIDES]
+    counts = [
+        _finite(row, "votes", count, name=f"{side}: ", what="count", least=0)
+        for side, count in zip(_VOTE_SIDES, given, strict=True)
+    ]
     if not sum(counts) > 0:
         raise DataFault(row.where, "expected at least one vote, got none", "votes")
     return Votes(*counts)
-
-
-def _count(row: Row, side: str, value: object) -> float:
-    if value is None:
-        return 0.0
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise DataFault(row.where, f"{side}: expected a count, got {show(value)}", "votes")
-    if not 0 <= value <= 1e30 or not math.isfinite(value):
-        problem = f"{side}: expected a finite count of at least 0, got {show(value)}"
-        raise DataFault(row.where, problem, "votes")
-    return float(value)

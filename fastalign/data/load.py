@@ -6,18 +6,11 @@ from pathlib import Path
 from typing import Literal
 
 from fastalign.batch.packed import Group
-from fastalign.data.columns import Kind
-from fastalign.data.examples import (
-    Content,
-    Example,
-    PreferenceExample,
-    PromptExample,
-    Votes,
-)
+from fastalign.data.examples import Content, PreferenceExample, PromptExample, Votes
 from fastalign.data.read import OnBadRow, read_examples
 from fastalign.data.readers.row import DataFault
 from fastalign.data.report import DataReport
-from fastalign.data.tokenise import Encoder, TokenisedRow
+from fastalign.data.tokenise import Encoder
 from fastalign.data.tokenizer import Tokenizer
 
 OnTooLong = Literal["error", "skip", "truncate"]
@@ -81,47 +74,6 @@ class PromptDataset:
         return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
-def load_sft(
-    source: str | Path,
-    tokenizer: Tokenizer,
-    *,
-    max_length: int,
-    on_bad_row: OnBadRow = "error",
-    on_too_long: OnTooLong = "error",
-    advice: str = LENGTH_ADVICE,
-) -> TokenizedDataset:
-    """Load demonstrations: `text`, `messages`, or `prompt` and `completion`.
-
-    The source is a file, folder or hub name. A prompt with its response has at most `max_length`
-    tokens. `error` raises the first bad or long row, `skip` counts it, `truncate` cuts the response
-    and counts it. The error on a long row ends with `advice`, which names the command's own flags.
-
-    Raises:
-        ValueError: if a row is bad or too long under `error`, or no row is left.
-    """
-    return _load(source, "sft", tokenizer, max_length, on_bad_row, on_too_long, "error", advice)
-
-
-def load_preferences(
-    source: str | Path,
-    tokenizer: Tokenizer,
-    *,
-    max_length: int,
-    on_bad_row: OnBadRow = "error",
-    on_too_long: OnTooLong = "error",
-    ties: Ties = "error",
-    advice: str = LENGTH_ADVICE,
-) -> TokenizedDataset:
-    """Load comparisons: `chosen` and `rejected`, or `response_a`, `response_b` and `label`.
-
-    The arguments are those of `load_sft`; ties are an error, kept, or dropped (counted).
-
-    Raises:
-        ValueError: if a row is bad, too long or a tie under `error`, or no row is left.
-    """
-    return _load(source, "preference", tokenizer, max_length, on_bad_row, on_too_long, ties, advice)
-
-
 def load_prompts(
     source: str | Path,
     tokenizer: Tokenizer,
@@ -133,7 +85,7 @@ def load_prompts(
 ) -> PromptDataset:
     """Load prompts to answer from the column `prompt`; other columns are ignored.
 
-    The arguments are those of `load_sft`; a prompt has at most `max_length` tokens.
+    The arguments are those of `load_examples`; a prompt has at most `max_length` tokens.
 
     Raises:
         ValueError: if a row is bad or too long under `error`, or no row is left.
@@ -161,16 +113,28 @@ def load_prompts(
     return data
 
 
-def _load(
+def load_examples(
     source: str | Path,
-    kind: Kind,
+    kind: Literal["sft", "preference"],
     tokenizer: Tokenizer,
+    *,
     max_length: int,
-    on_bad_row: OnBadRow,
-    on_too_long: OnTooLong,
-    ties: Ties,
-    advice: str,
+    on_bad_row: OnBadRow = "error",
+    on_too_long: OnTooLong = "error",
+    ties: Ties = "error",
+    advice: str = LENGTH_ADVICE,
 ) -> TokenizedDataset:
+    """Load demonstrations or comparisons from a file, a folder or the hub.
+
+    Columns of demonstrations (`sft`) are `text`, `messages`, or `prompt` and `completion`; of
+    comparisons `chosen` and `rejected`, or `response_a`, `response_b` and `label`. A prompt with
+    its response has at most `max_length` tokens. `error` raises the first bad or long row, or tie;
+    `skip` and `drop` count it, `truncate` cuts the response and counts it, `keep` is for losses
+    with ties. The error on a long row ends with `advice`, which names the command's own flags.
+
+    Raises:
+        ValueError: if a row is bad, too long or a tie under `error`, or no row is left.
+    """
     encoder, report = Encoder(tokenizer), DataReport(str(source))
     data = TokenizedDataset([], [], [], [], [], report, "")
     digest = hashlib.sha256()
@@ -191,11 +155,11 @@ def _load(
             report.num_ties_dropped += 1
             continue
         try:
-            row = encoder.row(example)
+            whole, crosses = encoder.row(example)
         except DataFault as fault:
             refuse(report, fault, on_bad_row)
             continue
-        group = fit(row.group, example.source, report, max_length, on_too_long, advice)
+        group = fit(whole, example.source, report, max_length, on_too_long, advice)
         if group is None:
             continue
         margin, votes = (compared.margin, compared.votes) if compared else (None, None)
@@ -204,7 +168,9 @@ def _load(
         data.margins.append(margin)
         data.votes.append(votes)
         data.sources.append(example.source)
-        _count(report, example, row, group)
+        report.forms[example.form] += 1
+        report.num_crossing += crosses
+        report.add_lengths(group)
         marks = (tie, margin) if votes is None else (tie, margin, votes.shares())
         key = hashlib.sha256(repr((group, *marks)).encode()).digest()
         report.num_duplicates += key in seen
@@ -214,12 +180,6 @@ def _load(
     report.num_ties = sum(data.ties)
     require_rows(report)
     return replace(data, fingerprint=digest.hexdigest())
-
-
-def _count(report: DataReport, example: Example, row: TokenisedRow, group: Group) -> None:
-    report.forms[example.form] += 1
-    report.num_crossing += row.crosses_boundary
-    report.add_lengths(group)
 
 
 def fit(

@@ -7,7 +7,7 @@ from typing import Literal
 
 from fastalign.data.columns import COLUMNS, Kind, row_kind, unused_columns
 from fastalign.data.conversation import content, unknown_keys
-from fastalign.data.examples import Content, Example, SFTExample, parse
+from fastalign.data.examples import Content, Example, SFTExample, parse, style
 from fastalign.data.readers.row import DataFault, Row
 from fastalign.data.readers.rows import read_rows
 from fastalign.data.report import DataReport
@@ -55,25 +55,14 @@ def read_examples(
 
 
 def check_style(first: Example, example: Example) -> None:
-    """Check that a row is plain text or a conversation as the first row is.
-
-    Raises:
-        DataFault: if it differs from the first row.
-    """
-    styles = [isinstance(shown_content(row), str) for row in (first, example)]
-    if styles[0] != styles[1]:
-        names = ["plain text" if plain else "a conversation" for plain in styles]
-        raise DataFault(
-            example.source,
-            f"this row is {names[1]} but {first.source} is {names[0]}; one file has one kind",
-        )
-
-
-def shown_content(example: Example) -> Content:
-    """Return a part of the example that shows whether it is plain text or a conversation."""
-    if isinstance(example, SFTExample):
-        return example.completion
-    return example.prompt
+    """Raise DataFault unless a row is plain text, or a conversation, as the first row is."""
+    before, found = (
+        style(row.completion if isinstance(row, SFTExample) else row.prompt)
+        for row in (first, example)
+    )
+    if found != before:
+        problem = f"this row is {found} but {first.source} is {before}; one file has one kind"
+        raise DataFault(example.source, problem)
 
 
 @dataclass(frozen=True)
@@ -91,12 +80,14 @@ class Sample:
     values: Mapping[str, object]
 
 
-def _announced_rows(source: str | Path) -> Iterator[Row | DataFault]:
+def _good_rows(source: str | Path) -> Iterator[Row]:
     """Yield the rows of a source; print the entries of a folder that are not read."""
     report = DataReport(str(source))
-    yield from read_rows(source, COLUMNS, report.unread)
-    for line in report.log_lines():
-        print(line, flush=True)
+    for row in read_rows(source, COLUMNS, report.unread):
+        if isinstance(row, DataFault):
+            raise row
+        yield row
+    report.print_losses()
 
 
 def read_samples(source: str | Path) -> list[Sample]:
@@ -106,9 +97,7 @@ def read_samples(source: str | Path) -> list[Sample]:
         DataFault: if a row has no prompt or no completion.
     """
     samples = []
-    for row in _announced_rows(source):
-        if isinstance(row, DataFault):
-            raise row
+    for row in _good_rows(source):
         for name in ("prompt", "completion"):
             if name not in row.values:
                 raise DataFault(row.where, "missing; samples have prompt and completion", name)
@@ -120,23 +109,16 @@ def read_samples(source: str | Path) -> list[Sample]:
 
 
 def load_samples(source: str | Path) -> list[tuple[Content, list[str]]]:
-    """Return each prompt with its completions, in the order of their first row.
-
-    Raises:
-        DataFault: as `read_samples`.
-    """
+    """Return each prompt with its completions, in the order of their first row."""
     found: dict[Content, list[str]] = {}
     for sample in read_samples(source):
         found.setdefault(sample.prompt, []).append(sample.completion)
     return list(found.items())
 
 
-def read_texts(source: str | Path) -> Iterator[str | DataFault]:
-    """Yield the text of every known column, contents of messages included, and faults."""
-    for row in _announced_rows(source):
-        if isinstance(row, DataFault):
-            yield row
-            continue
+def read_texts(source: str | Path) -> Iterator[str]:
+    """Yield the text of every known column, contents of messages included."""
+    for row in _good_rows(source):
         for name in sorted(COLUMNS - _NO_TEXT):
             value = row.values.get(name)
             if isinstance(value, str):

@@ -74,16 +74,10 @@ class DataReport:
             "rows whose tokens are those of an earlier row": self.num_duplicates,
         }
         lines += [f"  {count} {name}" for name, count in counts.items() if count]
-        lines += [
-            f"  {name}: {summary}"
-            for name, summary in (
-                (f"prompt {self.unit}", length_summary(self.prompt_lengths)),
-                (f"response {self.unit}", length_summary(self.response_lengths)),
-            )
-            if summary
-        ]
-        lines += [f"  {line}" for line in self._unused_lines()]
-        return lines
+        for name in ("prompt", "response"):
+            if lengths := getattr(self, f"{name}_lengths"):
+                lines.append(f"  {name} {self.unit}: {length_summary(lengths)}")
+        return lines + [f"  {line}" for line in self._unused_lines()]
 
     def _unused_lines(self) -> list[str]:
         """Return a line each about entries of the source that are not read or not used."""
@@ -109,6 +103,11 @@ class DataReport:
         lines += [f"{source}: {line}" for line in self._unused_lines()]
         return lines + [f"skipped: {fault}" for fault in self.faults[:5]]
 
+    def print_losses(self) -> None:
+        """Print the lines of a run's output."""
+        for line in self.log_lines():
+            print(line)
+
     def losses_line(self) -> str | None:
         """Return a log line about rows left out or truncated; None if there are none."""
         counts = {
@@ -125,9 +124,7 @@ class DataReport:
 
 
 def length_summary(lengths: Sequence[int]) -> str:
-    """Return quantiles as text; an empty string for no lengths."""
-    if not lengths:
-        return ""
+    """Return quantiles as text."""
     ordered = sorted(lengths)
 
     def quantile(share: float) -> int:

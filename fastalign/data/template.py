@@ -45,11 +45,7 @@ def render_responses(
 
 
 def end_of_answer(template: Template) -> str:
-    """Return the text that the template puts after an assistant's last turn.
-
-    Raises:
-        TemplateError: if the template refuses a question with its answer.
-    """
+    """Return the text behind an assistant's last turn; raise TemplateError if it is refused."""
     turns = (Message("user", "."), Message("assistant", _mark(0)))
     return _literals(template(turns, False), range(1))[-1]
 

@@ -13,19 +13,13 @@ The rules, which are the same for training, sampling and evaluation:
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from functools import cached_property
 
 from fastalign.batch.packed import Group
 from fastalign.data.conversation import Message
 from fastalign.data.examples import Content, PreferenceExample, PromptExample, SFTExample
 from fastalign.data.readers.row import DataFault
-from fastalign.data.template import (
-    Piece,
-    Template,
-    TemplateError,
-    is_learned,
-    render_responses,
-)
+from fastalign.data.template import Piece, Template, TemplateError, is_learned, render_responses
 from fastalign.data.tokenizer import (
     Tokenizer,
     chat_template,
@@ -38,19 +32,6 @@ from fastalign.data.tokenizer import (
 _BEFORE = "\n"
 
 
-@dataclass(frozen=True)
-class TokenisedRow:
-    """A row's token ids.
-
-    Attributes:
-        group: prompt and responses.
-        crosses_boundary: True if a token would have crossed from the prompt into a response.
-    """
-
-    group: Group
-    crosses_boundary: bool
-
-
 class Encoder:
     """The tokenisation of examples by the rules of this module.
 
@@ -60,7 +41,6 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
-        self._template: Template | None = None
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 f"tokenizer {tokenizer.name_or_path}: has no EOS token, so no model that uses it "
@@ -97,8 +77,10 @@ class Encoder:
             raise DataFault(example.source, str(error), "prompt") from None
         return self._prompt_ids(example.source, text)
 
-    def row(self, example: SFTExample | PreferenceExample) -> TokenisedRow:
+    def row(self, example: SFTExample | PreferenceExample) -> tuple[Group, bool]:
         """Return a demonstration (one response) or a comparison (chosen or a first) as a group.
+
+        The second value is True if a token would have crossed from the prompt into a response.
 
         Raises:
             DataFault: if the template refuses the row, a side has no token, or both sides of a
@@ -106,7 +88,7 @@ class Encoder:
         """
         return self._sft(example) if isinstance(example, SFTExample) else self._pair(example)
 
-    def _sft(self, example: SFTExample) -> TokenisedRow:
+    def _sft(self, example: SFTExample) -> tuple[Group, bool]:
         prompt, completion = example.prompt, example.completion
         if isinstance(completion, str):
             assert prompt is None or isinstance(prompt, str)
@@ -120,19 +102,20 @@ class Encoder:
         assert not isinstance(prompt, str)
         return self._conversation(example.source, prompt, [completion])
 
-    def _pair(self, example: PreferenceExample) -> TokenisedRow:
+    def _pair(self, example: PreferenceExample) -> tuple[Group, bool]:
         sides: list[Content] = [example.chosen, example.rejected]
         if isinstance(example.prompt, str):
-            row = self._plain(example.source, example.prompt, [str(side) for side in sides])
+            texts = [str(side) for side in sides]
+            group, crosses = self._plain(example.source, example.prompt, texts)
         else:
             turns = [side for side in sides if not isinstance(side, str)]
             if not all(is_learned(m) for side in turns for m in side if m.role == "assistant"):
                 problem = "a message that is not to be learned is not supported in a comparison"
                 raise DataFault(example.source, problem)
-            row = self._conversation(example.source, example.prompt, turns)
-        if row.group.response_ids[0] == row.group.response_ids[1]:
+            group, crosses = self._conversation(example.source, example.prompt, turns)
+        if group.response_ids[0] == group.response_ids[1]:
             raise DataFault(example.source, "the two responses have the same tokens")
-        return row
+        return group, crosses
 
     def answers(self, source: str, prompt: Content, completions: Sequence[str]) -> Group:
         """Return a prompt with its sampled answers, each ended as a response is in training.
@@ -143,14 +126,13 @@ class Encoder:
         if not prompt:
             raise DataFault(source, "expected a prompt, got an empty one", "prompt")
         if isinstance(prompt, str):
-            return self._plain(source, prompt, list(completions)).group
+            return self._plain(source, prompt, list(completions))[0]
         turns: list[tuple[Message, ...]] = [(Message("assistant", t),) for t in completions]
-        return self._conversation(source, prompt, turns).group
+        return self._conversation(source, prompt, turns)[0]
 
-    def _render(self, turns: Sequence[Message], add_generation_prompt: bool) -> str:
-        if self._template is None:
-            self._template = chat_template(self._tokenizer)
-        return self._template(turns, add_generation_prompt)
+    @cached_property
+    def _render(self) -> Template:
+        return chat_template(self._tokenizer)
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         return ids if ids[: len(self._bos)] == self._bos else [*self._bos, *ids]
@@ -168,7 +150,7 @@ class Encoder:
             return whole[len(head) :], False
         return self.continuation_ids(text), True
 
-    def _plain(self, source: str, prompt: str, responses: list[str]) -> TokenisedRow:
+    def _plain(self, source: str, prompt: str, responses: list[str]) -> tuple[Group, bool]:
         head = self.ids(prompt)
         ids, crossings = [], []
         for text in responses:
@@ -182,12 +164,12 @@ class Encoder:
             whole = self._with_bos(ids[0])
             if len(whole) < 2:
                 raise DataFault(source, "the text has a single token, and none to predict it from")
-            return TokenisedRow(Group(whole[:1], [whole[1:]]), False)
-        return TokenisedRow(Group(self._prompt_ids(source, prompt), ids), any(crossings))
+            return Group(whole[:1], [whole[1:]]), False
+        return Group(self._prompt_ids(source, prompt), ids), any(crossings)
 
     def _conversation(
         self, source: str, prompt: tuple[Message, ...], responses: list[tuple[Message, ...]]
-    ) -> TokenisedRow:
+    ) -> tuple[Group, bool]:
         try:
             head_text, rendered = render_responses(self._render, prompt, responses)
         except TemplateError as error:
@@ -202,7 +184,7 @@ class Encoder:
             masks.append(mask)
             crossings.append(crosses)
         group = Group(self._prompt_ids(source, head_text), ids, masks)
-        return TokenisedRow(group, any(crossings))
+        return group, any(crossings)
 
     def _pieces(
         self, head_text: str, head: list[int], pieces: list[Piece]

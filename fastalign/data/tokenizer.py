@@ -90,37 +90,28 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Toke
     return loaded
 
 
-def check_same_vocabulary(policy: Tokenizer, reference: Tokenizer) -> None:
-    """Check that a reference has the policy's vocabulary, so that log-probs can be compared.
+def check_same_vocabulary(
+    policy: Tokenizer,
+    other: Tokenizer,
+    name: str = "reference.path",
+    *,
+    may_have_more: bool = False,
+) -> None:
+    """Check that another model has the policy's tokens under the same ids.
 
-    Raises:
-        ValueError: if not; names a token that differs.
-    """
-    ours, theirs = policy.get_vocab(), reference.get_vocab()
-    if ours == theirs:
-        return
-    token = min(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-    raise ValueError(
-        f"reference.path: expected the vocabulary of the policy, but token {token!r} is "
-        f"{ours.get(token)} in {policy.name_or_path} and {theirs.get(token)} in "
-        f"{reference.name_or_path}"
-    )
-
-
-def check_token_meanings(policy: Tokenizer, other: Tokenizer, name: str) -> None:
-    """Check that another model has all of the policy's tokens under the same ids; more are allowed.
-
-    A reward model with a pad token of its own (`use_distinct_pad`) has one more.
+    So log-probs can be compared. A reward model with a pad token of its own (`use_distinct_pad`)
+    may have one more.
 
     Raises:
         ValueError: if not; names the argument `name` and a token that differs.
     """
     ours, theirs = policy.get_vocab(), other.get_vocab()
-    different = [token for token, number in ours.items() if theirs.get(token) != number]
+    names = ours.keys() if may_have_more else ours.keys() | theirs.keys()
+    different = [token for token in names if ours.get(token) != theirs.get(token)]
     if different:
         token = min(different)
         raise ValueError(
-            f"{name}: expected the policy's tokens, but token {token!r} is {ours[token]} in "
+            f"{name}: expected the policy's tokens, but token {token!r} is {ours.get(token)} in "
             f"{policy.name_or_path} and {theirs.get(token)} in {other.name_or_path}"
         )
 
@@ -150,8 +141,8 @@ def foreign_ids_line(tokenizer: Tokenizer, number: int) -> str:
     )
 
 
-def added_tokens_line(tokenizer: Tokenizer, rows: Iterable[Sequence[int]]) -> str | None:
-    """Return the line printed for added tokens in data that an adapter trains on, or None.
+def print_added_tokens(tokenizer: Tokenizer, rows: Iterable[Sequence[int]]) -> None:
+    """Print which added tokens an adapter's training data have.
 
     An adapter does not train the embedding, where a token that was added to a model may have
     a random row. Whether it has cannot be told from its numbers.
@@ -163,9 +154,9 @@ def added_tokens_line(tokenizer: Tokenizer, rows: Iterable[Sequence[int]]) -> st
         if number in used and number >= tokenizer.vocab_size
     ]
     if not added:
-        return None
+        return
     more = f" and {len(added) - 8} more" if len(added) > 8 else ""
-    return (
+    print(
         f"added tokens in the data: {', '.join(map(repr, added[:8]))}{more}; their embeddings stay "
         "as they are under an adapter, random if the base was not trained with them: then train "
         "it without an adapter (--model.lora.rank 0) first"
@@ -202,10 +193,7 @@ def eos_token_ids(tokenizer: Tokenizer, path: str | Path | None = None) -> tuple
     found = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
     file = None if path is None or not str(path) else _generation_config(path)
     if file is not None:
-        try:
-            listed = read_object(file).get("eos_token_id")
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}") from None
+        listed = read_object(file).get("eos_token_id")
         ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
         if not all(type(number) is int and 0 <= number < 2**31 for number in ids):
             raise ValueError(f"{file}: expected token ids as eos_token_id, got {listed!r}")
@@ -240,10 +228,7 @@ def _generation_config(path: str | Path, *, of_base: bool = False) -> Path | Non
     adapter = folder / "adapter_config.json"
     if of_base or not adapter.is_file():
         return None
-    try:
-        base = read_object(adapter).get("base_model_name_or_path")
-    except ValueError as error:
-        raise ValueError(f"{adapter}: {error}") from None
+    base = read_object(adapter).get("base_model_name_or_path")
     return _generation_config(base, of_base=True) if base and isinstance(base, str) else None
 
 
@@ -267,12 +252,8 @@ def _template_ends(tokenizer: Tokenizer, template: str, others: frozenset[int]) 
     """Return the special token with which a chat template ends an answer, if it has one.
 
     Answers are cut behind the same token when they are tokenised for training. A template that
-    refuses a plain question with its answer has none; it may be there for other rows.
-
-    Args:
-        tokenizer: the tokenizer.
-        template: its template, which it can change.
-        others: the end tokens that are known otherwise.
+    refuses a plain question with its answer has none; it may be there for other rows. `template`
+    is the tokenizer's, which it can change; `others` are the end tokens that are known otherwise.
     """
     try:
         text = end_of_answer(chat_template(tokenizer))

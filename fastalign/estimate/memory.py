@@ -6,7 +6,7 @@ follows the allocations. No weights are read, and any architecture is counted co
 
 from collections import OrderedDict
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +17,14 @@ from torch.utils.hooks import RemovableHandle
 
 from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
-from fastalign.models import attention_name, hidden_at, linear_names, model_without_weights
-from fastalign.models.attention import ATTENTIONS, AttentionPlan
+from fastalign.models.attention import AttentionPlan, attention_name
+from fastalign.models.attention.choice import ATTENTIONS
+from fastalign.models.forward import hidden_at
+from fastalign.models.load import model_without_weights
+from fastalign.models.lora import linear_names
 from fastalign.ops.head.buffers import default_budget
-from fastalign.runs.config import AnyConfig
-from fastalign.runs.load_models import add_new_adapter, base_dtype, checkpoint_activations
+from fastalign.runs.config import TrainingConfig
+from fastalign.runs.load import add_new_adapter, base_dtype, checkpoint_activations
 from fastalign.trainers.reward.config import RewardConfig
 
 # AdamW's two moments in float32.
@@ -114,24 +117,12 @@ def fake_mode(device: torch.device) -> ExitStack:
     return stack
 
 
-def peak_of_step(
-    model: Any, batch: PackedBatch, compute: Compute, *, states: str, several: bool
-) -> Peak:
-    """Return the peak of a forward and backward pass of the trained model.
+def peak_of(model: Any, batch: PackedBatch, compute: Compute, *, backwards: int = 0) -> Peak:
+    """Return the peak of a forward pass, or of that many forward and backward passes of a step.
 
-    The model is on fake tensors, the batch is a real one; with `several` batches in a step
-    gradients already exist.
+    The model is on fake tensors, the batch is a real one; from the second pass on gradients already
+    exist. Optimiser states are not counted.
     """
-    peak = _peak(model, batch, compute, 2 if several else 1)
-    return replace(peak, states=states_bytes(model, states))
-
-
-def peak_of_forward(model: Any, batch: PackedBatch, compute: Compute) -> Peak:
-    """Return the peak of a forward pass without gradients: a reference's or an evaluation's."""
-    return _peak(model, batch, compute, 0)
-
-
-def _peak(model: Any, batch: PackedBatch, compute: Compute, backwards: int) -> Peak:
     plan = AttentionPlan(batch)
     name = attention_name(model)
     if name in ATTENTIONS:
@@ -172,12 +163,8 @@ def _peak(model: Any, batch: PackedBatch, compute: Compute, backwards: int) -> P
     )
 
 
-def trained_model(config: AnyConfig, compute: Compute) -> Any:
-    """Return the trained model with its adapter, NF4 weights in the dtype of their products.
-
-    Raises:
-        ValueError: if the run would refuse the model's settings.
-    """
+def trained_model(config: TrainingConfig, compute: Compute) -> Any:
+    """Return the trained model with its adapter, NF4 weights in the dtype of their products."""
     dtype = base_dtype(config.model, compute)
     model = fake_model(config, compute, config.model.path, dtype, trained=True)
     if config.train.gradient_checkpointing:
@@ -185,13 +172,8 @@ def trained_model(config: AnyConfig, compute: Compute) -> Any:
     return model
 
 
-def reference_model(config: AnyConfig, compute: Compute, path: str) -> Any:
-    """Return a frozen model, which is stored in float32."""
-    return fake_model(config, compute, path, torch.float32, trained=False)
-
-
 def fake_model(
-    config: AnyConfig, compute: Compute, path: str, stored: torch.dtype, *, trained: bool
+    config: TrainingConfig, compute: Compute, path: str, stored: torch.dtype, *, trained: bool
 ) -> Any:
     """Return a model of the run on fake tensors, with the new adapter if it is trained.
 
@@ -225,7 +207,7 @@ def move_to_fake(model: nn.Module, device: torch.device) -> None:
             setattr(part, its_name, getattr(first, name))
 
 
-def weight_bytes(model: Any, config: AnyConfig) -> int:
+def weight_bytes(model: Any, config: TrainingConfig) -> int:
     """Return the bytes of the trained model's parameters and buffers as they will be stored."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}
     total = float(sum(t.numel() * t.element_size() for t in tensors.values()))

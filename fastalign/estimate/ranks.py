@@ -5,161 +5,101 @@ gathered and reduced during a computation is an upper bound. Activations come fr
 `fastalign.estimate.memory`. The reserves of the allocator and of NCCL are not included.
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from fastalign.compute import Compute
-from fastalign.estimate.memory import BYTES_OF_STATES, Peak, reference_model, trained_model
+from fastalign.estimate.memory import BYTES_OF_STATES, Peak, fake_model, trained_model
 from fastalign.ranks.config import ParallelConfig
 from fastalign.ranks.parallel import decoder_layers
-from fastalign.runs.config import AnyConfig
+from fastalign.runs.config import TrainingConfig
 
 TRAINING, REFERENCE, EVALUATION = "training step", "reference log-probs", "evaluation"
 BYTES_OF_FLOAT32 = 4  # master weights, their gradients, and the dtype that gradients are summed in
 
 
 @dataclass(frozen=True)
-class Weight:
-    """Shape and storage of a parameter.
-
-    Attributes:
-        shape: shape of the whole parameter.
-        element: bytes of an element as it is stored.
-        trained: whether it has a gradient.
-    """
-
-    shape: tuple[int, ...]
-    element: int
-    trained: bool
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return prod(self.shape)
-
-    def part(self, ranks: int) -> int:
-        """Return the number of elements in rank 0's shard; FSDP2 pads the last shards' rows."""
-        rows, *others = self.shape
-        return -(-rows // ranks) * prod(others)
-
-
-Weights = tuple[Weight, ...]
-
-
-@dataclass(frozen=True)
 class ModelWeights:
-    """A model's parameters, each once.
+    """A model's parameters, each once, before it is sharded; with or without data.
 
     Attributes:
         layers: parameters of each decoder layer, which FSDP2 gathers together.
         rest: embedding, final norm and head, gathered together while a computation lasts.
     """
 
-    layers: tuple[Weights, ...]
-    rest: Weights
+    layers: Sequence[Sequence[Tensor]]
+    rest: Sequence[Tensor]
 
     @property
-    def all(self) -> Weights:
+    def all(self) -> list[Tensor]:
         """All parameters."""
-        return (*(weight for layer in self.layers for weight in layer), *self.rest)
+        return [*(weight for layer in self.layers for weight in layer), *self.rest]
 
     @property
     def trained(self) -> "ModelWeights":
         """The parameters with a gradient."""
-        return ModelWeights(tuple(map(_trained, self.layers)), _trained(self.rest))
+        parts = ([w for w in part if w.requires_grad] for part in (*self.layers, self.rest))
+        *layers, rest = parts
+        return ModelWeights(layers, rest)
 
     @property
-    def largest_layer(self) -> Weights:
+    def largest_layer(self) -> Sequence[Tensor]:
         """The layer with the most elements."""
-        return max(self.layers, key=numbers)
+        return max(self.layers, key=lambda layer: sum(weight.numel() for weight in layer))
 
 
 def weights_of(model: Any, *, by_layers: bool = True) -> ModelWeights:
-    """Return the parameters of a model, with or without data, before it is sharded.
-
-    `by_layers` lists the decoder layers apart, which DDP does not need.
+    """Return a model's parameters; `by_layers` lists its layers apart, which DDP does not need.
 
     Raises:
         ValueError: if the model has no known decoder layers.
     """
-
-    def found(part: Any, apart: set[int]) -> Weights:
-        return tuple(
-            Weight(tuple(p.shape), p.element_size(), p.requires_grad)
-            for p in part.parameters()
-            if id(p) not in apart
-        )
-
-    layers = decoder_layers(model, "parallel.strategy") if by_layers else []
-    of_layers = {id(p) for layer in layers for p in layer.parameters()}
-    return ModelWeights(tuple(found(layer, set()) for layer in layers), found(model, of_layers))
+    found = decoder_layers(model, "parallel.strategy") if by_layers else []
+    layers = [list(layer.parameters()) for layer in found]
+    inside = {id(weight) for layer in layers for weight in layer}
+    return ModelWeights(layers, [w for w in model.parameters() if id(w) not in inside])
 
 
-def _trained(weights: Weights) -> Weights:
-    return tuple(weight for weight in weights if weight.trained)
+def shard_size(weight: Tensor, ranks: int) -> int:
+    """Return the number of elements in rank 0's shard; FSDP2 pads the last shards' rows."""
+    rows, *others = weight.shape
+    return -(-rows // ranks) * prod(others)
 
 
-def numbers(weights: Iterable[Weight]) -> int:
-    """Return the number of elements of whole parameters."""
-    return sum(weight.size for weight in weights)
-
-
-def parts(weights: Iterable[Weight], ranks: int) -> int:
-    """Return the number of elements that rank 0 holds."""
-    return sum(weight.part(ranks) for weight in weights)
-
-
-def padded(weights: Iterable[Weight], ranks: int) -> int:
+def padded(weights: Iterable[Tensor], ranks: int) -> int:
     """Return the number of elements that a collective moves; all shards are padded alike."""
-    return ranks * parts(weights, ranks)
+    return ranks * sum(shard_size(weight, ranks) for weight in weights)
 
 
-@dataclass(frozen=True)
-class Sharing:
-    """The ranks of a run and their parallel settings.
-
-    Attributes:
-        ranks: number of ranks.
-        element: bytes of an element of the compute dtype, which gathered weights have.
-        settings: the run's `parallel` settings.
-    """
-
-    ranks: int
-    element: int
-    settings: ParallelConfig = field(default_factory=ParallelConfig)
-
-    @property
-    def sharded(self) -> bool:
-        """True if each rank holds a shard of every weight."""
-        return self.settings.strategy == "fsdp"
-
-
-def kept(model: ModelWeights, sharing: Sharing, *, batches: int = 1) -> Peak:
+def kept(model: ModelWeights, compute: Compute, *, batches: int = 1) -> Peak:
     """Return what a rank holds of a model between computations, after `batches` of a step.
 
     It is in host memory with `parallel.offload`.
     """
-    trained = model.trained.all
-    if not sharing.sharded:
-        size = numbers(trained)
+    trained, ranks = model.trained.all, compute.world.size
+    size = sum(weight.numel() for weight in trained)
+    if compute.parallel.strategy != "fsdp":
         return Peak(
-            weights=sum(weight.size * weight.element for weight in model.all),
+            weights=sum(weight.numel() * weight.element_size() for weight in model.all),
             gradients=BYTES_OF_FLOAT32 * size,
             states=BYTES_OF_STATES * size,
-            buckets=BYTES_OF_FLOAT32 * size if sharing.ranks > 1 else 0,
+            buckets=BYTES_OF_FLOAT32 * size if ranks > 1 else 0,
         )
-    ranks = sharing.ranks
-    whole = sharing.settings.no_sync and batches > 1
+    own = sum(shard_size(weight, ranks) for weight in trained)
+    whole = compute.parallel.no_sync and batches > 1
     return Peak(
-        weights=sum(weight.part(ranks) * weight.element for weight in model.all),
-        gradients=BYTES_OF_FLOAT32 * (numbers(trained) if whole else parts(trained, ranks)),
-        states=BYTES_OF_STATES * parts(trained, ranks),
+        weights=sum(shard_size(w, ranks) * w.element_size() for w in model.all),
+        gradients=BYTES_OF_FLOAT32 * (size if whole else own),
+        states=BYTES_OF_STATES * own,
     )
 
 
-def gathered(model: ModelWeights, sharing: Sharing, *, whole: bool = False) -> int:
+def gathered(model: ModelWeights, compute: Compute, *, whole: bool = False) -> int:
     """Return the maximum bytes of gathered weights beside the shards during a computation.
 
     These are the weights outside the layers, the current layer (all layers without
@@ -167,70 +107,53 @@ def gathered(model: ModelWeights, sharing: Sharing, *, whole: bool = False) -> i
 
     With `whole` the whole model is gathered, as sampling by transformers does.
     """
-    if not sharing.sharded:
+    if compute.parallel.strategy != "fsdp":
         return 0
-    ranks, layer = sharing.ranks, model.largest_layer
-    stays = whole or not sharing.settings.reshard_after_forward
+    ranks, layer = compute.world.size, model.largest_layer
+    stays = whole or not compute.parallel.reshard_after_forward
     opened = model.all if stays else (*model.rest, *layer)
     received = max(padded(model.rest, ranks), padded(layer, ranks))
     sent = BYTES_OF_FLOAT32 * received // ranks
-    return sharing.element * (padded(opened, ranks) + received) + sent
+    return compute.dtype.itemsize * (padded(opened, ranks) + received) + sent
 
 
-def reducing(model: ModelWeights, sharing: Sharing) -> int:
+def reducing(model: ModelWeights, compute: Compute) -> int:
     """Return the maximum bytes of whole gradients that a backward pass has not yet reduced.
 
     These are the gradients outside the layers, those of one layer, and a float32 copy of the
     larger of the two as it is sent and received.
     """
-    if not sharing.sharded:
+    if compute.parallel.strategy != "fsdp":
         return 0
-    ranks, trained = sharing.ranks, model.trained
+    ranks, trained = compute.world.size, model.trained
     layer, rest = padded(trained.largest_layer, ranks), padded(trained.rest, ranks)
     exchanged = max(layer, rest) + max(layer, rest) // ranks
-    return sharing.element * (layer + rest) + BYTES_OF_FLOAT32 * exchanged
-
-
-@dataclass(frozen=True)
-class SharedRun:
-    """A rank's share of a run.
-
-    Attributes:
-        ranks: number of ranks.
-        phases: bytes on a rank's device at the peak of each phase, by the phase's name.
-        host: bytes in host memory for each rank (`parallel.offload`).
-        batches: number of a rank's batches in a step.
-    """
-
-    ranks: int
-    phases: dict[str, Peak]
-    host: int
-    batches: int
+    return compute.dtype.itemsize * (layer + rest) + BYTES_OF_FLOAT32 * exchanged
 
 
 def shared_run(
-    config: AnyConfig, compute: Compute, phases: Mapping[str, Peak], num_batches: int
-) -> SharedRun:
-    """Return what each rank holds in each phase.
+    config: TrainingConfig, compute: Compute, phases: Mapping[str, Peak], num_batches: int
+) -> tuple[dict[str, Peak], int]:
+    """Return what each rank holds at the peak of each phase, and in host memory.
 
-    `phases` are the peaks of a single process, whose activations are a rank's too.
+    `phases` are the peaks of a single process, whose activations are a rank's too. Host memory is
+    used by `parallel.offload`.
     """
-    ranks = compute.world.size
-    batches = -(-num_batches // ranks)
-    sharing = Sharing(ranks, compute.dtype.itemsize, config.parallel)
+    batches = -(-num_batches // compute.world.size)
+    sharded = compute.parallel.strategy == "fsdp"
     alone = replace(compute, parallel=ParallelConfig())
     model = trained_model(config, alone)
-    trained = weights_of(model, by_layers=sharing.sharded)
-    if not sharing.sharded:
-        buckets = kept(trained, sharing).buckets
-        of_ranks = {name: replace(peak, buckets=buckets) for name, peak in phases.items()}
-        return SharedRun(ranks, of_ranks, 0, batches)
+    trained = weights_of(model, by_layers=sharded)
+    if not sharded:
+        buckets = kept(trained, compute).buckets
+        return {name: replace(peak, buckets=buckets) for name, peak in phases.items()}, 0
     reference, path = trained, getattr(getattr(config, "reference", None), "path", None)
     if path is not None:
-        reference = weights_of(reference_model(config, alone, path).requires_grad_(False))
+        other = fake_model(config, alone, path, torch.float32, trained=False)
+        reference = weights_of(other.requires_grad_(False))
     # A policy that is its own reference has one copy of the weights.
-    second = 0 if path is None else kept(reference, sharing).weights
-    training = kept(trained, sharing, batches=batches)
+    second = 0 if path is None else kept(reference, compute).weights
+    training = kept(trained, compute, batches=batches)
     owned = {
         TRAINING: training,
         REFERENCE: Peak(training.weights + second),
@@ -245,8 +168,7 @@ def shared_run(
             own,
             weights=own.weights + buffers,  # every rank has whole buffers
             activations=peak.activations,
-            gathered=gathered(reference if name == REFERENCE else trained, sharing),
-            reducing=reducing(trained, sharing) if name == TRAINING else 0,
+            gathered=gathered(reference if name == REFERENCE else trained, compute),
+            reducing=reducing(trained, compute) if name == TRAINING else 0,
         )
-    host = max(owned[name].total for name in phases) if away else 0
-    return SharedRun(ranks, of_ranks, host, batches)
+    return of_ranks, max(owned[name].total for name in phases) if away else 0

@@ -1,7 +1,7 @@
 """Estimate the memory of a run, or of each of its ranks, from its configuration and data."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,30 +9,22 @@ import torch
 from fastalign.batch.packed import PackedBatch, pack
 from fastalign.batch.schedule import indices_of_step, micro_batches
 from fastalign.compute import Compute
-from fastalign.data import load_tokenizer
+from fastalign.data.tokenizer import load_tokenizer
 from fastalign.estimate.memory import (
     Peak,
-    peak_of_forward,
-    peak_of_step,
-    reference_model,
+    fake_model,
+    peak_of,
     states_bytes,
     trained_model,
     weight_bytes,
 )
-from fastalign.estimate.ranks import (
-    EVALUATION,
-    REFERENCE,
-    TRAINING,
-    SharedRun,
-    shared_run,
-)
-from fastalign.models import has_adapter
+from fastalign.estimate.ranks import EVALUATION, REFERENCE, TRAINING, shared_run
+from fastalign.models.lora import has_adapter
 from fastalign.ranks.world import World
 from fastalign.runs import accumulate as evaluate
 from fastalign.runs.accumulate import Examples, measure_examples
-from fastalign.runs.config import AnyConfig
-from fastalign.runs.data import load_sets
-from fastalign.runs.load_models import check_sharing, checkpoint_activations
+from fastalign.runs.config import TrainingConfig
+from fastalign.runs.load import check_sharing, checkpoint_activations, load_sets
 from fastalign.runs.loop import examples_per_step, indices_of_run, total_steps
 from fastalign.runs.memory import resident_bytes
 from fastalign.runs.open import make_compute
@@ -67,7 +59,8 @@ class Estimate:
         num_targets: number of predicted tokens of the largest batch.
         num_batches: largest number of batches in a step, all ranks together.
         device: device of the run.
-        shared: a rank's share if the run has several ranks; `phases` are then a rank's.
+        ranks: number of processes that share the run, of which `phases` are one's; None: alone.
+        host: bytes in host memory for each rank (`parallel.offload`).
     """
 
     phases: dict[str, Peak]
@@ -79,7 +72,8 @@ class Estimate:
     num_targets: int
     num_batches: int
     device: torch.device
-    shared: SharedRun | None = field(default=None)
+    ranks: int | None = None
+    host: int = 0
 
     def total_of(self, phase: str) -> int:
         """Return all bytes at the peak of a phase."""
@@ -115,16 +109,20 @@ def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
     )
     batch, num_batches = fullest(sets[0], steps, compute)
     libraries = resident_bytes() if compute.device.type == "cpu" else 0
-    peak = peak_of_step(model, batch, compute, states=config.optim.states, several=num_batches > 1)
-    peak = replace(peak, weights=weight_bytes(model, config))
+    peak = replace(
+        peak_of(model, batch, compute, backwards=min(num_batches, 2)),
+        weights=weight_bytes(model, config),
+        states=states_bytes(model, config.optim.states),
+    )
     phases = {TRAINING: peak}
     kept = {TRAINING: kept_bytes(model, batch, compute, peak.activations)}
     for name, other in forwards(config, model, sets, compute):
         phases[name] = other
         kept[name] = int(SHARE_KEPT[compute.device.type] * other.activations)
     whole_states = peak.states
-    shared = None if ranks is None else shared_run(config, compute, phases, num_batches)
-    phases = phases if shared is None else shared.phases
+    host = 0
+    if ranks is not None:
+        phases, host = shared_run(config, compute, phases, num_batches)
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     saves = bool(config.train.save_every or config.train.save_minutes)
     writes_beside = saves and config.train.async_checkpoints
@@ -134,7 +132,8 @@ def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
         phases[TRAINING] = replace(peak, saving=weights + peak.states)
     return Estimate(
         phases=phases,
-        shared=shared,
+        ranks=ranks,
+        host=host,
         libraries=libraries,
         kept=kept,
         num_parameters=sum(p.numel() for p in model.parameters()),
@@ -153,7 +152,7 @@ def kept_bytes(model: Any, batch: PackedBatch, compute: Compute, activations: in
     if not model.is_gradient_checkpointing:
         return share
     model.gradient_checkpointing_disable()
-    plain = peak_of_step(model, batch, compute, states="float32", several=False).activations
+    plain = peak_of(model, batch, compute, backwards=1).activations
     checkpoint_activations(model)
     of_layer = plain / model.config.num_hidden_layers
     return max(share, int(times * LAYERS_KEPT[compute.device.type] * of_layer))
@@ -189,7 +188,7 @@ def fullest(
 
 
 def forwards(
-    config: AnyConfig, model: Any, sets: Sequence[Examples], compute: Compute
+    config: TrainingConfig, model: Any, sets: Sequence[Examples], compute: Compute
 ) -> Iterator[tuple[str, Peak]]:
     """Yield the name and the peak of each phase without gradients."""
     if isinstance(config, DPOConfig) and config.loss.formula().needs_reference:
@@ -203,7 +202,7 @@ def forwards(
         yield REFERENCE, reference_peak(config, model, batch, compute)
     for held_out in sets[1:]:
         parts = pieces(range(len(held_out.groups)), evaluate.PIECE)
-        peak = peak_of_forward(model, fullest(held_out, parts, compute)[0], compute)
+        peak = peak_of(model, fullest(held_out, parts, compute)[0], compute)
         states = states_bytes(model, config.optim.states)
         yield EVALUATION, replace(peak, weights=weight_bytes(model, config), states=states)
 
@@ -213,9 +212,9 @@ def reference_peak(config: DPOConfig, policy: Any, batch: PackedBatch, compute: 
     of_policy = weight_bytes(policy, config)
     path = config.reference.path
     if path is None:
-        return replace(peak_of_forward(policy, batch, compute), weights=of_policy)
-    model = reference_model(config, compute, path)
-    peak = peak_of_forward(model, batch, compute)
+        return replace(peak_of(policy, batch, compute), weights=of_policy)
+    model = fake_model(config, compute, path, torch.float32, trained=False)
+    peak = peak_of(model, batch, compute)
     held = peak.weights
     if config.reference.offload and compute.device.type == "cuda":
         weight = model.get_output_embeddings().weight

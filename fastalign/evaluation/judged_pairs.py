@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastalign.evaluation.statistics import Estimate, estimate, summary
+from fastalign.evaluation.statistics import estimate, summary
 
 NUM_CALIBRATION_BINS = 10
 NUM_LENGTH_BINS = 5
@@ -31,15 +31,11 @@ class JudgedPairs:
 
     def untied(self) -> "JudgedPairs":
         """Return the pairs that are not ties."""
-        keep = ~self.tie
-        return JudgedPairs(
-            self.rewards[keep], self.outcomes[keep], self.tie[keep], self.lengths[keep]
-        )
+        return JudgedPairs(*(values[~self.tie] for values in vars(self).values()))
 
     def hits(self) -> Tensor:
         """Return (N,): 1 if the first response has the larger reward, 1/2 if they are equal."""
-        difference = self.rewards[:, 0] - self.rewards[:, 1]
-        return (difference > 0).double() + (difference == 0).double() / 2
+        return wins(self.rewards[:, 0] - self.rewards[:, 1])
 
     def win_probability(self) -> Tensor:
         """Return (N,): the probability that the first response wins, given that there is no tie."""
@@ -48,6 +44,11 @@ class JudgedPairs:
     def log_likelihood(self) -> Tensor:
         """Return (N,): the log-probability of the label, a win of the first response or a tie."""
         return torch.where(self.tie, self.outcomes[:, 2], self.outcomes[:, 0])
+
+
+def wins(difference: Tensor) -> Tensor:
+    """Return (N,) float64: 1 where a difference is above 0, 1/2 where it is 0."""
+    return (difference > 0).double() + (difference == 0).double() / 2
 
 
 def with_tie_rate(outcomes: Tensor, rate: float) -> Tensor:
@@ -78,10 +79,10 @@ def pair_measures(pairs: JudgedPairs) -> dict[str, object]:
     longer = untied.lengths[:, 0] > untied.lengths[:, 1]
     shorter = untied.lengths[:, 0] < untied.lengths[:, 1]
     measures: dict[str, object] = {
-        **summary("accuracy", mean_of(hits)),
-        **summary("margin", mean_of(margin)),
-        **summary("log_likelihood", mean_of(pairs.log_likelihood())),
-        **summary("log_likelihood_untied", mean_of(untied.win_probability().log())),
+        **summary("accuracy", estimate(hits.tolist())),
+        **summary("margin", estimate(margin.tolist())),
+        **summary("log_likelihood", estimate(pairs.log_likelihood().tolist())),
+        **summary("log_likelihood_untied", estimate(untied.win_probability().log().tolist())),
         "calibration_error": calibration_error(bins),
         "calibration_bins": bins,
         "length_bins": length_bins(untied),
@@ -89,13 +90,8 @@ def pair_measures(pairs: JudgedPairs) -> dict[str, object]:
     }
     for name, chosen in (("longer_won", longer), ("shorter_won", shorter)):
         if chosen.any():
-            measures |= summary(f"accuracy_{name}", mean_of(hits[chosen]))
+            measures |= summary(f"accuracy_{name}", estimate(hits[chosen].tolist()))
     return measures
-
-
-def mean_of(values: Tensor) -> Estimate:
-    """Estimate the mean of values (N,)."""
-    return estimate(values.tolist())
 
 
 def calibration_bins(pairs: JudgedPairs) -> list[dict[str, float]]:

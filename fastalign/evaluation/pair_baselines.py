@@ -1,4 +1,4 @@
-"""Baselines of a reward model: the longer response wins, and a bag of words."""
+"""A baseline of a reward model: a bag of words."""
 
 import re
 from collections import Counter
@@ -11,17 +11,6 @@ from torch import Tensor
 # Factor of the squared weights in a sum over pairs, as in scikit-learn's logistic regression.
 PENALTY = 0.5
 MAX_ITERATIONS = 200
-
-
-def longer_wins(lengths: Tensor) -> Tensor:
-    """Return (N,): 1 if the first of two lengths (N, 2) is the larger, 1/2 if they are equal."""
-    difference = lengths[:, 0] - lengths[:, 1]
-    return (difference > 0).double() + (difference == 0).double() / 2
-
-
-def count_words(text: str) -> Counter[str]:
-    """Count the words of a text, ignoring case."""
-    return Counter(re.findall(r"\w+", text.lower()))
 
 
 class BagOfWordsBaseline:
@@ -68,8 +57,9 @@ class BagOfWordsBaseline:
 
 
 def _difference(first: str, second: str) -> dict[str, int]:
-    counts = count_words(first)
-    counts.subtract(count_words(second))
+    """Return how often the first text has each word more than the second, ignoring case."""
+    counts = Counter(re.findall(r"\w+", first.lower()))
+    counts.subtract(re.findall(r"\w+", second.lower()))
     return {word: count for word, count in counts.items() if count}
 
 

@@ -17,15 +17,13 @@ from torch import Tensor
 
 from fastalign.batch.packed import Group, PackedBatch
 from fastalign.compute import ON_CPU, Compute, find_device
-from fastalign.data import Content, Encoder, Message, content_as_json, load_tokenizer
-from fastalign.models import (
-    RewardScale,
-    load_reward_model,
-    model_without_weights,
-    response_reward,
-    response_values,
-    reward_scale,
-)
+from fastalign.data.conversation import Message, content_as_json
+from fastalign.data.examples import Content
+from fastalign.data.tokenise import Encoder
+from fastalign.data.tokenizer import load_tokenizer
+from fastalign.models.forward import response_values
+from fastalign.models.load import load_reward_model, model_without_weights
+from fastalign.models.reward import RewardScale, response_reward, reward_scale
 from fastalign.ranks.parallel import enter, load_on_first, share_by_fsdp
 from fastalign.ranks.world import UserCodeFailed
 
@@ -164,11 +162,8 @@ def as_content(prompt: Any) -> Content:
 def load_reward(specification: str, compute: Compute | None = None) -> RewardFunction:
     """Load a reward: `module:function`, a bag of words (`.json`) or a reward model's folder.
 
-    Modules are found as Python finds them, and in the current folder.
-
-    Args:
-        specification: the name, file or folder.
-        compute: as for `ModelReward`, which alone needs it.
+    Modules are found as Python finds them, and in the current folder. `compute` is as for
+    `ModelReward`, which alone needs it.
 
     Raises:
         ValueError: if there is no such module or function, or the folder holds no reward model.
@@ -211,13 +206,9 @@ def load_reward(specification: str, compute: Compute | None = None) -> RewardFun
 
 @contextmanager
 def user_code(where: str) -> Iterator[None]:
-    """Turn what code of the user's raises, `sys.exit` too, into an error that names its source.
+    """Turn what code of the user's raises, `sys.exit` too, into a UserCodeFailed.
 
-    Args:
-        where: begins the message.
-
-    Raises:
-        UserCodeFailed: if it raises anything but KeyboardInterrupt.
+    Its message begins with `where`. A KeyboardInterrupt passes through.
     """
     try:
         yield
@@ -261,15 +252,10 @@ def apply_reward(
 
 
 def checked_rewards(result: Any, count: int, where: str) -> list[float]:
-    """Return the result of a reward function as finite floats.
-
-    Args:
-        result: a sequence, or an array or tensor (R,).
-        count: R.
-        where: begins messages.
+    """Return a reward function's result, a sequence, array or tensor (count,), as finite floats.
 
     Raises:
-        ValueError: if it is anything else, has another length, or one is not a finite number.
+        ValueError: if it is anything else; the message begins with `where`.
     """
     if isinstance(result, Tensor):
         result = result.detach().cpu()

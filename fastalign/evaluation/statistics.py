@@ -19,11 +19,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Estimate the mean of independent values.
-
-    Raises:
-        ValueError: if there are no values.
-    """
+    """Estimate the mean of independent values; raise ValueError if there are none."""
     if not values:
         raise ValueError("estimate: expected at least one value, got none")
     tensor = torch.tensor(values, dtype=torch.float64)

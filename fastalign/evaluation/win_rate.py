@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastalign.data import Content, content_as_json
+from fastalign.data.conversation import content_as_json
+from fastalign.data.examples import Content
 from fastalign.evaluation.rewards import RewardFunction, apply_reward
 from fastalign.evaluation.statistics import share_interval
 
@@ -64,13 +65,14 @@ def pair_answers(model: Groups, baseline: Groups) -> list[AnswerPair]:
     if missing:
         raise ValueError(
             f"baseline: expected answers to the model's prompts; {len(missing)} prompts have "
-            f"answers of one side only, the first is {shorten(missing[0])}"
+            f"answers of one side only, the first is {content_as_json(missing[0])!r:.60}"
         )
     pairs = []
     for prompt, answers in model:
         if len(answers) != len(others[prompt]):
+            start = f"{content_as_json(prompt)!r:.60}"
             raise ValueError(
-                f"baseline: expected {len(answers)} answers to {shorten(prompt)}, as many as the "
+                f"baseline: expected {len(answers)} answers to {start}, as many as the "
                 f"model's, got {len(others[prompt])}"
             )
         for number, sides in enumerate(zip(answers, others[prompt], strict=True)):
@@ -78,22 +80,10 @@ def pair_answers(model: Groups, baseline: Groups) -> list[AnswerPair]:
     return pairs
 
 
-def shorten(prompt: Content) -> str:
-    """Return the beginning of a prompt in quotes."""
-    text = repr(content_as_json(prompt))
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def judge_by_reward(
     function: RewardFunction, pairs: Sequence[AnswerPair], source: str | None = None
 ) -> list[Judged]:
-    """Judge pairs by a reward: the larger one wins, equal ones tie.
-
-    Args:
-        function: as for `apply_reward`.
-        pairs: answers to compare.
-        source: name of the function in messages.
-    """
+    """Judge pairs by a reward: the larger one wins, equal ones tie; as for `apply_reward`."""
     prompts = [pair.prompt for pair in pairs]
     ours = apply_reward(function, prompts, [pair.model for pair in pairs], source)
     theirs = apply_reward(function, prompts, [pair.baseline for pair in pairs], source)

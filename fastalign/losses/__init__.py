@@ -2,12 +2,7 @@
 
 from fastalign.losses.advantage import grpo_advantage, rloo_advantage, whiten, whitening_scale
 from fastalign.losses.formulas import formula
-from fastalign.losses.policy import (
-    importance_weight,
-    negative_logprob,
-    ppo_clip,
-    value_clipped,
-)
+from fastalign.losses.policy import importance_weight, negative_logprob, ppo_clip, value_clipped
 from fastalign.losses.preference import (
     dpo,
     dpo_davidson,

@@ -1,4 +1,8 @@
-"""Advantages of whole responses from the scores of a prompt's samples, and whitening."""
+"""Advantages of whole responses from the scores of a prompt's samples, and whitening.
+
+`score` (R,) is of each response, a prompt's responses adjacent; `num_samples` are the responses of
+each prompt. A ValueError says if they are below 2, or R is no multiple of them.
+"""
 
 from torch import Tensor
 
@@ -10,13 +14,6 @@ def rloo_advantage(
     """Return REINFORCE leave-one-out advantages (Kool et al. 2019; arXiv 2402.14740), (R,).
 
     Each is the response's score minus the mean score of its prompt's other responses.
-
-    Args:
-        score: score of each response; a prompt's responses are adjacent.
-        num_samples: responses of each prompt.
-
-    Raises:
-        ValueError: if `num_samples` < 2, or R is not a multiple of it.
     """
     group = _grouped(score, num_samples)
     others = (group.sum(1, keepdim=True) - group) / (num_samples - 1)
@@ -32,15 +29,7 @@ def grpo_advantage(
     """Return GRPO's group-relative advantages (arXiv 2402.03300, section 4.1.2), (R,).
 
     Each is (r_i - mean) / (std + eps) over its prompt's responses; the standard deviation is the
-    sample's, with num_samples - 1.
-
-    Args:
-        score: score of each response; a prompt's responses are adjacent.
-        num_samples: responses of each prompt.
-        eps: added to the standard deviation, so that equal scores give advantages of 0.
-
-    Raises:
-        ValueError: if `num_samples` < 2, or R is not a multiple of it.
+    sample's, with num_samples - 1. By `eps` equal scores give advantages of 0.
     """
     group = _grouped(score, num_samples)
     centred = group - group.mean(1, keepdim=True)

@@ -8,11 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastalign.losses.policy import (
-    MAX_LOG_RATIO,
-    negative_logprob,
-    ppo_clip,
-)
+from fastalign.losses.policy import MAX_LOG_RATIO, negative_logprob, ppo_clip
 from fastalign.ops.head.fused_linear_loss import LossFunction, TokenChunk
 from fastalign.ops.kl_penalty import KLPenalty, kl_penalty
 from fastalign.ops.kl_penalty.api import MAX_K3, Estimator

@@ -74,11 +74,7 @@ def formula(loss: Callable[..., Tensor], **parameters: float) -> PreferenceFormu
 
 
 def check_pair_loss(given: Callable[[PairLogprobs], Tensor]) -> None:
-    """Check that a loss takes pairs; a function of log-probs must be made into a formula first.
-
-    Raises:
-        ValueError: if it is a preference loss of this package and not its formula.
-    """
+    """Raise ValueError for a preference loss of this package in place of its formula."""
     if any(given is function for function in _LOSSES):
         name = getattr(given, "__name__", "")
         raise ValueError(f"pair_loss: expected a function of pairs or formula({name}), got {name}")

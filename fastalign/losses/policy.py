@@ -57,9 +57,7 @@ def ppo_clip(
     Raises:
         ValueError: if shapes differ, the clip range is outside (0, 1), or the bound not positive.
     """
-    for name, value in (("old_logprob", old_logprob), ("advantage", advantage)):
-        if value.shape != logprob.shape:
-            raise ValueError(f"{name}: expected {tuple(logprob.shape)}, got {tuple(value.shape)}")
+    check_same_shape(logprob=logprob, old_logprob=old_logprob, advantage=advantage)
     if not 0 < clip_range < 1:
         raise ValueError(f"clip_range: expected a number in (0, 1), got {clip_range}")
     ratio = probability_ratio(logprob, old_logprob.detach(), max_log_ratio=max_log_ratio)

@@ -32,13 +32,20 @@ Beta = Annotated[
 LabelSmoothing = Annotated[float, "Assumed share of wrong labels."]
 
 
+def per_token(logprob: Tensor, length: Tensor | None) -> Tensor:
+    """Return the mean log-prob of a response's tokens, (B,), 0 if it is empty; None: the sum."""
+    return logprob if length is None else logprob / length.clamp(min=1).to(logprob.dtype)
+
+
 def log_ratio_difference(
     policy_chosen_logprob: Tensor,
     policy_rejected_logprob: Tensor,
     reference_chosen_logprob: Tensor,
     reference_rejected_logprob: Tensor,
+    chosen_length: Tensor | None = None,
+    rejected_length: Tensor | None = None,
 ) -> Tensor:
-    """Return h, (B,): beta * h is the difference of implicit rewards.
+    """Return h, (B,), of mean log-probs if lengths are given: beta * h is the rewards' difference.
 
     Raises:
         ValueError: if shapes differ.
@@ -48,9 +55,15 @@ def log_ratio_difference(
         policy_rejected_logprob=policy_rejected_logprob,
         reference_chosen_logprob=reference_chosen_logprob,
         reference_rejected_logprob=reference_rejected_logprob,
+        chosen_length=chosen_length,
+        rejected_length=rejected_length,
     )
-    chosen = policy_chosen_logprob - reference_chosen_logprob
-    return chosen - (policy_rejected_logprob - reference_rejected_logprob)
+    sides = (
+        (policy_chosen_logprob, reference_chosen_logprob, chosen_length),
+        (policy_rejected_logprob, reference_rejected_logprob, rejected_length),
+    )
+    chosen, rejected = (per_token(p, length) - per_token(r, length) for p, r, length in sides)
+    return chosen - rejected
 
 
 @pair_loss(lambda beta: PairLink(LinkFunction.LOGISTIC, beta=beta))
@@ -191,11 +204,6 @@ def ipo_sum(
     return (h - 1.0 / (2.0 * beta)).square()
 
 
-def per_token(logprob: Tensor, length: Tensor) -> Tensor:
-    """Return the mean log-prob of a response's tokens, (B,); 0 for an empty response."""
-    return logprob / length.clamp(min=1).to(logprob.dtype)
-
-
 def _mean_logprobs(
     policy_chosen_logprob: Tensor,
     policy_rejected_logprob: Tensor,
@@ -210,30 +218,6 @@ def _mean_logprobs(
     )
     chosen = per_token(policy_chosen_logprob, chosen_length)
     return chosen, per_token(policy_rejected_logprob, rejected_length)
-
-
-def _mean_log_ratio_difference(
-    policy_chosen_logprob: Tensor,
-    policy_rejected_logprob: Tensor,
-    reference_chosen_logprob: Tensor,
-    reference_rejected_logprob: Tensor,
-    chosen_length: Tensor,
-    rejected_length: Tensor,
-) -> Tensor:
-    check_same_shape(
-        policy_chosen_logprob=policy_chosen_logprob,
-        policy_rejected_logprob=policy_rejected_logprob,
-        reference_chosen_logprob=reference_chosen_logprob,
-        reference_rejected_logprob=reference_rejected_logprob,
-        chosen_length=chosen_length,
-        rejected_length=rejected_length,
-    )
-    return log_ratio_difference(
-        per_token(policy_chosen_logprob, chosen_length),
-        per_token(policy_rejected_logprob, rejected_length),
-        per_token(reference_chosen_logprob, chosen_length),
-        per_token(reference_rejected_logprob, rejected_length),
-    )
 
 
 @pair_loss(lambda beta: PairLink(LinkFunction.SQUARE, per_token=True, threshold=1.0 / (2.0 * beta)))
@@ -253,7 +237,7 @@ def ipo_mean(
     loss is `ipo_sum`.
     """
     check_positive(beta=beta)
-    h = _mean_log_ratio_difference(
+    h = log_ratio_difference(
         policy_chosen_logprob,
         policy_rejected_logprob,
         reference_chosen_logprob,
@@ -281,7 +265,7 @@ def dpo_length_normalised(
     TRL's "sigmoid_norm", open-instruct's "dpo_norm". It needs a larger beta: Tulu 3 takes 5.
     """
     check_positive(beta=beta)
-    h = _mean_log_ratio_difference(
+    h = log_ratio_difference(
         policy_chosen_logprob,
         policy_rejected_logprob,
         reference_chosen_logprob,

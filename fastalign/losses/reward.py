@@ -4,7 +4,11 @@ The probabilities of winning and tying depend on the difference of two rewards o
 constant to every reward changes nothing but the centring term.
 
 `rao_kupper_outcomes` and `davidson_outcomes` are the two models of ties; the losses of labels and
-of vote shares are computed from them.
+of vote shares are computed from them. Their arguments: `difference` (B,), the reward of the first
+(or chosen) response minus that of the second; `tie` (B,) bool, pairs that are ties; `shares`
+(B, 3), of the votes for the first, the second and a tie, which sum to 1 in each row; `nu`, a number
+above 1 (Rao-Kupper) or 0 (Davidson), or a tensor () that may be learned. Each function raises a
+`ValueError` if shapes differ or nu is out of its range.
 """
 
 import math
@@ -82,15 +86,8 @@ def rao_kupper_outcomes(difference: Tensor, *, nu: float | Tensor) -> Tensor:
     """Return log-probabilities (B, 3) of a win, a loss and a tie under Rao and Kupper's model.
 
     Rao and Kupper (1967), as used by Chen et al. (arXiv 2409.17431). With difference d = r_1 - r_2:
-    p(win) = sigmoid(d - ln nu); p(tie) = (nu^2 - 1) sigmoid(d - ln nu) sigmoid(-d - ln nu).
-
-    Args:
-        difference: reward of the first minus that of the second, (B,).
-        nu: number above 1, or a tensor () that may be learned. At d = 0,
-            p(tie) = (nu - 1) / (nu + 1): one half for nu = 3.
-
-    Raises:
-        ValueError: if nu <= 1.
+    p(win) = sigmoid(d - ln nu); p(tie) = (nu^2 - 1) sigmoid(d - ln nu) sigmoid(-d - ln nu). At
+    d = 0, p(tie) = (nu - 1) / (nu + 1): one half for nu = 3.
     """
     if not nu > 1.0:
         raise ValueError(f"nu: expected a number above 1, got {nu}")
@@ -104,15 +101,8 @@ def davidson_outcomes(difference: Tensor, *, nu: float | Tensor) -> Tensor:
     """Return log-probabilities (B, 3) of a win, a loss and a tie under Davidson's model.
 
     Davidson (1970), as used by Chen et al. (arXiv 2409.17431). With difference d = r_1 - r_2:
-    p(win) = 1 / (1 + e^-d + 2 nu e^(-d/2)); p(tie) = 2 nu e^(-d/2) over the same denominator.
-
-    Args:
-        difference: reward of the first minus that of the second, (B,).
-        nu: number above 0, or a tensor () that may be learned. At d = 0, p(tie) = nu / (nu + 1):
-            one half for nu = 1.
-
-    Raises:
-        ValueError: if nu <= 0.
+    p(win) = 1 / (1 + e^-d + 2 nu e^(-d/2)); p(tie) = 2 nu e^(-d/2) over the same denominator. At
+    d = 0, p(tie) = nu / (nu + 1): one half for nu = 1.
     """
     check_positive(nu=nu)
     weights = torch.stack(
@@ -122,61 +112,25 @@ def davidson_outcomes(difference: Tensor, *, nu: float | Tensor) -> Tensor:
 
 
 def rao_kupper(difference: Tensor, tie: Tensor, *, nu: float | Tensor) -> Tensor:
-    """Return -log p (B,) of a win, or of a tie where `tie`, under `rao_kupper_outcomes`.
-
-    Args:
-        difference: reward of the chosen minus that of the rejected, (B,).
-        tie: pairs that are ties, (B,) bool.
-        nu: number above 1, or a tensor ().
-
-    Raises:
-        ValueError: if nu <= 1, or shapes differ.
-    """
+    """Return -log p (B,) of a win, or of a tie where `tie`, under `rao_kupper_outcomes`."""
     check_same_shape(difference=difference, tie=tie)
     return _of_label(rao_kupper_outcomes(difference, nu=nu), tie)
 
 
 def davidson(difference: Tensor, tie: Tensor, *, nu: float | Tensor) -> Tensor:
-    """Return -log p (B,) of a win, or of a tie where `tie`, under `davidson_outcomes`.
-
-    Args:
-        difference: reward of the chosen minus that of the rejected, (B,).
-        tie: pairs that are ties, (B,) bool.
-        nu: number above 0, or a tensor ().
-
-    Raises:
-        ValueError: if nu <= 0, or shapes differ.
-    """
+    """Return -log p (B,) of a win, or of a tie where `tie`, under `davidson_outcomes`."""
     check_same_shape(difference=difference, tie=tie)
     return _of_label(davidson_outcomes(difference, nu=nu), tie)
 
 
 def rao_kupper_votes(difference: Tensor, shares: Tensor, *, nu: float | Tensor) -> Tensor:
-    """Return the cross-entropy (B,) of vote shares with the probabilities of `rao_kupper_outcomes`.
-
-    Args:
-        difference: reward of the first minus that of the second, (B,).
-        shares: shares of the votes for the first, the second, and a tie, (B, 3); rows sum to 1.
-        nu: number above 1, or a tensor ().
-
-    Raises:
-        ValueError: if nu <= 1, or shapes differ.
-    """
+    """Return the cross-entropy (B,) of vote shares under `rao_kupper_outcomes`."""
     check_shares(shares, difference)
     return -(shares * rao_kupper_outcomes(difference, nu=nu)).sum(-1)
 
 
 def davidson_votes(difference: Tensor, shares: Tensor, *, nu: float | Tensor) -> Tensor:
-    """Return the cross-entropy (B,) of vote shares with the probabilities of `davidson_outcomes`.
-
-    Args:
-        difference: reward of the first minus that of the second, (B,).
-        shares: shares of the votes for the first, the second, and a tie, (B, 3); rows sum to 1.
-        nu: number above 0, or a tensor ().
-
-    Raises:
-        ValueError: if nu <= 0, or shapes differ.
-    """
+    """Return the cross-entropy (B,) of vote shares under `davidson_outcomes`."""
     check_shares(shares, difference)
     return -(shares * davidson_outcomes(difference, nu=nu)).sum(-1)
 

@@ -6,26 +6,15 @@ from torch import nn
 
 # Tested: packed log-probs and every gradient equal those of one sequence at a time.
 PACKABLE = (
-    "llama",
-    "qwen2",
-    "qwen3",
-    "mistral",
-    "gemma",
-    "gemma2",
-    "gemma3_text",
-    "gpt2",
-    "gpt_neox",
+    *("llama", "qwen2", "qwen3", "mistral"),
+    *("gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox"),
 )
 # Rotary frequencies that depend on the longest sequence in the batch.
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def check_packable(config: Any) -> None:
-    """Check that an architecture is known to be exact when packed.
-
-    Raises:
-        ValueError: if it is not; names the architecture and the remedy.
-    """
+    """Raise ValueError, with the remedy, unless an architecture is known to be exact packed."""
     remedy = "use packing: padded (--train.packing, in eval --packing)"
     if config.model_type not in PACKABLE:
         raise ValueError(

@@ -32,11 +32,7 @@ def compile_layers(model: Any, *, backend: str = "inductor") -> None:
 
 
 def find_offload() -> Callable[..., Any]:
-    """Return Accelerate's `cpu_offload`.
-
-    Raises:
-        ValueError: if accelerate is not installed.
-    """
+    """Return Accelerate's `cpu_offload`; raise ValueError if accelerate is not installed."""
     try:
         from accelerate import cpu_offload
     except ImportError as error:
@@ -53,9 +49,6 @@ def offload_layers(model: Any, device: torch.device) -> None:
     The head's weight stays on the device, since log-probs are computed from it outside of any
     layer. For inference only; whatever needs all weights at once (a fingerprint, saving) has to
     come before.
-
-    Raises:
-        ValueError: if accelerate is not installed.
     """
     offload = find_offload()
     if device.type == "cuda":  # pinned memory is copied several times as fast

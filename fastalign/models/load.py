@@ -24,12 +24,7 @@ from fastalign.model_files import (
     reading,
 )
 from fastalign.models import attention
-from fastalign.models.architecture import (
-    PACKABLE,
-    check_packable,
-    disable_dropout,
-    is_reward_model,
-)
+from fastalign.models.architecture import PACKABLE, check_packable, disable_dropout, is_reward_model
 from fastalign.models.head import check_head
 from fastalign.models.lora import base_state, merge_adapter
 from fastalign.models.lora_files import CONFIG_FILE, adapter_base, open_adapter
@@ -62,11 +57,7 @@ def read_config(path: str | Path, *, trust_remote_code: bool) -> Any:
 
 
 def check_not_quantised(config: Any, path: str | Path) -> None:
-    """Check that a model's weights are plain numbers.
-
-    Raises:
-        ValueError: if its configuration says that they are quantised; names the method.
-    """
+    """Raise ValueError, which names the method, if the configured weights are quantised."""
     found = getattr(config, "quantization_config", None)
     if not found:
         return
@@ -80,11 +71,7 @@ def check_not_quantised(config: Any, path: str | Path) -> None:
 
 
 def check_causal(config: Any, path: str | Path) -> None:
-    """Check that an architecture has a language-model head over text.
-
-    Raises:
-        ValueError: if it is a classifier, or transformers has no causal model of this type.
-    """
+    """Raise ValueError for a classifier, or a type of which transformers has no causal model."""
     kind = (config.architectures or [config.model_type])[0]
     if kind.endswith("Classification"):
         raise ValueError(
@@ -100,11 +87,7 @@ def check_causal(config: Any, path: str | Path) -> None:
 
 
 def check_finite(model: nn.Module, path: str | Path) -> None:
-    """Check that every weight is finite; with one that is not, every loss would be NaN.
-
-    Raises:
-        ValueError: if a weight is not; names the first one.
-    """
+    """Raise ValueError if a weight is not finite, with which every loss would be NaN."""
     for name, value in model.named_parameters():
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise ValueError(
@@ -155,15 +138,9 @@ def read_model(auto: Any, path: str | Path, options: dict[str, Any]) -> tuple[An
 
 
 def check_all_used(names: Iterable[str], path: str | Path) -> None:
-    """Check that no tensor of the weights' files is left over.
+    """Raise ValueError if tensors of the weights' files are left over: the model is another one.
 
-    Args:
-        names: tensors that the model has no place for, those excepted that transformers knows to
-            be of no use (buffers that are computed anew).
-        path: the model's folder.
-
-    Raises:
-        ValueError: if there is one; the model would be another than the one that was saved.
+    `names` are those that the model has no place for, except buffers that are computed anew.
     """
     unused = sorted(names)
     if unused:
@@ -175,10 +152,9 @@ def check_all_used(names: Iterable[str], path: str | Path) -> None:
 
 
 def check_tied(model: Any, path: str | Path) -> None:
-    """Check that weights that the configuration ties are equal, if both were saved.
+    """Raise ValueError if weights that the configuration ties were both saved and differ.
 
-    Raises:
-        ValueError: if not; transformers would then train them apart, other programs would not.
+    transformers would train them apart, other programs would not.
     """
     wanted = model.get_expanded_tied_weights_keys(all_submodels=True)
     apart = sorted(set(wanted) - set(model.all_tied_weights_keys))
@@ -430,30 +406,15 @@ def save_reward_model(
     save_model(model, tokenizer, folder, leave_out=leave_out)
 
 
-def model_fingerprint(model: Any) -> str:
-    """Return the SHA-256 of the configuration and every weight's name, shape, dtype and bytes.
+def model_fingerprint(model: Any, *, configuration: bool = True) -> str:
+    """Return the SHA-256 of the configuration, if asked for, and the weights with their names.
 
     A sharded model has the fingerprint of the whole one, and all its ranks have to call this. An
     adapter is left out, so that runs with different adapters share what they compute of a base.
     """
-    digest = hashlib.sha256(model.config.to_json_string().encode())
-    return _add_weights(digest, model)
-
-
-def weights_fingerprint(model: Any) -> str:
-    """Return `model_fingerprint` of the weights alone, without the configuration."""
-    return _add_weights(hashlib.sha256(), model)
-
-
-def _add_weights(digest: Any, model: Any) -> str:
-    """Return the digest after every weight's name, shape, dtype and bytes."""
+    digest = hashlib.sha256(model.config.to_json_string().encode() if configuration else b"")
     for name, value in sorted(base_state(model).items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         plain: Tensor = whole(value.detach()).cpu().contiguous()
         digest.update(plain.flatten().view(torch.uint8).numpy().data)
     return str(digest.hexdigest())
-
-
-def fingerprint_or_none(model: Any) -> str | None:
-    """Return `model_fingerprint(model)`, or None if there is no model."""
-    return None if model is None else model_fingerprint(model)

@@ -20,11 +20,7 @@ ALL_LINEAR = "all-linear"
 
 
 def require_peft(what: str) -> None:
-    """Check that peft is installed.
-
-    Raises:
-        ValueError: if it is not; the message begins with `what`, which needs it.
-    """
+    """Raise ValueError, which begins with `what` needs it, if peft is not installed."""
     try:
         import peft  # noqa: F401
     except ImportError:

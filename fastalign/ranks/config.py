@@ -30,11 +30,8 @@ class ParallelConfig:
         for name in ("no_sync", "offload"):
             if getattr(self, name) and self.strategy != "fsdp":
                 raise ValueError(f"parallel.{name}: needs --parallel.strategy fsdp")
-        if not self.timeout_seconds > 0:
-            raise ValueError(
-                f"parallel.timeout_seconds: expected more than 0, got {self.timeout_seconds!r}"
-            )
-        if not self.silence_seconds >= 0:
-            raise ValueError(
-                f"parallel.silence_seconds: expected at least 0, got {self.silence_seconds!r}"
-            )
+        limit, silence = self.timeout_seconds, self.silence_seconds
+        if not limit > 0:
+            raise ValueError(f"parallel.timeout_seconds: expected more than 0, got {limit!r}")
+        if not silence >= 0:
+            raise ValueError(f"parallel.silence_seconds: expected at least 0, got {silence!r}")

@@ -56,11 +56,7 @@ class Peers:
         )
 
     def missing(self, error: BaseException) -> str:
-        """Return a message that names the ranks that are missing.
-
-        Args:
-            error: error with which this rank ends.
-        """
+        """Return a message that names the missing ranks, where this rank ends with `error`."""
         for rank, message in self._exchange(-1, error).items():
             reason = message.partition(" ")[2]
             if reason:

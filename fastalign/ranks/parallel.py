@@ -16,10 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    set_model_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -151,11 +148,7 @@ def load_on_first(world: World, load: Callable[[], Any], skeleton: Callable[[], 
 
 
 def decoder_layers(model: Any, argument: str) -> list[nn.Module]:
-    """Return the layers that transformers marks as such.
-
-    Raises:
-        ValueError: if there are none; the message names `argument`, which needs them.
-    """
+    """Return the layers that transformers marks; raise ValueError, for `argument`, without any."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]

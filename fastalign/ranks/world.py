@@ -22,8 +22,6 @@ from torch.distributed import (  # type: ignore[attr-defined]
 )
 
 T = TypeVar("T")
-
-
 RANK_FAILED = 4  # exit code of a rank that ends because another is missing
 FAREWELL_SECONDS = 5.0
 
@@ -244,11 +242,7 @@ def open_store(world: World, seconds: float) -> tuple[Store, bool]:
 
 
 def wait_for_listener(host: str, port: int, seconds: float) -> None:
-    """Return when something listens there; TCPStore itself would log each try that fails.
-
-    Raises:
-        OSError: if nothing does in time.
-    """
+    """Return when something listens there, or raise OSError; TCPStore would log each failed try."""
     end = time.monotonic() + seconds
     while True:
         try:

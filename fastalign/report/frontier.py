@@ -1,5 +1,6 @@
-"""Reward against KL of many runs: read, grouped by method and strength, averaged over seeds."""
+"""Reward against KL of many runs: read, averaged over seeds, as a table and a picture."""
 
+import io
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.evaluation.statistics import estimate
+from fastalign.report.page import fill, with_error
+from fastalign.report.pictures import KL_LABEL, as_data_uri, bar, label, new_figure, plain
 from fastalign.report.runs import (
     Row,
     best_of_rows,
@@ -21,6 +24,10 @@ from fastalign.report.runs import (
 from fastalign.yaml_file import read_yaml_file
 
 Strength = float | str | None
+COLUMNS = ("method", "strength", "reward", "KL", "runs", "collapsed")
+PICTURES = (".png", ".svg", ".pdf")
+# Curves differ in mark as well as colour, for colour-blind readers and for more than ten methods.
+MARKS = "osD^vP*X<>"
 
 
 @dataclass(frozen=True)
@@ -89,27 +96,29 @@ def in_order(strength: Strength) -> tuple[int, float, str]:
     return (1, 0.0, strength) if strength is not None else (2, 0.0, "")
 
 
+def over_runs(values: Sequence[tuple[float, float]]) -> tuple[float | None, float | None]:
+    """Return the mean of runs' means, and its error: over runs, or that of the only run."""
+    if not values:
+        return None, None
+    found = estimate([mean for mean, _ in values])
+    error = values[0][1] if len(values) == 1 else found.standard_error
+    return found.mean, error if math.isfinite(error) else None
+
+
 def average(runs: Sequence[FrontierRun]) -> FrontierPoint:
     """Return the point of runs that differ only in their seed."""
-    means: dict[str, float | None] = {}
     found = [(run.reward, run.kl) for run in runs if run.reward is not None and run.kl is not None]
-    for place, name in enumerate(("reward", "kl")):
-        values = [pair[place] for pair in found]
-        over_runs = estimate([mean for mean, _ in values]) if values else None
-        error = None if over_runs is None else over_runs.standard_error
-        if len(values) == 1:
-            error = values[0][1]
-        means[name] = None if over_runs is None else over_runs.mean
-        means[f"{name}_se"] = error if error is not None and math.isfinite(error) else None
+    reward, reward_se = over_runs([reward for reward, _ in found])
+    kl, kl_se = over_runs([kl for _, kl in found])
     is_bound = any(run.kl_is_bound for run in runs)
     num_collapsed = sum(run.collapsed for run in runs)
     return FrontierPoint(
         method=runs[0].method,
         strength=runs[0].strength,
-        reward=means["reward"],
-        reward_se=means["reward_se"],
-        kl=means["kl"],
-        kl_se=None if is_bound else means["kl_se"],  # a bound is no measurement
+        reward=reward,
+        reward_se=reward_se,
+        kl=kl,
+        kl_se=None if is_bound else kl_se,  # a bound is no measurement
         kl_is_bound=is_bound,
         error_over={0: None, 1: "prompts"}.get(len(found), "runs"),
         num_runs=len(runs),
@@ -166,8 +175,7 @@ def read_list(path: Path) -> Any:
     """
     try:
         if path.suffix == ".jsonl":
-            lines = path.read_text(encoding="utf-8").split("\n")  # U+2028 is text
-            content: Any = [json.loads(line) for line in lines if line.strip()]
+            content: Any = read_lines(path, may_grow=False)
         elif path.suffix in (".yaml", ".yml"):
             content = read_yaml_file(path)
         else:
@@ -184,12 +192,7 @@ def read_list(path: Path) -> Any:
 
 
 def from_folder(folder: Path, evaluation_file: Path | None) -> Iterator[FrontierRun]:
-    """Yield a run labelled by its config.yaml, and its best of n if it is its own reference.
-
-    Raises:
-        ValueError: if a file is damaged, or reward or KL is not measured.
-        FileNotFoundError: if the folder holds no run.
-    """
+    """Yield a run labelled by its config.yaml, and its best of n if it is its own reference."""
     run = read_run(folder)
     evaluation = run.evaluation
     if evaluation_file is not None:
@@ -270,3 +273,111 @@ def measured(
         missing = "reward" if reward is None else "kl"
         raise ValueError(f"{source}: expected a finite {missing} in the evaluation, got none")
     return FrontierRun(source, *labels, reward, kl, best_of is not None, collapsed)
+
+
+def strength_text(strength: Strength) -> str:
+    """Return a number as `0.1`, a word as it is, and None as an empty cell."""
+    if strength is None:
+        return ""
+    return strength if isinstance(strength, str) else f"{strength:g}"
+
+
+def frontier_table(points: Sequence[FrontierPoint]) -> list[tuple[str, ...]]:
+    """Return the COLUMNS of each point; a KL that is a bound is marked by `≤`."""
+    return [
+        (
+            point.method,
+            strength_text(point.strength),
+            with_error(pair(point.reward, point.reward_se)),
+            ("≤ " if point.kl_is_bound else "") + with_error(pair(point.kl, point.kl_se)),
+            str(point.num_runs),
+            f"{point.num_collapsed} of {point.num_runs} ({point.collapse_rate:.0%})",
+        )
+        for point in points
+    ]
+
+
+def pair(mean: float | None, error: float | None) -> tuple[float, float] | None:
+    """Return a mean and its error (NaN if unknown); None without a mean."""
+    if mean is None:
+        return None
+    return mean, math.nan if error is None else error
+
+
+def find_origin(points: Sequence[FrontierPoint], method: str) -> FrontierPoint | None:
+    """Return the measured point of a method (in any case), where the curves start; else None."""
+    found = (p for p in points if p.method.lower() == method.lower() and p.reward is not None)
+    return next(found, None)
+
+
+def draw_frontier(points: Sequence[FrontierPoint], origin: FrontierPoint | None) -> Any:
+    """Draw reward against KL with standard errors; marks are hollow if some runs collapsed."""
+    figure, axes = new_figure(8.0, 5.4)
+    methods = list(dict.fromkeys(point.method for point in points if point is not origin))
+    for number, method in enumerate(methods):
+        curve = [p for p in points if p.method == method and p is not origin and p.kl is not None]
+        if not curve:
+            continue
+        if origin is not None:  # the line leaves it for the end that is nearer
+            away = [abs((point.kl or 0.0) - (origin.kl or 0.0)) for point in curve]
+            curve = curve[::-1] if away[0] > away[-1] else curve
+        colour, mark = f"C{number % 10}", MARKS[number % len(MARKS)]
+        start = [] if origin is None else [origin]
+        axes.plot(
+            [point.kl for point in (*start, *curve)],
+            [point.reward for point in (*start, *curve)],
+            color=colour,
+            linewidth=1,
+            alpha=0.6,
+            linestyle="--" if any(point.kl_is_bound for point in curve) else "-",
+        )
+        for point in curve:
+            draw_point(axes, point, colour, mark)
+        bound = " (KL: the bound)" if any(point.kl_is_bound for point in curve) else ""
+        axes.plot([], [], mark, color=colour, label=plain(method) + bound)
+    if origin is not None:
+        draw_point(axes, origin, "black", "*")
+        axes.plot([], [], "*", color="black", label=plain(origin.method))
+        axes.axhline(origin.reward, color="black", linewidth=0.6, linestyle=":")
+    label(figure, KL_LABEL, "mean reward")
+    return figure
+
+
+def draw_point(axes: Any, point: FrontierPoint, colour: str, mark: str) -> None:
+    """Draw a mark with its error bars and its strength."""
+    axes.errorbar(
+        point.kl,
+        point.reward,
+        xerr=bar(point.kl_se),
+        yerr=bar(point.reward_se),
+        fmt=mark,
+        color=colour,
+        capsize=2,
+        elinewidth=0.8,
+        markerfacecolor="white" if point.num_collapsed else colour,
+    )
+    axes.annotate(
+        plain(strength_text(point.strength)),
+        (point.kl, point.reward),
+        xytext=(5, 4),
+        textcoords="offset points",
+        fontsize=7,
+        color=colour,
+    )
+
+
+def render_frontier(
+    points: Sequence[FrontierPoint], origin: FrontierPoint | None, suffix: str
+) -> bytes:
+    """Return a page (.html) with picture and table, or the picture alone (.png, .svg, .pdf)."""
+    figure = draw_frontier(points, origin)
+    if suffix != ".html":
+        stream = io.BytesIO()
+        figure.savefig(stream, format=suffix.removeprefix("."), dpi=150)
+        return stream.getvalue()
+    return fill(
+        "frontier.html.jinja",
+        columns=COLUMNS,
+        table=frontier_table(points),
+        picture=as_data_uri(figure),
+    ).encode()

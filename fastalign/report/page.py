@@ -67,6 +67,16 @@ def table(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
     ]
 
 
+def tables(runs: Sequence[RunRecord]) -> dict[str, tuple[Sequence[str], list[tuple[str, ...]]]]:
+    """Return columns and rows of each table; without rows a table is not shown."""
+    return {
+        "runs": (COLUMNS, table(runs)),
+        "rewards": (REWARD_COLUMNS, reward_table(runs)),
+        "speed": (SPEED_COLUMNS, speed_table(runs)),
+        "time": (TIME_COLUMNS, time_table(runs)),
+    }
+
+
 def side_by_side(runs: Sequence[RunRecord]) -> list[tuple[str, list[dict[str, Any] | None]]]:
     """Return the prompts that all sampled runs share, each with the runs' first completions."""
     by_run: list[dict[str, dict[str, Any]]] = []
@@ -107,29 +117,18 @@ def fill(template: str, **values: Any) -> str:
 
 def render(runs: Sequence[RunRecord]) -> str:
     """Return the report's page, which loads nothing from elsewhere."""
-    drawn = [
-        (title, [(label, curve(runs, name, label)) for name, label in names])
-        for title, names in SECTIONS
-    ]
-    shown = [
-        (title, [(label, picture) for label, picture in curves if picture is not None])
-        for title, curves in drawn
-    ]
+    sections = {
+        title: {label: curve(runs, name, label) for name, label in names.items()}
+        for title, names in SECTIONS.items()
+    }
     return fill(
         "report.html.jinja",
-        columns=COLUMNS,
-        table=table(runs),
-        reward_columns=REWARD_COLUMNS,
-        reward_table=reward_table(runs),
+        tables=tables(runs),
         reliability=reliability(runs),
         accuracy_by_length=accuracy_by_length(runs),
         frontier=reward_against_kl(runs),
-        speed_columns=SPEED_COLUMNS,
-        speed_table=speed_table(runs),
-        time_columns=TIME_COLUMNS,
-        time_table=time_table(runs),
         time_picture=time_picture(runs),
-        sections=[(title, curves) for title, curves in shown if curves],
+        sections={title: curves for title, curves in sections.items() if any(curves.values())},
         names=[run.name for run in runs],
         samples=side_by_side(runs),
         configs=[(run.name, yaml.safe_dump(run.config, sort_keys=False)) for run in runs],

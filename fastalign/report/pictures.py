@@ -10,47 +10,36 @@ from fastalign.output import shown
 from fastalign.report.runs import RunRecord, best_of_rows
 
 # Metrics to draw if a run has them, by heading: name and axis label.
-SECTIONS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
-    (
-        "Training",
-        (
-            ("loss", "loss"),
-            ("rewards/margins", "implicit reward margin"),
-            ("rewards/accuracies", "implicit reward accuracy"),
-            ("entropy", "entropy (nats per token)"),
-            ("grad_norm", "gradient norm"),
-            ("tokens_per_second", "tokens per second"),
-            ("peak_memory_bytes", "peak memory (bytes)"),
-        ),
-    ),
-    (
-        "Reward models",
-        (
-            ("accuracy", "accuracy of the scores"),
-            ("margin", "margin of the scores"),
-            ("mean_reward", "mean score"),
-        ),
-    ),
-    (
-        "PPO",
-        (
-            ("objective/scores", "score of the answers"),
-            ("objective/rlhf_reward", "score minus the KL penalty"),
-            ("objective/kl", "KL to the reference (nats per answer)"),
-            ("objective/entropy", "entropy of the answers"),
-            ("policy/entropy_avg", "entropy (nats per token)"),
-            ("policy/approxkl_avg", "KL of an update"),
-            ("policy/clipfrac_avg", "share of clipped ratios"),
-            ("val/ratio", "mean ratio"),
-            ("loss/policy_avg", "policy loss"),
-            ("loss/value_avg", "value loss"),
-            ("critic/explained_var", "variance explained by the critic"),
-            ("completions/mean_length", "tokens per answer"),
-        ),
-    ),
-)
-
-
+SECTIONS = {
+    "Training": {
+        "loss": "loss",
+        "rewards/margins": "implicit reward margin",
+        "rewards/accuracies": "implicit reward accuracy",
+        "entropy": "entropy (nats per token)",
+        "grad_norm": "gradient norm",
+        "tokens_per_second": "tokens per second",
+        "peak_memory_bytes": "peak memory (bytes)",
+    },
+    "Reward models": {
+        "accuracy": "accuracy of the scores",
+        "margin": "margin of the scores",
+        "mean_reward": "mean score",
+    },
+    "PPO": {
+        "objective/scores": "score of the answers",
+        "objective/rlhf_reward": "score minus the KL penalty",
+        "objective/kl": "KL to the reference (nats per answer)",
+        "objective/entropy": "entropy of the answers",
+        "policy/entropy_avg": "entropy (nats per token)",
+        "policy/approxkl_avg": "KL of an update",
+        "policy/clipfrac_avg": "share of clipped ratios",
+        "val/ratio": "mean ratio",
+        "loss/policy_avg": "policy loss",
+        "loss/value_avg": "value loss",
+        "critic/explained_var": "variance explained by the critic",
+        "completions/mean_length": "tokens per answer",
+    },
+}
 KL_LABEL = "KL to the reference (nats per sequence)"
 
 
@@ -73,18 +62,12 @@ def new_figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, axes
 
 
-def finished(figure: Any, x_label: str, y_label: str) -> str:
-    """Label a figure's axes, add its legend, and return it as a data URI."""
-    label(figure, x_label, y_label)
-    return as_data_uri(figure)
-
-
-def label(figure: Any, x_label: str, y_label: str) -> None:
-    """Label a figure's axes and add its legend."""
+def label(figure: Any, x_label: str, y_label: str) -> Any:
+    """Label a figure's axes and add its legend; return the figure."""
     (axes,) = figure.axes
-    axes.set_xlabel(x_label)
-    axes.set_ylabel(y_label)
+    axes.set(xlabel=x_label, ylabel=y_label)
     axes.legend(fontsize=8, frameon=False)
+    return figure
 
 
 def bar(error: float | None) -> float:
@@ -125,7 +108,7 @@ def curve(runs: Sequence[RunRecord], name: str, axis: str) -> str | None:
                 transform=axes.get_xaxis_transform(),
                 clip_on=False,
             )
-    return finished(figure, "step", axis)
+    return as_data_uri(label(figure, "step", axis))
 
 
 def reward_against_kl(runs: Sequence[RunRecord]) -> str | None:
@@ -153,6 +136,6 @@ def reward_against_kl(runs: Sequence[RunRecord]) -> str | None:
         rows = best_of_rows(run.evaluation)
         if rows:
             places = [(row["kl_bound"], row["reward"]) for row in rows]
-            label = f"{plain(run.name)}, best of {', '.join(str(row['n']) for row in rows)} (bound)"
-            axes.plot(*zip(*places, strict=True), "x--", color="0.45", linewidth=1, label=label)
-    return finished(figure, KL_LABEL, "mean reward")
+            name = f"{plain(run.name)}, best of {', '.join(str(row['n']) for row in rows)} (bound)"
+            axes.plot(*zip(*places, strict=True), "x--", color="0.45", linewidth=1, label=name)
+    return as_data_uri(label(figure, KL_LABEL, "mean reward"))

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from fastalign.report.pictures import finished, new_figure, plain
+from fastalign.report.pictures import as_data_uri, label, new_figure, plain
 from fastalign.report.runs import RunRecord
 
 REWARD_COLUMNS = (
@@ -29,11 +29,11 @@ def reward_table(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
         likelihoods = ("log_likelihood", "log_likelihood_untied")
         cells = [cell(run.measure(name)) for name in (*names, *likelihoods)]
         rows.append((run.name, *cells, f"{float(run.evaluation['calibration_error']):.3f}"))
-        for name, label in _BASELINES:
+        for name, words in _BASELINES:
             accuracy = run.measure(f"{name}_accuracy")
             if accuracy is not None:
                 blank = [""] * (len(REWARD_COLUMNS) - 2)
-                rows.append((f"{run.name}: {label}", cell(accuracy), *blank))
+                rows.append((f"{run.name}: {words}", cell(accuracy), *blank))
     return rows
 
 
@@ -57,7 +57,8 @@ def reliability(runs: Sequence[RunRecord]) -> str | None:
                 capsize=2,
                 label=plain(name),
             )
-    return finished(figure, "probability of the expected winner", "share of pairs that it won")
+    label(figure, "probability of the expected winner", "share of pairs that it won")
+    return as_data_uri(figure)
 
 
 def accuracy_by_length(runs: Sequence[RunRecord]) -> str | None:
@@ -85,7 +86,7 @@ def accuracy_by_length(runs: Sequence[RunRecord]) -> str | None:
                 label=f"{plain(name)}, the {side} won",
             )
     axes.set_ylim(0, 1.03)
-    return finished(figure, "difference of the responses' lengths (tokens)", "accuracy")
+    return as_data_uri(label(figure, "difference of the responses' lengths (tokens)", "accuracy"))
 
 
 def standard_error(share: float, count: int) -> float:

@@ -125,12 +125,7 @@ def labels_of(run: RunRecord) -> tuple[str, float | None, int | None]:
 
 
 def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
-    """Read run folders; runs with the same folder name are named by parent folders too.
-
-    Raises:
-        ValueError: if a file is damaged.
-        FileNotFoundError: if a folder is not a run's.
-    """
+    """Read run folders; runs with the same folder name are named by parent folders too."""
     runs = [read_run(folder) for folder in folders]
     parts = [Path(folder).resolve().parts for folder in folders]
     named = []
@@ -192,9 +187,7 @@ def read_object(file: Path) -> Row:
 def read_lines(path: Path, *, may_grow: bool = True) -> list[Row]:
     """Return the objects of a JSON Lines file.
 
-    Args:
-        path: the file.
-        may_grow: leave out a last, unfinished line, which a run may be writing.
+    With `may_grow` a last, unfinished line is left out, which a run may be writing.
 
     Raises:
         ValueError: if a line is not a JSON object.

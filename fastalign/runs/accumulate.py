@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from fastalign.batch.packed import Group, PackedBatch
 from fastalign.batch.schedule import packed_batches, packed_lengths
 from fastalign.compute import Compute, Packing
-from fastalign.models import hidden_and_head
+from fastalign.models.forward import hidden_and_head
 from fastalign.ops import LinearHead, fused_linear_loss
 from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.ops.head.products import weights_rounded_once

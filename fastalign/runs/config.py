@@ -4,22 +4,18 @@ An attribute's docstring is the flag's help text.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
 from fastalign.compute import AttentionChoice, Packing
 from fastalign.ranks.config import ParallelConfig
 
-Precision = Literal["auto", "bf16", "float32"]
-Schedule = Literal["constant", "linear", "cosine"]
 States = Literal["float32", "8bit"]
 Part = Literal["optimizer", "random", "kept", "grad_norms", "rollouts", "metrics"]
 Input = Literal[
     "data", "eval_data", "ptx_data", "model", "base", "reference", "value", "reward", "tokenizer"
 ]
-
-
-BasePrecision = Literal["float32", "bf16", "nf4"]
 SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -36,21 +32,34 @@ def within(name: str, value: float, low: float, high: float = math.inf) -> None:
         raise ValueError(f"{name}: expected a finite number of at least {low:g}{to}, got {value}")
 
 
+def at_least(least: int, section: str, config: Any, *names: str) -> None:
+    """Raise ValueError if one of a section's settings is below `least`, unless it is None."""
+    for name in names:
+        value = getattr(config, name)
+        require(value is None or value >= least, f"{section}.{name}", f"at least {least}", value)
+
+
 def above_zero(name: str, value: float | None) -> None:
     """Raise ValueError unless the setting is None, or finite and above 0."""
     if value is not None and not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a finite number above 0, got {value}")
 
 
+def changed_setting(config: Any) -> str | None:
+    """Return the name of a section's first setting that is not its default, or None."""
+    changed = (
+        entry.name for entry in fields(config) if getattr(config, entry.name) != entry.default
+    )
+    return next(changed, None)
+
+
 MOST_SECONDS = 1e9  # beyond it, timers of the platform overflow
 
 
 def check_numbers(config: Any, prefix: str = "") -> None:
-    """Check every number in a dataclass of settings and in the dataclasses in it.
+    """Raise ValueError, which names the setting, for a number that no run can use.
 
-    Raises:
-        ValueError: if a number is infinite or NaN, does not fit into 64 bits, or is a time that no
-            timer can wait for; it names the setting.
+    It is infinite or NaN, does not fit into 64 bits, or is a time that no timer can wait for.
     """
     for entry in fields(config):
         value, name = getattr(config, entry.name), f"{prefix}{entry.name}"
@@ -77,25 +86,21 @@ class LoraConfig:
     """Scale by alpha / sqrt(rank) (arXiv 2312.03732)."""
     targets: tuple[str, ...] = ("all-linear",)
     """Endings of layer names; all-linear is every linear layer except the head (lm_head)."""
-    base: BasePrecision = "float32"
+    base: Literal["float32", "bf16", "nf4"] = "float32"
     """Format of the frozen weights; bf16 requires bf16 compute and nf4 (QLoRA) bitsandbytes."""
     save_merged: bool = True
     """Also write model/, the base with the adapter merged, beside adapter/ in peft's layout."""
 
     def __post_init__(self) -> None:
-        require(self.rank >= 0, "model.lora.rank", "at least 0", self.rank)
+        at_least(0, "model.lora", self, "rank")
         above_zero("model.lora.alpha", self.alpha)
         if not self.targets:
             raise ValueError("model.lora.targets: expected at least one name, got none")
-        if self.rank > 0:
-            return
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if value != entry.default:
-                raise ValueError(
-                    f"model.lora.{entry.name}: {value} is a setting of an adapter; expected "
-                    "model.lora.rank above 0 with it, got 0"
-                )
+        if not self.rank and (name := changed_setting(self)):
+            raise ValueError(
+                f"model.lora.{name}: {getattr(self, name)} is a setting of an adapter; expected "
+                "model.lora.rank above 0 with it, got 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.train), "data.train", "a file, folder or hub name", self.train)
-        require(self.max_length >= 2, "data.max_length", "at least 2", self.max_length)
+        at_least(2, "data", self, "max_length")
 
 
 @dataclass(frozen=True)
@@ -151,7 +156,7 @@ class OptimConfig:
 
     lr: float = 1e-6
     """Peak learning rate."""
-    schedule: Schedule = "linear"
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
     """Course of the learning rate after the warm-up: constant, or decaying to zero."""
     warmup_steps: int = 0
     """Number of steps of linear warm-up."""
@@ -171,10 +176,7 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         within("optim.lr", self.lr, 0)
-        require(self.warmup_steps >= 0, "optim.warmup_steps", "at least 0", self.warmup_steps)
-        require(self.grad_clip >= 0, "optim.grad_clip", "at least 0", self.grad_clip)
-        require(self.skip_sigma >= 0, "optim.skip_sigma", "at least 0", self.skip_sigma)
-        require(self.weight_decay >= 0, "optim.weight_decay", "at least 0", self.weight_decay)
+        at_least(0, "optim", self, "warmup_steps", "grad_clip", "skip_sigma", "weight_decay")
         require(self.eps > 0, "optim.eps", "more than 0", self.eps)
         inside = all(0 <= beta < 1 for beta in self.betas)
         require(inside, "optim.betas", "two numbers in [0, 1)", self.betas)
@@ -199,7 +201,7 @@ class TrainConfig:
     attention: AttentionChoice = "auto"
     """Attention implementation of packed rows; auto takes the first of flash_attn, varlen, flex and
     sdpa that can run, as `fastalign doctor` lists them."""
-    precision: Precision = "auto"
+    precision: Literal["auto", "bf16", "float32"] = "auto"
     """bf16 compute with float32 weights, or float32; auto is bf16 on a GPU and float32 on a CPU."""
     device: str = "auto"
     """Device such as cpu, cuda or cuda:1; auto takes a GPU if there is one."""
@@ -227,15 +229,9 @@ class TrainConfig:
     """Save and exit after this step as if interrupted; --run.resume continues."""
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "stop_at_step", "max_buffer_bytes"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"train.{name}", "at least 1", value)
-        for name in ("batch_size", "tokens_per_batch", "keep_checkpoints"):
-            value = getattr(self, name)
-            require(value >= 1, f"train.{name}", "at least 1", value)
-        for name in ("eval_every", "save_every", "profile", "stall_seconds"):
-            value = getattr(self, name)
-            require(value >= 0, f"train.{name}", "at least 0", value)
+        at_least(1, "train", self, "max_steps", "stop_at_step", "max_buffer_bytes")
+        at_least(1, "train", self, "batch_size", "tokens_per_batch", "keep_checkpoints")
+        at_least(0, "train", self, "eval_every", "save_every", "profile", "stall_seconds")
         within("train.save_minutes", self.save_minutes, 0)
         require(0 < self.epochs < float("inf"), "train.epochs", "more than 0", self.epochs)
 
@@ -266,45 +262,37 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.dir), "run.dir", "a folder", self.dir)
-        known = set(self.start_afresh) <= set(get_args(Part))
-        expected = f"parts among {', '.join(get_args(Part))}"
-        require(known, "run.start_afresh", expected, self.start_afresh)
-        known = set(self.accept_changed) <= set(get_args(Input))
-        expected = f"inputs among {', '.join(get_args(Input))}"
-        require(known, "run.accept_changed", expected, self.accept_changed)
+        for name, kind, what in (
+            ("start_afresh", Part, "parts"),
+            ("accept_changed", Input, "inputs"),
+        ):
+            given, known = getattr(self, name), get_args(kind)
+            expected = f"{what} among {', '.join(known)}"
+            require(set(given) <= set(known), f"run.{name}", expected, given)
         for name in ("start_afresh", "accept_changed", "export"):
             if getattr(self, name) and not self.resume:
                 raise ValueError(f"run.{name}: expected run.resume beside it")
 
 
-class AnyConfig(Protocol):
-    """Interface of the frozen dataclasses that configure a training run."""
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """Settings of every training run; each algorithm's own class says what its data are."""
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
+    model: ModelConfig
+    data: Any
+    run: RunConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
-    @property
-    def model(self) -> ModelConfig:
-        """The model to train."""
 
-    @property
-    def data(self) -> Any:
-        """The training data."""
-
-    @property
-    def run(self) -> RunConfig:
-        """The run's folder, its seed, and how to continue it."""
-
-    @property
-    def optim(self) -> OptimConfig:
-        """AdamW and its learning rate."""
-
-    @property
-    def train(self) -> TrainConfig:
-        """Length, batching, precision and checkpoints of the run."""
-
-    @property
-    def parallel(self) -> ParallelConfig:
-        """Split of the models and the work between ranks."""
+def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return `{"optim.lr": 1e-6}` from nested settings of any depth."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flat_settings(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

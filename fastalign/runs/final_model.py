@@ -9,17 +9,13 @@ from typing import Any
 import torch
 
 from fastalign.compute import Compute
-from fastalign.data import Tokenizer, eos_token_ids
-from fastalign.models import (
-    has_adapter,
-    load_policy,
-    merge_adapter,
-    save_adapter,
-    set_save_dtype,
-)
+from fastalign.data.tokenizer import Tokenizer, eos_token_ids
+from fastalign.models.load import load_policy, set_save_dtype
+from fastalign.models.lora import has_adapter, merge_adapter
+from fastalign.models.lora_files import save_adapter
 from fastalign.ranks.parallel import is_sharded
 from fastalign.ranks.world import World
-from fastalign.runs.config import AnyConfig
+from fastalign.runs.config import TrainingConfig
 from fastalign.runs.folder import run_of
 from fastalign.written_files import (
     begin_folder,
@@ -31,7 +27,7 @@ from fastalign.written_files import (
 
 
 def save_final_model(
-    config: AnyConfig,
+    config: TrainingConfig,
     world: World,
     folder: Path,
     model: Any,
@@ -41,16 +37,9 @@ def save_final_model(
 ) -> None:
     """Write a run's models, on rank 0; the other ranks give it their parts of the weights.
 
-    An adapter is written first, as `adapter/`, and then merged into the model.
-
-    Args:
-        config: the run's settings.
-        world: the ranks.
-        folder: folder that the models' folders are written into.
-        model: the policy, or the reward model.
-        tokenizer: the tokenizer that is saved with it.
-        save_model: writes (model, tokenizer, folder) in transformers' layout.
-        other_folders: name of each further folder to the function that writes it.
+    An adapter is written first, as `adapter/`, and then merged into the model. `folder` is what the
+    models' folders are written into; `save_model` writes (model, tokenizer, folder) in
+    transformers' layout; `other_folders` has the function that writes each further folder.
     """
     for name, write in other_folders.items():
         with written(config, folder / name, world) as aside:
@@ -91,7 +80,7 @@ def write_end_tokens(folder: Path, tokenizer: Tokenizer) -> None:
         file.write_text(text, encoding="utf-8")
 
 
-def merged(model: Any, adapter: Path, config: AnyConfig, world: World) -> Any:
+def merged(model: Any, adapter: Path, config: TrainingConfig, world: World) -> Any:
     """Merge the adapter into the model; if it is sharded, rank 0 reads the whole model again."""
     if not is_sharded(model):
         merge_adapter(model)
@@ -109,15 +98,11 @@ def merged(model: Any, adapter: Path, config: AnyConfig, world: World) -> Any:
     return model
 
 
-def check_outputs(config: AnyConfig, others: Collection[str] = ()) -> None:
-    """Check, before anything is loaded, that the run may write to its folder and its models.
+def check_outputs(config: TrainingConfig, others: Collection[str] = ()) -> None:
+    """Raise ValueError, before anything is loaded, if the run may not write what it will write.
 
-    Args:
-        config: the run's settings.
-        others: names of folders that the run writes beside the policy's.
-
-    Raises:
-        ValueError: if a folder holds what this run did not make, or is an input of the run.
+    A folder holds what this run did not make, or is an input; `others` are the names of folders
+    that the run writes beside the policy's.
     """
     setting, name = ("run.dir", config.run.dir)
     if config.run.export is not None:
@@ -140,7 +125,7 @@ def check_outputs(config: AnyConfig, others: Collection[str] = ()) -> None:
 
 
 @contextmanager
-def written(config: AnyConfig, final: Path, world: World) -> Iterator[Path]:
+def written(config: TrainingConfig, final: Path, world: World) -> Iterator[Path]:
     """Yield a folder for rank 0 to write into, which gets its final name when it is complete.
 
     Raises:
@@ -156,4 +141,4 @@ def written(config: AnyConfig, final: Path, world: World) -> Iterator[Path]:
 
     yield aside
     world.first_does(finish)
-    print(f"{final.name} written to {final}", flush=True)
+    print(f"{final.name} written to {final}")

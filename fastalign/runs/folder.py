@@ -18,8 +18,8 @@ import yaml
 from fastalign.compute import find_device
 from fastalign.ranks.world import world_of_environment
 from fastalign.runs.checkpoint.files import CHECKPOINTS, list_checkpoints
-from fastalign.runs.config import RunConfig
-from fastalign.written_files import clear_half_written, write_text_atomically
+from fastalign.runs.config import RunConfig, flat_settings
+from fastalign.written_files import clear_half_written, write_atomically
 from fastalign.yaml_file import read_yaml_file
 
 CONFIG = "config.yaml"
@@ -28,48 +28,22 @@ FINAL_MODELS = ("model", "adapter", "value")
 
 # Settings that may differ when a run is resumed: they change neither weights nor their order.
 MAY_CHANGE = {
-    ("run", "dir"),
-    ("run", "resume"),
-    ("run", "export"),
-    ("run", "start_afresh"),
-    ("run", "overwrite"),
-    ("run", "accept_changed"),
-    ("train", "stop_at_step"),
-    ("train", "save_every"),
-    ("train", "save_minutes"),
-    ("train", "eval_every"),
-    ("train", "keep_checkpoints"),
-    ("train", "async_checkpoints"),
-    ("train", "profile"),
-    ("train", "stall_seconds"),
-    ("reference", "cache_dir"),
-    ("reference", "offload"),
-    ("data", "eval"),
-    ("model", "save_dtype"),
-    ("model", "lora", "save_merged"),
-    ("parallel", "timeout_seconds"),
-    ("parallel", "silence_seconds"),
-    ("watch", "stop"),
-    ("watch", "patience"),
-    ("watch", "min_entropy"),
-    ("watch", "min_length"),
-    ("watch", "max_unfinished"),
-    ("watch", "max_repeated"),
-    ("watch", "max_kl"),
+    *("run.dir", "run.resume", "run.export", "run.start_afresh", "run.overwrite"),
+    *("run.accept_changed", "data.eval", "model.save_dtype", "model.lora.save_merged"),
+    *("train.stop_at_step", "train.save_every", "train.save_minutes", "train.eval_every"),
+    *("train.keep_checkpoints", "train.async_checkpoints", "train.profile", "train.stall_seconds"),
+    *("parallel.timeout_seconds", "parallel.silence_seconds"),
+    *("reference.cache_dir", "reference.offload"),
+    *("watch.stop", "watch.patience", "watch.min_entropy", "watch.min_length"),
+    *("watch.max_unfinished", "watch.max_repeated", "watch.max_kl"),
 }
 # Settings with which a run goes on, if not to the bit: one that ran out of memory needs less of
 # it, one whose engine is gone samples by another.
 GO_ON_DIFFERENTLY = {
-    ("sampler",),
-    ("train", "tokens_per_batch"),
-    ("train", "gradient_checkpointing"),
-    ("train", "max_buffer_bytes"),
-    ("train", "compile"),
-    ("train", "attention"),
-    ("parallel", "strategy"),
-    ("parallel", "reshard_after_forward"),
-    ("parallel", "no_sync"),
-    ("parallel", "offload"),
+    *("sampler", "train.tokens_per_batch", "train.gradient_checkpointing"),
+    *("train.max_buffer_bytes", "train.compile", "train.attention"),
+    *("parallel.strategy", "parallel.reshard_after_forward"),
+    *("parallel.no_sync", "parallel.offload"),
 }
 
 
@@ -91,24 +65,13 @@ def changed_settings(saved: dict[str, Any], values: dict[str, Any]) -> tuple[lis
     refused: list[str] = []
     differently: list[str] = []
     for name in sorted(before.keys() | now.keys()):
-        key = tuple(name.split("."))
-        of_engine = key[0] == "vllm" and key[1] != "overlap"  # where it is, how long it may take
-        if key in MAY_CHANGE or of_engine or before.get(name) == now.get(name):
+        # Of an engine: where it is, how long it may take.
+        of_engine = name.startswith("vllm.") and name != "vllm.overlap"
+        if name in MAY_CHANGE or of_engine or before.get(name) == now.get(name):
             continue
         change = f"{name} ({before.get(name)}, now {now.get(name)})"
-        (differently if key in GO_ON_DIFFERENTLY else refused).append(change)
+        (differently if name in GO_ON_DIFFERENTLY else refused).append(change)
     return refused, differently
-
-
-def flat_settings(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return `{"optim.lr": 1e-6}` from nested settings of any depth."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flat_settings(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def has_steps(folder: Path) -> bool:
@@ -132,8 +95,6 @@ def check_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) -> N
             `resume` is True and it holds no run, or one with other settings.
     """
     config = folder / CONFIG
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"run.dir: expected a folder, {folder} is a file")
     if resume:
         if not config.is_file():
             raise ValueError(f"run.resume: {folder} holds no run to resume (no config.yaml)")
@@ -148,8 +109,7 @@ def check_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) -> N
         if differently:
             print(
                 "resumed with other settings, with which it does not end with the bits of a run "
-                f"without a stop: {', '.join(differently)}",
-                flush=True,
+                f"without a stop: {', '.join(differently)}"
             )
     elif has_steps(folder) and not never_saved(folder):
         raise ValueError(
@@ -164,13 +124,8 @@ def check_run_folder(folder: Path, values: dict[str, Any], *, resume: bool) -> N
 def begin_in_folder(folder: Path, values: dict[str, Any], run: RunConfig) -> datetime:
     """Write the settings of a run that begins; move aside the metrics of one that never saved.
 
-    Called with the folder's lock, on a folder that `check_run_folder` has passed.
-
-    Returns:
-        When the run began, which chat templates with a date are given.
-
-    Raises:
-        ValueError: if the device does not exist, or the record of its beginning is damaged.
+    Called with the folder's lock, on a folder that `check_run_folder` has passed. Returns when the
+    run began, which chat templates with a date are given.
     """
     for name in (MACHINE_FILE, CONFIG, BEGAN_FILE):
         clear_half_written(folder / name)
@@ -182,14 +137,13 @@ def begin_in_folder(folder: Path, values: dict[str, Any], run: RunConfig) -> dat
             (folder / METRICS).rename(folder / aside)
             print(
                 f"the run in {folder} ended before its first checkpoint: it begins again at the "
-                f"first step; its metrics are moved to {aside}",
-                flush=True,
+                f"first step; its metrics are moved to {aside}"
             )
         elif run.resume:
-            print(f"{folder} has no checkpoint yet: the run begins at its first step", flush=True)
+            print(f"{folder} has no checkpoint yet: the run begins at its first step")
     if not run.resume:
-        write_text_atomically(folder / CONFIG, as_yaml(values))
-        write_text_atomically(folder / BEGAN_FILE, f"{datetime.now().isoformat()}\n")
+        write_atomically(folder / CONFIG, as_yaml(values))
+        write_atomically(folder / BEGAN_FILE, f"{datetime.now().isoformat()}\n")
     return when_begun(folder)
 
 
@@ -199,8 +153,7 @@ BEGAN_FILE = "began.txt"
 def when_begun(folder: Path) -> datetime:
     """Return when the run in a folder began; without a record when its settings were written.
 
-    Raises:
-        ValueError: if the record is damaged.
+    A damaged record is a ValueError.
     """
     record = folder / BEGAN_FILE
     if not record.exists():
@@ -212,11 +165,7 @@ def when_begun(folder: Path) -> datetime:
 
 
 def check_names_are_free(folder: Path) -> None:
-    """Check that a folder without a run's `machine.json` holds nothing that a run would write to.
-
-    Raises:
-        ValueError: if it does; names the first.
-    """
+    """Raise ValueError if a folder without a run's `machine.json` holds what a run writes to."""
     if run_of(folder) is not None:
         return
     found = next((name for name in WRITTEN if (folder / name).exists()), None)
@@ -229,22 +178,13 @@ def check_names_are_free(folder: Path) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock the folder for this process, so that two runs cannot write into it.
-
-    Raises:
-        ValueError: if another process holds the lock.
-    """
+    """Lock the folder for this process; raise ValueError if another one is training in it."""
     with (folder / ".lock").open("a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"run.dir: another process is training in {folder}") from error
         yield
-
-
-def announce(values: dict[str, Any]) -> None:
-    """Print the resolved settings."""
-    print(as_yaml(values), end="", flush=True)
 
 
 MACHINE_FILE = "machine.json"
@@ -267,14 +207,8 @@ def run_of(folder: Path) -> str | None:
 def write_machine(folder: Path, train: dict[str, Any]) -> None:
     """Write device, number of processes, dtype of the products, and versions to `machine.json`.
 
-    It also holds a random name of the run (`run`), which a resumed run keeps.
-
-    Args:
-        folder: folder of the run.
-        train: the run's settings of that name.
-
-    Raises:
-        ValueError: if the device does not exist.
+    It also holds a random name of the run (`run`), which a resumed run keeps. `train` are the run's
+    settings of that name.
     """
     device = find_device(train["device"], "train.device")
     on_gpu = device.type == "cuda"
@@ -287,4 +221,4 @@ def write_machine(folder: Path, train: dict[str, Any]) -> None:
         "fastalign": version("fastalign"),
         "run": run_of(folder) or secrets.token_hex(8),
     }
-    write_text_atomically(folder / MACHINE_FILE, json.dumps(found, indent=1) + "\n")
+    write_atomically(folder / MACHINE_FILE, json.dumps(found, indent=1) + "\n")

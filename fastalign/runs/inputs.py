@@ -11,18 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fastalign.data import Tokenizer, eos_token_ids
-from fastalign.models import has_adapter, model_fingerprint, weights_fingerprint
-from fastalign.runs.config import AnyConfig
+from fastalign.data.tokenizer import Tokenizer, eos_token_ids
+from fastalign.models.load import model_fingerprint
+from fastalign.models.lora import has_adapter
+from fastalign.runs.config import TrainingConfig, flat_settings
+from fastalign.written_files import sha256_of
 
 # Keys of a configuration that say nothing about what the model computes.
 NO_INPUT = (
-    "transformers_version",
-    "_name_or_path",
-    "architectures",
-    "dtype",
-    "torch_dtype",
-    "use_cache",
+    *("transformers_version", "_name_or_path", "architectures"),
+    *("dtype", "torch_dtype", "use_cache"),
 )
 # Every input, as a message names it; by the names on the left --run.accept-changed takes them.
 NAMES = {
@@ -58,14 +56,11 @@ class Inputs:
     others: Mapping[str, Parts] = field(default_factory=dict)
 
 
-def fingerprints(config: AnyConfig, model: Any, data: Any, inputs: Inputs) -> dict[str, Parts]:
+def fingerprints(config: TrainingConfig, model: Any, data: Any, inputs: Inputs) -> dict[str, Parts]:
     """Return the parts of every input; if ranks share the model, all of them call this.
 
-    Args:
-        config: the run's settings.
-        model: the policy or reward model before its first step.
-        data: training data, with a `fingerprint`.
-        inputs: the others.
+    `model` is the policy or reward model before its first step; `data`, the training data, have a
+    `fingerprint`.
     """
     reference = inputs.reference_fingerprint
     found: dict[str, Parts] = {
@@ -90,17 +85,11 @@ def model_parts(model: Any, *, weights: bool = True) -> Parts:
     if not hasattr(model, "config"):
         return {}
     values = json.loads(model.config.to_json_string(use_diff=False))
-    parts = {f"{key} of config.json": v for key, v in flat(values) if key not in NO_INPUT}
-    return parts | ({"weights": weights_fingerprint(model)} if weights else {})
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    """Return the leaves of nested objects, by names such as `rope_parameters.rope_theta`."""
-    found: list[tuple[str, Any]] = []
-    for key, value in values.items():
-        nested = isinstance(value, dict) and value
-        found += flat(value, f"{prefix}{key}.") if nested else [(prefix + str(key), value)]
-    return found
+    leaves = flat_settings(values).items()
+    parts = {f"{key} of config.json": value for key, value in leaves if key not in NO_INPUT}
+    if weights:
+        parts["weights"] = model_fingerprint(model, configuration=False)
+    return parts
 
 
 def tokenizer_parts(tokenizer: Tokenizer, path: str) -> Parts:
@@ -114,7 +103,7 @@ def tokenizer_parts(tokenizer: Tokenizer, path: str) -> Parts:
 
 def file_parts(path: str | Path) -> Parts:
     """Return the hash of a file's bytes, by its name."""
-    return {Path(path).name: hashlib.sha256(Path(path).read_bytes()).hexdigest()}
+    return {Path(path).name: sha256_of(Path(path))}
 
 
 def digest_of(text: str) -> str:

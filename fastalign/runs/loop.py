@@ -30,7 +30,7 @@ import torch
 
 from fastalign.batch.schedule import indices_of_step
 from fastalign.compute import Compute, is_out_of_memory
-from fastalign.models import save_model
+from fastalign.models.load import save_model
 from fastalign.ranks.failure import Peers
 from fastalign.ranks.parallel import reshard
 from fastalign.rollouts import OverlappedSampler, RankZeroSampler
@@ -38,11 +38,11 @@ from fastalign.runs.accumulate import Total
 from fastalign.runs.checkpoint.files import CHECKPOINTS
 from fastalign.runs.checkpoint.restore import resume
 from fastalign.runs.checkpoint.writer import CheckpointFailed, CheckpointWriter
-from fastalign.runs.config import AnyConfig, DataConfig
+from fastalign.runs.config import DataConfig, TrainingConfig
 from fastalign.runs.final_model import save_final_model
 from fastalign.runs.inputs import Inputs, fingerprints
 from fastalign.runs.memory import STEP, memory_used_in, peak_memory_bytes
-from fastalign.runs.metrics import KeptMetrics, Metrics, ProgressDisplay, metrics_writer
+from fastalign.runs.metrics import KeptMetrics, Metrics, MetricsWriter, ProgressDisplay
 from fastalign.runs.observe import StallWatch, stop_on_signal, traced
 from fastalign.runs.state import (
     TrainState,
@@ -99,7 +99,7 @@ class Run:
     num_steps: int
 
     def __init__(
-        self, config: AnyConfig, title: str, compute: Compute, peers: Peers | None = None
+        self, config: TrainingConfig, title: str, compute: Compute, peers: Peers | None = None
     ) -> None:
         self._peers = peers
         self.config, self.title, self.compute = config, title, compute
@@ -111,6 +111,7 @@ class Run:
         self._reason: str | None = None
         self._stopped = False
         self._metrics: Metrics = {}
+        self._writer: MetricsWriter | None = None  # rank 0's
 
     def enter_context(self, manager: AbstractContextManager[T]) -> T:
         """Enter a context manager that is left at the run's end, after the last checkpoint."""
@@ -147,9 +148,7 @@ class Run:
         state.optimizer.register_step_pre_hook(updates)
         self.num_steps = total_steps(config, len(data))
         self._num_examples, self._overlapped = len(data), overlapped
-        line = small_data_line(config, len(data))
-        if line is not None:
-            print(line, flush=True)
+        print_small_data(config, len(data))
         policy = model if policy is None else policy
         found = fingerprints(config, policy, data, inputs or Inputs())
         self._inputs = world.of_first(found)
@@ -162,8 +161,7 @@ class Run:
         loop = self._loop
         self._watch = StallWatch(folder, config.train.stall_seconds, world)
         loop.callback(self._watch.close)
-        self._writer = metrics_writer(folder, world, kept, state.step)
-        loop.callback(self._writer.close)
+        world.first_does(lambda: self._open_writer(kept))
         self._checkpoints = CheckpointWriter(
             folder / CHECKPOINTS,
             config.train.keep_checkpoints,
@@ -178,6 +176,10 @@ class Run:
         self._display = loop.enter_context(ProgressDisplay(self.title, self.num_steps, state.step))
         self._loops = True
         loop.callback(self._ends_loop)
+
+    def _open_writer(self, kept: KeptMetrics) -> None:
+        self._writer = MetricsWriter(self.folder, kept, self.state.step)
+        self._loop.callback(self._writer.close)
 
     def _ends_loop(self) -> None:
         self._loops = False
@@ -260,7 +262,7 @@ class Run:
         if finished:
             return RunResult(step, True, self._signals.exit_code, self._metrics)
         why = "" if self._reason is None else f" ({self._reason})"
-        print(f"stopped at step {step}{why}; saved; {GO_ON}", flush=True)
+        print(f"stopped at step {step}{why}; saved; {GO_ON}")
         code = self._signals.exit_code if self._reason is None else COLLAPSED
         return RunResult(step, False, code, self._metrics)
 
@@ -324,7 +326,7 @@ class Run:
         step, state = self._step, self.state
         reshard(state.model)
         over = step is None or step.finished
-        if step is not None and step.finished and not step.logged:
+        if self._writer is not None and step is not None and step.finished and not step.logged:
             self._writer.write(step.metrics)
         if self._overlapped is not None:
             state.rollouts = self._overlapped.state_on_error(again=not over)
@@ -342,7 +344,8 @@ class Run:
         assert step.finished, "the trainer did not finish the step"
         train, state = self.config.train, self.state
         metrics = self._metrics = self._agreed(step.metrics)
-        self._writer.write(metrics)
+        if self._writer is not None:
+            self._writer.write(metrics)
         step.logged = True
         self._display.update(metrics)
         if metrics["skipped"]:
@@ -384,24 +387,25 @@ class Run:
         self._try(self._write_checkpoint)
 
     def _save_last(self) -> None:
-        """Write the last checkpoint, and every line of the metrics.
-
-        Raises:
-            OSError: if one of them could not be written.
-        """
+        """Write the last checkpoint, and every line of the metrics."""
         self._try(self._checkpoints.finish, goes_on=False)
         if self._overlapped is not None:
             self.state.rollouts = self._overlapped.state()
         self._write_checkpoint(wait=True)
-        self.world.first_does(self._writer.require_written)
+        self.world.first_does(self._require_written)
+
+    def _require_written(self) -> None:
+        assert self._writer is not None
+        self._writer.require_written()
 
     def _write_checkpoint(self, *, wait: bool = False) -> None:
         self._saved_at = time.monotonic()
-        kept = self._writer.kept()
+        kept = KeptMetrics() if self._writer is None else self._writer.kept()
         extra: dict[str, Any] = {"metrics_bytes": kept.num_bytes, "inputs": self._inputs}
         if kept.unwritten:
             extra["metrics_unwritten"] = kept.unwritten
-        self._checkpoints.save(self.state, extra, wait=wait, before=self._writer.sync)
+        before = None if self._writer is None else self._writer.sync
+        self._checkpoints.save(self.state, extra, wait=wait, before=before)
 
     def _try(self, work: Callable[[], None], *, goes_on: bool = True) -> None:
         """Do work on checkpoints; report one that failed, and set when the next is tried."""
@@ -480,11 +484,7 @@ class Step:
         self._whole.enter_context(memory_used_in(f"the evaluation of step {self.number}"))
 
     def log(self, metrics: Metrics) -> None:
-        """Add metrics to those of the finished step; any type of number will do.
-
-        Raises:
-            ValueError: if one is no number.
-        """
+        """Add metrics to those of the finished step; any type of number will do."""
         assert self.finished
         self.metrics |= plain_numbers(metrics)
 
@@ -506,7 +506,7 @@ class Step:
         self._whole.__exit__(kind, error, trace)
 
 
-def total_steps(config: AnyConfig, num_examples: int) -> int:
+def total_steps(config: TrainingConfig, num_examples: int) -> int:
     """Return `max_steps`, or the steps of `epochs` passes (the last one may reach beyond)."""
     if config.train.max_steps is not None:
         return config.train.max_steps
@@ -514,7 +514,7 @@ def total_steps(config: AnyConfig, num_examples: int) -> int:
     return max(1, math.ceil(config.train.epochs * num_examples / size))
 
 
-def examples_per_step(config: AnyConfig, num_examples: int) -> int:
+def examples_per_step(config: TrainingConfig, num_examples: int) -> int:
     """Return `train.batch_size`, or the number of all examples if there are fewer.
 
     Prompts that are sampled are taken several times instead: each time has other completions.
@@ -524,21 +524,21 @@ def examples_per_step(config: AnyConfig, num_examples: int) -> int:
     return config.train.batch_size
 
 
-def small_data_line(config: AnyConfig, num_examples: int) -> str | None:
-    """Return the line printed for a batch larger than the data; None if it is not."""
+def print_small_data(config: TrainingConfig, num_examples: int) -> None:
+    """Print how a batch larger than the data is filled."""
     size = config.train.batch_size
     if size <= num_examples:
-        return None
+        return
     if isinstance(config.data, DataConfig):
         done = "a step takes each example once"
     else:
         least, rest = divmod(size, num_examples)
         times = f"{least} or {least + 1}" if rest else f"{least}"
         done = f"a step samples each prompt {times} times"
-    return f"{num_examples} examples, train.batch_size {size}: {done}"
+    print(f"{num_examples} examples, train.batch_size {size}: {done}")
 
 
-def indices_of_run(config: AnyConfig, num_examples: int) -> set[int]:
+def indices_of_run(config: TrainingConfig, num_examples: int) -> set[int]:
     """Return the examples that the run will use."""
     used: set[int] = set()
     for step in range(total_steps(config, num_examples)):

@@ -10,7 +10,7 @@ import torch
 
 from fastalign.compute import is_out_of_memory
 from fastalign.runs.checkpoint.files import CHECKPOINTS, list_checkpoints
-from fastalign.runs.config import AnyConfig
+from fastalign.runs.config import TrainingConfig
 from fastalign.runs.folder import has_steps, never_saved
 
 # How the notes on an optimiser step, and on a model that is read, begin.
@@ -46,7 +46,7 @@ def memory_used_in(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def out_of_memory_in_one_line(config: AnyConfig) -> Iterator[None]:
+def out_of_memory_in_one_line(config: TrainingConfig) -> Iterator[None]:
     """Turn an error of memory into one line: where it happened, and which settings to change.
 
     Raises:
@@ -76,7 +76,7 @@ def how_to_go_on(folder: Path) -> str:
     return "Nothing was trained yet: start again with the changed setting"
 
 
-def remedies(config: AnyConfig, what: str) -> str:
+def remedies(config: TrainingConfig, what: str) -> str:
     """Return settings that need less memory in what was being done, with their present values.
 
     Outside of computations on batches, and where a model is read, it is the models that fill it.

@@ -20,7 +20,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastalign.fused import metric_means
 from fastalign.output import safe_output, shown
-from fastalign.ranks.world import World
 from fastalign.runs.folder import METRICS
 
 Metrics = dict[str, float | int]
@@ -73,15 +72,11 @@ class MetricsWriter:
             self.require_written()
         except OSError as error:
             if not failed_before:
-                print(f"{error}; the lines are held, and tried again after each step", flush=True)
+                print(f"{error}; the lines are held, and tried again after each step")
         self._on_board(partial(self._add_scalars, metrics))
 
     def require_written(self) -> None:
-        """Append the lines that are held.
-
-        Raises:
-            OSError: if they cannot be; the file holds whole lines then.
-        """
+        """Append the lines that are held, or raise OSError; the file then holds whole lines."""
         try:
             rest = self._unwritten
             while rest:
@@ -97,11 +92,7 @@ class MetricsWriter:
         return KeptMetrics(self._size, self._unwritten.decode())
 
     def sync(self) -> None:
-        """Flush `metrics.jsonl` to the disk.
-
-        Raises:
-            OSError: if it cannot be.
-        """
+        """Flush `metrics.jsonl` to the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -123,7 +114,7 @@ class MetricsWriter:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             work()
         except OSError as error:
-            print(f"TensorBoard's files are not complete: {error.strerror}", flush=True)
+            print(f"TensorBoard's files are not complete: {error.strerror}")
             self._board = None
 
 
@@ -138,40 +129,6 @@ class KeptMetrics:
 
     num_bytes: int = 0
     unwritten: str = ""
-
-
-class NoWriter:
-    """The writer of every rank but the first: it writes nothing."""
-
-    def write(self, metrics: Metrics) -> None:
-        """Do nothing."""
-
-    def require_written(self) -> None:
-        """Do nothing."""
-
-    def kept(self) -> KeptMetrics:
-        """Return that nothing is kept."""
-        return KeptMetrics()
-
-    def sync(self) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-
-AnyWriter = MetricsWriter | NoWriter
-
-
-def metrics_writer(folder: Path, world: World, kept: KeptMetrics, step: int) -> AnyWriter:
-    """Rank 0's writer; another rank's does nothing.
-
-    Raises:
-        ValueError: if the file is shorter than it was at the checkpoint.
-    """
-    writer: list[MetricsWriter] = []
-    world.first_does(lambda: writer.append(MetricsWriter(folder, kept, step)))
-    return writer[0] if writer else NoWriter()
 
 
 class ProgressDisplay:
@@ -218,7 +175,7 @@ class ProgressDisplay:
         if self._bar is not None:
             self._bar.console.print(shown(line), markup=False, highlight=False)
         else:
-            print(line, flush=True)
+            print(line)
 
     def update(self, metrics: Metrics) -> None:
         """Show one step's metrics."""
@@ -238,5 +195,5 @@ class ProgressDisplay:
             elapsed = time.monotonic() - self._start
             left = elapsed / (step - self._first) * (self._num_steps - step)
             print(
-                f"{self._title} {step}/{self._num_steps}  {numbers}  {left:.0f} s left", flush=True
+                f"{self._title} {step}/{self._num_steps}  {numbers}  {left:.0f} s left",
             )

@@ -65,10 +65,7 @@ def stop_on_signal(*, speaks: bool = True) -> Iterator[StopRequest]:
     sends each second. SIGHUP stays ignored where it is (`nohup`). Behind a collective that failed
     SIGTERM is ignored: this rank has yet to say who is gone, and `torchrun` asks all to end as soon
     as it sees one gone. Outside the main thread Python cannot handle signals, and none are asked
-    for.
-
-    Args:
-        speaks: acknowledge the first request on the terminal.
+    for. With `speaks` the first request is acknowledged on the terminal.
     """
     request = StopRequest()
     previous: dict[signal.Signals, Any] = {}
@@ -133,9 +130,9 @@ def traced(folder: Path, *, wanted: bool, step: int, world: World = ALONE) -> It
         path.parent.mkdir(exist_ok=True)
         found.export_chrome_trace(str(path))
     except OSError as error:  # the step's updates are done: it must not be lost
-        print(f"trace of step {step} was not written to {path}: {error.strerror}", flush=True)
+        print(f"trace of step {step} was not written to {path}: {error.strerror}")
         return
-    print(f"trace of step {step} written to {path}", flush=True)
+    print(f"trace of step {step} written to {path}")
 
 
 class StallWatch:
@@ -172,8 +169,7 @@ class StallWatch:
             if not self._file.closed and self._size() > size:  # a dropped step ends late
                 print(
                     f"step {number} took more than {self._seconds:g} seconds; the stacks of all "
-                    f"threads are in {self._path}",
-                    flush=True,
+                    f"threads are in {self._path}"
                 )
 
     def _size(self) -> int:

@@ -2,26 +2,22 @@
 
 import os
 from collections.abc import Collection, Iterator
-from contextlib import (
-    ExitStack,
-    contextmanager,
-    redirect_stdout,
-)
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 
 import torch
 
 from fastalign.compute import Compute, find_device
-from fastalign.data import template_clock
+from fastalign.data.tokenizer import template_clock
 from fastalign.output import lossy_output, refuse_secret_settings
 from fastalign.ranks.config import ParallelConfig
 from fastalign.ranks.failure import record_collectives, watched_by_ranks
 from fastalign.ranks.parallel import part_from_ranks
 from fastalign.ranks.world import ALONE, World, open_world, world_of_environment
-from fastalign.runs.config import AnyConfig, TrainConfig, check_numbers, config_to_dict
+from fastalign.runs.config import TrainConfig, TrainingConfig, check_numbers, config_to_dict
 from fastalign.runs.final_model import check_outputs
-from fastalign.runs.folder import announce, begin_in_folder, check_run_folder, locked
-from fastalign.runs.load_models import check_sharing
+from fastalign.runs.folder import as_yaml, begin_in_folder, check_run_folder, locked
+from fastalign.runs.load import check_sharing
 from fastalign.runs.loop import Run
 from fastalign.runs.memory import out_of_memory_in_one_line
 from fastalign.runs.state import adamw, seed_everything
@@ -30,11 +26,7 @@ from fastalign.runs.state import adamw, seed_everything
 def make_compute(
     config: TrainConfig, world: World = ALONE, parallel: ParallelConfig | None = None
 ) -> Compute:
-    """Resolve `auto` settings; each of several ranks on a machine has a GPU of its own.
-
-    Raises:
-        ValueError: if the device is not there.
-    """
+    """Resolve `auto` settings; each of several ranks on a machine has a GPU of its own."""
     device = device_of_rank(config.device, world)
     if world.size > 1 and device.type == "cuda":
         torch.cuda.set_device(device)
@@ -73,7 +65,7 @@ def device_of_rank(name: str, world: World) -> torch.device:
 
 
 @contextmanager
-def open_run(config: AnyConfig, title: str, others: Collection[str] = ()) -> Iterator[Run]:
+def open_run(config: TrainingConfig, title: str, others: Collection[str] = ()) -> Iterator[Run]:
     """Join the ranks, prepare and lock the run's folder, print the settings, seed everything.
 
     Only rank 0 prints.
@@ -115,7 +107,7 @@ def open_run(config: AnyConfig, title: str, others: Collection[str] = ()) -> Ite
         began = world.first_does(lambda: begin_in_folder(folder, values, config.run))
         stack.enter_context(template_clock(began))
         stack.enter_context(out_of_memory_in_one_line(config))
-        announce(values)
+        print(as_yaml(values), end="")
         seed_everything(config.run.seed)
         yield stack.enter_context(Run(config, title, compute, peers))
         part_from_ranks()

@@ -50,13 +50,8 @@ class TrainState:
 
     def counters(self) -> dict[str, Any]:
         """Return the counters, as JSON holds them."""
-        return {
-            "step": self.step,
-            "num_skipped_in_a_row": self.num_skipped_in_a_row,
-            "num_tokens": self.num_tokens,
-            "kept": self.kept,
-            "grad_norms": self.grad_norms,
-        }
+        names = ("step", "num_skipped_in_a_row", "num_tokens", "kept", "grad_norms")
+        return {name: getattr(self, name) for name in names}
 
 
 def seed_everything(seed: int) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
 from fastalign.losses.chunk_losses import sft_loss_fn
-from fastalign.ranks.config import ParallelConfig
 from fastalign.runs.accumulate import (
     Examples,
     Total,
@@ -19,25 +18,20 @@ from fastalign.runs.accumulate import (
     measure_examples,
     policy_loss,
 )
-from fastalign.runs.config import DataConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
-from fastalign.runs.data import load_sets
+from fastalign.runs.config import DataConfig, OptimConfig, TrainingConfig
 from fastalign.runs.inputs import Inputs
-from fastalign.runs.load_models import load_for_training
+from fastalign.runs.load import load_for_training, load_sets
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import open_run
 
 
-@dataclass(frozen=True)
-class SFTConfig:
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(TrainingConfig):
     """Supervised fine-tuning on demonstrations."""
 
-    model: ModelConfig
     data: DataConfig
-    run: RunConfig
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
-    train: TrainConfig = field(default_factory=TrainConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
 def train_sft(config: SFTConfig) -> RunResult:

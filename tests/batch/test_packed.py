@@ -11,13 +11,13 @@ def test_a_row_by_hand() -> None:
     batch = pack(GROUPS)
     assert batch.input_ids.tolist() == [1, 10, 11, 20, 2, 30, 31, 2, 1, 40, 2]
     assert batch.position_ids.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 0, 1, 2]
-    assert batch.prompt_bounds.tolist() == [[0, 3], [8, 9]]
+    assert batch.layout.prompt_bounds == ((0, 3), (8, 9))
     assert batch.response_bounds.tolist() == [[3, 5], [5, 8], [9, 11]]
-    assert batch.response_prompt.tolist() == [0, 0, 1]
+    assert batch.layout.response_prompt == (0, 0, 1)
     assert batch.predict_index.tolist() == [2, 3, 2, 5, 6, 8, 9]
     assert batch.targets.tolist() == [20, 2, 30, 31, 2, 40, 2]
     assert batch.target_bounds.tolist() == [0, 2, 5, 7]
-    assert (batch.num_tokens, batch.num_targets, batch.num_responses) == (11, 7, 3)
+    assert (batch.num_tokens, batch.num_targets) == (11, 7)
 
 
 def test_prompts_are_repeated_when_not_shared() -> None:
@@ -25,7 +25,7 @@ def test_prompts_are_repeated_when_not_shared() -> None:
     assert repeated.num_tokens == shared.num_tokens + 3
     assert repeated.targets.tolist() == shared.targets.tolist()
     assert repeated.target_bounds.tolist() == shared.target_bounds.tolist()
-    assert repeated.response_prompt.tolist() == [0, 1, 2]
+    assert repeated.layout.response_prompt == (0, 1, 2)
 
 
 def test_masked_tokens_are_not_predicted() -> None:

@@ -25,7 +25,7 @@ from benchmarks.step_trainers import TRAINERS, fastalign_sft
 from benchmarks.step_work import useful_flops
 from benchmarks.step_worker import Clock, Job
 from fastalign.batch.packed import Group
-from fastalign.data import load_preferences
+from fastalign.data.load import load_examples
 
 TINY = SHAPES["tiny"]
 NUM_PAIRS = 3
@@ -168,7 +168,9 @@ def test_rows_as_text_are_the_same_token_ids(tmp_path: Path) -> None:
         read_groups(chat, 400, 4),
     ):
         write_rows(groups, tmp_path / "rows.jsonl", "preference")
-        data = load_preferences(tmp_path / "rows.jsonl", make_tokenizer(400), max_length=200)
+        data = load_examples(
+            tmp_path / "rows.jsonl", "preference", make_tokenizer(400), max_length=200
+        )
         assert data.groups == groups
 
 

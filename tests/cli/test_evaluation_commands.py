@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastalign.cli.main import main
-from fastalign.models import save_model
+from fastalign.models.load import save_model
 from tests.judge_server import Reply, answers, chat, judge_server
 from tests.small_runs import WORDS, write_rows
 from tests.tiny import tiny_model

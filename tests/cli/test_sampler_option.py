@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from fastalign.cli.main import main
-from fastalign.models import save_model
+from fastalign.models.load import save_model
 from fastalign.rollouts import (
     Completion,
     EngineSpec,

@@ -11,9 +11,10 @@ import pyarrow.parquet
 import pytest
 
 from fastalign.cli.main import main
-from fastalign.data import eos_token_ids, load_preferences, load_sft, load_tokenizer
+from fastalign.data.load import load_examples
 from fastalign.data.readers import files
 from fastalign.data.readers.rows import is_hub_name, read_rows
+from fastalign.data.tokenizer import eos_token_ids, load_tokenizer
 from tests.tokenizers import make_tokenizer
 
 
@@ -37,7 +38,7 @@ def test_a_hub_name_is_read_through_datasets(
         return [{"text": "a"}, {"text": "b"}]
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    data = load_sft(source, make_tokenizer(), max_length=9)
+    data = load_examples(source, "sft", make_tokenizer(), max_length=9)
     assert calls == [expected]
     assert data.sources == [f"{source}:1", f"{source}:2"]
 
@@ -53,7 +54,7 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}) + "\n")
     (tmp_path / "notes.md").write_text("not data")
     (tmp_path / ".hidden.jsonl").write_text("not data")
-    data = load_sft(tmp_path, make_tokenizer(), max_length=9)
+    data = load_examples(tmp_path, "sft", make_tokenizer(), max_length=9)
     assert data.sources == [f"{tmp_path / name}:1" for name in ("a.jsonl", "b.jsonl")]
 
 
@@ -131,7 +132,7 @@ def test_what_a_folder_holds_beside_its_data_is_named(
     for name in ("a.parquet.gz", "b.jsonl.xz", "README.md", ".hidden.jsonl", "linked/ (a link"):
         assert f"'{name}" in out
     assert "\x1b" not in out
-    lines = load_sft(folder, make_tokenizer(), max_length=9).report.log_lines()
+    lines = load_examples(folder, "sft", make_tokenizer(), max_length=9).report.log_lines()
     assert any("not read: 6 others" in line for line in lines)
 
 
@@ -144,7 +145,7 @@ def test_columns_that_nothing_uses_are_named_once(
     out = capsys.readouterr().out
     assert out.count("columns that nothing uses: 'answer', 'bad_answer'") == 1
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c", "votes": {"a": 1, "b": 0}}\n')
-    (line,) = load_preferences(path, make_tokenizer(), max_length=9).report.log_lines()
+    (line,) = load_examples(path, "preference", make_tokenizer(), max_length=9).report.log_lines()
     assert line == f"{path}: columns that nothing uses: 'votes'"
 
 
@@ -178,7 +179,7 @@ def test_a_parquet_file_is_read_to_the_rows_of_its_footer(
 ) -> None:
     path = tmp_path / "rows.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": ["a", "b", "c"], "id": [1, 2, 3]}), path)
-    data = load_sft(path, make_tokenizer(), max_length=9)
+    data = load_examples(path, "sft", make_tokenizer(), max_length=9)
     assert data.report.log_lines() == [f"{path}: columns that nothing uses: 'id'"]
     whole = pyarrow.parquet.ParquetFile.iter_batches
 
@@ -187,7 +188,7 @@ def test_a_parquet_file_is_read_to_the_rows_of_its_footer(
 
     monkeypatch.setattr(pyarrow.parquet.ParquetFile, "iter_batches", lossy)
     with pytest.raises(ValueError, match="its footer lists 3 rows, it holds 2"):
-        load_sft(path, make_tokenizer(), max_length=9)
+        load_examples(path, "sft", make_tokenizer(), max_length=9)
 
 
 def test_a_value_of_parquet_that_python_cannot_hold_is_a_bad_row(tmp_path: Path) -> None:
@@ -195,4 +196,4 @@ def test_a_value_of_parquet_that_python_cannot_hold_is_a_bad_row(tmp_path: Path)
     dates = pyarrow.array([2**62], pyarrow.timestamp("us"))
     pyarrow.parquet.write_table(pyarrow.table({"prompt": ["a"], "completion": dates}), path)
     with pytest.raises(ValueError, match=r"parquet:1: column 'completion': a value of type"):
-        load_sft(path, make_tokenizer(), max_length=9)
+        load_examples(path, "sft", make_tokenizer(), max_length=9)

@@ -10,14 +10,9 @@ from typing import Any
 import pytest
 
 from fastalign.cli.main import main
-from fastalign.data import (
-    eos_token_ids,
-    load_preferences,
-    load_prompts,
-    load_sft,
-    template_clock,
-)
 from fastalign.data import tokenizer as tokenizer_module
+from fastalign.data.load import load_examples, load_prompts
+from fastalign.data.tokenizer import eos_token_ids, template_clock
 from tests.tokenizers import CHATML, THINKING, WITHOUT_END, make_tokenizer
 
 BOS, EOS = 1, 2
@@ -46,7 +41,7 @@ def test_plain_pairs_have_at_most_one_bos_and_learn_one_eos(
     tokenizer = make_tokenizer(adds_bos=adds_bos, pad_is_eos=pad_is_eos)
     prompt = ("<s>" if bos_in_text else "") + "The camera is"
     file = write(tmp_path, {"prompt": prompt, "chosen": " good</s>", "rejected": " slow"})
-    (group,) = load_preferences(file, tokenizer, max_length=99).groups
+    (group,) = load_examples(file, "preference", tokenizer, max_length=99).groups
     for number, text in enumerate((" good", " slow")):
         response = list(group.response_ids[number])
         whole = [*group.prompt_ids, *response]
@@ -61,7 +56,7 @@ def test_the_prompt_is_what_a_sampler_is_given(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     rows = {"prompt": "The battery", "completion": " is excellent"}
     file = write(tmp_path, rows)
-    (group,) = load_sft(file, tokenizer, max_length=99).groups
+    (group,) = load_examples(file, "sft", tokenizer, max_length=99).groups
     prompts = load_prompts(file, tokenizer, max_length=99)
     assert prompts.prompt_ids == [list(group.prompt_ids)] == [tokenizer("The battery")["input_ids"]]
 
@@ -77,7 +72,7 @@ def test_a_token_never_crosses_the_boundary_and_the_row_is_counted(
         {"prompt": "The batt", "chosen": "ery life", "rejected": "le"},
         {"prompt": "The", "chosen": " screen", "rejected": " menu"},
     )
-    data = load_preferences(file, tokenizer, max_length=99)
+    data = load_examples(file, "preference", tokenizer, max_length=99)
     group = data.groups[0]
     assert list(group.prompt_ids) == tokenizer("The batt")["input_ids"]
     for response, text in zip(group.response_ids, ("ery life", "le"), strict=True):
@@ -90,7 +85,7 @@ def test_a_token_never_crosses_the_boundary_and_the_row_is_counted(
 def test_a_text_is_learned_from_its_first_token_that_can_be(tmp_path: Path, adds_bos: bool) -> None:
     tokenizer = make_tokenizer(adds_bos=adds_bos)
     file = write(tmp_path, {"text": "The menu is slow"})
-    (group,) = load_sft(file, tokenizer, max_length=99).groups
+    (group,) = load_examples(file, "sft", tokenizer, max_length=99).groups
     ids = tokenizer("The menu is slow", add_special_tokens=False)["input_ids"]
     expected = [BOS, *ids, EOS] if adds_bos else [*ids, EOS]
     assert [*group.prompt_ids, *group.response_ids[0]] == expected
@@ -101,7 +96,7 @@ def test_a_text_is_learned_from_its_first_token_that_can_be(tmp_path: Path, adds
 def test_a_conversation_ends_as_its_template_says_once(tmp_path: Path, pad_is_eos: bool) -> None:
     tokenizer = make_tokenizer(adds_bos=False, pad_is_eos=pad_is_eos, chat_template=CHATML)
     file = write(tmp_path, {"prompt": [USER], "chosen": [YES], "rejected": [NO]})
-    (group,) = load_preferences(file, tokenizer, max_length=99).groups
+    (group,) = load_examples(file, "preference", tokenizer, max_length=99).groups
     rendered = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(group.prompt_ids) == rendered
     for number, text in enumerate(("yes", "no")):
@@ -130,14 +125,14 @@ def test_the_token_with_which_the_template_ends_an_answer_is_an_end_token(
     assert eos_token_ids(tokenizer) == ends
     if template == CHATML:
         file = write(tmp_path, {"prompt": [USER], "chosen": [YES], "rejected": [NO]})
-        (group,) = load_preferences(file, tokenizer, max_length=99).groups
+        (group,) = load_examples(file, "preference", tokenizer, max_length=99).groups
         assert learned(group)[-1] == CHATML_END
 
 
 def test_a_template_without_an_end_still_learns_to_stop(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(chat_template=WITHOUT_END)
     file = write(tmp_path, {"messages": [USER, YES, USER, NO]})
-    (group,) = load_sft(file, tokenizer, max_length=99).groups
+    (group,) = load_examples(file, "sft", tokenizer, max_length=99).groups
     assert [*group.prompt_ids, *group.response_ids[0]].count(BOS) == 1
     assert learned(group)[-1] == EOS
     assert learned(group).count(EOS) == 1
@@ -146,7 +141,7 @@ def test_a_template_without_an_end_still_learns_to_stop(tmp_path: Path) -> None:
 def test_every_assistant_turn_is_learned_and_nothing_else(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(adds_bos=False, chat_template=CHATML)
     file = write(tmp_path, {"messages": [USER, YES, {**USER, "content": "maybe"}, NO]})
-    (group,) = load_sft(file, tokenizer, max_length=99).groups
+    (group,) = load_examples(file, "sft", tokenizer, max_length=99).groups
     assert tokenizer.decode(learned(group)) == "yes<|im_end|>\nno<|im_end|>"
     rendered = tokenizer.apply_chat_template(
         [USER, YES, {**USER, "content": "maybe"}, NO], tokenize=False
@@ -158,7 +153,7 @@ def test_every_assistant_turn_is_learned_and_nothing_else(tmp_path: Path) -> Non
 def test_a_template_that_opens_a_think_block_is_cut_before_the_answer(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(adds_bos=False, chat_template=THINKING)
     file = write(tmp_path, {"prompt": [USER], "chosen": [YES], "rejected": [NO]})
-    (group,) = load_preferences(file, tokenizer, max_length=99).groups
+    (group,) = load_examples(file, "preference", tokenizer, max_length=99).groups
     assert tokenizer.decode(group.prompt_ids).endswith("<|im_start|>assistant\n")
     assert tokenizer.decode(learned(group)) == "yes<|im_end|>"
 
@@ -166,7 +161,7 @@ def test_a_template_that_opens_a_think_block_is_cut_before_the_answer(tmp_path: 
 def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
     file = write(tmp_path, {"messages": [USER, YES]})
     with pytest.raises(ValueError, match="no chat template"):
-        load_sft(file, make_tokenizer(), max_length=99)
+        load_examples(file, "sft", make_tokenizer(), max_length=99)
 
 
 def test_a_tie_is_refused_kept_or_counted(tmp_path: Path) -> None:
@@ -177,13 +172,13 @@ def test_a_tie_is_refused_kept_or_counted(tmp_path: Path) -> None:
     file = write(tmp_path, *rows)
     tokenizer = make_tokenizer()
     with pytest.raises(ValueError, match=r"rows\.jsonl:3: column 'label': a tie"):
-        load_preferences(file, tokenizer, max_length=99)
-    kept = load_preferences(file, tokenizer, max_length=99, ties="keep")
+        load_examples(file, "preference", tokenizer, max_length=99)
+    kept = load_examples(file, "preference", tokenizer, max_length=99, ties="keep")
     assert kept.ties == [False, False, True]
     menu, screen = kept.groups[0].response_ids
     assert list(kept.groups[1].response_ids) == [screen, menu]
     assert list(kept.groups[2].response_ids) == [menu, screen]
-    dropped = load_preferences(file, tokenizer, max_length=99, ties="drop")
+    dropped = load_examples(file, "preference", tokenizer, max_length=99, ties="drop")
     assert (len(dropped.groups), dropped.report.num_ties_dropped) == (2, 1)
     assert dropped.fingerprint != kept.fingerprint
 
@@ -197,10 +192,10 @@ def test_nothing_is_cut_without_being_asked_for_and_counted(tmp_path: Path) -> N
     )
     tokenizer = make_tokenizer()
     with pytest.raises(ValueError, match=r"rows\.jsonl:1: expected at most 6 tokens"):
-        load_sft(file, tokenizer, max_length=6)
-    skipped = load_sft(file, tokenizer, max_length=6, on_too_long="skip")
+        load_examples(file, "sft", tokenizer, max_length=6)
+    skipped = load_examples(file, "sft", tokenizer, max_length=6, on_too_long="skip")
     assert (len(skipped.groups), skipped.report.num_too_long) == (1, 2)
-    cut = load_sft(file, tokenizer, max_length=6, on_too_long="truncate")
+    cut = load_examples(file, "sft", tokenizer, max_length=6, on_too_long="truncate")
     assert (cut.report.num_truncated, cut.report.num_too_long) == (1, 1)
     assert [group.num_tokens for group in cut.groups] == [6, skipped.groups[0].num_tokens]
     assert EOS not in cut.groups[0].response_ids[0]
@@ -209,20 +204,20 @@ def test_nothing_is_cut_without_being_asked_for_and_counted(tmp_path: Path) -> N
 def test_bad_rows_are_raised_or_counted(tmp_path: Path) -> None:
     file = write(tmp_path, {"text": "a"}, {"text": 3}, {"text": "b"})
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: column 'text'"):
-        load_sft(file, make_tokenizer(), max_length=99)
-    report = load_sft(file, make_tokenizer(), max_length=99, on_bad_row="skip").report
+        load_examples(file, "sft", make_tokenizer(), max_length=99)
+    report = load_examples(file, "sft", make_tokenizer(), max_length=99, on_bad_row="skip").report
     assert (report.num_rows, report.num_used, len(report.faults)) == (3, 2, 1)
 
 
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     file = write(tmp_path, {"text": 3})
     with pytest.raises(ValueError, match="no row is left"):
-        load_sft(file, make_tokenizer(), max_length=99, on_bad_row="skip")
+        load_examples(file, "sft", make_tokenizer(), max_length=99, on_bad_row="skip")
 
 
 def test_repeated_rows_are_counted(tmp_path: Path) -> None:
     file = write(tmp_path, {"text": "a"}, {"text": "b"}, {"text": "a"})
-    assert load_sft(file, make_tokenizer(), max_length=99).report.num_duplicates == 1
+    assert load_examples(file, "sft", make_tokenizer(), max_length=99).report.num_duplicates == 1
 
 
 BAD = {"role": "assistant", "content": "no"}
@@ -238,7 +233,7 @@ def test_a_key_of_a_message_keeps_it_from_being_learned(
 ) -> None:
     tokenizer = make_tokenizer(chat_template=template)
     rows = [{"messages": [USER, {**BAD, **mark}, *LATER]} for mark in ({}, key)]
-    data = load_sft(write(tmp_path, *rows), tokenizer, max_length=99)
+    data = load_examples(write(tmp_path, *rows), "sft", tokenizer, max_length=99)
     both, one = data.groups
     assert "no" in tokenizer.decode(learned(both))
     assert tokenizer.decode(learned(one)).replace("</think>", "") == "yes<|im_end|>"
@@ -246,7 +241,7 @@ def test_a_key_of_a_message_keeps_it_from_being_learned(
     (line,) = data.report.log_lines()
     assert line.endswith("1 answers are not learned, by a key of the message")
     last = {"messages": [USER, YES, LATER[0], {**BAD, **key}]}
-    (group,) = load_sft(write(tmp_path, last), tokenizer, max_length=99).groups
+    (group,) = load_examples(write(tmp_path, last), "sft", tokenizer, max_length=99).groups
     assert "no" not in tokenizer.decode(learned(group))
     assert "yes" in tokenizer.decode(learned(group))
 
@@ -268,13 +263,13 @@ def test_a_key_that_cannot_be_honoured_is_refused_by_row(
     tokenizer = make_tokenizer(chat_template=CHATML)
     file = write(tmp_path, {"messages": [USER, YES]}, {"messages": [USER, message]})
     with pytest.raises(ValueError, match=rf"rows\.jsonl:2.*{expected}"):
-        load_sft(file, tokenizer, max_length=99)
+        load_examples(file, "sft", tokenizer, max_length=99)
     pairs = {"prompt": [{**USER, "weight": 1}], "chosen": [YES], "rejected": [BAD]}
     with pytest.raises(ValueError, match="only messages of the assistant are learned"):
-        load_preferences(write(tmp_path, pairs), tokenizer, max_length=99)
+        load_examples(write(tmp_path, pairs), "preference", tokenizer, max_length=99)
     pairs = {"prompt": [USER], "chosen": [{**YES, "weight": 0}], "rejected": [BAD]}
     with pytest.raises(ValueError, match="not supported in a comparison"):
-        load_preferences(write(tmp_path, pairs), tokenizer, max_length=99)
+        load_examples(write(tmp_path, pairs), "preference", tokenizer, max_length=99)
 
 
 def test_keys_of_messages_that_nothing_uses_are_counted(
@@ -299,7 +294,7 @@ def test_a_templates_date_is_the_clocks(tmp_path: Path) -> None:
     prints = []
     for moment in (datetime(2026, 11, 29), datetime(2026, 11, 30), datetime(2026, 11, 29)):
         with template_clock(moment):
-            data = load_sft(file, tokenizer, max_length=99)
+            data = load_examples(file, "sft", tokenizer, max_length=99)
         prints.append(data.fingerprint)
         assert f"{moment:%d %b %Y}" in tokenizer.decode(data.groups[0].prompt_ids)
     assert prints[0] == prints[2] != prints[1]
@@ -329,5 +324,5 @@ def test_a_template_that_fails_in_any_way_refuses_the_row_in_one_line(
     monkeypatch.setattr(tokenizer_module, "MAX_RENDER_SECONDS", 0.1)
     file = write(tmp_path, {"messages": [{**USER, "content": "a\x1b[2J\u202e"}, YES]})
     with pytest.raises(ValueError, match=rf"rows\.jsonl:1: .*{expected}") as found:
-        load_sft(file, with_template(template), max_length=99)
+        load_examples(file, "sft", with_template(template), max_length=99)
     assert str(found.value).isprintable()

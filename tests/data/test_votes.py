@@ -8,7 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from fastalign.data import Votes, load_preferences
+from fastalign.data.examples import Votes
+from fastalign.data.load import load_examples
 from tests.tokenizers import make_tokenizer
 
 BASE = {"prompt": "a b", "response_a": " yes", "response_b": " no"}
@@ -20,7 +21,9 @@ def compared(label: str, votes: Any) -> dict[str, Any]:
 
 def load(path: Path, rows: list[dict[str, Any]], **options: Any) -> Any:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return load_preferences(path, make_tokenizer(), max_length=64, ties="keep", **options)
+    return load_examples(
+        path, "preference", make_tokenizer(), max_length=64, ties="keep", **options
+    )
 
 
 def test_votes_follow_their_response(tmp_path: Path) -> None:
@@ -56,7 +59,7 @@ def test_votes_in_parquet_are_read(tmp_path: Path) -> None:
         {**{k: [v] for k, v in BASE.items()}, "label": ["b"], "votes": [{"a": 1, "b": 4, "tie": 0}]}
     )
     pyarrow.parquet.write_table(table, tmp_path / "pairs.parquet")
-    data = load_preferences(tmp_path / "pairs.parquet", make_tokenizer(), max_length=64)
+    data = load_examples(tmp_path / "pairs.parquet", "preference", make_tokenizer(), max_length=64)
     assert data.votes == [Votes(4, 1, 0)]
 
 
@@ -89,7 +92,7 @@ def test_bad_votes_are_named_by_file_line_and_column(name: str, tmp_path: Path) 
 def test_votes_in_csv_are_refused_unless_empty(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
     path.write_text("prompt,response_a,response_b,label,votes\na b, yes, no,a,\n")
-    assert load_preferences(path, make_tokenizer(), max_length=64).votes == [None]
+    assert load_examples(path, "preference", make_tokenizer(), max_length=64).votes == [None]
     path.write_text('prompt,response_a,response_b,label,votes\na b, yes, no,a,"{""a"": 3}"\n')
     with pytest.raises(ValueError, match=r"csv:2: column 'votes': .*CSV cannot hold objects"):
-        load_preferences(path, make_tokenizer(), max_length=64)
+        load_examples(path, "preference", make_tokenizer(), max_length=64)

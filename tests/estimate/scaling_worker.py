@@ -14,13 +14,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from fastalign.compute import Compute
-from fastalign.models import attention, disable_dropout
+from fastalign.models import attention
+from fastalign.models.architecture import disable_dropout
 from fastalign.ranks.config import ParallelConfig
 from fastalign.ranks.parallel import part_from_ranks
 from fastalign.ranks.world import World
 from fastalign.runs.accumulate import measure_examples
 from fastalign.runs.config import OptimConfig, TrainConfig
-from fastalign.runs.load_models import checkpoint_activations, share
+from fastalign.runs.load import checkpoint_activations, share
 from fastalign.runs.open import make_compute
 from fastalign.runs.state import TrainState, make_optimizer, optimiser_step
 from fastalign.trainers.sft import sft_gradient

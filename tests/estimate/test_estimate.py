@@ -93,7 +93,7 @@ def test_the_estimate_is_near_the_peak(name: str, large: Path, tmp_path: Path) -
 
 
 def test_weights_gradients_and_states_are_exact(folder: Path) -> None:
-    from fastalign.models import load_policy
+    from fastalign.models.load import load_policy
 
     found = estimate_run(sft_config(folder, "run", tokens_per_batch=20))
     model = load_policy(folder / "llama")
@@ -165,9 +165,9 @@ def test_nf4_takes_what_bitsandbytes_allocates(kind: str, folder: Path) -> None:
     pytest.importorskip("bitsandbytes")
     from dataclasses import replace
 
-    from fastalign.models import save_model
+    from fastalign.models.load import save_model
     from fastalign.runs.config import LoraConfig, ModelConfig
-    from fastalign.runs.load_models import load_for_training
+    from fastalign.runs.load import load_for_training
     from fastalign.runs.open import make_compute
 
     save_model(tiny_model(kind, vocab_size=320), make_tokenizer(), folder / kind)
@@ -220,7 +220,9 @@ def test_what_a_run_refuses_of_precisions_is_refused(folder: Path) -> None:
 def test_full_training_from_an_adapter_is_that_of_its_base(folder: Path) -> None:
     from dataclasses import replace
 
-    from fastalign.models import add_adapter, load_policy, save_adapter
+    from fastalign.models.load import load_policy
+    from fastalign.models.lora import add_adapter
+    from fastalign.models.lora_files import save_adapter
     from fastalign.runs.config import ModelConfig
 
     config = sft_config(folder, "run")

@@ -9,10 +9,20 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from fastalign.cli.estimate import as_record
 from fastalign.cli.main import main
-from fastalign.estimate.ranks import ModelWeights, Sharing, gathered, kept, reducing, weights_of
+from fastalign.compute import Compute
+from fastalign.estimate.ranks import (
+    ModelWeights,
+    gathered,
+    kept,
+    reducing,
+    shard_size,
+    weights_of,
+)
 from fastalign.estimate.run import estimate_run
 from fastalign.ranks.config import ParallelConfig
+from fastalign.ranks.world import World
 from tests.estimate import scaling_worker
 from tests.estimate.scaling_cases import CASES, HEAVY, PEAKS, Case
 from tests.rank_processes import run
@@ -33,8 +43,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Found:
     }
 
 
-def sharing_of(case: Case, ranks: int) -> Sharing:
-    return Sharing(ranks, 2 if case.precision == "bf16" else 4, ParallelConfig(**case.settings))
+def shared_by(
+    ranks: int, dtype: torch.dtype = torch.float32, parallel: ParallelConfig | None = None
+) -> Compute:
+    return Compute(dtype=dtype, world=World(size=ranks), parallel=parallel or ParallelConfig())
+
+
+def sharing_of(case: Case, ranks: int) -> Compute:
+    dtype = torch.bfloat16 if case.precision == "bf16" else torch.float32
+    return shared_by(ranks, dtype, ParallelConfig(**case.settings))
 
 
 def model_of(case: Case) -> ModelWeights:
@@ -61,7 +78,7 @@ def test_the_fullest_moment_of_shards_is_below_ddps_and_within_the_bound(
     with torch.device("meta"):
         model = weights_of(LlamaForCausalLM(LlamaConfig(**HEAVY)))
     peaks = {name: found[ranks][0][f"peak, {name}"]["peak"] for name in PEAKS}
-    activations = peaks["ddp"] - kept(model, Sharing(ranks, 4)).total
+    activations = peaks["ddp"] - kept(model, shared_by(ranks)).total
     assert 0 < activations < 0.01 * peaks["ddp"]
     for name in PEAKS.keys() - {"ddp"}:
         sharing = sharing_of(PEAKS[name], ranks)
@@ -69,22 +86,23 @@ def test_the_fullest_moment_of_shards_is_below_ddps_and_within_the_bound(
         most = own + gathered(model, sharing) + reducing(model, sharing)
         assert own < peaks[name] < most + activations, name
     assert peaks["fsdp"] < 1.5 * peaks["ddp"] / ranks
-    layers = sum(4 * weight.size for layer in model.layers for weight in layer)
+    layers = sum(4 * weight.numel() for layer in model.layers for weight in layer)
     assert peaks["fsdp, gathered"] > peaks["fsdp"] + 0.25 * layers
 
 
 def test_settings_change_what_they_say() -> None:
     model = weights_of(tiny_model("llama"))
 
-    def of(**settings: Any) -> Sharing:
-        return Sharing(2, 2, ParallelConfig(strategy="fsdp", **settings))
+    def of(**settings: Any) -> Compute:
+        return shared_by(2, torch.bfloat16, ParallelConfig(strategy="fsdp", **settings))
 
     plain, open_, late = of(), of(reshard_after_forward=False), of(no_sync=True)
     assert gathered(model, open_) == gathered(model, plain, whole=True) > gathered(model, plain)
     assert kept(model, late, batches=1) == kept(model, plain, batches=3)
     more = kept(model, late, batches=3).gradients - kept(model, plain).gradients
-    assert more == 4 * sum(weight.size - weight.part(2) for weight in model.all)
-    assert gathered(model, Sharing(2, 2)) == reducing(model, Sharing(2, 2)) == 0
+    assert more == 4 * sum(weight.numel() - shard_size(weight, 2) for weight in model.all)
+    ddp = shared_by(2, torch.bfloat16)
+    assert gathered(model, ddp) == reducing(model, ddp) == 0
     frozen = weights_of(tiny_model("llama").requires_grad_(False))
     assert kept(frozen, plain).total == kept(frozen, plain).weights
     assert reducing(frozen, plain) == 0
@@ -93,17 +111,17 @@ def test_settings_change_what_they_say() -> None:
 def test_a_runs_estimate_knows_its_ranks(folder: Path) -> None:
     config = dpo_config(folder, "run", tokens_per_batch=40)
     alone, ddp = estimate_run(config), estimate_run(config, 2)
-    assert ddp.shared is not None
-    assert ddp.shared.batches == -(-ddp.num_batches // 2)
+    assert ddp.ranks == 2
+    assert as_record(ddp)["batches_of_a_rank"] == -(-ddp.num_batches // 2) > 1
     step, one = ddp.phases["training step"], alone.phases["training step"]
     assert (step.weights, step.states, step.buckets) == (one.weights, one.states, one.states // 2)
     config = replace(config, parallel=ParallelConfig(strategy="fsdp"))
     fsdp = estimate_run(config, 2)
-    assert fsdp.shared is not None
+    assert fsdp.ranks == 2
     model = weights_of(tiny_model("llama", vocab_size=320))
-    sharing = Sharing(2, 4, config.parallel)
+    sharing = shared_by(2, parallel=config.parallel)
     own, step = kept(model, sharing), fsdp.phases["training step"]
-    buffers = one.weights - kept(model, Sharing(1, 4)).weights
+    buffers = one.weights - kept(model, shared_by(1)).weights
     assert (step.weights, step.gradients) == (own.weights + buffers, own.gradients)
     assert (step.states, step.gathered) == (own.states, gathered(model, sharing))
     other = replace(config, reference=replace(config.reference, path=config.model.path))

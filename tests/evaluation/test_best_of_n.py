@@ -5,7 +5,7 @@ from itertools import combinations
 
 import pytest
 
-from fastalign.evaluation import best_of_n, best_of_n_kl_bound, best_of_n_reward
+from fastalign.evaluation.measures import best_of_n, best_of_n_kl_bound, best_of_n_reward
 
 REWARDS = [3.0, -1.0, 2.0, 2.0, 5.0, 0.5]
 SCORES = [1.0, 1.0, 4.0, 0.0, 1.0, 4.0]  # what chooses: ties among the best and in the middle

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fastalign.data import Message
+from fastalign.data.conversation import Message
 from fastalign.evaluation.judge import chat_endpoint
 from fastalign.evaluation.judge.chat_endpoint import ChatEndpoint, EndpointConfig
 from fastalign.evaluation.judge.judge import (

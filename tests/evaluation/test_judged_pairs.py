@@ -5,9 +5,16 @@ import math
 import pytest
 import torch
 
-from fastalign.evaluation import BagOfWordsBaseline, JudgedPairs, longer_wins, pair_measures
-from fastalign.evaluation import with_tie_rate as tied
-from fastalign.evaluation.judged_pairs import calibration_bins, calibration_error, length_bins
+from fastalign.evaluation.judged_pairs import (
+    JudgedPairs,
+    calibration_bins,
+    calibration_error,
+    length_bins,
+    pair_measures,
+    wins,
+)
+from fastalign.evaluation.judged_pairs import with_tie_rate as tied
+from fastalign.evaluation.pair_baselines import BagOfWordsBaseline
 
 
 def judged(
@@ -115,7 +122,7 @@ def test_a_tie_rate_leaves_probabilities_that_add_up_to_one() -> None:
 
 
 def test_the_longer_response_wins() -> None:
-    assert longer_wins(torch.tensor([[5, 4], [4, 5], [3, 3]])).tolist() == [1, 0, 0.5]
+    assert wins(torch.tensor([5 - 4, 4 - 5, 3 - 3])).tolist() == [1, 0, 0.5]
 
 
 def test_a_bag_of_words_is_logistic_regression_on_differences_of_counts() -> None:

@@ -13,17 +13,11 @@ import torch
 
 from fastalign.batch.packed import Group
 from fastalign.compute import Compute
-from fastalign.evaluation import (
-    BagOfWordsReward,
-    apply_reward,
-    estimate,
-    estimate_of_groups,
-    load_reward,
-    mean_margin,
-    preference_accuracy,
-    sampled_kl,
-)
-from fastalign.models import save_model, sequence_logprobs
+from fastalign.evaluation.measures import mean_margin, preference_accuracy, sampled_kl
+from fastalign.evaluation.rewards import BagOfWordsReward, apply_reward, load_reward
+from fastalign.evaluation.statistics import estimate, estimate_of_groups
+from fastalign.models.forward import sequence_logprobs
+from fastalign.models.load import save_model
 from fastalign.ranks.world import UserCodeFailed
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer

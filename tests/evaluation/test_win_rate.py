@@ -5,16 +5,15 @@ import math
 import pytest
 import torch
 
-from fastalign.data import Message
-from fastalign.evaluation import (
+from fastalign.data.conversation import Message
+from fastalign.evaluation.statistics import share_interval, wilson_interval
+from fastalign.evaluation.win_rate import (
     AnswerPair,
     Judged,
     judge_by_reward,
     pair_answers,
-    share_interval,
     win_rate,
 )
-from fastalign.evaluation.statistics import wilson_interval
 
 CHAT = (Message("user", "Well?"),)
 

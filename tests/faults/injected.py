@@ -16,7 +16,7 @@ from fastalign.runs import open as opening
 from fastalign.runs.checkpoint.writer import CheckpointWriter, ShardWriter
 from fastalign.trainers.dpo import reference
 from fastalign.trainers.dpo import train as dpo
-from fastalign.trainers.ppo import update
+from fastalign.trainers.ppo import train as ppo_train
 from fastalign.trainers.sampling.policy_sampler import PolicySampler
 from tests import rank_processes as ranks
 from tests.runs.checkpoint.checkpoint_killer import kill_before
@@ -144,13 +144,13 @@ class FarApart:
     rank: int | None = 0
 
     def install(self) -> None:
-        plain = update.ppo_loss_fn
+        plain = ppo_train.ppo_loss_fn
 
         def apart(old_logprob: Any, *arguments: Any, **options: Any) -> Any:
             lower = self.by if NOW.step == self.step else 0.0
             return plain(old_logprob - lower, *arguments, **options)
 
-        setattr(update, "ppo_loss_fn", apart)  # noqa: B010
+        setattr(ppo_train, "ppo_loss_fn", apart)  # noqa: B010
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import yaml
 
 from fastalign.cli.main import main
 from fastalign.data import tokenizer as tokenizers
-from fastalign.models import save_model
+from fastalign.models.load import save_model
 from tests.faults.real import HEARD, Stage
 from tests.faults.table import ALONE, Place, fault
 from tests.small_runs import write_rows

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from safetensors.torch import load_file
 
-from fastalign.models import save_model
+from fastalign.models.load import save_model
 from tests.faults.real import Stage, assert_same_bits, contents
 from tests.faults.table import ALONE, DDP, Place, fault
 from tests.small_runs import write_rows

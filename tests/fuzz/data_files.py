@@ -23,7 +23,7 @@ import pyarrow
 import pyarrow.parquet
 
 from fastalign.cli.data import CheckConfig, check
-from fastalign.data import load_prompts
+from fastalign.data.load import load_prompts
 from tests.tokenizers import make_tokenizer
 
 Rows = list[dict[str, Any]]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.models.attention import ScoreForm
+from fastalign.models.attention.segments import ScoreForm
 from fastalign.models.attention.varlen import Bounds
 
 

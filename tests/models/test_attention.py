@@ -13,11 +13,12 @@ from torch.nn.attention.varlen import varlen_attn
 
 from fastalign.batch.packed import Group, pack
 from fastalign.compute import Compute
-from fastalign.models import attention, response_logprob
-from fastalign.models.attention import ScoreForm, choice, flex, varlen
+from fastalign.models import attention
+from fastalign.models.attention import choice, flex, varlen
 from fastalign.models.attention.blocks import assign_blocks
 from fastalign.models.attention.rows import Gather, ranges
-from fastalign.models.attention.segments import row_segments
+from fastalign.models.attention.segments import ScoreForm, row_segments
+from fastalign.models.forward import response_logprob
 from tests.models.attention_reference import flex_reference, varlen_reference
 from tests.models.test_exactness import gradients, random_groups
 from tests.tiny import tiny_model

@@ -12,7 +12,8 @@ from torch._dynamo.utils import counters
 
 from fastalign.batch.packed import Group, PackedBatch, pack
 from fastalign.compute import Compute
-from fastalign.models import compile_layers, response_logprob
+from fastalign.models.forward import response_logprob
+from fastalign.models.layers import compile_layers
 from tests.tiny import SETTINGS, tiny_model
 
 # torch._dynamo asks tensors for their gradient, and hides the warning only as it is shown.

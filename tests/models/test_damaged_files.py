@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import LlavaConfig
 
 from fastalign.compute import Compute
-from fastalign.data import eos_token_ids, load_tokenizer
-from fastalign.models import load_policy, load_reward_model, save_adapter, save_model
+from fastalign.data.tokenizer import eos_token_ids, load_tokenizer
+from fastalign.models.load import load_policy, load_reward_model, save_model
+from fastalign.models.lora_files import save_adapter
 from tests.tiny import put_adapter, tiny_model, tiny_reward_model
 from tests.tokenizers import make_tokenizer
 

@@ -8,7 +8,7 @@ import torch
 
 from fastalign.batch.packed import Group, pack
 from fastalign.compute import PACKINGS, Compute
-from fastalign.models import hidden_and_head, response_logprob
+from fastalign.models.forward import hidden_and_head, response_logprob
 from tests.tiny import SETTINGS, tiny_model
 
 ARCHITECTURES = sorted(SETTINGS)

@@ -11,17 +11,10 @@ from transformers import BloomConfig, CohereConfig, CohereForCausalLM, LlamaConf
 
 from fastalign.batch.packed import Group, pack
 from fastalign.compute import Compute
-from fastalign.models import (
-    check_packable,
-    hidden_and_head,
-    lm_head,
-    load_policy,
-    load_reward_model,
-    response_logprob,
-    save_model,
-    set_save_dtype,
-)
-from fastalign.models.head import check_head
+from fastalign.models.architecture import check_packable
+from fastalign.models.forward import hidden_and_head, response_logprob
+from fastalign.models.head import check_head, lm_head
+from fastalign.models.load import load_policy, load_reward_model, save_model, set_save_dtype
 from tests.tiny import tiny_model, tiny_reward_model
 from tests.tokenizers import make_tokenizer
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, CohereConfig, LlamaForTokenClassification
 
-from fastalign.models import load_policy, load_reward_model
+from fastalign.models.load import load_policy, load_reward_model
 from tests.tiny import tiny_model, tiny_reward_model
 
 

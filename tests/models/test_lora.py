@@ -9,15 +9,9 @@ from torch import Tensor
 
 from fastalign.batch.packed import Group, pack
 from fastalign.compute import PACKINGS, Compute
-from fastalign.models import (
-    adapter_off,
-    add_adapter,
-    hidden_and_head,
-    lm_head,
-    merge_adapter,
-    response_logprob,
-)
-from fastalign.models.head import check_head
+from fastalign.models.forward import hidden_and_head, response_logprob
+from fastalign.models.head import check_head, lm_head
+from fastalign.models.lora import adapter_off, add_adapter, merge_adapter
 from tests.models.test_exactness import one_at_a_time, random_groups
 from tests.tiny import put_adapter, tiny_model
 from tests.tolerance import assert_no_worse

@@ -14,14 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from fastalign.batch.packed import pack
 from fastalign.compute import Compute
-from fastalign.models import (
-    load_policy,
-    merge_adapter,
-    response_logprob,
-    save_adapter,
-    save_model,
-)
-from fastalign.models.lora import quiet_peft
+from fastalign.models.forward import response_logprob
+from fastalign.models.load import load_policy, save_model
+from fastalign.models.lora import merge_adapter, quiet_peft
+from fastalign.models.lora_files import save_adapter
 from tests.models.test_exactness import one_at_a_time, random_groups
 from tests.tiny import put_adapter, tiny_model
 from tests.tokenizers import make_tokenizer

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from fastalign.batch.packed import pack
 from fastalign.compute import Compute
-from fastalign.models import load_policy, merge_adapter, model_fingerprint, response_logprob
+from fastalign.models.forward import response_logprob
+from fastalign.models.load import load_policy, model_fingerprint
+from fastalign.models.lora import merge_adapter
 from fastalign.models.low_bit import dense_layer, is_quantised
 from tests.models.test_exactness import random_groups
 from tests.tiny import put_adapter, tiny_model

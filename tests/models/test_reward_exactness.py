@@ -10,14 +10,10 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastalign.batch.packed import Group, pack
 from fastalign.compute import PACKINGS, Compute
-from fastalign.data import use_distinct_pad
-from fastalign.models import (
-    attention,
-    load_reward_model,
-    response_reward,
-    save_reward_model,
-    set_pad_token,
-)
+from fastalign.data.tokenizer import use_distinct_pad
+from fastalign.models import attention
+from fastalign.models.load import load_reward_model, save_reward_model
+from fastalign.models.reward import response_reward, set_pad_token
 from tests.models.test_exactness import ARCHITECTURES, gradients, random_groups
 from tests.tiny import tiny_model, tiny_reward_model
 from tests.tokenizers import make_tokenizer

@@ -18,10 +18,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from fastalign.cli.main import main
-from fastalign.data import load_sft, load_tokenizer
 from fastalign.data.conversation import Message
-from fastalign.data.tokenizer import chat_template
-from fastalign.models import load_policy, load_reward_model, read_config, save_model
+from fastalign.data.load import load_examples
+from fastalign.data.tokenizer import chat_template, load_tokenizer
+from fastalign.models.load import load_policy, load_reward_model, read_config, save_model
 from fastalign.trainers import train_dpo, train_sft
 from tests.small_runs import _one_thread, dpo_config, folder, sft_config, write_rows
 from tests.tokenizers import make_tokenizer
@@ -174,14 +174,14 @@ def test_code_and_pickles_beside_data_are_not_run(
     monkeypatch.chdir(folder)
     for source in ("owner/data", str(data)):
         with pytest.raises(ValueError, match=r"holds no \.jsonl"):
-            load_sft(source, make_tokenizer(), max_length=64)
+            load_examples(source, "sft", make_tokenizer(), max_length=64)
         with pytest.raises(ValueError, match="expected a name that ends in"):
-            load_sft(f"{source}/data.py", make_tokenizer(), max_length=64)
+            load_examples(f"{source}/data.py", "sft", make_tokenizer(), max_length=64)
     write_rows(data / "rows.jsonl", [{"text": "The menu"}])
-    assert len(load_sft("owner/data", make_tokenizer(), max_length=64).groups) == 1
+    assert len(load_examples("owner/data", "sft", make_tokenizer(), max_length=64).groups) == 1
     shutil.copy(data / "data.pkl", data / "rows.parquet")
     with pytest.raises(ValueError, match="rows"):
-        load_sft(data, make_tokenizer(), max_length=64)
+        load_examples(data, "sft", make_tokenizer(), max_length=64)
     assert not mark.exists()
 
 

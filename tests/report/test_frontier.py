@@ -10,8 +10,13 @@ import yaml
 
 from fastalign.cli.main import main
 from fastalign.evaluation.statistics import estimate
-from fastalign.report.frontier import frontier_points, read_frontier
-from fastalign.report.frontier_page import draw_frontier, find_origin, frontier_table
+from fastalign.report.frontier import (
+    draw_frontier,
+    find_origin,
+    frontier_points,
+    frontier_table,
+    read_frontier,
+)
 
 
 def put(

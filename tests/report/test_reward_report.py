@@ -10,7 +10,6 @@ import pytest
 import yaml
 from matplotlib.figure import Figure
 
-from fastalign.report import pictures
 from fastalign.report.page import render
 from fastalign.report.reward import REWARD_COLUMNS, accuracy_by_length, reliability, reward_table
 from fastalign.report.runs import RunRecord, read_run
@@ -99,7 +98,7 @@ def lines_of(picture: Any, runs: list[RunRecord], monkeypatch: pytest.MonkeyPatc
         figure.savefig(stream := io.BytesIO(), format="png")
         return base64.b64encode(stream.getvalue()).decode()
 
-    monkeypatch.setattr(pictures, "as_data_uri", keep)
+    monkeypatch.setattr("fastalign.report.reward.as_data_uri", keep)
     picture(runs)
     (axes,) = drawn[0].axes
     labels = axes.get_legend_handles_labels()[1]

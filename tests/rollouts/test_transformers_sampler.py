@@ -8,7 +8,7 @@ import torch
 
 from fastalign.batch.packed import Group
 from fastalign.compute import Compute
-from fastalign.models import sequence_logprobs
+from fastalign.models.forward import sequence_logprobs
 from fastalign.rollouts import SamplingParams, TransformersSampler
 from tests.tiny import tiny_model
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastalign.models import merge_adapter
+from fastalign.models.lora import merge_adapter
 from fastalign.rollouts import (
     SamplerFailed,
     SamplingParams,

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from fastalign.models import save_model
+from fastalign.models.load import save_model
 from fastalign.runs.config import RunConfig
 from fastalign.runs.inputs import changed_inputs
 from fastalign.trainers import RewardSourceConfig, train_ppo, train_reward, train_sft

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from fastalign.cli.main import main
-from fastalign.models import save_model
+from fastalign.models.load import save_model
 from fastalign.trainers import train_ppo, train_sft
 from tests.small_runs import ppo_config, sft_config
 from tests.tokenizers import make_tokenizer

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastalign.models import save_model
+from fastalign.models.load import save_model
 from fastalign.runs import folder as run_folder
 from fastalign.runs.checkpoint.files import list_checkpoints
 from fastalign.trainers import train_dpo, train_ppo, train_reward, train_sft

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastalign.models import compile_layers, save_model
-from fastalign.runs import load_models, loop
+from fastalign.models.layers import compile_layers
+from fastalign.models.load import save_model
+from fastalign.runs import load, loop
 from fastalign.runs.config import OptimConfig, TrainConfig
 from fastalign.runs.open import make_compute
 from fastalign.runs.state import learning_rate
@@ -45,7 +46,7 @@ def test_gradient_checkpointing_changes_nothing(folder: Path) -> None:
 def test_compiled_layers_change_nothing_and_resume(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load_models, "compile_layers", partial(compile_layers, backend="eager"))
+    monkeypatch.setattr(load, "compile_layers", partial(compile_layers, backend="eager"))
     torch._dynamo.reset()
     counters.clear()
     for run, stop in (("plain", None), ("compiled", None), ("stopped", 1)):
@@ -277,7 +278,7 @@ def test_another_model_may_be_the_reference_if_its_tokens_are_the_same(folder: P
     tokenizer = make_tokenizer(prefix_space=True)
     save_model(tiny_model("llama", vocab_size=320), tokenizer, folder / "foreign")
     config = dpo_config(folder, "refused")
-    with pytest.raises(ValueError, match=r"reference\.path: expected the vocabulary of the policy"):
+    with pytest.raises(ValueError, match=r"reference\.path: expected the policy's tokens"):
         train_dpo(
             replace(config, reference=replace(config.reference, path=str(folder / "foreign")))
         )

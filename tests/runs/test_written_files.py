@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, LogitsProcessor
 from fastalign import trainers, written_files
 from fastalign.cli.algorithms import ALGORITHMS
 from fastalign.cli.main import main
-from fastalign.data import eos_token_ids, load_tokenizer
+from fastalign.data.tokenizer import eos_token_ids, load_tokenizer
 from fastalign.runs.config import LoraConfig
 from fastalign.written_files import (
     MANIFEST,

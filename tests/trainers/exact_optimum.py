@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from fastalign.batch.packed import Group
 from fastalign.compute import Compute
-from fastalign.models import sequence_logprobs
+from fastalign.models.forward import sequence_logprobs
 from tests.tiny import tiny_model
 
 WORDS = {"a": 0, "b": 1, "c": 3}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastalign import losses
 from fastalign.batch.packed import PackedBatch, pack
-from fastalign.models import load_policy, save_model
+from fastalign.models.load import load_policy, save_model
 from fastalign.ops import LossFunction, TokenChunk
 from fastalign.ops.segments import segment_sum
 from fastalign.rollouts import SamplingParams

@@ -13,18 +13,14 @@ from transformers import AutoModelForCausalLM
 
 from fastalign.batch.packed import pack
 from fastalign.compute import Compute
-from fastalign.data import load_tokenizer
+from fastalign.data.tokenizer import load_tokenizer
 from fastalign.losses.chunk_losses import sft_loss_fn
-from fastalign.models import (
-    load_policy,
-    load_reward_model,
-    response_logprob,
-    save_model,
-)
+from fastalign.models.forward import response_logprob
+from fastalign.models.load import load_policy, load_reward_model, save_model
 from fastalign.models.lora import quiet_peft
 from fastalign.runs.accumulate import policy_loss
 from fastalign.runs.config import LoraConfig, TrainConfig
-from fastalign.runs.data import load_data
+from fastalign.runs.load import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import PreferenceDataConfig, RewardConfig, train_dpo, train_sft
 from tests.models.test_exactness import random_groups

@@ -22,19 +22,18 @@ from fastalign.cli.answers.sampling import (
 )
 from fastalign.cli.config_parse import parse_flags
 from fastalign.compute import Compute, Packing, require_finite
-from fastalign.data import Tokenizer, check_same_vocabulary, load_preferences
-from fastalign.evaluation import (
-    apply_reward,
+from fastalign.data.load import load_examples
+from fastalign.data.tokenizer import Tokenizer, check_same_vocabulary
+from fastalign.evaluation.measures import (
     best_of_n,
     best_of_n_kl_bound,
-    estimate_of_groups,
-    load_reward,
     mean_margin,
     preference_accuracy,
     sampled_kl,
-    summary,
 )
-from fastalign.models import sequence_logprobs
+from fastalign.evaluation.rewards import apply_reward, load_reward
+from fastalign.evaluation.statistics import estimate_of_groups, summary
+from fastalign.models.forward import sequence_logprobs
 from fastalign.written_files import check_file, input_paths, write_file
 
 SAMPLES = "samples.jsonl"  # beside the result
@@ -93,15 +92,15 @@ def judge_pairs(
 ) -> dict[str, float | int]:
     """Return the accuracy and the margin of the implicit reward."""
     assert config.data.pairs is not None
-    data = load_preferences(
+    data = load_examples(
         config.data.pairs,
+        "preference",
         tokenizer,
         max_length=config.data.max_length,
         ties="drop",
         advice="raise --data.max-length",
     )
-    for line in data.report.log_lines():
-        print(line, flush=True)
+    data.report.print_losses()
     compute = config.model.compute(config.packing)
     policy_logprob = finite_logprobs(policy, data.groups, compute)
     reference_logprob = finite_logprobs(reference, data.groups, compute)
@@ -151,11 +150,7 @@ def judge_samples(
 
 
 def finite_logprobs(model: Any, groups: Sequence[Group], compute: Compute) -> list[Tensor]:
-    """Return `sequence_logprobs`.
-
-    Raises:
-        ValueError: if one is not finite.
-    """
+    """Return `sequence_logprobs`; raise ValueError if one is not finite."""
     found = sequence_logprobs(model, groups, compute)
     require_finite(torch.cat(found), f"log-probs under {model.name_or_path}")
     return found
@@ -184,11 +179,7 @@ def judge_best_of(
 
 
 def check(config: EvalConfig) -> None:
-    """Check that the settings measure something, and on samples of the policy itself.
-
-    Raises:
-        ValueError: if they do not; the message names the setting.
-    """
+    """Raise ValueError unless the settings measure something, on samples of the policy itself."""
     if config.data.prompts is None and config.data.pairs is None:
         raise ValueError("data: expected data.prompts or data.pairs, got neither")
     if config.reward is not None and config.data.prompts is None:

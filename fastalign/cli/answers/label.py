@@ -6,8 +6,10 @@ from typing import Any, Literal
 
 from fastalign.cli.answers.sampling import as_lines
 from fastalign.cli.config_parse import parse_flags
-from fastalign.data import Content, content_as_json, load_samples
-from fastalign.evaluation import apply_reward, load_reward
+from fastalign.data.conversation import content_as_json
+from fastalign.data.examples import Content
+from fastalign.data.read import load_samples
+from fastalign.evaluation.rewards import apply_reward, load_reward
 from fastalign.written_files import check_file, input_paths, write_file
 
 

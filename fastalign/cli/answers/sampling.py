@@ -10,17 +10,17 @@ from typing import Any
 import torch
 
 from fastalign.compute import Compute, Packing, find_device
-from fastalign.data import (
-    PromptDataset,
+from fastalign.data.conversation import content_as_json
+from fastalign.data.load import PromptDataset, load_prompts
+from fastalign.data.tokenizer import (
     Tokenizer,
-    content_as_json,
     eos_token_ids,
     foreign_ids_line,
-    load_prompts,
     load_tokenizer,
     num_foreign_ids,
 )
-from fastalign.models import adapter_rank, load_policy
+from fastalign.models.load import load_policy
+from fastalign.models.lora import adapter_rank
 from fastalign.rollouts import (
     Completion,
     EngineSpec,
@@ -106,8 +106,7 @@ def read_prompts(
         )
     advice = f"the model has {limit} positions; shorten it, or lower --sampling.max-new-tokens"
     prompts = load_prompts(source, tokenizer, max_length=room, advice=advice)
-    for line in prompts.report.log_lines():
-        print(line, flush=True)
+    prompts.report.print_losses()
     return prompts
 
 
@@ -122,7 +121,7 @@ class Progress:
         self._done += count
         if count and (self._done == self._total or self._done - self._shown >= self._total / 5):
             self._shown = self._done
-            print(f"sampled {self._done} of {self._total}", flush=True)
+            print(f"sampled {self._done} of {self._total}")
 
     def restart(self) -> None:
         """Start again from 0, when all completions are drawn again."""
@@ -175,17 +174,12 @@ def sample(
     prompt_ids: Sequence[Sequence[int]],
     settings: SamplingConfig,
 ) -> list[list[Completion]]:
-    """Return completions of each prompt, printing the progress.
-
-    Raises:
-        ValueError: if `open_sampler` raises it, or the sampler refuses the settings.
-        SamplerFailed: if the engine fails, or computes with other weights than the model's.
-    """
+    """Return completions of each prompt, printing the progress."""
     with closing(open_sampler(source, model, tokenizer, prompt_ids, settings)) as sampler:
         found = sampler.generate(prompt_ids, settings.sampling, seed=settings.run.seed)
     number = num_foreign_ids(tokenizer, (a.token_ids for answers in found for a in answers))
     if number:
-        print(foreign_ids_line(tokenizer, number), flush=True)
+        print(foreign_ids_line(tokenizer, number))
     return found
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from fastalign.cli.answers.sampling import SampledModel, as_lines
 from fastalign.cli.config_parse import parse_flags
-from fastalign.data import read_samples
-from fastalign.evaluation import ModelReward, apply_reward
+from fastalign.data.read import read_samples
+from fastalign.evaluation.rewards import ModelReward, apply_reward
 from fastalign.written_files import check_file, input_paths, write_file
 
 

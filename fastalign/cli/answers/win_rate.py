@@ -17,7 +17,9 @@ from fastalign.cli.answers.sampling import (
 )
 from fastalign.cli.config_parse import parse_flags
 from fastalign.compute import Compute, find_device
-from fastalign.data import Content, content_as_json, load_samples
+from fastalign.data.conversation import content_as_json
+from fastalign.data.examples import Content
+from fastalign.data.read import load_samples
 from fastalign.evaluation.judge.chat_endpoint import ChatEndpoint, EndpointConfig
 from fastalign.evaluation.judge.judge import judge_by_endpoint, judge_statistics, read_template
 from fastalign.evaluation.rewards import load_reward
@@ -68,11 +70,7 @@ class WinRateConfig(SamplingConfig):
 
 
 def check(config: WinRateConfig) -> None:
-    """Check that each side has one source and that there is exactly one judge.
-
-    Raises:
-        ValueError: if not; the message names the setting.
-    """
+    """Raise ValueError unless each side has one source and there is exactly one judge."""
     for name, side in (("model", config.model), ("baseline", config.baseline)):
         if (side.path is None) == (side.samples is None):
             got = "neither" if side.path is None else "both"
@@ -110,7 +108,7 @@ def progress(judged: Iterator[Judged], total: int) -> Iterator[Judged]:
     for done, found in enumerate(judged, 1):
         if done == total or done - shown >= total / 5:
             shown = done
-            print(f"judged {done} of {total}", flush=True)
+            print(f"judged {done} of {total}")
         yield found
 
 
@@ -145,7 +143,7 @@ def removed_if_empty(path: Path) -> Iterator[None]:
         if path.stat().st_size == 0:
             path.unlink()
         else:
-            print(f"what was judged until here is in {path}", flush=True)
+            print(f"what was judged until here is in {path}")
         raise
 
 
@@ -188,7 +186,7 @@ def main(argv: Sequence[str]) -> int:
     else:
         template = read_template(config.judge.template)
         endpoint = ChatEndpoint(config.judge)
-        print(f"every pair is asked about in both orders:\n\n{template}", flush=True)
+        print(f"every pair is asked about in both orders:\n\n{template}")
         pairs = pair_answers(answers_of(config.model, config), answers_of(config.baseline, config))
         asked = judge_by_endpoint(endpoint, template, pairs, config.judge.concurrency)
         judged = write_verdicts(verdicts, pairs, progress(asked, len(pairs)), overwrite)

@@ -1,5 +1,6 @@
 """Rows and faults of a source (file, folder or hub name), whatever its format."""
 
+import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -39,7 +40,7 @@ def read_rows(
     if not text.strip():
         raise DataFault("data", "expected a file, a folder or a hub name, got an empty name")
     path = Path(text).expanduser()
-    if not _exists(path) and is_hub_name(text) and not _LOOKS_LOCAL.search(text):
+    if not os.path.lexists(path) and is_hub_name(text) and not _LOOKS_LOCAL.search(text):
         yield from _not_empty(text, hub_rows(text))
         return
     for file in find_files(path, unread):
@@ -52,14 +53,6 @@ def read_rows(
         else:
             rows = jsonl_rows(file) if known[0] == "jsonl" else json_rows(file)
         yield from _not_empty(str(file), rows)
-
-
-def _exists(path: Path) -> bool:
-    try:
-        path.lstat()
-    except (OSError, ValueError):
-        return False
-    return True
 
 
 def _not_empty(name: str, rows: Iterator[Row | DataFault]) -> Iterator[Row | DataFault]:

@@ -54,17 +54,14 @@ class EndpointConfig:
     """Wait before the first retry, doubled for each; a longer Retry-After counts instead."""
 
     def __post_init__(self) -> None:
-        for name, least in (("max_tokens", 1), ("concurrency", 1), ("retries", 0)):
-            if getattr(self, name) < least:
-                got = getattr(self, name)
+        limits = (("max_tokens", 1), ("concurrency", 1), ("retries", 0), ("backoff_seconds", 0))
+        for name, least in limits:
+            got = getattr(self, name)
+            if not least <= got < float("inf"):
                 raise ValueError(f"judge.{name}: expected at least {least}, got {got}")
         if not 0 < self.timeout_seconds < float("inf"):
             raise ValueError(
                 f"judge.timeout_seconds: expected a positive number, got {self.timeout_seconds}"
-            )
-        if not 0 <= self.backoff_seconds < float("inf"):
-            raise ValueError(
-                f"judge.backoff_seconds: expected at least 0, got {self.backoff_seconds}"
             )
 
 

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fastalign.data import content_as_json
+from fastalign.data.conversation import content_as_json
 from fastalign.evaluation.judge.chat_endpoint import ChatEndpoint
 from fastalign.evaluation.win_rate import AnswerPair, Judged, prompt_key
 

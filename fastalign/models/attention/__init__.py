@@ -17,28 +17,10 @@ from transformers.masking_utils import sdpa_mask
 from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
 from fastalign.models.attention.blocks import Blocks, dot_product_attention
-from fastalign.models.attention.choice import (
-    ATTENTIONS,
-    AttentionName,
-    attention_reason,
-    choose_attention,
-)
+from fastalign.models.attention.choice import ATTENTIONS, AttentionName, choose_attention
 from fastalign.models.attention.flex import Flex
 from fastalign.models.attention.segments import ScoreForm, row_segments
 from fastalign.models.attention.varlen import KERNELS, Varlen
-
-__all__ = [
-    "ATTENTIONS",
-    "AttentionName",
-    "AttentionPlan",
-    "ScoreForm",
-    "attention_name",
-    "attention_reason",
-    "choose_attention",
-    "implementation_for",
-    "register",
-    "registered_name",
-]
 
 # Arguments that change what attention computes, and that no implementation here supports.
 REFUSED = ("s_aux", "position_bias", "cross_attention_states")
@@ -129,11 +111,7 @@ def registered_name(name: AttentionName) -> str:
 
 
 def implementation_for(config: Any, compute: Compute, dtype: torch.dtype) -> str:
-    """Return the value of `attn_implementation` for a model with parameters of `dtype`.
-
-    Raises:
-        ValueError: if the implementation that `compute` names cannot run this model.
-    """
+    """Return the value of `attn_implementation` for a model with parameters of `dtype`."""
     products = compute.product_dtype or dtype
     return registered_name(choose_attention(compute.attention, compute.device, products, config))
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.models import adapter_rank, save_adapter
+from fastalign.models.lora import adapter_rank
+from fastalign.models.lora_files import save_adapter
 from fastalign.ranks.parallel import enter, is_sharded
 from fastalign.ranks.whole_weights import whole
 from fastalign.ranks.world import World

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from fastalign.models import dense_state
+from fastalign.models.lora import dense_state
 from fastalign.ranks.whole_weights import whole
 from fastalign.rollouts.engines.supervise import SYNC_PREFIX
 

@@ -27,7 +27,6 @@ from fastalign.runs.checkpoint.tensors import (
     RANDOM,
     REFERENCE,
     ROLLOUTS,
-    Stored,
     described,
     ignore_missing_group,
     is_like_owner,
@@ -41,12 +40,7 @@ from fastalign.runs.config import Part, RunConfig
 from fastalign.runs.folder import METRICS, never_saved
 from fastalign.runs.inputs import Parts, changed_inputs
 from fastalign.runs.metrics import KeptMetrics
-from fastalign.runs.state import (
-    TrainState,
-    random_state,
-    restore_random_state,
-    seed_everything,
-)
+from fastalign.runs.state import TrainState, random_state, restore_random_state, seed_everything
 
 
 def resume(
@@ -67,7 +61,7 @@ def resume(
         return KeptMetrics()
     checkpoint, faults = newest_good_checkpoint(Path(run.dir) / CHECKPOINTS, world)
     for fault in faults if world.is_first else ():
-        print(f"damaged checkpoint passed over: {fault}", flush=True)
+        print(f"damaged checkpoint passed over: {fault}")
     saved = read_state(checkpoint)
     changed = changed_inputs(saved, inputs)
     refused = [name for name in changed if name not in run.accept_changed]
@@ -82,7 +76,7 @@ def resume(
         say_how_inputs_differ(checkpoint, saved, changed)
     restore(checkpoint, state, world, seed=run.seed, afresh=run.start_afresh)
     if world.is_first:
-        print(f"resumed from {checkpoint}", flush=True)
+        print(f"resumed from {checkpoint}")
     kept = KeptMetrics(saved["metrics_bytes"], saved.get("metrics_unwritten", ""))
     if "metrics" in run.start_afresh:
         return KeptMetrics(whole_lines(Path(run.dir), kept.num_bytes), kept.unwritten)
@@ -94,12 +88,11 @@ def say_how_inputs_differ(
 ) -> None:
     """Print which inputs are others than those of the checkpoint, and which cannot be compared."""
     if changed:
-        print(f"goes on with another {', another '.join(changed.values())}", flush=True)
+        print(f"goes on with another {', another '.join(changed.values())}")
     if "inputs" not in saved:
         print(
             f"{checkpoint} is of an earlier version: only its data and frozen models are compared "
-            "with what is there now, not the other inputs",
-            flush=True,
+            "with what is there now, not the other inputs"
         )
 
 
@@ -111,11 +104,7 @@ def whole_lines(folder: Path, num_bytes: int) -> int:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Read `state.json` of a checkpoint that has no fault.
-
-    Raises:
-        ValueError: if it has another format.
-    """
+    """Read `state.json` of a checkpoint without a fault; raise ValueError for another format."""
     state: dict[str, Any] = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     if state.get("format") != FORMAT:
         raise ValueError(
@@ -125,20 +114,20 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def stored_tensors(reader: HuggingFaceStorageReader) -> dict[str, Stored]:
+def stored_tensors(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadata]:
     """Return every tensor that the shards hold whole; DCP would ignore a missing part."""
-    found: dict[str, Stored] = {}
+    found: dict[str, TensorStorageMetadata] = {}
     for name, value in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(value, TensorStorageMetadata)
         if sum(chunk.sizes.numel() for chunk in value.chunks) == value.size.numel():
-            found[name] = Stored(value.size, value.properties.dtype)
+            found[name] = value
     return found
 
 
 def check_parts(
     checkpoint: Path,
     listed: Collection[str],
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, TensorStorageMetadata],
     parameters: Mapping[str, Tensor],
     afresh: Collection[Part],
 ) -> None:
@@ -172,8 +161,8 @@ def check_parts(
         if owner not in parameters:
             raise refuse(f"holds {described(name)}, which the run does not train")
         expected = parameters[owner].shape
-        if is_like_owner(name) and found.shape != expected:
-            what = f"holds {described(name)} as {tuple(found.shape)}, expected {tuple(expected)}"
+        if is_like_owner(name) and found.size != expected:
+            what = f"holds {described(name)} as {tuple(found.size)}, expected {tuple(expected)}"
             raise refuse(what)
 
 
@@ -222,11 +211,7 @@ def restore(
 def restore_counters(
     checkpoint: Path, state: TrainState, saved: Mapping[str, Any], afresh: Collection[Part]
 ) -> None:
-    """Restore the counters, and the completions that were under way.
-
-    Raises:
-        ValueError: if a counter is missing.
-    """
+    """Restore the counters (ValueError if one is missing) and the completions under way."""
     if (checkpoint / ROLLOUTS).exists() and "rollouts" not in afresh:
         state.rollouts = json.loads((checkpoint / ROLLOUTS).read_text(encoding="utf-8"))
     for name in state.counters():
@@ -247,7 +232,7 @@ def load_tensors(
         raise next(iter(error.failures.values()))[0] from error
 
 
-def random_targets(stored: Mapping[str, Stored], rank: int) -> dict[str, Tensor]:
+def random_targets(stored: Mapping[str, TensorStorageMetadata], rank: int) -> dict[str, Tensor]:
     """Return copies of this rank's random states that the checkpoint has, to be read into."""
     now = {random_name(rank, device): value for device, value in random_state().items()}
     return {name: value for name, value in now.items() if name in stored}
@@ -263,7 +248,10 @@ def restore_random(wanted: Mapping[str, Tensor], step: int, seed: int, rank: int
 
 
 def print_resume_differences(
-    saved: Mapping[str, Any], stored: Mapping[str, Stored], world: World, afresh: Collection[Part]
+    saved: Mapping[str, Any],
+    stored: Mapping[str, TensorStorageMetadata],
+    world: World,
+    afresh: Collection[Part],
 ) -> None:
     """Print once how the resumed run differs from the saved one."""
     devices = random_state()
@@ -271,11 +259,11 @@ def print_resume_differences(
     if not world.is_first:
         return
     if afresh:
-        print(f"starts afresh (run.start_afresh): {', '.join(afresh)}", flush=True)
+        print(f"starts afresh (run.start_afresh): {', '.join(afresh)}")
     why = None
     if saved["world_size"] != world.size:
         why = f"saved on {saved['world_size']} ranks, resumed on {world.size}"
     elif not names <= stored.keys() and "random" not in afresh:
         why = "the checkpoint has not every random state"
     if why is not None:
-        print(f"{why}: the run goes on, but not to the bit of one without a stop", flush=True)
+        print(f"{why}: the run goes on, but not to the bit of one without a stop")

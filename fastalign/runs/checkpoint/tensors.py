@@ -6,11 +6,11 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
 from fastalign.runs.state import TrainState, random_state
@@ -32,11 +32,6 @@ def ignore_missing_group() -> None:
 def trainable_parameters(model: Any) -> dict[str, Tensor]:
     """Return the parameters that a run trains, by name."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def local_part(value: Tensor) -> Tensor:
-    """Return this rank's part of a tensor."""
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def random_name(rank: int, device: str) -> str:
@@ -104,25 +99,6 @@ def optimizer_settings(state: TrainState) -> dict[str, Any]:
     }
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A tensor on the disk.
-
-    Attributes:
-        shape: shape of the whole tensor.
-        dtype: dtype of its elements.
-    """
-
-    shape: torch.Size
-    dtype: torch.dtype
-
-    def empty(self, like: Tensor) -> Tensor:
-        """Return an empty tensor to read it into, sharded as `like` is if the shapes agree."""
-        if like.shape == self.shape:
-            return torch.empty_like(like, dtype=self.dtype)
-        return torch.empty(self.shape, dtype=self.dtype, device=like.device)
-
-
 def owner_of(name: str) -> str | None:
     """Return the parameter that a tensor belongs to, or None for a random state."""
     if name.startswith(OPTIMIZER):
@@ -137,14 +113,18 @@ def is_like_owner(name: str) -> bool:
 
 
 def owned_targets(
-    stored: Mapping[str, Stored], parameters: Mapping[str, Tensor], prefix: str
+    stored: Mapping[str, TensorStorageMetadata], parameters: Mapping[str, Tensor], prefix: str
 ) -> dict[str, Tensor]:
     """Return empty tensors for those stored under a prefix, sharded as their parameters are."""
-    return {
-        name: found.empty(parameters[str(owner_of(name))])
-        for name, found in stored.items()
-        if name.startswith(prefix)
-    }
+    targets = {}
+    for name, found in stored.items():
+        if name.startswith(prefix):
+            like, dtype = parameters[str(owner_of(name))], found.properties.dtype
+            if like.shape == found.size:
+                targets[name] = torch.empty_like(like, dtype=dtype)
+            else:
+                targets[name] = torch.empty(found.size, dtype=dtype, device=like.device)
+    return targets
 
 
 def load_optimizer(
@@ -152,8 +132,7 @@ def load_optimizer(
 ) -> None:
     """Load the optimiser's states and its groups' settings, both by the parameters' names.
 
-    Raises:
-        ValueError: if its groups hold other parameters.
+    Groups that hold other parameters are a ValueError.
     """
     names = {p: name for name, p in state.model.named_parameters()}
     grouped = [[names[p] for p in group["params"]] for group in state.optimizer.param_groups]

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.state_dict_saver import async_save, save
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.distributed.tensor import DTensor
 
 from fastalign.ranks.world import ALONE, World
 from fastalign.runs.checkpoint.files import ASIDE, STATE, clear_left_behind, publish
@@ -27,7 +28,6 @@ from fastalign.runs.checkpoint.tensors import (
     FORMAT,
     ROLLOUTS,
     ignore_missing_group,
-    local_part,
     optimizer_settings,
     tensors_of,
     trainable_parameters,
@@ -79,7 +79,7 @@ class ShardWriter(HuggingFaceStorageWriter):
         keep: int,
         content: dict[str, Any],
         texts: dict[str, str],
-        before: Callable[[], None],
+        before: Callable[[], None] | None,
     ):
         self.final, self.aside = final, final.with_name(f"{ASIDE}{final.name}")
         self._keep, self._content, self._texts, self._before = keep, content, texts, before
@@ -91,7 +91,8 @@ class ShardWriter(HuggingFaceStorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Make the folder, on rank 0 and before any rank writes."""
-        self._before()
+        if self._before is not None:
+            self._before()
         folder = self.final.parent
         if not folder.exists():
             folder.mkdir(parents=True)
@@ -123,7 +124,8 @@ class ShardWriter(HuggingFaceStorageWriter):
 def not_finite(state: TrainState) -> str | None:
     """Return the name of a weight whose part on this rank is not finite, or None."""
     for name, value in (*trainable_parameters(state.model).items(), *state.reference.items()):
-        if not bool(torch.isfinite(local_part(value)).all()):
+        own = value.to_local() if isinstance(value, DTensor) else value
+        if not bool(torch.isfinite(own).all()):
             return name
     return None
 
@@ -177,7 +179,7 @@ class CheckpointWriter:
         extra: dict[str, Any],
         *,
         wait: bool = False,
-        before: Callable[[], None] = lambda: None,
+        before: Callable[[], None] | None = None,
     ) -> Path:
         """Begin to write `folder/step-NNNNNN`, after the one before is done.
 
@@ -252,10 +254,10 @@ class CheckpointWriter:
         try:
             self.finish()
         except Exception as error:
-            print(error, flush=True)
+            print(error)
 
     def _writer(
-        self, state: TrainState, extra: dict[str, Any], before: Callable[[], None]
+        self, state: TrainState, extra: dict[str, Any], before: Callable[[], None] | None
     ) -> ShardWriter:
         content = {
             "format": FORMAT,

@@ -10,15 +10,7 @@ from torch import Tensor
 from fastalign import losses
 from fastalign.losses.formulas import pair_losses
 from fastalign.ops import PreferenceFormula
-from fastalign.ranks.config import ParallelConfig
-from fastalign.runs.config import (
-    ModelConfig,
-    OptimConfig,
-    PreferenceDataConfig,
-    RunConfig,
-    TrainConfig,
-    above_zero,
-)
+from fastalign.runs.config import PreferenceDataConfig, TrainingConfig, above_zero
 
 
 @dataclass(frozen=True)
@@ -102,15 +94,10 @@ class ReferenceConfig:
             )
 
 
-@dataclass(frozen=True)
-class DPOConfig:
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(TrainingConfig):
     """Direct preference optimisation (DPO and related losses) on preference pairs."""
 
-    model: ModelConfig
     data: PreferenceDataConfig
-    run: RunConfig
     loss: PreferenceLoss = field(default_factory=LOSSES["dpo"])
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -18,19 +18,16 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastalign.compute import Compute
-from fastalign.data import Tokenizer, check_same_vocabulary
-from fastalign.models import (
-    adapter_off,
-    find_offload,
-    model_fingerprint,
-    offload_layers,
-    sequence_logprobs,
-)
+from fastalign.data.tokenizer import Tokenizer, check_same_vocabulary
+from fastalign.models.forward import sequence_logprobs
+from fastalign.models.layers import find_offload, offload_layers
+from fastalign.models.load import model_fingerprint
+from fastalign.models.lora import adapter_off
 from fastalign.runs.accumulate import Examples
-from fastalign.runs.load_models import load_model, share
+from fastalign.runs.load import load_model, share
 from fastalign.runs.memory import memory_used_in
 from fastalign.trainers.dpo.config import DPOConfig
-from fastalign.written_files import write_bytes_atomically
+from fastalign.written_files import write_atomically
 
 # Examples between two writes: what was computed is kept even if the run is stopped in between.
 PIECE = 4096
@@ -154,8 +151,7 @@ def reference_logprobs(
     if fault is not None:
         print(
             f"{path}: damaged cache of reference log-probs ({fault}); it is renamed "
-            f"{damaged_path(path).name} and computed again",
-            flush=True,
+            f"{damaged_path(path).name} and computed again"
         )
     wanted = sorted(set(indices))
     unknown = values.isnan().any(1).tolist()
@@ -164,8 +160,7 @@ def reference_logprobs(
     num_checked = check_cached(path, values, cached, reference, examples, compute)
     print(
         f"reference log-probs: {len(cached)} cached, {len(missing)} to compute"
-        + (f"; {num_checked} of the cached ones were computed again and agree" if cached else ""),
-        flush=True,
+        + (f"; {num_checked} of the cached ones were computed again and agree" if cached else "")
     )
     kept = True
     for start in range(0, len(missing), PIECE):
@@ -183,7 +178,7 @@ def reference_logprobs(
             values = world.first_does(partial(merge_into_cache, path, values))
         except OSError as error:
             kept = False
-            print(f"reference log-probs are not kept for later runs: {error}", flush=True)
+            print(f"reference log-probs are not kept for later runs: {error}")
     return values
 
 
@@ -259,5 +254,5 @@ def merge_into_cache(path: Path, values: Tensor) -> Tensor:
             path.replace(damaged_path(path))
         merged = torch.where(there.isnan(), values, there)
         content = save({"logprob": merged}, metadata={"sha256": digest_of(merged)})
-        write_bytes_atomically(path, content)
+        write_atomically(path, content)
     return merged

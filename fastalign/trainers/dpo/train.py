@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
-from fastalign.data import TokenizedDataset, Tokenizer
+from fastalign.data.load import TokenizedDataset
+from fastalign.data.tokenizer import Tokenizer
 from fastalign.losses.chunk_losses import preference_loss_fn
 from fastalign.ops import LinearHead
 from fastalign.ops.segments import segment_sum
@@ -24,9 +25,8 @@ from fastalign.runs.accumulate import (
     measure_examples,
     policy_loss,
 )
-from fastalign.runs.data import load_sets
 from fastalign.runs.inputs import Inputs
-from fastalign.runs.load_models import load_for_training
+from fastalign.runs.load import load_for_training, load_sets
 from fastalign.runs.loop import RunResult, indices_of_run
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import open_run
@@ -95,7 +95,7 @@ def prepare_pairs(
     for name, values in (("margins", data.margins), ("votes", data.votes)):
         number = sum(value is not None for value in values)
         if number:
-            print(f"{name} of {number} rows are not used by this loss", flush=True)
+            print(f"{name} of {number} rows are not used by this loss")
     reference = None
     if config.loss.formula().needs_reference:
         reference = load_reference(config, policy, tokenizer, compute)

@@ -3,11 +3,10 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastalign.ranks.config import ParallelConfig
-from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
-from fastalign.runs.config import ModelConfig, OptimConfig, RunConfig, TrainConfig, require
+from fastalign.rollouts import SamplingParams, check_sampler
+from fastalign.runs.config import at_least, require
 from fastalign.trainers.dpo.config import LOSSES, PreferenceLoss
-from fastalign.trainers.sampling.config import PromptDataConfig, RewardSourceConfig, WatchConfig
+from fastalign.trainers.sampling.config import SampledTrainingConfig
 
 
 @dataclass(frozen=True)
@@ -20,9 +19,8 @@ class OnlineReferenceConfig:
     """Replace the reference by the current policy every so many steps; 0 never does."""
 
     def __post_init__(self) -> None:
-        every = self.refresh_every
-        require(every >= 0, "reference.refresh_every", "at least 0", every)
-        if every and self.path is not None:
+        at_least(0, "reference", self, "refresh_every")
+        if self.refresh_every and self.path is not None:
             raise ValueError(
                 "reference.refresh_every: a refreshed reference begins as the model that training "
                 f"starts from; expected no reference.path with it, got {self.path!r}"
@@ -42,35 +40,21 @@ class FreshPairsConfig:
     """Number of updates per pass, each with an equal share of the pairs."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "mini_batches"):
-            value = getattr(self, name)
-            require(value >= 1, f"pairs.{name}", "at least 1", value)
+        at_least(1, "pairs", self, "epochs", "mini_batches")
 
 
-@dataclass(frozen=True)
-class OnlineDPOConfig:
+@dataclass(frozen=True, kw_only=True)
+class OnlineDPOConfig(SampledTrainingConfig):
     """Online DPO on pairs of the policy's own samples, ordered by a reward.
 
     A step samples train.batch_size prompts and updates the policy on their pairs. The exit code is
     0, 130 after SIGINT, or 3 if --watch.stop ended the run; the run is saved in each case.
     """
 
-    model: ModelConfig
-    data: PromptDataConfig
-    reward: RewardSourceConfig
-    run: RunConfig
     loss: PreferenceLoss = field(default_factory=LOSSES["dpo"])
     reference: OnlineReferenceConfig = field(default_factory=OnlineReferenceConfig)
     sampling: SamplingParams = field(default_factory=lambda: SamplingParams(num_samples=4))
-    sampler: SamplerName = "transformers"
-    """Engine that draws completions: the model itself (transformers), vLLM in this process, or
-    a vLLM server (vllm-server)."""
-    vllm: VllmOptions = field(default_factory=VllmOptions)
     pairs: FreshPairsConfig = field(default_factory=FreshPairsConfig)
-    watch: WatchConfig = field(default_factory=WatchConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    train: TrainConfig = field(default_factory=TrainConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         check_sampler(self.sampler, self.vllm)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fastalign.batch.packed import Group
 from fastalign.compute import Compute
-from fastalign.models import RewardScale
-from fastalign.runs.load_models import load_for_training
+from fastalign.models.reward import RewardScale
+from fastalign.runs.load import load_for_training
 from fastalign.runs.metrics import Metrics
 from fastalign.trainers.online_dpo.config import OnlineDPOConfig
 from fastalign.trainers.online_dpo.reference import OnlineReference, response_logprobs
@@ -58,12 +58,7 @@ class Scored:
 
 
 def prepare_online_dpo(config: OnlineDPOConfig, compute: Compute) -> OnlineDPOSetup:
-    """Load the models, the reward sources and the prompts; open the sampler.
-
-    Raises:
-        ValueError: if a setting, a file or a model is at fault.
-        FileNotFoundError: if a file is not there.
-    """
+    """Load the models, the reward sources and the prompts; open the sampler."""
     sources = load_sources(config.reward, compute)
     model, tokenizer = load_for_training(config, compute)
     reference, limiting = None, [model]

@@ -12,7 +12,8 @@ from itertools import chain
 import torch
 
 from fastalign.batch.schedule import mini_batches
-from fastalign.models import RewardScale, fingerprint_or_none
+from fastalign.models.load import model_fingerprint
+from fastalign.models.reward import RewardScale
 from fastalign.runs.accumulate import Total, measure_examples
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
@@ -46,10 +47,10 @@ def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
         online = prepare_online_dpo(config, run.compute)
         run.enter_context(closing(online.sampler))
         scale = online.measure_scale() if config.reward.normalise else None
-        reference = online.reference
 
-        inputs = online.inputs(fingerprint_or_none(reference and reference.began_as))
-        run.begin(online.model, online.prompts, inputs=inputs)
+        began_as = None if online.reference is None else online.reference.began_as
+        fingerprint = None if began_as is None else model_fingerprint(began_as)
+        run.begin(online.model, online.prompts, inputs=online.inputs(fingerprint))
         for step in run.steps():
             metrics = online_dpo_step(online, scale, run.state, step.indices, run.num_steps)
             step.finish(metrics)

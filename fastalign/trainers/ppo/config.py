@@ -1,26 +1,12 @@
 """Settings of PPO: `--ppo.*`, `--kl.*`, `--value.*`."""
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from fastalign.ranks.config import ParallelConfig
-from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions, check_sampler
-from fastalign.runs.config import (
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-    above_zero,
-    require,
-    within,
-)
+from fastalign.rollouts import check_sampler
+from fastalign.runs.config import OptimConfig, above_zero, changed_setting, require, within
 from fastalign.trainers.ppo.advantages import AdvantageEstimator, Gae
-from fastalign.trainers.sampling.config import (
-    FrozenReferenceConfig,
-    PromptDataConfig,
-    RewardSourceConfig,
-    WatchConfig,
-)
+from fastalign.trainers.sampling.config import FrozenReferenceConfig, SampledTrainingConfig
 
 
 @dataclass(frozen=True)
@@ -143,31 +129,19 @@ class ValueConfig:
         above_zero("value.clip_range", self.clip_range)
 
 
-@dataclass(frozen=True)
-class PPOConfig:
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(SampledTrainingConfig):
     """PPO, RLOO or GRPO from a reward.
 
     A step samples train.batch_size prompts and updates the policy on them. The exit code is 0, 130
     after SIGINT, or 3 if --watch.stop ended the run; the run is saved in each case.
     """
 
-    model: ModelConfig
-    data: PromptDataConfig
-    reward: RewardSourceConfig
-    run: RunConfig
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    sampler: SamplerName = "transformers"
-    """Engine that draws completions: the model itself (transformers), vLLM in this process, or
-    a vLLM server (vllm-server)."""
-    vllm: VllmOptions = field(default_factory=VllmOptions)
     ppo: PPOSettings = field(default_factory=PPOSettings)
     kl: KLPenalty = field(default_factory=KLInReward)
     value: ValueConfig = field(default_factory=ValueConfig)
     reference: FrozenReferenceConfig = field(default_factory=FrozenReferenceConfig)
-    watch: WatchConfig = field(default_factory=WatchConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-6, eps=1e-5))
-    train: TrainConfig = field(default_factory=TrainConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         method, samples = self.ppo.advantage.name, self.sampling
@@ -193,14 +167,9 @@ class PPOConfig:
         enough = needs_value or samples.num_samples >= 2
         expected = f"at least 2 under --ppo.advantage {method}"
         require(enough, "sampling.num_samples", expected, samples.num_samples)
-        if not needs_value and self.value != ValueConfig():
-            changed = [
-                entry.name
-                for entry in fields(ValueConfig)
-                if getattr(self.value, entry.name) != entry.default
-            ]
+        if not needs_value and (changed := changed_setting(self.value)):
             raise ValueError(
-                f"value.{changed[0]}: a setting of a value model, which --ppo.advantage {method} "
+                f"value.{changed}: a setting of a value model, which --ppo.advantage {method} "
                 "does without"
             )
         parts, size = self.ppo.mini_batches, self.train.batch_size

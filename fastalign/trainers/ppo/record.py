@@ -16,14 +16,10 @@ from fastalign.batch.packed import PackedBatch
 from fastalign.batch.schedule import packed_batches
 from fastalign.compute import Compute, require_finite
 from fastalign.losses.policy import MAX_LOG_RATIO, probability_ratio
-from fastalign.models import (
-    AttentionPlan,
-    adapter_off,
-    hidden_and_head,
-    response_logprob,
-    reward_scale,
-    score_at,
-)
+from fastalign.models.attention import AttentionPlan
+from fastalign.models.forward import hidden_and_head, response_logprob
+from fastalign.models.lora import adapter_off
+from fastalign.models.reward import reward_scale, score_at
 from fastalign.ops import LinearHead, LinearKL, kl_penalty, linear_kl, linear_logprob
 from fastalign.ops.kl_penalty.api import MAX_K3
 from fastalign.ops.segments import segment_sum
@@ -59,11 +55,6 @@ class TokenRecord:
     entropy: Tensor
     full_kl: Tensor | None
     value: Tensor | None
-
-    @property
-    def num_tokens(self) -> int:
-        """N."""
-        return self.group_bounds[-1]
 
     def rows_of(self, groups: Sequence[int]) -> Tensor:
         """Return the indices of these groups' tokens among the N, in the groups' order."""

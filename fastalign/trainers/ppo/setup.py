@@ -8,28 +8,24 @@ import torch
 from torch import nn
 
 from fastalign.compute import Compute
-from fastalign.data import (
+from fastalign.data.load import load_examples
+from fastalign.data.tokenizer import (
     Tokenizer,
     check_same_vocabulary,
-    check_token_meanings,
     eos_token_ids,
-    load_sft,
     load_tokenizer,
     use_distinct_pad,
 )
-from fastalign.models import (
-    RewardScale,
-    adapter_base,
-    attention_name,
-    has_adapter,
-    is_reward_model,
-    lm_head,
-    read_config,
-    set_pad_token,
-)
+from fastalign.models.architecture import is_reward_model
+from fastalign.models.attention import attention_name
+from fastalign.models.head import lm_head
+from fastalign.models.load import read_config
+from fastalign.models.lora import has_adapter
+from fastalign.models.lora_files import adapter_base
+from fastalign.models.reward import RewardScale, set_pad_token
 from fastalign.runs.accumulate import Examples, measure_examples
 from fastalign.runs.inputs import Inputs, digest_of, model_parts
-from fastalign.runs.load_models import (
+from fastalign.runs.load import (
     load_for_training,
     load_model,
     load_reward_network,
@@ -39,11 +35,7 @@ from fastalign.runs.load_models import (
 from fastalign.runs.state import TrainState
 from fastalign.trainers.ppo.config import PPOConfig
 from fastalign.trainers.sampling.policy_sampler import open_policy_sampler
-from fastalign.trainers.sampling.rollout import (
-    SamplingSetup,
-    load_prompt_sets,
-    load_sources,
-)
+from fastalign.trainers.sampling.rollout import SamplingSetup, load_prompt_sets, load_sources
 
 # Among the numbers that a checkpoint holds.
 SCORE_MEAN, SCORE_STD = "score_mean", "score_std"
@@ -86,11 +78,7 @@ class PPOModels:
 
 
 def load_ppo_models(config: PPOConfig, compute: Compute) -> tuple[PPOModels, Tokenizer]:
-    """Load policy, reference and value model, and the policy's tokenizer.
-
-    Raises:
-        ValueError: if a model cannot be loaded, or its tokens mean something else.
-    """
+    """Load policy, reference and value model, and the policy's tokenizer."""
     policy, tokenizer = load_for_training(config, compute)
     reference = policy
     if config.reference.path is not None or not has_adapter(policy):
@@ -107,11 +95,7 @@ def load_ppo_models(config: PPOConfig, compute: Compute) -> tuple[PPOModels, Tok
 
 
 def check_full_kl(policy: Any, reference: Any) -> None:
-    """Check that one pass can read both heads.
-
-    Raises:
-        ValueError: if the head has an adapter, or the heads' softcaps or scales differ.
-    """
+    """Raise ValueError if the heads differ in softcap or scale, or have an adapter."""
     ours, theirs = lm_head(policy), lm_head(reference)
     if ours.lora is not None:
         raise ValueError(
@@ -150,7 +134,7 @@ def load_value(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> tup
         own = load_tokenizer(path, trust_remote_code=trust)
     except ValueError as error:
         raise ValueError(f"{name}: {str(error).removeprefix('model.path: ')}") from error
-    check_token_meanings(tokenizer, own, name)
+    check_same_vocabulary(tokenizer, own, name, may_have_more=True)
     if value.get_input_embeddings().weight.shape[0] < len(tokenizer):
         raise ValueError(
             f"{name}: expected at least the policy's {len(tokenizer)} tokens, got "
@@ -158,8 +142,7 @@ def load_value(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> tup
         )
     print(
         f"value model: {path}, head {'of zeros' if fresh else 'as it is there'}; attention: "
-        f"{attention_name(value)}",
-        flush=True,
+        f"{attention_name(value)}"
     )
     if fresh:
         torch.nn.init.zeros_(value.score.weight)
@@ -196,12 +179,7 @@ class PPOSetup(SamplingSetup):
 
 
 def prepare_ppo(config: PPOConfig, compute: Compute) -> PPOSetup:
-    """Load models, reward sources, prompts and demonstrations; open the sampler.
-
-    Raises:
-        ValueError: if a setting, a file or a model is at fault.
-        FileNotFoundError: if a file is not there.
-    """
+    """Load models, reward sources, prompts and demonstrations; open the sampler."""
     sources = load_sources(config.reward, compute)
     models, tokenizer = load_ppo_models(config, compute)
     limiting = [m for m in (models.policy, models.reference, models.value) if m is not None]
@@ -224,16 +202,16 @@ def load_ptx(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> Examp
     """Load the demonstrations of `ppo.ptx_data`, at most as long as a prompt with its answer."""
     if config.ppo.ptx_data is None:
         return None
-    found = load_sft(
+    found = load_examples(
         config.ppo.ptx_data,
+        "sft",
         tokenizer,
         max_length=config.data.max_length + config.sampling.max_new_tokens,
         on_bad_row=config.data.on_bad_row,
         on_too_long=config.data.on_too_long,
         advice="raise --data.max-length, or use --data.on-too-long skip",
     )
-    for line in found.report.log_lines():
-        print(line, flush=True)
+    found.report.print_losses()
     return measure_examples(found.groups, compute.packing)
 
 
@@ -244,5 +222,5 @@ def scale_of_scores(ppo: PPOSetup, state: TrainState) -> RewardScale | None:
     if SCORE_MEAN not in state.kept:
         found = ppo.measure_scale()
         state.kept |= {SCORE_MEAN: found.mean, SCORE_STD: found.std}
-        print(f"scores: mean {found.mean:.4g}, standard deviation {found.std:.4g}", flush=True)
+        print(f"scores: mean {found.mean:.4g}, standard deviation {found.std:.4g}")
     return RewardScale(state.kept[SCORE_MEAN], state.kept[SCORE_STD])

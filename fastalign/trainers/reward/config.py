@@ -3,20 +3,18 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastalign import losses
-from fastalign.ranks.config import ParallelConfig
 from fastalign.runs.config import (
     ModelConfig,
     OptimConfig,
     PreferenceDataConfig,
-    RunConfig,
-    TrainConfig,
+    TrainingConfig,
     require,
     within,
 )
@@ -89,16 +87,10 @@ class BradleyTerryLoss(RewardLoss):
 
     def pair_losses(self, rewards: Tensor, pairs: Labels, nu: Tensor | None) -> Tensor:
         """Return `losses.bradley_terry`, or `losses.bradley_terry_votes` for votes."""
-        chosen, rejected = rewards.unbind(-1)
-        margin, coefficient = pairs.margin, self.centring_coefficient
+        terms: Any = {"margin": pairs.margin, "centring_coefficient": self.centring_coefficient}
         if not self.votes:
-            return losses.bradley_terry(
-                chosen, rejected, margin=margin, centring_coefficient=coefficient
-            )
-        assert pairs.shares is not None
-        return losses.bradley_terry_votes(
-            chosen, rejected, pairs.shares, margin=margin, centring_coefficient=coefficient
-        )
+            return losses.bradley_terry(*rewards.unbind(-1), **terms)
+        return losses.bradley_terry_votes(*rewards.unbind(-1), pairs.shares, **terms)
 
     def outcomes(self, difference: Tensor, nu: Tensor | None) -> Tensor:
         """Return log-probabilities (B, 3); a tie has probability 0."""
@@ -180,17 +172,14 @@ REWARD_LOSSES: dict[str, type[RewardLoss]] = {
 }
 
 
-@dataclass(frozen=True)
-class RewardConfig:
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig(TrainingConfig):
     """Reward-model training on comparisons."""
 
     model: ModelConfig = field(metadata={"hidden": ("lora",)})
     data: PreferenceDataConfig
-    run: RunConfig
     loss: RewardLoss = field(default_factory=BradleyTerryLoss)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
-    train: TrainConfig = field(default_factory=TrainConfig)
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         rank = self.model.lora.rank

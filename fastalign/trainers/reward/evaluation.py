@@ -12,19 +12,16 @@ from torch import Tensor
 from fastalign.batch.packed import Group
 from fastalign.batch.schedule import indices_of_step
 from fastalign.compute import Compute, require_finite
-from fastalign.data import TokenizedDataset, Tokenizer
-from fastalign.evaluation import (
-    BagOfWordsBaseline,
-    JudgedPairs,
-    estimate,
-    longer_wins,
-    summary,
-    with_tie_rate,
-)
-from fastalign.models import response_reward, response_values, set_reward_scale
+from fastalign.data.load import TokenizedDataset
+from fastalign.data.tokenizer import Tokenizer
+from fastalign.evaluation.judged_pairs import JudgedPairs, wins, with_tie_rate
+from fastalign.evaluation.pair_baselines import BagOfWordsBaseline
+from fastalign.evaluation.statistics import estimate, summary
+from fastalign.models.forward import response_values
+from fastalign.models.reward import response_reward, set_reward_scale
 from fastalign.ranks.parallel import enter
 from fastalign.trainers.reward.config import RewardLoss
-from fastalign.written_files import write_text_atomically
+from fastalign.written_files import write_atomically
 
 # Pairs whose responses' scores have mean 0 and standard deviation 1 once they are normalised.
 NUM_SCALE_PAIRS = 512
@@ -79,11 +76,10 @@ def baseline_measures(
 ) -> dict[str, object]:
     """Return the accuracy of two baselines on pairs that are no ties: longer wins, bag of words."""
     lengths = response_lengths(held_out)[~torch.tensor(held_out.ties)]
-    hits = {"longer_wins_accuracy": longer_wins(lengths)}
+    hits = {"longer_wins_accuracy": wins(lengths[:, 0] - lengths[:, 1])}
     if not all(train.ties):
         words = BagOfWordsBaseline(texts_of(train, tokenizer, NUM_BASELINE_PAIRS))
-        margin = words.margin(texts_of(held_out, tokenizer))
-        hits["bag_of_words_accuracy"] = (margin > 0).double() + (margin == 0).double() / 2
+        hits["bag_of_words_accuracy"] = wins(words.margin(texts_of(held_out, tokenizer)))
     measures: dict[str, object] = {}
     for name, values in hits.items():
         measures |= summary(name, estimate(values.tolist()))
@@ -131,5 +127,5 @@ def write_evaluation(
         for name, value in measures.items()
     }
     lines = "".join(json.dumps(row) + "\n" for row in rows)
-    write_text_atomically(folder / "pairs.jsonl", lines)
-    write_text_atomically(folder / "eval.json", json.dumps(plain, indent=1) + "\n")
+    write_atomically(folder / "pairs.jsonl", lines)
+    write_atomically(folder / "eval.json", json.dumps(plain, indent=1) + "\n")

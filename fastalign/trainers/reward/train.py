@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
-from fastalign.data import DataFault, TokenizedDataset, Tokenizer
-from fastalign.evaluation import pair_measures
-from fastalign.models import response_reward
+from fastalign.data.load import TokenizedDataset
+from fastalign.data.readers.row import DataFault
+from fastalign.data.tokenizer import Tokenizer, eos_token_ids, use_distinct_pad
+from fastalign.evaluation.judged_pairs import pair_measures
+from fastalign.models.load import save_reward_model
+from fastalign.models.reward import response_reward, set_pad_token
+from fastalign.ranks.whole_weights import whole
 from fastalign.runs.accumulate import (
     Examples,
     Total,
@@ -21,27 +25,30 @@ from fastalign.runs.accumulate import (
     evaluate_by_loss,
     measure_examples,
 )
-from fastalign.runs.data import check_positions, load_data, load_sets
 from fastalign.runs.final_model import written
 from fastalign.runs.inputs import Inputs
-from fastalign.runs.load_models import load_reward_for_training
+from fastalign.runs.load import (
+    check_positions,
+    load_data,
+    load_reward_for_training,
+    load_sets,
+    share,
+)
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import open_run
-from fastalign.trainers.reward.config import Labels, RewardConfig, RewardLoss
+from fastalign.trainers.reward.config import Labels, RewardConfig, RewardLoss, TieLoss
 from fastalign.trainers.reward.evaluation import (
     baseline_measures,
     judge_pairs,
+    measure_scale,
     pair_rows,
     tie_rate,
     write_evaluation,
 )
-from fastalign.trainers.reward.model import (
-    learned_nu,
-    nu_metric,
-    save_reward,
-    share_reward_model,
-)
+
+# Name of the learned tie parameter on the model; the saved model's config holds its nu.
+LOG_NU = "log_nu"
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,8 @@ def train_reward(config: RewardConfig) -> RunResult:
         run.begin(model, data, inputs=Inputs(tokenizer, held_out))
         for step in run.steps():
             total = reward_gradient(model, config.loss, pairs, step.indices, run.compute)
-            nu = nu_metric(model, config.loss)
-            step.finish(run.optimise(total) | nu)
+            nu = learned_nu(model, config.loss)
+            step.finish(run.optimise(total) | ({} if nu is None else {"nu": nu.item()}))
             if step.evaluates and held_out is not None:
                 step.log(evaluate_comparisons(model, config.loss, eval_pairs, run.compute))
         # Called for a finished run alone: the scores' scale is that of the trained model.
@@ -110,17 +117,13 @@ def pairs_to_judge(
 
 
 def prepare_comparisons(loss: RewardLoss, data: TokenizedDataset, compute: Compute) -> Comparisons:
-    """Measure the pairs; print how many rows have margins or votes that the loss does not use.
-
-    Raises:
-        DataFault: if a row has no votes and the loss needs them.
-    """
+    """Measure the pairs; print how many rows have margins or votes that the loss does not use."""
     num_margins = sum(margin is not None for margin in data.margins)
     if num_margins and not loss.uses_margins:
-        print(f"margins of {num_margins} rows are not used by this loss", flush=True)
+        print(f"margins of {num_margins} rows are not used by this loss")
     num_votes = sum(votes is not None for votes in data.votes)
     if num_votes and not loss.votes:
-        print(f"votes of {num_votes} rows are not used; --loss.votes trains on them", flush=True)
+        print(f"votes of {num_votes} rows are not used; --loss.votes trains on them")
     labels = Labels(
         torch.tensor(data.ties),
         torch.tensor([margin or 0.0 for margin in data.margins]),
@@ -148,6 +151,60 @@ def vote_shares(data: TokenizedDataset) -> Tensor:
     return torch.tensor(shares)
 
 
+def share_reward_model(
+    model: Any,
+    config: RewardConfig,
+    data: TokenizedDataset,
+    tokenizer: Tokenizer,
+    compute: Compute,
+) -> None:
+    """Give the model a pad token that ends no response, and nu if it is learned; share it."""
+    ends = {ids[-1] for group in data.groups for ids in group.response_ids}
+    stops = eos_token_ids(tokenizer, config.model.path)
+    set_pad_token(model, use_distinct_pad(tokenizer, ends.union(stops)))
+    add_nu(model, config)
+    share(model, compute)
+
+
+def add_nu(model: Any, config: RewardConfig) -> None:
+    """Register the parameter that the loss learns, if it does, so that checkpoints hold it."""
+    loss = config.loss
+    if not isinstance(loss, TieLoss) or not loss.nu_lr:
+        return
+    if not config.optim.lr:
+        raise ValueError(f"optim.lr: expected more than 0 where loss.nu_lr is {loss.nu_lr}, got 0")
+    # One element in a row: FSDP2 shards no scalars.
+    parameter = nn.Parameter(torch.tensor([loss.log_nu], device=model.device))
+    parameter.lr_scale = loss.nu_lr / config.optim.lr  # type: ignore[attr-defined]
+    model.register_parameter(LOG_NU, parameter)
+
+
+def learned_nu(model: Any, loss: RewardLoss) -> Tensor | None:
+    """Return the present nu (), or None if it is not learned."""
+    log_nu = getattr(model, LOG_NU, None)
+    if log_nu is None or not isinstance(loss, TieLoss):
+        return None
+    return loss.nu_of(whole(log_nu).view(()))
+
+
+def save_reward(
+    model: Any,
+    tokenizer: Tokenizer,
+    folder: Path,
+    *,
+    config: RewardConfig,
+    data: TokenizedDataset,
+    compute: Compute,
+) -> None:
+    """Write the reward model with the scale of its scores and, under a loss with ties, `tie_nu`."""
+    measure_scale(model, data, compute, config.run.seed)
+    nu = learned_nu(model, config.loss)
+    if isinstance(config.loss, TieLoss):
+        model.config.tie_model = config.loss.name
+        model.config.tie_nu = config.loss.nu if nu is None else nu.item()
+    save_reward_model(model, tokenizer, folder, leave_out=(LOG_NU,))
+
+
 def judge(
     model: Any,
     config: RewardConfig,
@@ -173,7 +230,7 @@ def judge(
         compute.world.first_does(lambda: write_evaluation(aside, measures, rows))
     for name in ("accuracy", "longer_wins_accuracy", "bag_of_words_accuracy", "log_likelihood"):
         if name in measures:
-            print(f"{name} {measures[name]:.3f} +- {measures[f'{name}_se']:.3f}", flush=True)
+            print(f"{name} {measures[name]:.3f} +- {measures[f'{name}_se']:.3f}")
 
 
 def reward_gradient(

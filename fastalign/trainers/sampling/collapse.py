@@ -53,9 +53,9 @@ def watch(metrics: Metrics, config: WatchConfig, kept: dict[str, float]) -> Metr
     count = before + 1 if signs else 0
     kept[COLLAPSED_IN_A_ROW] = count
     if count == 1:
-        print(f"the policy looks collapsed: {', '.join(signs)}", flush=True)
+        print(f"the policy looks collapsed: {', '.join(signs)}")
     elif before and not signs:
-        print("the policy no longer looks collapsed", flush=True)
+        print("the policy no longer looks collapsed")
     return {"collapsed": count}
 
 
@@ -90,7 +90,7 @@ def count_without_signal(state: TrainState, reason: str | None) -> Metrics:
     """
     count = int(state.kept.get(STEPS_WITHOUT_SIGNAL, 0)) + (reason is not None)
     if reason is not None and count == 1:
-        print(f"step {state.step + 1}: {reason}", flush=True)
+        print(f"step {state.step + 1}: {reason}")
     state.kept[STEPS_WITHOUT_SIGNAL] = count
     return {STEPS_WITHOUT_SIGNAL: count}
 
@@ -99,4 +99,4 @@ def print_steps_without_signal(state: TrainState) -> None:
     """Print the number of steps without a learning signal, if there were any."""
     count = int(state.kept.get(STEPS_WITHOUT_SIGNAL, 0))
     if count:
-        print(f"{count} of {state.step} steps had no learning signal", flush=True)
+        print(f"{count} of {state.step} steps had no learning signal")

@@ -1,10 +1,11 @@
 """Settings of the algorithms that sample: `--data.*`, `--reward.*`, `--watch.*`."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
-from fastalign.runs.config import require, within
+from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions
+from fastalign.runs.config import TrainingConfig, require, within
 
 
 @dataclass(frozen=True)
@@ -91,3 +92,17 @@ class RewardSourceConfig:
             if not math.isfinite(weight):
                 raise ValueError(f"reward.weights: expected finite numbers, got {weight}")
         within("reward.missing_eos_penalty", self.missing_eos_penalty, 0)  # it is subtracted
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledTrainingConfig(TrainingConfig):
+    """Settings of an algorithm that trains on scored completions of its own policy."""
+
+    data: PromptDataConfig
+    reward: RewardSourceConfig
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    sampler: SamplerName = "transformers"
+    """Engine that draws completions: the model itself (transformers), vLLM in this process, or
+    a vLLM server (vllm-server)."""
+    vllm: VllmOptions = field(default_factory=VllmOptions)
+    watch: WatchConfig = field(default_factory=WatchConfig)

@@ -3,13 +3,13 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from fastalign.compute import Compute
-from fastalign.data import Tokenizer, eos_token_ids
-from fastalign.models import adapter_rank
+from fastalign.data.tokenizer import Tokenizer, eos_token_ids
+from fastalign.models.lora import adapter_rank
 from fastalign.ranks.whole_weights import with_whole_weights
 from fastalign.rollouts import (
     Completion,
@@ -17,32 +17,14 @@ from fastalign.rollouts import (
     OverlappedSampler,
     RankZeroSampler,
     SamplerFailed,
-    SamplerName,
     SamplingParams,
     SyncedSampler,
     TransformersSampler,
-    VllmOptions,
     access_to,
     open_engine,
 )
-from fastalign.runs.config import AnyConfig
 from fastalign.runs.metrics import Metrics
-
-
-class SamplingConfig(AnyConfig, Protocol):
-    """The settings of an algorithm that samples."""
-
-    @property
-    def sampling(self) -> SamplingParams:
-        """Sampling parameters of the completions."""
-
-    @property
-    def sampler(self) -> SamplerName:
-        """The engine that draws them."""
-
-    @property
-    def vllm(self) -> VllmOptions:
-        """Settings of the engine."""
+from fastalign.trainers.sampling.config import SampledTrainingConfig
 
 
 @contextmanager
@@ -113,7 +95,7 @@ def overlapped(sampler: AnySampler) -> OverlappedSampler | RankZeroSampler | Non
 
 
 def open_policy_sampler(
-    config: SamplingConfig, model: Any, tokenizer: Tokenizer, compute: Compute
+    config: SampledTrainingConfig, model: Any, tokenizer: Tokenizer, compute: Compute
 ) -> AnySampler:
     """Open the sampler that `--sampler` names on the policy that is being trained.
 

@@ -18,20 +18,19 @@ from torch import Tensor
 from fastalign.batch.packed import Group
 from fastalign.batch.schedule import indices_of_step
 from fastalign.compute import Compute
-from fastalign.data import (
-    Content,
-    PromptDataset,
+from fastalign.data.examples import Content
+from fastalign.data.load import PromptDataset, load_prompts
+from fastalign.data.tokenizer import (
     Tokenizer,
     foreign_ids_line,
-    load_prompts,
     num_foreign_ids,
+    print_added_tokens,
 )
-from fastalign.evaluation import ModelReward, apply_reward, load_reward
-from fastalign.evaluation.rewards import RewardFunction
-from fastalign.models import RewardScale, has_adapter
+from fastalign.evaluation.rewards import ModelReward, RewardFunction, apply_reward, load_reward
+from fastalign.models.lora import has_adapter
+from fastalign.models.reward import RewardScale
 from fastalign.ranks.world import ALONE, UserCodeFailed, World
 from fastalign.rollouts import Completion, Sampler, SamplingParams
-from fastalign.runs.data import say_added_tokens
 from fastalign.runs.inputs import Inputs, Parts, file_parts, model_parts
 from fastalign.runs.metrics import Metrics
 from fastalign.trainers.sampling.config import PromptDataConfig, RewardSourceConfig
@@ -222,11 +221,10 @@ def load_prompt_sets(
             on_too_long=data.on_too_long,
             advice=f"{remedy}, or use --data.on-too-long skip",
         )
-        for line in found.report.log_lines():
-            print(line, flush=True)
+        found.report.print_losses()
         sets.append(found)
     if has_adapter(models[0]):
-        say_added_tokens(tokenizer, sets[0].prompt_ids)
+        print_added_tokens(tokenizer, sets[0].prompt_ids)
     return sets[0], sets[1] if len(sets) > 1 else None
 
 
@@ -374,5 +372,5 @@ class SamplingSetup:
         number = int(found.metrics.get(FOREIGN_IDS, 0))
         if number and not self.said:
             self.said.append(f"{foreign_ids_line(self.tokenizer, number)} ({FOREIGN_IDS})")
-            print(self.said[0], flush=True)
+            print(self.said[0])
         return found

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastalign.data import load_tokenizer
-from fastalign.models import load_policy, save_model
+from fastalign.data.tokenizer import load_tokenizer
+from fastalign.models.load import load_policy, save_model
 from fastalign.runs.config import TrainConfig
-from fastalign.runs.data import load_data
+from fastalign.runs.load import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import LOSSES, train_dpo
 from fastalign.trainers.dpo import reference

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastalign.data import load_tokenizer
-from fastalign.models import load_policy, offload_layers, save_model
+from fastalign.data.tokenizer import load_tokenizer
+from fastalign.models.layers import offload_layers
+from fastalign.models.load import load_policy, save_model
 from fastalign.runs.config import TrainConfig
-from fastalign.runs.data import load_data
+from fastalign.runs.load import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import DPOConfig, ReferenceConfig, train_dpo
 from fastalign.trainers.dpo import reference

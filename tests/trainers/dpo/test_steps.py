@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fastalign.data import load_tokenizer
-from fastalign.models import load_policy
+from fastalign.data.tokenizer import load_tokenizer
+from fastalign.models.load import load_policy
 from fastalign.runs.accumulate import measure_examples
 from fastalign.runs.config import TrainConfig
-from fastalign.runs.data import load_data
+from fastalign.runs.load import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import sft
 from fastalign.trainers.dpo import train as dpo

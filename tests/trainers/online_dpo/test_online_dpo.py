@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from fastalign.batch.packed import Group
 from fastalign.batch.schedule import mini_batches
-from fastalign.data import load_tokenizer
-from fastalign.models import save_model
+from fastalign.data.tokenizer import load_tokenizer
+from fastalign.models.load import save_model
 from fastalign.rollouts import SamplingParams
 from fastalign.runs.config import ModelConfig, RunConfig
 from fastalign.trainers import (

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastalign.models import load_policy
+from fastalign.models.load import load_policy
 from fastalign.rollouts import Completion, SamplingParams
 from fastalign.runs.config import TrainConfig
 from fastalign.runs.open import make_compute
@@ -16,7 +16,7 @@ from fastalign.runs.state import TrainState, make_optimizer
 from fastalign.trainers import Gae, PPOConfig
 from fastalign.trainers.ppo import train as ppo
 from fastalign.trainers.ppo.setup import PPOSetup, prepare_ppo
-from fastalign.trainers.ppo.update import Experience
+from fastalign.trainers.ppo.train import Experience
 from fastalign.trainers.sampling.rollout import Rollouts, final_scores, roll_out
 from tests.small_runs import ppo_config
 

@@ -13,10 +13,8 @@ from fastalign.rollouts import Completion
 from fastalign.runs.accumulate import measure_examples
 from fastalign.trainers import Gae, KLInLoss
 from fastalign.trainers.ppo import train as ppo
-from fastalign.trainers.ppo import update as ppo_update
 from fastalign.trainers.ppo.advantages import ADVANTAGES
-from fastalign.trainers.ppo.train import all_updates
-from fastalign.trainers.ppo.update import demonstrations_of, one_update, update_gradient
+from fastalign.trainers.ppo.train import all_updates, demonstrations_of, one_update, update_gradient
 from tests.small_runs import WORDS, write_rows
 from tests.trainers.dpo.step_cases import PACKINGS, gradients
 from tests.trainers.ppo.ppo_cases import (
@@ -123,7 +121,7 @@ def test_the_first_update_has_ratio_one_and_later_ones_move_away(folder: Path) -
     assert updates[3]["policy/clipfrac_avg"] > 0
     losses = [metrics["loss/value_avg"] for metrics in updates]
     assert losses == sorted(losses, reverse=True)
-    means = ppo_update.mean_of_updates(updates)
+    means = ppo.mean_of_updates(updates)
     assert means["policy/approxkl_avg"] == pytest.approx(sum(distances) / 4)
     assert means["num_micro_batches"] == 8
     ratios = [metrics["val/ratio"] for metrics in updates]
@@ -267,7 +265,7 @@ def test_one_update_that_is_not_finite_is_skipped_and_counted(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run(plain_config(folder, ppo={"epochs": 3}))
-    plain = ppo_update.value_batch_loss
+    plain = ppo.value_batch_loss
     calls: list[int] = []
 
     def broken(*arguments: Any) -> Any:
@@ -275,10 +273,10 @@ def test_one_update_that_is_not_finite_is_skipped_and_counted(
         loss, metrics = plain(*arguments)
         return loss * (math.nan if len(calls) == 2 else 1), metrics
 
-    monkeypatch.setattr(ppo_update, "value_batch_loss", broken)
+    monkeypatch.setattr(ppo, "value_batch_loss", broken)
     state = state_of(run)
     seen: list[tuple[int, bool]] = []
-    step = ppo_update.optimiser_step
+    step = ppo.optimiser_step
 
     def noted(*arguments: Any) -> Any:
         before = [p.detach().clone() for p in state.model.parameters()]
@@ -287,7 +285,7 @@ def test_one_update_that_is_not_finite_is_skipped_and_counted(
         seen.append((found["skipped"], all(torch.equal(*pair) for pair in pairs)))
         return found
 
-    monkeypatch.setattr(ppo_update, "optimiser_step", noted)
+    monkeypatch.setattr(ppo, "optimiser_step", noted)
     metrics = ppo.ppo_step(run, state, [0, 1, 2], 8)
     assert seen == [(0, False), (1, True), (0, False)]
     assert metrics["skipped"] == 1

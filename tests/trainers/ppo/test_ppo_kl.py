@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from fastalign.batch.packed import Group, pack
-from fastalign.evaluation import ModelReward
-from fastalign.models import save_reward_model, set_pad_token, set_reward_scale
+from fastalign.evaluation.rewards import ModelReward
+from fastalign.models.load import save_reward_model
+from fastalign.models.reward import set_pad_token, set_reward_scale
 from fastalign.runs.open import make_compute
 from fastalign.runs.state import seed_everything
 from fastalign.trainers import (

@@ -13,16 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from fastalign.batch.packed import Group, pack
 from fastalign.compute import Compute
-from fastalign.data import load_tokenizer, use_distinct_pad
-from fastalign.evaluation import ModelReward
-from fastalign.models import (
-    load_policy,
-    load_reward_model,
-    save_model,
-    save_reward_model,
-    score_at,
-    set_pad_token,
-)
+from fastalign.data.tokenizer import load_tokenizer, use_distinct_pad
+from fastalign.evaluation.rewards import ModelReward
+from fastalign.models.load import load_policy, load_reward_model, save_model, save_reward_model
+from fastalign.models.reward import score_at, set_pad_token
 from fastalign.runs.config import LoraConfig
 from fastalign.runs.state import clip_gradient
 from fastalign.trainers import (
@@ -101,7 +95,7 @@ def test_without_a_reward_model_values_start_at_zero(folder: Path) -> None:
     run = make_run(plain_config(folder), moved=False)
     experience, _ = experience_of(run, rollouts_of(run))
     assert experience.record.value is not None
-    assert experience.record.value.tolist() == [0.0] * experience.record.num_tokens
+    assert experience.record.value.tolist() == [0.0] * len(experience.record.logprob)
 
 
 def test_the_saved_value_model_opens_as_a_reward_model(folder: Path) -> None:

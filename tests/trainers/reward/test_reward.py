@@ -14,13 +14,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastalign.batch.packed import pack
 from fastalign.compute import Compute
-from fastalign.data import load_tokenizer
-from fastalign.models import hidden_at, load_reward_model, save_model
+from fastalign.data.tokenizer import load_tokenizer
+from fastalign.models.forward import hidden_at
+from fastalign.models.load import load_reward_model, save_model
 from fastalign.runs.config import TrainConfig
-from fastalign.runs.data import load_data
+from fastalign.runs.load import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import REWARD_LOSSES, RewardConfig, train_reward
-from fastalign.trainers.reward import model as reward_model
 from fastalign.trainers.reward import train as reward
 from tests.small_runs import learning_rate_scales, read_metrics, reward_config, write_rows
 from tests.tiny import tiny_model
@@ -49,7 +49,7 @@ def make_step(
     model = load_reward_model(config.model.path, compute)
     model.score.weight.data *= 3  # rewards far enough apart for the loss to bend
     data = load_data(config, config.data.train, load_tokenizer(config.model.path))
-    reward_model.add_nu(model, config)
+    reward.add_nu(model, config)
     return model, reward.prepare_comparisons(config.loss, data, compute), compute
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fastalign.evaluation import ModelReward
-from fastalign.models import reward_scale
+from fastalign.evaluation.rewards import ModelReward
+from fastalign.models.reward import reward_scale
 from fastalign.trainers import REWARD_LOSSES, RewardConfig, train_reward
 from tests.small_runs import reward_config, write_rows
 
@@ -161,7 +161,7 @@ def test_a_model_without_a_scale_stays_raw_and_a_bad_scale_is_refused(folder: Pa
 def test_equal_scores_are_only_shifted() -> None:
     from types import SimpleNamespace
 
-    from fastalign.models import set_reward_scale
+    from fastalign.models.reward import set_reward_scale
 
     model = SimpleNamespace(config=SimpleNamespace())
     set_reward_scale(model, torch.tensor([2.0, 2.0, 2.0]))

@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fastalign.cli.main import main
-from fastalign.models import save_model
+from fastalign.models.load import save_model
 from fastalign.trainers import REWARD_LOSSES, RewardConfig, train_reward
 from tests.small_runs import read_metrics, reward_config, write_rows
 from tests.tiny import tiny_model

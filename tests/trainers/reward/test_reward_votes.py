@@ -9,10 +9,10 @@ import pytest
 
 from fastalign.batch.packed import pack
 from fastalign.compute import Compute
-from fastalign.data import load_tokenizer
-from fastalign.models import load_reward_model
+from fastalign.data.tokenizer import load_tokenizer
+from fastalign.models.load import load_reward_model
 from fastalign.runs.config import TrainConfig
-from fastalign.runs.data import load_data
+from fastalign.runs.load import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import REWARD_LOSSES, RewardConfig, train_reward
 from fastalign.trainers.reward import train as reward

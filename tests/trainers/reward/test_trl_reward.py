@@ -13,10 +13,10 @@ import pytest
 import torch
 from datasets import Dataset
 
-from fastalign.data import load_tokenizer
-from fastalign.models import load_reward_model, save_reward_model
+from fastalign.data.tokenizer import load_tokenizer
+from fastalign.models.load import load_reward_model, save_reward_model
 from fastalign.runs.config import TrainConfig
-from fastalign.runs.data import load_data
+from fastalign.runs.load import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import REWARD_LOSSES
 from fastalign.trainers.reward import train as reward

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastalign.data import DataReport, PromptDataset, load_tokenizer, num_foreign_ids
-from fastalign.models import RewardScale, load_policy, save_reward_model, set_pad_token
+from fastalign.data.load import PromptDataset
+from fastalign.data.report import DataReport
+from fastalign.data.tokenizer import load_tokenizer, num_foreign_ids
+from fastalign.models.load import load_policy, save_reward_model
+from fastalign.models.reward import RewardScale, set_pad_token
 from fastalign.rollouts import Completion, SamplingParams
 from fastalign.runs.config import TrainConfig
 from fastalign.runs.open import make_compute

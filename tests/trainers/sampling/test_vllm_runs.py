@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fastalign.models import save_model
+from fastalign.models.load import save_model
 from fastalign.rollouts import (
     EngineSpec,
     PolicyAccess,

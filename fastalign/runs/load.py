@@ -1,4 +1,7 @@
-"""The models of a run as they will be trained: with adapter, checkpointed, shared by the ranks."""
+"""The data and the models of a run, read as it trains on them.
+
+Data are loaded under the run's rules; models get their adapter, and the ranks share them.
+"""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -8,28 +11,78 @@ from typing import Any
 import torch
 
 from fastalign.compute import Compute
-from fastalign.data import Tokenizer, load_tokenizer
-from fastalign.models import (
-    adapter_base,
-    add_adapter,
-    attention_name,
-    compile_layers,
+from fastalign.data.load import Ties, TokenizedDataset, load_examples
+from fastalign.data.tokenizer import Tokenizer, load_tokenizer, print_added_tokens
+from fastalign.models.attention import attention_name
+from fastalign.models.layers import compile_layers
+from fastalign.models.load import (
     load_policy,
     load_reward_model,
     model_without_weights,
     set_save_dtype,
 )
+from fastalign.models.lora import add_adapter, has_adapter
+from fastalign.models.lora_files import adapter_base
 from fastalign.ranks.parallel import load_on_first, share_by_ddp, share_by_fsdp
-from fastalign.runs.config import AnyConfig, ModelConfig
+from fastalign.runs.config import ModelConfig, PreferenceDataConfig, TrainingConfig
 from fastalign.runs.memory import LOADING, memory_used_in
 
 
-def load_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokenizer]:
-    """Load the policy with float32 master weights, or a frozen base with an adapter; its tokenizer.
+def check_positions(model: Any, data: TokenizedDataset) -> None:
+    """Raise ValueError for the first row of more tokens than the model has positions."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is None:
+        return
+    for group, source in zip(data.groups, data.sources, strict=True):
+        longest = len(group.prompt_ids) + max(len(ids) for ids in group.response_ids)
+        if longest > limit:
+            raise ValueError(
+                f"{source}: {longest} tokens, but the model has {limit} positions; "
+                f"lower --data.max-length to at most {limit}"
+            )
+
+
+def load_data(
+    config: Any, source: str, tokenizer: Tokenizer, *, keep_ties: bool = False
+) -> TokenizedDataset:
+    """Load demonstrations or pairs under the run's rules; a loss with ties keeps ties."""
+    data, compared = config.data, isinstance(config.data, PreferenceDataConfig)
+    ties: Ties = "error"
+    if compared:
+        ties = "keep" if keep_ties or config.loss.uses_ties else data.ties
+    return load_examples(
+        source,
+        "preference" if compared else "sft",
+        tokenizer,
+        max_length=data.max_length,
+        on_bad_row=data.on_bad_row,
+        on_too_long=data.on_too_long,
+        ties=ties,
+    )
+
+
+def load_sets(
+    config: Any, model: Any, tokenizer: Tokenizer
+) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """Load the training data, and the held-out data if there are any.
 
     Raises:
-        ValueError: if `base_dtype`, `load_model` or `add_adapter` raises it.
+        ValueError: if a source is at fault, naming file and row, or a row is too long.
+        FileNotFoundError: if a file does not exist.
     """
+    sources = [config.data.train, *([] if config.data.eval is None else [config.data.eval])]
+    sets = [load_data(config, source, tokenizer) for source in sources]
+    for data in sets:
+        data.report.print_losses()
+        check_positions(model, data)
+    if has_adapter(model):
+        rows = (ids for g in sets[0].groups for ids in (g.prompt_ids, *g.response_ids))
+        print_added_tokens(tokenizer, rows)
+    return sets[0], sets[1] if len(sets) > 1 else None
+
+
+def load_for_training(config: TrainingConfig, compute: Compute) -> tuple[Any, Tokenizer]:
+    """Load the policy, its float32 weights or a frozen base with an adapter, and its tokenizer."""
     model, tokenizer = load_model(
         config.model.path,
         config.model,
@@ -45,11 +98,7 @@ def load_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokeniz
 
 
 def check_router(model: Any, path: str) -> None:
-    """Check that a mixture of experts does not ask for a loss that is not computed here.
-
-    Raises:
-        ValueError: if its configuration adds the router's auxiliary loss to that of its tokens.
-    """
+    """Raise ValueError if a mixture of experts asks for its router's loss, computed nowhere."""
     config = model.config.get_text_config()
     weight = getattr(config, "router_aux_loss_coef", None)
     if getattr(config, "output_router_logits", False) and weight:
@@ -61,16 +110,16 @@ def check_router(model: Any, path: str) -> None:
         )
 
 
-def load_reward_for_training(config: AnyConfig, compute: Compute) -> tuple[Any, Tokenizer]:
+def load_reward_for_training(config: TrainingConfig, compute: Compute) -> tuple[Any, Tokenizer]:
     """Load a reward model with float32 master weights, and its tokenizer; the caller shares it."""
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     model = load_reward_network(config.model.path, config, compute)
     check_vocabulary(model, tokenizer, config.model.path)
-    print(f"attention of {config.model.path}: {attention_name(model)}", flush=True)
+    print(f"attention of {config.model.path}: {attention_name(model)}")
     return ready_for_training(model, config), tokenizer
 
 
-def load_reward_network(path: str, config: AnyConfig, compute: Compute) -> Any:
+def load_reward_network(path: str, config: TrainingConfig, compute: Compute) -> Any:
     """Load a reward model's network; draw a head by the run's seed if it has none."""
     trust = config.model.trust_remote_code
     model = loaded(
@@ -83,7 +132,7 @@ def load_reward_network(path: str, config: AnyConfig, compute: Compute) -> Any:
     return model
 
 
-def ready_for_training(model: Any, config: AnyConfig) -> Any:
+def ready_for_training(model: Any, config: TrainingConfig) -> Any:
     """Checkpoint the model's activations and compile its layers, if the settings ask for it."""
     if config.train.gradient_checkpointing:
         checkpoint_activations(model)
@@ -154,16 +203,12 @@ def load_model(
     )
     set_save_dtype(model, config.save_dtype)
     check_vocabulary(model, tokenizer, path)
-    print(f"attention of {path}: {attention_name(model)}", flush=True)
+    print(f"attention of {path}: {attention_name(model)}")
     return model, tokenizer
 
 
 def check_vocabulary(model: Any, tokenizer: Tokenizer, path: str) -> None:
-    """Check that the tokenizer has no more tokens than the model.
-
-    Raises:
-        ValueError: if it does; the message names the folder.
-    """
+    """Raise ValueError, which names the folder, if the tokenizer has more tokens than the model."""
     num_rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > num_rows:
         raise ValueError(
@@ -171,12 +216,8 @@ def check_vocabulary(model: Any, tokenizer: Tokenizer, path: str) -> None:
         )
 
 
-def check_sharing(config: AnyConfig) -> None:
-    """Check that the settings work with FSDP2's shards.
-
-    Raises:
-        ValueError: if settings contradict each other; the message names them.
-    """
+def check_sharing(config: TrainingConfig) -> None:
+    """Raise ValueError, which names them, for settings that do not work with FSDP2's shards."""
     if config.parallel.strategy != "fsdp":
         return
     if config.model.lora.base == "nf4":
