@@ -88,9 +88,11 @@ class BradleyTerryLoss(RewardLoss):
     def pair_losses(self, rewards: Tensor, pairs: Labels, nu: Tensor | None) -> Tensor:
         """Return `losses.bradley_terry`, or `losses.bradley_terry_votes` for votes."""
         terms: Any = {"margin": pairs.margin, "centring_coefficient": self.centring_coefficient}
+        chosen, rejected = rewards.unbind(-1)
         if not self.votes:
-            return losses.bradley_terry(*rewards.unbind(-1), **terms)
-        return losses.bradley_terry_votes(*rewards.unbind(-1), pairs.shares, **terms)
+            return losses.bradley_terry(chosen, rejected, **terms)
+        assert pairs.shares is not None
+        return losses.bradley_terry_votes(chosen, rejected, pairs.shares, **terms)
 
     def outcomes(self, difference: Tensor, nu: Tensor | None) -> Tensor:
         """Return log-probabilities (B, 3); a tie has probability 0."""
