@@ -65,19 +65,24 @@ def pair_answers(model: Groups, baseline: Groups) -> list[AnswerPair]:
     if missing:
         raise ValueError(
             f"baseline: expected answers to the model's prompts; {len(missing)} prompts have "
-            f"answers of one side only, the first is {content_as_json(missing[0])!r:.60}"
+            f"answers of one side only, the first is {shorten(missing[0])}"
         )
     pairs = []
     for prompt, answers in model:
         if len(answers) != len(others[prompt]):
-            start = f"{content_as_json(prompt)!r:.60}"
             raise ValueError(
-                f"baseline: expected {len(answers)} answers to {start}, as many as the "
+                f"baseline: expected {len(answers)} answers to {shorten(prompt)}, as many as the "
                 f"model's, got {len(others[prompt])}"
             )
         for number, sides in enumerate(zip(answers, others[prompt], strict=True)):
             pairs.append(AnswerPair(prompt, *sides, number))
     return pairs
+
+
+def shorten(prompt: Content) -> str:
+    """Return the beginning of a prompt in quotes."""
+    text = repr(content_as_json(prompt))
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def judge_by_reward(
