@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 from fastalign.batch.packed import Group
-from fastalign.models import load_policy
+from fastalign.models.load import load_policy
 from fastalign.runs.accumulate import measure_examples
 from fastalign.runs.config import OptimConfig, TrainConfig
 from fastalign.runs.open import make_compute
 from fastalign.runs.state import TrainState, make_optimizer, optimiser_step
 from fastalign.trainers.dpo.config import LOSSES
 from fastalign.trainers.dpo.train import Pairs, dpo_gradient
-from fastalign.trainers.ppo.update import one_update
+from fastalign.trainers.ppo.train import one_update
 from fastalign.trainers.sft import sft_gradient
 from tests.trainers.ppo.ppo_cases import (
     experience_of,
