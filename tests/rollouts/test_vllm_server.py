@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastalign.cli.vllm_server import main
-from fastalign.models import save_adapter
+from fastalign.models.lora_files import save_adapter
 from fastalign.rollouts import (
     SamplerFailed,
     VllmServerSampler,

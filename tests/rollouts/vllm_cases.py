@@ -16,7 +16,8 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from fastalign.models import save_adapter, save_model
+from fastalign.models.load import save_model
+from fastalign.models.lora_files import save_adapter
 from fastalign.rollouts import (
     Completion,
     EngineSpec,

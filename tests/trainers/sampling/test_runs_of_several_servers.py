@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastalign.models import save_model
+from fastalign.models.load import save_model
 from fastalign.rollouts import SamplerFailed
 from fastalign.trainers import PPOConfig, train_ppo
 from tests.ranks.test_ranks import lora
