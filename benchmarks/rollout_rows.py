@@ -10,7 +10,6 @@ import torch
 
 from benchmarks.measure import device_name
 from benchmarks.rollout_samplers import PEER, RolloutJob
-from fastalign.cli.doctor import vllm_line
 
 NOTES = """\
 generate: one call that answers all prompts, each with the same number of tokens and none with an
@@ -102,7 +101,12 @@ def _row(job: RolloutJob, name: str, pass_: str, times: Times, peer: Times | Non
     samples, usable_peer = pass_ == "generate", peer is not None and peer.reason is None
     tokens = job.case.num_tokens if samples else None
     num_bytes = None if samples else times.num_bytes
-    has_vllm = importlib.util.find_spec("vllm") is not None
+    vllm = None
+    if importlib.util.find_spec("vllm") is not None:
+        # The command line imports tyro, which no other comparison needs.
+        from fastalign.cli.doctor import vllm_line
+
+        vllm = vllm_line()
     return RolloutRow(
         case=job.case.name,
         implementation=name,
@@ -122,7 +126,7 @@ def _row(job: RolloutJob, name: str, pass_: str, times: Times, peer: Times | Non
         device=device_name(job.device),
         torch=torch.__version__,
         transformers=importlib.metadata.version("transformers"),
-        vllm=vllm_line() if has_vllm else None,
+        vllm=vllm,
     )
 
 

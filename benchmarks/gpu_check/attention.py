@@ -74,13 +74,13 @@ def main() -> None:
         torch.randn(batch.num_tokens, heads, HEAD_SIZE, generator=generator).to(device, dtype)
         for heads in (HEADS, KEY_HEADS, KEY_HEADS)
     ]
-    truth = attend(plan, "sdpa", [leaf.float().requires_grad_() for leaf in leaves])
+    truth = attend(plan, "sdpa", [leaf.float().detach().requires_grad_() for leaf in leaves])
     for name in ATTENTIONS:
         reason = attention_reason(name, torch.device(device), dtype)
         if reason is not None:
             rows.add({"attention": name, "unusable": reason})
             continue
-        ours = [leaf.clone().requires_grad_() for leaf in leaves]
+        ours = [leaf.detach().clone().requires_grad_() for leaf in leaves]
         differing = differences(attend(plan, name, ours), truth)
         row = {"attention": name, "tokens": batch.num_tokens, **differing}
         if not max(differing.values()) <= AGREEMENT:

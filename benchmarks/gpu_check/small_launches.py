@@ -76,7 +76,7 @@ def packed_calls(device: str) -> Iterator[tuple[str, Callable[[str], object]]]:
     yield (
         "preference_loss",
         lambda backend: backward(
-            preference_loss(leaf, bounds, formula(dpo, beta=0.1), score, backend=backend)
+            preference_loss(leaf, bounds, formula(dpo, beta=0.1), score, backend=backend)[0]
         ),
     )
     yield (

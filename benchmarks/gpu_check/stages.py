@@ -88,13 +88,7 @@ STEPS: dict[int, Sequence[Step]] = {
     2: (
         NATIVE,
         Step("head-paths", own("head_paths", "--case", CASE), 90, 200),
-        Step(
-            "head-peers",
-            compare("head", "--case", CASE, "--tested", "--rounds", "3"),
-            110,
-            240,
-            without_packages("tyro"),
-        ),
+        Step("head-peers", compare("head", "--case", CASE, "--tested", "--rounds=3"), 110, 240),
         Step("profile", own("one_call", "--profile"), 50, 120),
         Step(
             "ncu",
@@ -131,21 +125,21 @@ STEPS: dict[int, Sequence[Step]] = {
             compare("dpo-step", "--model", "llama-3.2-1b", "--case", "long-prompts", "--rounds=3"),
             180,
             300,
-            without_packages("transformers", "datasets", "tyro"),
+            without_packages("transformers", "tensorboard"),
         ),
         Step(
             "synchronisations",
             own("synchronisations"),
             50,
             150,
-            without_packages("transformers", "datasets", "tyro"),
+            without_packages("transformers", "tensorboard"),
         ),
         Step(
             "fsdp",
             tests("tests/gpu/test_ranks_gpu.py", "-k", "fsdp"),
             75,
             200,
-            without_packages("pytest", "transformers", "datasets", "tyro"),
+            without_packages("pytest", "transformers", "tensorboard", "tyro"),
         ),
     ),
 }

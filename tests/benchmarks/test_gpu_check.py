@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import subprocess
 import sys
 import warnings
 from collections import Counter
@@ -179,6 +180,19 @@ def test_the_commands_name_modules_and_files_that_exist() -> None:
             for part in parts:
                 if part.startswith("tests/"):
                     assert (shards.ROOT / part).exists()
+
+
+def test_measurements_need_neither_tyro_nor_datasets() -> None:
+    modules = {
+        part
+        for steps in STEPS.values()
+        for step in steps
+        for part in step.command
+        if part.startswith("benchmarks.")
+    }
+    code = f"import sys; sys.modules.update(dict.fromkeys({['tyro', 'datasets']}))\n"
+    code += "".join(f"import {module}\n" for module in sorted(modules))
+    subprocess.run([sys.executable, "-c", code], cwd=shards.ROOT, check=True)
 
 
 def test_a_gpu_is_asked_for(monkeypatch: pytest.MonkeyPatch, capsys: object) -> None:
