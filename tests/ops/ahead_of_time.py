@@ -1,42 +1,51 @@
-"""Compiles Triton kernels ahead of time for a GPU that is not here, in a process of its own.
+"""Compiles Triton kernels for a GPU that is not here as they are launched, in its own process.
 
-`python -m tests.ops.ahead_of_time ARCHITECTURE < entries.json` prints, for each entry, what the
-compiled kernel takes.
+`python -m tests.ops.ahead_of_time ARCHITECTURE COLUMNS EVERYTHING` runs the launchers of
+`launches.py` on tensors of a CPU, under the driver of a GPU that is not here: kernels are compiled
+and not launched. So the types, and the divisibility by 16 of addresses and sizes, for which Triton
+specialises a kernel, are those of a launch. It prints what each kernel takes.
 """
 
-import importlib
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.ops.launches import Launch, launches
+
 ROOT = Path(__file__).parents[2]
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One kernel to compile: the types of its arguments, and its constants."""
-
-    module: str
-    kernel: str
-    types: dict[str, str]  # argument to "*fp32", "i64", ...; "*fp32" for other *_ptr
-    constants: dict[str, Any]
-    num_warps: int = 8
+ACCESS_BITS = 128  # the widest access to memory before sm_100
+ELEMENT_BITS = {"i8": 8, "bf16": 16, "f16": 16, "f32": 32, "i64": 64}
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes; what is on its stack has been spilt."""
+    """What a compiled kernel takes.
+
+    Attributes:
+        kernel: name of the kernel.
+        registers: registers of a thread.
+        shared_bytes: shared memory of a block.
+        local_bytes: local memory of a thread: its stack, where spilt registers are.
+        launch: name of the launch; empty for CUDA's.
+        reads_rows: True if the kernel works on long rows.
+        accesses: loads and stores of global memory in its PTX.
+        fewest_accesses: as many as its source asks for if each moves 128 bits of a block.
+    """
 
     kernel: str
     registers: int
     shared_bytes: int
-    stack_bytes: int
+    local_bytes: int
+    launch: str = ""
+    reads_rows: bool = False
+    accesses: int = 0
+    fewest_accesses: int = 0
 
 
 def resources_of(cubin: Path, dump: str) -> list[Resources]:
@@ -44,39 +53,95 @@ def resources_of(cubin: Path, dump: str) -> list[Resources]:
     done = subprocess.run(
         [dump, "-res-usage", str(cubin)], capture_output=True, text=True, check=True
     )
-    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)"
+    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
     return [
-        Resources(name, int(registers), int(shared), int(stack))
-        for name, registers, stack, shared in re.findall(pattern, done.stdout)
+        Resources(name, int(registers), int(shared), int(stack) + int(local))
+        for name, registers, stack, shared, local in re.findall(pattern, done.stdout)
     ]
 
 
-def _compile(entry: Entry, architecture: int) -> Resources:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+def accesses(ptx: str) -> int:
+    """The loads and stores of global memory in a kernel's PTX."""
+    return len(re.findall(r"^\s*(?:@\S+\s+)?(?:ld|st)\.global\.", ptx, flags=re.MULTILINE))
 
-    kernel = getattr(importlib.import_module(entry.module), entry.kernel)
-    signature = {}
-    for name in kernel.arg_names:
-        default = "*fp32" if name.endswith("_ptr") else "i64"
-        signature[name] = "constexpr" if name in entry.constants else entry.types.get(name, default)
-    source = ASTSource(kernel, signature, constexprs=entry.constants)
-    target = GPUTarget("cuda", architecture, 32)
-    found = triton.compile(source, target=target, options={"num_warps": entry.num_warps})
+
+def fewest_accesses(ttgir: str, threads: int) -> int:
+    """As many accesses as suffice for the loads and stores of a kernel in Triton's own language.
+
+    A thread's part of a block takes 128 bits an access; a number of the row takes one.
+    """
+    types = re.findall(r"tt\.(?:load|store) .*: (?:tensor<(\d+)x)?!tt\.ptr<(\w+)>", ttgir)
+    bits = [int(size or 0) * ELEMENT_BITS[element] // threads for size, element in types]
+    return sum(max(each // ACCESS_BITS, 1) for each in bits)
+
+
+def _resources(launch: Launch, kernel: str, compiled: Any, dump: str) -> Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(found.asm["cubin"])
+        file.write(compiled.asm["cubin"])
         file.flush()
-        (used,) = resources_of(Path(file.name), triton.knobs.nvidia.cuobjdump.path)
-    return replace(used, kernel=entry.kernel, shared_bytes=found.metadata.shared)
+        (used,) = resources_of(Path(file.name), dump)
+    return Resources(
+        kernel,
+        used.registers,
+        compiled.metadata.shared,
+        used.local_bytes,
+        launch.name,
+        launch.reads_rows,
+        accesses(compiled.asm["ptx"]),
+        fewest_accesses(compiled.asm["ttgir"], 32 * compiled.metadata.num_warps),
+    )
 
 
-def compile_for(architecture: int, entries: list[Entry]) -> list[Resources]:
-    """What each entry takes on sm_<architecture>."""
+class AbsentGpu:
+    """Triton's driver of a GPU that is not here, as far as compiling asks for it."""
+
+    def __init__(self, architecture: int) -> None:
+        from triton.backends.compiler import GPUTarget
+
+        self._target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self) -> Any:
+        return self._target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compiled_launches(architecture: int, num_columns: int, everything: int) -> list[Resources]:
+    """What every launch takes, in a process that launches nothing else."""
+    import triton
+    from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
+
+    from fastalign.ops import triton_table
+
+    driver.set_active(AbsentGpu(architecture))
+    triton_table._capability = lambda device: architecture  # type: ignore[assignment]
+    compile_or_launch, found = JITFunction.run, []
+
+    def compile_only(kernel: Any, *args: Any, warmup: bool, **options: Any) -> None:
+        compiled = compile_or_launch(kernel, *args, warmup=True, **options)
+        found.append((kernel.fn.__name__, compiled))
+
+    JITFunction.run = compile_only
+    dump, taken = triton.knobs.nvidia.cuobjdump.path, []
+    for launch in launches(num_columns, bool(everything)):
+        found.clear()
+        launch.run()
+        assert found, launch
+        taken += [_resources(launch, kernel, compiled, dump) for kernel, compiled in found]
+    return taken
+
+
+def compile_for(architecture: int, num_columns: int, *, everything: bool) -> list[Resources]:
+    """What the launches of every Triton kernel take on sm_<architecture>."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    arguments = (architecture, num_columns, int(everything))
     done = subprocess.run(
-        [sys.executable, "-m", "tests.ops.ahead_of_time", str(architecture)],
-        input=json.dumps([asdict(entry) for entry in entries]),
+        [sys.executable, "-m", "tests.ops.ahead_of_time", *map(str, arguments)],
         env=environment,
         cwd=ROOT,
         capture_output=True,
@@ -84,11 +149,8 @@ def compile_for(architecture: int, entries: list[Entry]) -> list[Resources]:
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    compiled = json.loads(done.stdout.splitlines()[-1])
-    assert len(compiled) == len(entries)
-    return [Resources(**found) for found in compiled]
+    return [Resources(**found) for found in json.loads(done.stdout.splitlines()[-1])]
 
 
 if __name__ == "__main__":
-    wanted = [Entry(**entry) for entry in json.load(sys.stdin)]
-    print(json.dumps([asdict(_compile(entry, int(sys.argv[1]))) for entry in wanted]))
+    print(json.dumps([asdict(one) for one in compiled_launches(*map(int, sys.argv[1:]))]))

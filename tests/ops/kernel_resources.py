@@ -1,4 +1,4 @@
-"""What every GPU kernel takes: registers, shared memory, spilt bytes. Needs nvcc, and no GPU.
+"""What every GPU kernel takes: registers, shared and local memory. Needs nvcc, and no GPU.
 
 `python -m tests.ops.kernel_resources` prints a line for each kernel and architecture.
 """
@@ -6,12 +6,13 @@
 import shutil
 import subprocess
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import triton
 
 from tests.ops.ahead_of_time import ROOT, Resources, compile_for, resources_of
-from tests.ops.test_triton_compiles import ENTRIES, as_launched
+from tests.ops.test_triton_compiles import VOCABULARY
 
 ARCHITECTURES = (80, 90, 100)
 NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
@@ -33,23 +34,31 @@ def cuda_resources(source: Path, architecture: int) -> list[Resources]:
         for line in done.stdout.splitlines()
     ]
     return [
-        Resources(f"{source.name}: {name}", one.registers, one.shared_bytes, one.stack_bytes)
+        replace(one, kernel=f"{source.name}: {name}")
         for name, one in zip(readable, found, strict=True)
     ]
 
 
 def main() -> None:
     """Prints the table."""
-    print(f"{'kernel':64}{'sm':>5}{'registers':>11}{'shared':>8}{'spilt':>7}")
+    print(
+        f"{'kernel':92}{'sm':>5}{'registers':>11}{'shared':>8}{'local':>7}{'accesses':>10}{'fewest':>8}"
+    )
     for architecture in ARCHITECTURES:
-        rows = compile_for(architecture, [as_launched(entry, architecture) for entry in ENTRIES])
+        rows = [
+            one
+            for everything in (False, True)
+            for one in compile_for(architecture, VOCABULARY, everything=everything)
+        ]
         if NVCC is not None:
             for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
                 rows += cuda_resources(source, architecture)
         for row in rows:
+            name = f"{row.kernel}: {row.launch}" if row.launch else row.kernel
+            accesses = f"{row.accesses:10}{row.fewest_accesses:8}" if row.launch else ""
             print(
-                f"{row.kernel:64}{architecture:5}{row.registers:11}{row.shared_bytes:8}"
-                f"{row.stack_bytes:7}"
+                f"{name:92}{architecture:5}{row.registers:11}{row.shared_bytes:8}"
+                f"{row.local_bytes:7}{accesses}"
             )
 
 
