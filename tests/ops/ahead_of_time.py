@@ -36,6 +36,8 @@ class Resources:
         reads_rows: True if the kernel works on long rows.
         accesses: loads and stores of global memory in its PTX.
         fewest_accesses: as many as its source asks for if each moves 128 bits of a block.
+        wide: accesses of 128 bits or more.
+        whole: as many as the blocks without a mask ask for, if each moves 128 bits.
     """
 
     kernel: str
@@ -46,6 +48,8 @@ class Resources:
     reads_rows: bool = False
     accesses: int = 0
     fewest_accesses: int = 0
+    wide: int = 0
+    whole: int = 0
 
 
 def resources_of(cubin: Path, dump: str) -> list[Resources]:
@@ -60,19 +64,27 @@ def resources_of(cubin: Path, dump: str) -> list[Resources]:
     ]
 
 
-def accesses(ptx: str) -> int:
-    """The loads and stores of global memory in a kernel's PTX."""
-    return len(re.findall(r"^\s*(?:@\S+\s+)?(?:ld|st)\.global\.", ptx, flags=re.MULTILINE))
+def access_bits(ptx: str) -> list[int]:
+    """Bits of every load and store of global memory in a kernel's PTX."""
+    pattern = r"\b(?:ld|st)\.global(?:\.(?!v\d|[busf]\d)[\w:]+)*(?:\.v(\d))?\.[busf](\d+)\b"
+    return [int(width or 1) * int(bits) for width, bits in re.findall(pattern, ptx)]
 
 
-def fewest_accesses(ttgir: str, threads: int) -> int:
-    """As many accesses as suffice for the loads and stores of a kernel in Triton's own language.
+def fewest_accesses(ttgir: str, threads: int) -> tuple[int, int]:
+    """As many accesses as suffice for a kernel in Triton's own language, and for its whole blocks.
 
-    A thread's part of a block takes 128 bits an access; a number of the row takes one.
+    A thread's part of a block takes 128 bits an access; a number of the row takes one. A whole
+    block is read or written without a mask.
     """
-    types = re.findall(r"tt\.(?:load|store) .*: (?:tensor<(\d+)x)?!tt\.ptr<(\w+)>", ttgir)
-    bits = [int(size or 0) * ELEMENT_BITS[element] // threads for size, element in types]
-    return sum(max(each // ACCESS_BITS, 1) for each in bits)
+    pattern = r"tt\.(load|store) (%.*) : (?:tensor<(\d+)x)?!tt\.ptr<(\w+)>"
+    every, whole = 0, 0
+    for kind, operands, size, element in re.findall(pattern, ttgir):
+        bits = int(size or 0) * ELEMENT_BITS[element] // threads
+        needed = max(bits // ACCESS_BITS, 1)
+        every += needed
+        masked = operands.count("%") > (1 if kind == "load" else 2)
+        whole += needed if bits >= ACCESS_BITS and not masked else 0
+    return every, whole
 
 
 def _resources(launch: Launch, kernel: str, compiled: Any, dump: str) -> Resources:
@@ -80,6 +92,8 @@ def _resources(launch: Launch, kernel: str, compiled: Any, dump: str) -> Resourc
         file.write(compiled.asm["cubin"])
         file.flush()
         (used,) = resources_of(Path(file.name), dump)
+    bits = access_bits(compiled.asm["ptx"])
+    fewest, whole = fewest_accesses(compiled.asm["ttgir"], 32 * compiled.metadata.num_warps)
     return Resources(
         kernel,
         used.registers,
@@ -87,8 +101,10 @@ def _resources(launch: Launch, kernel: str, compiled: Any, dump: str) -> Resourc
         used.local_bytes,
         launch.name,
         launch.reads_rows,
-        accesses(compiled.asm["ptx"]),
-        fewest_accesses(compiled.asm["ttgir"], 32 * compiled.metadata.num_warps),
+        len(bits),
+        fewest,
+        sum(each >= ACCESS_BITS for each in bits),
+        whole,
     )
 
 

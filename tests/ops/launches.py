@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastalign.ops.gae import triton_kernels as gae
 from fastalign.ops.gae.reference import Inputs as GaeInputs
+from fastalign.ops.head.buffers import padded_columns
 from fastalign.ops.head.head_tile import HeadTransform, SoftmaxStatistics, Tile, Upstream
 from fastalign.ops.head.head_tile import triton_kernels as head_tile
 from fastalign.ops.head.kl_tile import PairUpstream
@@ -59,7 +60,13 @@ def launches(num_columns: int, everything: bool) -> Iterator[Launch]:
 
 
 def rows(dtype: torch.dtype, num_columns: int) -> Tensor:
-    return torch.zeros(NUM_ROWS, num_columns, dtype=dtype)
+    """A head's rows, as far apart as those of its buffers on a GPU."""
+    stride = padded_columns(num_columns, "cuda")
+    return torch.zeros(NUM_ROWS, stride, dtype=dtype)[:, :num_columns]
+
+
+def pair_rows(dtype: torch.dtype, num_columns: int) -> Tensor:
+    return rows(dtype, num_columns).expand(2, -1, -1)
 
 
 def row_values(count: int) -> list[Tensor]:
@@ -73,7 +80,7 @@ def row_launches(num_columns: int, everything: bool) -> Iterator[tuple[str, Call
     ignored = torch.zeros(NUM_ROWS, dtype=torch.bool)
     maybe_rows = torch.zeros(NUM_ROWS) if everything else None
     for dtype in FLOATS if everything else (torch.bfloat16,):
-        logits = rows(dtype, num_columns)
+        logits = torch.zeros(NUM_ROWS, num_columns, dtype=dtype)
         given = TokenLogprobInputs(logits, targets, temperature, softcap, -100, "triton")
         yield f"token_logprob, {dtype}", partial(token_logprob.forward, given)
         yield (
@@ -82,7 +89,7 @@ def row_launches(num_columns: int, everything: bool) -> Iterator[tuple[str, Call
         )
         pair = TokenKlInputs(
             logits,
-            rows(torch.bfloat16, num_columns),
+            torch.zeros(NUM_ROWS, num_columns, dtype=torch.bfloat16),
             temperature,
             ignored if everything else None,
             softcap,
@@ -93,7 +100,7 @@ def row_launches(num_columns: int, everything: bool) -> Iterator[tuple[str, Call
         yield f"token_kl, backward, {dtype}", partial(token_kl.backward, pair, *row_values(6))
     transform = HeadTransform(temperature, softcap, 0.5 if everything else 1.0)
     tile = Tile(rows(torch.float32, num_columns), targets, ignored, transform)
-    pair_tile = Tile(torch.zeros(2, NUM_ROWS, num_columns), targets, ignored, transform)
+    pair_tile = Tile(pair_rows(torch.float32, num_columns), targets, ignored, transform)
     upstream = Upstream(maybe_rows, maybe_rows)
     known = SoftmaxStatistics(*row_values(3))
     yield "head_tile, statistics", partial(head_tile.read, tile, None, Upstream(), True)
@@ -105,7 +112,7 @@ def row_launches(num_columns: int, everything: bool) -> Iterator[tuple[str, Call
             f"head_tile_gradient, {dtype}",
             partial(head_tile.gradient, tile, known, place, upstream),
         )
-        places = torch.zeros(2, NUM_ROWS, num_columns, dtype=dtype)
+        places = pair_rows(dtype, num_columns)
         arguments = (
             (None, places[0], PairUpstream(*row_values(3))) if everything else (places, None, None)
         )
