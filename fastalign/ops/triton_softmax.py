@@ -107,7 +107,7 @@ def row_sums(
     m = -float("inf")
     total = 0.0
     weighted = 0.0
-    whole = num_columns - num_columns % BLOCK
+    whole = num_columns // BLOCK * BLOCK  # a product: Triton 3.6 sees what divides it
     for start in range(0, whole, BLOCK):
         m, total, weighted = _add_columns(
             x_ptr, start, num_columns, m, total, weighted, cap_scale, gain, HAS_SOFTCAP, True, BLOCK
@@ -192,7 +192,7 @@ def write_gradient(
     `transform` and `known` are tuples; known[0] is the maximum of u.
     """
     tl.debug_barrier()  # every thread has read the target before any overwrites it
-    whole = num_columns - num_columns % BLOCK
+    whole = num_columns // BLOCK * BLOCK  # a product: Triton 3.6 sees what divides it
     for start in range(0, whole, BLOCK):
         _write_columns(
             x_ptr,

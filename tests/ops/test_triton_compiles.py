@@ -13,8 +13,8 @@ VOCABULARY = 128_256
 # 1,024 threads of the plain kernels run on a multiprocessor, of 65,536 registers; with all options
 # 768, and of those over packed responses, whose scans are float64, 384.
 MAX_REGISTERS, MAX_REGISTERS_OF_ALL, MAX_REGISTERS_OF_PACKED = 64, 80, 168
-# Nothing is spilt, but two registers of the head's pass with a softcap and a temperature.
-LOCAL_BYTES_OF_ALL = {"head_tile_kernel": 8}
+# Nothing is spilt, but two registers of the head's passes with a softcap and a temperature.
+LOCAL_BYTES_OF_ALL = {"head_tile_kernel": 8, "head_tile_statistics_kernel": 8}
 # For reductions over warps: a few words each. A block of another dtype changes its layout there.
 MAX_SHARED_BYTES, MAX_SHARED_BYTES_OF_TWO_DTYPES = 1024, 8192
 
