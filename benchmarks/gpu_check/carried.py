@@ -10,11 +10,11 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import triton
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from benchmarks.gpu_check.runner import ROOT
-from benchmarks.gpu_check.stages import tool
 from fastalign.ops import native_library
 
 PRESENT = ("torch", "triton", "transformers", "setuptools")
@@ -68,11 +68,8 @@ def wheels() -> list[str]:
 
 
 def architectures(library: Path) -> list[str]:
-    """Return the GPUs that a library has code for, as `90`; none where cuobjdump is missing."""
-    dump = tool("cuobjdump")
-    if dump is None:
-        return []
-    command = [dump, "--list-elf", str(library)]
+    """Return the GPUs that a library has code for, as `90`, by the cuobjdump that Triton ships."""
+    command = [triton.knobs.nvidia.cuobjdump.path, "--list-elf", str(library)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return sorted(set(re.findall(r"sm_(\d+)", done.stdout)))
 

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import re
 import subprocess
 import sys
 import warnings
@@ -252,6 +253,8 @@ def test_what_to_carry_is_named_with_versions() -> None:
 def test_the_library_to_carry_is_described(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said = "\n".join(carried.library_lines())
     assert "FASTALIGN_CUDA_ARCHITECTURES=90" in said
+    if carried.native_library.library_path("cuda").is_file():
+        assert re.search(r"libfastalign_cuda.so: [\d.]+ MiB, code for sm_\d+", said)
     monkeypatch.setattr(carried.native_library, "FOLDER", carried.ROOT / "nowhere")
     assert "nowhere/libfastalign_cuda.so: not built here" in "\n".join(carried.library_lines())
 
