@@ -3,6 +3,7 @@
 import copy
 import importlib.util
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -173,6 +174,12 @@ def run(
     return found
 
 
+def open_unbound(job: RolloutJob, model: Any) -> Contestant:
+    """As `open_in_process`, in a process that is not started with the settings of threads."""
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"
+    return ENGINES[SYNCED[0]](job, model)
+
+
 def open_served(job: RolloutJob, model: Any) -> Contestant:
     """As `open_server`, on a stand-in for the server; a start of vLLM's takes long."""
     os.environ[TOKEN_VARIABLE] = TOKEN
@@ -211,7 +218,12 @@ def test_a_server_is_measured_with_all_its_processes(
 
 @needs_vllm
 def test_engines_beside_the_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    samplers = {PEER: PEERS[PEER], SYNCED[0]: ENGINES[SYNCED[0]], SYNCED[1]: open_served}
+    # The peer's process is started as all are; the others have imported everything already.
+    contexts = iter([multiprocessing.get_context("spawn"), CONTEXT, CONTEXT])
+    monkeypatch.setattr(
+        rollout_worker.multiprocessing, "get_context", lambda method: next(contexts)
+    )
+    samplers = {PEER: PEERS[PEER], SYNCED[0]: open_unbound, SYNCED[1]: open_served}
     rows = run(tmp_path, monkeypatch, lambda: (samplers, {"absent": "it is not installed"}))
     names = [(row["pass"], row["implementation"]) for row in rows]
     assert names == [

@@ -1,13 +1,13 @@
 """A server that the sampler starts: killed, stopped, refused; nothing hangs and nothing is left."""
 
 import os
-import subprocess
-import sys
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -15,6 +15,7 @@ import torch
 
 from fastalign.rollouts import SamplerFailed, VllmServerSampler, policy_tensors
 from fastalign.rollouts.engines import server_process, weights
+from tests.rank_processes import CONTEXT
 from tests.rollouts.vllm_cases import (
     PARAMS,
     assert_a_sync_counts,
@@ -177,34 +178,33 @@ def test_a_server_whose_supervisor_is_killed_ends(
     assert_killed(sampler, "supervisor", monkeypatch)
 
 
-TRAINER = """
-import sys, time
-sys.path.insert(0, {root!r})
-from tests.rollouts.vllm_cases import assert_a_sync_counts, make_policy, make_spec
-from fastalign.rollouts import VllmServerSampler
-from fastalign.rollouts.engines.weights import sync_folder
-policy = make_policy("gpt_neox")
-sampler = VllmServerSampler(make_spec(policy))
-assert_a_sync_counts(sampler, policy)
-weights = sync_folder(None)
-print(sampler.process_id, weights.name, flush=True)
-time.sleep(600)
-"""
+def train(found: Any) -> None:
+    """A trainer with a server; it says where, and waits to be killed.
+
+    The model's architecture is one that the trainer's process could not share with vLLM.
+    """
+    policy = make_policy("gpt_neox")
+    sampler = VllmServerSampler(make_spec(policy))
+    assert_a_sync_counts(sampler, policy)
+    kept = weights.sync_folder(None)
+    found.send((sampler.process_id, kept.name))
+    signal.pause()
 
 
 def test_a_killed_trainer_leaves_no_process_no_memory_and_no_folder_behind() -> None:
-    """Its model's architecture is one that the trainer's process could not share with vLLM."""
-    code = TRAINER.format(root=str(Path(__file__).parents[2]))
     with nothing_left_in_shared_memory():
-        trainer = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-        assert trainer.stdout is not None
-        number, weights_folder = trainer.stdout.readline().split()
-        supervisor = psutil.Process(int(number))
+        receiver, sender = CONTEXT.Pipe(duplex=False)
+        trainer = CONTEXT.Process(target=train, args=(sender,))
+        trainer.start()
+        sender.close()
+        number, weights_folder = receiver.recv()
+        receiver.close()
+        assert trainer.pid is not None
+        supervisor = psutil.Process(number)
         family = [supervisor, *supervisor.children(recursive=True)]
         assert folders_left(trainer.pid) != set()
         trainer.kill()
-        trainer.wait()
-        trainer.stdout.close()
+        trainer.join()
         assert psutil.wait_procs(family, timeout=30)[1] == []
     assert folders_left(trainer.pid) == set()
     assert not Path(weights_folder).exists()
