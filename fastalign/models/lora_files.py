@@ -45,7 +45,11 @@ def adapter_base(path: str | Path) -> str | None:
     if not file.is_file():
         return None
     require_peft(f"model.path: {folder} is an adapter, which")
-    config = read_object(file)
+    try:
+        config = read_object(file)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{file}: ")
+        raise ValueError(f"{file}: expected the configuration of an adapter: {reason}") from None
     kind, base = config.get("peft_type"), config.get("base_model_name_or_path")
     if kind != "LORA":
         raise ValueError(f"{file}: expected a LoRA adapter (peft_type LORA), got {kind!r}")
