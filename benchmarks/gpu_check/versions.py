@@ -70,7 +70,7 @@ def main() -> None:
         rows.add({"backend": backend, "unusable": reason})
     if importlib.util.find_spec("transformers") is None:
         return
-    from fastalign.models.attention import ATTENTIONS, attention_reason
+    from fastalign.models.attention.choice import ATTENTIONS, attention_reason
 
     for name in ATTENTIONS:
         reason = attention_reason(name, torch.device(device), torch.bfloat16)
