@@ -10,6 +10,7 @@
 #pragma once
 
 #include <math.h>
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -39,19 +40,22 @@ constexpr int PORTABLE_CLUSTER_SIZE = 8;
 
 enum class Waits { NOT, FOR_LANES, FOR_BLOCK, FOR_CLUSTER };
 
+// A thread of a block, and, when that is done, of the next one. It is begun as a context and goes
+// on by jumps, which make no system call; AddressSanitizer follows contexts alone.
 struct Fiber {
     ucontext_t context;
+    jmp_buf place;
     std::unique_ptr<char[]> stack{new char[STACK_BYTES]};
     Waits waits = Waits::NOT;
-    bool done = false, arrived = false;
+    bool begun = false, done = true, arrived = false;
     unsigned num_shuffles = 0;
 };
 
 struct Block {
     unsigned index, rank;  // in the grid, and in its cluster
     bool done;
-    std::vector<Fiber> fibers;
-    std::map<int, std::vector<char>> shared;  // by the number of the variable
+    std::vector<std::unique_ptr<Fiber>> fibers;  // they do not move
+    std::map<int, std::vector<char>> shared;     // by the number of the variable
     std::vector<char> dynamic;
     char exchange[2][1024 / WARP][WARP][8];  // parity, warp, lane
 
@@ -61,10 +65,10 @@ struct Block {
     }
     int count(Waits why) const {
         return std::count_if(fibers.begin(), fibers.end(),
-                             [why](const Fiber& one) { return !one.done && one.waits == why; });
+                             [why](auto& one) { return !one->done && one->waits == why; });
     }
     void release() {
-        for (Fiber& one : fibers) one.waits = Waits::NOT;
+        for (auto& one : fibers) one->waits = Waits::NOT;
     }
 };
 
@@ -74,6 +78,7 @@ inline Block* block = nullptr;
 inline int thread = 0;
 inline std::function<void()> body;
 inline ucontext_t scheduler;
+inline jmp_buf scheduler_place;
 inline const char* failure = nullptr;
 inline int error = 0;  // of the last launch, until it is asked for
 inline std::map<const void*, size_t> shared_limits;
@@ -103,11 +108,29 @@ struct Order {
     }
 };
 
-inline Fiber& current_fiber() { return block->fibers[thread]; }
+inline Fiber& current_fiber() { return *block->fibers[thread]; }
 
-inline void yield(Waits why) {
-    current_fiber().waits = why;
-    swapcontext(&current_fiber().context, &scheduler);
+// Runs a fiber until it yields. Not inlined, as the next: a jump restores registers.
+__attribute__((noinline)) inline void resume(Fiber& fiber) {
+#ifdef __SANITIZE_ADDRESS__
+    fiber.begun = true;
+    swapcontext(&scheduler, &fiber.context);
+#else
+    if (_setjmp(scheduler_place)) return;
+    if (fiber.begun) _longjmp(fiber.place, 1);
+    fiber.begun = true;
+    setcontext(&fiber.context);
+#endif
+}
+
+__attribute__((noinline)) inline void yield(Waits why) {
+    Fiber& fiber = current_fiber();
+    fiber.waits = why;
+#ifdef __SANITIZE_ADDRESS__
+    swapcontext(&fiber.context, &scheduler);
+#else
+    if (!_setjmp(fiber.place)) _longjmp(scheduler_place, 1);
+#endif
 }
 
 // Ends the launch from within a thread.
@@ -116,10 +139,12 @@ inline void fail(const char* message) {
     yield(Waits::NOT);
 }
 
-inline void run_thread() {
-    body();
-    current_fiber().done = true;
-    yield(Waits::NOT);
+inline void run_threads() {
+    for (;;) {
+        body();
+        current_fiber().done = true;
+        yield(Waits::NOT);
+    }
 }
 
 // Runs the lanes of a warp until each is done or waits for other warps.
@@ -130,13 +155,13 @@ inline void run_warp(int warp, Order& order) {
             thread = warp * WARP + lane;
             Fiber& fiber = current_fiber();
             threadIdx = {unsigned(thread), 0, 0};
-            if (!fiber.done && fiber.waits == Waits::NOT) swapcontext(&scheduler, &fiber.context);
+            if (!fiber.done && fiber.waits == Waits::NOT) resume(fiber);
             if (failure) return;
             num_waiting += !fiber.done && fiber.waits == Waits::FOR_LANES;
         }
         released = num_waiting == WARP;
         for (int lane = 0; released && lane < WARP; ++lane)
-            block->fibers[warp * WARP + lane].waits = Waits::NOT;
+            block->fibers[warp * WARP + lane]->waits = Waits::NOT;
     }
 }
 
@@ -153,7 +178,8 @@ inline void run_block(Block& current, Order& order) {
             continue;
         }
         const auto& fibers = block->fibers;
-        block->done = std::all_of(fibers.begin(), fibers.end(), [](auto& one) { return one.done; });
+        block->done =
+            std::all_of(fibers.begin(), fibers.end(), [](auto& one) { return one->done; });
         if (block->done) return block->fill_shared();
         failure = block->count(Waits::FOR_LANES) ? "a shuffle that some lanes leave out"
                                                  : "a barrier that some threads leave out";
@@ -165,15 +191,18 @@ inline void begin_block(Block& one, unsigned index, unsigned rank) {
     one.rank = rank;
     one.done = false;
     one.fill_shared();
-    for (Fiber& fiber : one.fibers) {
-        fiber.waits = Waits::NOT;
-        fiber.done = fiber.arrived = false;
-        fiber.num_shuffles = 0;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = STACK_BYTES;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, run_thread, 0);
+    for (auto& fiber : one.fibers) {
+        // one that a failed launch has left in the middle begins anew
+        if (!fiber || !fiber->done) fiber = std::make_unique<Fiber>();
+        fiber->waits = Waits::NOT;
+        fiber->done = fiber->arrived = false;
+        fiber->num_shuffles = 0;
+        if (fiber->begun) continue;
+        getcontext(&fiber->context);
+        fiber->context.uc_stack.ss_sp = fiber->stack.get();
+        fiber->context.uc_stack.ss_size = STACK_BYTES;
+        fiber->context.uc_link = nullptr;
+        makecontext(&fiber->context, run_threads, 0);
     }
 }
 
