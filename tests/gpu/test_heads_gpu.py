@@ -20,6 +20,7 @@ from tests.ops.head.fused_linear_loss.fused_linear_loss_cases import (
     leaves,
     some_targets,
 )
+from tests.ops.head.head_tile.head_tile_cases import check_long_rows
 from tests.tolerance import assert_no_worse
 
 pytestmark = [
@@ -110,6 +111,13 @@ def test_a_tile_with_more_elements_than_32_bits_can_count(backend: str) -> None:
     torch.testing.assert_close(
         place[-1, :-1].double(), -expected[:-1].exp(), rtol=2**-8, atol=1e-12
     )
+
+
+@pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.parametrize("num_columns", [16_384, 50_257, 128_256, 128_257])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_long_rows_of_a_tile(backend: str, num_columns: int, name: str) -> None:
+    check_long_rows(num_columns, name, backend, "cuda")
 
 
 def square(chunk: TokenChunk) -> tuple[Tensor, dict[str, Tensor]]:

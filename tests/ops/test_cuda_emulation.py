@@ -25,7 +25,6 @@ from tests.ops.cuda_emulation.build import ROOT, SANITIZERS, build
 from tests.ops.cuda_emulation.library import ORDERS, EmulatedLibrary, cases_of
 from tests.ops.head import test_kl_tile
 from tests.ops.head.head_tile import head_tile_cases, test_head_tile, test_head_tile_split
-from tests.tolerance import assert_no_worse
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 # Path of a library that is built already: the run with sanitizers, below, sets it.
@@ -78,33 +77,6 @@ def test_ten_thousand_tokens(backend: str) -> None:
 LONG_ROWS = [16_384, 16_385, 17_000, 50_257]
 
 
-def of_long_rows(num_columns: int, name: str = "everything") -> None:
-    """A head's tile whose rows begin at multiples of 16 bytes, against float64."""
-    tile, targets, ignored = head_tile_cases.products(4, num_columns)
-    stride, transform = -(-num_columns // 16) * 16, head_tile_cases.transform_of(name, 4)
-    targets[1], targets[3] = 0, num_columns - 1
-    for upstream in ((False, False), (True, True)):
-        arguments = (targets, ignored, transform, upstream)
-        plain, plain_gradient = head_tile_cases.run(tile.clone(), *arguments)
-        true, true_gradient = head_tile_cases.run(tile.double(), *arguments)
-        for dtype in (torch.float32, torch.bfloat16):
-            work = torch.full((4, stride), torch.nan)[:, :num_columns].copy_(tile)
-            place = torch.full((4, stride), 7.0, dtype=dtype)
-            target = work if dtype == torch.float32 else place[:, :num_columns]
-            read, gradient = head_tile_cases.run(work, *arguments, "native", gradient=target)
-            tolerance = {"dtype": torch.float32, "length": num_columns, "scale": 30.0}
-            for value in ("logprob", "entropy"):
-                assert_no_worse(
-                    value, *(getattr(one, value) for one in (read, plain, true)), **tolerance
-                )
-            assert torch.equal(read.is_argmax, true.is_argmax)
-            tolerance |= {"dtype": dtype, "scale": 1.0}
-            assert_no_worse(
-                "gradient", gradient, plain_gradient.to(dtype), true_gradient, **tolerance
-            )
-            assert place[:, num_columns:].eq(7.0).all()
-
-
 @pytest.mark.parametrize("capability", [8, 9])
 @pytest.mark.parametrize("num_columns", LONG_ROWS)
 def test_long_rows_of_a_tile(
@@ -115,7 +87,7 @@ def test_long_rows_of_a_tile(
     capability: int,
 ) -> None:
     monkeypatch.setenv("FASTALIGN_EMULATION_CAPABILITY", str(capability))
-    of_long_rows(num_columns)
+    head_tile_cases.check_long_rows(num_columns, "everything", "native")
     assert library.cluster_size == (8 if capability == 9 else 1)
 
 
@@ -217,6 +189,10 @@ def of_rows_with_a_margin() -> None:
     assert place[6].eq(7.0).all()
 
 
+def of_rows_in_a_cluster() -> None:
+    head_tile_cases.check_long_rows(LONG_ROWS[0], "plain", "native")
+
+
 def of_long_tile() -> None:
     test_head_tile.test_statistics_and_gradients("native", (4, 5000), "plain")
 
@@ -254,12 +230,12 @@ FAULTS = {
             "    __cluster_barrier_arrive();\n    __cluster_barrier_wait();\n",
             "    __syncthreads();\n",
         ),
-        lambda: of_long_rows(LONG_ROWS[0], "plain"),
+        of_rows_in_a_cluster,
     ),
     "a block writes before the others of its cluster have begun": Fault(
         "head_tile",
         ("head_tile.cu", "__cluster_barrier_wait();  // all blocks have begun", ""),
-        lambda: of_long_rows(LONG_ROWS[0], "plain"),
+        of_rows_in_a_cluster,
     ),
     "threads without a token leave before a barrier": Fault(
         "kl_penalty",

@@ -7,6 +7,7 @@ from torch import Tensor
 from fastalign.ops import native_library
 from fastalign.ops.backends import unusable_reason
 from fastalign.ops.head.head_tile import HeadTransform, RowStatistics, Tile, Upstream, read_tile
+from tests.tolerance import assert_no_worse
 
 ISAS = native_library.cpu_isas() if native_library.unusable_reason("cpu") is None else []
 BACKENDS = [*(f"native-{isa}" for isa in ISAS), "triton", "torch"]
@@ -77,3 +78,46 @@ def use_backend(parameter: str, monkeypatch: pytest.MonkeyPatch) -> str:
     if name != "torch" and unusable_reason(name, "cpu", torch.float32) is not None:
         pytest.skip(str(unusable_reason(name, "cpu", torch.float32)))
     return name
+
+
+def check_long_rows(num_columns: int, name: str, backend: str, device: str = "cpu") -> None:
+    """Compare a tile whose rows begin at multiples of 16 bytes, and lie apart, with float64."""
+    tile, targets, ignored = products(4, num_columns)
+    stride, transform = -(-num_columns // 16) * 16, transform_of(name, 4)
+    targets[1], targets[3] = 0, num_columns - 1
+    temperature = transform.temperature
+    there = (targets.to(device), ignored.to(device))
+    moved = HeadTransform(
+        None if temperature is None else temperature.to(device),
+        transform.softcap,
+        transform.logit_scale,
+    )
+    for upstream in ((False, False), (True, True)):
+        plain, plain_gradient = run(tile.clone(), targets, ignored, transform, upstream)
+        true, true_gradient = run(tile.double(), targets, ignored, transform, upstream)
+        for dtype in (torch.float32, torch.bfloat16):
+            work = torch.full((4, stride), torch.nan, device=device)[:, :num_columns].copy_(tile)
+            place = torch.full((4, stride), 7.0, dtype=dtype, device=device)
+            target = work if dtype == torch.float32 else place[:, :num_columns]
+            read, gradient = run(work, *there, moved, upstream, backend, gradient=target)
+            for value in ("logprob", "entropy"):
+                assert_no_worse(
+                    value,
+                    getattr(read, value).cpu(),
+                    getattr(plain, value),
+                    getattr(true, value),
+                    dtype=torch.float32,
+                    length=num_columns,
+                    scale=30.0,
+                )
+            assert torch.equal(read.is_argmax.cpu(), true.is_argmax)
+            assert_no_worse(
+                "gradient",
+                gradient.cpu(),
+                plain_gradient.to(dtype),
+                true_gradient,
+                dtype=dtype,
+                length=num_columns,
+                scale=1.0,
+            )
+            assert place[:, num_columns:].eq(7.0).all()
