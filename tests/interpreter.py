@@ -43,4 +43,4 @@ def is_interpreted(item: pytest.Item) -> bool:
 def _names_triton(value: object) -> bool:
     if isinstance(value, tuple | list):
         return any(map(_names_triton, value))
-    return value == "triton"
+    return isinstance(value, str) and value == "triton"
