@@ -12,19 +12,19 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig
 
 from fastalign.batch.packed import Group, PackedBatch, pack
+from fastalign.compute import Compute
 from fastalign.estimate.memory import move_to_fake, peak_of
 from fastalign.estimate.ranks import (
     ModelWeights,
-    Sharing,
     gathered,
     kept,
-    numbers,
     reducing,
     weights_of,
 )
 from fastalign.models import attention
 from fastalign.models.lora import add_adapter
 from fastalign.ranks.config import ParallelConfig
+from fastalign.ranks.world import World
 from fastalign.runs.config import TrainConfig
 from fastalign.runs.load import checkpoint_activations
 from fastalign.runs.open import make_compute
@@ -35,7 +35,6 @@ GIGABYTE = 10**9
 ROOM = 76  # of 80 GB: the rest is the allocator's, NCCL's and CUDA's own
 GPUS = (1, 8, 64)
 BATCHES = 64  # of a step, all ranks together
-BF16 = 2
 SIZES: dict[str, dict[str, int]] = {
     "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
     "70B": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80},
@@ -107,6 +106,11 @@ def weights(size: str, kind: str) -> ModelWeights:
     return weights_of(make(size, kind))
 
 
+def shared_by(ranks: int, settings: ParallelConfig) -> Compute:
+    """Return the means of computing of a rank of a run in bf16."""
+    return Compute(dtype=torch.bfloat16, world=World(size=ranks), parallel=settings)
+
+
 @cache
 def batch() -> PackedBatch:
     """Return a batch of 7,680 tokens, 5,120 of them predicted."""
@@ -126,7 +130,8 @@ def activations_of(size: str, kind: str, *, checkpointed: bool, gathered: bool =
     more = SIZES[size]["num_hidden_layers"] - FEW
     if not checkpointed:
         return few + more * (peak(size, kind, FEW + 1, checkpointed, gathered) - few)
-    wide = [w.size for w in weights(size, kind).layers[0] if not gathered and w.element > 2]
+    layer = weights(size, kind).layers[0]
+    wide = [w.numel() for w in layer if not gathered and w.element_size() > 2]
     element = 4 if wide else 2
     given = batch().num_tokens * SIZES[size]["hidden_size"] * element
     return few + more * (given + 2 * sum(wide))
@@ -144,10 +149,11 @@ def peak(size: str, kind: str, num_layers: int, checkpointed: bool, gathered: bo
 
 def step_bytes(size: str, kind: str, settings: ParallelConfig, ranks: int) -> int:
     """Return the bytes on a GPU in a training step of sft, dpo or reward."""
-    model, sharing = weights(size, kind), Sharing(ranks, BF16, settings)
-    own = 0 if settings.offload else kept(model, sharing, batches=BATCHES // ranks).total
-    passing = gathered(model, sharing) + reducing(model, sharing)
-    return own + passing + activations_of(size, kind, checkpointed=True, gathered=sharing.sharded)
+    model, compute = weights(size, kind), shared_by(ranks, settings)
+    own = 0 if settings.offload else kept(model, compute, batches=BATCHES // ranks).total
+    passing = gathered(model, compute) + reducing(model, compute)
+    sharded = settings.strategy == "fsdp"
+    return own + passing + activations_of(size, kind, checkpointed=True, gathered=sharded)
 
 
 def ppo_bytes(
@@ -157,15 +163,16 @@ def ppo_bytes(
 
     The peak is an update of the policy, or its gathering to sample if the trainer samples.
     """
-    sharing, batches = Sharing(ranks, BF16, settings), BATCHES // ranks
+    compute, batches = shared_by(ranks, settings), BATCHES // ranks
     policy = weights(size, kind)
-    trained = [kept(model, sharing, batches=batches) for model in (policy, weights(size, "reward"))]
+    trained = [kept(model, compute, batches=batches) for model in (policy, weights(size, "reward"))]
     frozen = ["frozen reward"] + (["reference"] if kind != "adapter" else [])
     own = sum(each.total for each in trained)
-    own += sum(kept(weights(size, name), sharing).weights for name in frozen)
-    update = gathered(policy, sharing) + reducing(policy, sharing)
-    update += activations_of(size, kind, checkpointed=True, gathered=sharing.sharded)
-    sampling = gathered(policy, sharing, whole=True) if samples else 0
+    own += sum(kept(weights(size, name), compute).weights for name in frozen)
+    update = gathered(policy, compute) + reducing(policy, compute)
+    sharded = settings.strategy == "fsdp"
+    update += activations_of(size, kind, checkpointed=True, gathered=sharded)
+    sampling = gathered(policy, compute, whole=True) if samples else 0
     if not settings.offload:
         sampling -= sum(each.gradients for each in trained)  # there are none yet
     on_gpu, on_host = (0, own) if settings.offload else (own, 0)
@@ -202,10 +209,10 @@ def parts_table() -> Iterator[str]:
     for size in SIZES:
         model = weights(size, "policy")
         for ranks in GPUS:
-            sharing = Sharing(ranks, BF16, FSDP)
-            own = kept(model, sharing)
+            compute = shared_by(ranks, FSDP)
+            own = kept(model, compute)
             sizes = [own.weights, own.gradients, own.states]
-            sizes += [gathered(model, sharing), reducing(model, sharing)]
+            sizes += [gathered(model, compute), reducing(model, compute)]
             sizes += [activations_of(size, "policy", checkpointed=True)]
             values = " | ".join(map(number, sizes))
             yield f"| {size}, {ranks} GPU{'s' * (ranks > 1)} | {values} |"
@@ -218,10 +225,11 @@ def models_table() -> Iterator[str]:
     yield "|---" + "|---:" * 7 + "|"
     for size in SIZES:
         model = weights(size, "policy")
-        values = [f"{numbers(model.all) / GIGABYTE:.2f} billion"]
+        num_parameters = sum(weight.numel() for weight in model.all)
+        values = [f"{num_parameters / GIGABYTE:.2f} billion"]
         for checkpointed in (False, True):
             values.append(number(activations_of(size, "policy", checkpointed=checkpointed)))
-        values.append(number(kept(model, Sharing(1, BF16, OFFLOAD)).total))
+        values.append(number(kept(model, shared_by(1, OFFLOAD)).total))
         values += [number(ppo_bytes(size, "policy", OFFLOAD, False, ranks)[1]) for ranks in GPUS]
         yield f"| {size} | {' | '.join(values)} |"
 
