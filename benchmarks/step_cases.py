@@ -129,10 +129,11 @@ def read_groups(path: Path, vocab_size: int, num_groups: int) -> list[Group]:
     Raises:
         ValueError: if fewer than `num_groups` rows fit.
     """
-    from fastalign.cli.models import texts_of, train_tokenizer
+    from fastalign.cli.models import train_tokenizer
     from fastalign.data.load import load_examples
+    from fastalign.data.read import read_texts
 
-    tokenizer = train_tokenizer(texts_of(str(path)), vocab_size - FIRST_WORD + 1)
+    tokenizer = train_tokenizer(read_texts(str(path)), vocab_size - FIRST_WORD + 1)
     data = load_examples(path, "preference", tokenizer, max_length=MAX_LENGTH, on_too_long="skip")
     if len(data.groups) < num_groups:
         raise ValueError(
