@@ -47,7 +47,7 @@ def test_ppo_clip_by_hand() -> None:
 
 
 def test_ppo_clip_names_wrong_arguments() -> None:
-    with pytest.raises(ValueError, match=r"advantage: expected \(2,\), got \(3,\)"):
+    with pytest.raises(ValueError, match=r"advantage: expected \(2,\) as logprob has, got \(3,\)"):
         ppo_clip(torch.zeros(2), torch.zeros(2), torch.zeros(3))
     with pytest.raises(ValueError, match=r"clip_range: expected a number in \(0, 1\), got 1.5"):
         ppo_clip(torch.zeros(2), torch.zeros(2), torch.zeros(2), clip_range=1.5)
