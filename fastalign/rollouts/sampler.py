@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+TINY, HUGE = 1e-37, 1e38  # temperatures that float32 holds
 MOST_SAMPLES = 2**16  # of a prompt; more than any estimate needs is a mistyped number
 
 
@@ -31,9 +32,9 @@ class SamplingParams:
             raise ValueError(
                 f"sampling.num_samples: expected at most {MOST_SAMPLES}, got {self.num_samples}"
             )
-        if not 0 <= self.temperature < float("inf"):
+        if self.temperature != 0 and not TINY <= self.temperature <= HUGE:
             raise ValueError(
-                f"sampling.temperature: expected a finite number of at least 0, got "
+                f"sampling.temperature: expected 0, or a number from {TINY} to {HUGE}, got "
                 f"{self.temperature}"
             )
         if not 0 < self.top_p <= 1:

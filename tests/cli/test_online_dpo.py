@@ -54,6 +54,14 @@ def test_the_settings_that_are_saved_are_read_back(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["--sampling.num-samples", "1"], r"sampling\.num_samples: expected at least 2"),
+        (
+            ["--sampling.temperature", "1e300"],
+            r"sampling\.temperature: expected 0, or a number from",
+        ),
+        (
+            ["--sampling.temperature=-1"],
+            r"sampling\.temperature: expected 0, or a number .* got -1",
+        ),
         (["--pairs.ties", "use"], r"pairs\.ties: expected drop, for this loss has no place"),
         (["--pairs.ties", "keep"], "pairs.ties"),
         (["--pairs.epochs", "0"], r"pairs\.epochs: expected at least 1, got 0"),

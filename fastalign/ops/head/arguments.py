@@ -250,7 +250,8 @@ def temperature_tensor(temperature: float | Tensor, hidden: Tensor) -> Tensor | 
     """Return None for 1.0; else a tensor of one element, or of one per row.
 
     Raises:
-        ValueError: if a number is not positive, or a tensor has another shape or needs a gradient.
+        ValueError: if a number is not positive or cannot be held in float32 (float64 of such hidden
+            states), or a tensor has another shape or needs a gradient.
     """
     if isinstance(temperature, Tensor):
         if temperature.numel() != 1 and temperature.shape != hidden.shape[:1]:
@@ -266,4 +267,10 @@ def temperature_tensor(temperature: float | Tensor, hidden: Tensor) -> Tensor | 
     if temperature == 1.0:
         return None
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    limits = torch.finfo(dtype)
+    if not limits.tiny <= temperature <= limits.max:
+        raise ValueError(
+            f"temperature: expected a number from {limits.tiny:.1e} to {limits.max:.1e}, "
+            f"got {temperature}"
+        )
     return torch.full((1,), temperature, dtype=dtype, device=hidden.device)

@@ -244,6 +244,8 @@ def test_traced_by_the_compiler() -> None:
         ({"bias": torch.zeros(VOCABULARY + 1)}, r"bias: expected \(37,\)"),
         ({"temperature": 0.0}, "temperature: expected a positive number, got 0.0"),
         ({"temperature": float("nan")}, "temperature: expected a positive number, got nan"),
+        ({"temperature": 1e300}, r"temperature: expected a number from 1\.2e-38 to 3\.4e\+38"),
+        ({"temperature": 1e-300}, r"temperature: expected a number from 1\.2e-38 to 3\.4e\+38"),
         ({"temperature": torch.ones(2)}, r"temperature: expected a number or \(3,\)"),
         ({"temperature": torch.ones(3, requires_grad=True)}, "temperature: expected no gradient"),
         ({"softcap": 0.0}, "softcap: expected a positive number or None"),
