@@ -318,6 +318,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--leaf", choices=DTYPES, default="bfloat16", help="dtype of the weight")
     parser.add_argument("--json", type=Path, help="also write the predictions here")
     options = parser.parse_args(arguments)
+    if min(options.shape) < 1:
+        parser.error(f"--shape: expected three positive numbers, got {options.shape}")
     chip, shape = CHIPS[options.chip], Shape(*options.shape, DTYPES[options.leaf])
     chip = Chip(
         chip.products if options.tflops is None else 1e12 * options.tflops,

@@ -8,6 +8,7 @@ and the medians of the seconds of computing are compared.
 
 import argparse
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 ROUNDS = 6
+CASE = re.compile(r"([1-9]\d*,){3}(float32|bfloat16),[1-9]\d*(,frozen)?")
 CALL = "call\n"
 
 
@@ -69,6 +71,9 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("new", type=Path)
     parser.add_argument("cases", nargs="+")
     options = parser.parse_args(arguments)
+    for case in options.cases:
+        if not CASE.fullmatch(case):
+            parser.error(f"expected a case such as 4096,576,49152,float32,8, got {case}")
     for case in options.cases:
         processes = [start(each.resolve(), case) for each in (options.old, options.new)]
         for process in processes:

@@ -5,6 +5,7 @@ import gc
 import socket
 import threading
 import warnings
+from typing import Any
 
 import pytest
 
@@ -69,6 +70,17 @@ def test_what_is_no_address_is_refused_at_once(url: str) -> None:
 @pytest.mark.parametrize("url", ["http://here", "https://here:1/", "http://[::1]:8000/below"])
 def test_addresses_are_taken(url: str) -> None:
     assert VllmOptions(url=url).url == VllmOptions(url=(url,)).url == (url,)
+
+
+def test_addresses_are_one_text_or_several() -> None:
+    assert VllmOptions(url="http://here").url == ("http://here",)  # type: ignore[arg-type]
+    several: Any = ["http://here", "http://there"]
+    assert VllmOptions(url=several).url == ("http://here", "http://there")
+    none: Any = []
+    assert VllmOptions(url=none).url is VllmOptions(url=()).url is None
+    for wrong in (5, [3]):
+        with pytest.raises(ValueError, match=r"vllm\.url: expected one address or several, got"):
+            VllmOptions(url=wrong)  # type: ignore[arg-type]
 
 
 def test_several_addresses_are_taken_each_once() -> None:

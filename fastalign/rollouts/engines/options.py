@@ -52,8 +52,10 @@ class VllmOptions:
     """Folder that weights are written to for a server, which must see it too; default: memory."""
 
     def __post_init__(self) -> None:
-        urls: object = None if self.url == () else self.url
-        object.__setattr__(self, "url", (urls,) if isinstance(urls, str) else urls)
+        urls: object = (self.url,) if isinstance(self.url, str) else self.url or ()
+        if not isinstance(urls, tuple | list) or not all(isinstance(url, str) for url in urls):
+            raise ValueError(f"vllm.url: expected one address or several, got {urls!r}")
+        object.__setattr__(self, "url", tuple(urls) or None)
         for url in self.url or ():
             check_url(url)
         if len({url.rstrip("/") for url in self.url or ()}) < len(self.url or ()):
