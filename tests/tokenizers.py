@@ -27,14 +27,7 @@ WITHOUT_END = (
 
 
 @cache
-def make_tokenizer(
-    *,
-    adds_bos: bool = True,
-    pad_is_eos: bool = False,
-    chat_template: str | None = None,
-    prefix_space: bool = False,
-) -> Any:
-    """A BPE tokenizer of 320 tokens; `prefix_space` puts a space in front of every text."""
+def _trained(adds_bos: bool, prefix_space: bool) -> str:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
@@ -50,9 +43,23 @@ def make_tokenizer(
         tokenizer.post_processor = processors.TemplateProcessing(
             single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
         )
+    return tokenizer.to_str()
+
+
+def make_tokenizer(
+    *,
+    adds_bos: bool = True,
+    pad_is_eos: bool = False,
+    chat_template: str | None = None,
+    prefix_space: bool = False,
+) -> Any:
+    """Return a BPE tokenizer of 320 tokens; `prefix_space` puts a space in front of every text.
+
+    Each call returns an object of its own: a test may change it, and no later test sees that.
+    """
     chatml = chat_template is not None and "im_end" in chat_template
     wrapped = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
+        tokenizer_object=Tokenizer.from_str(_trained(adds_bos, prefix_space)),
         bos_token="<s>",
         eos_token="<|im_end|>" if chatml else "</s>",
         pad_token=("<|im_end|>" if chatml else "</s>") if pad_is_eos else "<pad>",

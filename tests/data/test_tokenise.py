@@ -158,6 +158,11 @@ def test_a_template_that_opens_a_think_block_is_cut_before_the_answer(tmp_path: 
     assert tokenizer.decode(learned(group)) == "yes<|im_end|>"
 
 
+def test_a_tokenizer_that_a_test_changed_is_no_other_tests_tokenizer() -> None:
+    make_tokenizer().chat_template = CHATML
+    assert make_tokenizer().chat_template is None
+
+
 def test_conversations_need_a_chat_template(tmp_path: Path) -> None:
     file = write(tmp_path, {"messages": [USER, YES]})
     with pytest.raises(ValueError, match="no chat template"):
