@@ -26,7 +26,7 @@ from fastalign.models.lora import add_adapter
 from fastalign.ranks.config import ParallelConfig
 from fastalign.ranks.world import World
 from fastalign.runs.config import TrainConfig
-from fastalign.runs.load import checkpoint_activations
+from fastalign.runs.inputs import checkpoint_activations
 from fastalign.runs.open import make_compute
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "scaling.md"

@@ -1,6 +1,9 @@
-"""The settings of a run's forwards: device, dtype, packing, and the ranks that share them."""
+"""The settings of a run's forwards (device, dtype, packing, ranks), and the memory they take."""
 
-from contextlib import AbstractContextManager, nullcontext
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -34,6 +37,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and CPU_ALLOCATOR in str(error)
+
+
+@contextmanager
+def memory_used_in(what: str) -> Iterator[None]:
+    """Add a note of what was being done to an error of memory."""
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            error.add_note(what)
+        raise
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak memory so far: PyTorch's on a GPU, otherwise the process's."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def require_finite(values: torch.Tensor, what: str) -> None:

@@ -24,7 +24,7 @@ from fastalign.models.load import model_without_weights
 from fastalign.models.lora import linear_names
 from fastalign.ops.head.buffers import default_budget
 from fastalign.runs.config import TrainingConfig
-from fastalign.runs.load import add_new_adapter, base_dtype, checkpoint_activations
+from fastalign.runs.inputs import add_new_adapter, base_dtype, checkpoint_activations
 from fastalign.trainers.reward.config import RewardConfig
 
 # AdamW's two moments in float32.

@@ -1,7 +1,9 @@
 """Estimate the memory of a run, or of each of its ranks, from its configuration and data."""
 
+import resource
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +26,8 @@ from fastalign.ranks.world import World
 from fastalign.runs import accumulate as evaluate
 from fastalign.runs.accumulate import Examples, measure_examples
 from fastalign.runs.config import TrainingConfig
-from fastalign.runs.load import check_sharing, checkpoint_activations, load_sets
+from fastalign.runs.inputs import check_sharing, checkpoint_activations, load_sets
 from fastalign.runs.loop import examples_per_step, indices_of_run, total_steps
-from fastalign.runs.memory import resident_bytes
 from fastalign.runs.open import make_compute
 from fastalign.trainers.dpo import reference
 from fastalign.trainers.dpo.config import DPOConfig
@@ -220,3 +221,11 @@ def reference_peak(config: DPOConfig, policy: Any, batch: PackedBatch, compute: 
         weight = model.get_output_embeddings().weight
         held = weight.numel() * weight.element_size()
     return replace(peak, weights=held + of_policy)
+
+
+def resident_bytes() -> int:
+    """Return this process's resident memory on Linux, 0 elsewhere."""
+    table = Path("/proc/self/statm")
+    if not table.exists():
+        return 0
+    return int(table.read_text(encoding="ascii").split()[1]) * resource.getpagesize()

@@ -1,13 +1,19 @@
-"""The default sampler: transformers' `generate`, with exact log-probs and a seed per completion."""
+"""The default sampler: transformers' `generate`, with exact log-probs and a seed per completion.
 
-from collections.abc import Callable, Sequence
+`TransformersSampler` draws from any model, `PolicySampler` from the one that is being trained.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from fastalign.compute import require_finite
+from fastalign.compute import Compute, require_finite
+from fastalign.data.tokenizer import Tokenizer, eos_token_ids
+from fastalign.ranks.whole_weights import with_whole_weights
 from fastalign.rollouts.distribution import sampling_logprobs
 from fastalign.rollouts.sampler import Completion, SamplingParams, check_prompts, sample_seed
 
@@ -147,3 +153,60 @@ def _stream(seed: int, prompt: int, sample: int, length: int) -> Tensor:
     generator = torch.Generator()
     generator.manual_seed(sample_seed(seed, prompt, sample))
     return torch.rand(length, generator=generator, dtype=torch.float64)
+
+
+@contextmanager
+def sampling_mode(model: Any, compute: Compute) -> Iterator[None]:
+    """Set the model to eval mode, with its products in the run's dtype, while it is sampled from.
+
+    Gradient checkpointing, which forbids a cache of keys and values, is off in eval mode; compiled
+    layers run as they were, since a cache of another length would compile them anew.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with compute.autocast(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        model.train(training)
+
+
+class PolicySampler:
+    """The embedded sampler on the policy that is being trained; its weights are always the newest.
+
+    `path` is the model's folder, whose generation settings may list more end tokens.
+    """
+
+    def __init__(self, model: Any, tokenizer: Tokenizer, path: str, compute: Compute):
+        stops = eos_token_ids(tokenizer, path)
+        pad = tokenizer.pad_token_id
+        self._model, self._compute = model, compute
+        self._sampler = TransformersSampler(
+            model, eos_token_ids=stops, pad_token_id=stops[0] if pad is None else pad
+        )
+        self.version = 0
+
+    def generate(
+        self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams, *, seed: int
+    ) -> list[list[Completion]]:
+        """See `Sampler`; several ranks share the prompts, and each gets all completions."""
+        self._sampler.version = self.version
+        world = self._compute.world
+        mine = world.part_of(len(prompt_ids))
+
+        def sample() -> list[list[Completion]]:
+            return self._sampler.generate(
+                prompt_ids[mine.start : mine.stop], params, seed=seed, first_prompt=mine.start
+            )
+
+        with sampling_mode(self._model, self._compute):
+            found = with_whole_weights(self._model, sample)
+        return [answers for of_rank in world.gather(found) for answers in of_rank]
+
+    def metrics(self) -> dict[str, float | int]:
+        """Return no metrics, since there is no engine of its own."""
+        return {}
+
+    def close(self) -> None:
+        """Release the model."""
+        self._sampler.close()

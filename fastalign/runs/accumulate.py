@@ -12,13 +12,12 @@ from torch.distributed.tensor import DTensor
 
 from fastalign.batch.packed import Group, PackedBatch
 from fastalign.batch.schedule import packed_batches, packed_lengths
-from fastalign.compute import Compute, Packing
+from fastalign.compute import Compute, Packing, memory_used_in
 from fastalign.models.forward import hidden_and_head
 from fastalign.ops import LinearHead, fused_linear_loss
 from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.ops.head.products import weights_rounded_once
 from fastalign.ranks.parallel import enter
-from fastalign.runs.memory import memory_used_in
 from fastalign.runs.metrics import Metrics, mean_metrics
 
 # (a micro-batch, the examples that it holds) -> its part of the loss (), sums for the metrics

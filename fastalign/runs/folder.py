@@ -17,13 +17,13 @@ import yaml
 
 from fastalign.compute import find_device
 from fastalign.ranks.world import world_of_environment
-from fastalign.runs.checkpoint.files import CHECKPOINTS, list_checkpoints
+from fastalign.runs.checkpoint.writer import CHECKPOINTS, list_checkpoints
 from fastalign.runs.config import RunConfig, flat_settings
+from fastalign.runs.metrics import METRICS
 from fastalign.written_files import clear_half_written, write_atomically
 from fastalign.yaml_file import read_yaml_file
 
 CONFIG = "config.yaml"
-METRICS = "metrics.jsonl"
 FINAL_MODELS = ("model", "adapter", "value")
 
 # Settings that may differ when a run is resumed: they change neither weights nor their order.

@@ -1,21 +1,282 @@
-"""Fingerprints of the inputs of a run, which its checkpoints keep and a resumed run compares.
+"""The inputs of a run: its data and models, loaded under its rules, and their fingerprints.
 
-An input is a dictionary of its parts (a file, a key of a configuration) to a hash or a plain value,
-so that a difference can be named.
+Models get their adapter, and the ranks share them. A checkpoint keeps the fingerprints, which a
+resumed run compares: an input is a dictionary of its parts (a file, a key of a configuration) to a
+hash or a plain value, so that a difference can be named.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from fastalign.data.tokenizer import Tokenizer, eos_token_ids
-from fastalign.models.load import model_fingerprint
-from fastalign.models.lora import has_adapter
-from fastalign.runs.config import TrainingConfig, flat_settings
+import torch
+
+from fastalign.compute import Compute, memory_used_in
+from fastalign.data.load import Ties, TokenizedDataset, load_examples
+from fastalign.data.tokenizer import Tokenizer, eos_token_ids, load_tokenizer, print_added_tokens
+from fastalign.models.attention import attention_name
+from fastalign.models.layers import compile_layers
+from fastalign.models.load import (
+    load_policy,
+    load_reward_model,
+    model_fingerprint,
+    model_without_weights,
+    set_save_dtype,
+)
+from fastalign.models.lora import add_adapter, has_adapter
+from fastalign.models.lora_files import adapter_base
+from fastalign.ranks.parallel import load_on_first, share_by_ddp, share_by_fsdp
+from fastalign.runs.config import ModelConfig, PreferenceDataConfig, TrainingConfig, flat_settings
 from fastalign.written_files import sha256_of
+
+LOADING = "loading "  # how the note on a model that is being loaded begins
+
+
+def check_positions(model: Any, data: TokenizedDataset) -> None:
+    """Raise ValueError for the first row of more tokens than the model has positions."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if limit is None:
+        return
+    for group, source in zip(data.groups, data.sources, strict=True):
+        longest = len(group.prompt_ids) + max(len(ids) for ids in group.response_ids)
+        if longest > limit:
+            raise ValueError(
+                f"{source}: {longest} tokens, but the model has {limit} positions; "
+                f"lower --data.max-length to at most {limit}"
+            )
+
+
+def load_data(
+    config: Any, source: str, tokenizer: Tokenizer, *, keep_ties: bool = False
+) -> TokenizedDataset:
+    """Load demonstrations or pairs under the run's rules; a loss with ties keeps ties."""
+    data, compared = config.data, isinstance(config.data, PreferenceDataConfig)
+    ties: Ties = "error"
+    if compared:
+        ties = "keep" if keep_ties or config.loss.uses_ties else data.ties
+    return load_examples(
+        source,
+        "preference" if compared else "sft",
+        tokenizer,
+        max_length=data.max_length,
+        on_bad_row=data.on_bad_row,
+        on_too_long=data.on_too_long,
+        ties=ties,
+    )
+
+
+def load_sets(
+    config: Any, model: Any, tokenizer: Tokenizer
+) -> tuple[TokenizedDataset, TokenizedDataset | None]:
+    """Load the training data, and the held-out data if there are any.
+
+    Raises:
+        ValueError: if a source is at fault, naming file and row, or a row is too long.
+        FileNotFoundError: if a file does not exist.
+    """
+    sources = [config.data.train, *([] if config.data.eval is None else [config.data.eval])]
+    sets = [load_data(config, source, tokenizer) for source in sources]
+    for data in sets:
+        data.report.print_losses()
+        check_positions(model, data)
+    if has_adapter(model):
+        rows = (ids for g in sets[0].groups for ids in (g.prompt_ids, *g.response_ids))
+        print_added_tokens(tokenizer, rows)
+    return sets[0], sets[1] if len(sets) > 1 else None
+
+
+def load_for_training(config: TrainingConfig, compute: Compute) -> tuple[Any, Tokenizer]:
+    """Load the policy, its float32 weights or a frozen base with an adapter, and its tokenizer."""
+    model, tokenizer = load_model(
+        config.model.path,
+        config.model,
+        compute,
+        dtype=base_dtype(config.model, compute),
+        nf4=config.model.lora.base == "nf4",
+    )
+    check_router(model, config.model.path)
+    without_weights = any(p.is_meta for p in model.parameters())  # another rank reads them
+    with torch.device("meta") if without_weights else nullcontext():
+        add_new_adapter(model, config.model)
+    return share(ready_for_training(model, config), compute), tokenizer
+
+
+def check_router(model: Any, path: str) -> None:
+    """Raise ValueError if a mixture of experts asks for its router's loss, computed nowhere."""
+    config = model.config.get_text_config()
+    weight = getattr(config, "router_aux_loss_coef", None)
+    if getattr(config, "output_router_logits", False) and weight:
+        raise ValueError(
+            f"model.path: config.json of {path!r} asks for the router's auxiliary loss "
+            f"(output_router_logits true, router_aux_loss_coef {weight}), which is not computed; "
+            "expected output_router_logits false, under which the router is trained by the "
+            "tokens' loss alone"
+        )
+
+
+def load_reward_for_training(config: TrainingConfig, compute: Compute) -> tuple[Any, Tokenizer]:
+    """Load a reward model with float32 master weights, and its tokenizer; the caller shares it."""
+    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    model = load_reward_network(config.model.path, config, compute)
+    check_vocabulary(model, tokenizer, config.model.path)
+    print(f"attention of {config.model.path}: {attention_name(model)}")
+    return ready_for_training(model, config), tokenizer
+
+
+def load_reward_network(path: str, config: TrainingConfig, compute: Compute) -> Any:
+    """Load a reward model's network; draw a head by the run's seed if it has none."""
+    trust = config.model.trust_remote_code
+    model = loaded(
+        path,
+        compute,
+        lambda where: load_reward_model(path, where, seed=config.run.seed, trust_remote_code=trust),
+        lambda: model_without_weights(path, compute, reward=True, trust_remote_code=trust),
+    )
+    set_save_dtype(model, config.model.save_dtype)
+    return model
+
+
+def ready_for_training(model: Any, config: TrainingConfig) -> Any:
+    """Checkpoint the model's activations and compile its layers, if the settings ask for it."""
+    if config.train.gradient_checkpointing:
+        checkpoint_activations(model)
+    if config.train.compile:
+        compile_layers(model)
+    return model
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute each layer's activations in the backward pass."""
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()  # dropout is 0; transformers checkpoints only in this mode
+
+
+def base_dtype(config: ModelConfig, compute: Compute) -> torch.dtype:
+    """Return the dtype of the weights under an adapter; without one it is float32.
+
+    Raises:
+        ValueError: if the model already is an adapter, or the base's precision is not the run's.
+    """
+    lora = config.lora
+    if lora.rank and adapter_base(config.path) is not None:
+        raise ValueError(
+            f"model.path: {config.path} is an adapter, on which peft puts no other; merge it first "
+            "(fastalign merge), and train on the result"
+        )
+    if lora.base == "bf16" and compute.dtype != torch.bfloat16:
+        raise ValueError(
+            "model.lora.base: a bf16 base computes in bf16; expected --train.precision bf16 with "
+            f"it, got {str(compute.dtype).removeprefix('torch.')}"
+        )
+    return torch.float32 if lora.base == "float32" else compute.dtype
+
+
+def add_new_adapter(model: Any, config: ModelConfig) -> None:
+    """Add the adapter that the settings describe to a model, if they describe one."""
+    lora = config.lora
+    if lora.rank:
+        add_adapter(
+            model,
+            rank=lora.rank,
+            alpha=lora.alpha,
+            targets=lora.targets,
+            use_rslora=lora.use_rslora,
+        )
+
+
+def load_model(
+    path: str,
+    config: ModelConfig,
+    compute: Compute,
+    *,
+    dtype: torch.dtype = torch.float32,
+    nf4: bool = False,
+) -> tuple[Any, Tokenizer]:
+    """Load a causal model, which the caller shares among the ranks, and its tokenizer.
+
+    Raises:
+        ValueError: if the tokenizer has more tokens than the model.
+    """
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
+    tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
+    model = loaded(
+        path,
+        compute,
+        lambda where: load_policy(path, where, nf4=nf4, **options),
+        lambda: model_without_weights(path, compute, reward=False, **options),
+    )
+    set_save_dtype(model, config.save_dtype)
+    check_vocabulary(model, tokenizer, path)
+    print(f"attention of {path}: {attention_name(model)}")
+    return model, tokenizer
+
+
+def check_vocabulary(model: Any, tokenizer: Tokenizer, path: str) -> None:
+    """Raise ValueError, which names the folder, if the tokenizer has more tokens than the model."""
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > num_rows:
+        raise ValueError(
+            f"model.path: the tokenizer in {path} has {len(tokenizer)} tokens, the model {num_rows}"
+        )
+
+
+def check_sharing(config: TrainingConfig) -> None:
+    """Raise ValueError, which names them, for settings that do not work with FSDP2's shards."""
+    if config.parallel.strategy != "fsdp":
+        return
+    if config.model.lora.base == "nf4":
+        raise ValueError(
+            "model.lora.base: nf4 is not sharded; expected bf16 or float32 with "
+            "--parallel.strategy fsdp, or --parallel.strategy ddp"
+        )
+    if config.optim.states != "float32":
+        raise ValueError(
+            "optim.states: 8bit states are not sharded; expected float32 with "
+            "--parallel.strategy fsdp (each rank holds its part of them)"
+        )
+    if getattr(getattr(config, "reference", None), "offload", False):
+        raise ValueError(
+            "reference.offload: a sharded reference is not offloaded by layers; expected "
+            "--parallel.offload with --parallel.strategy fsdp"
+        )
+
+
+def loaded(
+    path: str, compute: Compute, load: Callable[[Compute], Any], skeleton: Callable[[], Any]
+) -> Any:
+    """Load a model on each rank; if it will be sharded, load the weights on rank 0 alone.
+
+    `load` reads it to the device of the `Compute` that it is given, `skeleton` makes the same model
+    without weights.
+    """
+    with memory_used_in(f"{LOADING}{path}"):
+        if compute.parallel.strategy == "fsdp":
+            host = replace(compute, device=torch.device("cpu"))
+            return load_on_first(compute.world, lambda: load(host), skeleton)
+        return load(compute)
+
+
+def share(model: Any, compute: Compute) -> Any:
+    """Share the model among the run's ranks; it must be as it will be trained.
+
+    A frozen model that is not sharded is each rank's own.
+    """
+    if compute.parallel.strategy == "fsdp":
+        share_by_fsdp(
+            model,
+            dtype=compute.dtype,
+            device=compute.device,
+            reshard_after_forward=compute.parallel.reshard_after_forward,
+            offload=compute.parallel.offload,
+        )
+    elif compute.world.size > 1 and any(p.requires_grad for p in model.parameters()):
+        share_by_ddp(model)
+    return model
+
 
 # Keys of a configuration that say nothing about what the model computes.
 NO_INPUT = (

@@ -29,19 +29,17 @@ from typing import Any, TypeVar
 import torch
 
 from fastalign.batch.schedule import indices_of_step
-from fastalign.compute import Compute, is_out_of_memory
+from fastalign.compute import Compute, is_out_of_memory, memory_used_in, peak_memory_bytes
 from fastalign.models.load import save_model
 from fastalign.ranks.failure import Peers
 from fastalign.ranks.parallel import reshard
 from fastalign.rollouts import OverlappedSampler, RankZeroSampler
 from fastalign.runs.accumulate import Total
-from fastalign.runs.checkpoint.files import CHECKPOINTS
 from fastalign.runs.checkpoint.restore import resume
-from fastalign.runs.checkpoint.writer import CheckpointFailed, CheckpointWriter
+from fastalign.runs.checkpoint.writer import CHECKPOINTS, CheckpointFailed, CheckpointWriter
 from fastalign.runs.config import DataConfig, TrainingConfig
 from fastalign.runs.final_model import save_final_model
 from fastalign.runs.inputs import Inputs, fingerprints
-from fastalign.runs.memory import STEP, memory_used_in, peak_memory_bytes
 from fastalign.runs.metrics import KeptMetrics, Metrics, MetricsWriter, ProgressDisplay
 from fastalign.runs.observe import StallWatch, stop_on_signal, traced
 from fastalign.runs.state import (
@@ -57,6 +55,7 @@ MAX_SKIPPED_IN_A_ROW = 3
 SKIPPED = "a non-finite loss or gradient, or a spike (optim.skip_sigma)"
 COLLAPSED = 3  # exit code of a run that its own algorithm ended early
 GO_ON = "go on with --run.resume"
+STEP = "step "  # how the note on a step that is being taken begins
 
 T = TypeVar("T")
 

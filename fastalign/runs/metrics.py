@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fastalign.fused import metric_means
 from fastalign.output import safe_output, shown
-from fastalign.runs.folder import METRICS
 
+METRICS = "metrics.jsonl"  # in a run's folder
 Metrics = dict[str, float | int]
 NUM_PLAIN_LINES = 20
 BOARD_BYTES = 2**18  # that must be free for TensorBoard's writer to go on

@@ -1,4 +1,7 @@
-"""Open a run: join the ranks, resolve the device, prepare and lock the run's folder."""
+"""Open a run: join the ranks, resolve the device, prepare and lock the run's folder.
+
+An error of memory in the run becomes one line with the settings that need less.
+"""
 
 import os
 from collections.abc import Collection, Iterator
@@ -7,19 +10,26 @@ from pathlib import Path
 
 import torch
 
-from fastalign.compute import Compute, find_device
+from fastalign.compute import Compute, find_device, is_out_of_memory
 from fastalign.data.tokenizer import template_clock
 from fastalign.output import lossy_output, refuse_secret_settings
 from fastalign.ranks.config import ParallelConfig
 from fastalign.ranks.failure import record_collectives, watched_by_ranks
 from fastalign.ranks.parallel import part_from_ranks
 from fastalign.ranks.world import ALONE, World, open_world, world_of_environment
+from fastalign.runs.checkpoint.writer import CHECKPOINTS, list_checkpoints
 from fastalign.runs.config import TrainConfig, TrainingConfig, check_numbers, config_to_dict
 from fastalign.runs.final_model import check_outputs
-from fastalign.runs.folder import as_yaml, begin_in_folder, check_run_folder, locked
-from fastalign.runs.load import check_sharing
-from fastalign.runs.loop import Run
-from fastalign.runs.memory import out_of_memory_in_one_line
+from fastalign.runs.folder import (
+    as_yaml,
+    begin_in_folder,
+    check_run_folder,
+    has_steps,
+    locked,
+    never_saved,
+)
+from fastalign.runs.inputs import LOADING, check_sharing
+from fastalign.runs.loop import STEP, Run
 from fastalign.runs.state import adamw, seed_everything
 
 
@@ -111,3 +121,57 @@ def open_run(config: TrainingConfig, title: str, others: Collection[str] = ()) -
         seed_everything(config.run.seed)
         yield stack.enter_context(Run(config, title, compute, peers))
         part_from_ranks()
+
+
+@contextmanager
+def out_of_memory_in_one_line(config: TrainingConfig) -> Iterator[None]:
+    """Turn an error of memory into one line: where it happened, and which settings to change.
+
+    Raises:
+        ValueError: if memory did not suffice.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        notes = list(reversed(getattr(error, "__notes__", [])))
+        where = f" in {', '.join(notes)}" if notes else ""
+        raise ValueError(
+            f"out of memory{where}; {remedies(config, notes[0] if notes else '')}; fastalign "
+            f"estimate shows what takes it. {how_to_go_on(Path(config.run.dir))}"
+        ) from error
+
+
+def how_to_go_on(folder: Path) -> str:
+    """Return the sentence that says how to continue after a setting was changed."""
+    checkpoints = list_checkpoints(folder / CHECKPOINTS)
+    if checkpoints:
+        return f"The run goes on from {checkpoints[0].name} with the changed setting, --run.resume"
+    if has_steps(folder):
+        where = "" if never_saved(folder) else ", another --run.dir"
+        return f"No checkpoint was saved: start again with the changed setting{where}"
+    return "Nothing was trained yet: start again with the changed setting"
+
+
+def remedies(config: TrainingConfig, what: str) -> str:
+    """Return settings that need less memory in what was being done, with their present values.
+
+    Outside of computations on batches, and where a model is read, it is the models that fill it.
+    """
+    train, strategy, lora = config.train, config.parallel.strategy, config.model.lora
+    if not what or what.startswith(LOADING):
+        ways = ["take a smaller model"]
+        if lora.rank and lora.base == "float32":
+            ways.append("hold the adapter's base in less by --model.lora.base bf16 (now float32)")
+        if strategy != "fsdp":
+            ways.append(f"share it among ranks by --parallel.strategy fsdp (now {strategy})")
+        return ", or ".join(ways)
+    buffer = train.max_buffer_bytes
+    ways = [f"lower --train.tokens-per-batch (now {train.tokens_per_batch})"]
+    if what.startswith(STEP) and not train.gradient_checkpointing:
+        ways.append("add --train.gradient-checkpointing")
+    ways.append(
+        f"lower --train.max-buffer-bytes (now {'the default' if buffer is None else buffer})"
+    )
+    return ", or ".join(ways)

@@ -54,6 +54,11 @@ class TrainState:
         return {name: getattr(self, name) for name in names}
 
 
+def trainable_parameters(model: Any) -> dict[str, torch.Tensor]:
+    """Return the parameters that a run trains, by name."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
 def seed_everything(seed: int) -> None:
     """Seed Python's and torch's generators."""
     random.seed(seed)

@@ -19,8 +19,7 @@ from fastalign.runs.accumulate import (
     policy_loss,
 )
 from fastalign.runs.config import DataConfig, OptimConfig, TrainingConfig
-from fastalign.runs.inputs import Inputs
-from fastalign.runs.load import load_for_training, load_sets
+from fastalign.runs.inputs import Inputs, load_for_training, load_sets
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import open_run

@@ -21,7 +21,7 @@ from fastalign.ranks.parallel import part_from_ranks
 from fastalign.ranks.world import World
 from fastalign.runs.accumulate import measure_examples
 from fastalign.runs.config import OptimConfig, TrainConfig
-from fastalign.runs.load import checkpoint_activations, share
+from fastalign.runs.inputs import checkpoint_activations, share
 from fastalign.runs.open import make_compute
 from fastalign.runs.state import TrainState, make_optimizer, optimiser_step
 from fastalign.trainers.sft import sft_gradient

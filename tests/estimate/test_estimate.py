@@ -167,7 +167,7 @@ def test_nf4_takes_what_bitsandbytes_allocates(kind: str, folder: Path) -> None:
 
     from fastalign.models.load import save_model
     from fastalign.runs.config import LoraConfig, ModelConfig
-    from fastalign.runs.load import load_for_training
+    from fastalign.runs.inputs import load_for_training
     from fastalign.runs.open import make_compute
 
     save_model(tiny_model(kind, vocab_size=320), make_tokenizer(), folder / kind)

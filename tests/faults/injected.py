@@ -11,13 +11,13 @@ from typing import Any, Literal, Protocol
 import torch
 
 from fastalign.cli import main as cli
+from fastalign.rollouts.transformers_sampler import PolicySampler
 from fastalign.runs import accumulate, loop
 from fastalign.runs import open as opening
 from fastalign.runs.checkpoint.writer import CheckpointWriter, ShardWriter
 from fastalign.trainers.dpo import reference
 from fastalign.trainers.dpo import train as dpo
 from fastalign.trainers.ppo import train as ppo_train
-from fastalign.trainers.sampling.policy_sampler import PolicySampler
 from tests import rank_processes as ranks
 from tests.runs.checkpoint.checkpoint_killer import kill_before
 

@@ -12,7 +12,8 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fastalign.runs.checkpoint.files import CHECKPOINTS, fault_of
+from fastalign.runs.checkpoint.restore import fault_of
+from fastalign.runs.checkpoint.writer import CHECKPOINTS
 from fastalign.runs.config import config_to_dict
 from tests import rank_processes as ranks
 from tests.faults import injected

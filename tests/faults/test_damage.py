@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fastalign.runs.checkpoint.files import CHECKPOINTS, fault_of
+from fastalign.runs.checkpoint.restore import fault_of
+from fastalign.runs.checkpoint.writer import CHECKPOINTS
 from fastalign.written_files import entry_of
 from tests.faults.real import (
     Stage,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from fastalign.ranks.world import RANK_FAILED
-from fastalign.runs.checkpoint.files import CHECKPOINTS
+from fastalign.runs.checkpoint.writer import CHECKPOINTS
 from tests.faults.injected import Happens, KilledInSave, Sent
 from tests.faults.real import HEARD, Outcome, Stage, assert_nothing_left_behind, assert_same_bits
 from tests.faults.table import ALONE, DDP, FSDP, FSDP3, Place, fault

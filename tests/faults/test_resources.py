@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fastalign.runs.checkpoint.files import CHECKPOINTS
+from fastalign.runs.checkpoint.writer import CHECKPOINTS
 from tests.faults.injected import Happens, UntilWritten
 from tests.faults.real import Stage, assert_nothing_left_behind, assert_same_bits
 from tests.faults.shortages import Filled, SmallFiles, disk_error, out_of_memory

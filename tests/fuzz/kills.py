@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from fastalign.ranks.world import ALONE
-from fastalign.runs.checkpoint.files import CHECKPOINTS
+from fastalign.runs.checkpoint.writer import CHECKPOINTS
 from fastalign.runs.config import config_to_dict
 from fastalign.runs.folder import as_yaml
 from tests import rank_processes as ranks

@@ -1,4 +1,4 @@
-"""Trains by DPO and by PPO on tiny data and prints which files of a checkout run, as JSON.
+"""Train by DPO and by PPO on tiny data and print which files of a checkout run, as JSON.
 
 `python tests/repo/entered.py CHECKOUT FOLDER`, with CHECKOUT on PYTHONPATH; FOLDER is empty.
 """
@@ -40,21 +40,27 @@ def entered(call: Callable[[], object], package: Path) -> set[CodeType]:
     }
 
 
+def entered_by_training(algorithm: str, runs: Any, checkout: Path, folder: Path) -> dict[str, Any]:
+    """Return the lines of each file that two steps of training enter, and the number of functions.
+
+    `runs` is the module with the tiny configurations, which has filled `folder`.
+    """
+    config = getattr(runs, f"{algorithm}_config")(folder, algorithm, max_steps=2)
+    train = getattr(importlib.import_module("fastalign.trainers"), f"train_{algorithm}")
+    codes = entered(lambda: train(config), checkout / "fastalign")
+    files = {Path(code.co_filename) for code in codes}
+    lines = {str(p.relative_to(checkout)): len(p.read_text().splitlines()) for p in files}
+    return {"functions": len(codes), "lines": dict(sorted(lines.items()))}
+
+
 def main(checkout: Path, folder: Path) -> None:
-    """Print, for DPO and PPO, the lines of each file that runs, and the number of functions."""
+    """Print what `entered_by_training` returns, for DPO and PPO."""
     os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
     name = "small_runs" if (checkout / "tests/small_runs.py").is_file() else "runs"
     runs = importlib.import_module(f"tests.{name}")
-    trainers = importlib.import_module("fastalign.trainers")
     runs.fill(folder)
-    result = {}
-    for algorithm in ("dpo", "ppo"):
-        config = getattr(runs, f"{algorithm}_config")(folder, algorithm, max_steps=2)
-        train = getattr(trainers, f"train_{algorithm}")
-        codes = entered(lambda train=train, config=config: train(config), checkout / "fastalign")
-        files = {Path(code.co_filename) for code in codes}
-        lines = {str(p.relative_to(checkout)): len(p.read_text().splitlines()) for p in files}
-        result[algorithm] = {"functions": len(codes), "lines": dict(sorted(lines.items()))}
+    algorithms = ("dpo", "ppo")
+    result = {name: entered_by_training(name, runs, checkout, folder) for name in algorithms}
     print(f"\n{json.dumps(result)}")
 
 

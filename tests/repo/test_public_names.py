@@ -94,7 +94,7 @@ ONLY = {
 ONLY |= {
     (module, flag): set(ALGORITHMS) - {"reward"}
     for module, flag in (
-        ("fastalign.runs.memory", "--model.lora.base"),
+        ("fastalign.runs.open", "--model.lora.base"),
         ("fastalign.data.tokenizer", "--model.lora.rank"),
     )
 }

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests import small_runs
 from tests.repo import structure
+from tests.repo.__main__ import PARTS
+from tests.repo.entered import entered_by_training
 from tests.repo.structure import ROOT, Checkout
 
 CHECKOUT = Checkout()
@@ -39,6 +42,16 @@ def test_the_structure_keeps_its_rules(measure: Callable[[Checkout], dict[str, i
 
 def test_modules_that_stay_apart_would_else_be_merged() -> None:
     assert SEPARATE.keys() <= structure.small_modules(CHECKOUT).keys()
+
+
+@pytest.mark.parametrize(("algorithm", "most"), [("dpo", 14), ("ppo", 18)])
+def test_a_run_enters_few_files(
+    algorithm: str, most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    small_runs.fill(tmp_path)
+    found = entered_by_training(algorithm, small_runs, ROOT, tmp_path)["lines"]
+    assert len([path for path in found if path.startswith(PARTS)]) == most
 
 
 def test_native_sources_stay_within_the_budget() -> None:

@@ -14,7 +14,7 @@ from fastalign.report.runs import RunRecord, read_run
 from fastalign.report.speed import phase_seconds, time_table
 from fastalign.rollouts import EngineSpec, PolicyAccess, SyncedSampler, policy_tensors
 from fastalign.trainers import train_ppo
-from fastalign.trainers.sampling import policy_sampler
+from fastalign.trainers.sampling import rollout
 from tests.rollouts.test_synced import FakeEngine
 from tests.small_runs import _one_thread, folder, ppo_config
 
@@ -135,7 +135,7 @@ def test_a_real_run_s_sync_is_not_counted_twice(
         return SyncedSampler(policy, engine, num_rebuilds=0, max_difference=1e-3)
 
     monkeypatch.setattr(FakeEngine, "_call", slow)
-    monkeypatch.setattr(policy_sampler, "open_engine", open_fake)
+    monkeypatch.setattr(rollout, "open_engine", open_fake)
     config = replace(ppo_config(folder, "ppo", max_steps=2), sampler="vllm")
     train_ppo(replace(config, reward=replace(config.reward, normalise=False)))
     found = phase_seconds(read_run(folder / "ppo"))

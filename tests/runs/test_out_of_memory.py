@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from fastalign.cli.main import main
-from fastalign.compute import is_out_of_memory
+from fastalign.compute import is_out_of_memory, memory_used_in
 from fastalign.runs.config import LoraConfig
-from fastalign.runs.memory import memory_used_in, out_of_memory_in_one_line
+from fastalign.runs.open import out_of_memory_in_one_line
 from tests.small_runs import dpo_config, read_metrics, sft_config, write_rows
 
 # The limit is set as the step begins: what threads reserved before it differs from run to run.

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from fastalign.models.load import save_model
 from fastalign.runs import folder as run_folder
-from fastalign.runs.checkpoint.files import list_checkpoints
+from fastalign.runs.checkpoint.writer import list_checkpoints
 from fastalign.trainers import train_dpo, train_ppo, train_reward, train_sft
 from tests.small_runs import (
     WORDS,

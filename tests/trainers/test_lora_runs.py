@@ -20,7 +20,7 @@ from fastalign.models.load import load_policy, load_reward_model, save_model
 from fastalign.models.lora import quiet_peft
 from fastalign.runs.accumulate import policy_loss
 from fastalign.runs.config import LoraConfig, TrainConfig
-from fastalign.runs.load import load_data
+from fastalign.runs.inputs import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import PreferenceDataConfig, RewardConfig, train_dpo, train_sft
 from tests.models.test_exactness import random_groups

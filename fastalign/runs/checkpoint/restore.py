@@ -1,9 +1,6 @@
-"""Checkpoints: what they hold, and how a run goes on from one, on as many ranks as it likes.
+"""Resume a run from its newest checkpoint without a fault, on any number of ranks.
 
-A checkpoint is a folder `step-000100` with safetensors shards that `torch.distributed.checkpoint`
-writes and reads (of a frozen base with an adapter: the adapter alone), `state.json`, where
-completions were begun `rollouts.json`, and `manifest.json` (size and SHA-256 of the others).
-Nothing in it executes code when it is loaded.
+`checkpoint/writer.py` says what a checkpoint holds.
 """
 
 import json
@@ -12,6 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -19,28 +17,33 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from fastalign.ranks.world import ALONE, World
-from fastalign.runs.checkpoint.files import CHECKPOINTS, STATE, newest_good_checkpoint
-from fastalign.runs.checkpoint.tensors import (
+from fastalign.runs.checkpoint.writer import (
+    CHECKPOINTS,
     FORMAT,
+    MANIFEST,
     MODEL,
     OPTIMIZER,
     RANDOM,
     REFERENCE,
     ROLLOUTS,
-    described,
+    SHARD,
+    STATE,
     ignore_missing_group,
-    is_like_owner,
-    load_optimizer,
-    owned_targets,
-    owner_of,
+    list_checkpoints,
     random_name,
-    trainable_parameters,
 )
 from fastalign.runs.config import Part, RunConfig
-from fastalign.runs.folder import METRICS, never_saved
+from fastalign.runs.folder import never_saved
 from fastalign.runs.inputs import Parts, changed_inputs
-from fastalign.runs.metrics import KeptMetrics
-from fastalign.runs.state import TrainState, random_state, restore_random_state, seed_everything
+from fastalign.runs.metrics import METRICS, KeptMetrics
+from fastalign.runs.state import (
+    TrainState,
+    random_state,
+    restore_random_state,
+    seed_everything,
+    trainable_parameters,
+)
+from fastalign.written_files import fault_of_file
 
 
 def resume(
@@ -267,3 +270,126 @@ def print_resume_differences(
         why = "the checkpoint has not every random state"
     if why is not None:
         print(f"{why}: the run goes on, but not to the bit of one without a stop")
+
+
+def owner_of(name: str) -> str | None:
+    """Return the parameter that a tensor belongs to, or None for a random state."""
+    if name.startswith(OPTIMIZER):
+        return name.removeprefix(OPTIMIZER).rpartition(".")[0]
+    prefix = next((prefix for prefix in (MODEL, REFERENCE) if name.startswith(prefix)), None)
+    return None if prefix is None else name.removeprefix(prefix)
+
+
+def is_like_owner(name: str) -> bool:
+    """Return whether a tensor has its parameter's shape; 8-bit states have shapes of their own."""
+    return name.startswith((MODEL, REFERENCE)) or name.endswith((".exp_avg", ".exp_avg_sq"))
+
+
+def owned_targets(
+    stored: Mapping[str, TensorStorageMetadata], parameters: Mapping[str, Tensor], prefix: str
+) -> dict[str, Tensor]:
+    """Return empty tensors for those stored under a prefix, sharded as their parameters are."""
+    targets = {}
+    for name, found in stored.items():
+        if name.startswith(prefix):
+            like, dtype = parameters[str(owner_of(name))], found.properties.dtype
+            if like.shape == found.size:
+                targets[name] = torch.empty_like(like, dtype=dtype)
+            else:
+                targets[name] = torch.empty(found.size, dtype=dtype, device=like.device)
+    return targets
+
+
+def load_optimizer(
+    state: TrainState, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]
+) -> None:
+    """Load the optimiser's states and its groups' settings, both by the parameters' names.
+
+    Groups that hold other parameters are a ValueError.
+    """
+    names = {p: name for name, p in state.model.named_parameters()}
+    grouped = [[names[p] for p in group["params"]] for group in state.optimizer.param_groups]
+    if grouped != [group["params"] for group in settings["param_groups"]]:
+        raise ValueError("run.resume: the optimizer's groups of weights are not the checkpoint's")
+    places = {name: at for at, name in enumerate(name for group in grouped for name in group)}
+    values: dict[int, dict[str, Any]] = {}
+    for name, value in tensors.items():
+        if name.startswith(OPTIMIZER):
+            values.setdefault(places[str(owner_of(name))], {})[name.rpartition(".")[2]] = value
+    for name, numbers in settings["numbers"].items():
+        values.setdefault(places[name], {}).update(numbers)
+    now = state.optimizer.state_dict()["param_groups"]
+    groups = []
+    for group, saved in zip(now, settings["param_groups"], strict=True):
+        kept = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        groups.append({**group, **kept, "params": group["params"]})
+    state.optimizer.load_state_dict({"state": values, "param_groups": groups})
+
+
+def described(name: str) -> str:
+    """Return a tensor's name in words: `optimizer state of lm_head.weight (exp_avg)`."""
+    if name.startswith(MODEL):
+        return f"weight of {name.removeprefix(MODEL)}"
+    if name.startswith(OPTIMIZER):
+        parameter, _, key = name.removeprefix(OPTIMIZER).rpartition(".")
+        return f"optimizer state of {parameter} ({key})"
+    if name.startswith(REFERENCE):
+        return f"reference weight of {name.removeprefix(REFERENCE)}"
+    return f"random state of {name.removeprefix(RANDOM)}" if name.startswith(RANDOM) else name
+
+
+def read_manifest(checkpoint: Path) -> dict[str, tuple[int, str]]:
+    """Return size and SHA-256 of every file that a checkpoint should hold.
+
+    Raises:
+        ValueError: if the manifest is damaged.
+    """
+    manifest = checkpoint / MANIFEST
+    if not manifest.is_file():
+        raise ValueError(f"{MANIFEST} is missing")
+    try:
+        files = json.loads(manifest.read_text(encoding="utf-8"))
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{MANIFEST} is damaged") from error
+    if STATE not in expected:
+        raise ValueError(f"{MANIFEST} does not list {STATE}")
+    if not any(name.endswith(SHARD) for name in expected):
+        raise ValueError(f"{MANIFEST} lists no {SHARD} file")
+    for shard in sorted(checkpoint.glob(f"*{SHARD}")):
+        if shard.name not in expected:
+            raise ValueError(f"{shard.name} is not in {MANIFEST}")
+    return expected
+
+
+def fault_of(checkpoint: Path, world: World = ALONE) -> str | None:
+    """Return the fault of a checkpoint, or None if every file is there and has its hash.
+
+    Each rank reads a share of the files; all come to the same answer.
+    """
+    mine: list[str | None]
+    try:
+        files = list(read_manifest(checkpoint).items())[world.rank :: world.size]
+        mine = [fault_of_file(checkpoint / name, *entry) for name, entry in files]
+    except ValueError as error:
+        mine = [str(error)]
+    except OSError as error:
+        mine = [f"{error.filename}: {error.strerror}"]
+    found = (fault for faults in world.gather(mine) for fault in faults)
+    return next((fault for fault in found if fault is not None), None)
+
+
+def newest_good_checkpoint(folder: Path, world: World = ALONE) -> tuple[Path, list[str]]:
+    """Return the newest checkpoint without a fault, and a line for each newer one with a fault.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    faults: list[str] = []
+    for checkpoint in world.of_first(list_checkpoints(folder)):
+        fault = fault_of(checkpoint, world)
+        if fault is None:
+            return checkpoint, faults
+        faults.append(f"{checkpoint}: {fault}")
+    found = "; ".join(faults) if faults else "it holds none"
+    raise ValueError(f"run.resume: no good checkpoint in {folder}: {found}")

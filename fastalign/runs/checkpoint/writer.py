@@ -1,9 +1,21 @@
-"""Writes checkpoints while training goes on: at most one at a time, by every rank its own part."""
+"""Write checkpoints while training goes on: at most one at a time, each rank its own part.
+
+A checkpoint is a folder `step-000100`, published by a rename. It holds safetensors shards that
+`torch.distributed.checkpoint` writes and reads (of a frozen base with an adapter: the adapter
+alone), `state.json`, where completions were begun `rollouts.json`, and `manifest.json` (size and
+SHA-256 of the others). Nothing in it executes code when it is loaded.
+
+The shards hold one flat set of names: `model.NAME` (what is trained, by `named_parameters()`),
+`optimizer.NAME.KEY`, `reference.NAME` and `random.rankR.DEVICE`. A value may be a DTensor, of which
+each rank holds a part.
+"""
 
 import copy
 import dataclasses
 import json
+import re
 import shutil
+import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -13,6 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
@@ -23,21 +36,148 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 
 from fastalign.ranks.world import ALONE, World
-from fastalign.runs.checkpoint.files import ASIDE, STATE, clear_left_behind, publish
-from fastalign.runs.checkpoint.tensors import (
-    FORMAT,
-    ROLLOUTS,
-    ignore_missing_group,
-    optimizer_settings,
-    tensors_of,
-    trainable_parameters,
-)
-from fastalign.runs.state import TrainState
+from fastalign.runs.state import TrainState, random_state, trainable_parameters
 from fastalign.written_files import entry_of, sync
 
+CHECKPOINTS = "checkpoints"  # in a run's folder
+MANIFEST = "manifest.json"
+STATE = "state.json"
+ROLLOUTS = "rollouts.json"
+SHARD = ".safetensors"
+ASIDE = ".writing-"
+REMOVED = ".removing-"
+FORMAT = 2
+# Names of tensors begin with one of these.
+MODEL = "model."
+OPTIMIZER = "optimizer."
+REFERENCE = "reference."
+RANDOM = "random."
 # A file is made in memory before it is written: a rank's part goes into about so many.
 FILES = 32
 SMALLEST_FILE_BYTES = 2**26
+
+
+def place_of(checkpoint: Path) -> tuple[int, int, int] | None:
+    """Return a key that orders checkpoints by step, `step-000004` before `step-000004.1`.
+
+    None for a folder that is not a checkpoint.
+    """
+    found = re.fullmatch(r"step-(\d+)(?:\.(\d+))?", checkpoint.name)
+    if found is None:
+        return None
+    return int(found[1]), int(found[2] is None), int(found[2] or 0)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the checkpoint folders, newest first, damaged ones included."""
+    places = {path: place_of(path) for path in folder.glob("step-*")}
+    found = [(place, path) for path, place in places.items() if place is not None]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def clear_left_behind(folder: Path) -> None:
+    """Remove folders that a killed run had begun to write or to remove."""
+    for half in (*folder.glob(f"{ASIDE}*"), *folder.glob(f"{REMOVED}*")):
+        shutil.rmtree(half)
+
+
+def discard(checkpoint: Path) -> None:
+    """Remove a checkpoint; once the removal has begun it is not listed any more."""
+    hidden = checkpoint.with_name(f"{REMOVED}{checkpoint.name}")
+    checkpoint.rename(hidden)
+    shutil.rmtree(hidden)
+
+
+def publish(
+    aside: Path, final: Path, texts: dict[str, str], written: dict[str, Any], keep: int
+) -> None:
+    """Write the manifest of a folder of synced files, rename the folder, remove old checkpoints.
+
+    At every moment a checkpoint that was good before is still there, or the new one is.
+
+    `aside` holds the files of all ranks, of which `written` are the manifest's entries; `texts` are
+    written to it, and it becomes `final`, `step-NNNNNN`. Of this checkpoint and older ones `keep`
+    are kept; a newer one is left alone.
+    """
+    for name, text in texts.items():
+        (aside / name).write_text(text, encoding="utf-8")
+        sync(aside / name)
+    manifest = written | {name: entry_of(aside / name) for name in texts}
+    text = json.dumps(dict(sorted(manifest.items())), indent=1)
+    (aside / MANIFEST).write_text(text, encoding="utf-8")
+    sync(aside / MANIFEST)
+    sync(aside)
+    if final.exists():
+        number = 1 + max((place_of(p) or (0, 0, 0))[2] for p in final.parent.glob("step-*"))
+        final.rename(final.with_name(f"{final.name}.{number}"))
+    aside.rename(final)
+    sync(final.parent)
+    place = place_of(final)
+    assert place is not None
+    older = [p for p in list_checkpoints(final.parent) if (place_of(p) or place) < place]
+    replaced = [path for path in older if path.name.startswith(f"{final.name}.")]
+    others = [path for path in older if path not in replaced]
+    for old in (*replaced, *others[keep - 1 :]):
+        discard(old)
+
+
+def ignore_missing_group() -> None:
+    """Silence DCP's warning about a missing process group, which one process does not need."""
+    # Not for a while only: it warns in a thread, and filters are the whole process's.
+    warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninit")
+
+
+def random_name(rank: int, device: str) -> str:
+    """Return the checkpoint's name of one rank's random state, e.g. `random.rank0.cpu`."""
+    return f"{RANDOM}rank{rank}.{device}"
+
+
+def _apart(flat: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors of which no two share memory, as safetensors requires."""
+    seen: set[int] = set()
+    for name, value in flat.items():
+        if isinstance(value, DTensor):
+            continue
+        value = value.detach().contiguous()
+        address = value.untyped_storage().data_ptr()
+        flat[name] = value.clone() if address in seen else value
+        seen.add(address)
+    return flat
+
+
+def tensors_of(state: TrainState, rank: int) -> dict[str, Tensor]:
+    """Return every tensor that a checkpoint holds of this rank, not copied."""
+    flat = {MODEL + name: value for name, value in trainable_parameters(state.model).items()}
+    for name, values in optimizer_states(state).items():
+        for key, value in values.items():
+            if isinstance(value, Tensor):
+                flat[f"{OPTIMIZER}{name}.{key}"] = value
+    flat |= {REFERENCE + name: value for name, value in state.reference.items()}
+    flat |= {random_name(rank, device): value for device, value in random_state().items()}
+    return _apart(flat)
+
+
+def optimizer_states(state: TrainState) -> dict[str, dict[str, Any]]:
+    """Return the optimiser's state of every parameter that has one, by the parameter's name."""
+    held = state.optimizer.state
+    return {name: held[p] for name, p in state.model.named_parameters() if held.get(p)}
+
+
+def optimizer_settings(state: TrainState) -> dict[str, Any]:
+    """Return the optimiser's groups and the numbers in its states, as JSON holds them."""
+    names = {p: name for name, p in state.model.named_parameters()}
+    groups = [
+        {**group, "params": [names[p] for p in group["params"]]}
+        for group in state.optimizer.param_groups
+    ]
+    numbers = {
+        name: {key: value for key, value in values.items() if not isinstance(value, Tensor)}
+        for name, values in optimizer_states(state).items()
+    }
+    return {
+        "param_groups": groups,
+        "numbers": {name: values for name, values in numbers.items() if values},
+    }
 
 
 def num_bytes(item: WriteItem) -> int:

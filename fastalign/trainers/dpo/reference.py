@@ -17,15 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from fastalign.compute import Compute
+from fastalign.compute import Compute, memory_used_in
 from fastalign.data.tokenizer import Tokenizer, check_same_vocabulary
 from fastalign.models.forward import sequence_logprobs
 from fastalign.models.layers import find_offload, offload_layers
 from fastalign.models.load import model_fingerprint
 from fastalign.models.lora import adapter_off
 from fastalign.runs.accumulate import Examples
-from fastalign.runs.load import load_model, share
-from fastalign.runs.memory import memory_used_in
+from fastalign.runs.inputs import load_model, share
 from fastalign.trainers.dpo.config import DPOConfig
 from fastalign.written_files import write_atomically
 

@@ -25,8 +25,7 @@ from fastalign.runs.accumulate import (
     measure_examples,
     policy_loss,
 )
-from fastalign.runs.inputs import Inputs
-from fastalign.runs.load import load_for_training, load_sets
+from fastalign.runs.inputs import Inputs, load_for_training, load_sets
 from fastalign.runs.loop import RunResult, indices_of_run
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import open_run

@@ -8,15 +8,13 @@ import torch
 from torch import Tensor
 
 from fastalign.batch.packed import Group
-from fastalign.compute import Compute, require_finite
+from fastalign.compute import Compute, memory_used_in, require_finite
 from fastalign.data.tokenizer import Tokenizer, check_same_vocabulary
 from fastalign.models.forward import sequence_logprobs
 from fastalign.models.lora import adapter_off, has_adapter
 from fastalign.ranks.parallel import is_sharded
-from fastalign.runs.checkpoint.tensors import trainable_parameters
-from fastalign.runs.load import load_model, share
-from fastalign.runs.memory import memory_used_in
-from fastalign.runs.state import TrainState
+from fastalign.runs.inputs import load_model, share
+from fastalign.runs.state import TrainState, trainable_parameters
 from fastalign.trainers.online_dpo.config import OnlineDPOConfig
 
 

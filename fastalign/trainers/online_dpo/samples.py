@@ -10,18 +10,18 @@ from torch import Tensor
 from fastalign.batch.packed import Group
 from fastalign.compute import Compute
 from fastalign.models.reward import RewardScale
-from fastalign.runs.load import load_for_training
+from fastalign.runs.inputs import load_for_training
 from fastalign.runs.metrics import Metrics
 from fastalign.trainers.online_dpo.config import OnlineDPOConfig
 from fastalign.trainers.online_dpo.reference import OnlineReference, response_logprobs
 from fastalign.trainers.sampling.collapse import repeated_ratio
-from fastalign.trainers.sampling.policy_sampler import open_policy_sampler
 from fastalign.trainers.sampling.rollout import (
     Rollouts,
     SamplingSetup,
     final_scores,
     load_prompt_sets,
     load_sources,
+    open_policy_sampler,
 )
 
 

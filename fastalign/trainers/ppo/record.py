@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastalign.batch.packed import PackedBatch
 from fastalign.batch.schedule import packed_batches
-from fastalign.compute import Compute, require_finite
+from fastalign.compute import Compute, memory_used_in, require_finite
 from fastalign.losses.policy import MAX_LOG_RATIO, probability_ratio
 from fastalign.models.attention import AttentionPlan
 from fastalign.models.forward import hidden_and_head, response_logprob
@@ -25,7 +25,6 @@ from fastalign.ops.kl_penalty.api import MAX_K3
 from fastalign.ops.segments import segment_sum
 from fastalign.ranks.parallel import enter, is_sharded
 from fastalign.runs.accumulate import Examples
-from fastalign.runs.memory import memory_used_in
 from fastalign.runs.metrics import Metrics
 from fastalign.trainers.ppo.config import KLPenalty
 from fastalign.trainers.ppo.setup import PPOModels

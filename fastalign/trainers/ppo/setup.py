@@ -24,18 +24,24 @@ from fastalign.models.lora import has_adapter
 from fastalign.models.lora_files import adapter_base
 from fastalign.models.reward import RewardScale, set_pad_token
 from fastalign.runs.accumulate import Examples, measure_examples
-from fastalign.runs.inputs import Inputs, digest_of, model_parts
-from fastalign.runs.load import (
+from fastalign.runs.inputs import (
+    Inputs,
+    digest_of,
     load_for_training,
     load_model,
     load_reward_network,
+    model_parts,
     ready_for_training,
     share,
 )
 from fastalign.runs.state import TrainState
 from fastalign.trainers.ppo.config import PPOConfig
-from fastalign.trainers.sampling.policy_sampler import open_policy_sampler
-from fastalign.trainers.sampling.rollout import SamplingSetup, load_prompt_sets, load_sources
+from fastalign.trainers.sampling.rollout import (
+    SamplingSetup,
+    load_prompt_sets,
+    load_sources,
+    open_policy_sampler,
+)
 
 # Among the numbers that a checkpoint holds.
 SCORE_MEAN, SCORE_STD = "score_mean", "score_std"

@@ -54,8 +54,7 @@ from fastalign.trainers.sampling.collapse import (
     repeated_ratio,
     watch,
 )
-from fastalign.trainers.sampling.policy_sampler import overlapped
-from fastalign.trainers.sampling.rollout import Rollouts, final_scores, rollout_seed
+from fastalign.trainers.sampling.rollout import Rollouts, final_scores, overlapped, rollout_seed
 from fastalign.trainers.sft import num_targets, sft_batch_loss
 
 KL_COEFFICIENT = "kl_coefficient"  # among the numbers that a checkpoint holds

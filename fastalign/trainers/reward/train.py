@@ -26,8 +26,8 @@ from fastalign.runs.accumulate import (
     measure_examples,
 )
 from fastalign.runs.final_model import written
-from fastalign.runs.inputs import Inputs
-from fastalign.runs.load import (
+from fastalign.runs.inputs import (
+    Inputs,
     check_positions,
     load_data,
     load_reward_for_training,

@@ -22,19 +22,35 @@ from fastalign.data.examples import Content
 from fastalign.data.load import PromptDataset, load_prompts
 from fastalign.data.tokenizer import (
     Tokenizer,
+    eos_token_ids,
     foreign_ids_line,
     num_foreign_ids,
     print_added_tokens,
 )
 from fastalign.evaluation.rewards import ModelReward, RewardFunction, apply_reward, load_reward
-from fastalign.models.lora import has_adapter
+from fastalign.models.lora import adapter_rank, has_adapter
 from fastalign.models.reward import RewardScale
 from fastalign.ranks.world import ALONE, UserCodeFailed, World
-from fastalign.rollouts import Completion, Sampler, SamplingParams
+from fastalign.rollouts import (
+    Completion,
+    EngineSpec,
+    OverlappedSampler,
+    RankZeroSampler,
+    Sampler,
+    SamplerFailed,
+    SamplingParams,
+    SyncedSampler,
+    access_to,
+    open_engine,
+)
+from fastalign.rollouts.transformers_sampler import PolicySampler, sampling_mode
 from fastalign.runs.inputs import Inputs, Parts, file_parts, model_parts
 from fastalign.runs.metrics import Metrics
-from fastalign.trainers.sampling.config import PromptDataConfig, RewardSourceConfig
-from fastalign.trainers.sampling.policy_sampler import AnySampler
+from fastalign.trainers.sampling.config import (
+    PromptDataConfig,
+    RewardSourceConfig,
+    SampledTrainingConfig,
+)
 
 # Prompts that the scale of scores is measured on, as openai/lm-human-preferences has them.
 NUM_SCALE_SAMPLES = 256
@@ -226,6 +242,55 @@ def load_prompt_sets(
     if has_adapter(models[0]):
         print_added_tokens(tokenizer, sets[0].prompt_ids)
     return sets[0], sets[1] if len(sets) > 1 else None
+
+
+AnySampler = PolicySampler | SyncedSampler | OverlappedSampler | RankZeroSampler
+
+
+def overlapped(sampler: AnySampler) -> OverlappedSampler | RankZeroSampler | None:
+    """Return the sampler if it samples a step while the one before trains, else None."""
+    if isinstance(sampler, RankZeroSampler):
+        return sampler if sampler.overlaps else None
+    return sampler if isinstance(sampler, OverlappedSampler) else None
+
+
+def open_policy_sampler(
+    config: SampledTrainingConfig, model: Any, tokenizer: Tokenizer, compute: Compute
+) -> AnySampler:
+    """Open the sampler that `--sampler` names on the policy that is being trained.
+
+    Raises:
+        ValueError: if vLLM is not installed, or cannot run this model or these settings.
+        SamplerFailed: if an engine does not start, or no server answers in time.
+    """
+    path = config.model.path
+    if config.sampler == "transformers":
+        return PolicySampler(model, tokenizer, path, compute)
+    world = compute.world
+    if config.sampler == "vllm" and (world.size > 1 or compute.parallel.strategy == "fsdp"):
+        raise ValueError(
+            "sampler: vllm in the trainer's process goes with one rank and whole weights; expected "
+            "vllm-server or transformers with several ranks or --parallel.strategy fsdp"
+        )
+    policy = access_to(model, partial(sampling_mode, model, compute), world)
+
+    def opened() -> SyncedSampler | OverlappedSampler:
+        spec = EngineSpec(
+            model.config,
+            eos_token_ids=eos_token_ids(tokenizer, path),
+            dtype=compute.dtype,
+            max_length=config.data.max_length + config.sampling.max_new_tokens,
+            options=config.vllm,
+            lora_rank=adapter_rank(model),
+        )
+        sampler = open_engine(config.sampler, spec, policy)
+        return OverlappedSampler(sampler) if config.vllm.overlap else sampler
+
+    if world.size == 1:
+        return opened()
+    found: list[SyncedSampler | OverlappedSampler] = []
+    world.first_does(lambda: found.append(opened()), (SamplerFailed, ValueError, OSError))
+    return RankZeroSampler(found[0] if found else None, policy, world)
 
 
 def rollout_seed(run_seed: int, purpose: str, step: int) -> int:

@@ -14,12 +14,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from fastalign.ranks.world import World, world_of_environment
-from fastalign.runs.checkpoint.files import newest_good_checkpoint
-from fastalign.runs.checkpoint.restore import restore
-from fastalign.runs.checkpoint.tensors import tensors_of, trainable_parameters
-from fastalign.runs.checkpoint.writer import CheckpointWriter
+from fastalign.runs.checkpoint.restore import newest_good_checkpoint, restore
+from fastalign.runs.checkpoint.writer import CheckpointWriter, tensors_of
 from fastalign.runs.config import OptimConfig
-from fastalign.runs.state import TrainState, make_optimizer
+from fastalign.runs.state import TrainState, make_optimizer, trainable_parameters
 
 # Sizes that no number of ranks divides, and a bias of one element.
 SIZES = (5, 7, 1)

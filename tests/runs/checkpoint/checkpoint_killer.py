@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from fastalign.runs.checkpoint.files import fault_of, list_checkpoints, newest_good_checkpoint
-from fastalign.runs.checkpoint.restore import restore
-from fastalign.runs.checkpoint.writer import CheckpointWriter
+from fastalign.runs.checkpoint.restore import fault_of, newest_good_checkpoint, restore
+from fastalign.runs.checkpoint.writer import CheckpointWriter, list_checkpoints
 from tests.runs.checkpoint.checkpoint_cases import make_state, take_steps, trained
 
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "fsync"}

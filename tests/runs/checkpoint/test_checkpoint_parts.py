@@ -12,8 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from fastalign.runs.checkpoint.files import fault_of
-from fastalign.runs.checkpoint.restore import restore, restore_random
+from fastalign.runs.checkpoint.restore import fault_of, restore, restore_random
 from fastalign.runs.config import RunConfig
 from fastalign.trainers import train_sft
 from fastalign.written_files import entry_of

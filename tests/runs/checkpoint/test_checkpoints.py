@@ -17,9 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 from fastalign.runs.checkpoint import writer as checkpoint_writer
-from fastalign.runs.checkpoint.files import fault_of, list_checkpoints, newest_good_checkpoint
-from fastalign.runs.checkpoint.restore import restore
-from fastalign.runs.checkpoint.writer import CheckpointWriter, ShardWriter
+from fastalign.runs.checkpoint.restore import fault_of, newest_good_checkpoint, restore
+from fastalign.runs.checkpoint.writer import CheckpointWriter, ShardWriter, list_checkpoints
 from tests.runs.checkpoint.checkpoint_cases import (
     all_of,
     flip_last_byte,

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fastalign.runs.checkpoint.files import list_checkpoints
 from fastalign.runs.checkpoint.restore import restore
+from fastalign.runs.checkpoint.writer import list_checkpoints
 from tests import rank_processes as ranks
 from tests.runs.checkpoint.checkpoint_cases import (
     all_of,

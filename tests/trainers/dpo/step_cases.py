@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastalign.data.tokenizer import load_tokenizer
 from fastalign.models.load import load_policy
 from fastalign.runs.config import TrainConfig
-from fastalign.runs.load import load_data
+from fastalign.runs.inputs import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import LOSSES
 from fastalign.trainers.dpo import train as dpo

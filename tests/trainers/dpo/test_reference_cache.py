@@ -20,7 +20,7 @@ from torch import Tensor
 from fastalign.data.tokenizer import load_tokenizer
 from fastalign.models.load import load_policy, save_model
 from fastalign.runs.config import TrainConfig
-from fastalign.runs.load import load_data
+from fastalign.runs.inputs import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import LOSSES, train_dpo
 from fastalign.trainers.dpo import reference

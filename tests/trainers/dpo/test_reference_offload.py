@@ -13,7 +13,7 @@ from fastalign.data.tokenizer import load_tokenizer
 from fastalign.models.layers import offload_layers
 from fastalign.models.load import load_policy, save_model
 from fastalign.runs.config import TrainConfig
-from fastalign.runs.load import load_data
+from fastalign.runs.inputs import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import DPOConfig, ReferenceConfig, train_dpo
 from fastalign.trainers.dpo import reference

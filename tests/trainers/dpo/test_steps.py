@@ -14,7 +14,7 @@ from fastalign.data.tokenizer import load_tokenizer
 from fastalign.models.load import load_policy
 from fastalign.runs.accumulate import measure_examples
 from fastalign.runs.config import TrainConfig
-from fastalign.runs.load import load_data
+from fastalign.runs.inputs import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import sft
 from fastalign.trainers.dpo import train as dpo

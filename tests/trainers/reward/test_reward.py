@@ -18,7 +18,7 @@ from fastalign.data.tokenizer import load_tokenizer
 from fastalign.models.forward import hidden_at
 from fastalign.models.load import load_reward_model, save_model
 from fastalign.runs.config import TrainConfig
-from fastalign.runs.load import load_data
+from fastalign.runs.inputs import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import REWARD_LOSSES, RewardConfig, train_reward
 from fastalign.trainers.reward import train as reward

@@ -16,7 +16,7 @@ from datasets import Dataset
 from fastalign.data.tokenizer import load_tokenizer
 from fastalign.models.load import load_reward_model, save_reward_model
 from fastalign.runs.config import TrainConfig
-from fastalign.runs.load import load_data
+from fastalign.runs.inputs import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import REWARD_LOSSES
 from fastalign.trainers.reward import train as reward

@@ -14,10 +14,10 @@ from fastalign.data.tokenizer import load_tokenizer, num_foreign_ids
 from fastalign.models.load import load_policy, save_reward_model
 from fastalign.models.reward import RewardScale, set_pad_token
 from fastalign.rollouts import Completion, SamplingParams
+from fastalign.rollouts.transformers_sampler import PolicySampler
 from fastalign.runs.config import TrainConfig
 from fastalign.runs.open import make_compute
 from fastalign.trainers.sampling.config import PromptDataConfig, RewardSourceConfig
-from fastalign.trainers.sampling.policy_sampler import PolicySampler
 from fastalign.trainers.sampling.rollout import (
     FOREIGN_IDS,
     Rollouts,

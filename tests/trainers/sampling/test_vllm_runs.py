@@ -21,7 +21,7 @@ from fastalign.rollouts import (
 from fastalign.rollouts.engines import weights
 from fastalign.rollouts.engines.connection import ServerConnection
 from fastalign.trainers import OnlineDPOConfig, PPOConfig, train_online_dpo, train_ppo
-from fastalign.trainers.sampling import policy_sampler as policy_sampler_module
+from fastalign.trainers.sampling import rollout as rollout_module
 from tests import rank_processes as ranks
 from tests.ranks.test_ranks import FSDP, lora
 from tests.rollouts.test_synced import FakeEngine
@@ -135,7 +135,7 @@ def with_fake_engine(monkeypatch: pytest.MonkeyPatch, num_rebuilds: int = 0) -> 
         engine.calls.clear()
         return SyncedSampler(policy, engine, num_rebuilds=num_rebuilds, max_difference=1e-3)
 
-    monkeypatch.setattr(policy_sampler_module, "open_engine", open_fake)
+    monkeypatch.setattr(rollout_module, "open_engine", open_fake)
 
 
 def test_a_step_whose_engine_fails_is_repeated(
