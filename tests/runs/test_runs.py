@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fastalign.models.layers import compile_layers
 from fastalign.models.load import save_model
-from fastalign.runs import load, loop
+from fastalign.runs import inputs, loop
 from fastalign.runs.config import OptimConfig, TrainConfig
 from fastalign.runs.open import make_compute
 from fastalign.runs.state import learning_rate
@@ -46,7 +46,7 @@ def test_gradient_checkpointing_changes_nothing(folder: Path) -> None:
 def test_compiled_layers_change_nothing_and_resume(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "compile_layers", partial(compile_layers, backend="eager"))
+    monkeypatch.setattr(inputs, "compile_layers", partial(compile_layers, backend="eager"))
     torch._dynamo.reset()
     counters.clear()
     for run, stop in (("plain", None), ("compiled", None), ("stopped", 1)):
