@@ -42,9 +42,14 @@ def check_head(model: Any) -> None:
         ValueError: if the model transforms its logits in a way that `LinearHead` does not have, or
             they are not finite.
     """
-    input_ids = torch.tensor([[0, 1]], device=model.device)
-    hidden = model.base_model(input_ids, use_cache=False).last_hidden_state
-    ours, theirs = lm_head(model).logits(hidden).float(), model(input_ids).logits.float()
+    input_ids, hidden = torch.tensor([[0, 1]], device=model.device), []
+    # both of one forward, so that dropout changes nothing
+    with model.base_model.register_forward_hook(
+        lambda _, __, output: hidden.append(output.last_hidden_state)
+    ):
+        theirs = model(input_ids, use_cache=False).logits.float()
+    head = lm_head(model)
+    ours = head.logits(hidden[0].to(head.weight.dtype)).float()
     if not bool(theirs.isfinite().all()):
         raise ValueError(
             f"model.path: the logits of {model.name_or_path!r} are not finite: its weights or its "
