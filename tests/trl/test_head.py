@@ -1,6 +1,7 @@
 """The head that our trainers attach: what it stores, what it refuses."""
 
 import functools
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,13 @@ def test_classes_are_found_by_name() -> None:
     assert fastalign.trl.FusedDPOTrainer is fastalign.trl.FusedDPOTrainer
     with pytest.raises(AttributeError, match="FusedRewardTrainer"):
         fastalign.trl.FusedRewardTrainer  # noqa: B018
+
+
+def test_without_trl_its_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "trl", None)
+    monkeypatch.delitem(vars(fastalign.trl), "FusedSFTTrainer", raising=False)
+    with pytest.raises(ValueError, match=r"pip install 'fastalign\[trl\]'"):
+        fastalign.trl.FusedSFTTrainer  # noqa: B018
 
 
 def test_refused_models(monkeypatch: pytest.MonkeyPatch) -> None:
