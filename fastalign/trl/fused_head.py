@@ -165,7 +165,7 @@ def _forward_with(model: Any, reader: "TokenReader") -> Callable[..., Any]:
 
 @dataclass(frozen=True)
 class TokenReader:
-    """What one model's head is asked for.
+    """Reader of a head's per-token results, with one model's options.
 
     Attributes:
         temperature: number that divides the logits.

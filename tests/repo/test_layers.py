@@ -22,7 +22,8 @@ HEAVY = {
     "vllm": {"rollouts/engines/library.py"},
     "peft": {"models/lora.py", "models/lora_files.py"},
     "bitsandbytes": {"models/low_bit.py", "runs/state.py"},
-    "transformers": {"models", "ranks/parallel.py", "data/tokenizer.py", "rollouts", "cli"},
+    "transformers": {"models", "ranks/parallel.py", "data/tokenizer.py", "rollouts", "trl", "cli"},
+    "trl": {"trl"},
 }
 
 
