@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import DynamicLayer
 
 from fastalign.compute import Compute, require_finite
 from fastalign.data.tokenizer import Tokenizer, eos_token_ids
@@ -36,12 +37,44 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
         if self._params.temperature == 0:
             token = logprob.argmax(-1, keepdim=True)
         else:
-            cumulative = logprob.double().exp().cumsum(-1)
+            cumulative = logprob.exp().cumsum(-1, dtype=torch.float64)
             place = self._uniforms[:, len(self.logprobs), None] * cumulative[:, -1:]
             token = torch.searchsorted(cumulative, place, right=True)
             token = token.clamp_(max=logprob.shape[-1] - 1)
         self.logprobs.append(logprob.gather(1, token)[:, 0])
         return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+
+
+class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
+    """Layer of a cache with room for every new token: a step writes its own and copies no other.
+
+    Args:
+        layer: layer that holds the prompts' keys and values.
+        rows: (R,) for each completion its prompt's number among those of `layer`.
+        num_new: number of tokens that follow.
+    """
+
+    def __init__(self, layer: DynamicLayer, rows: Tensor, num_new: int):
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
+        self._buffers = []
+        for held in (layer.keys, layer.values):  # (prompts, heads, tokens, head size)
+            _, heads, length, size = held.shape
+            buffer = held.new_empty(len(rows), heads, length + num_new, size)
+            torch.index_select(held, 0, rows, out=buffer[:, :, :length])
+            self._buffers.append(buffer)
+        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write new keys and values behind the others; return all of them."""
+        start = self.keys.shape[-2]
+        stop = start + key_states.shape[-2]
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start:stop] = new
+        self.keys, self.values = (buffer[:, :, :stop] for buffer in self._buffers)
+        return self.keys, self.values
 
 
 class TransformersSampler:
@@ -97,10 +130,10 @@ class TransformersSampler:
         results: dict[tuple[int, int], Completion] = {}
         for start in range(0, len(rows), self._rows_per_batch):
             part = rows[start : start + self._rows_per_batch]
-            prompts = [prompt_ids[p] for p, _ in part]
             length = params.max_new_tokens
             streams = torch.stack([_stream(seed, first_prompt + p, s, length) for p, s in part])
-            results.update(zip(part, self._batch(prompts, params, streams), strict=True))
+            drawn = self._batch(prompt_ids, [p for p, _ in part], params, streams)
+            results.update(zip(part, drawn, strict=True))
             if self._on_progress is not None:
                 self._on_progress(len(part))
         return [[results[p, s] for s in range(params.num_samples)] for p in range(len(prompt_ids))]
@@ -111,26 +144,34 @@ class TransformersSampler:
 
     @torch.no_grad()
     def _batch(
-        self, prompts: Sequence[Sequence[int]], params: SamplingParams, uniforms: Tensor
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        numbers: Sequence[int],
+        params: SamplingParams,
+        uniforms: Tensor,
     ) -> list[Completion]:
+        """Draw a completion of each of the prompts with these numbers."""
+        distinct = sorted(set(numbers))
+        prompts = [prompt_ids[number] for number in distinct]
         longest = max(len(ids) for ids in prompts)
         device = self._model.device
         padded = [[self._pad] * (longest - len(ids)) + list(ids) for ids in prompts]
         mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+        ids, mask = (torch.tensor(each, device=device) for each in (padded, mask))
+        rows = torch.tensor([distinct.index(number) for number in numbers], device=device)
         draw = _Draw(params, uniforms.to(device))
         # Set aside the model's own generation settings, such as penalties or a temperature.
         saved = self._model.generation_config
         self._model.generation_config = GenerationConfig(
-            do_sample=False,
-            max_new_tokens=params.max_new_tokens,
-            eos_token_id=self._eos,
-            pad_token_id=self._pad,
+            do_sample=False, eos_token_id=self._eos, pad_token_id=self._pad
         )
         try:
             output = self._model.generate(
-                torch.tensor(padded, device=device),
-                attention_mask=torch.tensor(mask, device=device),
+                ids[rows],
+                attention_mask=mask[rows],
+                past_key_values=self._prefill(ids, mask, rows, params.max_new_tokens),
                 logits_processor=LogitsProcessorList([draw]),
+                max_new_tokens=params.max_new_tokens,
                 synced_gpus=False,  # a sharded model has been gathered before
             )
         finally:
@@ -140,6 +181,35 @@ class TransformersSampler:
         require_finite(drawn, "log-probs of sampled tokens")
         logprobs = drawn.tolist()
         return [self._cut(*row) for row in zip(tokens, logprobs, strict=True)]
+
+    def _prefill(self, ids: Tensor, mask: Tensor, rows: Tensor, num_new: int) -> Cache | None:
+        """Compute each prompt's keys and values but its last token's, once for all completions.
+
+        Returns:
+            The cache of all completions; None where there is nothing to share, or where the model
+            keeps its state in another way.
+        """
+        if ids.shape[1] == 1:
+            return None
+        found = self._model.generate(
+            ids[:, :-1],
+            attention_mask=mask[:, :-1],
+            max_new_tokens=1,
+            return_dict_in_generate=True,
+            synced_gpus=False,
+        )
+        cache = found.get("past_key_values")
+        if cache is None:
+            return None
+        cache.layers = [
+            # Other layers, such as those of a sliding window, hold no more than they need.
+            _RoomyLayer(layer, rows, 1 + num_new) if type(layer) is DynamicLayer else layer
+            for layer in cache.layers
+        ]
+        for layer in cache.layers:
+            if not isinstance(layer, _RoomyLayer):
+                layer.reorder_cache(rows)
+        return cache
 
     def _cut(self, tokens: list[int], logprobs: list[float]) -> Completion:
         for place, token in enumerate(tokens):

@@ -19,7 +19,9 @@ def sampler(model: Any, rows: int = 256, eos: tuple[int, ...] = (2,)) -> Transfo
     return TransformersSampler(model, eos_token_ids=eos, pad_token_id=2, rows_per_batch=rows)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize(
+    "architecture", ["llama", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox"]
+)
 def test_log_probs_are_the_trainers(architecture: str) -> None:
     model = tiny_model(architecture)
     params = SamplingParams(max_new_tokens=12, num_samples=3)
@@ -45,6 +47,21 @@ def test_the_same_seed_draws_the_same_tokens_however_they_are_batched() -> None:
     assert tokens != [[answer.token_ids for answer in answers] for answers in other]
     assert whole[0][0].token_ids != whole[0][1].token_ids
     assert whole[0][0].token_ids != whole[3][0].token_ids
+
+
+def test_a_prompt_is_computed_once_for_all_its_completions(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    computed = []
+    forward = model.model.embed_tokens.forward
+    monkeypatch.setattr(
+        model.model.embed_tokens,
+        "forward",
+        lambda ids: (computed.append(ids.numel()), forward(ids))[1],
+    )
+    prompts = [[1, 5, 9], [1, 7, 30, 31, 32, 33]]
+    sampler(model).generate(prompts, SamplingParams(max_new_tokens=4, num_samples=7), seed=1)
+    # both prompts, padded to 6, but their last tokens; then these and three more of 14 completions
+    assert sum(computed) == 2 * 5 + 14 * 4
 
 
 def test_a_completion_ends_with_its_eos_or_at_the_length() -> None:

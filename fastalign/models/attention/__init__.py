@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -91,6 +92,8 @@ def shared_prefix_attention(
         raise ValueError(f"{type(module).__name__}: expected attention dropout 0, got {dropout}")
     form = ScoreForm(options.get("scaling"), window, softcap)
     if fastalign_plan is None and softcap is None:
+        if query.shape[2] == 1 and (attention_mask is None or attention_mask.shape[1] == 1):
+            return one_query_attention(query, key, value, attention_mask, form), None
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output, None
     if fastalign_plan is None:
@@ -102,6 +105,23 @@ def shared_prefix_attention(
         query, key, value = query.to(low), key.to(low), value.to(low)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     return fastalign_plan.attend(implementation, query, key, value, form)[None], None
+
+
+def one_query_attention(
+    query: Tensor,  # (b, H, 1, d)
+    key: Tensor,  # (b, H_kv, K, d)
+    value: Tensor,  # (b, H_kv, K, d)
+    mask: Tensor | None,  # (b or 1, 1, 1, K)
+    form: ScoreForm,
+) -> Tensor:  # (b, 1, H, d)
+    """Compute the attention of one token a row; a decoding step is mostly this.
+
+    Heads that share keys are the queries of one head, so that no key is copied or read twice.
+    """
+    batch, heads, _, size = query.shape
+    grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], size)
+    output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=form.scaling)
+    return output.reshape(batch, 1, heads, value.shape[-1])
 
 
 def registered_name(name: AttentionName) -> str:
