@@ -156,8 +156,8 @@ class TransformersSampler:
         longest = max(len(ids) for ids in prompts)
         device = self._model.device
         padded = [[self._pad] * (longest - len(ids)) + list(ids) for ids in prompts]
-        mask = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
-        ids, mask = (torch.tensor(each, device=device) for each in (padded, mask))
+        real = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
+        ids, mask = (torch.tensor(each, device=device) for each in (padded, real))
         rows = torch.tensor([distinct.index(number) for number in numbers], device=device)
         draw = _Draw(params, uniforms.to(device))
         # Set aside the model's own generation settings, such as penalties or a temperature.
