@@ -1,13 +1,22 @@
 """`python -m benchmarks.compare NAME`: compare implementations in a table and JSON.
 
 NAME is a head's loss and gradient (`head`, `dpo-loss`, `orpo`, `linear-logprob`), every operation's
-backends (`operations`), optimiser steps beside TRL's trainers (`dpo-step`, `sft-step`,
-`reward-step`) or by the number of answers to a prompt (`answers-step`), or samplers (`rollout`).
-An implementation whose result differs from the eager one's is not timed.
+backends (`operations`), optimiser steps beside TRL's trainers and a careful eager loop (`dpo-step`,
+`sft-step`, `reward-step`) or by the number of answers to a prompt (`answers-step`), iterations of
+PPO (`ppo-step`), samplers (`rollout`), or the growth of a DPO step with each of its sizes
+(`growth`). An implementation whose result differs from the eager one's is not timed.
+
+On a CPU each table is made twice: with glibc's allocator as it is, and with one that keeps freed
+memory, since that alone changes how implementations compare.
 """
 
 import argparse
 import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,14 +24,19 @@ from typing import Any
 import torch
 
 from benchmarks import heads, rollout_cases, step_cases
+from benchmarks.compare_ppo import PPO, compare_all_ppo
 from benchmarks.compare_rollouts import ROLLOUT, compare_all_rollouts
 from benchmarks.compare_steps import NAMES, compare_all_steps
-from benchmarks.head_rows import DTYPES, compare_heads
+from benchmarks.growth import BASE, GROWTH, compare_growth
+from benchmarks.head_rows import DTYPES, compare_heads, refuse_on_a_red_test
+from benchmarks.measure import ALLOCATORS, allocator_name
 from benchmarks.operations import compare_operations, print_operations
 from benchmarks.peers import PEERS
 from fastalign.written_files import check_file, write_file
 
 OPERATIONS = "operations"
+STEPS = (*NAMES, PPO, GROWTH)
+BOTH = "both"
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -33,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "name", choices=[*sorted(heads.IMPLEMENTATIONS), OPERATIONS, *NAMES, ROLLOUT]
+        "name", choices=[*sorted(heads.IMPLEMENTATIONS), OPERATIONS, *STEPS, ROLLOUT]
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument(
@@ -44,9 +58,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--case",
-        choices=[*heads.CASES, *step_cases.CASES, *rollout_cases.CASES],
+        choices=[case for name in (OPERATIONS, "head", *STEPS, ROLLOUT) for case in cases_of(name)],
         action="append",
         help="may be repeated",
+    )
+    parser.add_argument(
+        "--allocator",
+        choices=[*ALLOCATORS, BOTH],
+        help="glibc's as it is (default), or one that keeps freed memory; on a CPU both",
     )
     known = sorted({peer for peers in PEERS.values() for peer in peers})
     parser.add_argument(
@@ -72,16 +91,21 @@ def make_parser() -> argparse.ArgumentParser:
         "--threads", type=int, help="CPU threads of steps and samplers; by default torch's"
     )
     steps.add_argument("--data", type=Path, help="preference rows of the case `chat`")
+    steps.add_argument(
+        "--trl-ppo", type=Path, help="folder that ./scripts/trl_ppo_environment.sh made"
+    )
     return parser
 
 
-def cases_of(name: str) -> set[str]:
+def cases_of(name: str) -> list[str]:
     """Return the cases of a comparison."""
-    if name == OPERATIONS:
-        return set()
-    if name == ROLLOUT:
-        return set(rollout_cases.CASES)
-    return set(step_cases.CASES if name in NAMES else heads.CASES)
+    tables: dict[str, Mapping[str, object]] = {
+        OPERATIONS: {},
+        ROLLOUT: rollout_cases.CASES,
+        PPO: step_cases.PPO_CASES,
+        GROWTH: asdict(BASE),
+    }
+    return list(tables.get(name, step_cases.CASES if name in NAMES else heads.CASES))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -101,10 +125,14 @@ def parse_arguments() -> argparse.Namespace:
     for peer in arguments.peer or []:
         if peer not in PEERS.get(name, {}):
             parser.error(f"--peer: {name} has no {peer!r}")
-    for flag in ("model", "pairs", "threads", "data"):
-        allowed = name in NAMES or (name == ROLLOUT and flag == "threads")
-        if getattr(arguments, flag) is not None and not allowed:
-            parser.error(f"--{flag}: {name} is no step")
+    taken = {"model": STEPS, "pairs": NAMES, "threads": (*STEPS, ROLLOUT), "data": NAMES}
+    for flag, names in (taken | {"trl_ppo": (PPO,)}).items():
+        if getattr(arguments, flag) is not None and name not in names:
+            parser.error(f"--{flag.replace('_', '-')}: {name} does not take it")
+    if name in (PPO, GROWTH) and arguments.device != "cpu":
+        parser.error(f"--device: {name} runs on a CPU only, got {arguments.device}")
+    if arguments.trl_ppo is not None and not (arguments.trl_ppo / "trl").is_dir():
+        parser.error(f"--trl-ppo: expected a folder with TRL in it, got {arguments.trl_ppo}")
     if arguments.tested and name != "head":
         parser.error(f"--tested: {name} runs no tests")
     if name == "answers-step" and "chat" in (arguments.case or []):
@@ -119,8 +147,10 @@ def parse_arguments() -> argparse.Namespace:
         except (ValueError, OSError) as error:
             parser.error(str(error))
     if arguments.dtype is None:
-        on_cpu = ["float32"] if name in (*NAMES, ROLLOUT) else list(DTYPES)
+        on_cpu = ["float32"] if name in (*STEPS, ROLLOUT) else list(DTYPES)
         arguments.dtype = on_cpu if arguments.device == "cpu" else ["bfloat16"]
+    if arguments.allocator is None:
+        arguments.allocator = BOTH if arguments.device == "cpu" else allocator_name()
     return arguments
 
 
@@ -129,6 +159,10 @@ def compare(arguments: argparse.Namespace) -> list[Any]:
     name, device, rounds = arguments.name, arguments.device, arguments.rounds
     if name == ROLLOUT:
         return list(compare_all_rollouts(arguments))
+    if name == PPO:
+        return list(compare_all_ppo(arguments))
+    if name == GROWTH:
+        return list(compare_growth(arguments))
     if name in NAMES:
         return list(compare_all_steps(arguments))
     if name == OPERATIONS:
@@ -144,12 +178,44 @@ def compare(arguments: argparse.Namespace) -> list[Any]:
     return list(compare_heads(name, cases, device, arguments.dtype, rounds, peers, tested=tested))
 
 
+def records_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Run every case in this process; return the rows, each with the allocator's name."""
+    rows = compare(arguments)
+    return [
+        {k.rstrip("_"): v for k, v in asdict(row).items()} | {"allocator": allocator_name()}
+        for row in rows
+    ]
+
+
+def records_under(name: str, *flags: str) -> list[dict[str, Any]]:
+    """Run every case in a process that starts with these settings of the allocator."""
+    print(f"allocator: {name}", flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        own = ["--allocator", name, "--json", str(file), *flags]
+        command = [sys.executable, "-m", "benchmarks.compare", *sys.argv[1:], *own]
+        known = {variable for settings in ALLOCATORS.values() for variable in settings}
+        environment = {k: v for k, v in os.environ.items() if k not in known}
+        done = subprocess.run(command, check=False, env=environment | ALLOCATORS[name])
+        if done.returncode != 0:
+            raise SystemExit(done.returncode)
+        found: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8"))
+        return found
+
+
 def main() -> None:
     """Run every case, print the table, write the JSON."""
     arguments = parse_arguments()
-    rows = compare(arguments)
+    if arguments.allocator == allocator_name():
+        records = records_of(arguments)
+    else:
+        flags = []
+        if arguments.name == "head" and not arguments.tested:
+            refuse_on_a_red_test(arguments.device)
+            flags = ["--tested"]
+        names = list(ALLOCATORS) if arguments.allocator == BOTH else [arguments.allocator]
+        records = [record for name in names for record in records_under(name, *flags)]
     if arguments.json:
-        records = [{k.rstrip("_"): v for k, v in asdict(row).items()} for row in rows]
         text = json.dumps(records, indent=1) + "\n"
         write_file(arguments.json, text, overwrite=arguments.overwrite)
 

@@ -31,7 +31,12 @@ from benchmarks.step_rows import (
     rows_of,
 )
 from benchmarks.step_trainers import TRAINERS, fastalign_answers
-from benchmarks.step_work import TRUTHS, eager_sft, run_products, run_products_without_head
+from benchmarks.step_work import (
+    TRUTHS,
+    eager_sft,
+    run_step_products,
+    run_step_products_without_head,
+)
 from benchmarks.step_worker import WARM_UP_TURNS, Job, Trainer, Worker
 from fastalign.batch.packed import Group
 
@@ -49,7 +54,7 @@ def usable_trainers(name: str) -> dict[str, Trainer]:
     if importlib.util.find_spec("trl") is not None:
         return dict(TRAINERS[name])
     print("without trl: it is not installed")
-    return {key: one for key, one in TRAINERS[name].items() if key.startswith("fastalign")}
+    return {key: one for key, one in TRAINERS[name].items() if not key.startswith(PEER)}
 
 
 def make_job(
@@ -75,10 +80,10 @@ def make_job(
     )
 
 
-def disagreement(implementation: str, loss: float, truth: float, dtype: str) -> str | None:
+def disagreement(implementation: str, loss: float, truth: float, tolerance: float) -> str | None:
     """Return how a loss differs from the eager one, or None; exit if it is ours."""
     error = abs(loss - truth) / abs(truth)
-    if error <= AGREEMENT[dtype]:
+    if error <= tolerance:
         return None
     message = (
         f"the loss of {implementation} is {loss:.6f}, the eager one {truth:.6f} "
@@ -90,13 +95,15 @@ def disagreement(implementation: str, loss: float, truth: float, dtype: str) -> 
 
 
 def measure_turns(
-    contestants: Mapping[str, tuple[Trainer, Job]], truths: Mapping[str, float], num_rounds: int
+    contestants: Mapping[str, tuple[Trainer, Job]],
+    truths: Mapping[str, tuple[float, float]],
+    num_rounds: int,
 ) -> dict[str, Turns]:
     """Start a process for each contestant, stop those with a wrong loss, and time the others.
 
     Args:
         contestants: trainer and job by name.
-        truths: eager loss by name; a contestant without one is not checked.
+        truths: eager loss and relative tolerance by name; a contestant without one is not checked.
         num_rounds: number of timed turns of each contestant.
     """
     workers: dict[str, Worker] = {}
@@ -108,7 +115,7 @@ def measure_turns(
             workers[name] = Worker(name, trainer, replace(job, scratch=scratch))
             turns[name] = Turns(job, workers[name].loss, workers[name].num_tokens)
             if name in truths:
-                fault = disagreement(name, turns[name].loss, truths[name], job.dtype)
+                fault = disagreement(name, turns[name].loss, *truths[name])
                 if fault is not None:
                     print(f"not timed: {fault}")
                     workers.pop(name).stop()
@@ -132,30 +139,31 @@ def compare_case(
     The turns are interleaved on a CPU; a GPU, which could not hold all trainers, runs them in turn.
     """
     _say(f"{case}, {job.shape.name}, {job.dtype}: the eager loss ...")
-    truth = TRUTHS[name](job)
+    truth = TRUTHS[name](job), AGREEMENT[job.dtype]
     if job.device == "cuda":
         torch.cuda.empty_cache()  # for the trainers
     head = name != "reward-step"
-    everybody = {PRODUCTS: run_products if head else run_products_without_head, **trainers}
+    products = run_step_products if head else run_step_products_without_head
+    everybody: dict[str, Trainer] = {PRODUCTS: products, **trainers}
     together = [[key] for key in everybody] if job.device == "cuda" else [list(everybody)]
     found: dict[str, Turns] = {}
     for keys in together:
         contestants = {key: (everybody[key], job) for key in keys}
         found |= measure_turns(contestants, dict.fromkeys(trainers, truth), num_rounds)
-    products = dict.fromkeys(trainers, found.pop(PRODUCTS))
-    return rows_of(case, found, products, PEER, head=head)
+    bare = dict.fromkeys(trainers, found.pop(PRODUCTS))
+    return rows_of(case, found, bare, PEER, head=head)
 
 
 def compare_answers(jobs: Mapping[int, Job], case: str, num_rounds: int) -> list[StepRow]:
     """Measure our step by the number of answers to a prompt, relative to the fewest."""
     contestants: dict[str, tuple[Trainer, Job]] = {}
-    truths: dict[str, float] = {}
+    truths: dict[str, tuple[float, float]] = {}
     for number, job in jobs.items():
         key = f"fastalign, {number} answers"
         _say(f"{case}, {number} answers, {job.shape.name}: the eager loss ...")
-        truths[key] = eager_sft(job)
+        truths[key] = eager_sft(job), AGREEMENT[job.dtype]
         contestants[key] = (fastalign_answers, job)
-        contestants[f"{PRODUCTS} {key}"] = (run_products, job)
+        contestants[f"{PRODUCTS} {key}"] = (run_step_products, job)
     found: dict[str, Turns] = {}
     one_by_one = [{key: one} for key, one in contestants.items()]
     cuda = any(job.device == "cuda" for job in jobs.values())

@@ -3,6 +3,7 @@
 A GPU's work is timed by the GPU, between CUDA events; a CPU's by the clock.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +20,21 @@ ENOUGH_SECONDS = 20.0
 ROUND_SECONDS = 0.02
 MAX_REPEATS = 100
 FLUSHED_BYTES = 256 * 2**20  # more than the L2 cache of any GPU here
+
+
+# Settings of glibc's allocator, by name. By default it returns large blocks to the system after
+# each use, and the next use pays for their pages again; `keep` does not, roughly as jemalloc and
+# tcmalloc do not.
+ALLOCATORS: dict[str, dict[str, str]] = {
+    "default": {},
+    "keep": {"MALLOC_MMAP_THRESHOLD_": "2000000000", "MALLOC_TRIM_THRESHOLD_": "8000000000"},
+}
+
+
+def allocator_name() -> str:
+    """Return the name of the allocator's settings that this process was started with."""
+    kept = ALLOCATORS["keep"].items()
+    return "keep" if all(os.environ.get(name) == value for name, value in kept) else "default"
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ import torch
 from fastalign.batch.packed import Group
 
 PAD, EOS, UNKNOWN, FIRST_WORD = 0, 2, 3, 4
-MAX_LENGTH = 1024  # both trainers' own default; no row is longer
+MAX_LENGTH = 4096  # no row is longer
+MAX_CHAT_LENGTH = 1024  # both trainers' own default
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,24 @@ class StepCase:
     name: str
     prompt_lengths: tuple[int, int] | None
     response_lengths: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class PPOCase:
+    """How an iteration of PPO samples and updates; all its samples are one mini-batch."""
+
+    name: str
+    advantage: str
+    num_prompts: int
+    prompt_lengths: tuple[int, int]
+    num_samples: int
+    new_tokens: int
+    epochs: int
+
+    @property
+    def has_value(self) -> bool:
+        """Whether there are a value model and a reward model, which it begins as."""
+        return self.advantage == "gae"
 
 
 @dataclass(frozen=True)
@@ -79,10 +98,23 @@ CASES = {
     for case in (
         StepCase("long-prompts", (128, 384), (32, 128)),
         StepCase("short-prompts", (16, 48), (128, 384)),
+        StepCase("long-responses", (64, 64), (2048, 2048)),
         StepCase("chat", None, None),
         StepCase("small", (4, 12), (2, 6)),
     )
 }
+PPO_CASES = {
+    case.name: case
+    for case in (
+        PPOCase("gae", "gae", 16, (32, 64), 1, 64, 4),
+        PPOCase("rloo", "rloo", 4, (32, 64), 4, 64, 2),
+        PPOCase("grpo", "grpo", 4, (192, 256), 4, 64, 1),
+        PPOCase("gae-small", "gae", 3, (4, 12), 1, 5, 2),
+        PPOCase("rloo-small", "rloo", 2, (4, 12), 3, 5, 2),
+        PPOCase("grpo-small", "grpo", 2, (4, 12), 3, 5, 1),
+    )
+}
+DEFAULT_PPO_CASES = ("gae", "rloo", "grpo")
 SHAPES = {
     shape.name: shape
     for shape in (
@@ -134,10 +166,11 @@ def read_groups(path: Path, vocab_size: int, num_groups: int) -> list[Group]:
     from fastalign.data.read import read_texts
 
     tokenizer = train_tokenizer(read_texts(str(path)), vocab_size - FIRST_WORD + 1)
-    data = load_examples(path, "preference", tokenizer, max_length=MAX_LENGTH, on_too_long="skip")
+    limit = MAX_CHAT_LENGTH
+    data = load_examples(path, "preference", tokenizer, max_length=limit, on_too_long="skip")
     if len(data.groups) < num_groups:
         raise ValueError(
-            f"--data: expected at least {num_groups} pairs of up to {MAX_LENGTH} tokens in {path}, "
+            f"--data: expected at least {num_groups} pairs of up to {limit} tokens in {path}, "
             f"got {len(data.groups)}"
         )
     eos = tokenizer.eos_token_id
@@ -162,7 +195,7 @@ def word(token: int) -> str:
 
 def write_rows(groups: Sequence[Group], path: Path, kind: str) -> list[dict[str, str]]:
     """Write the groups as JSON Lines in TRL's columns, without EOS, which the trainers add."""
-    names = {"sft": ("completion",), "preference": ("chosen", "rejected")}[kind]
+    names = {"sft": ("completion",), "preference": ("chosen", "rejected"), "prompts": ()}[kind]
     rows = []
     for group in groups:
         row = {"prompt": " ".join(map(word, group.prompt_ids))}

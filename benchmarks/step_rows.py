@@ -17,8 +17,9 @@ next: batch, forward, backward, clipping, AdamW, logging. Every first loss was c
 eager one. useful: tokens of prompts, counted once, and of responses. computed: tokens that went
 through the blocks, with padding, repeated prompts and the reference's forward. of products: time of
 the bare matrix products of the useful tokens, in the same run, over the step's. peak MiB: peak
-memory of a step, with weights, gradients and optimiser state. ratio: time of TRL's step (or of the
-step with the fewest answers) over this one's."""
+memory of a step, with weights, gradients and optimiser state. careful eager: a loop of our own in
+plain PyTorch: padded rows, the head on response tokens alone, reference log-probs known. ratio:
+time of TRL's step (or of the step with the fewest answers) over this one's."""
 NOTES_ON_TRL = """\
 All trainers have the same rows, weights, dtype, learning rates and clipping, each in its own
 process. TRL has its defaults except for gradient checkpointing, which is off for all. TRL's DPO
@@ -173,17 +174,17 @@ def print_steps(rows: Sequence[StepRow]) -> None:
 
 # Trainers that do the same work: the reference in no step, or in every one.
 LIKE_FOR_LIKE = {
-    "fastalign": "trl, reference precomputed",
-    "fastalign, reference in the step": "trl",
+    "fastalign": ("trl, reference precomputed", "careful eager"),
+    "fastalign, reference in the step": ("trl",),
 }
 
 
 def print_like_for_like(rows: Sequence[StepRow]) -> None:
     """Print how trainers that do the same work compare."""
     by_name = {(row.case, row.model, row.dtype, row.implementation): row for row in rows}
-    for row in rows:
-        name = LIKE_FOR_LIKE.get(row.implementation)
-        peer = name and by_name.get((row.case, row.model, row.dtype, name))
+    pairs = [(row, name) for row in rows for name in LIKE_FOR_LIKE.get(row.implementation, ())]
+    for row, name in pairs:
+        peer = by_name.get((row.case, row.model, row.dtype, name))
         if peer:
             memory = ""
             if row.peak_bytes is not None and peer.peak_bytes is not None:

@@ -8,6 +8,7 @@ gradient norm at 1.
 import json
 from typing import Any
 
+from benchmarks import careful_eager
 from benchmarks.step_cases import MAX_LENGTH
 from benchmarks.step_worker import Clock, Job, Trainer
 
@@ -42,7 +43,7 @@ def _dpo_config(job: Job) -> Any:
     return DPOConfig(
         data=PreferenceDataConfig(train=str(job.rows), max_length=MAX_LENGTH),
         reference=reference,
-        **_settings(job),
+        **settings(job),
     )
 
 
@@ -53,7 +54,7 @@ def fastalign_sft(job: Job, clock: Clock) -> None:
 
     _watch(job, clock)
     data = DataConfig(train=str(job.rows), max_length=MAX_LENGTH)
-    train_sft(SFTConfig(data=data, **_settings(job)))
+    train_sft(SFTConfig(data=data, **settings(job)))
 
 
 def fastalign_reward(job: Job, clock: Clock) -> None:
@@ -62,7 +63,7 @@ def fastalign_reward(job: Job, clock: Clock) -> None:
 
     _watch(job, clock)
     data = PreferenceDataConfig(train=str(job.rows), max_length=MAX_LENGTH)
-    train_reward(RewardConfig(data=data, **_settings(job)))
+    train_reward(RewardConfig(data=data, **settings(job)))
 
 
 def fastalign_answers(job: Job, clock: Clock) -> None:
@@ -99,7 +100,8 @@ def _train_config(job: Job) -> Any:
     )
 
 
-def _settings(job: Job) -> dict[str, Any]:
+def settings(job: Job) -> dict[str, Any]:
+    """Return the sections that the configurations of all of our trainers share."""
     from fastalign.runs.config import ModelConfig, RunConfig
 
     return {
@@ -205,9 +207,14 @@ TRAINERS: dict[str, dict[str, Trainer]] = {
     "dpo-step": {
         "trl": trl_dpo,
         "trl, reference precomputed": trl_dpo_precomputed,
+        "careful eager": careful_eager.dpo,
         "fastalign": fastalign_dpo,
         "fastalign, reference in the step": fastalign_dpo_reference_in_the_step,
     },
-    "sft-step": {"trl": trl_sft, "fastalign": fastalign_sft},
-    "reward-step": {"trl": trl_reward, "fastalign": fastalign_reward},
+    "sft-step": {"trl": trl_sft, "careful eager": careful_eager.sft, "fastalign": fastalign_sft},
+    "reward-step": {
+        "trl": trl_reward,
+        "careful eager": careful_eager.reward,
+        "fastalign": fastalign_reward,
+    },
 }

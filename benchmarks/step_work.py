@@ -1,16 +1,18 @@
 """Eager loss, necessary FLOPs and bare matrix products of a step."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.careful_eager import generate
 from benchmarks.heads import BETA
 from benchmarks.step_cases import ModelShape
 from benchmarks.step_worker import Clock, Job
 from fastalign.batch.packed import Group
 
+NUM_EAGER_SAMPLES = 64  # at least; their mean is compared with that of one iteration
 # Peak dense bfloat16 FLOPs per second by part of the GPU's name, from data sheets.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
@@ -71,6 +73,23 @@ def _causal_model(job: Job, folder: Any) -> Any:
     return model.to(job.device).eval()
 
 
+def eager_nats(job: Job) -> tuple[float, float]:
+    """Return a sampled response's mean surprisal in nats, and a relative tolerance of others.
+
+    Other samples differ by chance: five standard errors of the difference of the two means.
+    """
+    assert job.ppo is not None
+    torch.manual_seed(0)
+    model = _causal_model(job, job.policy)
+    num_samples = job.ppo.num_prompts * job.ppo.num_samples
+    copies = -(-NUM_EAGER_SAMPLES // num_samples)
+    groups = generate(model, job.groups * copies, job.ppo.new_tokens)
+    logprobs = eager_logprobs(model, groups)
+    nats = -torch.stack([part.sum() for responses in logprobs for part in responses])
+    mean, error = nats.mean().item(), nats.std().item() * (1 / len(nats) + 1 / num_samples) ** 0.5
+    return mean, 5 * error / mean
+
+
 TRUTHS: dict[str, Callable[[Job], float]] = {
     "dpo-step": eager_dpo,
     "sft-step": eager_sft,
@@ -105,32 +124,82 @@ def useful_flops(shape: ModelShape, groups: Sequence[Group], *, head: bool) -> i
     return 3 * 2 * (blocks + of_head + attention)
 
 
-def run_products(job: Job, clock: Clock, *, head: bool = True) -> None:
-    """Run the bare products of the useful tokens, forward and backward, in place of a trainer."""
-    dtype = getattr(torch, job.dtype)
-    tokens, width = useful_tokens(job.groups), job.shape.hidden_size
-    work = [(tokens, *product) for product in job.shape.products()]
+class Product(NamedTuple):
+    """A linear layer's work: how often, and whether its two gradients follow."""
+
+    rows: int
+    inputs: int
+    outputs: int
+    backward: bool = True
+    repeats: int = 1
+
+
+def products_of_step(job: Job, *, head: bool = True, backward: bool = True) -> list[Product]:
+    """Return the bare products of one pass over the useful tokens."""
+    shape, tokens = job.shape, useful_tokens(job.groups)
+    work = [Product(tokens, *each, backward) for each in shape.products()]
     if head:
-        work.append((head_rows(job.groups), width, job.shape.vocab_size))
+        predicted = head_rows(job.groups)
+        work.append(Product(predicted, shape.hidden_size, shape.vocab_size, backward))
+    return work
+
+
+def products_of_iteration(job: Job) -> list[Product]:
+    """Return those of a PPO iteration: sampling, log-probs (values, scores), and the updates.
+
+    A prompt is computed once for its samples in each pass. Sampling is one pass over the prompts,
+    then one token of all samples at a time. Log-probs before the updates are the reference's and
+    the policy's.
+    """
+    case, shape = job.ppo, job.shape
+    assert case is not None
+    prompts = sum(len(group.prompt_ids) for group in job.groups)
+    samples = case.num_prompts * case.num_samples
+    head = (shape.hidden_size, shape.vocab_size)
+    work = [Product(prompts, *each, False) for each in shape.products()]
+    work += [Product(samples, *each, False, case.new_tokens) for each in (*shape.products(), head)]
+    work += 2 * products_of_step(job, backward=False)
+    updates = products_of_step(job)
+    if case.has_value:
+        work += 2 * products_of_step(job, head=False, backward=False)
+        updates += products_of_step(job, head=False)
+    return work + case.epochs * updates
+
+
+def run_products(work: Sequence[Product], job: Job, clock: Clock) -> None:
+    """Run bare products in place of a trainer."""
+    dtype = getattr(torch, job.dtype)
     clock.first_loss = lambda: 0.0
     clock.watch()
-    tensors = [
-        tuple(
+    shapes = {each[:3] for each in work}
+    tensors = {
+        (rows, inputs, outputs): tuple(
             torch.randn(size, dtype=dtype, device=job.device)
             for size in ((rows, inputs), (outputs, inputs), (rows, outputs))
         )
-        for rows, inputs, outputs in sorted(set(work))
-    ]
-    which = [sorted(set(work)).index(one) for one in work]
+        for rows, inputs, outputs in sorted(shapes)
+    }
     while True:
-        for index in which:
-            value, weight, gradient = tensors[index]
-            torch.mm(value, weight.t())
-            torch.mm(gradient, weight)
-            torch.mm(gradient.t(), value)
+        for each in work:
+            value, weight, gradient = tensors[each[:3]]
+            for _ in range(each.repeats):
+                torch.mm(value, weight.t())
+                if each.backward:
+                    torch.mm(gradient, weight)
+                    torch.mm(gradient.t(), value)
         clock.end_turn()
 
 
-def run_products_without_head(job: Job, clock: Clock) -> None:
-    """Run the bare products of a reward model."""
-    run_products(job, clock, head=False)
+def run_step_products(job: Job, clock: Clock) -> None:
+    """Run those of a step of a causal model."""
+    run_products(products_of_step(job), job, clock)
+
+
+def run_step_products_without_head(job: Job, clock: Clock) -> None:
+    """Run those of a step of a reward model."""
+    run_products(products_of_step(job, head=False), job, clock)
+
+
+def run_iteration_products(job: Job, clock: Clock) -> None:
+    """Run those of a PPO iteration."""
+    run_products(products_of_iteration(job), job, clock)

@@ -7,6 +7,7 @@ without changing their code.
 
 import multiprocessing
 import os
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from benchmarks.measure import CLEAR_REFS, resident_bytes
-from benchmarks.step_cases import ModelShape
+from benchmarks.step_cases import ModelShape, PPOCase
 from fastalign.batch.packed import Group
 
 # Turns before the first timed one; the second is the first complete one and counts tokens.
@@ -33,7 +34,7 @@ class Job:
 
     Attributes:
         policy: folder of the model to train.
-        reference: folder of the reference; unused without one.
+        reference: folder of a second model: DPO's reference, or GAE's reward model.
         rows: JSON Lines file of the rows.
         groups: the same rows as token ids.
         shape: shape of the models.
@@ -42,6 +43,8 @@ class Job:
         dtype: torch's name of the products' dtype.
         num_steps: length of the learning-rate schedule, which is never reached.
         num_threads: number of CPU threads.
+        ppo: how an iteration of PPO samples and updates; None for other steps.
+        packages: folder of packages that come before the environment's, or None.
     """
 
     policy: Path
@@ -54,6 +57,8 @@ class Job:
     dtype: str
     num_steps: int
     num_threads: int
+    ppo: PPOCase | None = None
+    packages: Path | None = None
 
 
 class Finished(BaseException):
@@ -66,22 +71,23 @@ class Clock:
     Attributes:
         first_loss: function that returns the loss of the first step; the trainer sets it.
         prologue: optional further work at the beginning of a turn.
+        updates_per_turn: number of optimiser steps of a turn.
     """
 
     first_loss: Callable[[], float]
     prologue: Callable[[], object] | None = None
+    updates_per_turn = 1
 
     def __init__(self, connection: Connection, device: str):
         self._connection = connection
         self._device = device
-        self._num_turns = 0
-        self._num_tokens = 0
+        self._num_updates = self._num_turns = self._num_tokens = 0
         self._start = 0.0
         self._resident = 0
 
     def watch(self) -> None:
         """Observe optimisers and count tokens; call it before models are built."""
-        register_optimizer_step_post_hook(lambda *_: self.end_turn())
+        register_optimizer_step_post_hook(lambda *_: self.end_update())
         forward = torch.nn.Embedding.forward
 
         def counted(module: torch.nn.Embedding, input: torch.Tensor) -> torch.Tensor:
@@ -91,6 +97,12 @@ class Clock:
         torch.nn.Embedding.forward = counted  # type: ignore[assignment, method-assign]
         if CLEAR_REFS.exists():
             self._resident = resident_bytes("VmRSS")
+
+    def end_update(self) -> None:
+        """End the turn if this optimiser step is its last."""
+        self._num_updates += 1
+        if self._num_updates % self.updates_per_turn == 0:
+            self.end_turn()
 
     def end_turn(self) -> None:
         """Send the turn's time, wait for the next request, and begin a turn."""
@@ -134,6 +146,8 @@ def serve(trainer: Trainer, job: Job, connection: Connection) -> None:
     os.dup2(log, 1)
     os.dup2(log, 2)
     torch.set_num_threads(job.num_threads)
+    if job.packages is not None:
+        sys.path.insert(0, str(job.packages))
     try:
         trainer(job, Clock(connection, job.device))
     except Finished:
@@ -154,8 +168,9 @@ class Worker:
     """
 
     def __init__(self, name: str, trainer: Trainer, job: Job):
-        # CUDA cannot be used after a fork; on a CPU, forks save the imports.
-        method = "spawn" if job.device == "cuda" else "forkserver"
+        # CUDA cannot be used after a fork; on a CPU, forks save the imports, but not to a job that
+        # has packages of its own.
+        method = "spawn" if job.device == "cuda" or job.packages else "forkserver"
         context: Any = multiprocessing.get_context(method)
         if method == "forkserver":
             context.set_forkserver_preload(PRELOADED)

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import head_rows, tune
+from benchmarks import compare, head_rows, tune
 from benchmarks.heads import HeadCase, HeadInputs, eager_dpo, fastalign_dpo, make_inputs
-from benchmarks.measure import MAX_REPEATS, GpuTimer, Prepared, measure
+from benchmarks.measure import ALLOCATORS, MAX_REPEATS, GpuTimer, Prepared, measure
 from benchmarks.peers import usable_peers
 from fastalign.ops.triton_table import Configuration, read_table
 
@@ -71,6 +71,27 @@ def test_the_pytest_suite_runs() -> None:
     for name, implementation in test_heads.CALLS:
         test_heads.test_head(OneCall(), CASE, name, implementation)
     test_heads.test_products(OneCall(), CASE)
+
+
+def test_a_table_is_made_under_each_setting_of_the_allocator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each in a process that starts with its settings; their rows go into one file."""
+
+    def run(command: list[str], env: dict[str, str], **_: object) -> SimpleNamespace:
+        flag, name, _, file = command[-4:]
+        assert flag == "--allocator"
+        kept = {key: env[key] for key in env if key.startswith("MALLOC_")}
+        assert kept == ALLOCATORS[name]
+        Path(file).write_text(json.dumps([{"allocator": name}]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1")  # the user's own is no setting of a table
+    monkeypatch.setattr(subprocess, "run", run)
+    file = tmp_path / "rows.json"
+    monkeypatch.setattr(sys, "argv", ["compare", "growth", "--json", str(file)])
+    compare.main()
+    assert json.loads(file.read_text()) == [{"allocator": name} for name in ("default", "keep")]
 
 
 def test_nothing_is_timed_where_fastalign_differs() -> None:

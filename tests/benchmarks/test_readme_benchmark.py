@@ -20,12 +20,15 @@ def test_the_benchmark_prints_a_table_and_writes_rows(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(heads.CASES, "small", HeadCase("small", 16, 8, 50, 2))
     (line,) = re.findall(r"^python -m benchmarks\.compare (head .*)$", README, flags=re.MULTILINE)
-    monkeypatch.setattr(sys, "argv", ["compare", *shlex.split(line), "--case=small", "--rounds=2"])
+    flags = ["--case=small", "--rounds=2", "--allocator=default"]
+    monkeypatch.setattr(sys, "argv", ["compare", *shlex.split(line), *flags])
     monkeypatch.setitem(head_rows.TESTS, "cpu", ["tests/losses/test_segments_and_pairs.py"])
     compare.main()
     assert "products ms" in capsys.readouterr().out
     rows = json.loads((tmp_path / "results.json").read_text())
     assert {"eager", "fastalign", "trl", "liger"} <= {row["implementation"] for row in rows}
     assert {row["pass"] for row in rows} == set(head_rows.PASSES)
-    names = "case implementation dtype pass milliseconds spread peak_bytes flops device torch"
+    names = (
+        "case implementation dtype pass milliseconds spread peak_bytes flops device torch allocator"
+    )
     assert {*names.split(), "products_milliseconds", "fraction_of_products"} == rows[0].keys()

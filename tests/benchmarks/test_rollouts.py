@@ -166,7 +166,7 @@ def run(
     folder: Path, monkeypatch: pytest.MonkeyPatch, usable: Callable[[], Any]
 ) -> list[dict[str, Any]]:
     file = folder / "rows.json"
-    line = "compare rollout --case smallest --rounds 2 --threads 1 --json"
+    line = "compare rollout --case smallest --rounds 2 --threads 1 --allocator default --json"
     monkeypatch.setattr(sys, "argv", [*line.split(), str(file)])
     monkeypatch.setattr(compare_rollouts, "usable_samplers", usable)
     compare.main()
@@ -247,7 +247,7 @@ def test_engines_beside_the_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ("flags", "message"),
     [
         (["--case", "chat"], "--case: rollout has no 'chat'"),
-        (["--pairs", "2"], "--pairs: rollout is no step"),
+        (["--pairs", "2"], "--pairs: rollout does not take it"),
         (["--threads", "0"], "--threads: expected at least 1, got 0"),
     ],
 )

@@ -44,7 +44,8 @@ def run(
 ) -> dict[str, dict[str, Any]]:
     file = folder / "rows.json"
     line = f"compare {name} --model tiny --case small --rounds 1 --threads 1 --pairs {NUM_PAIRS}"
-    monkeypatch.setattr(sys, "argv", [*line.split(), "--json", str(file), *flags])
+    line += f" --allocator default --json {file}"
+    monkeypatch.setattr(sys, "argv", [*line.split(), *flags])
     compare.main()
     return {row["implementation"]: row for row in json.loads(file.read_text())}
 
@@ -66,6 +67,7 @@ def test_a_dpo_step_beside_trl(
     assert {name: row["tokens_computed"] for name, row in rows.items()} == {
         "trl": 2 * padded(groups),
         "trl, reference precomputed": padded(groups),
+        "careful eager": padded(groups),
         "fastalign": useful,
         "fastalign, reference in the step": 2 * useful,
     }
