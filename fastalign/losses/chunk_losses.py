@@ -107,7 +107,7 @@ def sft_loss_fn(*, normaliser: float | Tensor) -> LossFunction:
 
 
 def ppo_loss_fn(
-    old_logprob: Tensor,  # (T,)
+    old_logprob: Tensor | None,  # (T,)
     advantage: Tensor,  # (T,)
     *,
     clip_range: float = 0.2,
@@ -126,7 +126,8 @@ def ppo_loss_fn(
     `ops.kl_penalty`.
 
     Args:
-        old_logprob: log-probs under the policy that sampled, for all rows of the call.
+        old_logprob: log-probs under the policy that sampled, for all rows of the call; None: this
+            call's policy is that one, and its own log-probs are the old ones.
         advantage: advantages, for all rows of the call.
         clip_range: as in `ppo_clip`.
         entropy_coefficient: weight of the entropy bonus.
@@ -152,7 +153,8 @@ def ppo_loss_fn(
 
     def loss_fn(chunk: TokenChunk) -> tuple[Tensor, dict[str, Tensor]]:
         rows, target = slice(chunk.row_start, chunk.row_stop), chunk.is_target
-        old = torch.where(target, old_logprob[rows].to(chunk.logprob), 0.0)
+        before = chunk.logprob.detach() if old_logprob is None else old_logprob[rows]
+        old = torch.where(target, before.to(chunk.logprob), 0.0)
         advantages = torch.where(target, advantage[rows].to(chunk.logprob), 0.0)
         losses = ppo_clip(
             chunk.logprob, old, advantages, clip_range=clip_range, max_log_ratio=max_log_ratio

@@ -7,6 +7,7 @@ is computed once for its responses in each of them.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from math import nan
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from fastalign.models.attention import AttentionPlan
 from fastalign.models.forward import hidden_and_head, response_logprob
 from fastalign.models.lora import adapter_off
 from fastalign.models.reward import reward_scale, score_at
-from fastalign.ops import LinearHead, LinearKL, kl_penalty, linear_kl, linear_logprob
+from fastalign.ops import LinearHead, LinearKL, TokenChunk, kl_penalty, linear_kl, linear_logprob
+from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.ops.kl_penalty.api import MAX_K3
 from fastalign.ops.segments import segment_sum
 from fastalign.ranks.parallel import enter, is_sharded
+from fastalign.ranks.world import World
 from fastalign.runs.accumulate import Examples
 from fastalign.runs.metrics import Metrics
 from fastalign.trainers.ppo.config import KLPenalty
@@ -38,7 +41,8 @@ class TokenRecord:
     Attributes:
         bounds: (R + 1,) int64, response r owns the tokens [r] to [r + 1] of the N.
         group_bounds: G + 1 bounds of each prompt's responses together.
-        logprob: (N,) under the policy before the updates, by the trainer.
+        logprob: (N,) under the policy before the updates, by the trainer; as `entropy` NaN where
+            the first update is to compute it (`FirstUpdate`).
         reference_logprob: (N,) under the reference.
         sampler_logprob: (N,) under what the token was drawn from.
         entropy: (N,) of the policy.
@@ -61,11 +65,42 @@ class TokenRecord:
         return torch.cat([torch.arange(bounds[g], bounds[g + 1]) for g in groups])
 
 
+class FirstUpdate:
+    """What the first update computes anyway: log-probs and entropies before the policy changes."""
+
+    def __init__(self, record: TokenRecord) -> None:
+        self._record = record
+        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def watched(self, loss_fn: LossFunction, rows: Tensor) -> LossFunction:
+        """Return a loss that also keeps its tokens' numbers; `rows` are its indices among the N."""
+
+        def watching(chunk: TokenChunk) -> tuple[Tensor, dict[str, Tensor]]:
+            of_chunk = rows[chunk.row_start : chunk.row_stop]
+            self._parts.append((of_chunk, chunk.logprob.detach(), chunk.entropy.detach()))
+            return loss_fn(chunk)
+
+        return watching
+
+    def finish(self, world: World) -> None:
+        """Write all ranks' numbers into the record."""
+        record, mine = self._record, [(rows, p.cpu(), e.cpu()) for rows, p, e in self._parts]
+        for of_rank in world.gather(mine):
+            for rows, logprob, entropy in of_rank:
+                record.logprob[rows], record.entropy[rows] = logprob, entropy
+        require_finite(record.logprob, "logprob of the sampled tokens")
+
+
 @torch.no_grad()
 def numbers_of_batch(
-    models: PPOModels, batch: PackedBatch, compute: Compute, temperature: float, full_kl: bool
+    models: PPOModels,
+    batch: PackedBatch,
+    compute: Compute,
+    temperature: float,
+    full_kl: bool,
+    policy: bool,
 ) -> dict[str, Tensor]:
-    """Compute the numbers of one batch's tokens, each (N,)."""
+    """Compute the numbers of one batch's tokens, each (N,); those of the policy if `policy`."""
     plan = AttentionPlan(batch)  # one for every model
 
     def of_policy() -> dict[str, Tensor]:
@@ -87,7 +122,7 @@ def numbers_of_batch(
         return response_logprob(models.reference, batch, compute, plan, temperature=temperature)
 
     reference = reference_head(models.reference, batch, compute, plan) if full_kl else None
-    found = enter(models.policy, of_policy)
+    found = enter(models.policy, of_policy) if policy else {}
     if not full_kl:
         with adapter_off(models.reference):
             found["reference_logprob"] = enter(models.reference, of_reference)
@@ -105,11 +140,12 @@ def record_tokens(
     *,
     temperature: float,
     full_kl: bool,
+    policy: bool = True,
 ) -> tuple[TokenRecord, Metrics]:
     """Run the policy, the reference and the value model on the rollouts.
 
     The policy is the model at the samples' `temperature`; `full_kl` adds the KL over the
-    vocabulary.
+    vocabulary. Without `policy` its log-probs and entropies are NaN.
 
     Returns:
         The record, and `num_micro_batches` and `num_packed_tokens`.
@@ -121,7 +157,7 @@ def record_tokens(
         num_tokens = piece.batch.num_tokens
         with memory_used_in(f"log-probs and values of a batch of {num_tokens} tokens"):
             batch = piece.batch.to(compute.device)
-            found = numbers_of_batch(models, batch, compute, temperature, full_kl)
+            found = numbers_of_batch(models, batch, compute, temperature, full_kl, policy)
         if piece.counts:
             parts[tuple(piece.indices)] = {name: each.cpu() for name, each in found.items()}
             counts["num_micro_batches"] += 1
@@ -131,6 +167,8 @@ def record_tokens(
     for name in {"logprob", "reference_logprob", "value"} & joined.keys():
         require_finite(joined[name], f"{name} of the sampled tokens")
     lengths = [len(ids) for group in examples.groups for ids in group.response_ids]
+    if not policy:
+        joined |= {name: torch.full((sum(lengths),), nan) for name in ("logprob", "entropy")}
     record = TokenRecord(
         bounds=torch.tensor([0, *accumulate(lengths)]),
         group_bounds=(0, *accumulate(num_response_tokens(examples))),
@@ -248,9 +286,15 @@ def penalise(
         )
         return Penalised(found.kl, found.sequence_kl, found.reward)
     assert record.full_kl is not None
-    reward = -in_reward * record.full_kl
-    reward[record.bounds[1:] - 1] += score
+    reward = -in_reward * record.full_kl + rewards_without_kl(record, score)
     return Penalised(record.full_kl, segment_sum(record.full_kl, record.bounds), reward)
+
+
+def rewards_without_kl(record: TokenRecord, score: Tensor) -> Tensor:
+    """Return the reward of every token (N,): the score (R,) at each response's last, else 0."""
+    reward = torch.zeros(int(record.bounds[-1]), dtype=score.dtype)
+    reward[record.bounds[1:] - 1] = score
+    return reward
 
 
 def exact_kl_coefficient(config: KLPenalty, coefficient: float, scale: float) -> float:

@@ -33,6 +33,7 @@ from fastalign.runs.state import TrainState, optimiser_step
 from fastalign.trainers.ppo.advantages import Advantages
 from fastalign.trainers.ppo.config import PPOConfig
 from fastalign.trainers.ppo.record import (
+    FirstUpdate,
     TokenRecord,
     adapted_coefficient,
     both_heads,
@@ -41,6 +42,7 @@ from fastalign.trainers.ppo.record import (
     penalise,
     record_tokens,
     reference_head,
+    rewards_without_kl,
     sampling_metrics,
     token_values,
     value_metrics,
@@ -70,6 +72,7 @@ class Experience:
         advantages: advantage of every token, and the returns of a value model.
         kl_coefficient: weight of the KL in this step.
         weight: (N,) weight of each token's policy loss that corrects the sampler's drift, or None.
+        first: what the first update is to compute for the record, or None.
     """
 
     examples: Examples
@@ -77,6 +80,7 @@ class Experience:
     advantages: Advantages
     kl_coefficient: float
     weight: Tensor | None
+    first: FirstUpdate | None = None
 
 
 def train_ppo(config: PPOConfig) -> RunResult:
@@ -121,11 +125,13 @@ def ppo_step(ppo: PPOSetup, state: TrainState, indices: list[int], num_steps: in
     scored = time.perf_counter()
 
     coefficient = state.kept.get(KL_COEFFICIENT, config.kl.coefficient)
-    experience, measured = make_experience(ppo, rollouts, score, coefficient)
+    wait = first_update_can_compute(config)
+    experience, counted = make_experience(ppo, rollouts, score, coefficient, wait=wait)
     prepared = time.perf_counter()
 
     updates = mean_of_updates(all_updates(ppo, experience, state, num_steps))
     updated = time.perf_counter()
+    measured = counted | measure_experience(ppo, experience, score)
 
     ppo.sampler.version = state.step + 1
     state.kept[KL_COEFFICIENT] = adapted_coefficient(
@@ -182,15 +188,26 @@ def sample_and_score(
     return rollouts, score
 
 
+def first_update_can_compute(config: PPOConfig) -> bool:
+    """Return True where nothing needs the policy's log-probs before an update of all tokens.
+
+    That update computes them before it changes the policy. A KL in the reward needs them earlier.
+    """
+    kl, settings = config.kl, config.ppo
+    penalised = kl.in_reward and kl.coefficient > 0
+    needed = penalised or kl.estimator == "full" or settings.max_importance_weight is not None
+    return settings.mini_batches == 1 and not needed
+
+
 def make_experience(
-    ppo: PPOSetup, rollouts: Rollouts, score: Tensor, coefficient: float
+    ppo: PPOSetup, rollouts: Rollouts, score: Tensor, coefficient: float, *, wait: bool = False
 ) -> tuple[Experience, Metrics]:
     """Compute log-probs, values, rewards and advantages of the rollouts, before any update.
 
-    `score` (R,) is of each response.
+    `score` (R,) is of each response; with `wait` the first update computes the policy's log-probs.
 
     Returns:
-        The experience, and metrics of it, `num_packed_tokens` and `num_micro_batches` among them.
+        The experience, and `num_packed_tokens` and `num_micro_batches`.
     """
     config = ppo.config
     examples = measure_examples(rollouts.groups, ppo.compute.packing)
@@ -201,21 +218,32 @@ def make_experience(
         ppo.compute,
         temperature=config.sampling.temperature,
         full_kl=config.kl.estimator == "full",
+        policy=not wait,
     )
-    penalised = penalise(record, score, config.kl, coefficient)
+    if wait:
+        reward = rewards_without_kl(record, score)
+    else:
+        reward = penalise(record, score, config.kl, coefficient).reward
     advantages = config.ppo.advantage.estimate(
-        penalised.reward, record.value, record.bounds, config.sampling.num_samples
+        reward, record.value, record.bounds, config.sampling.num_samples
     )
     most = config.ppo.max_importance_weight
     weight = None
     if most is not None:
         weight = importance_weight(record.logprob, record.sampler_logprob, max_weight=most)
-    responses = [ids for group in examples.groups for ids in group.response_ids]
-    return Experience(examples, record, advantages, coefficient, weight), {
-        **counts,
-        **objective_metrics(record, penalised, score, config.kl, coefficient),
+    first = FirstUpdate(record) if wait else None
+    return Experience(examples, record, advantages, coefficient, weight, first), counts
+
+
+def measure_experience(ppo: PPOSetup, experience: Experience, score: Tensor) -> Metrics:
+    """Return metrics of the experience, once its record is whole; `score` (R,)."""
+    record, kl, coefficient = experience.record, ppo.config.kl, experience.kl_coefficient
+    penalised = penalise(record, score, kl, coefficient)
+    responses = [ids for group in experience.examples.groups for ids in group.response_ids]
+    return {
+        **objective_metrics(record, penalised, score, kl, coefficient),
         **sampling_metrics(record),
-        **value_metrics(record, advantages.returns),
+        **value_metrics(record, experience.advantages.returns),
         "completions/repeated_ratio": repeated_ratio(responses),
     }
 
@@ -247,6 +275,7 @@ def all_updates(
         for groups in mini_batches(num_groups, settings.mini_batches, order):
             update = one_update(ppo, experience, state, groups, number + len(found), num_steps)
             found.append(update)
+            experience = replace(experience, first=None)
     return found
 
 
@@ -263,6 +292,8 @@ def one_update(
     `number` is the update's number within the run, by which demonstrations are drawn.
     """
     terms = update_gradient(ppo, experience, groups, number)
+    if experience.first is not None:
+        experience.first.finish(ppo.compute.world)
     totals = [total for _, total in terms.values()]
     update = optimiser_step(state, totals, ppo.config.optim, num_steps)
     metrics: Metrics = {"loss": 0.0, "num_packed_tokens": 0, "num_micro_batches": 0}
@@ -331,13 +362,13 @@ def clipped_loss(
     settings, kl, record = ppo.config.ppo, ppo.config.kl, experience.record
     rows, device = record.rows_of(chosen), batch.targets.device
     sampled = not kl.in_reward and kl.estimator != "full"
-    weight = experience.weight
+    weight, first = experience.weight, experience.first
 
     def moved(values: Tensor) -> Tensor:
         return values[rows].to(device, non_blocking=True)
 
-    return ppo_loss_fn(
-        moved(record.logprob),
+    loss_fn = ppo_loss_fn(
+        moved(record.logprob) if first is None else None,
         moved(experience.advantages.advantage),
         clip_range=settings.clip_range,
         entropy_coefficient=settings.entropy_coefficient,
@@ -347,6 +378,7 @@ def clipped_loss(
         estimator="k3" if kl.estimator == "full" else kl.estimator,
         normaliser=num_tokens,
     )
+    return loss_fn if first is None else first.watched(loss_fn, rows)
 
 
 def full_kl_loss(

@@ -15,6 +15,7 @@ from fastalign.trainers import Gae, KLInLoss
 from fastalign.trainers.ppo import train as ppo
 from fastalign.trainers.ppo.advantages import ADVANTAGES
 from fastalign.trainers.ppo.train import all_updates, demonstrations_of, one_update, update_gradient
+from fastalign.trainers.sampling.rollout import final_scores
 from tests.small_runs import WORDS, write_rows
 from tests.trainers.dpo.step_cases import PACKINGS, gradients
 from tests.trainers.ppo.ppo_cases import (
@@ -127,6 +128,46 @@ def test_the_first_update_has_ratio_one_and_later_ones_move_away(folder: Path) -
     ratios = [metrics["val/ratio"] for metrics in updates]
     spread = sum((ratio - sum(ratios) / 4) ** 2 for ratio in ratios) / 4
     assert means["val/ratio_var"] == pytest.approx(spread)
+
+
+def test_the_first_update_computes_the_log_probs_that_nothing_needs_before(folder: Path) -> None:
+    config = plain_config(folder, **FORMS["k2-loss"], ppo={"epochs": 2})
+    found = []
+    for wait in (False, True):
+        run = make_run(config, tokens_per_batch=60)
+        rollouts = rollouts_of(run)
+        score = final_scores(config.reward, rollouts.rewards, rollouts.ended, None)
+        experience, _ = ppo.make_experience(run, rollouts, score, 0.3, wait=wait)
+        assert bool(experience.record.logprob.isnan().all()) == wait
+        updates = all_updates(run, experience, state_of(run), 8)
+        measured = ppo.measure_experience(run, experience, score)
+        weights = torch.cat([weight.flatten() for weight in run.models.policy.parameters()])
+        found.append((experience.record, updates, measured, weights.detach()))
+    (record, updates, measured, weights), (late, late_updates, late_measured, late_weights) = found
+    torch.testing.assert_close(late.logprob, record.logprob)
+    torch.testing.assert_close(late.entropy, record.entropy)
+    assert late_updates[0]["policy/approxkl_avg"] == 0
+    assert late_updates[1]["policy/approxkl_avg"] > 1e-6
+    for after, before in zip(late_updates, updates, strict=True):
+        assert after == pytest.approx(before, rel=1e-3, abs=1e-6)
+    assert late_measured == pytest.approx(measured, rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(late_weights, weights, rtol=1e-4, atol=1e-6)
+
+
+def test_log_probs_come_first_where_a_reward_or_a_part_of_the_tokens_needs_them(
+    folder: Path,
+) -> None:
+    loss = KLInLoss(coefficient=0.3)
+    late = [{"kl": loss}, {"kl": {"coefficient": 0.0}}, {"kl": loss, "ppo": {"epochs": 3}}]
+    early = [
+        {"kl": {"coefficient": 0.1}},
+        {"kl": KLInLoss(coefficient=0.3, estimator="full")},
+        {"kl": loss, "ppo": {"mini_batches": 2}},
+        {"kl": loss, "ppo": {"max_importance_weight": 2.0}},
+    ]
+    for sections in late + early:
+        config = plain_config(folder, **sections)
+        assert ppo.first_update_can_compute(config) == (sections in late)
 
 
 def test_mini_batches_are_each_prompt_once_an_epoch_in_another_order() -> None:

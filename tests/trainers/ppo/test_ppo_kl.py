@@ -23,7 +23,7 @@ from fastalign.trainers import (
 )
 from fastalign.trainers.ppo.record import token_values
 from fastalign.trainers.ppo.setup import PPOSetup, prepare_ppo
-from fastalign.trainers.ppo.train import make_experience
+from fastalign.trainers.ppo.train import make_experience, measure_experience
 from fastalign.trainers.sampling.rollout import Rollouts, roll_out
 from tests.small_runs import ppo_config, read_metrics, words_reward
 from tests.tiny import tiny_reward_model
@@ -96,7 +96,8 @@ def test_the_full_kl_is_the_sum_over_the_vocabulary(folder: Path) -> None:
         for parameter in run.models.policy.parameters():
             parameter.mul_(1.2)
     score = torch.zeros(len(rollouts.rewards))
-    update, metrics = make_experience(run, rollouts, score, 0.1)
+    update, _ = make_experience(run, rollouts, score, 0.1)
+    metrics = measure_experience(run, update, score)
     found, place = [], 0
     for group in rollouts.groups:
         for ids in group.response_ids:
