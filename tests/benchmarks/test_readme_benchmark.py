@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import compare, head_rows, heads
+from benchmarks import compare, head_rows, heads, readme
 from benchmarks.heads import HeadCase
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
@@ -32,3 +32,40 @@ def test_the_benchmark_prints_a_table_and_writes_rows(
         "case implementation dtype pass milliseconds spread peak_bytes flops device torch allocator"
     )
     assert {*names.split(), "products_milliseconds", "fraction_of_products"} == rows[0].keys()
+
+
+def test_the_readmes_tables_are_made_from_rows_of_both_allocators(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(name: str, cases: list[str], pass_: str) -> None:
+        found = [
+            {
+                "case": case,
+                "implementation": implementation,
+                "dtype": "float32",
+                "pass": pass_,
+                "milliseconds": 1500 * (1 + (allocator == "keep")),
+                "peak_bytes": 3 * 2**30,
+                "fraction_of_products": 0.5,
+                "allocator": allocator,
+            }
+            for case in cases
+            for implementation in ("trl", "fastalign")
+            for allocator in ("default", "keep")
+            if (case, implementation) != ("gae", "trl")
+        ]
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+
+    rows("head", ["smollm2-135m", "another"], "forward+backward")
+    rows("dpo-step", ["long-prompts"], "optimiser step")
+    rows("ppo-step", ["gae", "rloo"], "PPO iteration")
+    monkeypatch.setattr(readme, "RESULTS", tmp_path)
+    lines = readme.with_tables(README).splitlines()
+    before = README.split(readme.BEGIN)[0].splitlines()
+    assert lines[: len(before)] == before
+    assert "| smollm2-135m | float32 | MiB |" in lines
+    assert "| fastalign | 50 % / 50 % | 3,072 / 3,072 |" in lines
+    assert "| fastalign | 1.5 / 3.0 | 50 % / 50 % | 3,072 / 3,072 |" in lines
+    # a case without a contestant has empty cells
+    assert "| trl |  |  |  | 1.5 / 3.0 | 50 % / 50 % | 3,072 / 3,072 |" in lines
+    assert readme.with_tables("\n".join(lines)).splitlines() == lines
