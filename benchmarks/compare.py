@@ -26,12 +26,14 @@ import torch
 from benchmarks import heads, rollout_cases, step_cases
 from benchmarks.compare_ppo import PPO, compare_all_ppo
 from benchmarks.compare_rollouts import ROLLOUT, compare_all_rollouts
-from benchmarks.compare_steps import NAMES, compare_all_steps
+from benchmarks.compare_steps import NAMES, OURS, compare_all_steps
 from benchmarks.growth import BASE, GROWTH, compare_growth
 from benchmarks.head_rows import DTYPES, compare_heads, refuse_on_a_red_test
 from benchmarks.measure import ALLOCATORS, allocator_name
 from benchmarks.operations import compare_operations, print_operations
 from benchmarks.peers import PEERS
+from benchmarks.ppo_trainers import trainers_of
+from benchmarks.step_trainers import TRAINERS
 from fastalign.written_files import check_file, write_file
 
 OPERATIONS = "operations"
@@ -67,12 +69,12 @@ def make_parser() -> argparse.ArgumentParser:
         choices=[*ALLOCATORS, BOTH],
         help="glibc's as it is (default), or one that keeps freed memory; on a CPU both",
     )
-    known = sorted({peer for peers in PEERS.values() for peer in peers})
+    known = sorted({peer for name in (*PEERS, *STEPS) for peer in peers_of(name)})
     parser.add_argument(
         "--peer",
         choices=known,
         action="append",
-        help="peer of a head; may be repeated; by default all",
+        help="peer of a head or a step; may be repeated; by default all",
     )
     parser.add_argument(
         "--rounds", type=int, default=5, help="number of timed calls of each implementation"
@@ -108,6 +110,12 @@ def cases_of(name: str) -> list[str]:
     return list(tables.get(name, step_cases.CASES if name in NAMES else heads.CASES))
 
 
+def peers_of(name: str) -> list[str]:
+    """Return the peers that a comparison has."""
+    trainers = {PPO: trainers_of("gae")} | TRAINERS
+    return [peer for peer in trainers.get(name, PEERS.get(name, {})) if not peer.startswith(OURS)]
+
+
 def parse_arguments() -> argparse.Namespace:
     """Return the checked arguments of the command line."""
     parser = make_parser()
@@ -123,7 +131,7 @@ def parse_arguments() -> argparse.Namespace:
         if case not in cases_of(name):
             parser.error(f"--case: {name} has no {case!r}")
     for peer in arguments.peer or []:
-        if peer not in PEERS.get(name, {}):
+        if peer not in peers_of(name):
             parser.error(f"--peer: {name} has no {peer!r}")
     taken = {"model": STEPS, "pairs": NAMES, "threads": (*STEPS, ROLLOUT), "data": NAMES}
     for flag, names in (taken | {"trl_ppo": (PPO,)}).items():

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.compare_steps import PEER, PRODUCTS, measure_turns
+from benchmarks.compare_steps import PEER, PRODUCTS, measure_turns, wanted_trainers
 from benchmarks.ppo_trainers import trainers_of
 from benchmarks.step_cases import (
     DEFAULT_PPO_CASES,
@@ -100,7 +100,7 @@ def compare_case(
     assert job.ppo is not None
     print(f"{job.ppo.name}, {job.shape.name}: eager samples ...", file=sys.stderr, flush=True)
     truth = eager_nats(job)
-    contestants = {PRODUCTS: (run_iteration_products, job)}
+    contestants: dict[str, tuple[Trainer, Job]] = {PRODUCTS: (run_iteration_products, job)}
     for name, trainer in trainers.items():
         own = packages if name == PEER and job.ppo.has_value else None
         contestants[name] = (trainer, replace(job, packages=own))
@@ -118,6 +118,7 @@ def compare_all_ppo(arguments: argparse.Namespace) -> list[StepRow]:
         for name in arguments.case or DEFAULT_PPO_CASES:
             case = PPO_CASES[name]
             trainers, version = usable_trainers(case, arguments.trl_ppo)
+            trainers = wanted_trainers(trainers, arguments.peer)
             with tempfile.TemporaryDirectory() as path:
                 job = make_job(case, SHAPES[model], Path(path), arguments)
                 of_case = compare_case(job, trainers, arguments.trl_ppo, arguments.rounds)

@@ -43,10 +43,19 @@ from fastalign.batch.packed import Group
 ANSWERS = "answers-step"
 NAMES = (*TRAINERS, ANSWERS)
 NUM_ANSWERS = (2, 4, 8)
-PEER = "trl"
+PEER, OURS = "trl", "fastalign"
 PRODUCTS = "products"
 # |loss - eager loss| / |eager loss| of the first step; the eager loss is float32.
 AGREEMENT = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+def wanted_trainers(trainers: Mapping[str, Trainer], peers: list[str] | None) -> dict[str, Trainer]:
+    """Return our trainers and the peers that are asked for; None: all."""
+    return {
+        name: trainer
+        for name, trainer in trainers.items()
+        if name.startswith(OURS) or peers is None or name in peers
+    }
 
 
 def usable_trainers(name: str) -> dict[str, Trainer]:
@@ -89,7 +98,7 @@ def disagreement(implementation: str, loss: float, truth: float, tolerance: floa
         f"the loss of {implementation} is {loss:.6f}, the eager one {truth:.6f} "
         f"(relative difference {error:.1e})"
     )
-    if implementation.startswith("fastalign"):
+    if implementation.startswith(OURS):
         raise SystemExit(message)
     return message
 
@@ -201,6 +210,7 @@ def compare_all_steps(arguments: argparse.Namespace) -> list[StepRow]:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)  # this process computes the eager loss
     trainers = {} if name == ANSWERS else usable_trainers(name)
+    trainers = wanted_trainers(trainers, arguments.peer)
     rows: list[StepRow] = []
     for model in arguments.model or DEFAULT_SHAPES[arguments.device]:
         for case in cases:

@@ -1,5 +1,7 @@
 """Eager loss, necessary FLOPs and bare matrix products of a step."""
 
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -12,6 +14,7 @@ from benchmarks.step_cases import ModelShape
 from benchmarks.step_worker import Clock, Job
 from fastalign.batch.packed import Group
 
+FEW_PRODUCTS = 5  # of a kind, whose mean is counted for all
 NUM_EAGER_SAMPLES = 64  # at least; their mean is compared with that of one iteration
 # Peak dense bfloat16 FLOPs per second by part of the GPU's name, from data sheets.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -167,7 +170,13 @@ def products_of_iteration(job: Job) -> list[Product]:
 
 
 def run_products(work: Sequence[Product], job: Job, clock: Clock) -> None:
-    """Run bare products in place of a trainer."""
+    """Run bare products in place of a trainer.
+
+    On a CPU a product that the work has many times is run a few times, and its mean is counted.
+    """
+    times = Counter({each: 0 for each in work})
+    for each in work:
+        times[each] += each.repeats
     dtype = getattr(torch, job.dtype)
     clock.first_loss = lambda: 0.0
     clock.watch()
@@ -179,15 +188,19 @@ def run_products(work: Sequence[Product], job: Job, clock: Clock) -> None:
         )
         for rows, inputs, outputs in sorted(shapes)
     }
+    few = FEW_PRODUCTS if job.device == "cpu" else max(times.values())
     while True:
-        for each in work:
+        seconds = 0.0
+        for each, number in times.items():
             value, weight, gradient = tensors[each[:3]]
-            for _ in range(each.repeats):
+            start = time.perf_counter()
+            for _ in range(min(number, few)):
                 torch.mm(value, weight.t())
                 if each.backward:
                     torch.mm(gradient, weight)
                     torch.mm(gradient.t(), value)
-        clock.end_turn()
+            seconds += (time.perf_counter() - start) * max(1.0, number / few)
+        clock.end_turn(seconds if job.device == "cpu" else None)
 
 
 def run_step_products(job: Job, clock: Clock) -> None:

@@ -104,10 +104,14 @@ class Clock:
         if self._num_updates % self.updates_per_turn == 0:
             self.end_turn()
 
-    def end_turn(self) -> None:
-        """Send the turn's time, wait for the next request, and begin a turn."""
+    def end_turn(self, seconds: float | None = None) -> None:
+        """Send the turn's time, wait for the next request, and begin a turn.
+
+        `seconds` is the time of a turn that did only a part of its work; None: that of the clock.
+        """
         self._synchronise()
-        seconds = time.perf_counter() - self._start
+        if seconds is None:
+            seconds = time.perf_counter() - self._start
         self._num_turns += 1
         if self._num_turns == WARM_UP_TURNS:
             self._connection.send((self.first_loss(), self._num_tokens))

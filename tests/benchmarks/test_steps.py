@@ -93,6 +93,13 @@ def test_other_steps_beside_trl(name: str, tmp_path: Path, monkeypatch: pytest.M
         assert row["loss"] == pytest.approx(rows["trl"]["loss"], rel=1e-4)
 
 
+def test_only_the_peers_that_are_asked_for_take_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = run("sft-step", tmp_path, monkeypatch, "--peer", "careful eager")
+    assert list(rows) == ["careful eager", "fastalign"]
+
+
 def test_a_step_by_the_number_of_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = run("answers-step", tmp_path, monkeypatch)
     assert list(rows) == [f"fastalign, {number} answers" for number in (2, 4, 8)]
