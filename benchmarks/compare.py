@@ -84,6 +84,12 @@ def make_parser() -> argparse.ArgumentParser:
         "--tested", action="store_true", help="`head`: do not run the head's tests first"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace that file if it exists")
+    add_step_options(parser)
+    return parser
+
+
+def add_step_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of whole steps."""
     steps = parser.add_argument_group("whole steps")
     steps.add_argument(
         "--model", choices=list(step_cases.SHAPES), action="append", help="may be repeated"
@@ -96,7 +102,6 @@ def make_parser() -> argparse.ArgumentParser:
     steps.add_argument(
         "--trl-ppo", type=Path, help="folder that ./scripts/trl_ppo_environment.sh made"
     )
-    return parser
 
 
 def cases_of(name: str) -> list[str]:
