@@ -1,4 +1,4 @@
-"""How a DPO step's time and memory grow with pairs, prompt, response and vocabulary.
+"""Growth of a DPO step's time and memory with pairs, prompt, response and vocabulary.
 
 Along each axis the other sizes are those of `BASE`. An exponent e says that a step takes 2**e times
 as long where the size is doubled.

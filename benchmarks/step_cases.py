@@ -31,7 +31,7 @@ class StepCase:
 
 @dataclass(frozen=True)
 class PPOCase:
-    """How an iteration of PPO samples and updates; all its samples are one mini-batch."""
+    """Sizes of a PPO iteration; all its samples are one mini-batch."""
 
     name: str
     advantage: str
@@ -43,7 +43,7 @@ class PPOCase:
 
     @property
     def has_value(self) -> bool:
-        """Whether there are a value model and a reward model, which it begins as."""
+        """True with a value model, which begins as the reward model."""
         return self.advantage == "gae"
 
 

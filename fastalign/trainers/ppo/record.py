@@ -66,7 +66,7 @@ class TokenRecord:
 
 
 class FirstUpdate:
-    """What the first update computes anyway: log-probs and entropies before the policy changes."""
+    """Log-probs and entropies that the first update computes before it changes the policy."""
 
     def __init__(self, record: TokenRecord) -> None:
         self._record = record
