@@ -43,7 +43,8 @@ class Algorithm:
 
     def run(self, arguments: Sequence[str]) -> int:
         """Train; return the exit code: 0 finished or SIGTERM, 130 after SIGINT, 3 collapsed."""
-        return int(_trainers(self.train)(self.parse(arguments)).exit_code)
+        config = self.parse(arguments)  # before the import, which takes seconds
+        return int(_trainers(self.train)(config).exit_code)
 
 
 def _trainers(name: str) -> Any:

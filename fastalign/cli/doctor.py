@@ -15,6 +15,7 @@ from fastalign.ops import native_library
 from fastalign.ops.backends import choose_backend, unusable_reason
 from fastalign.ops.head.arguments import choose_linear_backend
 from fastalign.ops.head.products import product_dtype
+from fastalign.process import this_place, tuned
 from fastalign.rollouts.engines.spec import HOW_TO_INSTALL
 
 PACKAGES = (
@@ -61,7 +62,7 @@ def environment_lines() -> Iterator[str]:
     for name in PACKAGES:
         yield f"{name:<13} {package_version(name)}"
     yield f"vllm          {vllm_line()}"
-    yield f"cpu           {os.cpu_count()} cores, torch uses {torch.get_num_threads()} threads"
+    yield from process_lines()
     if native_library.unusable_reason("cpu") is None:
         isas = native_library.cpu_isas()
         wanted = os.environ.get("FASTALIGN_CPU_ISA", "best")
@@ -76,6 +77,18 @@ def environment_lines() -> Iterator[str]:
             f"cuda:{index}        {properties.name}, sm_{properties.major}{properties.minor}, "
             f"{properties.total_memory / 2**30:.0f} GiB"
         )
+
+
+def process_lines() -> Iterator[str]:
+    """Yield what `fastalign` sets for its process, and why."""
+    place = this_place()
+    choice = tuned()
+    of = "" if place.num_cores == os.cpu_count() else f" of {os.cpu_count()}"
+    quota = "" if place.quota is None else f", quota of {place.quota:g}"
+    yield f"cpu           {place.num_cores} cores{of}{quota}"
+    yield f"threads       {torch.get_num_threads()}: {choice.threads}"
+    yield f"waiting       {choice.waiting}"
+    yield f"allocator     {choice.allocator}"
 
 
 def backend_lines(device_type: str) -> Iterator[str]:

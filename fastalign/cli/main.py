@@ -21,7 +21,8 @@ from fastalign.output import (
     occupy_standard_descriptors,
     safe_output,
 )
-from fastalign.ranks.world import RANK_FAILED, RankFailed, UserCodeFailed
+from fastalign.process import tune_process, waits_by_load
+from fastalign.ranks.errors import RANK_FAILED, RankFailed, UserCodeFailed
 
 SECONDS_FOR_RANK_0 = 3.0
 # Each other command: its module, with the function if it is not `main`, and its line in the help.
@@ -134,7 +135,8 @@ def console() -> None:
         if isinstance(stream, io.TextIOWrapper):  # a name or a sample may not be encodable
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
     trains = sys.argv[1:2] and sys.argv[1] in ALGORITHMS
-    with lossy_output() if trains else nullcontext(), safe_output():
+    tuned = tune_process()
+    with lossy_output() if trains else nullcontext(), safe_output(), waits_by_load(tuned):
         try:
             code = main(sys.argv[1:])
         except Exception:  # printed as Python would print it, but through the safe streams

@@ -163,13 +163,13 @@ class MergeConfig:
 
 def merge(argv: Sequence[str]) -> int:
     """Run `fastalign merge`; return 0 when the folder is written."""
+    config = parse_flags(MergeConfig, argv, "fastalign merge")
     from fastalign.compute import Compute
     from fastalign.data.tokenizer import load_tokenizer
     from fastalign.models.load import load_policy, save_model, set_save_dtype
     from fastalign.models.lora_files import adapter_base
     from fastalign.runs.final_model import write_end_tokens
 
-    config = parse_flags(MergeConfig, argv, "fastalign merge")
     out = Path(config.out)
     check_folder("out", out, overwrite=config.overwrite, inputs=input_paths(config))
     if adapter_base(config.model.path) is None:

@@ -24,10 +24,9 @@ from fastalign.cli.algorithms import ALGORITHMS
 from fastalign.cli.config_parse import take_option
 from fastalign.cli.report import show
 from fastalign.ranks.config import ParallelConfig
+from fastalign.ranks.errors import RankFailed, RanksDiffer
 from fastalign.ranks.failure import GO_ON, ignore_sigterm, watched_by_ranks
 from fastalign.ranks.world import (
-    RankFailed,
-    RanksDiffer,
     World,
     differing,
     first_line,

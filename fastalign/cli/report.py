@@ -61,10 +61,10 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int
 
 def main(argv: Sequence[str]) -> int:
     """Run `fastalign report`; return 0 when the page is written."""
+    config = parse_flags(ReportConfig, argv, "fastalign report")
     from fastalign.report.page import render, tables
     from fastalign.report.runs import read_runs
 
-    config = parse_flags(ReportConfig, argv, "fastalign report")
     if not config.runs:
         raise ValueError("expected one run's folder or more, got none")
     if Path(config.out).suffix != ".html":
@@ -81,6 +81,7 @@ def main(argv: Sequence[str]) -> int:
 
 def frontier(argv: Sequence[str]) -> int:
     """Run `fastalign frontier`; return 0 when the picture and the table are written."""
+    config = parse_flags(FrontierConfig, argv, "fastalign frontier")
     from fastalign.report.frontier import (
         COLUMNS,
         PICTURES,
@@ -91,7 +92,6 @@ def frontier(argv: Sequence[str]) -> int:
         render_frontier,
     )
 
-    config = parse_flags(FrontierConfig, argv, "fastalign frontier")
     if not config.runs:
         raise ValueError("expected runs, eval.json files or lists of them, got none")
     out = Path(config.out)

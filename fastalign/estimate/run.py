@@ -25,14 +25,13 @@ from fastalign.models.lora import has_adapter
 from fastalign.ranks.world import World
 from fastalign.runs import accumulate as evaluate
 from fastalign.runs.accumulate import Examples, measure_examples
-from fastalign.runs.config import TrainingConfig
+from fastalign.runs.config import SFTConfig, TrainingConfig
 from fastalign.runs.inputs import check_sharing, checkpoint_activations, load_sets
 from fastalign.runs.loop import examples_per_step, indices_of_run, total_steps
 from fastalign.runs.open import make_compute
 from fastalign.trainers.dpo import reference
 from fastalign.trainers.dpo.config import DPOConfig
 from fastalign.trainers.reward.config import RewardConfig
-from fastalign.trainers.sft import SFTConfig
 
 # Algorithms whose data holds the responses; a run that samples is not estimated.
 OnRows = SFTConfig | DPOConfig | RewardConfig

@@ -24,8 +24,8 @@ from fastalign.data.tokenizer import load_tokenizer
 from fastalign.models.forward import response_values
 from fastalign.models.load import load_reward_model, model_without_weights
 from fastalign.models.reward import RewardScale, response_reward, reward_scale
+from fastalign.ranks.errors import UserCodeFailed
 from fastalign.ranks.parallel import enter, load_on_first, share_by_fsdp
-from fastalign.ranks.world import UserCodeFailed
 
 # (prompts, completions) -> one number each, in a list, an array or a tensor; a prompt is text or a
 # list of {role, content}

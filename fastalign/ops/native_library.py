@@ -5,14 +5,15 @@ They include no torch header: only addresses and sizes are passed, so one build 
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+F = TypeVar("F", bound=Callable[..., Any])
 ABI_VERSION = 5
 FOLDER = Path(__file__).parents[1] / "_native"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -47,7 +48,16 @@ def _load(device_type: str) -> ctypes.CDLL | str:
     return library
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def constant_in_graphs(function: F) -> F:
+    """Mark a function as `torch.compiler.assume_constant_result` does.
+
+    That loads the compiler, which takes a second, in every process that imports fastalign.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_graphs
 def unusable_reason(device_type: str) -> str | None:
     """Return why native code cannot run on a device type, and the remedy; None: it can.
 

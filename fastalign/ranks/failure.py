@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from fastalign.ranks.config import ParallelConfig
-from fastalign.ranks.world import RankFailed, World, first_line
+from fastalign.ranks.errors import RankFailed
+from fastalign.ranks.world import World, first_line
 
 NUM_BYTES = 1024  # of the message that ranks exchange
 LEAVING_SECONDS = 10.0  # for which a rank that ends by its own error waits to tell the others why

@@ -286,6 +286,14 @@ class TrainingConfig:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SFTConfig(TrainingConfig):
+    """Supervised fine-tuning on demonstrations."""
+
+    data: DataConfig
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
+
+
 def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return `{"optim.lr": 1e-6}` from nested settings of any depth."""
     flat: dict[str, Any] = {}

@@ -1,43 +1,51 @@
 """Trainers: a file or a folder for each algorithm, whose loop is in its `train.py`."""
 
-from fastalign.ranks.config import ParallelConfig
-from fastalign.runs.config import (
-    DataConfig,
-    LoraConfig,
-    ModelConfig,
-    OptimConfig,
-    PreferenceDataConfig,
-    RunConfig,
-    TrainConfig,
-)
-from fastalign.runs.loop import RunResult
-from fastalign.trainers.dpo.config import LOSSES, DPOConfig, PreferenceLoss, ReferenceConfig
-from fastalign.trainers.dpo.train import train_dpo
-from fastalign.trainers.online_dpo.config import (
-    FreshPairsConfig,
-    OnlineDPOConfig,
-    OnlineReferenceConfig,
-)
-from fastalign.trainers.online_dpo.train import train_online_dpo
-from fastalign.trainers.ppo.advantages import ADVANTAGES, Gae, Grpo, Rloo
-from fastalign.trainers.ppo.config import (
-    KL_PENALTIES,
-    KLInLoss,
-    KLInReward,
-    PPOConfig,
-    PPOSettings,
-    ValueConfig,
-)
-from fastalign.trainers.ppo.train import train_ppo
-from fastalign.trainers.reward.config import REWARD_LOSSES, RewardConfig, RewardLoss
-from fastalign.trainers.reward.train import train_reward
-from fastalign.trainers.sampling.config import (
-    FrozenReferenceConfig,
-    PromptDataConfig,
-    RewardSourceConfig,
-    WatchConfig,
-)
-from fastalign.trainers.sft import SFTConfig, train_sft
+from typing import TYPE_CHECKING
+
+from fastalign.lazy_names import imported_on_use
+
+if TYPE_CHECKING:
+    from fastalign.ranks.config import ParallelConfig
+    from fastalign.runs.config import (
+        DataConfig,
+        LoraConfig,
+        ModelConfig,
+        OptimConfig,
+        PreferenceDataConfig,
+        RunConfig,
+        SFTConfig,
+        TrainConfig,
+    )
+    from fastalign.runs.loop import RunResult
+    from fastalign.trainers.dpo.config import LOSSES, DPOConfig, PreferenceLoss, ReferenceConfig
+    from fastalign.trainers.dpo.train import train_dpo
+    from fastalign.trainers.online_dpo.config import (
+        FreshPairsConfig,
+        OnlineDPOConfig,
+        OnlineReferenceConfig,
+    )
+    from fastalign.trainers.online_dpo.train import train_online_dpo
+    from fastalign.trainers.ppo.advantages import ADVANTAGES, Gae, Grpo, Rloo
+    from fastalign.trainers.ppo.config import (
+        KL_PENALTIES,
+        KLInLoss,
+        KLInReward,
+        PPOConfig,
+        PPOSettings,
+        ValueConfig,
+    )
+    from fastalign.trainers.ppo.train import train_ppo
+    from fastalign.trainers.reward.config import REWARD_LOSSES, RewardConfig, RewardLoss
+    from fastalign.trainers.reward.train import train_reward
+    from fastalign.trainers.sampling.config import (
+        FrozenReferenceConfig,
+        PromptDataConfig,
+        RewardSourceConfig,
+        WatchConfig,
+    )
+    from fastalign.trainers.sft import train_sft
+
+__getattr__ = imported_on_use(__name__)
 
 __all__ = [
     "ADVANTAGES",

@@ -1,7 +1,6 @@
 """Supervised fine-tuning: the cross-entropy of demonstrated responses."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -18,19 +17,11 @@ from fastalign.runs.accumulate import (
     measure_examples,
     policy_loss,
 )
-from fastalign.runs.config import DataConfig, OptimConfig, TrainingConfig
+from fastalign.runs.config import SFTConfig
 from fastalign.runs.inputs import Inputs, load_for_training, load_sets
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import open_run
-
-
-@dataclass(frozen=True, kw_only=True)
-class SFTConfig(TrainingConfig):
-    """Supervised fine-tuning on demonstrations."""
-
-    data: DataConfig
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
 
 
 def train_sft(config: SFTConfig) -> RunResult:

@@ -274,9 +274,14 @@ def test_the_doctor_says_what_runs_and_why_not(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     fastalign("doctor", "--device", "cpu")
     out = capsys.readouterr().out
     assert "torch" in out
+    for line in ("threads       ", "waiting       one thread waits", "allocator     "):
+        assert f"\n{line}" in out
     assert "token_logprob: auto runs" in out
     assert "triton     not usable: Triton compiles for GPUs only" in out
     assert "reference  usable" in out

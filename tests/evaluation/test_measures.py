@@ -18,7 +18,7 @@ from fastalign.evaluation.rewards import BagOfWordsReward, apply_reward, load_re
 from fastalign.evaluation.statistics import estimate, estimate_of_groups
 from fastalign.models.forward import sequence_logprobs
 from fastalign.models.load import save_model
-from fastalign.ranks.world import UserCodeFailed
+from fastalign.ranks.errors import UserCodeFailed
 from tests.tiny import tiny_model
 from tests.tokenizers import make_tokenizer
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastalign.ranks.world import RANK_FAILED
+from fastalign.ranks.errors import RANK_FAILED
 from fastalign.runs.checkpoint.writer import CHECKPOINTS
 from tests.faults.injected import Happens, KilledInSave, Sent
 from tests.faults.real import HEARD, Outcome, Stage, assert_nothing_left_behind, assert_same_bits

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from fastalign.ranks.world import RANK_FAILED
+from fastalign.ranks.errors import RANK_FAILED
 from fastalign.runs.checkpoint.writer import CHECKPOINTS
 from tests.faults.injected import NOW, Happens
 from tests.faults.real import Stage, assert_nothing_left_behind, assert_same_bits

@@ -15,6 +15,7 @@ from fastalign import (
     sequence_logprob,
 )
 from fastalign.losses import simpo
+from fastalign.ops.native_library import constant_in_graphs
 from fastalign.ops.preference_loss import PairLogprobs
 from tests.ops.head.fused_linear_loss.fused_linear_loss_cases import ROWS, leaves, some_targets
 
@@ -64,3 +65,8 @@ def test_one_graph_and_the_same_gradients(loss: Loss) -> None:
     for one, other in zip(ours, torch.autograd.grad(expected, values), strict=True):
         assert other.any()
         torch.testing.assert_close(one, other)
+
+
+def test_a_function_is_marked_constant_as_torch_does_it() -> None:
+    marked = torch.compiler.assume_constant_result(lambda: 0)
+    assert vars(constant_in_graphs(lambda: 0)) == vars(marked) != {}

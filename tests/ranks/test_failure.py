@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from fastalign.ranks.config import ParallelConfig
+from fastalign.ranks.errors import RANK_FAILED, RankFailed
 from fastalign.ranks.failure import record_collectives, watched_by_ranks
-from fastalign.ranks.world import RANK_FAILED, RankFailed, open_world, world_of_environment
+from fastalign.ranks.world import open_world, world_of_environment
 from tests import rank_processes
 
 SIZE, MISSING = 5, 2

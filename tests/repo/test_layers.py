@@ -73,6 +73,42 @@ def test_operations_and_losses_import_nothing_heavier_than_torch(layer: str) -> 
     assert third_party <= {"torch", "triton"}
 
 
-def test_importing_the_package_does_not_import_transformers() -> None:
-    code = "import sys, fastalign; assert 'transformers' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+# In one process, since each start takes a second: what has been imported after each stage.
+STAGES = """
+import contextlib, io, sys
+
+def without(stage, *libraries):
+    found = [name for name in libraries if name in sys.modules]
+    assert not found, f"{stage} imports {found}"
+
+import fastalign
+from fastalign.cli.main import ALGORITHMS, main
+
+out = io.StringIO()
+with contextlib.redirect_stdout(out):
+    assert main(["--help"]) == 0
+    assert main(["nothing"]) == 2
+without("fastalign --help", "torch", "numpy", "tyro", "yaml")
+for name in fastalign.__all__:
+    getattr(fastalign, name)
+assert fastalign.ops.token_logprob is fastalign.token_logprob
+assert not hasattr(fastalign, "nothing")
+heavy = "torch._dynamo", "transformers", "datasets", "triton", "sympy", "tensorboard", "matplotlib"
+without("import fastalign", *heavy, "tyro", "yaml")
+for command in (*ALGORITHMS, "report", "frontier", "merge", "new-model"):
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main([command, "--help"])
+    without(f"fastalign {command} --help", *heavy)
+try:
+    main(["dpo", "--los", "dpo"])
+except SystemExit:
+    pass
+without("a command line that is wrong", *heavy)
+"""
+
+
+def test_a_start_imports_only_what_it_needs() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", STAGES], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

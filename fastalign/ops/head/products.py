@@ -28,7 +28,7 @@ def accumulation_dtype(compute_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if compute_dtype == torch.float64 else torch.float32
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@native_library.constant_in_graphs
 def _has_native_product(device_type: str) -> bool:
     """Return True where our own bfloat16 product runs: the CPU has it, the library is built."""
     if device_type != "cpu" or native_library.unusable_reason("cpu") is not None:

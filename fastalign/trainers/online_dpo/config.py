@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastalign.rollouts import SamplingParams, check_sampler
+from fastalign.rollouts.engines.options import check_sampler
+from fastalign.rollouts.sampler import SamplingParams
 from fastalign.runs.config import at_least, require
 from fastalign.trainers.dpo.config import LOSSES, PreferenceLoss
 from fastalign.trainers.sampling.config import SampledTrainingConfig

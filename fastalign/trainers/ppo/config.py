@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
-from fastalign.rollouts import check_sampler
+from fastalign.rollouts.engines.options import check_sampler
 from fastalign.runs.config import OptimConfig, above_zero, changed_setting, require, within
 from fastalign.trainers.ppo.advantages import AdvantageEstimator, Gae
 from fastalign.trainers.sampling.config import FrozenReferenceConfig, SampledTrainingConfig

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fastalign.rollouts import SamplerName, SamplingParams, VllmOptions
+from fastalign.rollouts.engines.options import SamplerName, VllmOptions
+from fastalign.rollouts.sampler import SamplingParams
 from fastalign.runs.config import TrainingConfig, require, within
 
 

@@ -30,7 +30,8 @@ from fastalign.data.tokenizer import (
 from fastalign.evaluation.rewards import ModelReward, RewardFunction, apply_reward, load_reward
 from fastalign.models.lora import adapter_rank, has_adapter
 from fastalign.models.reward import RewardScale
-from fastalign.ranks.world import ALONE, UserCodeFailed, World
+from fastalign.ranks.errors import UserCodeFailed
+from fastalign.ranks.world import ALONE, World
 from fastalign.rollouts import (
     Completion,
     EngineSpec,

@@ -1,24 +1,16 @@
 """`fused_linear_loss`: any loss of per-token log-probs, with its gradient in the forward."""
 
-import zlib
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from fastalign.ops.head.arguments import (
-    HeadOptions,
-    LinearBackend,
-    check_call,
-    check_call_on_ranks,
-)
+from fastalign.ops.head.arguments import HeadOptions, LinearBackend, check_call
 from fastalign.ops.head.fused_linear_loss import chunked
 from fastalign.ops.head.fused_linear_loss.chunk import LossFunction, loss_of_all
 from fastalign.ops.head.linear_head import LinearHead, LoraWeights, as_linear_head
 from fastalign.ops.head.linear_logprob.api import read_head
-from fastalign.ops.head.sharded_tiles import ShardReader
 from fastalign.ops.head.vocabulary_shard import VocabularyShard
 
 
@@ -94,10 +86,14 @@ def head_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the loss () and metrics: see `fused_linear_loss`."""
     if head.shard is not None:
-        loss, metrics = _sharded_loss(hidden, head, targets, segments, loss_fn, options)
-        return loss, metrics
+        from fastalign.ops.head import sharded  # loads torch's compiler
+
+        found: tuple[Tensor, dict[str, Tensor]] = sharded.fused_linear_loss(
+            hidden, head, targets, segments, loss_fn, options
+        )
+        return found
     call = check_call("fused_linear_loss", hidden, head, targets, options)
-    bounds = None if segments is None else _host_bounds(segments, hidden.shape[0])
+    bounds = None if segments is None else host_bounds(segments, hidden.shape[0])
     if call.backend == "reference" or torch.compiler.is_compiling():
         # A gradient in the forward cannot be traced through a function that is only known as
         # Python. So the loss is traced, on the results of `linear_logprob`, whose backward
@@ -109,41 +105,7 @@ def head_loss(
     return chunked.forward(call, bounds, loss_fn)
 
 
-@torch.compiler.disable(reason="vocabulary_shard: ranks communicate in eager PyTorch")  # type: ignore[untyped-decorator, no-untyped-call]
-def _sharded_loss(
-    hidden: Tensor,
-    head: LinearHead,
-    targets: Tensor,
-    segments: Tensor | Sequence[int] | None,
-    loss_fn: LossFunction,
-    options: HeadOptions,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the loss () and metrics where a process group shares the vocabulary.
-
-    The sweep over chunks is that of one process; every rank plans the same chunks, from the
-    largest shard, and calls the loss on the same log-probs.
-
-    Raises:
-        ValueError: as the public function, on every rank.
-    """
-    bounds: list[int] | None = None
-
-    def more() -> dict[str, str]:
-        nonlocal bounds
-        if segments is None:
-            return {"segments": "None"}
-        bounds = _host_bounds(segments, hidden.shape[0])
-        checksum = zlib.crc32(repr(bounds).encode())
-        return {"segments": f"{len(bounds)} bounds with checksum {checksum:08x}"}
-
-    check = partial(check_call, "fused_linear_loss", hidden, head, targets, options)
-    call = check_call_on_ranks(check, head, options, more)
-    assert head.shard is not None
-    columns = head.shard.num_planned_columns
-    return chunked.forward(call, bounds, loss_fn, columns, ShardReader(head.shard))
-
-
-def _host_bounds(segments: Tensor | Sequence[int], num_rows: int) -> list[int]:
+def host_bounds(segments: Tensor | Sequence[int], num_rows: int) -> list[int]:
     """Return the bounds as a list.
 
     Raises:

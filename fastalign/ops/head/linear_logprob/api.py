@@ -8,7 +8,6 @@ from torch import Tensor
 from fastalign.ops.head.arguments import HeadOptions, LinearBackend, check_call
 from fastalign.ops.head.call import HeadCall
 from fastalign.ops.head.linear_head import LinearHead, LoraWeights, as_linear_head
-from fastalign.ops.head.linear_logprob import sharded
 from fastalign.ops.head.linear_logprob.op import linear_logprob_forward
 from fastalign.ops.head.linear_logprob.reference import head_logits, row_statistics
 from fastalign.ops.head.vocabulary_shard import VocabularyShard
@@ -140,6 +139,8 @@ def head_logprob(
 ) -> tuple[Tensor, Tensor]:
     """Return log-probs (T,) and entropies (T,), zeros where not wanted: see `linear_logprob`."""
     if head.shard is not None:
+        from fastalign.ops.head import sharded  # loads torch's compiler
+
         found = sharded.linear_logprob(hidden, head, targets, options, return_entropy)
         return found[0], found[1]
     arguments = ("linear_logprob", hidden, head, targets, options)

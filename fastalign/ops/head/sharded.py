@@ -1,8 +1,12 @@
-"""`linear_logprob` where a process group shares the vocabulary: its autograd, in eager PyTorch.
+"""The head's operations where a process group shares the vocabulary, in eager PyTorch.
+
+This module loads torch's compiler, which takes a second: it is imported where a shard is given.
 
 Legend: T rows, V this rank's columns, D hidden, K rows whose brackets are saved.
 """
 
+import zlib
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,13 +17,20 @@ from fastalign.ops.head import tiled
 from fastalign.ops.head.arguments import HeadOptions, check_call, check_call_on_ranks
 from fastalign.ops.head.buffers import Buffers
 from fastalign.ops.head.call import NUM_TENSORS, HeadCall
+from fastalign.ops.head.fused_linear_loss import chunked
+from fastalign.ops.head.fused_linear_loss.api import host_bounds
+from fastalign.ops.head.fused_linear_loss.chunk import LossFunction
 from fastalign.ops.head.head_tile import SoftmaxStatistics, Upstream
 from fastalign.ops.head.linear_head import LinearHead
 from fastalign.ops.head.sharded_tiles import ShardReader
 from fastalign.ops.head.vocabulary_shard import VocabularyShard
 
+in_eager_pytorch = torch.compiler.disable(  # type: ignore[no-untyped-call]
+    reason="vocabulary_shard: ranks communicate in eager PyTorch"
+)
 
-@torch.compiler.disable(reason="vocabulary_shard: ranks communicate in eager PyTorch")  # type: ignore[untyped-decorator, no-untyped-call]
+
+@in_eager_pytorch  # type: ignore[untyped-decorator]
 def linear_logprob(
     hidden: Tensor, head: LinearHead, targets: Tensor, options: HeadOptions, return_entropy: bool
 ) -> tuple[Tensor, Tensor]:
@@ -87,3 +98,37 @@ class _ShardedLogprob(torch.autograd.Function):
                 ShardReader(ctx.shard),
             )
         return (None, *call.by_argument(gradients.results(call.leaves)))
+
+
+@in_eager_pytorch  # type: ignore[untyped-decorator]
+def fused_linear_loss(
+    hidden: Tensor,
+    head: LinearHead,
+    targets: Tensor,
+    segments: Tensor | Sequence[int] | None,
+    loss_fn: LossFunction,
+    options: HeadOptions,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the loss () and metrics where a process group shares the vocabulary.
+
+    The sweep over chunks is that of one process; every rank plans the same chunks, from the
+    largest shard, and calls the loss on the same log-probs.
+
+    Raises:
+        ValueError: as the public function, on every rank.
+    """
+    bounds: list[int] | None = None
+
+    def more() -> dict[str, str]:
+        nonlocal bounds
+        if segments is None:
+            return {"segments": "None"}
+        bounds = host_bounds(segments, hidden.shape[0])
+        checksum = zlib.crc32(repr(bounds).encode())
+        return {"segments": f"{len(bounds)} bounds with checksum {checksum:08x}"}
+
+    check = partial(check_call, "fused_linear_loss", hidden, head, targets, options)
+    call = check_call_on_ranks(check, head, options, more)
+    assert head.shard is not None
+    columns = head.shard.num_planned_columns
+    return chunked.forward(call, bounds, loss_fn, columns, ShardReader(head.shard))
