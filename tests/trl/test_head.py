@@ -79,6 +79,17 @@ def test_rows_without_labels_give_zeros_with_a_gradient() -> None:
     assert not any(bool(value.any()) for value in (*found.values(), hidden.grad))
 
 
+def test_a_head_in_float32_is_so_within_autocast() -> None:
+    hidden, weight = torch.randn(1, 3, 8).bfloat16(), torch.randn(11, 8)
+    labels = torch.tensor([[4, -100, 7]])
+    logits = hidden.float() @ weight.T
+    expected = logits.log_softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    reader = TokenReader(1.0, True, frozenset({"log_probs"}))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = reader.read(hidden, LinearHead(weight), labels)
+    torch.testing.assert_close(found["log_probs"], expected * (labels >= 0))
+
+
 def test_the_model_generates_and_scores_as_before() -> None:
     model = tiny_model("llama")
     ids = torch.tensor([[5, 6, 7]])
