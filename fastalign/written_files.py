@@ -32,6 +32,12 @@ READ = {
 Inputs = Sequence[tuple[str, Path]]  # each setting that names a path, and the path
 
 
+def cache_folder(name: str) -> Path:
+    """Return `fastalign/NAME` in the user's cache folder (XDG_CACHE_HOME)."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "fastalign" / name
+
+
 def sha256_of(path: Path) -> str:
     """Return the file's SHA-256 in hexadecimal."""
     with path.open("rb") as file:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from fastalign.batch.packed import Group, PackedBatch, pack, ungroup
+from fastalign.batch.stored import StoredGroups
 from fastalign.compute import Compute, Packing
 
 
@@ -110,8 +111,10 @@ def _spread(places: Sequence[int], sizes: Sequence[int], num_batches: int) -> li
     return batches
 
 
-def packed_lengths(groups: Sequence[Group], packing: Packing) -> list[int]:
+def packed_lengths(groups: Sequence[Group], packing: Packing) -> Sequence[int]:
     """Return the tokens of each group in a batch; `shared_prefix` counts a prompt only once."""
+    if isinstance(groups, StoredGroups):
+        return groups.lengths(share_prompts=packing == "shared_prefix")
     if packing == "shared_prefix":
         return [group.num_tokens for group in groups]
     return [sum(single.num_tokens for single in ungroup([group])) for group in groups]

@@ -77,7 +77,7 @@ def count_characters(report: DataReport, example: Example) -> None:
         responses = [example.chosen, example.rejected]
     if prompt is not None:
         report.prompt_lengths.append(num_characters(prompt))
-    report.response_lengths += [num_characters(response) for response in responses]
+    report.response_lengths.extend(map(num_characters, responses))
 
 
 def num_characters(content: Content) -> int:

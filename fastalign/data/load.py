@@ -1,27 +1,42 @@
 """A source to token ids; rows that cannot be used raise an error or are counted, as asked."""
 
 import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+import numpy as np
 
 from fastalign.batch.packed import Group
+from fastalign.batch.stored import Lazy, StoredGroups
+from fastalign.data.encode import (
+    DIGEST_BYTES,
+    OnTooLong,
+    Rules,
+    Ties,
+    as_text,
+    batched,
+    encode_rows,
+    in_order,
+    row_schema,
+)
 from fastalign.data.examples import Content, PreferenceExample, PromptExample, Votes
 from fastalign.data.read import OnBadRow, read_examples
 from fastalign.data.readers.row import DataFault
 from fastalign.data.report import DataReport
+from fastalign.data.token_cache import Write, load_tokens
 from fastalign.data.tokenise import Encoder
 from fastalign.data.tokenizer import Tokenizer
 
-OnTooLong = Literal["error", "skip", "truncate"]
-Ties = Literal["error", "keep", "drop"]
-
+BATCH_ROWS = 256
 LENGTH_ADVICE = "raise --data.max-length, or use --data.on-too-long skip or truncate"
 
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """Rows as token ids; the lists are parallel.
+    """Rows as token ids; the sequences are parallel.
 
     Attributes:
         groups: prompt and responses of each row: one response for SFT; for preferences chosen and
@@ -34,11 +49,11 @@ class TokenizedDataset:
         fingerprint: SHA-256 of the groups, ties, margins and votes.
     """
 
-    groups: list[Group]
+    groups: Sequence[Group]
     ties: list[bool]
     margins: list[float | None]
     votes: list[Votes | None]
-    sources: list[str]
+    sources: Sequence[str]
     report: DataReport
     fingerprint: str
 
@@ -132,83 +147,92 @@ def load_examples(
     `skip` and `drop` count it, `truncate` cuts the response and counts it, `keep` is for losses
     with ties. The error on a long row ends with `advice`, which names the command's own flags.
 
+    A large source is tokenised by as many processes as there are cores, into a file that later
+    calls map (see `token_cache`).
+
     Raises:
         ValueError: if a row is bad, too long or a tie under `error`, or no row is left.
     """
-    encoder, report = Encoder(tokenizer), DataReport(str(source))
-    data = TokenizedDataset([], [], [], [], [], report, "")
-    digest = hashlib.sha256()
-    seen: set[bytes] = set()
-    for example in read_examples(source, kind, report, on_bad_row=on_bad_row):
-        assert not isinstance(example, PromptExample)
-        compared = example if isinstance(example, PreferenceExample) else None
-        tie = compared is not None and compared.tie
-        if tie and ties == "error":
-            raise DataFault(
-                example.source,
-                "a tie, which this loss does not support; drop ties (--data.ties drop) or use a "
-                "loss with ties (--loss dpo_rao_kupper or dpo_davidson; for a reward model "
-                "rao_kupper or davidson)",
-                "label",
-            )
-        if tie and ties == "drop":
-            report.num_ties_dropped += 1
-            continue
-        try:
-            whole, crosses = encoder.row(example)
-        except DataFault as fault:
-            refuse(report, fault, on_bad_row)
-            continue
-        group = fit(whole, example.source, report, max_length, on_too_long, advice)
-        if group is None:
-            continue
-        margin, votes = (compared.margin, compared.votes) if compared else (None, None)
-        data.groups.append(group)
-        data.ties.append(tie)
-        data.margins.append(margin)
-        data.votes.append(votes)
-        data.sources.append(example.source)
-        report.forms[example.form] += 1
-        report.num_crossing += crosses
-        report.add_lengths(group)
-        marks = (tie, margin) if votes is None else (tie, margin, votes.shares())
-        key = hashlib.sha256(repr((group, *marks)).encode()).digest()
-        report.num_duplicates += key in seen
-        seen.add(key)
-        digest.update(key)
-    report.num_used = len(data.groups)
-    report.num_ties = sum(data.ties)
+    encoder = Encoder(tokenizer)
+    rules = Rules(kind, max_length, on_bad_row, on_too_long, ties, advice)
+    table, meta = load_tokens(
+        source,
+        (encoder.identity(), replace(rules, advice="")),
+        partial(tokenise, source, encoder, rules),
+    )
+    groups = StoredGroups(table)
+    report = DataReport.from_dict(str(source), meta["report"])
+    report.prompt_lengths, report.response_lengths = groups.prompt_lengths, groups.response_lengths
+    where = table.column("source")
+    return TokenizedDataset(
+        groups,
+        table.column("tie").to_pylist(),
+        table.column("margin").to_pylist(),
+        [votes and Votes(*votes) for votes in table.column("votes").to_pylist()],
+        Lazy(len(table), lambda index: as_text(where[index].as_py())),
+        report,
+        meta["fingerprint"],
+    )
+
+
+def tokenise(
+    source: str | Path, encoder: Encoder, rules: Rules, write: Write, num_processes: int
+) -> dict[str, Any]:
+    """Write the rows of a source as tokens; return their report and fingerprint.
+
+    Raises:
+        ValueError: as `load_examples`.
+    """
+    report = DataReport(str(source))
+    refused: list[tuple[int, DataFault]] = []  # and the faults of earlier rows that the reader has
+    digests = bytearray()
+    work = partial(encode_rows, encoder, row_schema(encoder), rules)
+    batches = batched(usable_examples(source, rules, report), BATCH_ROWS)
+    for batch, found in in_order(work, batches, num_processes, name=str(source)):
+        for place, refusal in found.refused:
+            example, num_faults = batch[place]
+            if isinstance(refusal, int):
+                lengths = (refusal, rules.max_length)
+                refuse_long(report, example.source, lengths, rules.on_too_long, rules.advice)
+            elif rules.on_bad_row == "error":
+                raise DataFault(*refusal)
+            else:
+                refused.append((num_faults, DataFault(*refusal)))
+        write(found.rows)
+        digests += found.digests
+        report.forms.update(found.forms)
+        report.num_crossing += found.num_crossing
+        report.num_truncated += found.num_truncated
+        report.num_ties += found.num_ties
+    # In the order of the file: the reader's fault n comes behind rows that were read before it.
+    read = ((number, 1, fault) for number, fault in enumerate(report.faults))
+    late = ((number, 0, fault) for number, fault in refused)
+    report.faults = [fault for *_, fault in sorted((*read, *late), key=lambda entry: entry[:2])]
+    report.num_used = len(digests) // DIGEST_BYTES
     require_rows(report)
-    return replace(data, fingerprint=digest.hexdigest())
+    keys = np.frombuffer(digests, f"S{DIGEST_BYTES}")
+    report.num_duplicates = len(keys) - len(np.unique(keys))
+    return {"report": report.as_dict(), "fingerprint": hashlib.sha256(digests).hexdigest()}
 
 
-def fit(
-    group: Group,
-    source: str,
-    report: DataReport,
-    max_length: int,
-    on_too_long: OnTooLong,
-    advice: str,
-) -> Group | None:
-    """Return the group within `max_length`, or None if it is left out, which is counted."""
-    num_prompt = len(group.prompt_ids)
-    longest = num_prompt + max(len(response) for response in group.response_ids)
-    if longest <= max_length:
-        return group
-    room = max_length - num_prompt
-    if on_too_long == "truncate" and room >= 1:
-        cut = [list(response[:room]) for response in group.response_ids]
-        masks = group.response_loss_mask
-        cut_masks = None if masks is None else [list(mask[:room]) for mask in masks]
-        kept = Group(group.prompt_ids, cut, cut_masks)
-        learned = all(kept.target_positions(number) for number in range(len(cut)))
-        if learned and (len(cut) < 2 or cut[0] != cut[1]):
-            report.num_truncated += 1
-            return kept
-    # A row that would have nothing left to train on cannot be truncated.
-    how = "error" if on_too_long == "error" else "skip"
-    refuse_long(report, source, (longest, max_length), how, advice)
-    return None
+def usable_examples(
+    source: str | Path, rules: Rules, report: DataReport
+) -> Iterator[tuple[Any, int]]:
+    """Yield examples, each with the number of faults read before it; drop ties if asked for."""
+    for example in read_examples(source, rules.kind, report, on_bad_row=rules.on_bad_row):
+        if isinstance(example, PreferenceExample) and example.tie:
+            if rules.ties == "error":
+                raise DataFault(
+                    example.source,
+                    "a tie, which this loss does not support; drop ties (--data.ties drop) or use "
+                    "a loss with ties (--loss dpo_rao_kupper or dpo_davidson; for a reward model "
+                    "rao_kupper or davidson)",
+                    "label",
+                )
+            if rules.ties == "drop":
+                report.num_ties_dropped += 1
+                continue
+        yield example, len(report.faults)
 
 
 def refuse(report: DataReport, fault: DataFault, on_bad_row: OnBadRow) -> None:

@@ -1,8 +1,12 @@
 """Report on a source's rows: each is used, or counted with the reason why not."""
 
+from __future__ import annotations
+
+from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fastalign.batch.packed import Group
 from fastalign.data.readers.files import shown_entries
@@ -46,8 +50,8 @@ class DataReport:
     num_truncated: int = 0
     num_crossing: int = 0
     num_duplicates: int = 0
-    prompt_lengths: list[int] = field(default_factory=list)
-    response_lengths: list[int] = field(default_factory=list)
+    prompt_lengths: array[int] = field(default_factory=lambda: array("i"))
+    response_lengths: array[int] = field(default_factory=lambda: array("i"))
     num_masked: int = 0
     unread: list[str] = field(default_factory=list)
     unused_columns: Counter[str] = field(default_factory=Counter)
@@ -57,7 +61,21 @@ class DataReport:
     def add_lengths(self, group: Group) -> None:
         """Record the lengths of a used row."""
         self.prompt_lengths.append(len(group.prompt_ids))
-        self.response_lengths += [len(response) for response in group.response_ids]
+        self.response_lengths.extend(map(len, group.response_ids))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all but the source and the lengths, as JSON can hold it."""
+        faults = [(fault.where, fault.problem, fault.column) for fault in self.faults]
+        left_out = ("source", "prompt_lengths", "response_lengths")
+        return {k: v for k, v in vars(self).items() if k not in left_out} | {"faults": faults}
+
+    @classmethod
+    def from_dict(cls, source: str, values: dict[str, Any]) -> DataReport:
+        """Return the report that `as_dict` was made of, without lengths."""
+        counters = ("forms", "unused_columns", "unknown_keys")
+        counts = {name: Counter(values[name]) for name in counters}
+        faults = [DataFault(*fault) for fault in values["faults"]]
+        return cls(source, **values | counts | {"faults": faults})
 
     def lines(self) -> list[str]:
         """Return the report as lines of text, without the faults themselves."""

@@ -12,8 +12,10 @@ The rules, which are the same for training, sampling and evaluation:
 - Loss masks follow from lengths alone; no id is ever compared with the pad token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from functools import cached_property
+from itertools import islice
+from typing import Any, TypeVar
 
 from fastalign.batch.packed import Group
 from fastalign.data.conversation import Message
@@ -26,10 +28,15 @@ from fastalign.data.tokenizer import (
     eos_token_ids,
     place_of_end,
     special_ids,
+    template_times,
 )
 
 # A prefix after which tokens are those of a continuation.
 _BEFORE = "\n"
+
+T = TypeVar("T")
+# The tokenisation of one row: it yields texts, is sent the token ids of each, and returns a result.
+Work = Generator[list[str], list[list[int]], T]
 
 
 class Encoder:
@@ -53,15 +60,61 @@ class Encoder:
         ends = eos_token_ids(tokenizer, tokenizer.name_or_path)
         self._stops = special_ids(tokenizer).union(ends)
 
-    def ids(self, text: str) -> list[int]:
-        """Return the tokens of a text, without special tokens added."""
-        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
+    @property
+    def num_ids(self) -> int:
+        """One more than the highest token id."""
+        return 1 + max(self._tokenizer.get_vocab().values())
+
+    def identity(self) -> Sequence[Any] | None:
+        """Return all that the tokens of a text depend on; None if code of its own decides them."""
+        tokenizer: Any = self._tokenizer
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None or type(tokenizer).__module__.startswith("transformers_modules"):
+            return None
+        return (
+            *(type(tokenizer).__qualname__, backend.to_str(), self._bos, sorted(self._stops)),
+            *(str(tokenizer.chat_template), template_times(tokenizer)),
+            *(tokenizer.special_tokens_map, getattr(tokenizer, "split_special_tokens", None)),
+        )
+
+    def _all_ids(self, texts: list[str]) -> list[list[int]]:
+        """Return the tokens of each text, without special tokens added."""
+        if not texts:
+            return []
+        options = {"return_attention_mask": False, "return_token_type_ids": False}
+        found = self._tokenizer(texts, add_special_tokens=False, **options)
+        ids: list[list[int]] = found["input_ids"]
         return ids
 
-    def continuation_ids(self, text: str) -> list[int]:
-        """Return the tokens of a continuation, without the space that some tokenizers prepend."""
-        before, whole = self.ids(_BEFORE), self.ids(_BEFORE + text)
-        return whole[len(before) :] if whole[: len(before)] == before else self.ids(text)
+    def _results(self, works: Sequence[Work[T]]) -> list[T | DataFault]:
+        """Run works side by side, and encode what they ask for together; a fault is a result."""
+        results: list[Any] = [None] * len(works)
+        answers: list[Any] = [None] * len(works)
+        running = list(range(len(works)))
+        while running:
+            asked: list[tuple[int, int]] = []
+            texts: list[str] = []
+            for number in running:
+                try:
+                    wanted = works[number].send(answers[number])
+                except StopIteration as end:
+                    results[number] = end.value
+                except DataFault as fault:
+                    results[number] = fault
+                else:
+                    asked.append((number, len(wanted)))
+                    texts += wanted
+            ids = iter(self._all_ids(texts))
+            for number, count in asked:
+                answers[number] = list(islice(ids, count))
+            running = [number for number, _ in asked]
+        return results
+
+    def _result(self, work: Work[T]) -> T:
+        (result,) = self._results([work])
+        if isinstance(result, DataFault):
+            raise result
+        return result
 
     def prompt(self, example: PromptExample) -> list[int]:
         """Return the token ids that a sampler continues.
@@ -69,30 +122,43 @@ class Encoder:
         Raises:
             DataFault: if the template refuses the row, or there is no token.
         """
-        if isinstance(example.prompt, str):
-            return self._prompt_ids(example.source, example.prompt)
-        try:
-            text = self._render(example.prompt, True)
-        except TemplateError as error:
-            raise DataFault(example.source, str(error), "prompt") from None
-        return self._prompt_ids(example.source, text)
+        return self._result(self._prompt(example))
+
+    def _prompt(self, example: PromptExample) -> Work[list[int]]:
+        text = example.prompt
+        if not isinstance(text, str):
+            try:
+                text = self._render(text, True)
+            except TemplateError as error:
+                raise DataFault(example.source, str(error), "prompt") from None
+        (ids,) = yield [text]
+        return self._prompt_ids(example.source, ids)
+
+    def rows(
+        self, examples: Sequence[SFTExample | PreferenceExample]
+    ) -> list[tuple[Group, bool] | DataFault]:
+        """Return demonstrations (one response) or comparisons (chosen or a first) as groups.
+
+        The second value is True if a token would have crossed from the prompt into a response. In
+        place of a row there is its fault if the template refuses it, a side has no token, or both
+        sides of a comparison have the same tokens.
+        """
+        return self._results(
+            [self._sft(row) if isinstance(row, SFTExample) else self._pair(row) for row in examples]
+        )
 
     def row(self, example: SFTExample | PreferenceExample) -> tuple[Group, bool]:
-        """Return a demonstration (one response) or a comparison (chosen or a first) as a group.
+        """Return one of `rows`; raise its DataFault if it has one."""
+        (result,) = self.rows([example])
+        if isinstance(result, DataFault):
+            raise result
+        return result
 
-        The second value is True if a token would have crossed from the prompt into a response.
-
-        Raises:
-            DataFault: if the template refuses the row, a side has no token, or both sides of a
-                comparison have the same tokens.
-        """
-        return self._sft(example) if isinstance(example, SFTExample) else self._pair(example)
-
-    def _sft(self, example: SFTExample) -> tuple[Group, bool]:
+    def _sft(self, example: SFTExample) -> Work[tuple[Group, bool]]:
         prompt, completion = example.prompt, example.completion
         if isinstance(completion, str):
             assert prompt is None or isinstance(prompt, str)
-            return self._plain(example.source, prompt or "", [completion])
+            return (yield from self._plain(example.source, prompt or "", [completion]))
         if prompt is None:
             prompt = ()
         first = next((i for i, turn in enumerate(completion) if is_learned(turn)), None)
@@ -100,19 +166,20 @@ class Encoder:
             raise DataFault(example.source, "no message of the assistant is to be learned")
         prompt, completion = (*prompt, *completion[:first]), completion[first:]
         assert not isinstance(prompt, str)
-        return self._conversation(example.source, prompt, [completion])
+        return (yield from self._conversation(example.source, prompt, [completion]))
 
-    def _pair(self, example: PreferenceExample) -> tuple[Group, bool]:
+    def _pair(self, example: PreferenceExample) -> Work[tuple[Group, bool]]:
         sides: list[Content] = [example.chosen, example.rejected]
         if isinstance(example.prompt, str):
             texts = [str(side) for side in sides]
-            group, crosses = self._plain(example.source, example.prompt, texts)
+            group, crosses = yield from self._plain(example.source, example.prompt, texts)
         else:
             turns = [side for side in sides if not isinstance(side, str)]
             if not all(is_learned(m) for side in turns for m in side if m.role == "assistant"):
                 problem = "a message that is not to be learned is not supported in a comparison"
                 raise DataFault(example.source, problem)
-            group, crosses = self._conversation(example.source, example.prompt, turns)
+            found = self._conversation(example.source, example.prompt, turns)
+            group, crosses = yield from found
         if group.response_ids[0] == group.response_ids[1]:
             raise DataFault(example.source, "the two responses have the same tokens")
         return group, crosses
@@ -126,9 +193,9 @@ class Encoder:
         if not prompt:
             raise DataFault(source, "expected a prompt, got an empty one", "prompt")
         if isinstance(prompt, str):
-            return self._plain(source, prompt, list(completions))[0]
+            return self._result(self._plain(source, prompt, list(completions)))[0]
         turns: list[tuple[Message, ...]] = [(Message("assistant", t),) for t in completions]
-        return self._conversation(source, prompt, turns)[0]
+        return self._result(self._conversation(source, prompt, turns))[0]
 
     @cached_property
     def _render(self) -> Template:
@@ -137,24 +204,39 @@ class Encoder:
     def _with_bos(self, ids: list[int]) -> list[int]:
         return ids if ids[: len(self._bos)] == self._bos else [*self._bos, *ids]
 
-    def _prompt_ids(self, source: str, text: str) -> list[int]:
-        ids = self._with_bos(self.ids(text))
+    def _prompt_ids(self, source: str, ids: list[int]) -> list[int]:
+        ids = self._with_bos(ids)
         if not ids:
             raise DataFault(source, "the prompt has no token, and the tokenizer adds no BOS")
         return ids
 
-    def _after(self, head_text: str, head: list[int], text: str) -> tuple[list[int], bool]:
-        """Return the tokens of `text` after `head_text`; True if one would cross the boundary."""
-        whole = self.ids(head_text + text)
+    def _continuations(self, texts: list[str]) -> Work[list[list[int]]]:
+        """Return the tokens of texts that go on, without the space some tokenizers prepend."""
+        if not texts:
+            return []
+        before, *wholes = yield [_BEFORE, *(_BEFORE + text for text in texts)]
+        begin = [whole[: len(before)] == before for whole in wholes]
+        alone = iter((yield [text for text, found in zip(texts, begin, strict=True) if not found]))
+        return [
+            whole[len(before) :] if found else next(alone)
+            for whole, found in zip(wholes, begin, strict=True)
+        ]
+
+    def _after(self, head: list[int], whole: list[int], text: str) -> Work[tuple[list[int], bool]]:
+        """Return the tokens of `text` after those of a prompt; True if one crosses the boundary.
+
+        `head` are the prompt's tokens, `whole` those of the prompt with the text.
+        """
         if whole[: len(head)] == head:
             return whole[len(head) :], False
-        return self.continuation_ids(text), True
+        (ids,) = yield from self._continuations([text])
+        return ids, True
 
-    def _plain(self, source: str, prompt: str, responses: list[str]) -> tuple[Group, bool]:
-        head = self.ids(prompt)
+    def _plain(self, source: str, prompt: str, responses: list[str]) -> Work[tuple[Group, bool]]:
+        head, *wholes = yield [prompt, *(prompt + text for text in responses)]
         ids, crossings = [], []
-        for text in responses:
-            response, crosses = self._after(prompt, head, text)
+        for text, whole in zip(responses, wholes, strict=True):
+            response, crosses = yield from self._after(head, whole, text)
             if response[-1:] != [self.eos_token_id]:
                 response = [*response, self.eos_token_id]
             ids.append(response)
@@ -165,43 +247,37 @@ class Encoder:
             if len(whole) < 2:
                 raise DataFault(source, "the text has a single token, and none to predict it from")
             return Group(whole[:1], [whole[1:]]), False
-        return Group(self._prompt_ids(source, prompt), ids), any(crossings)
+        return Group(self._prompt_ids(source, head), ids), any(crossings)
 
     def _conversation(
         self, source: str, prompt: tuple[Message, ...], responses: list[tuple[Message, ...]]
-    ) -> tuple[Group, bool]:
+    ) -> Work[tuple[Group, bool]]:
         try:
             head_text, rendered = render_responses(self._render, prompt, responses)
         except TemplateError as error:
             raise DataFault(source, str(error)) from None
-        head = self.ids(head_text)
+        head, *wholes = yield [head_text, *(head_text + pieces[0][0] for pieces in rendered)]
         ids, masks, crossings = [], [], []
-        for pieces in rendered:
-            response, mask, crosses = self._pieces(head_text, head, pieces)
+        for pieces, whole in zip(rendered, wholes, strict=True):
+            first, crosses = yield from self._after(head, whole, pieces[0][0])
+            later = yield from self._continuations([text for text, _ in pieces[1:]])
+            response, mask = self._response([first, *later], pieces)
             if not any(mask):
                 raise DataFault(source, "the chat template leaves no assistant token to learn")
             ids.append(response)
             masks.append(mask)
             crossings.append(crosses)
-        group = Group(self._prompt_ids(source, head_text), ids, masks)
-        return group, any(crossings)
+        return Group(self._prompt_ids(source, head), ids, masks), any(crossings)
 
-    def _pieces(
-        self, head_text: str, head: list[int], pieces: list[Piece]
-    ) -> tuple[list[int], list[bool], bool]:
-        first, learned = pieces[0]
-        ids, crosses = self._after(head_text, head, first)
-        mask = [learned] * len(ids)
-        for text, learned in pieces[1:]:
-            more = self.continuation_ids(text)
-            ids, mask = ids + more, mask + [learned] * len(more)
+    def _response(
+        self, parts: list[list[int]], pieces: list[Piece]
+    ) -> tuple[list[int], list[bool]]:
+        """Return the tokens and the mask of a response up to its end, from those of its pieces."""
+        ids = [token for part in parts for token in part]
+        mask = [learned for part, (_, learned) in zip(parts, pieces, strict=True) for _ in part]
         end = place_of_end(self._tokenizer, ids, self._stops)
         if end >= 0:
-            return ids[: end + 1], mask[: end + 1], crosses
+            return ids[: end + 1], mask[: end + 1]
         last_learned = max(i for i, used in enumerate(mask) if used) if any(mask) else -1
         # Without an end-of-turn token the model would never learn to stop: add EOS.
-        return (
-            [*ids[: last_learned + 1], self.eos_token_id],
-            [*mask[: last_learned + 1], True],
-            crosses,
-        )
+        return [*ids[: last_learned + 1], self.eos_token_id], [*mask[: last_learned + 1], True]

@@ -1,5 +1,6 @@
 """Tokenizers: loading them, and comparing their vocabularies, end and pad tokens, and templates."""
 
+import re
 import signal
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -141,7 +142,7 @@ def foreign_ids_line(tokenizer: Tokenizer, number: int) -> str:
     )
 
 
-def print_added_tokens(tokenizer: Tokenizer, rows: Iterable[Sequence[int]]) -> None:
+def print_added_tokens(tokenizer: Tokenizer, rows: Iterable[Collection[int]]) -> None:
     """Print which added tokens an adapter's training data have.
 
     An adapter does not train the embedding, where a token that was added to a model may have
@@ -243,8 +244,9 @@ def special_ids(tokenizer: Tokenizer) -> set[int]:
 
 def place_of_end(tokenizer: Tokenizer, ids: Sequence[int], stops: Collection[int]) -> int:
     """Return the place of the last of `stops`, if at most white space follows it, or else -1."""
-    last = max((place for place, token in enumerate(ids) if token in stops), default=-1)
-    return -1 if last >= 0 and tokenizer.decode(ids[last + 1 :]).strip() else last
+    last = next((place for place in reversed(range(len(ids))) if ids[place] in stops), -1)
+    after = ids[last + 1 :]
+    return -1 if last >= 0 and after and tokenizer.decode(after).strip() else last
 
 
 @lru_cache(maxsize=4)
@@ -302,6 +304,15 @@ def chat_template(tokenizer: Tokenizer) -> Template:
         return str(text)
 
     return render
+
+
+def template_times(tokenizer: Tokenizer) -> list[str]:
+    """Return what the chat template writes of the time, as far as its text shows, or the time."""
+    text, now = str(tokenizer.chat_template), _TEMPLATE_CLOCK.get()
+    formats = re.findall(r"""strftime_now\(\s*(?:"([^"']*)"|'([^"']*)')\s*\)""", text)
+    if len(formats) < len(re.findall(r"strftime_now(?! is defined)", text)):
+        return [now.isoformat()]
+    return [now.strftime(double or single) for double, single in formats]
 
 
 @contextmanager

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
+from fastalign.batch.stored import stored
 from fastalign.compute import Compute, memory_used_in
-from fastalign.data.load import Ties, TokenizedDataset, load_examples
+from fastalign.data.encode import Ties
+from fastalign.data.load import TokenizedDataset, load_examples
 from fastalign.data.tokenizer import Tokenizer, eos_token_ids, load_tokenizer, print_added_tokens
 from fastalign.models.attention import attention_name
 from fastalign.models.layers import compile_layers
@@ -41,11 +43,10 @@ def check_positions(model: Any, data: TokenizedDataset) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is None:
         return
-    for group, source in zip(data.groups, data.sources, strict=True):
-        longest = len(group.prompt_ids) + max(len(ids) for ids in group.response_ids)
+    for place, longest in enumerate(stored(data.groups).longest()):
         if longest > limit:
             raise ValueError(
-                f"{source}: {longest} tokens, but the model has {limit} positions; "
+                f"{data.sources[place]}: {longest} tokens, but the model has {limit} positions; "
                 f"lower --data.max-length to at most {limit}"
             )
 
@@ -84,8 +85,7 @@ def load_sets(
         data.report.print_losses()
         check_positions(model, data)
     if has_adapter(model):
-        rows = (ids for g in sets[0].groups for ids in (g.prompt_ids, *g.response_ids))
-        print_added_tokens(tokenizer, rows)
+        print_added_tokens(tokenizer, [stored(sets[0].groups).used_ids()])
     return sets[0], sets[1] if len(sets) > 1 else None
 
 

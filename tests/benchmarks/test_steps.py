@@ -180,7 +180,7 @@ def test_rows_as_text_are_the_same_token_ids(tmp_path: Path) -> None:
         data = load_examples(
             tmp_path / "rows.jsonl", "preference", make_tokenizer(400), max_length=200
         )
-        assert data.groups == groups
+        assert list(data.groups) == groups
 
 
 def test_too_few_rows_are_refused(tmp_path: Path) -> None:

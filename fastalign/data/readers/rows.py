@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from fastalign.data.readers.files import data_format, find_files
 from fastalign.data.readers.json_rows import json_rows, jsonl_rows
@@ -39,11 +40,10 @@ def read_rows(
     text = str(source)
     if not text.strip():
         raise DataFault("data", "expected a file, a folder or a hub name, got an empty name")
-    path = Path(text).expanduser()
-    if not os.path.lexists(path) and is_hub_name(text) and not _LOOKS_LOCAL.search(text):
+    if is_on_hub(text):
         yield from _not_empty(text, hub_rows(text))
         return
-    for file in find_files(path, unread):
+    for file in find_files(Path(text).expanduser(), unread):
         known = data_format(file)
         assert known is not None, file
         if known[0] == "parquet":
@@ -69,8 +69,14 @@ def is_hub_name(source: str) -> bool:
     return _HUB_NAME.fullmatch(source) is not None
 
 
-def hub_rows(source: str) -> Iterator[Row | DataFault]:
-    """Yield the rows of a hub data set, numbered from 1; the split is `train` unless named.
+def is_on_hub(source: str) -> bool:
+    """Return whether a source is a name of the hub: no such path is here, and it is like none."""
+    here = os.path.lexists(Path(source).expanduser())
+    return not here and is_hub_name(source) and not _LOOKS_LOCAL.search(source)
+
+
+def hub_table(source: str) -> Any:
+    """Return a hub data set; the split is `train` unless named.
 
     Raises:
         DataFault: if the hub (or its local cache) has no such data set, configuration or split.
@@ -81,13 +87,17 @@ def hub_rows(source: str) -> Iterator[Row | DataFault]:
 
     split = match["split"] or "train"
     try:
-        table = load_dataset(match["name"], match["config"], split=split)
+        return load_dataset(match["name"], match["config"], split=split)
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataFault(
             source, f"no such file or folder here, and not from the hub: {reason}"
         ) from None
-    number = 0
+
+
+def hub_rows(source: str) -> Iterator[Row | DataFault]:
+    """Yield the rows of a hub data set, numbered from 1 (see `hub_table`)."""
+    table, number = hub_table(source), 0
     for number, values in enumerate(table, start=1):
         yield Row(f"{source}:{number}", values)
     if number != len(table):

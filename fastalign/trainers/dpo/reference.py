@@ -4,7 +4,6 @@ import fcntl
 import hashlib
 import json
 import math
-import os
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +25,7 @@ from fastalign.models.lora import adapter_off
 from fastalign.runs.accumulate import Examples
 from fastalign.runs.inputs import load_model, share
 from fastalign.trainers.dpo.config import DPOConfig
-from fastalign.written_files import write_atomically
+from fastalign.written_files import cache_folder, write_atomically
 
 # Examples between two writes: what was computed is kept even if the run is stopped in between.
 PIECE = 4096
@@ -185,9 +184,8 @@ VERSION = 1
 
 
 def default_cache_dir() -> Path:
-    """Return `fastalign/reference_logprob` in the user's cache folder (XDG_CACHE_HOME)."""
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "fastalign" / "reference_logprob"
+    """Return the folder of reference log-probs in the user's cache folder."""
+    return cache_folder("reference_logprob")
 
 
 def cache_path(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastalign.batch.packed import Group
 from fastalign.batch.schedule import indices_of_step
+from fastalign.batch.stored import stored
 from fastalign.compute import Compute, require_finite
 from fastalign.data.load import TokenizedDataset
 from fastalign.data.tokenizer import Tokenizer
@@ -68,7 +69,8 @@ def judge_pairs(
 
 def response_lengths(data: TokenizedDataset) -> Tensor:
     """Return the number of tokens of each pair's responses, (N, 2)."""
-    return torch.tensor([[len(ids) for ids in group.response_ids] for group in data.groups])
+    groups = stored(data.groups)
+    return torch.tensor(groups.response_lengths).view(len(groups), groups.num_responses)
 
 
 def baseline_measures(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastalign.batch.packed import PackedBatch
+from fastalign.batch.stored import stored
 from fastalign.compute import Compute
 from fastalign.data.load import TokenizedDataset
 from fastalign.data.readers.row import DataFault
@@ -159,7 +160,7 @@ def share_reward_model(
     compute: Compute,
 ) -> None:
     """Give the model a pad token that ends no response, and nu if it is learned; share it."""
-    ends = {ids[-1] for group in data.groups for ids in group.response_ids}
+    ends = stored(data.groups).last_ids()
     stops = eos_token_ids(tokenizer, config.model.path)
     set_pad_token(model, use_distinct_pad(tokenizer, ends.union(stops)))
     add_nu(model, config)

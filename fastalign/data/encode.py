@@ -1,0 +1,246 @@
+"""Checked examples to columns of token ids, by several processes, in the order of the file."""
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from fastalign.batch.packed import Group
+from fastalign.batch.stored import group_columns, group_fields
+from fastalign.data.examples import PreferenceExample
+from fastalign.data.read import OnBadRow
+from fastalign.data.readers.row import DataFault
+from fastalign.data.tokenise import Encoder
+
+OnTooLong = Literal["error", "skip", "truncate"]
+Ties = Literal["error", "keep", "drop"]
+DIGEST_BYTES = 32
+# Batches of a process that wait or are read already, so that none runs dry.
+BATCHES_AHEAD = 3
+
+S = TypeVar("S")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What rows are, and what becomes of bad ones; see `load_examples`."""
+
+    kind: Literal["sft", "preference"]
+    max_length: int
+    on_bad_row: OnBadRow
+    on_too_long: OnTooLong
+    ties: Ties
+    advice: str
+
+
+class EncodedRows(NamedTuple):
+    """The rows of a batch as tokens.
+
+    Attributes:
+        rows: a record batch of `row_schema`.
+        refused: the place of each row that is left out, and its tokens if they are too many, else
+            the arguments of its DataFault.
+        digests: a SHA-256 of each row.
+        forms: number of rows of each form.
+        num_crossing: rows in which a token would have crossed from the prompt into a response.
+        num_truncated: rows that were truncated.
+        num_ties: rows that are ties.
+    """
+
+    rows: Any
+    refused: list[tuple[int, Any]]
+    digests: bytes
+    forms: Counter[str]
+    num_crossing: int
+    num_truncated: int
+    num_ties: int
+
+
+def row_schema(encoder: Encoder) -> Any:
+    """Return the Arrow schema of rows."""
+    import pyarrow
+
+    others = {
+        "tie": pyarrow.bool_(),
+        "margin": pyarrow.float64(),
+        "votes": pyarrow.list_(pyarrow.float64()),
+        "source": pyarrow.binary(),
+    }
+    fields = [pyarrow.field(name, kind) for name, kind in others.items()]
+    return pyarrow.schema([*group_fields(encoder.num_ids), *fields])
+
+
+def as_bytes(text: str) -> bytes:
+    """Encode text that may hold the half surrogate pairs of a path that is not UTF-8."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def as_text(content: bytes) -> str:
+    """Decode what `as_bytes` encoded."""
+    return content.decode("utf-8", "surrogatepass")
+
+
+def encode_rows(
+    encoder: Encoder, schema: Any, rules: Rules, batch: Sequence[tuple[Any, int]]
+) -> EncodedRows:
+    """Tokenise the examples of a batch, of which each has a number that is not used here."""
+    import pyarrow
+
+    examples = [example for example, _ in batch]
+    kept: list[Any] = []
+    groups: list[Group] = []
+    marks: list[tuple[Any, ...]] = []  # tie, margin and, if there are any, votes
+    refused: list[tuple[int, Any]] = []
+    digests = []
+    num_crossing = num_truncated = 0
+    for place, (example, found) in enumerate(zip(examples, encoder.rows(examples), strict=True)):
+        if isinstance(found, DataFault):
+            refused.append((place, (found.where, found.problem, found.column)))
+            continue
+        group = fit(found[0], rules)
+        if isinstance(group, int):
+            refused.append((place, group))
+            continue
+        num_crossing += found[1]
+        num_truncated += group is not found[0]
+        compared = isinstance(example, PreferenceExample)
+        mark = (example.tie, example.margin) if compared else (False, None)
+        votes = example.votes if compared else None
+        shares = () if votes is None else (votes.shares(),)
+        digests.append(hashlib.sha256(repr((group, *mark, *shares)).encode()).digest())
+        kept.append(example)
+        groups.append(group)
+        marks.append((*mark, None if votes is None else (votes.a, votes.b, votes.tie)))
+    columns = group_columns(groups, list(schema)[:3])
+    for number, name in enumerate(("tie", "margin", "votes")):
+        columns[name] = pyarrow.array([mark[number] for mark in marks], schema.field(name).type)
+    columns["source"] = pyarrow.array([as_bytes(row.source) for row in kept], pyarrow.binary())
+    rows = pyarrow.record_batch(columns, schema=schema)
+    forms = Counter(row.form for row in kept)
+    num_ties = sum(mark[0] for mark in marks)
+    return EncodedRows(
+        rows, refused, b"".join(digests), forms, num_crossing, num_truncated, num_ties
+    )
+
+
+def fit(group: Group, rules: Rules) -> Group | int:
+    """Return the group within `max_length`, truncated if asked for, or its tokens if it is not."""
+    num_prompt = len(group.prompt_ids)
+    longest = num_prompt + max(len(response) for response in group.response_ids)
+    if longest <= rules.max_length:
+        return group
+    room = rules.max_length - num_prompt
+    if rules.on_too_long == "truncate" and room >= 1:
+        cut = [list(response[:room]) for response in group.response_ids]
+        masks = group.response_loss_mask
+        cut_masks = None if masks is None else [list(mask[:room]) for mask in masks]
+        kept = Group(group.prompt_ids, cut, cut_masks)
+        learned = all(kept.target_positions(number) for number in range(len(cut)))
+        if learned and (len(cut) < 2 or cut[0] != cut[1]):
+            return kept
+    # A row that would have nothing left to train on cannot be truncated.
+    return longest
+
+
+def batched(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """Yield lists of `size` items; if there is an error, first those before it."""
+    batch: list[T] = []
+    try:
+        for item in items:
+            batch.append(item)
+            if len(batch) == size:
+                yield batch
+                batch = []
+    except Exception:
+        if batch:
+            yield batch
+        raise
+    if batch:
+        yield batch
+
+
+def in_order(
+    work: Callable[[S], T], batches: Iterator[S], num_processes: int, *, name: str
+) -> Iterator[tuple[S, T]]:
+    """Yield each batch with its result, in order; an error of `batches` is raised at its place.
+
+    With more than one process the work is done by forks of this one, which end with it.
+
+    Raises:
+        DataFault: if one of them was killed; it has the source's `name`.
+    """
+    if num_processes == 1:
+        yield from ((batch, work(batch)) for batch in batches)
+        return
+    error: Exception | None = None
+    waiting: deque[tuple[S, Future[T]]] = deque()
+    try:
+        with processes(work, num_processes) as pool:
+            while True:
+                while error is None and len(waiting) < BATCHES_AHEAD * num_processes:
+                    try:
+                        batch = next(batches)
+                    except StopIteration:
+                        break
+                    except Exception as raised:  # rows before it come first
+                        error = raised
+                    else:
+                        waiting.append((batch, pool.submit(_do_work, batch)))
+                if not waiting:
+                    break
+                batch, future = waiting.popleft()
+                yield batch, future.result()
+    except BrokenProcessPool:
+        problem = "a process that tokenises was killed; is there enough memory?"
+        raise DataFault(name, problem) from None
+    if error is not None:
+        raise error
+
+
+@contextmanager
+def processes(work: Callable[[Any], Any], number: int) -> Iterator[ProcessPoolExecutor]:
+    """Open forks of this process that do `work`, which need not be pickled."""
+    variable = "TOKENIZERS_PARALLELISM"  # threads of a tokenizer do not survive a fork
+    before = os.environ.get(variable)
+    os.environ[variable] = "false"
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(number, context, _begin, (work,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+        os.environ.pop(variable)
+        if before is not None:
+            os.environ[variable] = before
+
+
+_WORK: Callable[[Any], Any]
+
+
+def _begin(work: Callable[[Any], Any]) -> None:
+    """Begin a process: it leaves signals to its parent, and ends with it."""
+    global _WORK
+    _WORK = work
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _do_work(batch: Any) -> Any:
+    return _WORK(batch)

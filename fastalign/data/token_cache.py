@@ -1,0 +1,213 @@
+"""Rows as tokens in an Arrow file of the cache folder, which every rank and later run maps.
+
+A file is named by a hash of all that its rows depend on: the source's content, the tokenizer with
+its chat template, the rules, and the versions of what computes them. The first process that needs
+it writes it under a lock, while others (ranks of the run, other runs) wait; a folder that several
+machines do not share has one writer each. Beside `NAME.arrow`, `NAME.json` holds the report and the
+file's SHA-256. It is written last, so that what a killed process leaves is never read.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from fastalign.data.readers.files import find_files
+from fastalign.data.readers.row import DataFault
+from fastalign.data.readers.rows import hub_table, is_on_hub
+from fastalign.written_files import (
+    cache_folder,
+    clear_half_written,
+    entry_of,
+    fault_of_file,
+    sha256_of,
+    sync,
+    write_atomically,
+)
+
+# A smaller source is tokenised at each start, by this process alone, in about a second.
+LARGE_BYTES = 2 * 2**20
+LARGE_ROWS = 2048  # of a hub data set
+
+Write = Callable[[Any], None]  # writes a record batch
+# (write, number of processes) -> the report and the fingerprint
+Tokenise = Callable[[Write, int], dict[str, Any]]
+
+
+class CannotKeepError(Exception):
+    """Error for a cache folder that cannot be written."""
+
+
+def load_tokens(source: str | Path, rules: Any, tokenise: Tokenise) -> tuple[Any, dict[str, Any]]:
+    """Return the table of a source's rows, and what `tokenise` returned for them.
+
+    Args:
+        source: a file, a folder or a hub name.
+        rules: what the tokens depend on beside the source, with a `repr` of its own; None in place
+            of its first part: that is not known, and nothing is kept.
+        tokenise: writes the rows.
+
+    Raises:
+        ValueError: if the source is at fault, or changes while it is read.
+    """
+    before = stamps(source)
+    if before is None:
+        return in_memory(tokenise, 1)
+    number = len(os.sched_getaffinity(0))
+    if rules[0] is None:
+        return in_memory(tokenise, number)
+    path = cache_folder("tokens") / f"{key_of(source, before, rules)}.arrow"
+    found = read_kept(path, source)
+    if found is not None:
+        return found
+    try:
+        with locked(path):
+            found = read_kept(path, source) or keep(path, source, tokenise, number)
+    except CannotKeepError as error:
+        print(f"{source}: tokens are not kept for later runs: {error}")
+        found = in_memory(tokenise, number)
+    if stamps(source) != before:
+        for file in (path, path.with_suffix(".json")):
+            file.unlink(missing_ok=True)
+        raise DataFault(str(source), "it changed while it was read")
+    return found
+
+
+def stamps(source: str | Path) -> list[Any] | None:
+    """Return what tells whether a source changed, for each of its files; None: it is small."""
+    if is_on_hub(str(source)):
+        table = hub_table(str(source))
+        return [table._fingerprint] if len(table) > LARGE_ROWS else None
+    files = find_files(Path(source).expanduser(), [])
+    found = [(str(file), file.stat()) for file in files]
+    if sum(stat.st_size for _, stat in found) < LARGE_BYTES:
+        return None
+    return [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in found]
+
+
+def key_of(source: str | Path, stamps: list[Any], rules: Any) -> str:
+    """Return the name of the file for a source's content under some rules."""
+    import tokenizers
+    import transformers
+
+    on_hub = is_on_hub(str(source))
+    content = stamps if on_hub else [(name, sha256_of(Path(name))) for name, *_ in stamps]
+    unread: list[str] = []
+    if not on_hub:
+        find_files(Path(source).expanduser(), unread)
+    code = [sha256_of(file) for file in sorted(Path(__file__).parent.rglob("*.py"))]
+    versions = (transformers.__version__, tokenizers.__version__, code)
+    parts = (str(source), content, unread, rules, versions)
+    return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+@contextmanager
+def writing() -> Iterator[None]:
+    """Turn an OSError into CannotKeepError: a reader's OSError is another matter."""
+    try:
+        yield
+    except OSError as error:
+        raise CannotKeepError(str(error)) from error
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a file that is to be written."""
+    with writing():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.with_suffix(".lock").open("a")
+    with lock:
+        with writing():
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        yield
+
+
+def read_kept(path: Path, source: str | Path) -> tuple[Any, dict[str, Any]] | None:
+    """Map a file of the cache; None if it is not there, or damaged, which is printed."""
+    import pyarrow
+
+    notes = path.with_suffix(".json")
+    if not notes.exists():
+        return None
+    try:
+        meta = json.loads(notes.read_text(encoding="utf-8"))
+        fault = fault_of_file(path, meta["bytes"], meta["sha256"])
+    except (ValueError, KeyError, TypeError) as error:
+        fault = f"{notes.name}: {error}"
+    if fault is not None:
+        print(f"{source}: damaged cache of tokens in {path.parent} ({fault}); tokenised again")
+        return None
+    table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+    print(f"{source}: the tokens of {len(table)} rows are those of an earlier start ({path})")
+    return table, meta
+
+
+def keep(
+    path: Path, source: str | Path, tokenise: Tokenise, number: int
+) -> tuple[Any, dict[str, Any]]:
+    """Tokenise a source into a file of the cache, whose lock is held, and map it.
+
+    Raises:
+        CannotKeepError: if it cannot be written.
+    """
+    import pyarrow
+
+    start = time.perf_counter()
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with writing():
+        clear_half_written(path)
+    try:
+        with writing():
+            sink = pyarrow.OSFile(str(aside), "wb")
+        with sink:
+            meta = write_rows(sink, tokenise, number)
+        with writing():
+            sync(aside)
+            aside.replace(path)
+            meta |= entry_of(path)
+            write_atomically(path.with_suffix(".json"), json.dumps(meta))
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+    table = pyarrow.ipc.open_file(pyarrow.memory_map(str(path))).read_all()
+    print(
+        f"{source}: {len(table)} rows tokenised in {time.perf_counter() - start:.1f} s by {number} "
+        f"processes; later runs read {path} ({meta['bytes'] / 2**20:.0f} MiB)"
+    )
+    return table, meta
+
+
+def in_memory(tokenise: Tokenise, number: int) -> tuple[Any, dict[str, Any]]:
+    """Tokenise a source into this process's memory."""
+    import pyarrow
+
+    sink = pyarrow.BufferOutputStream()
+    meta = write_rows(sink, tokenise, number)
+    return pyarrow.ipc.open_file(sink.getvalue()).read_all(), meta
+
+
+def write_rows(sink: Any, tokenise: Tokenise, number: int) -> dict[str, Any]:
+    """Write the rows that `tokenise` gives into an Arrow file; return what it returned.
+
+    Raises:
+        CannotKeepError: if the file cannot be written.
+    """
+    import pyarrow
+
+    writer: Any = None
+
+    def write(rows: Any) -> None:
+        nonlocal writer
+        with writing():
+            writer = writer or pyarrow.ipc.new_file(sink, rows.schema)
+            writer.write_batch(rows)
+
+    meta = tokenise(write, number)
+    with writing():
+        writer.close()
+    return meta
