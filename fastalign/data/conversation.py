@@ -53,6 +53,13 @@ def content_as_json(content: str | Sequence[Message]) -> Any:
     return [{"role": turn.role, "content": turn.content} for turn in content]
 
 
+def prompt_key(prompt: Any) -> str:
+    """Return a prompt as one text; a conversation as its turns with their roles."""
+    if isinstance(prompt, str):
+        return prompt
+    return "\n".join(f"[{turn['role']}] {turn['content']}" for turn in prompt)
+
+
 def check_text(where: str, column: str, value: object, name: str = "") -> str:
     """Check that a value is text that can be trained on, and return it.
 

@@ -10,14 +10,6 @@ from fastalign.data.examples import Content
 from fastalign.evaluation.rewards import RewardFunction, apply_reward
 from fastalign.evaluation.statistics import share_interval
 
-
-def prompt_key(prompt: Any) -> str:
-    """Return a prompt as one text; a conversation as its turns with their roles."""
-    if isinstance(prompt, str):
-        return prompt
-    return "\n".join(f"[{turn['role']}] {turn['content']}" for turn in prompt)
-
-
 # Score of each verdict for the model that is judged.
 SCORES = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 Groups = Sequence[tuple[Content, list[str]]]

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from fastalign.evaluation.statistics import estimate
+from fastalign.report.metric_table import MetricTable, Row
 from fastalign.report.page import fill, with_error
 from fastalign.report.pictures import KL_LABEL, as_data_uri, bar, label, new_figure, plain
 from fastalign.report.runs import (
-    Row,
     best_of_rows,
     finite,
     is_collapsed,
@@ -175,7 +175,7 @@ def read_list(path: Path) -> Any:
     """
     try:
         if path.suffix == ".jsonl":
-            content: Any = read_lines(path, may_grow=False)
+            content: Any = list(read_lines(path, may_grow=False))
         elif path.suffix in (".yaml", ".yml"):
             content = read_yaml_file(path)
         else:
@@ -232,7 +232,8 @@ def from_entry(entry: Any, where: str, folder: Path) -> FrontierRun:
     is_folder = path.is_dir()
     file = path / "eval" / "eval.json" if is_folder else path
     home = path if is_folder else path.parent.parent if path.parent.name == "eval" else path.parent
-    metrics = read_lines(home / "metrics.jsonl") if (home / "metrics.jsonl").is_file() else []
+    log = home / "metrics.jsonl"
+    metrics = MetricTable(read_lines(log) if log.is_file() else [])
     evaluation = read_object(file) if file.is_file() else None
     collapsed = bool(entry.get("collapsed")) or is_collapsed(evaluation, metrics)
     if evaluation is None and not collapsed:

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from fastalign.evaluation.win_rate import prompt_key
+from fastalign.data.conversation import prompt_key
 from fastalign.output import shown
 from fastalign.report.pictures import SECTIONS, curve, reward_against_kl
 from fastalign.report.reward import REWARD_COLUMNS, accuracy_by_length, reliability, reward_table
@@ -36,7 +36,7 @@ def with_error(measure: tuple[float, float] | None) -> str:
 def training(run: RunRecord) -> str:
     """Describe a run: `sft`, `dpo, 0.1`, `reward: rao_kupper`, `ppo, 0.05, collapsed`."""
     method, strength, _ = labels_of(run)
-    if any("mean_reward" in row for row in run.metrics):
+    if run.metrics.logged("mean_reward"):
         method = f"reward: {method}"
     words = [method] if strength is None else [method, f"{strength:g}"]
     return ", ".join([*words, "collapsed"] if run.collapsed else words)

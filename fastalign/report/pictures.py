@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from fastalign.output import shown
 from fastalign.report.runs import RunRecord, best_of_rows
 
@@ -40,6 +42,7 @@ SECTIONS = {
         "completions/mean_length": "tokens per answer",
     },
 }
+NUM_BINS = 572  # columns of pixels in a curve's picture
 KL_LABEL = "KL to the reference (nats per sequence)"
 
 
@@ -80,6 +83,21 @@ def plain(text: str) -> str:
     return shown(text).replace("$", r"\$")
 
 
+def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[Sequence[int], Sequence[float]]:
+    """Return the points to draw: of many in one column of pixels its extremes, and a gap if any."""
+    if len(values) <= 4 * NUM_BINS:
+        return steps, values
+    found = np.asarray(values)
+    kept = {0, len(values) - 1}
+    for part in np.array_split(np.arange(len(values)), NUM_BINS):
+        there = part[~np.isnan(found[part])]
+        kept.update(part[np.isnan(found[part])][:1].tolist())
+        if len(there):
+            kept |= {int(there[found[there].argmin()]), int(there[found[there].argmax()])}
+    places = sorted(kept)
+    return [steps[place] for place in places], found[places].tolist()
+
+
 def curve(runs: Sequence[RunRecord], name: str, axis: str) -> str | None:
     """Draw a metric of all runs that have it against the step, or return None without any.
 
@@ -92,11 +110,15 @@ def curve(runs: Sequence[RunRecord], name: str, axis: str) -> str | None:
         return None
     figure, axes = new_figure(5.2, 3.2)
     for run, steps, values in found:
-        (line,) = axes.plot(steps, values, label=plain(run.name), linewidth=1.4)
+        (line,) = axes.plot(*thinned(steps, values), label=plain(run.name), linewidth=1.4)
         held_out_steps, held_out = run.series(f"eval_{name}")
         if held_out_steps:
             axes.plot(
-                held_out_steps, held_out, "o--", color=line.get_color(), markersize=4, linewidth=1
+                *thinned(held_out_steps, held_out),
+                "o--",
+                color=line.get_color(),
+                markersize=4,
+                linewidth=1,
             )
         if name == "grad_norm" and run.skipped_steps:
             axes.plot(

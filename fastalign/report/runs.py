@@ -2,16 +2,16 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from fastalign.report.metric_table import MetricTable, Row, number
 from fastalign.yaml_file import read_yaml_file
 
-Row = dict[str, Any]
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")
 HEADS = ("lm_head.weight", "embed_out.weight", "score.weight")
 
@@ -32,7 +32,7 @@ class RunRecord:
 
     name: str
     config: dict[str, Any]
-    metrics: list[Row]
+    metrics: MetricTable
     evaluation: Row | None
     samples: list[Row]
     machine: Row = field(default_factory=dict)
@@ -41,7 +41,8 @@ class RunRecord:
     @property
     def seconds(self) -> float:
         """Seconds spent in steps."""
-        return math.fsum(number(row.get("step_seconds")) or 0.0 for row in self.metrics)
+        known, values = self.metrics.numbers("step_seconds")
+        return math.fsum(values[known].tolist())
 
     @property
     def collapsed(self) -> bool:
@@ -50,9 +51,7 @@ class RunRecord:
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Return the steps at which a metric was logged, and its values."""
-        found = [(row.get("step"), number(row.get(name))) for row in self.metrics]
-        kept = [(step, value) for step, value in found if type(step) is int and value is not None]
-        return [step for step, _ in kept], [value for _, value in kept]
+        return self.metrics.series(name)
 
     @property
     def skipped_steps(self) -> list[int]:
@@ -69,14 +68,6 @@ class RunRecord:
         return values[-1] if values else None
 
 
-def number(value: Any) -> float | None:
-    """Return a logged number or None; those that JSON lacks were written as text (`nan`, `inf`)."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
-
-
 def finite(values: Row, name: str) -> tuple[float, float] | None:
     """Return `name` and its standard error `name_se` (NaN if missing); None if it is not finite."""
     value, error = number(values.get(name)), number(values.get(f"{name}_se"))
@@ -85,13 +76,12 @@ def finite(values: Row, name: str) -> tuple[float, float] | None:
     return value, math.nan if error is None else error
 
 
-def is_collapsed(evaluation: Row | None, metrics: Sequence[Row]) -> bool:
+def is_collapsed(evaluation: Row | None, metrics: MetricTable) -> bool:
     """Return whether `collapsed` is set in the evaluation, or in the last step that logs it.
 
     It is set by true, a number other than 0, or a reason in words. A policy may recover.
     """
-    of_steps = [row["collapsed"] for row in metrics if "collapsed" in row]
-    values = [(evaluation or {}).get("collapsed"), *of_steps[-1:]]
+    values = [(evaluation or {}).get("collapsed"), *metrics.logged("collapsed")[-1:]]
     return any(value not in (None, False, 0, "", "0", "0.0", "false") for value in values)
 
 
@@ -154,8 +144,8 @@ def read_run(folder: str | Path) -> RunRecord:
     machine = path / "machine.json"
     try:
         config = read_yaml_file(path / "config.yaml")
-        metrics = read_lines(path / "metrics.jsonl")
-        rows = read_lines(samples, may_grow=False) if samples.is_file() else []
+        metrics = MetricTable(read_lines(path / "metrics.jsonl"))
+        rows = list(read_lines(samples, may_grow=False)) if samples.is_file() else []
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: a file of the run is damaged: {error}") from None
     return RunRecord(
@@ -184,21 +174,23 @@ def read_object(file: Path) -> Row:
     return content
 
 
-def read_lines(path: Path, *, may_grow: bool = True) -> list[Row]:
-    """Return the objects of a JSON Lines file.
+def read_lines(path: Path, *, may_grow: bool = True) -> Iterator[Row]:
+    """Yield the objects of a JSON Lines file.
 
     With `may_grow` a last, unfinished line is left out, which a run may be writing.
 
     Raises:
         ValueError: if a line is not a JSON object.
     """
-    text = path.read_text(encoding="utf-8")
-    text = text[: text.rfind("\n") + 1] if may_grow else text
-    rows = [json.loads(line) for line in text.split("\n") if line.strip()]
-    for place, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise ValueError(f"{path}: object {place}: expected a JSON object, got {row!r:.60}")
-    return rows
+    place = 0
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for line in file:
+            if not line.strip() or (may_grow and not line.endswith("\n")):
+                continue
+            row, place = json.loads(line), place + 1
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}: object {place}: expected a JSON object, got {row!r:.60}")
+            yield row
 
 
 def num_product_weights(folder: Path) -> int | None:

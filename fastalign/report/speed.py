@@ -4,8 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import median
 
+import numpy as np
+
+from fastalign.report.metric_table import Row
 from fastalign.report.pictures import as_data_uri, new_figure, plain
-from fastalign.report.runs import Row, RunRecord, number
+from fastalign.report.runs import RunRecord
 
 SPEED_COLUMNS = (
     *("run", "steps", "skipped", "s/step", "tokens/s", "peak MiB"),
@@ -26,12 +29,11 @@ PEAKS = {
 
 def tokens_per_second(run: RunRecord) -> float | None:
     """Return the packed tokens of all steps that log both over their time; None if not logged."""
-    rates = [
-        (number(r.get("step_seconds")), number(r.get("tokens_per_second"))) for r in run.metrics
-    ]
-    known = [(s, t) for s, t in rates if s is not None and t is not None and math.isfinite(s * t)]
-    seconds = math.fsum(s for s, _ in known)
-    return math.fsum(s * t for s, t in known) / seconds if seconds else None
+    has_seconds, seconds = run.metrics.numbers("step_seconds")
+    has_rate, rates = run.metrics.numbers("tokens_per_second")
+    known = has_seconds & has_rate & np.isfinite(seconds * rates)
+    total = math.fsum(seconds[known].tolist())
+    return math.fsum((seconds * rates)[known].tolist()) / total if total else None
 
 
 def model_flops_per_second(run: RunRecord) -> float | None:
@@ -112,26 +114,27 @@ def phase_seconds(run: RunRecord) -> dict[str, float] | None:
 
     The transformers sampler logs no sync, since it samples from the policy itself.
     """
-    found = [phases for row in run.metrics if (phases := phases_of(row)) is not None]
-    if not found:
+    table = run.metrics
+    known, total = table.numbers("step_seconds")
+    is_step = table.has(STEP_PHASES["gradient"])
+    seconds = {}
+    for name, metric in PHASES.items():
+        logged, values = table.numbers(metric)
+        needed = is_step if name in STEP_PHASES else ~is_step
+        if name == "sync":
+            needed = needed & table.has(metric)
+        seconds[name] = np.where(needed, values, 0.0)
+        known = known & (logged | ~needed)
+    valid = [np.isfinite(values) & (values >= 0) for values in (total, *seconds.values())]
+    rows = known & np.logical_and.reduce(valid)
+    if not rows.any():
         return None
-    return {name: math.fsum(row[name] for row in found) / len(found) for name in found[0]}
-
-
-def phases_of(row: Row) -> dict[str, float] | None:
-    """Return the seconds of each phase of one iteration; None if a phase is not logged."""
-    has = STEP_PHASES if STEP_PHASES["gradient"] in row else ROLLOUT_PHASES
-    logged = {name: number(row.get(metric)) for name, metric in has.items()}
-    if PHASES["sync"] not in row:
-        logged["sync"] = 0.0
-    total = number(row.get("step_seconds"))
-    if total is None or None in logged.values():
-        return None
-    phases = {name: logged.get(name) or 0.0 for name in PHASES}
-    if not all(math.isfinite(value) and value >= 0 for value in (total, *phases.values())):
-        return None
-    phases["generate"] = max(0.0, phases["generate"] - phases["sync"])
-    return {**phases, OTHER: max(0.0, total - math.fsum(phases.values()))}
+    seconds["generate"] = np.maximum(0.0, seconds["generate"] - seconds["sync"])
+    seconds[OTHER] = np.maximum(0.0, total - sum(seconds.values()))
+    return {
+        name: math.fsum(values[rows].tolist()) / rows.sum().item()
+        for name, values in seconds.items()
+    }
 
 
 def shares(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Speed, memory, gradients and useful work: the numbers, and what real runs leave for them."""
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from fastalign.cli.main import main
 from fastalign.report import pictures
+from fastalign.report.metric_table import MetricTable
 from fastalign.report.page import render
+from fastalign.report.pictures import NUM_BINS, thinned
 from fastalign.report.runs import RunRecord, num_product_weights, read_run
 from fastalign.report.speed import (
     PEAKS,
@@ -45,7 +48,7 @@ H100 = {"device": "NVIDIA H100 80GB HBM3", "num_processes": 2, "products": "bflo
 RUN = RunRecord(
     name="run",
     config={"model": {"lora": {"rank": 0}}},
-    metrics=ROWS,
+    metrics=MetricTable(ROWS),
     evaluation=None,
     samples=[],
     machine=H100,
@@ -58,11 +61,11 @@ def test_the_numbers() -> None:
     assert model_flops_per_second(RUN) == 6 * 10**11 * 150
     assert utilisation(RUN) == pytest.approx(9e13 / (2 * 989.4e12))
     dash = "\u2013"
-    assert speed_table([RUN, replace(RUN, metrics=[{"step": 1}])]) == [
+    assert speed_table([RUN, replace(RUN, metrics=MetricTable([{"step": 1}]))]) == [
         ("run", "3", "1", "1.00", "150", "5", "2.5", "4", "9e+13", "4.5%")
     ]
     bare = [row(1, 2.0, 50.0), row(2, "nan", 3.0), row(3, 1.0, None)]
-    other = replace(RUN, metrics=bare, machine={}, num_product_weights=None)
+    other = replace(RUN, metrics=MetricTable(bare), machine={}, num_product_weights=None)
     (found,) = speed_table([other])
     assert found == ("run", "2", "0", "1.50", "50", dash, dash, dash, dash, dash)
     assert len(found) == len(SPEED_COLUMNS)
@@ -152,3 +155,24 @@ def test_a_run_that_samples_has_phases_and_no_model_flops(folder: Path) -> None:
     assert found[-2:] == ("\u2013", "\u2013")
     page = render([record])
     assert page.index("<h2>Speed</h2>") < page.index("<h2>Time of an iteration</h2>")
+
+
+def test_a_table_of_metrics_gives_the_rows_it_was_made_of() -> None:
+    rows: list[Any] = [{"step": 1}, {"step": 2, "loss": "nan", "note": None}, {"loss": True}, {}]
+    table = MetricTable(rows)
+    assert list(table) == table[:] == rows
+    assert table.series("loss")[0] == [2]
+    assert math.isnan(table.series("loss")[1][0])
+    assert table.has("note").tolist() == [False, True, False, False]
+    assert table.numbers("note")[0].tolist() == [False] * 4
+
+
+def test_thinned_points_keep_spikes_gaps_and_the_ends() -> None:
+    values = [math.sin(place / 50) for place in range(20_000)]
+    values[7001], values[7002], values[9000] = 50.0, -50.0, math.nan
+    steps, kept = thinned(range(1, 20_001), values)
+    assert len(kept) <= 2 * NUM_BINS + 3
+    assert {1, 7002, 7003, 9001, 20_000} <= set(steps)
+    assert [values[step - 1] for step in steps if step != 9001] == [v for v in kept if v == v]
+    few = list(range(100))
+    assert thinned(few, values[:100]) == (few, values[:100])

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fastalign.report import speed
+from fastalign.report.metric_table import MetricTable
 from fastalign.report.page import render
 from fastalign.report.runs import RunRecord, read_run
 from fastalign.report.speed import phase_seconds, time_table
@@ -28,7 +29,7 @@ def row(step: int, seconds: float, *phases: float, **others: Any) -> dict[str, A
 
 
 def run_of(name: str, *rows: dict[str, Any]) -> RunRecord:
-    return RunRecord(name=name, config={}, metrics=list(rows), evaluation=None, samples=[])
+    return RunRecord(name=name, config={}, metrics=MetricTable(rows), evaluation=None, samples=[])
 
 
 # Means of the two: generate 5 with a sync of 2, score 1, prepare 2, update 8; of 20, so other 4.
@@ -83,7 +84,9 @@ def test_the_numbers_are_means_and_what_is_left_is_other() -> None:
     ids=["no update", "nan", "sync unknown", "negative", "inf", "nothing"],
 )
 def test_an_iteration_that_does_not_say_all_counts_for_nothing(bad: dict[str, Any]) -> None:
-    assert phase_seconds(replace(ENGINE, metrics=[*ENGINE.metrics, bad])) == phase_seconds(ENGINE)
+    assert phase_seconds(
+        replace(ENGINE, metrics=MetricTable([*ENGINE.metrics, bad]))
+    ) == phase_seconds(ENGINE)
     assert phase_seconds(run_of("bad", bad)) is None
 
 

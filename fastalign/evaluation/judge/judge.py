@@ -7,9 +7,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fastalign.data.conversation import content_as_json
+from fastalign.data.conversation import content_as_json, prompt_key
 from fastalign.evaluation.judge.chat_endpoint import ChatEndpoint
-from fastalign.evaluation.win_rate import AnswerPair, Judged, prompt_key
+from fastalign.evaluation.win_rate import AnswerPair, Judged
 
 PLACEHOLDERS = ("prompt", "answer_a", "answer_b")
 _PLACEHOLDER = re.compile(r"\{(prompt|answer_a|answer_b)\}")
