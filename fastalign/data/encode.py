@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -209,18 +210,22 @@ def in_order(
 @contextmanager
 def processes(work: Callable[[Any], Any], number: int) -> Iterator[ProcessPoolExecutor]:
     """Open forks of this process that do `work`, which need not be pickled."""
-    variable = "TOKENIZERS_PARALLELISM"  # threads of a tokenizer do not survive a fork
-    before = os.environ.get(variable)
-    os.environ[variable] = "false"
-    context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(number, context, _begin, (work,))
+    pool = ProcessPoolExecutor(number, multiprocessing.get_context("fork"), _begin, (work,))
     try:
-        yield pool
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        # A tokenizer's threads, and the locks of threads here, are not there after a fork; the
+        # forks only run the tokenizer and templates.
+        variable = "TOKENIZERS_PARALLELISM"
+        before = os.environ.get(variable)
+        os.environ[variable] = "false"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pool.submit(int).result()  # starts all of them
         os.environ.pop(variable)
         if before is not None:
             os.environ[variable] = before
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 _WORK: Callable[[Any], Any]

@@ -157,7 +157,7 @@ def load_examples(
     rules = Rules(kind, max_length, on_bad_row, on_too_long, ties, advice)
     table, meta = load_tokens(
         source,
-        (encoder.identity(), replace(rules, advice="")),
+        lambda: (encoder.identity(), replace(rules, advice="")),
         partial(tokenise, source, encoder, rules),
     )
     groups = StoredGroups(table)

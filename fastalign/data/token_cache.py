@@ -43,13 +43,16 @@ class CannotKeepError(Exception):
     """Error for a cache folder that cannot be written."""
 
 
-def load_tokens(source: str | Path, rules: Any, tokenise: Tokenise) -> tuple[Any, dict[str, Any]]:
+def load_tokens(
+    source: str | Path, basis: Callable[[], tuple[Any, Any]], tokenise: Tokenise
+) -> tuple[Any, dict[str, Any]]:
     """Return the table of a source's rows, and what `tokenise` returned for them.
 
     Args:
         source: a file, a folder or a hub name.
-        rules: what the tokens depend on beside the source, with a `repr` of its own; None in place
-            of its first part: that is not known, and nothing is kept.
+        basis: returns what the tokens depend on beside the source, the tokenizer and the rules,
+            each with a `repr` of its own. Without a tokenizer (None: its own code decides) nothing
+            is kept.
         tokenise: writes the rows.
 
     Raises:
@@ -59,23 +62,25 @@ def load_tokens(source: str | Path, rules: Any, tokenise: Tokenise) -> tuple[Any
     if before is None:
         return in_memory(tokenise, 1)
     number = len(os.sched_getaffinity(0))
-    if rules[0] is None:
-        return in_memory(tokenise, number)
-    path = cache_folder("tokens") / f"{key_of(source, before, rules)}.arrow"
-    found = read_kept(path, source)
-    if found is not None:
-        return found
+    each = max(1, number // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # where every rank works
+    found = basis()
+    if found[0] is None:
+        return in_memory(tokenise, each)
+    path = cache_folder("tokens") / f"{key_of(source, before, found)}.arrow"
+    kept = read_kept(path, source)
+    if kept is not None:
+        return kept
     try:
         with locked(path):
-            found = read_kept(path, source) or keep(path, source, tokenise, number)
+            kept = read_kept(path, source) or keep(path, source, tokenise, number)
     except CannotKeepError as error:
         print(f"{source}: tokens are not kept for later runs: {error}")
-        found = in_memory(tokenise, number)
+        kept = in_memory(tokenise, each)
     if stamps(source) != before:
         for file in (path, path.with_suffix(".json")):
             file.unlink(missing_ok=True)
         raise DataFault(str(source), "it changed while it was read")
-    return found
+    return kept
 
 
 def stamps(source: str | Path) -> list[Any] | None:
@@ -90,8 +95,8 @@ def stamps(source: str | Path) -> list[Any] | None:
     return [(name, stat.st_size, stat.st_mtime_ns, stat.st_ino) for name, stat in found]
 
 
-def key_of(source: str | Path, stamps: list[Any], rules: Any) -> str:
-    """Return the name of the file for a source's content under some rules."""
+def key_of(source: str | Path, stamps: list[Any], basis: tuple[Any, Any]) -> str:
+    """Return the name of the file for a source's content under a tokenizer and rules."""
     import tokenizers
     import transformers
 
@@ -102,7 +107,7 @@ def key_of(source: str | Path, stamps: list[Any], rules: Any) -> str:
         find_files(Path(source).expanduser(), unread)
     code = [sha256_of(file) for file in sorted(Path(__file__).parent.rglob("*.py"))]
     versions = (transformers.__version__, tokenizers.__version__, code)
-    parts = (str(source), content, unread, rules, versions)
+    parts = (str(source), content, unread, basis, versions)
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
@@ -123,7 +128,11 @@ def locked(path: Path) -> Iterator[None]:
         lock = path.with_suffix(".lock").open("a")
     with lock:
         with writing():
-            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the file is closed
+            except BlockingIOError:
+                print(f"waiting for another process, which tokenises into {path}")
+                fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
