@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rules:
-    """What rows are, and what becomes of bad ones; see `load_examples`."""
+    """Rules by which rows are taken, truncated or refused; see `load_examples`."""
 
     kind: Literal["sft", "preference"]
     max_length: int

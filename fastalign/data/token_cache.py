@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -97,17 +98,14 @@ def stamps(source: str | Path) -> list[Any] | None:
 
 def key_of(source: str | Path, stamps: list[Any], basis: tuple[Any, Any]) -> str:
     """Return the name of the file for a source's content under a tokenizer and rules."""
-    import tokenizers
-    import transformers
-
     on_hub = is_on_hub(str(source))
     content = stamps if on_hub else [(name, sha256_of(Path(name))) for name, *_ in stamps]
     unread: list[str] = []
     if not on_hub:
         find_files(Path(source).expanduser(), unread)
     code = [sha256_of(file) for file in sorted(Path(__file__).parent.rglob("*.py"))]
-    versions = (transformers.__version__, tokenizers.__version__, code)
-    parts = (str(source), content, unread, basis, versions)
+    versions = [version(library) for library in ("transformers", "tokenizers")]
+    parts = (str(source), content, unread, basis, code, versions)
     return hashlib.sha256(repr(parts).encode("utf-8", "surrogatepass")).hexdigest()
 
 
