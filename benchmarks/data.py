@@ -24,7 +24,7 @@ from typing import Any
 from fastalign.written_files import write_atomically
 
 BATCH_SIZE = 32
-WORDS = (60, 60, 60)  # of prompt, chosen and rejected: about 254 tokens a row in all
+NUM_WORDS = 60  # of prompt, chosen and rejected each: about 254 tokens a row in all
 
 
 def write_rows(path: Path, tokenizer_folder: Path, num_rows: int) -> None:
@@ -38,8 +38,8 @@ def write_rows(path: Path, tokenizer_folder: Path, num_rows: int) -> None:
     words, draw = " ".join(found).split(), random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(num_rows):
-            starts = [draw.randrange(len(words) - count) for count in WORDS]
-            row = [" ".join(words[i : i + n]) for i, n in zip(starts, WORDS, strict=True)]
+            starts = draw.sample(range(len(words) - NUM_WORDS), 3)
+            row = [" ".join(words[first : first + NUM_WORDS]) for first in starts]
             columns = {"prompt": row[0], "chosen": f" {row[1]}", "rejected": f" {row[2]}"}
             file.write(json.dumps(columns) + "\n")
 
