@@ -74,7 +74,7 @@ def test_transformers_serves_the_score_that_was_trained(
     architecture: str, ends: str, tmp_path: Path
 ) -> None:
     """Padded left, right or not at all: the saved folder's own forward reads the same token."""
-    tokenizer = make_tokenizer.__wrapped__(pad_is_eos=ends == "pad is eos")
+    tokenizer = make_tokenizer(pad_is_eos=ends == "pad is eos")
     last = 0 if ends == "pad ends a response" else 2
     groups = [
         Group([1, *prompt], [[*response, last] for response in responses])

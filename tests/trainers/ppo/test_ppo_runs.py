@@ -53,10 +53,10 @@ LORA = LoraConfig(rank=4, alpha=8.0)
 
 def with_reward_model(folder: Path, *, pad_is_eos: bool = False) -> PPOConfig:
     """Scores from a saved reward model, whose tokenizer may have one token more."""
-    tokenizer = make_tokenizer.__wrapped__(pad_is_eos=pad_is_eos)
+    tokenizer = make_tokenizer(pad_is_eos=pad_is_eos)
     save_model(tiny_model("llama", vocab_size=320), tokenizer, folder / "llama")
     model = tiny_reward_model("llama", vocab_size=320, seed=4)
-    own = make_tokenizer.__wrapped__(pad_is_eos=pad_is_eos)
+    own = make_tokenizer(pad_is_eos=pad_is_eos)
     set_pad_token(model, use_distinct_pad(own, {2}))
     save_reward_model(model, own, folder / "rm/model")
     config = plain_config(folder)

@@ -191,7 +191,7 @@ def test_nu_is_learned_at_its_own_rate_and_written_in_the_configuration(folder: 
 def test_it_learns_and_the_saved_model_gives_the_trainers_scores(
     folder: Path, pad_is_eos: bool
 ) -> None:
-    tokenizer = make_tokenizer.__wrapped__(pad_is_eos=pad_is_eos)
+    tokenizer = make_tokenizer(pad_is_eos=pad_is_eos)
     save_model(tiny_model("llama", vocab_size=320), tokenizer, folder / "llama")
     train_reward(plain_config(folder, "run", max_steps=30))
     last = read_metrics(folder / "run")[-1]
