@@ -22,7 +22,6 @@ from fastalign.models.forward import hidden_and_head, response_logprob
 from fastalign.models.lora import adapter_off
 from fastalign.models.reward import reward_scale, score_at
 from fastalign.ops import LinearHead, LinearKL, TokenChunk, kl_penalty, linear_kl, linear_logprob
-from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.ops.kl_penalty.api import MAX_K3
 from fastalign.ops.segments import segment_sum
 from fastalign.ranks.parallel import enter, is_sharded
@@ -72,15 +71,10 @@ class FirstUpdate:
         self._record = record
         self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def watched(self, loss_fn: LossFunction, rows: Tensor) -> LossFunction:
-        """Return a loss that also keeps its tokens' numbers; `rows` are its indices among the N."""
-
-        def watching(chunk: TokenChunk) -> tuple[Tensor, dict[str, Tensor]]:
-            of_chunk = rows[chunk.row_start : chunk.row_stop]
-            self._parts.append((of_chunk, chunk.logprob.detach(), chunk.entropy.detach()))
-            return loss_fn(chunk)
-
-        return watching
+    def keep(self, chunk: TokenChunk, rows: Tensor) -> None:
+        """Keep a chunk's numbers; `rows` are the indices of the call's tokens among the N."""
+        of_chunk = rows[chunk.row_start : chunk.row_stop]
+        self._parts.append((of_chunk, chunk.logprob.detach(), chunk.entropy.detach()))
 
     def finish(self, world: World) -> None:
         """Write all ranks' numbers into the record."""

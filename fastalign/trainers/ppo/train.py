@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate as accumulate_sums
 from statistics import fmean, pvariance
 from typing import Any
 
@@ -23,14 +24,14 @@ from fastalign.losses.chunk_losses import ppo_loss_fn
 from fastalign.models.attention import AttentionPlan
 from fastalign.models.forward import hidden_and_head
 from fastalign.models.load import model_fingerprint, save_reward_model
-from fastalign.ops import TokenChunk
+from fastalign.ops import TokenChunk, kl_penalty
 from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.runs.accumulate import Examples, Total, accumulate, measure_examples, policy_loss
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import open_run
 from fastalign.runs.state import TrainState, optimiser_step
-from fastalign.trainers.ppo.advantages import Advantages
+from fastalign.trainers.ppo.advantages import Advantages, GroupAdvantage
 from fastalign.trainers.ppo.config import PPOConfig
 from fastalign.trainers.ppo.record import (
     FirstUpdate,
@@ -69,6 +70,7 @@ class Experience:
     Attributes:
         examples: prompts with their responses.
         record: numbers of every sampled token, before the updates.
+        score: (R,) of each response.
         advantages: advantage of every token, and the returns of a value model.
         kl_coefficient: weight of the KL in this step.
         weight: (N,) weight of each token's policy loss that corrects the sampler's drift, or None.
@@ -77,6 +79,7 @@ class Experience:
 
     examples: Examples
     record: TokenRecord
+    score: Tensor
     advantages: Advantages
     kl_coefficient: float
     weight: Tensor | None
@@ -131,7 +134,7 @@ def ppo_step(ppo: PPOSetup, state: TrainState, indices: list[int], num_steps: in
 
     updates = mean_of_updates(all_updates(ppo, experience, state, num_steps))
     updated = time.perf_counter()
-    measured = counted | measure_experience(ppo, experience, score)
+    measured = counted | measure_experience(ppo, experience)
 
     ppo.sampler.version = state.step + 1
     state.kept[KL_COEFFICIENT] = adapted_coefficient(
@@ -191,11 +194,15 @@ def sample_and_score(
 def first_update_can_compute(config: PPOConfig) -> bool:
     """Return True where nothing needs the policy's log-probs before an update of all tokens.
 
-    That update computes them before it changes the policy. A KL in the reward needs them earlier.
+    That update computes them before it changes the policy. A KL in the reward needs them for the
+    advantages: earlier, unless these compare each prompt's responses alone, which the loss of a
+    group sees together.
     """
     kl, settings = config.kl, config.ppo
-    penalised = kl.in_reward and kl.coefficient > 0
-    needed = penalised or kl.estimator == "full" or settings.max_importance_weight is not None
+    estimator = settings.advantage
+    by_group = isinstance(estimator, GroupAdvantage) and estimator.whiten == "none"
+    needed = kl.in_reward and kl.coefficient > 0 and not by_group
+    needed |= kl.estimator == "full" or settings.max_importance_weight is not None
     return settings.mini_batches == 1 and not needed
 
 
@@ -204,7 +211,8 @@ def make_experience(
 ) -> tuple[Experience, Metrics]:
     """Compute log-probs, values, rewards and advantages of the rollouts, before any update.
 
-    `score` (R,) is of each response; with `wait` the first update computes the policy's log-probs.
+    `score` (R,) is of each response. With `wait` the first update computes the policy's log-probs,
+    and a KL in the reward enters the advantages there.
 
     Returns:
         The experience, and `num_packed_tokens` and `num_micro_batches`.
@@ -232,12 +240,13 @@ def make_experience(
     if most is not None:
         weight = importance_weight(record.logprob, record.sampler_logprob, max_weight=most)
     first = FirstUpdate(record) if wait else None
-    return Experience(examples, record, advantages, coefficient, weight, first), counts
+    return Experience(examples, record, score, advantages, coefficient, weight, first), counts
 
 
-def measure_experience(ppo: PPOSetup, experience: Experience, score: Tensor) -> Metrics:
-    """Return metrics of the experience, once its record is whole; `score` (R,)."""
+def measure_experience(ppo: PPOSetup, experience: Experience) -> Metrics:
+    """Return metrics of the experience, once its record is whole."""
     record, kl, coefficient = experience.record, ppo.config.kl, experience.kl_coefficient
+    score = experience.score
     penalised = penalise(record, score, kl, coefficient)
     responses = [ids for group in experience.examples.groups for ids in group.response_ids]
     return {
@@ -293,7 +302,7 @@ def one_update(
     """
     terms = update_gradient(ppo, experience, groups, number)
     if experience.first is not None:
-        experience.first.finish(ppo.compute.world)
+        finish_record(ppo, experience, experience.first)
     totals = [total for _, total in terms.values()]
     update = optimiser_step(state, totals, ppo.config.optim, num_steps)
     metrics: Metrics = {"loss": 0.0, "num_packed_tokens": 0, "num_micro_batches": 0}
@@ -305,6 +314,18 @@ def one_update(
         means = total.metrics()
         metrics |= {k: v for k, v in means.items() if k.startswith(("policy/", "val/"))}
     return metrics | update
+
+
+def finish_record(ppo: PPOSetup, experience: Experience, first: FirstUpdate) -> None:
+    """Write what the first update's gradient has computed into the record and the advantages."""
+    config, record = ppo.config, experience.record
+    first.finish(ppo.compute.world)
+    if config.kl.in_reward and experience.kl_coefficient:
+        reward = penalise(record, experience.score, config.kl, experience.kl_coefficient).reward
+        found = config.ppo.advantage.estimate(
+            reward, record.value, record.bounds, config.sampling.num_samples
+        )
+        experience.advantages.advantage.copy_(found.advantage)
 
 
 def update_gradient(
@@ -351,7 +372,10 @@ def policy_batch_loss(
         loss, sums, kl = full_kl_loss(ppo, batch, loss_fn)
         return loss + exact * kl / num_tokens, sums | {"policy/kl_avg": kl.detach()}
     temperature = ppo.config.sampling.temperature
-    found = policy_loss(ppo.models.policy, batch, loss_fn, ppo.compute, temperature=temperature)
+    segments = None if experience.first is None else group_bounds_of(experience, chosen)
+    found = policy_loss(
+        ppo.models.policy, batch, loss_fn, ppo.compute, segments=segments, temperature=temperature
+    )
     return found.loss, found.sums
 
 
@@ -367,9 +391,10 @@ def clipped_loss(
     def moved(values: Tensor) -> Tensor:
         return values[rows].to(device, non_blocking=True)
 
+    advantage = moved(experience.advantages.advantage)
     loss_fn = ppo_loss_fn(
         moved(record.logprob) if first is None else None,
-        moved(experience.advantages.advantage),
+        advantage,
         clip_range=settings.clip_range,
         entropy_coefficient=settings.entropy_coefficient,
         weight=None if weight is None else moved(weight),
@@ -378,7 +403,44 @@ def clipped_loss(
         estimator="k3" if kl.estimator == "full" else kl.estimator,
         normaliser=num_tokens,
     )
-    return loss_fn if first is None else first.watched(loss_fn, rows)
+    if first is None:
+        return loss_fn
+
+    def first_loss_fn(chunk: TokenChunk) -> tuple[Tensor, dict[str, Tensor]]:
+        first.keep(chunk, rows)
+        if kl.in_reward and experience.kl_coefficient:
+            groups = chosen[chunk.group_start : chunk.group_stop]
+            found = group_advantage(ppo, experience, groups, chunk.logprob.detach())
+            advantage[chunk.row_start : chunk.row_stop] = found
+        return loss_fn(chunk)
+
+    return first_loss_fn
+
+
+def group_bounds_of(experience: Experience, chosen: Sequence[int]) -> list[int]:
+    """Return the bounds of these groups' tokens, laid end to end."""
+    bounds = experience.record.group_bounds
+    return [0, *accumulate_sums(bounds[group + 1] - bounds[group] for group in chosen)]
+
+
+def group_advantage(
+    ppo: PPOSetup, experience: Experience, groups: Sequence[int], logprob: Tensor
+) -> Tensor:
+    """Return the advantages (n,) of these groups' tokens, with the KL in their rewards."""
+    record, kl, num_samples = experience.record, ppo.config.kl, ppo.config.sampling.num_samples
+    assert kl.estimator != "full"
+    responses = [g * num_samples + s for g in groups for s in range(num_samples)]
+    lengths = record.bounds.diff()[responses]
+    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(logprob.device)
+    found = kl_penalty(
+        logprob,
+        record.reference_logprob[record.rows_of(groups)].to(logprob),
+        bounds,
+        experience.score[responses].to(logprob),
+        coefficient=experience.kl_coefficient,
+        estimator=kl.estimator,
+    )
+    return ppo.config.ppo.advantage.estimate(found.reward, None, bounds, num_samples).advantage
 
 
 def full_kl_loss(

@@ -91,7 +91,7 @@ def rollouts_of(run: PPOSetup, indices: Sequence[int] = INDICES) -> Rollouts:
 def experience_of(run: PPOSetup, rollouts: Rollouts) -> tuple[Experience, dict[str, Any]]:
     score = final_scores(run.config.reward, rollouts.rewards, rollouts.ended, None)
     experience, counts = ppo.make_experience(run, rollouts, score, run.config.kl.coefficient)
-    return experience, counts | ppo.measure_experience(run, experience, score)
+    return experience, counts | ppo.measure_experience(run, experience)
 
 
 def state_of(run: PPOSetup) -> TrainState:

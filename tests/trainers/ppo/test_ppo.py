@@ -11,9 +11,10 @@ import torch
 from fastalign.batch.schedule import mini_batches
 from fastalign.rollouts import Completion
 from fastalign.runs.accumulate import measure_examples
-from fastalign.trainers import Gae, KLInLoss
+from fastalign.trainers import Gae, KLInLoss, KLInReward, Rloo
 from fastalign.trainers.ppo import train as ppo
 from fastalign.trainers.ppo.advantages import ADVANTAGES
+from fastalign.trainers.ppo.config import KLPenalty
 from fastalign.trainers.ppo.train import all_updates, demonstrations_of, one_update, update_gradient
 from fastalign.trainers.sampling.rollout import final_scores
 from tests.small_runs import WORDS, write_rows
@@ -130,20 +131,30 @@ def test_the_first_update_has_ratio_one_and_later_ones_move_away(folder: Path) -
     assert means["val/ratio_var"] == pytest.approx(spread)
 
 
-def test_the_first_update_computes_the_log_probs_that_nothing_needs_before(folder: Path) -> None:
-    config = plain_config(folder, **FORMS["k2-loss"], ppo={"epochs": 2})
+@pytest.mark.parametrize("kl", [KLInLoss(0.3, "k2"), KLInReward(0.3, "k1")], ids=["loss", "reward"])
+@pytest.mark.parametrize("buffer", [None, 2**14])
+def test_the_first_update_computes_the_log_probs_that_nothing_needs_before(
+    folder: Path, kl: KLPenalty, buffer: int | None
+) -> None:
+    """In several micro-batches, each in one chunk of the head or in several."""
+    settings = {"epochs": 2} if not kl.in_reward else {"epochs": 2, "advantage": Rloo()}
+    sampling = {"num_samples": 3} if kl.in_reward else {}
+    config = plain_config(folder, kl=kl, ppo=settings, sampling=sampling)
     found = []
     for wait in (False, True):
-        run = make_run(config, tokens_per_batch=60)
+        run = make_run(config, tokens_per_batch=120, max_buffer_bytes=buffer)
         rollouts = rollouts_of(run)
         score = final_scores(config.reward, rollouts.rewards, rollouts.ended, None)
         experience, _ = ppo.make_experience(run, rollouts, score, 0.3, wait=wait)
         assert bool(experience.record.logprob.isnan().all()) == wait
         updates = all_updates(run, experience, state_of(run), 8)
-        measured = ppo.measure_experience(run, experience, score)
+        measured = ppo.measure_experience(run, experience)
         weights = torch.cat([weight.flatten() for weight in run.models.policy.parameters()])
-        found.append((experience.record, updates, measured, weights.detach()))
-    (record, updates, measured, weights), (late, late_updates, late_measured, late_weights) = found
+        assert bool(experience.advantages.advantage.isfinite().all())
+        found.append((experience, updates, measured, weights.detach()))
+    (early, updates, measured, weights), (late, late_updates, late_measured, late_weights) = found
+    torch.testing.assert_close(late.advantages.advantage, early.advantages.advantage)
+    record, late = early.record, late.record
     torch.testing.assert_close(late.logprob, record.logprob)
     torch.testing.assert_close(late.entropy, record.entropy)
     assert late_updates[0]["policy/approxkl_avg"] == 0
@@ -158,9 +169,16 @@ def test_log_probs_come_first_where_a_reward_or_a_part_of_the_tokens_needs_them(
     folder: Path,
 ) -> None:
     loss = KLInLoss(coefficient=0.3)
-    late = [{"kl": loss}, {"kl": {"coefficient": 0.0}}, {"kl": loss, "ppo": {"epochs": 3}}]
+    rloo = {"ppo": {"advantage": Rloo()}, "sampling": {"num_samples": 2}}
+    late = [
+        {"kl": loss},
+        {"kl": {"coefficient": 0.0}},
+        {"kl": loss, "ppo": {"epochs": 3}},
+        {"kl": {"coefficient": 0.1}, **rloo},
+    ]
     early = [
         {"kl": {"coefficient": 0.1}},
+        {**rloo, "kl": {"coefficient": 0.1}, "ppo": {"advantage": Rloo(whiten="advantages")}},
         {"kl": KLInLoss(coefficient=0.3, estimator="full")},
         {"kl": loss, "ppo": {"mini_batches": 2}},
         {"kl": loss, "ppo": {"max_importance_weight": 2.0}},

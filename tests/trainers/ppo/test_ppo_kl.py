@@ -97,7 +97,7 @@ def test_the_full_kl_is_the_sum_over_the_vocabulary(folder: Path) -> None:
             parameter.mul_(1.2)
     score = torch.zeros(len(rollouts.rewards))
     update, _ = make_experience(run, rollouts, score, 0.1)
-    metrics = measure_experience(run, update, score)
+    metrics = measure_experience(run, update)
     found, place = [], 0
     for group in rollouts.groups:
         for ids in group.response_ids:
