@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+gc.disable()  # until the tests are collected: imports and tests are kept anyway
 if os.environ.get("FASTALIGN_TEST_GPU") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -106,6 +107,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_collection_finish() -> None:
     """A run's collections of garbage need not look at all modules and tests again."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)

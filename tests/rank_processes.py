@@ -87,6 +87,12 @@ def run(num_ranks: int, folder: Path, target: Callable[..., None], *arguments: A
     return outputs
 
 
+def torchrun(num_ranks: int, folder: Path, module: str, *arguments: str) -> Ranks:
+    """`torchrun -m MODULE ...` as a process that starts the ranks, which are new programs."""
+    options = ["--standalone", "--nproc-per-node", str(num_ranks), "-m", module]
+    return start(1, folder, _agent, [*options, *arguments])
+
+
 def in_turn(target: Callable[[Any], object], arguments: Sequence[Any]) -> None:
     """Call `target` once for each argument, in groups numbered as torchrun's restarts are."""
     for number, argument in enumerate(arguments):
@@ -109,10 +115,19 @@ def free_port() -> int:
         return number
 
 
+def _agent(arguments: list[str]) -> None:
+    from torch.distributed.run import main
+
+    os.environ["PYTHONPATH"] = str(Path(__file__).parents[1])
+    main(arguments)
+
+
 def _run(
     environment: dict[str, str], log: Path, target: Callable[..., None], arguments: Sequence[Any]
 ) -> None:
     os.environ.update(environment)
+    if not os.environ["XDG_CACHE_HOME"]:  # the server may have been forked with that of a test
+        del os.environ["XDG_CACHE_HOME"]
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)

@@ -1,9 +1,6 @@
 """`--sampler`, as commands that sample take it: what vLLM drew is the model's, or one line."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,28 +74,6 @@ def logprobs_of(policy: Any, rows: Sequence[dict[str, Any]]) -> list[float]:
         )
         found.append(logprobs.double().sum().item())
     return found
-
-
-@needs_vllm
-def test_what_vllm_draws_in_the_commands_process_is_the_models(work: Path) -> None:
-    command = ["generate", "--model.path", "one", *SAMPLING, "--sampler", "vllm", *SMALL]
-    done = subprocess.run(
-        [sys.executable, "-m", "fastalign", *command, "--out", "s.jsonl"],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "sampled 12 of 12\n12 completions of 4 prompts written to s.jsonl" in done.stdout
-    rows = rows_of(work / "s.jsonl")
-    assert len({row["completion"] for row in rows}) > 6
-    assert [row["logprob"] for row in rows] == pytest.approx(
-        logprobs_of(speaks_digits(0), rows), abs=1e-3
-    )
-    assert [row["logprob"] for row in rows] != pytest.approx(
-        logprobs_of(speaks_digits(1), rows), abs=1
-    )
 
 
 @needs_vllm

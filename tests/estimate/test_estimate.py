@@ -60,8 +60,11 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 CONFIGURATIONS = {
     "dpo": ("dpo", "pairs", ()),
-    "dpo, checkpointed": ("dpo", "pairs", ("--train.gradient-checkpointing",)),
-    "sft, two batches a step": ("sft", "texts", ("--train.tokens-per-batch", "1250")),
+    "sft, checkpointed, two batches a step": (
+        "sft",
+        "texts",
+        ("--train.tokens-per-batch", "1250", "--train.gradient-checkpointing"),
+    ),
 }
 
 

@@ -1,13 +1,11 @@
 """Processes that are killed or stand still: others say which, and the run goes on from disk."""
 
 import signal
-import subprocess
-import sys
 from collections.abc import Iterable
-from pathlib import Path
 
 from fastalign.ranks.errors import RANK_FAILED
 from fastalign.runs.checkpoint.writer import CHECKPOINTS
+from tests import rank_processes as ranks
 from tests.faults.injected import Happens, KilledInSave, Sent
 from tests.faults.real import HEARD, Outcome, Stage, assert_nothing_left_behind, assert_same_bits
 from tests.faults.table import ALONE, DDP, FSDP, FSDP3, Place, fault
@@ -172,14 +170,10 @@ def test_the_first_rank_stopped(stage: Stage, run: str, place: Place) -> None:
     "run goes on from its newest checkpoint with --run.resume`; the same",
 )
 def test_under_torchrun(stage: Stage, run: str, place: Place) -> None:
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "tests.faults.torchrun", "1", "4"),
+    started = ranks.torchrun(
+        *(2, stage.folder / f"logs of {run}", "tests.faults.torchrun", "1", "4"),
         *("dpo", "--config", str(stage.folder / "dpo.yaml"), "--run.dir", str(stage.folder / run)),
-    ]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2]
     )
-    assert done.returncode == 1
-    HEARD.append(done.stderr)
+    assert started.join() == [1]
+    HEARD.append(started.output(0))
     assert_same_bits(stage.finish(place, run, "--run.resume"), stage.straight(place))

@@ -165,6 +165,7 @@ def test_bad_reference(stage: Stage, run: str, place: Place) -> None:
 )
 def test_spike(stage: Stage, run: str, place: Place) -> None:
     flags = ("--optim.skip-sigma", "8", "--train.max-steps", "36", "--train.eval-every", "0")
+    flags += ("--train.batch-size", "3", "--train.tokens-per-batch", "100")
     spike = Poison(35, 1e4, "gradient", "first", place.num_ranks - 1)
     outcome = stage.finish(place, run, *flags, faults=[spike])
     assert outcome.skipped() == [35]

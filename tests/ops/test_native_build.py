@@ -75,11 +75,11 @@ def test_the_cuda_sources_compile_without_spills(tmp_path: Path, source: Path) -
             "-O3",
             "-Werror=all-warnings",
             "-Xptxas=-v",
-            "-gencode=arch=compute_90,code=sm_90",
-            "-c",
+            "-arch=sm_90",
+            "-cubin",  # the host's part is compiled as C++ by the emulation's tests
             str(source),
             "-o",
-            str(tmp_path / "out.o"),
+            str(tmp_path / "out.cubin"),
         ],
         capture_output=True,
         text=True,
@@ -90,7 +90,7 @@ def test_the_cuda_sources_compile_without_spills(tmp_path: Path, source: Path) -
     assert spills
     assert all("0 bytes spill stores, 0 bytes spill loads" in line for line in spills), spills
     if source.stem in OF_ROWS:
-        assert_accesses_are_wide(tmp_path / "out.o")
+        assert_accesses_are_wide(tmp_path / "out.cubin")
 
 
 def test_no_kernel_of_the_library_has_local_memory_on_any_architecture() -> None:

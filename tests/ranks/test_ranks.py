@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,6 +37,7 @@ TRAINERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "ppo": (ppo_config, train_ppo),
     "online-dpo": (online_config, train_online_dpo),
 }
+NUM_STEPS = 5
 # Depends on the clock, the process, or how a step is cut into batches.
 NOT_COMPARED = ("_seconds", "peak_memory", "per_second", "fill_rate", "num_micro_batches")
 
@@ -55,8 +54,13 @@ class Case:
 
     def config(self, folder: Path, run: str, **parallel: Any) -> Any:
         make, _ = TRAINERS[self.trainer]
-        config = make(folder, run, **({"tokens_per_batch": 40} | self.train))
+        train = {"tokens_per_batch": 40, "max_steps": NUM_STEPS}
+        config = make(folder, run, **(train | self.train))
         return replace(self.change(config), **parallel)
+
+
+def exact_kl(config: Any) -> Any:
+    return replace(config, kl=replace(config.kl, estimator="full"))
 
 
 def lora(config: Any) -> Any:
@@ -73,19 +77,18 @@ CASES = {
     "dpo, ddp, adapter": Case("dpo", 2, DDP, change=lora),
     "dpo, fsdp": Case("dpo", 3, FSDP, {"batch_size": 5}),
     "dpo, fsdp, adapter": Case("dpo", 2, FSDP, change=lora),
-    "dpo, fsdp, whole gradients": Case("dpo", 2, replace(FSDP, no_sync=True)),
-    "dpo, fsdp, weights kept": Case("dpo", 2, replace(FSDP, reshard_after_forward=False)),
+    "dpo, fsdp, whole gradients, checkpointed": Case(
+        "dpo", 2, replace(FSDP, no_sync=True), {"gradient_checkpointing": True}
+    ),
+    "dpo, fsdp, weights kept, padded": Case(
+        "dpo", 2, replace(FSDP, reshard_after_forward=False), {"packing": "padded"}
+    ),
     "dpo, fsdp, offloaded": Case("dpo", 2, replace(FSDP, offload=True)),
-    "dpo, fsdp, checkpointed": Case("dpo", 2, FSDP, {"gradient_checkpointing": True}),
-    "dpo, fsdp, padded": Case("dpo", 2, FSDP, {"packing": "padded"}),
     "reward, ddp": Case("reward", 2, DDP),
     "reward, fsdp": Case("reward", 3, FSDP),
     "ppo, ddp": Case("ppo", 2, DDP),
-    "ppo, fsdp": Case("ppo", 3, FSDP),
+    "ppo, fsdp, exact KL": Case("ppo", 3, FSDP, change=exact_kl),
     "ppo, fsdp, adapter": Case("ppo", 2, FSDP, change=lora),
-    "ppo, fsdp, exact KL": Case(
-        "ppo", 2, FSDP, change=lambda c: replace(c, kl=replace(c.kl, estimator="full"))
-    ),
     "online-dpo, ddp": Case("online-dpo", 2, DDP),
     "online-dpo, fsdp": Case("online-dpo", 2, FSDP, RENEWED),
 }
@@ -118,7 +121,7 @@ def test_ranks_train_as_one_process_does(name: str, folder: Path) -> None:
     outputs = ranks.run(case.num_ranks, folder / "logs", trained, case.trainer, shared)
     assert all("loss" not in output for output in outputs[1:])  # rank 0 speaks for all
     one, other = read_metrics(folder / "one"), read_metrics(folder / "shared")
-    assert len(one) == len(other) == 8
+    assert len(one) == len(other) == NUM_STEPS
     for rows in zip(one, other, strict=True):
         assert_near(*rows)
     for file in sorted((folder / "one").rglob("*.safetensors")):
@@ -150,18 +153,12 @@ def test_a_run_goes_on_on_other_ranks(trainer: str, folder: Path) -> None:
 
 
 def test_torchrun_starts_a_run_and_rank_0_speaks_for_it(folder: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    data = ["--model.path", "llama", "--data.train", "pairs.jsonl", "--run.dir", "run"]
+    data = ["--model.path", str(folder / "llama"), "--data.train", str(folder / "pairs.jsonl")]
     how = ["--train.max-steps", "3", "--train.device", "cpu", "--parallel.strategy", "fsdp"]
-    done = subprocess.run(
-        [*torchrun, "-m", "fastalign", "dpo", *data, *how, "--loss.beta", "0.2"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=ranks.SECONDS,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("dpo 3/3") == 1
+    run = ["--run.dir", str(folder / "run"), "--loss.beta", "0.2"]
+    started = ranks.torchrun(2, folder / "logs", "fastalign", "dpo", *data, *how, *run)
+    assert started.join() == [0], started.output(0)
+    assert started.output(0).count("dpo 3/3") == 1
     assert [row["step"] for row in read_metrics(folder / "run")] == [1, 2, 3]
     assert (folder / "run/model/model.safetensors").is_file()
 

@@ -100,8 +100,9 @@ def shared_engine() -> None:
     part_from_ranks()
 
 
-if __name__ == "__main__":
+def main() -> None:
     warnings.simplefilter("ignore")
+    os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"]
     dist.init_process_group("gloo")
     shared_engine()
     own_engine()

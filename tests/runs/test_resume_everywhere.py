@@ -29,7 +29,6 @@ SHARED = [
     ("dpo", DDP, lora),
     ("dpo", FSDP, lora),
     ("reward", FSDP, None),
-    ("ppo", DDP, None),
     ("ppo", FSDP, None),
     ("online-dpo", FSDP, None),
 ]

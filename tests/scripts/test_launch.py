@@ -95,7 +95,7 @@ def test_one_node_checks_two_ranks_and_stops_where_the_check_fails(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     assert "2 of 2 ranks are ready" in done.stdout
     (tmp_path / "file").write_text("")
-    done = call("one_node.sh", "dpo", *run_flags(tmp_path / "file/run"), NPROC="2")
+    done = call("one_node.sh", "dpo", *run_flags(tmp_path / "file/run"), NPROC="1")
     assert done.returncode == 2
     assert "cannot be written" in done.stderr
     assert "no model" not in done.stderr  # which the run itself would have said

@@ -23,6 +23,7 @@ from tests.ops.head.fused_linear_loss.fused_linear_loss_cases import (
     ROWS,
     VOCABULARY,
     WIDTH,
+    combined,
     group_loss,
     leaves,
     skip_unusable,
@@ -67,10 +68,15 @@ def read(values: dict[str, Tensor], function: str, *, merged: bool, **options: A
     return [*(value.detach() for value in found), *torch.autograd.grad(total, trained)]
 
 
-@pytest.mark.parametrize("budget", [1_000, 3_000, None])
-@pytest.mark.parametrize("trained", ["hwbAB", "hAB", "AB", "hA", "B", "h"])
-@pytest.mark.parametrize("function", ["fused_linear_loss", "logprob", "entropy"])
-@pytest.mark.parametrize(("backend", "dtype"), KERNELS)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "function", "trained", "budget"),
+    combined(
+        KERNELS,
+        ["fused_linear_loss", "logprob", "entropy"],
+        ["hwbAB", "hAB", "AB", "hA", "B", "h"],
+        [1_000, 3_000, None],
+    ),
+)
 def test_like_the_merged_weight(
     backend: str, dtype: torch.dtype, function: str, trained: str, budget: int | None
 ) -> None:

@@ -69,8 +69,11 @@ RENEWED = {
 }
 
 
-@pytest.mark.parametrize("changes", [{}, RENEWED], ids=["fixed", "renewed"])
-@pytest.mark.parametrize("stop", [3, 4])  # just before the reference is renewed, and after
+@pytest.mark.parametrize(
+    ("changes", "stop"),  # just before the reference is renewed, and after
+    [({}, 3), (RENEWED, 3), (RENEWED, 4)],
+    ids=["fixed", "before", "after"],
+)
 def test_a_stopped_and_resumed_run_equals_a_straight_one(
     folder: Path, changes: dict[str, Any], stop: int
 ) -> None:

@@ -1,5 +1,7 @@
 """Inputs, transforms and comparisons for the tests of `fused_linear_loss`."""
 
+from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -40,6 +42,23 @@ TRANSFORMS: dict[str, dict[str, Any]] = {
         "temperature": torch.linspace(0.4, 2.5, ROWS, dtype=torch.float64),
     },
 }
+
+
+def combined(
+    kernels: Sequence[tuple[str, torch.dtype]], *choices: Iterable[Any]
+) -> list[tuple[Any, ...]]:
+    """Every combination of the choices for the first kernel, every pair of two for the others.
+
+    That is, these have every combination but of the last choice, which takes turns.
+    """
+    exact, *others = kernels
+    *first, last = [list(choice) for choice in choices]
+    found = [(*exact, *combination) for combination in product(*first, last)]
+    for kernel in others:
+        for number, combination in enumerate(product(*first)):
+            turn = number // len(first[-1]) + number
+            found.append((*kernel, *combination, last[turn % len(last)]))
+    return found
 
 
 def skip_unusable(backend: str, dtype: torch.dtype) -> None:

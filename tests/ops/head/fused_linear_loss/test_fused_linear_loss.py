@@ -18,6 +18,7 @@ from tests.ops.head.fused_linear_loss.fused_linear_loss_cases import (
     TRANSFORMS,
     VOCABULARY,
     assert_all_close,
+    combined,
     group_loss,
     leaves,
     outputs,
@@ -56,12 +57,12 @@ def test_reference_gradients_by_finite_differences() -> None:
     assert torch.autograd.gradcheck(call, values)
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("groups", GROUPS)
-@pytest.mark.parametrize(("backend", "dtype"), KERNELS)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "transform", "groups", "budget"),
+    combined(KERNELS, TRANSFORMS, GROUPS, BUDGETS),
+)
 def test_values_and_gradients(
-    backend: str, dtype: torch.dtype, groups: str, transform: str, budget: int | None
+    backend: str, dtype: torch.dtype, transform: str, groups: str, budget: int | None
 ) -> None:
     skip_unusable(backend, dtype)
     values, targets, options = leaves(dtype), some_targets(), TRANSFORMS[transform]

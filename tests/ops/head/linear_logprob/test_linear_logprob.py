@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from fastalign.ops.head.linear_logprob import linear_logprob
+from tests.ops.head.fused_linear_loss.fused_linear_loss_cases import combined
 from tests.ops.head.linear_logprob.linear_logprob_cases import (
     BUDGETS,
     EAGER,
@@ -64,10 +65,10 @@ def test_gradients_by_finite_differences(backend: str) -> None:
     assert torch.autograd.gradcheck(call, values)
 
 
-@pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("through", ["logprob", "entropy", "logprob+entropy"])
-@pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize(("backend", "dtype"), KERNELS)
+@pytest.mark.parametrize(
+    ("backend", "dtype", "transform", "through", "budget"),
+    combined(KERNELS, TRANSFORMS, ["logprob", "entropy", "logprob+entropy"], BUDGETS),
+)
 def test_values_and_gradients(
     backend: str, dtype: torch.dtype, transform: str, through: str, budget: int | None
 ) -> None:
