@@ -18,6 +18,7 @@ import fastalign.cli.main
 import fastalign.trainers.online_dpo.train
 import fastalign.trainers.ppo.train
 import fastalign.trainers.reward.train
+import fastalign.trainers.sft
 import tests.small_runs
 
 # A run imports these when an adapter, several ranks or 8-bit states first ask for them.
