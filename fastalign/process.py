@@ -287,9 +287,10 @@ def _watch(ended: threading.Event) -> None:
         waited = sum(delays[task] - before[task] for task in delays.keys() & before.keys())
         short = spins.check(waited / (now - time_before), now)
         time_before, before = now, delays
-        if short and held is None and "torch" in sys.modules:
-            num_cores = len(os.sched_getaffinity(0))
-            team = num_cores - sys.modules["torch"].get_num_threads() + 2
+        # None before torch is imported, and while it is.
+        get_num_threads = getattr(sys.modules.get("torch"), "get_num_threads", None)
+        if short and held is None and get_num_threads is not None:
+            team = len(os.sched_getaffinity(0)) - get_num_threads() + 2
             held = ShortSpins(max(team, 2))
         elif not short and held is not None:
             held.close()

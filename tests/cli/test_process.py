@@ -6,6 +6,7 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -141,7 +142,7 @@ def test_short_spins_are_a_team_of_idle_threads_beside_the_own_one() -> None:
 def test_the_watch_shortens_spins_by_the_threads_delay_and_ends_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    done, opened = Counter[str](), threading.Event()
+    done, opened, importing = Counter[str](), threading.Event(), threading.Event()
 
     class Recorded:
         def __init__(self, size: int) -> None:
@@ -151,14 +152,23 @@ def test_the_watch_shortens_spins_by_the_threads_delay_and_ends_them(
         def close(self) -> None:
             done["close"] += 1
 
-    delays = iter(range(10**9))
+    def crowded() -> dict[str, float]:
+        if done["check"] == 3:
+            importing.set()
+        done["check"] += 1
+        return {"1": float(done["check"]), "2": 0.0}
+
     monkeypatch.setattr(process, "ShortSpins", Recorded)
     monkeypatch.setattr(process, "CHECK_SECONDS", 0.001)
-    monkeypatch.setattr(process, "thread_delays", lambda: {"1": float(next(delays)), "2": 0.0})
+    monkeypatch.setattr(process, "thread_delays", crowded)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(torch.get_num_threads())))
     with waits_by_load(Choice(None, "", True, "", False, "")):
+        with monkeypatch.context() as half_imported:
+            half_imported.setitem(sys.modules, "torch", ModuleType("torch"))
+            assert importing.wait(60)
+            assert not opened.is_set()
         assert opened.wait(60)
-    assert done == {"open 2": 1, "close": 1}
+    assert (done["open 2"], done["close"]) == (1, 1)
     assert all(thread.name != "fastalign-waits" for thread in threading.enumerate())
     with waits_by_load(Choice(None, "", False, "", False, "")):
         assert all(thread.name != "fastalign-waits" for thread in threading.enumerate())
