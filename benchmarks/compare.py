@@ -28,7 +28,7 @@ from benchmarks.compare_ppo import PPO, compare_all_ppo
 from benchmarks.compare_rollouts import ROLLOUT, compare_all_rollouts
 from benchmarks.compare_steps import NAMES, OURS, compare_all_steps
 from benchmarks.growth import BASE, GROWTH, compare_growth
-from benchmarks.head_rows import DTYPES, compare_heads, refuse_on_a_red_test
+from benchmarks.head_rows import DTYPES, PASSES, compare_heads, refuse_on_a_red_test
 from benchmarks.measure import ALLOCATORS, allocator_name
 from benchmarks.operations import compare_operations, print_operations
 from benchmarks.peers import PEERS
@@ -75,6 +75,13 @@ def make_parser() -> argparse.ArgumentParser:
         choices=known,
         action="append",
         help="peer of a head or a step; may be repeated; by default all",
+    )
+    parser.add_argument(
+        "--pass",
+        dest="passes",
+        choices=list(PASSES),
+        action="append",
+        help="pass of a head; may be repeated",
     )
     parser.add_argument(
         "--rounds", type=int, default=5, help="number of timed calls of each implementation"
@@ -146,6 +153,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--device: {name} runs on a CPU only, got {arguments.device}")
     if arguments.trl_ppo is not None and not (arguments.trl_ppo / "trl").is_dir():
         parser.error(f"--trl-ppo: expected a folder with TRL in it, got {arguments.trl_ppo}")
+    if arguments.passes and name not in heads.IMPLEMENTATIONS:
+        parser.error(f"--pass: {name} is no head")
     if arguments.tested and name != "head":
         parser.error(f"--tested: {name} runs no tests")
     if name == "answers-step" and "chat" in (arguments.case or []):
@@ -187,8 +196,8 @@ def compare(arguments: argparse.Namespace) -> list[Any]:
         print_operations(rows)
         return list(rows)
     cases, peers = arguments.case or [], arguments.peer or []
-    tested = arguments.tested
-    return list(compare_heads(name, cases, device, arguments.dtype, rounds, peers, tested=tested))
+    options = {"tested": arguments.tested, "passes": arguments.passes or ()}
+    return list(compare_heads(name, cases, device, arguments.dtype, rounds, peers, **options))
 
 
 def records_of(arguments: argparse.Namespace) -> list[dict[str, Any]]:

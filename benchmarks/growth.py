@@ -34,8 +34,8 @@ class Sizes:
     vocabulary: int
 
 
-BASE = Sizes(pairs=2, prompt=512, response=256, vocabulary=16000)
-FACTORS = (1, 2, 4)
+BASE = Sizes(pairs=1, prompt=128, response=128, vocabulary=8000)
+FACTORS = (1, 4, 16)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,14 +131,19 @@ def compare_case(
     dtype_name: str,
     num_rounds: int,
     functions: dict[str, Callable[[HeadInputs], Tensor]],
+    passes: Sequence[str] = (),
 ) -> list[Row]:
-    """Check agreement, then measure the implementations and the bare products of a case."""
+    """Check agreement, then measure the implementations and the bare products of a case.
+
+    `passes` are the keys of `PASSES` to measure; by default those that tell something new.
+    """
     inputs = make_inputs(case, device, DTYPES[dtype_name])
     functions = agreeing(case, inputs, functions)
     rows = []
     for pass_, (trained, num_products) in PASSES.items():
         # a case of one pair measures memory and needs only one pass
-        if pass_ != "forward+backward" and (name != "head" or case.num_pairs == 1):
+        default = pass_ == "forward+backward" or (name == "head" and case.num_pairs > 1)
+        if not (pass_ in passes if passes else default):
             continue
         print(f"{case.name}, {dtype_name}, {pass_} ...", file=sys.stderr, flush=True)
         inputs.weight.requires_grad_(trained)
@@ -202,6 +207,7 @@ def compare_heads(
     wanted_peers: list[str],
     *,
     tested: bool = False,
+    passes: Sequence[str] = (),
 ) -> list[Row]:
     """Measure the cases (the defaults if none is named) and print the table.
 
@@ -214,7 +220,9 @@ def compare_heads(
         row
         for dtype_name in dtype_names
         for case in cases or DEFAULT_CASES[name, device]
-        for row in compare_case(name, CASES[case], device, dtype_name, num_rounds, functions)
+        for row in compare_case(
+            name, CASES[case], device, dtype_name, num_rounds, functions, passes
+        )
     ]
     print_table(rows)
     return rows

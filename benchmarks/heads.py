@@ -45,6 +45,10 @@ CASES = {
         HeadCase("qwen3-8b", 8192, 4096, 151936, 8),
         HeadCase("t512_d1024_v32768", 512, 1024, 32768, 4),
         HeadCase("t500_d768_v50257", 500, 768, 50257, 2),
+        HeadCase("t2048_d576_v49152", 2048, 576, 49152, 4),
+        HeadCase("t64_d576_v49152", 64, 576, 49152, 1),
+        HeadCase("t512_d2048_v128256", 512, 2048, 128256, 1),
+        HeadCase("t8192_d256_v32000", 8192, 256, 32000, 8),
     )
 }
 # The cases of a comparison and a device if none is named.

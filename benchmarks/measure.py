@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
-# A function is not timed again after two calls that took this long in total.
+# A function is not timed again after these rounds and this many seconds in total.
+FEWEST_ROUNDS = 5
 ENOUGH_SECONDS = 20.0
 # A GPU function shorter than this is repeated for as long in every round, at most so many times.
 ROUND_SECONDS = 0.02
@@ -174,7 +175,7 @@ def measure(
     times: dict[str, list[float]] = {name: [] for name in functions}
     for done in range(num_rounds):
         for name, call in calls.items():
-            if done < 2 or sum(times[name]) < ENOUGH_SECONDS:
+            if done < FEWEST_ROUNDS or sum(times[name]) < ENOUGH_SECONDS:
                 times[name].append(seconds(call))
     return {
         name: Measurement(

@@ -94,6 +94,21 @@ def test_a_table_is_made_under_each_setting_of_the_allocator(
     assert json.loads(file.read_text()) == [{"allocator": name} for name in ("default", "keep")]
 
 
+@pytest.mark.parametrize(
+    ("name", "passes", "expected"),
+    [
+        ("head", (), list(head_rows.PASSES)),
+        ("dpo-loss", (), ["forward+backward"]),
+        ("head", ("forward+backward",), ["forward+backward"]),
+    ],
+)
+def test_only_the_passes_that_are_asked_for_are_timed(
+    name: str, passes: tuple[str, ...], expected: list[str]
+) -> None:
+    rows = head_rows.compare_case(name, CASE, "cpu", "float32", 1, {"eager": eager_dpo}, passes)
+    assert [row.pass_ for row in rows] == expected
+
+
 def test_nothing_is_timed_where_fastalign_differs() -> None:
     inputs = make_inputs(CASE, "cpu", torch.float32)
     functions = {"eager": eager_dpo, "fastalign": lambda i: 1.01 * fastalign_dpo(i)}
