@@ -147,16 +147,20 @@ def backward(blocks: Sequence[Rows], gradients: Sequence[Rows], form: ScoreForm)
     plan, most = planned(blocks, form)
     memory = blocks[0].query.new_empty(2, most)
     for rows, of_rows, strips in zip(blocks, gradients, plan, strict=True):
+        several = strips[-1].queries[0] > 0  # strips of queries, which share keys
         wide = torch.promote_types(rows.key.dtype, torch.float32)
-        sums = [torch.zeros_like(each, dtype=wide) for each in (rows.key, rows.value)]
+        of_keys = (of_rows.key, of_rows.value)
+        sums = [torch.zeros_like(r, dtype=wide) if several else r for r in of_keys]
         for strip in strips:
-            of_query, of_key, of_value = strip_gradients(strip, rows, of_rows.output, memory)
+            of_query, *parts = strip_gradients(strip, rows, of_rows.output, memory)
             query = strip.of_queries(of_rows.query)
             query.copy_(of_query.view(query.shape))
-            for total, part in zip(map(strip.of_keys, sums), (of_key, of_value), strict=True):
-                total += part.view(total.shape)
-        of_rows.key.copy_(sums[0])
-        of_rows.value.copy_(sums[1])
+            for total, part in zip(map(strip.of_keys, sums), parts, strict=True):
+                add = total.add_ if several else total.copy_
+                add(part.view(total.shape))
+        if several:
+            of_rows.key.copy_(sums[0])
+            of_rows.value.copy_(sums[1])
 
 
 def strip_gradients(
