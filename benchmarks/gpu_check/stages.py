@@ -73,6 +73,10 @@ def sanitized(which: str, seconds: float) -> Step:
     return Step(which, command, seconds, 180, without_tool("compute-sanitizer"))
 
 
+DPO_STEP = (
+    *("dpo-step", "--model", "llama-3.2-1b", "--case", "long-prompts", "--rounds=3"),
+    *("--peer", "trl", "--peer", "careful eager"),
+)
 NATIVE = Step("native", own("native"), 10, 200)
 STEPS: dict[int, Sequence[Step]] = {
     1: (
@@ -122,7 +126,7 @@ STEPS: dict[int, Sequence[Step]] = {
         Step("attention", own("attention"), 110, 240),
         Step(
             "dpo-step",
-            compare("dpo-step", "--model", "llama-3.2-1b", "--case", "long-prompts", "--rounds=3"),
+            compare(*DPO_STEP),
             180,
             300,
             without_packages("transformers", "tensorboard"),
