@@ -201,13 +201,10 @@ class TransformersSampler:
         cache = found.get("past_key_values")
         if cache is None:
             return None
-        cache.layers = [
-            # Other layers, such as those of a sliding window, hold no more than they need.
-            _RoomyLayer(layer, rows, 1 + num_new) if type(layer) is DynamicLayer else layer
-            for layer in cache.layers
-        ]
-        for layer in cache.layers:
-            if not isinstance(layer, _RoomyLayer):
+        for number, layer in enumerate(cache.layers):
+            if type(layer) is DynamicLayer and layer.is_initialized:
+                cache.layers[number] = _RoomyLayer(layer, rows, 1 + num_new)
+            else:  # such as that of a sliding window, which holds no more than it needs
                 layer.reorder_cache(rows)
         return cache
 
