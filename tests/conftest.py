@@ -7,13 +7,12 @@ or a GPU: `FASTALIGN_TEST_GPU=1 pytest tests/gpu` is the second.
 import gc
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-gc.disable()  # until the tests are collected: imports and tests are kept anyway
 if os.environ.get("FASTALIGN_TEST_GPU") != "1":
     os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -104,10 +103,15 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         DURATIONS.write_text(json.dumps(found, indent=0) + "\n", encoding="utf-8")
 
 
-def pytest_collection_finish() -> None:
-    """A run's collections of garbage need not look at all modules and tests again."""
-    gc.freeze()
-    gc.enable()
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Modules and tests are kept: no collection of garbage need look at them, now or later."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(trylast=True)

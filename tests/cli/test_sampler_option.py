@@ -21,14 +21,15 @@ from fastalign.rollouts import (
     recompute_logprobs,
 )
 from fastalign.rollouts.engines import synced
+from fastalign.rollouts.engines.server_process import TOKEN_VARIABLE
 from tests.cli.test_commands import rows_of
-from tests.rollouts.vllm_cases import EOS, make_policy, needs_vllm
+from tests.rollouts.stand_in_server import TOKEN, stand_in_server
+from tests.rollouts.vllm_cases import EOS, make_policy
 from tests.small_runs import WORDS, write_rows
 from tests.tokenizers import make_tokenizer
 
 DATA = ["--data.prompts", "prompts.jsonl", "--sampling.num-samples", "3"]
 SAMPLING = [*DATA, "--sampling.max-new-tokens", "12"]
-SMALL = ["--vllm.kv-cache-gib", "0.125", "--vllm.start-seconds", "240"]
 
 
 def speaks_digits(seed: int) -> Any:
@@ -76,11 +77,12 @@ def logprobs_of(policy: Any, rows: Sequence[dict[str, Any]]) -> list[float]:
     return found
 
 
-@needs_vllm
-def test_a_server_of_the_commands_own_gives_reward_and_kl(work: Path) -> None:
+def test_a_server_gives_reward_and_kl(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TOKEN_VARIABLE, TOKEN)
     models = ["--model.path", "one", "--reference.path", "two", "--reward", "longer:reward"]
-    engine = ["--sampler", "vllm-server", *SMALL]
-    assert main(["eval", *models, *SAMPLING, *engine, "--out", "out/eval.json"]) == 0
+    engine = ["--sampler", "vllm-server", "--vllm.url"]
+    with stand_in_server(speaks_digits(0).config) as (url, _):
+        assert main(["eval", *models, *SAMPLING, *engine, url, "--out", "out/eval.json"]) == 0
     result = json.loads((work / "out/eval.json").read_text())
     rows = rows_of(work / "out/samples.jsonl")
     ours, theirs = (logprobs_of(speaks_digits(seed), rows) for seed in (0, 1))
@@ -89,7 +91,7 @@ def test_a_server_of_the_commands_own_gives_reward_and_kl(work: Path) -> None:
     assert result["kl"] == pytest.approx(kl, abs=1e-3)
     assert result["reward"] == pytest.approx(sum(len(row["completion"]) for row in rows) / 12)
     assert result["config"]["sampler"] == "vllm-server"
-    assert result["config"]["vllm"]["kv_cache_gib"] == 0.125
+    assert result["config"]["vllm"]["url"] == [url]
 
 
 class Failing:

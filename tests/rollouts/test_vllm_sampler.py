@@ -22,7 +22,7 @@ from fastalign.rollouts import (
 )
 from fastalign.rollouts.engines import in_process
 from tests.cli.test_commands import rows_of
-from tests.cli.test_sampler_option import SAMPLING, SMALL, logprobs_of, speaks_digits, work
+from tests.cli.test_sampler_option import SAMPLING, logprobs_of, speaks_digits, work
 from tests.rollouts.vllm_cases import (
     EOS,
     PARAMS,
@@ -351,8 +351,8 @@ def test_what_vllm_draws_in_the_commands_process_is_the_models(
     engine: VllmSampler, work: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine.close()
-    command = ["generate", "--model.path", "one", *SAMPLING, "--sampler", "vllm", *SMALL]
-    assert main([*command, "--out", "s.jsonl"]) == 0
+    command = ["generate", "--model.path", "one", *SAMPLING, "--sampler", "vllm"]
+    assert main([*command, "--vllm.kv-cache-gib", "0.125", "--out", "s.jsonl"]) == 0
     said = capsys.readouterr().out
     assert "sampled 12 of 12\n12 completions of 4 prompts written to s.jsonl" in said
     rows = rows_of(work / "s.jsonl")

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx2
-import psutil
 import pytest
 import torch
 
@@ -37,6 +36,7 @@ from tests.rollouts.vllm_cases import (
     make_prompts,
     make_spec,
     needs_vllm,
+    process_named,
     shared_memory,
 )
 from tests.tiny import put_adapter
@@ -194,7 +194,7 @@ def test_what_is_not_a_trainer_is_refused(server: Server, tmp_path: Path) -> Non
     state, body = f"{server.url}/fastalign/state", b'{"arguments": []}'
     assert httpx2.post(state, content=body, headers=plain).status_code == 415
     assert not (tmp_path / "stolen").exists()
-    command = " ".join(psutil.Process(server.process.pid).cmdline())
+    command = " ".join(process_named("api", server.process.pid).cmdline())
     assert token not in command + (server.folder / f"{server.port}.log").read_text()
     (tmp_path / "wrong").write_text("wrong")
     (tmp_path / "wrong").chmod(0o600)

@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -30,7 +28,8 @@ from fastalign.rollouts import (
 from fastalign.rollouts.engines.connection import ServerConnection
 from fastalign.rollouts.engines.supervise import GRACE_SECONDS, TRACKER_SECONDS, shared_memory_of
 from fastalign.rollouts.engines.weights import Tally, tally_adapter
-from tests.rank_processes import free_port
+from tests.rank_processes import CONTEXT, free_port
+from tests.rank_processes import command as command_line
 from tests.tokenizers import make_tokenizer
 
 # The suite installs it; elsewhere these tests say what they need.
@@ -108,6 +107,16 @@ def process_named(who: str, supervisor: int) -> psutil.Process:
     return next(c for c in children if "EngineCore" in " ".join([c.name(), *c.cmdline()]))
 
 
+def _serve(environment: dict[str, str], log: Path, command: Sequence[str]) -> None:
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    command_line(*command)
+
+
 class Server:
     """A server in a process group of its own, as `fastalign vllm-server` starts it.
 
@@ -121,21 +130,16 @@ class Server:
 
     def start(self) -> None:
         command = [
-            *(sys.executable, "-m", "fastalign", "vllm-server", "--model.path", str(self.folder)),
-            *("--port", str(self.port), "--kv-cache-gib", "0.125", "--model.lora-rank", "4"),
+            *("vllm-server", "--model.path", str(self.folder), "--port", str(self.port)),
+            *("--kv-cache-gib", "0.125", "--model.lora-rank", "4"),
             *("--token-file", self.token_file),
         ]
         # Its cache of models' descriptions, without which each start imports vLLM twice.
         cache = str(Path.home() / ".cache/vllm")
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CACHE_ROOT": cache}
-        with (self.folder / f"{self.port}.log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                env=environment,
-            )
+        log = self.folder / f"{self.port}.log"
+        self.process = CONTEXT.Process(target=_serve, args=(environment, log, command))
+        self.process.start()
 
     def wait(self) -> None:
         """Until it answers."""
@@ -147,9 +151,10 @@ class Server:
 
     def stop(self) -> None:
         """As a user does, with Ctrl-C; all of it is gone then."""
+        assert self.process.pid is not None
         processes = psutil.Process(self.process.pid).children(recursive=True)
-        self.process.send_signal(signal.SIGINT)
-        self.process.wait(timeout=60)
+        os.kill(self.process.pid, signal.SIGINT)
+        self.process.join(60)
         assert psutil.wait_procs(processes, timeout=5)[1] == []
 
 
@@ -175,13 +180,13 @@ class Servers:
         if number not in self._servers:
             self._servers[number] = Server(self._folder, free_port(), self._token_file)
         server = self._servers[number]
-        if server.process.poll() is not None:
+        if not server.process.is_alive():
             server.start()
         return server
 
     def stop(self) -> None:
         for server in self._servers.values():
-            if server.process.poll() is None:
+            if server.process.is_alive():
                 server.stop()
 
 

@@ -290,7 +290,7 @@ def test_a_run_on_two_servers_of_which_each_is_killed_once_ends_with_the_same_bi
     def syncing(self: VllmServerSampler, named_tensors: Any, version: int) -> None:
         versions.append(version)
         if version == 3:
-            second.process.wait(timeout=60)  # the rest of it ends by itself
+            second.process.join(60)  # the rest of it ends by itself
             second.start()
             second.wait()
         sync(self, named_tensors, version)
@@ -311,4 +311,4 @@ def test_a_run_on_two_servers_of_which_each_is_killed_once_ends_with_the_same_bi
     assert [row["sampling/num_lost_servers"] for row in rows] == [0, 1, 0, 0, 0, 1, 0, 0]
     of_servers = ["sampling/num_servers", "sampling/num_lost_servers", "eval_sampling/num_servers"]
     assert_same_run(folder / "straight", folder / "killed", apart_from=of_servers)
-    first.process.wait(timeout=60)  # a test that needs it starts it again
+    first.process.join(60)  # a test that needs it starts it again
