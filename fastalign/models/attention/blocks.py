@@ -1,5 +1,7 @@
 """Shared-prefix attention by scaled dot products of a few padded blocks: any device, any dtype.
 
+On a CPU `strips` computes a block, elsewhere PyTorch's fused attention under a dense mask.
+
 Prompts of similar length share a block, and so do responses of similar length whose prompts have
 similar lengths; in a response's block, its prompt's keys precede its own.
 
@@ -10,87 +12,116 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastalign.models.attention import strips
 from fastalign.models.attention.rows import Gather
 from fastalign.models.attention.segments import ScoreForm, Segments
 
-# At least this share of a block's scores belongs to real tokens, unless its segments differ by at
-# most MIN_FILL_TOKENS: then padding costs little.
-MIN_FILL = 0.75
-MIN_FILL_TOKENS = 8
+# Most scores for each head that padding may add for every segment that shares a block: a call of
+# its own takes about as long.
+MAX_PADDING = 2**12
 # Limit of a block's scores for each head, unless one segment alone has more.
-MAX_SCORES = 2**24
+MAX_SCORES = 2**18
+
+Bounds = tuple[int, int]  # the first, and one past the last
 
 
 @dataclass
 class Block:
     """Segments of similar lengths, padded to the longest.
 
+    What a padding query attends to is not specified, but never nothing (its softmax would be NaN);
+    its output is never read.
+
     Attributes:
         prompt_length: (b,) int64, keys of each segment's prompt; 0 for prompts.
-        own_length: (b,) int64, tokens of each segment.
         num_prompt: P, the length of the longest prompt.
+        least_prompt: the length of the shortest.
         num_own: M, the length of the longest segment.
-        masks: cache of the masks, by sliding window.
+        masks: cache of the masks, by their arguments.
     """
 
     prompt_length: Tensor
-    own_length: Tensor
     num_prompt: int
+    least_prompt: int
     num_own: int
-    masks: dict[int | None, Tensor | None] = field(default_factory=dict)
+    masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+
+    def first_key(self, query: int, window: int | None) -> int:
+        """Return the first key that an own token, or one behind it, may attend to."""
+        if window is None:
+            return 0
+        first = query - window + 1  # among the segment's own tokens
+        return self.num_prompt + first if first >= 0 else max(0, self.least_prompt + first)
 
     def mask(self, window: int | None) -> Tensor | None:
-        """Return (b, 1, M, P + M) bool, True where a query may attend to a key; None: plain causal.
-
-        A padding query has the position of its segment's last token, so that no row is empty (its
-        softmax would be NaN); its output is never read.
-        """
-        if window not in self.masks:
-            self.masks[window] = self._mask(window)
-        return self.masks[window]
-
-    def _mask(self, window: int | None) -> Tensor | None:
+        """Return (b, 1, M, P + M) bool, True where a query may attend to a key; None: causal."""
         # In a prompt's block padding follows every real key, so causality alone hides it.
         if self.num_prompt == 0 and (window is None or self.num_own <= window):
             return None
-        device = self.own_length.device
-        prompt, own = self.prompt_length[:, None], self.own_length[:, None]
-        of_prompt = torch.arange(self.num_prompt, device=device).expand(len(prompt), -1)
-        of_own = torch.arange(self.num_own, device=device).expand(len(own), -1)
-        exists = torch.cat([of_prompt < prompt, of_own < own], 1)[:, None, :]
-        key = torch.cat([of_prompt, prompt + of_own], 1)[:, None, :]
-        query = (prompt + torch.minimum(of_own, own - 1))[:, :, None]
-        allowed = exists & (key <= query)
-        if window is not None:
-            allowed &= query - key < window
-        return allowed[:, None]
+        if (window,) not in self.masks:
+            every = (0, self.num_own), (0, self.num_prompt + self.num_own)
+            self.masks[window,] = self._allowed(*every, window)[:, None]
+        return self.masks[window,]
+
+    def bias(
+        self,
+        queries: tuple[int, int],
+        keys: tuple[int, int],
+        window: int | None,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        """Return (b or 1, 1, 1, w, c), 0 or -inf, of w own tokens and the last c of the keys.
+
+        The keys before these may be attended to by all of the queries.
+        """
+        first = keys[0]
+        if window is None or self.num_prompt + queries[1] - keys[0] <= window:
+            equal = self.least_prompt == self.num_prompt
+            first = max(first, self.num_prompt + queries[0] if equal else self.least_prompt)
+        place = queries, (first, keys[1]), window, dtype
+        if place not in self.masks:
+            hidden = ~self._allowed(*place[:3])
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+            self.masks[place] = bias.masked_fill_(hidden, float("-inf"))[:, None, None]
+        return self.masks[place]
+
+    def _allowed(self, queries: Bounds, keys: Bounds, window: int | None) -> Tensor:
+        """Return (b or 1, w, n) bool, True where a query may attend to a key."""
+        device = self.prompt_length.device
+        equal = self.least_prompt == self.num_prompt
+        prompt = self.prompt_length[: 1 if equal else None, None, None]
+        key = torch.arange(*keys, device=device)[None, None]
+        of_own = key >= self.num_prompt
+        position = torch.where(of_own, key - self.num_prompt + prompt, key)
+        query = prompt + torch.arange(*queries, device=device)[None, :, None]
+        allowed = (of_own | (key < prompt)) & (position <= query)
+        return allowed if window is None else allowed & (query - position < window)
 
 
 @dataclass
 class _Members:
-    """Members of one block: their numbers, and the smallest and largest (queries, keys)."""
+    """Members of one block: their numbers, and the most queries and keys."""
 
     numbers: list[int]
     scores: int
-    least: tuple[int, int]
-    most: tuple[int, int]
+    queries: int
+    keys: int
 
     def take(self, number: int, queries: int, keys: int) -> bool:
         """Add a segment unless too much of the block would be padding; return True if added."""
-        least = min(self.least[0], queries), min(self.least[1], keys)
-        most = max(self.most[0], queries), max(self.most[1], keys)
-        padded_scores = (len(self.numbers) + 1) * most[0] * most[1]
-        near = max(most[0] - least[0], most[1] - least[1]) <= MIN_FILL_TOKENS
-        full = self.scores + queries * keys >= MIN_FILL * padded_scores
-        if not (near or full) or padded_scores > MAX_SCORES:
+        most = max(self.queries, queries), max(self.keys, keys)
+        scores, num = self.scores + queries * keys, len(self.numbers)
+        padded = (num + 1) * most[0] * most[1]
+        if padded - scores > num * MAX_PADDING or padded > MAX_SCORES:
             return False
         self.numbers.append(number)
-        self.scores, self.least, self.most = self.scores + queries * keys, least, most
+        self.scores, (self.queries, self.keys) = scores, most
         return True
 
 
@@ -100,7 +131,7 @@ def assign_blocks(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
     for number in sorted(range(len(sizes)), key=lambda n: (-sizes[n][0] * sizes[n][1], n)):
         queries, keys = sizes[number]
         if not any(block.take(number, queries, keys) for block in blocks):
-            blocks.append(_Members([number], queries * keys, sizes[number], sizes[number]))
+            blocks.append(_Members([number], queries * keys, queries, keys))
     return [block.numbers for block in blocks]
 
 
@@ -132,17 +163,17 @@ class Blocks:
             self.blocks.append(
                 Block(
                     prompt_length.to(device, non_blocking=True),
-                    own_length.to(device, non_blocking=True),
                     num_prompt,
+                    int(prompt_length.min()),
                     num_own,
                 )
             )
-        self.queries, self.keys = (
-            Gather.from_copies(
-                torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces]), device
-            )
-            for pieces in (queries, keys)
+        tokens, copies, of_keys, key_copies = (
+            torch.cat(parts) for pieces in (queries, keys) for parts in zip(*pieces, strict=True)
         )
+        self.queries = Gather.from_copies(tokens, copies, device)
+        self.keys = Gather.from_copies(of_keys, key_copies, device)
+        self.padding = torch.nonzero(copies < 0)[:, 0].to(device, non_blocking=True)
 
     @staticmethod
     def _members(segments: Segments) -> list[Tensor]:
@@ -162,27 +193,66 @@ class Blocks:
         form: ScoreForm,
     ) -> Tensor:  # (T, H, d)
         """Compute the attention of the packed row, block by block."""
-        sizes = [(len(b.own_length), b.num_own, b.num_prompt + b.num_own) for b in self.blocks]
-        of_queries = torch.split(self.queries(query), [b * m for b, m, _ in sizes])
-        of_keys, of_values = (
-            torch.split(self.keys(rows), [b * k for b, _, k in sizes]) for rows in (key, value)
-        )
-        outputs = []
-        for number, (block, (b, m, k)) in enumerate(zip(self.blocks, sizes, strict=True)):
-            output = dot_product_attention(
-                _heads_first(of_queries[number], b, m),
-                _heads_first(of_keys[number], b, k),
-                _heads_first(of_values[number], b, k),
-                block.mask(form.window),
-                form,
+        if query.device.type == "cpu":
+            output: Tensor = _Strips.apply(  # type: ignore[no-untyped-call]
+                query, key, value, self, form
             )
-            outputs.append(output.transpose(1, 2).reshape(b * m, *query.shape[1:]))
+            return output
+        outputs = []
+        gathered = [self.queries(query), self.keys(key), self.keys(value)]
+        for rows in self.rows([*gathered, gathered[0]]):
+            queries, keys, values = (part.transpose(1, 2) for part in rows[1:4])
+            part = dot_product_attention(queries, keys, values, rows.block.mask(form.window), form)
+            outputs.append(part.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, self.queries.places)
 
+    def parts(self, rows: Tensor, *, of_keys: bool = False) -> list[Tensor]:
+        """Return each block's part of gathered rows: (b, M, H, d), or of keys (b, P + M, H, d)."""
+        sizes = [
+            (len(block.prompt_length), block.num_own + of_keys * block.num_prompt)
+            for block in self.blocks
+        ]
+        parts = torch.split(rows, [num * width for num, width in sizes])
+        return [part.view(*size, *part.shape[1:]) for part, size in zip(parts, sizes, strict=True)]
 
-def _heads_first(rows: Tensor, num: int, length: int) -> Tensor:
-    """Reshape (b * L, H, d) to (b, H, L, d)."""
-    return rows.view(num, length, *rows.shape[1:]).transpose(1, 2)
+    def rows(self, gathered: Sequence[Tensor]) -> list[strips.Rows]:
+        """Return each block's part of gathered queries, keys, values and outputs."""
+        kinds = (False, True, True, False)
+        parts = [self.parts(r, of_keys=kind) for r, kind in zip(gathered, kinds, strict=True)]
+        return [strips.Rows(*each) for each in zip(self.blocks, *parts, strict=True)]
+
+    def gathered(self, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+        """Return the blocks' rows of queries, keys and values."""
+        by_kind = ((query, self.queries), (key, self.keys), (value, self.keys))
+        return [rows.index_select(0, gather.index) for rows, gather in by_kind]
+
+
+class _Strips(torch.autograd.Function):
+    """The attention of a packed row on a CPU; saves the packed rows and nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, form: ScoreForm
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.blocks, ctx.form = blocks, form
+        rows = blocks.gathered(query, key, value)
+        output = rows[0].new_empty(*rows[0].shape[:2], value.shape[-1])
+        strips.forward(blocks.rows([*rows, output]), form)
+        return output.index_select(0, blocks.queries.places)
+
+    @staticmethod
+    def backward(ctx: Any, *of_output: Tensor) -> tuple[Tensor | None, ...]:
+        blocks: Blocks = ctx.blocks
+        rows = blocks.gathered(*ctx.saved_tensors)
+        output = of_output[0].index_select(0, blocks.queries.index)
+        output.index_fill_(0, blocks.padding, 0.0)
+        gradients = [torch.empty_like(each) for each in rows]
+        of_rows = blocks.rows([*gradients, output])
+        strips.backward(blocks.rows([*rows, output]), of_rows, ctx.form)
+        sums = (blocks.queries, blocks.keys, blocks.keys)
+        found = [of.sum_copies(each) for of, each in zip(sums, gradients, strict=True)]
+        return (*found, None, None)
 
 
 def dot_product_attention(

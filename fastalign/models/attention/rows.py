@@ -65,6 +65,17 @@ class Gather:
         gathered: Tensor = _Gather.apply(rows, self)  # type: ignore[no-untyped-call]
         return gathered
 
+    def sum_copies(self, gradient: Tensor) -> Tensor:
+        """Return the gradient of the rows (T, H, d), given that of the places (M, H, d)."""
+        first = gradient.index_select(0, self.places)
+        if not self.more:
+            return first
+        wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
+        total = first.to(wide)
+        for tokens, places in self.more:  # each token occurs once: no two additions collide
+            total.index_add_(0, tokens, gradient.index_select(0, places).to(wide))
+        return total.to(gradient.dtype)
+
 
 class _Gather(torch.autograd.Function):
     @staticmethod
@@ -74,12 +85,4 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (gradient,), gather = gradients, ctx.gather
-        first = gradient.index_select(0, gather.places)
-        if not gather.more:
-            return first, None
-        wide = torch.float64 if gradient.dtype == torch.float64 else torch.float32
-        total = first.to(wide)
-        for tokens, places in gather.more:  # each token occurs once: no two additions collide
-            total.index_add_(0, tokens, gradient.index_select(0, places).to(wide))
-        return total.to(gradient.dtype), None
+        return ctx.gather.sum_copies(gradients[0]), None

@@ -1,11 +1,13 @@
 """The segments of a packed row: which tokens attend to which, for every implementation.
 
 A row is a sequence of segments: a prompt, its responses, the next prompt, and so on. A segment
-attends to itself causally; a response also attends to all of its prompt, and never to a sibling.
+attends to itself causally; a response also attends to all of its prompt, and never to a sibling. A
+prompt with one response is one segment with it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -63,11 +65,16 @@ class Segments:
 
 def row_segments(layout: Layout) -> Segments:
     """Return the segments of a batch's layout, which covers its row without gaps."""
-    rows = [(start, stop - start, start, 0, 0) for start, stop in layout.prompt_bounds]
-    counts = [0] * len(rows)
+    num_responses = Counter(layout.response_prompt)
+    rows, counts = [], [0] * len(layout.prompt_bounds)
     for (start, stop), group in zip(layout.response_bounds, layout.response_prompt, strict=True):
-        counts[group] += 1
         first, last = layout.prompt_bounds[group]
+        if num_responses[group] == 1:
+            rows.append((first, stop - first, first, 0, 0))
+            continue
+        if counts[group] == 0:
+            rows.append((first, last - first, first, 0, 0))
+        counts[group] += 1
         rows.append((start, stop - start, first, last - first, counts[group]))
     segments = Segments(*torch.tensor(sorted(rows)).unbind(1))
     ends = segments.start + segments.length

@@ -62,7 +62,7 @@ def footprint(
         held = brackets + jacobian
         forward = max(copies + tile + brackets, copies + tile + held)
         strip = 0
-        if leaf_dtype != wide and not (device == "cuda" and leaf_dtype == low):
+        if leaf_dtype not in (wide, low):
             strip = min(strip_rows(hidden_size, device), columns) * hidden_size * wide.itemsize
         low_hidden = of_hidden * low.itemsize if leaf_dtype != low else 0
         backward = held + (of_hidden + of_weight) * leaf + low_hidden + weighted + strip

@@ -137,7 +137,8 @@ def _strips(matrix: Tensor) -> Iterator[slice]:
 def rounded_product(left: Tensor, right: Tensor, out: Tensor) -> None:
     """Write left @ right into `out`, accumulated in float32 (float64) and rounded once."""
     wide = accumulation_dtype(left.dtype)
-    in_one = left.is_cuda and left.dtype == out.dtype and out.numel() >= MIN_ROUNDED_OUTPUT
+    # a CPU whose bfloat16 products are not promoted has them in oneDNN, which adds up in float32
+    in_one = left.dtype == out.dtype and (not left.is_cuda or out.numel() >= MIN_ROUNDED_OUTPUT)
     if out.dtype == wide or in_one:
         product(left, right, out)
         return
