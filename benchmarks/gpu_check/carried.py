@@ -14,6 +14,7 @@ import triton
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from benchmarks.gpu_check.native import ARCHITECTURE, BUILD
 from benchmarks.gpu_check.runner import ROOT
 from fastalign.ops import native_library
 
@@ -27,7 +28,6 @@ WANTED = (
 # Not installed on a machine without a GPU.
 VERSIONS = {"cut-cross-entropy": "25.1.1"}
 PYTHON = "3.12"
-ARCHITECTURE = "90"
 
 
 def requirements(name: str) -> list[str]:
@@ -75,19 +75,16 @@ def architectures(library: Path) -> list[str]:
 
 
 def library_lines() -> Iterator[str]:
-    """Yield what is known of the libraries, and how to build that of the GPU."""
+    """Yield which libraries to carry, and how to build that of the GPU."""
     for device in ("cpu", "cuda"):
         path = native_library.library_path(device)
         if not path.is_file():
-            yield f"{path.relative_to(ROOT)}: not built here"
+            yield f"{path.relative_to(ROOT)}: not built here; no stage builds it"
             continue
         size = f"{path.stat().st_size / 2**20:.1f} MiB"
         code = f", code for sm_{', sm_'.join(architectures(path))}" if device == "cuda" else ""
         yield f"{path.relative_to(ROOT)}: {size}{code}"
-    yield (
-        f"FASTALIGN_CUDA_ARCHITECTURES={ARCHITECTURE} python setup.py build_ext --inplace"
-        f"    # builds that of sm_{ARCHITECTURE} alone"
-    )
+    yield f"{BUILD}    # builds that of sm_{ARCHITECTURE} alone"
 
 
 def lines() -> Iterator[str]:
@@ -101,5 +98,5 @@ def lines() -> Iterator[str]:
         f"--dest wheels {names}"
     )
     yield "python -m pip install --no-index --no-deps wheels/*.whl    # there"
-    yield "Libraries:"
+    yield "Libraries, to be carried in their folder:"
     yield from (f"  {line}" for line in library_lines())

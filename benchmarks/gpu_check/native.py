@@ -1,37 +1,23 @@
-"""Build the CUDA library for this GPU alone, unless one that loads is here already."""
+"""Say whether the CUDA library is here and runs on this GPU.
 
-import os
-import subprocess
-import sys
-
-import torch
+It is built before the stages: that takes minutes, and a stage has nine for all its steps.
+"""
 
 from benchmarks.gpu_check.rows import Rows, make_parser
-from benchmarks.gpu_check.runner import ROOT
 from fastalign.ops import native_library
 
-REASON = "from fastalign.ops import native_library as n; print(n.unusable_reason('cuda') or '')"
-
-
-def unusable_reason() -> str:
-    """Return why the library cannot be used, as a new process sees it; empty if it can."""
-    command = [sys.executable, "-c", REASON]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+ARCHITECTURE = "90"
+BUILD = f"FASTALIGN_CUDA_ARCHITECTURES={ARCHITECTURE} python setup.py build_ext --inplace"
 
 
 def main() -> None:
-    """Build if need be; exit with an error if there is no library then."""
+    """Exit with an error of one line if the library cannot be used."""
     arguments = make_parser("native", __doc__).parse_args()
-    reason, built = unusable_reason(), False
-    if reason:
-        capability = "".join(map(str, torch.cuda.get_device_capability()))
-        environment = os.environ | {"FASTALIGN_CUDA_ARCHITECTURES": capability}
-        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        subprocess.run(command, cwd=ROOT, env=environment, check=True)
-        reason, built = unusable_reason(), True
-    path = str(native_library.library_path("cuda"))
-    Rows(arguments.json).add({"library": path, "built": built, "unusable": reason})
+    path = native_library.library_path("cuda")
+    reason = native_library.unusable_reason("cuda")
+    Rows(arguments.json).add({"library": str(path), "unusable": reason or ""})
+    if not path.is_file():
+        raise SystemExit(f"no CUDA library; carry it, or build it first: {BUILD}")
     if reason:
         raise SystemExit(reason)
 

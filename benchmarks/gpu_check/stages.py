@@ -77,7 +77,7 @@ DPO_STEP = (
     *("dpo-step", "--model", "llama-3.2-1b", "--case", "long-prompts", "--rounds=3"),
     *("--peer", "trl", "--peer", "careful eager"),
 )
-NATIVE = Step("native", own("native"), 10, 200)
+NATIVE = Step("native", own("native"), 10, 60)
 STEPS: dict[int, Sequence[Step]] = {
     1: (
         NATIVE,

@@ -11,6 +11,8 @@ from torch import Tensor
 from fastalign.ops import native_library
 
 BackendName = Literal["auto", "reference", "triton", "native"]
+# Triton specialises a kernel for addresses and sizes that this divides.
+ROW_ELEMENTS = 16
 BACKENDS: tuple[str, ...] = get_args(BackendName)
 
 
@@ -80,6 +82,31 @@ def contiguous(value: Tensor | None, dtype: torch.dtype | None = None) -> Tensor
 def unit_columns(matrix: Tensor) -> Tensor:
     """Return a matrix whose rows are each contiguous: kernels take a stride of rows only."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def padded_width(*matrices: Tensor) -> int:
+    """Return V rounded up to a multiple of 16 if all matrices (..., V) have memory for it, else V.
+
+    Triton makes 128-bit accesses only where 16 divides addresses, strides and a mask's columns.
+    What lies behind a row is read and not used; of a matrix that is written it is overwritten.
+    """
+    width = matrices[0].shape[-1]
+    padded = -(-width // ROW_ELEMENTS) * ROW_ELEMENTS
+    for matrix in matrices:
+        rows = zip(matrix.shape[:-1], matrix.stride()[:-1], strict=True)
+        last = matrix.storage_offset() + sum((size - 1) * stride for size, stride in rows)
+        end = (last + padded) * matrix.element_size()
+        if matrix.stride(-2) % ROW_ELEMENTS or end > matrix.untyped_storage().nbytes():
+            return width
+    return padded
+
+
+def gradient_rows(logits: Tensor, backend: str) -> Tensor:
+    """Return an empty gradient (T, V): contiguous, or for Triton padded where the logits are."""
+    num_rows, width = logits.shape
+    padded = backend == "triton" and logits.stride(1) == 1 and logits.stride(0) % ROW_ELEMENTS == 0
+    stride = -(-width // ROW_ELEMENTS) * ROW_ELEMENTS if padded else width
+    return logits.new_empty(num_rows, stride)[:, :width]
 
 
 def new_rows(count: int, num_rows: int, like: Tensor) -> list[Tensor]:

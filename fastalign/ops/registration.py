@@ -8,7 +8,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import Tensor
 
-from fastalign.ops.backends import on_device
+from fastalign.ops.backends import gradient_rows, on_device
 
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor",
@@ -115,11 +115,10 @@ def _register_backward(
             gradient = kernels(name, arguments[-1]).backward(
                 inputs(*arguments[num_rows:]), *arguments[:num_rows]
             )
-        return gradient.contiguous()
+        return gradient if arguments[-1] == "triton" else gradient.contiguous()
 
     @backward.register_fake
     def _(*arguments: Any) -> Any:
-        logits = arguments[num_rows]
-        return logits.new_empty(logits.shape)
+        return gradient_rows(arguments[num_rows], arguments[-1])
 
     return backward

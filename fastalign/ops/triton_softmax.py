@@ -17,6 +17,12 @@ def tanh(x):
 
 
 @triton.jit
+def bounded(shifted):
+    """Bound a banned token's logit from below, for 0 * -inf is NaN; a NaN stays one."""
+    return tl.where(shifted < -1e30, -1e30, shifted)
+
+
+@triton.jit
 def add_block(m, total, weighted, z, scale=1.0):
     """Add a block z to the maximum m and the sums of exp(z - m) and of (z - m) exp(z - m).
 
@@ -28,8 +34,7 @@ def add_block(m, total, weighted, z, scale=1.0):
     # Until a finite value comes total is 0, and drop * total would be -inf * 0.
     drop = tl.where(m == -float("inf"), 0.0, (m - subtracted) * scale)
     shrink = tl.exp(drop)
-    shifted = (z - subtracted) * scale
-    shifted = tl.where(shifted < -1e30, -1e30, shifted)
+    shifted = bounded((z - subtracted) * scale)
     e = tl.exp(shifted)
     weighted = shrink * (weighted + drop * total) + tl.sum(e * shifted, axis=0)
     total = shrink * total + tl.sum(e, axis=0)
@@ -45,56 +50,35 @@ def u_of(x, cap_scale, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def load_columns(row_ptr, start, num_columns, other, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """Return a block of a row as float32, and which of its columns lie inside the row.
+def load_columns(row_ptr, column, num_columns, num_padded):
+    """Return columns of a row as float32; zeros outside of the row.
 
-    A WHOLE block is loaded without a mask: of a number of columns that is not a multiple of 16
-    Triton would make scalar loads.
+    The mask is of the padded row (`backends.padded_width`): for a number of columns that is not a
+    multiple of 16, Triton would make scalar loads.
     """
-    column = start + tl.arange(0, BLOCK)
-    inside = column < num_columns
-    pointers = row_ptr + column
-    x = tl.load(pointers) if WHOLE else tl.load(pointers, mask=inside, other=other)
-    return x.to(tl.float32), inside
+    x = tl.load(row_ptr + column, mask=column < num_padded, other=0.0)
+    return tl.where(column < num_columns, x.to(tl.float32), 0.0)
 
 
 @triton.jit
-def store_columns(row_ptr, start, num_columns, values, WHOLE: tl.constexpr, BLOCK: tl.constexpr):
-    """Store a block of a row, rounded to its dtype; a WHOLE one without a mask."""
-    column = start + tl.arange(0, BLOCK)
+def load_u(row_ptr, column, num_columns, num_padded, cap_scale, HAS_SOFTCAP: tl.constexpr):
+    """Return u of columns of a row; -inf outside of the row."""
+    x = load_columns(row_ptr, column, num_columns, num_padded)
+    return tl.where(column < num_columns, u_of(x, cap_scale, HAS_SOFTCAP), -float("inf"))
+
+
+@triton.jit
+def store_columns(row_ptr, column, num_padded, values):
+    """Store columns of a row and of its padding, rounded to its dtype."""
     values = values.to(row_ptr.dtype.element_ty)
-    if WHOLE:
-        tl.store(row_ptr + column, values)
-    else:
-        tl.store(row_ptr + column, values, mask=column < num_columns)
-
-
-@triton.jit
-def _add_columns(
-    x_ptr,
-    start,
-    num_columns,
-    m,
-    total,
-    weighted,
-    cap_scale,
-    gain,
-    HAS_SOFTCAP: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Add one block of a row to its sums."""
-    x, inside = load_columns(x_ptr, start, num_columns, -float("inf"), WHOLE, BLOCK)
-    u = u_of(x, cap_scale, HAS_SOFTCAP)
-    if not WHOLE:
-        u = tl.where(inside, u, -float("inf"))
-    return add_block(m, total, weighted, u, gain)
+    tl.store(row_ptr + column, values, mask=column < num_padded)
 
 
 @triton.jit
 def row_sums(
     x_ptr,
     num_columns,
+    num_padded,
     cap_scale,
     gain,
     HAS_SOFTCAP: tl.constexpr,
@@ -107,25 +91,10 @@ def row_sums(
     m = -float("inf")
     total = 0.0
     weighted = 0.0
-    whole = num_columns // BLOCK * BLOCK  # a product: Triton 3.6 sees what divides it
-    for start in range(0, whole, BLOCK):
-        m, total, weighted = _add_columns(
-            x_ptr, start, num_columns, m, total, weighted, cap_scale, gain, HAS_SOFTCAP, True, BLOCK
-        )
-    for start in range(whole, num_columns, BLOCK):  # once, or not at all
-        m, total, weighted = _add_columns(
-            x_ptr,
-            start,
-            num_columns,
-            m,
-            total,
-            weighted,
-            cap_scale,
-            gain,
-            HAS_SOFTCAP,
-            False,
-            BLOCK,
-        )
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        u = load_u(x_ptr, column, num_columns, num_padded, cap_scale, HAS_SOFTCAP)
+        m, total, weighted = add_block(m, total, weighted, u, gain)
     return m, total, weighted
 
 
@@ -137,47 +106,11 @@ def one_less_p(logprob):
 
 
 @triton.jit
-def _write_columns(
-    x_ptr,
-    gradient_ptr,
-    start,
-    num_columns,
-    target,
-    is_target,
-    transform,
-    known,
-    upstream,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_GRAD_ENTROPY: tl.constexpr,
-    WHOLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Write one block of a row's gradient."""
-    cap_scale, gain, slope = transform
-    m, log_total, logprob, entropy = known
-    g, e = upstream
-    x, inside = load_columns(x_ptr, start, num_columns, 0.0, WHOLE, BLOCK)
-    u = u_of(x, cap_scale, HAS_SOFTCAP)
-    log_p = (u - m) * gain - log_total
-    if not WHOLE:
-        # outside, a maximum far below zero would make the exponential overflow
-        log_p = tl.where(inside, log_p, -float("inf"))
-    p = tl.exp(log_p)
-    column = start + tl.arange(0, BLOCK)
-    result = g * tl.where(column == target, one_less_p(logprob), -p)
-    if HAS_GRAD_ENTROPY:
-        result -= e * p * (tl.where(log_p < -1e30, -1e30, log_p) + entropy)
-    if HAS_SOFTCAP:
-        result *= 1.0 - u * u
-    result = tl.where(is_target, result * slope, 0.0)
-    store_columns(gradient_ptr, start, num_columns, result, WHOLE, BLOCK)
-
-
-@triton.jit
 def write_gradient(
     x_ptr,
     gradient_ptr,
     num_columns,
+    num_padded,
     target,
     is_target,
     transform,
@@ -187,44 +120,28 @@ def write_gradient(
     HAS_GRAD_ENTROPY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write one row's slope [g (1[v = y] - p) - e p (log p + H)] over its columns.
+    """Write one row's slope [g (1[v = y] - p) - e p (log p + H)] over its columns and padding.
 
     `transform` and `known` are tuples; known[0] is the maximum of u.
     """
+    cap_scale, gain, slope = transform
+    m, log_total, logprob, entropy = known
+    g, e = upstream
     tl.debug_barrier()  # every thread has read the target before any overwrites it
-    whole = num_columns // BLOCK * BLOCK  # a product: Triton 3.6 sees what divides it
-    for start in range(0, whole, BLOCK):
-        _write_columns(
-            x_ptr,
-            gradient_ptr,
-            start,
-            num_columns,
-            target,
-            is_target,
-            transform,
-            known,
-            upstream,
-            HAS_SOFTCAP,
-            HAS_GRAD_ENTROPY,
-            True,
-            BLOCK,
-        )
-    for start in range(whole, num_columns, BLOCK):  # once, or not at all
-        _write_columns(
-            x_ptr,
-            gradient_ptr,
-            start,
-            num_columns,
-            target,
-            is_target,
-            transform,
-            known,
-            upstream,
-            HAS_SOFTCAP,
-            HAS_GRAD_ENTROPY,
-            False,
-            BLOCK,
-        )
+    for start in range(0, num_columns, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        x = load_columns(x_ptr, column, num_columns, num_padded)
+        u = u_of(x, cap_scale, HAS_SOFTCAP)
+        # outside, a maximum far below zero would make the exponential overflow
+        log_p = tl.where(column < num_columns, (u - m) * gain - log_total, -float("inf"))
+        p = tl.exp(log_p)
+        result = g * tl.where(column == target, one_less_p(logprob), -p)
+        if HAS_GRAD_ENTROPY:
+            result -= e * p * (bounded(log_p) + entropy)
+        if HAS_SOFTCAP:
+            result *= 1.0 - u * u
+        result = tl.where(is_target, result * slope, 0.0)
+        store_columns(gradient_ptr, column, num_padded, result)
 
 
 @triton.jit
@@ -248,12 +165,6 @@ def row_transform(
     if HAS_SOFTCAP:
         gain = slope / cap_scale
     return cap_scale, gain, slope
-
-
-@triton.jit
-def bounded(shifted):
-    """Bound a banned token's logit from below, for 0 * -inf is NaN; a NaN stays one."""
-    return tl.where(shifted < -1e30, -1e30, shifted)
 
 
 @triton.jit
@@ -303,6 +214,7 @@ def pair_sums(
     policy_ptr,
     reference_ptr,
     num_columns,
+    num_padded,
     cap_scale,
     gain,
     OVER_REFERENCE: tl.constexpr,
@@ -315,11 +227,8 @@ def pair_sums(
     n, reference_total, cross, largest = lowest, 0.0, 0.0, lowest
     for start in range(0, num_columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
-        inside = column < num_columns
-        x = tl.load(policy_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        y = tl.load(reference_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        u = tl.where(inside, u_of(x, cap_scale, HAS_SOFTCAP), lowest)
-        v = tl.where(inside, u_of(y, cap_scale, HAS_SOFTCAP), lowest)
+        u = load_u(policy_ptr, column, num_columns, num_padded, cap_scale, HAS_SOFTCAP)
+        v = load_u(reference_ptr, column, num_columns, num_padded, cap_scale, HAS_SOFTCAP)
         m, total, weighted, n, reference_total, cross, largest = add_pair(
             m, total, weighted, n, reference_total, cross, largest, u, v, gain, OVER_REFERENCE
         )

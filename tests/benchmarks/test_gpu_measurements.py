@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from benchmarks import heads
-from benchmarks.gpu_check import attention, head_paths, one_call, products, small_launches, versions
+from benchmarks.gpu_check import (
+    attention,
+    head_paths,
+    native,
+    one_call,
+    products,
+    small_launches,
+    versions,
+)
 from benchmarks.heads import HeadCase
 from fastalign.ops.head.products import product_dtype
 
@@ -51,6 +59,17 @@ def test_versions(figures: Any) -> None:
     assert {row.get("backend") for row in rest} >= {"native", "triton"}
     assert {"attention": "sdpa", "unusable": None} in rest
     assert "needs a GPU" in next(r for r in rest if r.get("attention") == "varlen")["unusable"]
+
+
+def test_a_missing_library_is_one_line_and_is_not_built(
+    figures: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(native.native_library, "FOLDER", tmp_path)
+    line = r"no CUDA library; carry it, or build it first: .*build_ext --inplace$"
+    with pytest.raises(SystemExit, match=line) as stopped:
+        figures(native)
+    assert len(str(stopped.value)) <= 120  # the table of records shows no more
+    assert not list(tmp_path.glob("*.so"))
 
 
 @needs_bf16_products

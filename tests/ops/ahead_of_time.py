@@ -1,9 +1,9 @@
 """Compiles Triton kernels for a GPU that is not here as they are launched, in its own process.
 
-`python -m tests.ops.ahead_of_time ARCHITECTURE COLUMNS EVERYTHING` runs the launchers of
-`launches.py` on tensors of a CPU, under the driver of a GPU that is not here: kernels are compiled
-and not launched. So the types, and the divisibility by 16 of addresses and sizes, for which Triton
-specialises a kernel, are those of a launch. It prints what each kernel takes.
+`python -m tests.ops.ahead_of_time ARCHITECTURE COLUMNS EVERYTHING [ONLY_ROWS]` runs the launchers
+of `launches.py` on tensors of a CPU, under the driver of a GPU that is not here: kernels are
+compiled and not launched. So the types, and the divisibility by 16 of addresses and sizes, for
+which Triton specialises a kernel, are those of a launch. It prints what each kernel takes.
 """
 
 import json
@@ -36,8 +36,6 @@ class Resources:
         reads_rows: True if the kernel works on long rows.
         accesses: loads and stores of global memory in its PTX.
         fewest_accesses: as many as its source asks for if each moves 128 bits of a block.
-        wide: accesses of 128 bits or more.
-        whole: as many as the blocks without a mask ask for, if each moves 128 bits.
     """
 
     kernel: str
@@ -48,8 +46,6 @@ class Resources:
     reads_rows: bool = False
     accesses: int = 0
     fewest_accesses: int = 0
-    wide: int = 0
-    whole: int = 0
 
 
 def resources_of(cubin: Path, dump: str) -> list[Resources]:
@@ -70,21 +66,17 @@ def access_bits(ptx: str) -> list[int]:
     return [int(width or 1) * int(bits) for width, bits in re.findall(pattern, ptx)]
 
 
-def fewest_accesses(ttgir: str, threads: int) -> tuple[int, int]:
-    """As many accesses as suffice for a kernel in Triton's own language, and for its whole blocks.
+def fewest_accesses(ttgir: str, threads: int) -> int:
+    """As many accesses as suffice for a kernel in Triton's own language.
 
-    A thread's part of a block takes 128 bits an access; a number of the row takes one. A whole
-    block is read or written without a mask.
+    A thread's part of a block takes 128 bits an access; a number of the row takes one.
     """
-    pattern = r"tt\.(load|store) (%.*) : (?:tensor<(\d+)x)?!tt\.ptr<(\w+)>"
-    every, whole = 0, 0
-    for kind, operands, size, element in re.findall(pattern, ttgir):
-        bits = int(size or 0) * ELEMENT_BITS[element] // threads
-        needed = max(bits // ACCESS_BITS, 1)
-        every += needed
-        masked = operands.count("%") > (1 if kind == "load" else 2)
-        whole += needed if bits >= ACCESS_BITS and not masked else 0
-    return every, whole
+    pattern = r"tt\.(?:load|store) %.* : (?:tensor<(\d+)x)?!tt\.ptr<(\w+)>"
+    parts = [
+        int(size or 0) * ELEMENT_BITS[element] // threads
+        for size, element in re.findall(pattern, ttgir)
+    ]
+    return sum(max(bits // ACCESS_BITS, 1) for bits in parts)
 
 
 def _resources(launch: Launch, kernel: str, compiled: Any, dump: str) -> Resources:
@@ -92,8 +84,6 @@ def _resources(launch: Launch, kernel: str, compiled: Any, dump: str) -> Resourc
         file.write(compiled.asm["cubin"])
         file.flush()
         (used,) = resources_of(Path(file.name), dump)
-    bits = access_bits(compiled.asm["ptx"])
-    fewest, whole = fewest_accesses(compiled.asm["ttgir"], 32 * compiled.metadata.num_warps)
     return Resources(
         kernel,
         used.registers,
@@ -101,10 +91,8 @@ def _resources(launch: Launch, kernel: str, compiled: Any, dump: str) -> Resourc
         used.local_bytes,
         launch.name,
         launch.reads_rows,
-        len(bits),
-        fewest,
-        sum(each >= ACCESS_BITS for each in bits),
-        whole,
+        len(access_bits(compiled.asm["ptx"])),
+        fewest_accesses(compiled.asm["ttgir"], 32 * compiled.metadata.num_warps),
     )
 
 
@@ -126,7 +114,9 @@ class AbsentGpu:
         return 0
 
 
-def compiled_launches(architecture: int, num_columns: int, everything: int) -> list[Resources]:
+def compiled_launches(
+    architecture: int, num_columns: int, everything: int, only_rows: int = 0
+) -> list[Resources]:
     """What every launch takes, in a process that launches nothing else."""
     import triton
     from triton.runtime.driver import driver
@@ -145,6 +135,8 @@ def compiled_launches(architecture: int, num_columns: int, everything: int) -> l
     JITFunction.run = compile_only
     dump, taken = triton.knobs.nvidia.cuobjdump.path, []
     for launch in launches(num_columns, bool(everything)):
+        if only_rows and not launch.reads_rows:
+            continue
         found.clear()
         launch.run()
         assert found, launch
@@ -152,10 +144,12 @@ def compiled_launches(architecture: int, num_columns: int, everything: int) -> l
     return taken
 
 
-def compile_for(architecture: int, num_columns: int, *, everything: bool) -> list[Resources]:
-    """What the launches of every Triton kernel take on sm_<architecture>."""
+def compile_for(
+    architecture: int, num_columns: int, *, everything: bool, only_rows: bool = False
+) -> list[Resources]:
+    """What the launches of every Triton kernel, or of those on rows, take on sm_<architecture>."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    arguments = (architecture, num_columns, int(everything))
+    arguments = (architecture, num_columns, int(everything), int(only_rows))
     done = subprocess.run(
         [sys.executable, "-m", "tests.ops.ahead_of_time", *map(str, arguments)],
         env=environment,

@@ -60,7 +60,7 @@ def launches(num_columns: int, everything: bool) -> Iterator[Launch]:
 
 
 def rows(dtype: torch.dtype, num_columns: int) -> Tensor:
-    """A head's rows, as far apart as those of its buffers on a GPU."""
+    """Rows as far apart as those of a head's buffers on a GPU."""
     stride = padded_columns(num_columns, "cuda")
     return torch.zeros(NUM_ROWS, stride, dtype=dtype)[:, :num_columns]
 
@@ -80,7 +80,7 @@ def row_launches(num_columns: int, everything: bool) -> Iterator[tuple[str, Call
     ignored = torch.zeros(NUM_ROWS, dtype=torch.bool)
     maybe_rows = torch.zeros(NUM_ROWS) if everything else None
     for dtype in FLOATS if everything else (torch.bfloat16,):
-        logits = torch.zeros(NUM_ROWS, num_columns, dtype=dtype)
+        logits = rows(dtype, num_columns)
         given = TokenLogprobInputs(logits, targets, temperature, softcap, -100, "triton")
         yield f"token_logprob, {dtype}", partial(token_logprob.forward, given)
         yield (
@@ -89,7 +89,7 @@ def row_launches(num_columns: int, everything: bool) -> Iterator[tuple[str, Call
         )
         pair = TokenKlInputs(
             logits,
-            torch.zeros(NUM_ROWS, num_columns, dtype=torch.bfloat16),
+            rows(torch.bfloat16, num_columns),
             temperature,
             ignored if everything else None,
             softcap,

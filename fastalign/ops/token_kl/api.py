@@ -84,7 +84,9 @@ def token_kl(
     reference is a constant.
 
     Args:
-        logits: logits of the policy: float32, bfloat16, float16, or float64 (reference only).
+        logits: logits of the policy: float32, bfloat16, float16, or float64 (reference only). Of
+            an odd vocabulary Triton reads 128 bits at a time only where row strides, of both
+            sides, are multiples of 16.
         reference_logits: logits of the reference model; the dtype may differ.
         direction: "reverse" or "forward", as above.
         temperature: positive number, or one per row, for both sides; gets no gradient.

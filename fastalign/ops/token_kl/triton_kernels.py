@@ -10,9 +10,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalign.ops.backends import contiguous, new_rows, unit_columns
+from fastalign.ops.backends import contiguous, gradient_rows, new_rows, padded_width, unit_columns
 from fastalign.ops.token_kl.reference import Inputs
-from fastalign.ops.triton_softmax import bounded, divergence, pair_sums, row_transform, u_of
+from fastalign.ops.triton_softmax import (
+    bounded,
+    divergence,
+    load_columns,
+    pair_sums,
+    row_transform,
+    store_columns,
+    u_of,
+)
 from fastalign.ops.triton_table import launch_options
 
 
@@ -30,6 +38,7 @@ def token_kl_fwd_kernel(
     row_stride,
     reference_stride,
     num_columns,
+    num_padded,
     softcap,
     OVER_REFERENCE: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
@@ -45,7 +54,15 @@ def token_kl_fwd_kernel(
     logits_ptr += row * row_stride
     reference_ptr += row * reference_stride
     m, total, _weighted, n, reference_total, cross, largest = pair_sums(
-        logits_ptr, reference_ptr, num_columns, cap_scale, gain, OVER_REFERENCE, HAS_SOFTCAP, BLOCK
+        logits_ptr,
+        reference_ptr,
+        num_columns,
+        num_padded,
+        cap_scale,
+        gain,
+        OVER_REFERENCE,
+        HAS_SOFTCAP,
+        BLOCK,
     )
     _, kl = divergence(total, reference_total, cross, largest, OVER_REFERENCE)
     if HAS_IGNORED:
@@ -72,7 +89,9 @@ def token_kl_bwd_kernel(
     gradient_ptr,
     row_stride,
     reference_stride,
+    gradient_stride,
     num_columns,
+    num_padded,
     softcap,
     OVER_REFERENCE: tl.constexpr,
     HAS_TEMPERATURE: tl.constexpr,
@@ -101,12 +120,12 @@ def token_kl_bwd_kernel(
     kl = tl.where(kl == float("inf"), 0.0, kl)
     logits_ptr += row * row_stride
     reference_ptr += row * reference_stride
-    gradient_ptr += row * num_columns
+    gradient_ptr += row * gradient_stride
     for start in range(0, num_columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < num_columns
-        x = tl.load(logits_ptr + column, mask=inside, other=0.0).to(tl.float32)
-        y = tl.load(reference_ptr + column, mask=inside, other=0.0).to(tl.float32)
+        x = load_columns(logits_ptr, column, num_columns, num_padded)
+        y = load_columns(reference_ptr, column, num_columns, num_padded)
         u, v = u_of(x, cap_scale, HAS_SOFTCAP), u_of(y, cap_scale, HAS_SOFTCAP)
         # outside, a maximum far below zero would make the exponentials overflow
         log_p = tl.where(inside, (u - m) * gain - log_total, -float("inf"))
@@ -118,8 +137,7 @@ def token_kl_bwd_kernel(
             bracket = p * (bounded(log_p) - bounded(log_q) - kl)
         if HAS_SOFTCAP:
             bracket *= 1.0 - u * u
-        gradient = tl.where(kept, bracket * g, 0.0)
-        tl.store(gradient_ptr + column, gradient.to(gradient_ptr.dtype.element_ty), mask=inside)
+        store_columns(gradient_ptr, column, num_padded, tl.where(kept, bracket * g, 0.0))
 
 
 def _operands(inputs: Inputs, unused: Tensor) -> list[Tensor]:
@@ -134,12 +152,15 @@ def _operands(inputs: Inputs, unused: Tensor) -> list[Tensor]:
     ]
 
 
-def _options(kernel: str, inputs: Inputs, operands: list[Tensor]) -> dict[str, Any]:
+def _options(
+    kernel: str, inputs: Inputs, operands: list[Tensor], *gradient: Tensor
+) -> dict[str, Any]:
     logits, reference_logits, *_ = operands
     return {
         "row_stride": logits.stride(0),
         "reference_stride": reference_logits.stride(0),
         "num_columns": logits.shape[1],
+        "num_padded": padded_width(logits, reference_logits, *gradient),
         "softcap": 1.0 if inputs.softcap is None else inputs.softcap,
         "OVER_REFERENCE": inputs.over_reference,
         "HAS_TEMPERATURE": inputs.temperature is not None,
@@ -163,10 +184,12 @@ def forward(inputs: Inputs) -> list[Tensor]:  # each (T,) float32
 def backward(inputs: Inputs, *rows: Tensor) -> Tensor:  # (T, V)
     """Return the gradient of the logits, in their dtype; `rows` as in `reference.backward`."""
     logits = inputs.logits
-    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    gradient = gradient_rows(logits, "triton")
     if logits.shape[0]:
         operands = _operands(inputs, unused=rows[0])
-        options = _options("token_kl_bwd_kernel", inputs, operands)
+        options = _options("token_kl_bwd_kernel", inputs, operands, gradient)
         given = [row.contiguous() for row in rows]
-        token_kl_bwd_kernel[(logits.shape[0],)](*operands, *given, gradient, **options)
+        token_kl_bwd_kernel[(logits.shape[0],)](
+            *operands, *given, gradient, gradient_stride=gradient.stride(0), **options
+        )
     return gradient

@@ -62,7 +62,8 @@ def token_logprob(
     Differentiable in the logits, through both results.
 
     Args:
-        logits: float32, bfloat16, float16, or float64 (reference only).
+        logits: float32, bfloat16, float16, or float64 (reference only). Of an odd
+            vocabulary Triton reads 128 bits at a time only where row strides are multiples of 16.
         targets: token ids; `ignore_index` gives log-prob 0, entropy 0 and no gradient.
         temperature: positive number, or one per row; gets no gradient.
         softcap: Gemma 2's final logit softcap (arXiv 2408.00118), or None.

@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from fastalign.ops.backends import contiguous, new_rows, unit_columns
+from fastalign.ops.backends import contiguous, gradient_rows, new_rows, unit_columns
 from fastalign.ops.native_library import DTYPE_CODES, Argument, call
 from fastalign.ops.token_logprob.reference import Inputs
 
@@ -35,9 +35,7 @@ def forward(inputs: Inputs) -> list[Tensor]:  # each (T,) float32
 
 def backward(inputs: Inputs, *rows: Tensor | None) -> Tensor:  # (T, V)
     """Return the gradient of the logits, in their dtype; `rows` as in `reference.backward`."""
-    gradient = torch.empty(
-        inputs.logits.shape, dtype=inputs.logits.dtype, device=inputs.logits.device
-    )
+    gradient = gradient_rows(inputs.logits, "native")
     arguments = [*_arguments(inputs), *map(contiguous, rows), gradient]
     call("token_logprob_backward", inputs.logits.device, arguments)
     return gradient

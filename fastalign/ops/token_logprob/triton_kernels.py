@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastalign.ops.backends import contiguous, new_rows, unit_columns
+from fastalign.ops.backends import contiguous, gradient_rows, new_rows, padded_width, unit_columns
 from fastalign.ops.token_logprob.reference import Inputs
 from fastalign.ops.triton_softmax import row_sums, row_transform, u_of, write_gradient
 from fastalign.ops.triton_table import launch_options
@@ -27,6 +27,7 @@ def token_logprob_fwd_kernel(
     log_total_ptr,
     row_stride,
     num_columns,
+    num_padded,
     softcap,
     ignore_index,
     HAS_TEMPERATURE: tl.constexpr,
@@ -43,7 +44,9 @@ def token_logprob_fwd_kernel(
         row, temperature_ptr, softcap, 1.0, HAS_TEMPERATURE, HAS_SOFTCAP
     )
     logits_ptr += row * row_stride
-    m, total, weighted = row_sums(logits_ptr, num_columns, cap_scale, gain, HAS_SOFTCAP, BLOCK)
+    m, total, weighted = row_sums(
+        logits_ptr, num_columns, num_padded, cap_scale, gain, HAS_SOFTCAP, BLOCK
+    )
     log_total = tl.log(total)
     ignored = target == ignore_index
     # NaN where the target is no column; where it is ignored that is discarded.
@@ -72,7 +75,9 @@ def token_logprob_bwd_kernel(
     grad_entropy_ptr,
     gradient_ptr,
     row_stride,
+    gradient_stride,
     num_columns,
+    num_padded,
     softcap,
     ignore_index,
     HAS_TEMPERATURE: tl.constexpr,
@@ -96,8 +101,9 @@ def token_logprob_bwd_kernel(
     g = tl.where(inside, tl.load(grad_logprob_ptr + row), float("nan"))
     write_gradient(
         logits_ptr + row * row_stride,
-        gradient_ptr + row * num_columns,
+        gradient_ptr + row * gradient_stride,
         num_columns,
+        num_padded,
         target,
         target != ignore_index,
         row_transform(row, temperature_ptr, softcap, 1.0, HAS_TEMPERATURE, HAS_SOFTCAP),
@@ -119,11 +125,14 @@ def _operands(inputs: Inputs, unused: Tensor) -> list[Tensor]:
     ]
 
 
-def _options(kernel: str, inputs: Inputs, operands: list[Tensor]) -> dict[str, Any]:
+def _options(
+    kernel: str, inputs: Inputs, operands: list[Tensor], *gradient: Tensor
+) -> dict[str, Any]:
     logits = operands[0]
     return {
         "row_stride": logits.stride(0),
         "num_columns": logits.shape[1],
+        "num_padded": padded_width(logits, *gradient),
         "softcap": 1.0 if inputs.softcap is None else inputs.softcap,
         "ignore_index": inputs.ignore_index,
         "HAS_TEMPERATURE": inputs.temperature is not None,
@@ -146,7 +155,7 @@ def forward(inputs: Inputs) -> list[Tensor]:  # each (T,) float32
 def backward(inputs: Inputs, *rows: Tensor | None) -> Tensor:  # (T, V)
     """Return the gradient of the logits, in their dtype; `rows` as in `reference.backward`."""
     logits = inputs.logits
-    gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    gradient = gradient_rows(logits, "triton")
     if logits.shape[0]:
         *given, grad_entropy = map(contiguous, rows)
         unused = rows[0]
@@ -157,7 +166,8 @@ def backward(inputs: Inputs, *rows: Tensor | None) -> Tensor:  # (T, V)
             *given,
             unused if grad_entropy is None else grad_entropy,
             gradient,
+            gradient_stride=gradient.stride(0),
             HAS_GRAD_ENTROPY=grad_entropy is not None,
-            **_options("token_logprob_bwd_kernel", inputs, operands),
+            **_options("token_logprob_bwd_kernel", inputs, operands, gradient),
         )
     return gradient

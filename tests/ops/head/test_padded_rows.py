@@ -1,6 +1,6 @@
-"""Buffers whose rows begin at multiples of 16 bytes, as on a GPU: the same numbers as without.
+"""Rows that begin at multiples of 16 bytes, as on a GPU: the same numbers as without.
 
-On a CPU rows are not padded; here they are.
+On a CPU a head's buffers are not padded; here they are, and so are logits that a caller gives.
 """
 
 from collections.abc import Callable
@@ -8,14 +8,23 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
-from fastalign.ops import TokenChunk, fused_linear_loss, linear_kl, linear_logprob
-from fastalign.ops.backends import unusable_reason
+from fastalign.ops import (
+    TokenChunk,
+    fused_linear_loss,
+    linear_kl,
+    linear_logprob,
+    token_kl,
+    token_logprob,
+)
+from fastalign.ops.backends import padded_width, unusable_reason
 from fastalign.ops.head import buffers
 from fastalign.ops.head.linear_kl.op import linear_kl_forward
 from fastalign.ops.head.linear_logprob.op import linear_logprob_forward
 
 VOCABULARY, WIDTH, ROWS = 37, 6, 9
+STRIDE = 48  # of padded rows
 
 
 @pytest.fixture(params=["torch", "triton", "native"])
@@ -129,3 +138,43 @@ def test_the_registrations_pass_opcheck(pad: Callable[[], None]) -> None:
     other = [value.detach() for value in leaves(1, torch.float32)]
     two = (hidden, weight, bias, *other, some_targets(), None, True, *shared, [True] * 3)
     torch.library.opcheck(linear_kl_forward, (*two, "torch"))
+
+
+def padded_logits(seed: int) -> Tensor:
+    """Random logits (ROWS, VOCABULARY) with NaN behind each row."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.full((ROWS, STRIDE), torch.nan)[:, :VOCABULARY]
+    return logits.copy_(4 * torch.randn(logits.shape, generator=generator))
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_what_lies_behind_given_logits_is_not_used(backend: str, softcap: float | None) -> None:
+    def run(logits: Tensor, reference: Tensor, name: str) -> list[Tensor]:
+        options = {"softcap": softcap, "temperature": 0.7, "backend": name}
+        leaf = logits.detach().requires_grad_()
+        kl = token_kl(leaf, reference, **options)
+        logprob, entropy = token_logprob(leaf, some_targets(), return_entropy=True, **options)
+        total = logprob.sum() + 0.3 * entropy.square().sum()
+        gradients = (torch.autograd.grad(value, leaf)[0] for value in (kl.sum(), total))
+        return [kl, logprob, entropy, *gradients]
+
+    sides = [padded_logits(seed) for seed in range(2)]
+    expected = run(*(side.contiguous() for side in sides), "reference")
+    found_values = run(*sides, "reference" if backend == "torch" else backend)
+    for found, value in zip(found_values, expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-5, atol=2e-5)
+
+
+def test_rows_are_read_and_written_as_far_as_there_is_memory() -> None:
+    logits = padded_logits(0)
+    at_the_end = torch.zeros((ROWS - 1) * STRIDE + VOCABULARY)
+    exact = at_the_end.as_strided(logits.shape, logits.stride())
+    assert padded_width(logits) == padded_width(logits.expand(2, -1, -1), logits) == STRIDE
+    assert padded_width(logits, exact) == padded_width(logits.contiguous()) == VOCABULARY
+    rows = [torch.zeros(ROWS)] * 6
+    arguments = (*rows, logits, logits, None, None, None, False, "triton")
+    backward = torch.ops.fastalign.token_kl_backward
+    with FakeTensorMode() as mode:
+        tensors = (mode.from_tensor(x) if isinstance(x, Tensor) else x for x in arguments)
+        assert backward(*tensors).stride() == (STRIDE, 1)
+    assert backward(*arguments).stride() == (STRIDE, 1)

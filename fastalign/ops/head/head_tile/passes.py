@@ -49,6 +49,7 @@ def read_tile(
         backend: "torch", "native" or "triton".
         scratch: memory of the "torch" backend; else None or unused.
         gradient: (C, V), float32 or bfloat16 (for "torch", any); may be the products themselves.
+            "triton" overwrites its padding as well, up to a multiple of 16 columns.
         upstream: gradients of the log-probs and entropies.
         with_entropy: also compute entropies; without, their values are undefined.
     """
@@ -97,7 +98,7 @@ def head_tile_gradient(
         known: softmax over all columns, these and those of other processes; in the tile's dtype.
         backend: "torch", "native" or "triton".
         scratch: memory of the "torch" backend.
-        gradient: (C, V), float32 or bfloat16 (for "torch", any); may be the products themselves.
+        gradient: as for `read_tile`.
         upstream: gradients of the log-probs and entropies.
     """
     if backend == "torch":

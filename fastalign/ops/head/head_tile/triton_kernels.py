@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastalign.ops.backends import padded_width
 from fastalign.ops.head.head_tile.tile import (
     RowStatistics,
     SoftmaxStatistics,
@@ -36,6 +37,7 @@ def head_tile_kernel(
     row_stride,
     gradient_stride,
     num_columns,
+    num_padded,
     softcap,
     logit_scale,
     HAS_TEMPERATURE: tl.constexpr,
@@ -52,7 +54,9 @@ def head_tile_kernel(
         row, temperature_ptr, softcap, logit_scale, HAS_TEMPERATURE, HAS_SOFTCAP
     )
     x_ptr += row * row_stride
-    m, total, weighted = row_sums(x_ptr, num_columns, cap_scale, gain, HAS_SOFTCAP, BLOCK)
+    m, total, weighted = row_sums(
+        x_ptr, num_columns, num_padded, cap_scale, gain, HAS_SOFTCAP, BLOCK
+    )
     log_total = tl.log(total)
     entropy = log_total - weighted / total
     entropy = tl.where(entropy < 0.0, 0.0, entropy)
@@ -75,6 +79,7 @@ def head_tile_kernel(
             x_ptr,
             gradient_ptr + row * gradient_stride,
             num_columns,
+            num_padded,
             target,
             is_target,
             (cap_scale, gain, slope),
@@ -98,6 +103,7 @@ def head_tile_statistics_kernel(
     target_ptr,
     row_stride,
     num_columns,
+    num_padded,
     softcap,
     logit_scale,
     HAS_TEMPERATURE: tl.constexpr,
@@ -112,7 +118,9 @@ def head_tile_statistics_kernel(
         row, temperature_ptr, softcap, logit_scale, HAS_TEMPERATURE, HAS_SOFTCAP
     )
     x_ptr += row * row_stride
-    m, total, weighted = row_sums(x_ptr, num_columns, cap_scale, gain, HAS_SOFTCAP, BLOCK)
+    m, total, weighted = row_sums(
+        x_ptr, num_columns, num_padded, cap_scale, gain, HAS_SOFTCAP, BLOCK
+    )
     target = tl.load(targets_ptr + row)
     inside = is_target & (target >= 0) & (target < num_columns)
     x = tl.load(x_ptr + target, mask=inside, other=0.0)
@@ -138,6 +146,7 @@ def head_tile_gradient_kernel(
     row_stride,
     gradient_stride,
     num_columns,
+    num_padded,
     softcap,
     logit_scale,
     HAS_TEMPERATURE: tl.constexpr,
@@ -169,6 +178,7 @@ def head_tile_gradient_kernel(
         x_ptr,
         gradient_ptr + row * gradient_stride,
         num_columns,
+        num_padded,
         target,
         is_target,
         (cap_scale, gain, slope),
@@ -185,12 +195,13 @@ def rows_of(value: Tensor | None, num_rows: int, unused: Tensor) -> Tensor:
     return unused if value is None else value.to(torch.float32).expand(num_rows).contiguous()
 
 
-def launch_arguments(kernel: str, tile: Tile) -> dict[str, Any]:
+def launch_arguments(kernel: str, tile: Tile, gradient: Tensor | None = None) -> dict[str, Any]:
     """Return the arguments that every kernel ends with."""
     products, transform = tile.products, tile.transform
     return {
         "row_stride": products.stride(-2),
         "num_columns": products.shape[-1],
+        "num_padded": padded_width(products, *(() if gradient is None else (gradient,))),
         # any number: unused without HAS_SOFTCAP
         "softcap": 1.0 if transform.softcap is None else transform.softcap,
         "logit_scale": transform.logit_scale,
@@ -223,7 +234,7 @@ def read(
         HAS_GRADIENT=gradient is not None,
         HAS_GRAD_LOGPROB=upstream.logprob is not None,
         HAS_GRAD_ENTROPY=upstream.entropy is not None,
-        **launch_arguments("head_tile_kernel", tile),
+        **launch_arguments("head_tile_kernel", tile, gradient),
     )
     return found
 
@@ -266,5 +277,5 @@ def gradient(tile: Tile, known: SoftmaxStatistics, gradient: Tensor, upstream: U
         gradient_stride=gradient.stride(0),
         HAS_GRAD_LOGPROB=upstream.logprob is not None,
         HAS_GRAD_ENTROPY=upstream.entropy is not None,
-        **launch_arguments("head_tile_gradient_kernel", tile),
+        **launch_arguments("head_tile_gradient_kernel", tile, gradient),
     )

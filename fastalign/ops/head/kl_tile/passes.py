@@ -42,7 +42,8 @@ def read_pair(
         backend: "torch", "native" or "triton".
         scratch: for "torch": (4, S, V) of the products' dtype; S rows are worked on at a time.
         brackets: (2, C, V), float32 or bfloat16 (for "torch", any): receives the brackets of the
-            log-prob and of the KL; may be the products themselves.
+            log-prob and of the KL; may be the products themselves. "triton" overwrites their
+            padding as well, up to a multiple of 16 columns.
         gradient: (C, V), likewise, instead of brackets: receives the gradient by the policy's
             products, given `upstream`; may be the policy's products themselves.
         upstream: (C,) gradients of the log-probs, entropies and KLs, with `gradient`.

@@ -14,6 +14,7 @@ from fastalign.ops.head.kl_tile.statistics import PairStatistics, PairUpstream
 from fastalign.ops.triton_softmax import (
     bounded,
     divergence,
+    load_columns,
     one_less_p,
     pair_sums,
     row_transform,
@@ -66,6 +67,7 @@ def kl_tile_kernel(
     row_stride,
     gradient_stride,
     num_columns,
+    num_padded,
     softcap,
     logit_scale,
     OVER_REFERENCE: tl.constexpr,
@@ -89,7 +91,15 @@ def kl_tile_kernel(
     policy_x = tl.load(policy_ptr + target, mask=has_column, other=nan)
     reference_x = tl.load(reference_ptr + target, mask=has_column, other=nan)
     m, total, weighted, n, reference_total, cross, largest = pair_sums(
-        policy_ptr, reference_ptr, num_columns, cap_scale, gain, OVER_REFERENCE, HAS_SOFTCAP, BLOCK
+        policy_ptr,
+        reference_ptr,
+        num_columns,
+        num_padded,
+        cap_scale,
+        gain,
+        OVER_REFERENCE,
+        HAS_SOFTCAP,
+        BLOCK,
     )
     mean, kl = divergence(total, reference_total, cross, largest, OVER_REFERENCE)
     entropy = tl.log(total) - weighted / total
@@ -111,9 +121,10 @@ def kl_tile_kernel(
         kl_gradient_ptr += row * gradient_stride
         for start in range(0, num_columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            inside = column < num_columns
-            u = u_of(tl.load(policy_ptr + column, mask=inside, other=0.0), cap_scale, HAS_SOFTCAP)
-            y = tl.load(reference_ptr + column, mask=inside, other=0.0)
+            inside, stored = column < num_columns, column < num_padded
+            x = load_columns(policy_ptr, column, num_columns, num_padded)
+            y = load_columns(reference_ptr, column, num_columns, num_padded)
+            u = u_of(x, cap_scale, HAS_SOFTCAP)
             # outside, a maximum far below zero would make the exponentials overflow
             s = tl.where(inside, bounded((u - m) * gain), -1e30)
             t = tl.where(inside, bounded((u_of(y, cap_scale, HAS_SOFTCAP) - n) * gain), -1e30)
@@ -122,10 +133,10 @@ def kl_tile_kernel(
             by_product = slope * (1.0 - u * u) if HAS_SOFTCAP else slope
             if BRACKETS:
                 result = g * of_logprob
-                _store(kl_gradient_ptr + column, of_kl * k * by_product, is_target, inside)
+                _store(kl_gradient_ptr + column, of_kl * k * by_product, is_target, stored)
             else:
                 result = g * of_logprob + k * of_kl - e * p * (s - tl.log(total) + entropy)
-            _store(gradient_ptr + column, result * by_product, is_target, inside)
+            _store(gradient_ptr + column, result * by_product, is_target, stored)
 
 
 def read(
@@ -159,6 +170,6 @@ def read(
         OVER_REFERENCE=over_reference,
         HAS_GRADIENT=brackets is not None or gradient is not None,
         BRACKETS=brackets is not None,
-        **launch_arguments("kl_tile_kernel", tile),
+        **launch_arguments("kl_tile_kernel", tile, written),
     )
     return found

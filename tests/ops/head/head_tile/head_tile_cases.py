@@ -83,7 +83,10 @@ def use_backend(parameter: str, monkeypatch: pytest.MonkeyPatch) -> str:
 def check_long_rows(num_columns: int, name: str, backend: str, device: str = "cpu") -> None:
     """Compare a tile whose rows begin at multiples of 16 bytes, and lie apart, with float64."""
     tile, targets, ignored = products(4, num_columns)
-    stride, transform = -(-num_columns // 16) * 16, transform_of(name, 4)
+    padded, transform = -(-num_columns // 16) * 16, transform_of(name, 4)
+    stride = padded + 16
+    # Triton's kernels overwrite the padding
+    written = padded if backend == "triton" else num_columns
     targets[1], targets[3] = 0, num_columns - 1
     temperature = transform.temperature
     there = (targets.to(device), ignored.to(device))
@@ -120,4 +123,4 @@ def check_long_rows(num_columns: int, name: str, backend: str, device: str = "cp
                 length=num_columns,
                 scale=1.0,
             )
-            assert place[:, num_columns:].eq(7.0).all()
+            assert place[:, written:].eq(7.0).all()
