@@ -50,21 +50,24 @@ def u_of(x, cap_scale, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def load_columns(row_ptr, column, num_columns, num_padded):
+def load_columns(row_ptr, column, columns):
     """Return columns of a row as float32; zeros outside of the row.
+
+    `columns` is a tuple, here and below: their number, and that with the padding.
 
     The mask is of the padded row (`backends.padded_width`): for a number of columns that is not a
     multiple of 16, Triton would make scalar loads.
     """
+    num_columns, num_padded = columns
     x = tl.load(row_ptr + column, mask=column < num_padded, other=0.0)
     return tl.where(column < num_columns, x.to(tl.float32), 0.0)
 
 
 @triton.jit
-def load_u(row_ptr, column, num_columns, num_padded, cap_scale, HAS_SOFTCAP: tl.constexpr):
+def load_u(row_ptr, column, columns, cap_scale, HAS_SOFTCAP: tl.constexpr):
     """Return u of columns of a row; -inf outside of the row."""
-    x = load_columns(row_ptr, column, num_columns, num_padded)
-    return tl.where(column < num_columns, u_of(x, cap_scale, HAS_SOFTCAP), -float("inf"))
+    x = load_columns(row_ptr, column, columns)
+    return tl.where(column < columns[0], u_of(x, cap_scale, HAS_SOFTCAP), -float("inf"))
 
 
 @triton.jit
@@ -77,8 +80,7 @@ def store_columns(row_ptr, column, num_padded, values):
 @triton.jit
 def row_sums(
     x_ptr,
-    num_columns,
-    num_padded,
+    columns,
     cap_scale,
     gain,
     HAS_SOFTCAP: tl.constexpr,
@@ -91,9 +93,9 @@ def row_sums(
     m = -float("inf")
     total = 0.0
     weighted = 0.0
-    for start in range(0, num_columns, BLOCK):
+    for start in range(0, columns[0], BLOCK):
         column = start + tl.arange(0, BLOCK)
-        u = load_u(x_ptr, column, num_columns, num_padded, cap_scale, HAS_SOFTCAP)
+        u = load_u(x_ptr, column, columns, cap_scale, HAS_SOFTCAP)
         m, total, weighted = add_block(m, total, weighted, u, gain)
     return m, total, weighted
 
@@ -109,8 +111,7 @@ def one_less_p(logprob):
 def write_gradient(
     x_ptr,
     gradient_ptr,
-    num_columns,
-    num_padded,
+    columns,
     target,
     is_target,
     transform,
@@ -128,12 +129,12 @@ def write_gradient(
     m, log_total, logprob, entropy = known
     g, e = upstream
     tl.debug_barrier()  # every thread has read the target before any overwrites it
-    for start in range(0, num_columns, BLOCK):
+    for start in range(0, columns[0], BLOCK):
         column = start + tl.arange(0, BLOCK)
-        x = load_columns(x_ptr, column, num_columns, num_padded)
+        x = load_columns(x_ptr, column, columns)
         u = u_of(x, cap_scale, HAS_SOFTCAP)
         # outside, a maximum far below zero would make the exponential overflow
-        log_p = tl.where(column < num_columns, (u - m) * gain - log_total, -float("inf"))
+        log_p = tl.where(column < columns[0], (u - m) * gain - log_total, -float("inf"))
         p = tl.exp(log_p)
         result = g * tl.where(column == target, one_less_p(logprob), -p)
         if HAS_GRAD_ENTROPY:
@@ -141,7 +142,7 @@ def write_gradient(
         if HAS_SOFTCAP:
             result *= 1.0 - u * u
         result = tl.where(is_target, result * slope, 0.0)
-        store_columns(gradient_ptr, column, num_padded, result)
+        store_columns(gradient_ptr, column, columns[1], result)
 
 
 @triton.jit
@@ -213,8 +214,7 @@ def add_pair(
 def pair_sums(
     policy_ptr,
     reference_ptr,
-    num_columns,
-    num_padded,
+    columns,
     cap_scale,
     gain,
     OVER_REFERENCE: tl.constexpr,
@@ -225,10 +225,10 @@ def pair_sums(
     lowest = -float("inf")
     m, total, weighted = lowest, 0.0, 0.0
     n, reference_total, cross, largest = lowest, 0.0, 0.0, lowest
-    for start in range(0, num_columns, BLOCK):
+    for start in range(0, columns[0], BLOCK):
         column = start + tl.arange(0, BLOCK)
-        u = load_u(policy_ptr, column, num_columns, num_padded, cap_scale, HAS_SOFTCAP)
-        v = load_u(reference_ptr, column, num_columns, num_padded, cap_scale, HAS_SOFTCAP)
+        u = load_u(policy_ptr, column, columns, cap_scale, HAS_SOFTCAP)
+        v = load_u(reference_ptr, column, columns, cap_scale, HAS_SOFTCAP)
         m, total, weighted, n, reference_total, cross, largest = add_pair(
             m, total, weighted, n, reference_total, cross, largest, u, v, gain, OVER_REFERENCE
         )

@@ -53,16 +53,9 @@ def token_kl_fwd_kernel(
     )
     logits_ptr += row * row_stride
     reference_ptr += row * reference_stride
+    columns = (num_columns, num_padded)
     m, total, _weighted, n, reference_total, cross, largest = pair_sums(
-        logits_ptr,
-        reference_ptr,
-        num_columns,
-        num_padded,
-        cap_scale,
-        gain,
-        OVER_REFERENCE,
-        HAS_SOFTCAP,
-        BLOCK,
+        logits_ptr, reference_ptr, columns, cap_scale, gain, OVER_REFERENCE, HAS_SOFTCAP, BLOCK
     )
     _, kl = divergence(total, reference_total, cross, largest, OVER_REFERENCE)
     if HAS_IGNORED:
@@ -124,8 +117,8 @@ def token_kl_bwd_kernel(
     for start in range(0, num_columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < num_columns
-        x = load_columns(logits_ptr, column, num_columns, num_padded)
-        y = load_columns(reference_ptr, column, num_columns, num_padded)
+        x = load_columns(logits_ptr, column, (num_columns, num_padded))
+        y = load_columns(reference_ptr, column, (num_columns, num_padded))
         u, v = u_of(x, cap_scale, HAS_SOFTCAP), u_of(y, cap_scale, HAS_SOFTCAP)
         # outside, a maximum far below zero would make the exponentials overflow
         log_p = tl.where(inside, (u - m) * gain - log_total, -float("inf"))

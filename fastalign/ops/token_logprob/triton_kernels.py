@@ -45,7 +45,7 @@ def token_logprob_fwd_kernel(
     )
     logits_ptr += row * row_stride
     m, total, weighted = row_sums(
-        logits_ptr, num_columns, num_padded, cap_scale, gain, HAS_SOFTCAP, BLOCK
+        logits_ptr, (num_columns, num_padded), cap_scale, gain, HAS_SOFTCAP, BLOCK
     )
     log_total = tl.log(total)
     ignored = target == ignore_index
@@ -102,8 +102,7 @@ def token_logprob_bwd_kernel(
     write_gradient(
         logits_ptr + row * row_stride,
         gradient_ptr + row * gradient_stride,
-        num_columns,
-        num_padded,
+        (num_columns, num_padded),
         target,
         target != ignore_index,
         row_transform(row, temperature_ptr, softcap, 1.0, HAS_TEMPERATURE, HAS_SOFTCAP),

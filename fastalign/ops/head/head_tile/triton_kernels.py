@@ -55,7 +55,7 @@ def head_tile_kernel(
     )
     x_ptr += row * row_stride
     m, total, weighted = row_sums(
-        x_ptr, num_columns, num_padded, cap_scale, gain, HAS_SOFTCAP, BLOCK
+        x_ptr, (num_columns, num_padded), cap_scale, gain, HAS_SOFTCAP, BLOCK
     )
     log_total = tl.log(total)
     entropy = log_total - weighted / total
@@ -78,8 +78,7 @@ def head_tile_kernel(
         write_gradient(
             x_ptr,
             gradient_ptr + row * gradient_stride,
-            num_columns,
-            num_padded,
+            (num_columns, num_padded),
             target,
             is_target,
             (cap_scale, gain, slope),
@@ -119,7 +118,7 @@ def head_tile_statistics_kernel(
     )
     x_ptr += row * row_stride
     m, total, weighted = row_sums(
-        x_ptr, num_columns, num_padded, cap_scale, gain, HAS_SOFTCAP, BLOCK
+        x_ptr, (num_columns, num_padded), cap_scale, gain, HAS_SOFTCAP, BLOCK
     )
     target = tl.load(targets_ptr + row)
     inside = is_target & (target >= 0) & (target < num_columns)
@@ -177,8 +176,7 @@ def head_tile_gradient_kernel(
     write_gradient(
         x_ptr,
         gradient_ptr + row * gradient_stride,
-        num_columns,
-        num_padded,
+        (num_columns, num_padded),
         target,
         is_target,
         (cap_scale, gain, slope),

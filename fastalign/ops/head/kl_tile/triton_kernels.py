@@ -90,16 +90,9 @@ def kl_tile_kernel(
     has_column, nan = (target >= 0) & (target < num_columns), float("nan")
     policy_x = tl.load(policy_ptr + target, mask=has_column, other=nan)
     reference_x = tl.load(reference_ptr + target, mask=has_column, other=nan)
+    columns = (num_columns, num_padded)
     m, total, weighted, n, reference_total, cross, largest = pair_sums(
-        policy_ptr,
-        reference_ptr,
-        num_columns,
-        num_padded,
-        cap_scale,
-        gain,
-        OVER_REFERENCE,
-        HAS_SOFTCAP,
-        BLOCK,
+        policy_ptr, reference_ptr, columns, cap_scale, gain, OVER_REFERENCE, HAS_SOFTCAP, BLOCK
     )
     mean, kl = divergence(total, reference_total, cross, largest, OVER_REFERENCE)
     entropy = tl.log(total) - weighted / total
@@ -117,26 +110,24 @@ def kl_tile_kernel(
             k = tl.load(grad_kl_ptr + row)
         g = tl.where(has_column, g, nan)
         k = tl.where((kl == float("inf")) & (k != 0.0), nan, k)
-        gradient_ptr += row * gradient_stride
-        kl_gradient_ptr += row * gradient_stride
         for start in range(0, num_columns, BLOCK):
             column = start + tl.arange(0, BLOCK)
             inside, stored = column < num_columns, column < num_padded
-            x = load_columns(policy_ptr, column, num_columns, num_padded)
-            y = load_columns(reference_ptr, column, num_columns, num_padded)
-            u = u_of(x, cap_scale, HAS_SOFTCAP)
+            place = row * gradient_stride + column
+            u = u_of(load_columns(policy_ptr, column, columns), cap_scale, HAS_SOFTCAP)
+            v = u_of(load_columns(reference_ptr, column, columns), cap_scale, HAS_SOFTCAP)
             # outside, a maximum far below zero would make the exponentials overflow
             s = tl.where(inside, bounded((u - m) * gain), -1e30)
-            t = tl.where(inside, bounded((u_of(y, cap_scale, HAS_SOFTCAP) - n) * gain), -1e30)
+            t = tl.where(inside, bounded((v - n) * gain), -1e30)
             p, of_kl = _kl_bracket(s, t, total, reference_total, mean, OVER_REFERENCE)
             of_logprob = tl.where(column == target, one_less_p(logprob), -p)
             by_product = slope * (1.0 - u * u) if HAS_SOFTCAP else slope
             if BRACKETS:
                 result = g * of_logprob
-                _store(kl_gradient_ptr + column, of_kl * k * by_product, is_target, stored)
+                _store(kl_gradient_ptr + place, of_kl * k * by_product, is_target, stored)
             else:
                 result = g * of_logprob + k * of_kl - e * p * (s - tl.log(total) + entropy)
-            _store(gradient_ptr + column, result * by_product, is_target, stored)
+            _store(gradient_ptr + place, result * by_product, is_target, stored)
 
 
 def read(
