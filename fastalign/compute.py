@@ -5,10 +5,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 
+from fastalign.choices import AttentionChoice, Packing
 from fastalign.ranks.config import ParallelConfig
 from fastalign.ranks.world import ALONE, World
 
@@ -68,8 +69,6 @@ def require_finite(values: torch.Tensor, what: str) -> None:
         )
 
 
-AttentionChoice = Literal["auto", "sdpa", "flash_attn", "varlen", "flex"]
-Packing = Literal["shared_prefix", "packed", "padded"]
 PACKINGS: tuple[Packing, ...] = get_args(Packing)
 CPU_ALLOCATOR = "DefaultCPUAllocator"
 CPU = torch.device("cpu")

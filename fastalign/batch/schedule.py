@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from fastalign.batch.packed import Group, PackedBatch, pack, ungroup
 from fastalign.batch.stored import StoredGroups
-from fastalign.compute import Compute, Packing
+from fastalign.choices import Packing
+from fastalign.compute import Compute
 
 
 @lru_cache(maxsize=2)

@@ -1,6 +1,7 @@
 """The rows of a run's metrics, kept by columns: a dictionary a step takes six times the memory."""
 
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from typing import Any, overload
 
 import numpy as np
@@ -24,11 +25,15 @@ class MetricTable(Sequence[Row]):
         self._columns: dict[str, list[Any]] = {}
         self._numbers: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._length = 0
+        names: tuple[str, ...] = ()
+        columns: list[list[Any]] = []
         for row in rows:
-            for name, value in row.items():
-                column = self._columns.setdefault(name, [])
-                if len(column) < self._length:
+            if tuple(row) != names:
+                names = tuple(row)
+                columns = [self._columns.setdefault(name, []) for name in names]
+                for column in columns:
                     column += [_MISSING] * (self._length - len(column))
+            for column, value in zip(columns, row.values(), strict=True):
                 column.append(value)
             self._length += 1
 
@@ -73,7 +78,14 @@ class MetricTable(Sequence[Row]):
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Return the steps at which a metric was logged as a number, and its values."""
-        steps = self._columns.get("step", [])
-        known, values = self.numbers(name)
-        kept = [place for place in np.flatnonzero(known[: len(steps)]) if type(steps[place]) is int]
-        return [steps[place] for place in kept], values[kept].tolist()
+        (is_step, steps), (known, values) = self._steps, self.numbers(name)
+        kept = is_step & known
+        return steps[kept].tolist(), values[kept].tolist()
+
+    @cached_property
+    def _steps(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return which rows have a step, (number of rows,) bool, and the steps, 0 elsewhere."""
+        found = [value if type(value) is int else None for value in self._columns.get("step", [])]
+        found += [None] * (self._length - len(found))
+        is_step = np.array([value is not None for value in found], bool)
+        return is_step, np.array([value or 0 for value in found])

@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from fastalign.batch.packed import Group, PackedBatch
 from fastalign.batch.schedule import packed_batches, packed_lengths
-from fastalign.compute import Compute, Packing, memory_used_in
+from fastalign.choices import Packing
+from fastalign.compute import Compute, memory_used_in
 from fastalign.models.forward import hidden_and_head
 from fastalign.ops import LinearHead, fused_linear_loss
 from fastalign.ops.head.fused_linear_loss import LossFunction

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args
 
-from fastalign.compute import AttentionChoice, Packing
+from fastalign.choices import AttentionChoice, Packing
 from fastalign.ranks.config import ParallelConfig
 
 States = Literal["float32", "8bit"]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastalign.batch.packed import Group
+from fastalign.choices import Packing
 from fastalign.cli.answers.sampling import (
     SampledModel,
     SamplingConfig,
@@ -21,7 +22,7 @@ from fastalign.cli.answers.sampling import (
     sample_rows,
 )
 from fastalign.cli.config_parse import parse_flags
-from fastalign.compute import Compute, Packing, require_finite
+from fastalign.compute import Compute, require_finite
 from fastalign.data.load import load_examples
 from fastalign.data.tokenizer import Tokenizer, check_same_vocabulary
 from fastalign.evaluation.measures import (

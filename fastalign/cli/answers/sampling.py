@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from fastalign.compute import Compute, Packing, find_device
+from fastalign.choices import Packing
+from fastalign.compute import Compute, find_device
 from fastalign.data.conversation import content_as_json
 from fastalign.data.load import PromptDataset, load_prompts
 from fastalign.data.tokenizer import (

@@ -4,7 +4,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from fastalign.compute import AttentionChoice
+from fastalign.choices import AttentionChoice
 from fastalign.models.attention.varlen import flash_attn_reason
 
 AttentionName = Literal["sdpa", "flash_attn", "varlen", "flex"]
