@@ -4,9 +4,11 @@ import json
 import re
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import compare, head_rows, heads, readme
 from benchmarks.heads import HeadCase
@@ -22,6 +24,8 @@ def test_the_benchmark_prints_a_table_and_writes_rows(
     (line,) = re.findall(r"^python -m benchmarks\.compare (head .*)$", README, flags=re.MULTILINE)
     flags = ["--case=small", "--rounds=2", "--allocator=default"]
     monkeypatch.setattr(sys, "argv", ["compare", *shlex.split(line), *flags])
+    # As its peer is compiled, but without machine code, which would take most of the time.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     asked: list[str] = []
     monkeypatch.setattr(head_rows, "refuse_on_a_red_test", asked.append)
     compare.main()
