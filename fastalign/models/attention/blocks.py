@@ -43,6 +43,7 @@ class Block:
         num_prompt: P, the length of the longest prompt.
         least_prompt: the length of the shortest.
         num_own: M, the length of the longest segment.
+        num_segments: b.
         masks: cache of the masks, by their arguments.
     """
 
@@ -50,6 +51,7 @@ class Block:
     num_prompt: int
     least_prompt: int
     num_own: int
+    num_segments: int
     masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     def first_key(self, query: int, window: int | None) -> int:
@@ -166,6 +168,7 @@ class Blocks:
                     num_prompt,
                     int(prompt_length.min()),
                     num_own,
+                    len(members),
                 )
             )
         tokens, copies, of_keys, key_copies = (
@@ -209,7 +212,7 @@ class Blocks:
     def parts(self, rows: Tensor, *, of_keys: bool = False) -> list[Tensor]:
         """Return each block's part of gathered rows: (b, M, H, d), or of keys (b, P + M, H, d)."""
         sizes = [
-            (len(block.prompt_length), block.num_own + of_keys * block.num_prompt)
+            (block.num_segments, block.num_own + of_keys * block.num_prompt)
             for block in self.blocks
         ]
         parts = torch.split(rows, [num * width for num, width in sizes])

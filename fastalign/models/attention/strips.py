@@ -64,7 +64,7 @@ class Strip:
         queries, keys, heads = (
             last - first for first, last in (self.queries, self.keys, self.heads)
         )
-        return len(self.block.prompt_length) * heads, self.num_shared * queries, keys
+        return self.block.num_segments * heads, self.num_shared * queries, keys
 
     def of_queries(self, rows: Tensor) -> Tensor:
         """Return the strip of queries, outputs or their gradients, (b, a, g, w, d)."""
@@ -96,8 +96,8 @@ class Strip:
             out *= softcap
         bias = self.block.bias(self.queries, self.keys, self.form.window, out.dtype)
         (*_, queries, columns), keys = bias.shape, out.shape[2]
-        by_head = out.view(len(self.block.prompt_length), -1, self.num_shared, queries, keys)
-        by_head[..., keys - columns :] += bias
+        by_head = out.view(self.block.num_segments, -1, self.num_shared, queries, keys)
+        by_head[..., keys - columns :].add_(bias)
         torch.softmax(out, -1, out=out)
         return tanh
 
@@ -114,7 +114,7 @@ def strips_of(rows: Rows, form: ScoreForm) -> Iterator[Strip]:
     block, num_heads = rows.block, rows.key.shape[2]
     num_shared = rows.query.shape[2] // num_heads
     width = -(-block.num_own // -(-block.num_own // STRIP_QUERIES))
-    scores = len(block.prompt_length) * num_shared * width * (block.num_prompt + block.num_own)
+    scores = block.num_segments * num_shared * width * (block.num_prompt + block.num_own)
     step = max(1, STRIP_SCORES // scores)
     for start in range(0, block.num_own, width):
         queries = start, min(start + width, block.num_own)
