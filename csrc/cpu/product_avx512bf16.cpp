@@ -18,6 +18,9 @@ constexpr int64_t LANES = 16;
 constexpr int64_t TILE_ROWS = 8, TILE_VECTORS = 3, TILE_COLUMNS = TILE_VECTORS * LANES;
 constexpr int64_t BLOCK_DEPTH = 1024, BLOCK_ROWS = 256;
 constexpr int64_t BLOCK_B_BYTES = 2 << 20;
+// A C of more bytes than this leaves the caches before it is read: it is written past them, so that
+// no line of it is read first.
+constexpr int64_t STREAMED_BYTES = 8 << 20;
 
 struct Free {
     void operator()(void* memory) const { std::free(memory); }
@@ -129,9 +132,12 @@ void pack(const uint16_t* from, int64_t line_stride, int64_t depth_stride, int64
 
 inline __m512bh as_pairs(__m512i value) { return reinterpret_cast<__m512bh>(value); }
 
+// How a tile is written to C; STREAMED asks for vectors at multiples of 64 bytes.
+enum class Store { WRITTEN, ADDED, STREAMED };
+
 // C's tile of TILE_ROWS x TILE_COLUMNS, of which rows x columns exist.
 inline void multiply_tile(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c,
-                          int64_t stride, int64_t rows, int64_t columns, bool accumulate) {
+                          int64_t stride, int64_t rows, int64_t columns, Store store) {
     __m512 sums[TILE_ROWS][TILE_VECTORS];
     for (auto& row : sums)
         for (auto& sum : row) sum = _mm512_setzero_ps();
@@ -154,10 +160,22 @@ inline void multiply_tile(const uint32_t* a, const uint32_t* b, int64_t pairs, f
             const __mmask16 mask = static_cast<__mmask16>((1u << here) - 1);
             float* at = c + i * stride + j * LANES;
             __m512 sum = sums[i][j];
-            if (accumulate) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, at));
-            _mm512_mask_storeu_ps(at, mask, sum);
+            if (store == Store::ADDED) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, at));
+            if (store == Store::STREAMED && here == LANES) {
+                _mm512_stream_ps(at, sum);
+            } else {
+                _mm512_mask_storeu_ps(at, mask, sum);
+            }
         }
     }
+}
+
+// True if the part of C is written once, is large, and its whole vectors are aligned.
+bool streams(const Product& product, int64_t num_rows, int64_t first_column, int64_t last_column) {
+    const uintptr_t first = reinterpret_cast<uintptr_t>(product.c + first_column);
+    return !product.accumulate && product.depth <= BLOCK_DEPTH &&
+           (first | 4 * static_cast<uintptr_t>(product.c_stride)) % 64 == 0 &&
+           num_rows * (last_column - first_column) * 4 > STREAMED_BYTES;
 }
 
 }  // namespace
@@ -176,6 +194,7 @@ void run_product(const Product& product, int64_t first_row, int64_t last_row, in
     const int64_t block_columns = std::min(std::max(fitting, TILE_COLUMNS),
                                            round_up(last_column - first_column, TILE_COLUMNS));
     const int64_t most_pairs = (block_depth + 1) / 2;
+    const bool streamed = streams(product, last_row - first_row, first_column, last_column);
     const Panels of_a = new_panels(most_pairs, BLOCK_ROWS);
     const Panels of_b = new_panels(most_pairs, block_columns);
     for (int64_t column = first_column; column < last_column; column += block_columns) {
@@ -183,7 +202,9 @@ void run_product(const Product& product, int64_t first_row, int64_t last_row, in
         for (int64_t k = 0; k < product.depth; k += block_depth) {
             const int64_t depth = std::min(block_depth, product.depth - k);
             const int64_t pairs = (depth + 1) / 2;
-            const bool accumulate = product.accumulate || k > 0;
+            const Store store = product.accumulate || k > 0 ? Store::ADDED
+                                : streamed                  ? Store::STREAMED
+                                                            : Store::WRITTEN;
             pack(b.data + k * b.row_stride + column * b.column_stride, b.column_stride,
                  b.row_stride, columns, depth, TILE_COLUMNS, of_b.get());
             for (int64_t row = first_row; row < last_row; row += BLOCK_ROWS) {
@@ -194,12 +215,13 @@ void run_product(const Product& product, int64_t first_row, int64_t last_row, in
                     for (int64_t i = 0; i < rows; i += TILE_ROWS) {
                         multiply_tile(of_a.get() + i * pairs, of_b.get() + j * pairs, pairs,
                                       product.c + (row + i) * product.c_stride + column + j,
-                                      product.c_stride, rows - i, columns - j, accumulate);
+                                      product.c_stride, rows - i, columns - j, store);
                     }
                 }
             }
         }
     }
+    if (streamed) _mm_sfence();  // before another thread reads C
 }
 
 }  // namespace fastalign

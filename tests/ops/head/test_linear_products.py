@@ -59,6 +59,16 @@ def test_strides_beyond_the_matrix_and_what_lies_beside_the_result() -> None:
     assert torch.equal(out[:, 75:], torch.full((37, 5), 7.0))
 
 
+@pytest.mark.parametrize("columns", [4160, 4150], ids=["whole vectors", "a part of one"])
+def test_a_result_larger_than_the_caches_is_the_same(columns: int) -> None:
+    left, right = operands(520, columns, 33)
+    large, shifted = torch.full((520, 4160), 7.0), torch.full((520, 4161), 7.0)
+    product(left, right, large[:, :columns])  # written past the caches: more than 8 MB, aligned
+    product(left, right, shifted[:, 1 : columns + 1])  # not aligned
+    assert torch.equal(large[:, :columns], shifted[:, 1 : columns + 1])
+    assert (large[:, columns:] == 7.0).all()
+
+
 def test_no_unit_stride() -> None:
     left, right = operands(20, 30, 40)
     out, expected = torch.empty(20, 30), torch.empty(20, 30)
