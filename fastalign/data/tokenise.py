@@ -24,8 +24,10 @@ from fastalign.data.readers.row import DataFault
 from fastalign.data.template import Piece, Template, TemplateError, is_learned, render_responses
 from fastalign.data.tokenizer import (
     Tokenizer,
+    backend_as_it_is,
     chat_template,
     eos_token_ids,
+    is_plain,
     place_of_end,
     special_ids,
     template_times,
@@ -48,6 +50,7 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
+        self._is_plain = is_plain(tokenizer)
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 f"tokenizer {tokenizer.name_or_path}: has no EOS token, so no model that uses it "
@@ -81,6 +84,9 @@ class Encoder:
         """Return the tokens of each text, without special tokens added."""
         if not texts:
             return []
+        if self._is_plain and (backend := backend_as_it_is(self._tokenizer)) is not None:
+            batch = backend.encode_batch_fast(texts, add_special_tokens=False)
+            return [encoding.ids for encoding in batch]
         options = {"return_attention_mask": False, "return_token_type_ids": False}
         found = self._tokenizer(texts, add_special_tokens=False, **options)
         ids: list[list[int]] = found["input_ids"]

@@ -91,6 +91,29 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Toke
     return loaded
 
 
+def is_plain(tokenizer: Tokenizer) -> bool:
+    """Return whether a tokenizer's call is transformers' own around a Rust tokenizer.
+
+    Then that can be called itself, without offsets, in two thirds of the time.
+    """
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+    own = type(tokenizer)
+    return (
+        isinstance(tokenizer, PreTrainedTokenizerFast)
+        and own.__call__ is PreTrainedTokenizerBase.__call__
+        and getattr(own, "_encode_plus", None) is PreTrainedTokenizerFast._encode_plus
+    )
+
+
+def backend_as_it_is(tokenizer: Any) -> Any:
+    """Return a plain tokenizer's Rust tokenizer; None if an earlier call left it to pad or cut."""
+    backend = tokenizer.backend_tokenizer
+    left = backend.padding or backend.truncation
+    split = backend.encode_special_tokens != tokenizer.split_special_tokens
+    return None if left or split else backend
+
+
 def check_same_vocabulary(
     policy: Tokenizer,
     other: Tokenizer,

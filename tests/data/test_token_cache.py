@@ -17,7 +17,7 @@ from fastalign.data.load import TokenizedDataset, load_examples
 from fastalign.data.read import read_examples
 from fastalign.data.report import DataReport
 from fastalign.data.tokenise import Encoder
-from fastalign.data.tokenizer import template_clock
+from fastalign.data.tokenizer import backend_as_it_is, is_plain, template_clock
 from tests.tokenizers import CHATML, make_tokenizer
 
 
@@ -261,3 +261,25 @@ def test_a_killed_process_is_one_line() -> None:
     batches: Iterator[int] = iter(range(9))
     with pytest.raises(ValueError, match="rows: a process that tokenises was killed; is there"):
         list(encode.in_order(killed, batches, 2, name="rows"))
+
+
+def test_the_rust_tokenizer_is_called_where_transformers_call_does_no_more(tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    file = write(tmp_path, PAIRS[3:5])
+    examples = list(read_examples(file, "preference", DataReport(""), on_bad_row="error"))
+    encoder = Encoder(tokenizer)
+    direct = encoder.rows(examples)  # type: ignore[arg-type]
+    tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)
+    assert backend_as_it_is(tokenizer) is None
+    assert encoder.rows(examples) == direct  # type: ignore[arg-type]
+    assert backend_as_it_is(tokenizer) is not None
+    tokenizer.split_special_tokens = True
+    assert backend_as_it_is(tokenizer) is None
+    assert is_plain(tokenizer)
+
+    class Other(type(tokenizer)):  # type: ignore[misc]
+        def _encode_plus(self, *args: Any, **options: Any) -> Any:
+            return super()._encode_plus(*args, **options)
+
+    tokenizer.__class__ = Other
+    assert not is_plain(tokenizer)
