@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 from types import ModuleType
 
@@ -162,9 +163,10 @@ def test_the_watch_shortens_spins_by_the_threads_delay_and_ends_them(
     monkeypatch.setattr(process, "CHECK_SECONDS", 0.001)
     monkeypatch.setattr(process, "thread_delays", crowded)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(torch.get_num_threads())))
-    with waits_by_load(Choice(None, "", True, "", False, "")):
+    with ExitStack() as watch:
         with monkeypatch.context() as half_imported:
             half_imported.setitem(sys.modules, "torch", ModuleType("torch"))
+            watch.enter_context(waits_by_load(Choice(None, "", True, "", False, "")))
             assert importing.wait(60)
             assert not opened.is_set()
         assert opened.wait(60)

@@ -4,6 +4,7 @@ import functools
 import inspect
 import itertools
 import sys
+from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -216,6 +217,22 @@ def test_strips_are_the_whole_softmax(
         *(torch.autograd.grad((weight * out).sum(), rows) for out in (found, expected)), strict=True
     ):
         torch.testing.assert_close(ours, true, rtol=1e-10, atol=1e-11)
+
+
+@pytest.fixture
+def empty_is_nan() -> Iterator[None]:
+    """Fill memory that nothing has written yet with NaN."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_keys_before_every_querys_window_get_no_gradient(empty_is_nan: None) -> None:
+    segments = row_segments(pack([Group([1] * 9, [[2] * 3, [3] * 4])]).layout)
+    rows = [torch.ones(segments.num_tokens, 1, 8, requires_grad=True) for _ in range(3)]
+    output = Blocks(segments, torch.device("cpu")).attend(*rows, ScoreForm(window=4))
+    for gradient in torch.autograd.grad(output.sum(), rows):
+        assert gradient.isfinite().all()
 
 
 def test_bf16_strips_are_as_near_as_eager_bf16() -> None:

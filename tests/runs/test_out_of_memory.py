@@ -53,7 +53,7 @@ def test_a_step_that_does_not_fit_is_one_line_and_the_run_goes_on(folder: Path) 
     assert main(arguments(folder, 500, "--train.stop-at-step", "1")) == 0
     done = subprocess.run(
         [
-            *(sys.executable, "-c", LIMITED.format(room=100 * 2**20)),
+            *(sys.executable, "-c", LIMITED.format(room=40 * 2**20)),
             *arguments(folder, 100_000, "--run.resume"),
         ],
         capture_output=True,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fastalign.models.attention.segments import ScoreForm
 
@@ -126,7 +127,10 @@ def strips_of(rows: Rows, form: ScoreForm) -> Iterator[Strip]:
 def planned(blocks: Sequence[Rows], form: ScoreForm) -> tuple[list[list[Strip]], int]:
     """Return the strips of each block, and the most scores of a strip."""
     found = [list(strips_of(rows, form)) for rows in blocks]
-    return found, max(math.prod(strip.shape) for strips in found for strip in strips)
+    largest = [max(strips, key=lambda strip: math.prod(strip.shape)) for strips in found]
+    if isinstance(blocks[0].query, FakeTensor):  # without data: the largest tells the memory
+        found = [[strip] for strip in largest]
+    return found, max(math.prod(strip.shape) for strip in largest)
 
 
 def forward(blocks: Sequence[Rows], form: ScoreForm) -> None:
@@ -147,7 +151,8 @@ def backward(blocks: Sequence[Rows], gradients: Sequence[Rows], form: ScoreForm)
     plan, most = planned(blocks, form)
     memory = blocks[0].query.new_empty(2, most)
     for rows, of_rows, strips in zip(blocks, gradients, plan, strict=True):
-        several = strips[-1].queries[0] > 0  # strips of queries, which share keys
+        # Strips of queries share keys, and keys before every query's window are in no strip.
+        several = strips[-1].queries[0] > 0 or strips[0].keys[0] > 0
         wide = torch.promote_types(rows.key.dtype, torch.float32)
         of_keys = (of_rows.key, of_rows.value)
         sums = [torch.zeros_like(r, dtype=wide) if several else r for r in of_keys]
