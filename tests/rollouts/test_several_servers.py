@@ -1,6 +1,7 @@
 """Several servers: equal shares, the same weights, and one that fails is left out and said."""
 
 import json
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,6 +20,7 @@ from fastalign.rollouts import (
     VllmServerSampler,
     policy_tensors,
 )
+from fastalign.rollouts.engines.broadcast import Broadcaster
 from fastalign.rollouts.engines.server import in_shares
 from tests.rank_processes import free_port
 from tests.rollouts.stand_in_server import TOKEN, StandInProcess, Worker, stand_in_server
@@ -102,6 +104,36 @@ def breaks(worker: Worker, method: str, monkeypatch: pytest.MonkeyPatch) -> None
         raise RuntimeError("it broke")
 
     monkeypatch.setattr(worker, method, fail, raising=False)
+
+
+def test_a_failure_among_the_transfers_does_not_hold_the_others_up(
+    stands: Stands, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other servers wait for their next tensor, for as long as a transfer may take."""
+    policy, (_, (url, worker), _) = make_policy(), stands
+    expected = of_one(stands, policy)
+    sampler = open_sampler([url for url, _ in stands], transport="network", silence_seconds=5)
+    has_failed, begun = Broadcaster._has_failed, threading.Event()
+    num_asked = 0
+
+    def noted(self: Broadcaster) -> bool:
+        nonlocal num_asked
+        found = has_failed(self)
+        num_asked += self._server.url == url
+        if num_asked == 2:  # it has taken the first tensor, and is sent another now
+            begun.set()
+        return found
+
+    def fail(weights_iterator: Any) -> None:
+        assert begun.wait(60)
+        raise RuntimeError("it broke")
+
+    monkeypatch.setattr(Broadcaster, "_has_failed", noted)
+    monkeypatch.setattr(worker, "reload_weights", fail)
+    sampler.sync_weights(policy_tensors(policy), 1)
+    assert sampler.metrics() == {"sampling/num_servers": 2, "sampling/num_lost_servers": 1}
+    assert sampler.generate(PROMPTS, PARAMS, seed=3) == expected
+    sampler.close()
 
 
 @pytest.mark.parametrize("transport", ["files", "network"])

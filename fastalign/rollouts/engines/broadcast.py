@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import Any
@@ -29,6 +29,8 @@ WATCHDOG_SECONDS = 600.0
 ERROR_HANDLING = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
 CLEAN_UP_ONLY = "2"  # its value with which the watchdog does not end the process
 POLL_SECONDS = 0.001
+# A worker that fails leaves the group a moment before its server says why.
+ANSWER_SECONDS = 2.0
 # Name, dtype by torch's name without `torch.`, and shape of a tensor.
 Description = tuple[str, str, list[int]]
 
@@ -228,6 +230,9 @@ class Broadcaster:
         try:
             self.group.broadcast(ready.to(device), self._has_failed)
         except RuntimeError as error:
+            wait([self._taken], ANSWER_SECONDS)
+            if self._has_failed():
+                self.end()  # raises what the worker says
             first = str(error).strip().splitlines()[0]
             raise SamplerFailed(
                 f"sampler: a worker of {self._server.name} is gone: {first}"

@@ -60,7 +60,12 @@ class WorkerExtension:
 
     def fastalign_receive(self, description: str, version: str) -> str:
         """Take over the tensors that the trainer sends to its group; return as `load`."""
-        return self._take(receive(self._group, description), version)
+        try:
+            return self._take(receive(self._group, description), version)
+        except Exception:
+            # gloo then tells the trainer, whose next tensor would wait for its time limit.
+            self._group = None
+            raise
 
     def _take(self, tensors: NamedTensors, version: str) -> str:
         worker: Any = self
