@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The static checks, then the tests: ./scripts/test.sh [--quick] [pytest arguments]
-# FASTALIGN_TEST_WORKERS (5) processes share the tests, a file at a time; with 0 they run in one.
+# FASTALIGN_TEST_WORKERS (4) processes share the tests, a file at a time; with 0 they run in one.
 # --quick, for the habit between two edits, leaves out the tests marked `slow`: engines of vLLM,
 # several ranks, faults, compilers, long trainings. CI runs everything.
 # Skipped tests are listed at the end, with their reasons.
@@ -19,5 +19,5 @@ scripts/check.sh
 # Threads that wait do not spin: the trainer's and the engine's share the cores.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-python -m pytest -n "${FASTALIGN_TEST_WORKERS:-5}" --dist loadfile --no-loadscope-reorder -rfEs \
+python -m pytest -n "${FASTALIGN_TEST_WORKERS:-4}" --dist loadfile --no-loadscope-reorder -rfEs \
     "${chosen[@]}" "$@"

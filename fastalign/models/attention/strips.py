@@ -124,24 +124,20 @@ def strips_of(rows: Rows, form: ScoreForm) -> Iterator[Strip]:
             yield Strip(block, queries, keys, (head, min(head + step, num_heads)), num_shared, form)
 
 
-def planned(blocks: Sequence[Rows], form: ScoreForm) -> tuple[list[tuple[int, list[Strip]]], int]:
-    """Return blocks by their numbers, with the strips of each, and the most scores of a strip."""
-    plan = [(number, list(strips_of(rows, form))) for number, rows in enumerate(blocks)]
-    most, number, largest = max(
-        ((math.prod(strip.shape), number, strip) for number, strips in plan for strip in strips),
-        key=lambda each: each[0],
-    )
+def planned(blocks: Sequence[Rows], form: ScoreForm) -> tuple[list[list[Strip]], int]:
+    """Return the strips of each block, and the most scores of a strip."""
+    found = [list(strips_of(rows, form)) for rows in blocks]
+    largest = [max(strips, key=lambda strip: math.prod(strip.shape)) for strips in found]
     if isinstance(blocks[0].query, FakeTensor):  # without data: the largest tells the memory
-        plan = [(number, [largest])]
-    return plan, most
+        found = [[strip] for strip in largest]
+    return found, max(math.prod(strip.shape) for strip in largest)
 
 
 def forward(blocks: Sequence[Rows], form: ScoreForm) -> None:
     """Write every block's output."""
     plan, most = planned(blocks, form)
     memory = blocks[0].query.new_empty(most)
-    for number, strips in plan:
-        rows = blocks[number]
+    for rows, strips in zip(blocks, plan, strict=True):
         for strip in strips:
             query, key, value = strip.matrices(rows)
             scores = strip.scores(memory)
@@ -154,8 +150,7 @@ def backward(blocks: Sequence[Rows], gradients: Sequence[Rows], form: ScoreForm)
     """Write every block's gradients; `gradients` has that of the output."""
     plan, most = planned(blocks, form)
     memory = blocks[0].query.new_empty(2, most)
-    for number, strips in plan:
-        rows, of_rows = blocks[number], gradients[number]
+    for rows, of_rows, strips in zip(blocks, gradients, plan, strict=True):
         # Strips of queries share keys, and keys before every query's window are in no strip.
         several = strips[-1].queries[0] > 0 or strips[0].keys[0] > 0
         wide = torch.promote_types(rows.key.dtype, torch.float32)
