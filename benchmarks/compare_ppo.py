@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.compare_steps import PEER, PRODUCTS, measure_turns, wanted_trainers
+from benchmarks.compare_steps import PEER, PRODUCTS, job_in, measure_turns, wanted_trainers
 from benchmarks.ppo_trainers import trainers_of
 from benchmarks.step_cases import (
     DEFAULT_PPO_CASES,
@@ -31,7 +31,7 @@ from benchmarks.step_cases import (
 )
 from benchmarks.step_rows import StepRow, print_like_for_like, print_steps, rows_of
 from benchmarks.step_work import eager_nats, run_iteration_products
-from benchmarks.step_worker import WARM_UP_TURNS, Job, Trainer
+from benchmarks.step_worker import Job, Trainer
 from fastalign.batch.packed import Group
 
 PPO = "ppo-step"
@@ -61,19 +61,8 @@ def make_job(case: PPOCase, shape: ModelShape, folder: Path, arguments: argparse
     write_model(shape, folder / "reward", 1, reward=True)
     groups = make_prompts(case, shape.vocab_size)
     write_rows(groups, folder / "rows.jsonl", "prompts")
-    return Job(
-        policy=folder / "policy",
-        reference=folder / "reward",
-        rows=folder / "rows.jsonl",
-        groups=groups,
-        shape=shape,
-        scratch=folder,
-        device=arguments.device,
-        dtype=arguments.dtype[0],
-        num_steps=arguments.rounds + WARM_UP_TURNS + 1,
-        num_threads=torch.get_num_threads(),
-        ppo=case,
-    )
+    job = job_in(folder, shape, groups, arguments)
+    return replace(job, reference=folder / "reward", ppo=case)
 
 
 def usable_trainers(case: PPOCase, packages: Path | None) -> tuple[dict[str, Trainer], str | None]:

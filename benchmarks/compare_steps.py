@@ -75,6 +75,13 @@ def make_job(
         write_model(shape, folder / "reference", 1)
     kind = "preference" if name in ("dpo-step", "reward-step") else "sft"
     write_rows(groups, folder / "rows.jsonl", kind)
+    return job_in(folder, shape, groups, arguments)
+
+
+def job_in(
+    folder: Path, shape: ModelShape, groups: list[Group], arguments: argparse.Namespace
+) -> Job:
+    """Return the job of a folder that holds the models and rows."""
     return Job(
         policy=folder / "policy",
         reference=folder / "reference",

@@ -20,17 +20,10 @@ from fastalign.ops.head import arguments
 from fastalign.trl import fused_head
 from fastalign.trl.fused_head import FusedHead, TokenReader
 from tests.tiny import tiny_model
-from tests.trl.trl_cases import LORA, ROWS, first_batch, make_trainers, save_models, step
+from tests.trl.trl_cases import LORA, ROWS, first_batch, make_trainers, step
 
 # TRL and what it imports warn about themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    save_models(folder)
-    return folder
 
 
 class LargestTensor(TorchDispatchMode):

@@ -20,19 +20,11 @@ from tests.trl.trl_cases import (
     assert_equal_with,
     first_batch,
     make_trainers,
-    save_models,
     step,
 )
 
 # TRL and what it imports warn about themselves.
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("models")
-    save_models(folder)
-    return folder
 
 
 def with_reference(models: Path) -> Any:
