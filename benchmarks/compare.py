@@ -60,7 +60,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--case",
-        choices=[case for name in (OPERATIONS, "head", *STEPS, ROLLOUT) for case in cases_of(name)],
+        choices=list(
+            dict.fromkeys(
+                case for name in (OPERATIONS, "head", *STEPS, ROLLOUT) for case in cases_of(name)
+            )
+        ),
         action="append",
         help="may be repeated",
     )
