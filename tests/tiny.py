@@ -10,7 +10,7 @@ from transformers import (
 )
 
 from fastalign.models import attention
-from fastalign.models.architecture import disable_dropout
+from fastalign.models.load import as_used
 from fastalign.models.lora import add_adapter
 
 SHARED = {
@@ -76,8 +76,7 @@ def tiny_model(
     )
     for parameter in model.parameters():  # norms and biases too, so that every gradient matters
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    disable_dropout(model)
-    return model.eval()
+    return as_used(model)
 
 
 def tiny_reward_model(architecture: str, **options: Any) -> Any:

@@ -11,8 +11,8 @@ from torch import Tensor
 from benchmarks.gpu_check.rows import Rows, make_parser
 from benchmarks.measure import device_name, measure
 from fastalign.batch.packed import Group, PackedBatch, pack
-from fastalign.models.attention import AttentionPlan
 from fastalign.models.attention.choice import ATTENTIONS, AttentionName, attention_reason
+from fastalign.models.attention.plan import AttentionPlan
 from fastalign.models.attention.segments import ScoreForm
 
 HEADS, KEY_HEADS, HEAD_SIZE = 32, 8, 128  # those of Llama 3 8B

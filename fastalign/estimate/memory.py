@@ -17,8 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
-from fastalign.models.attention import AttentionPlan, attention_name
+from fastalign.models.attention import attention_name
 from fastalign.models.attention.choice import ATTENTIONS
+from fastalign.models.attention.plan import AttentionPlan
 from fastalign.models.forward import hidden_at
 from fastalign.models.load import model_without_weights
 from fastalign.models.lora import linear_names

@@ -13,26 +13,30 @@ PACKABLE = (
 BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
-def check_packable(config: Any) -> None:
-    """Raise ValueError, with the remedy, unless an architecture is known to be exact packed."""
-    remedy = "use packing: padded (--train.packing, in eval --packing)"
+def packing_fault(config: Any) -> str | None:
+    """Return why an architecture is not known to be exact packed; None if it is."""
     if config.model_type not in PACKABLE:
-        raise ValueError(
+        return (
             f"model type {config.model_type!r} cannot be packed: known to be exact are "
-            f"{', '.join(PACKABLE)}; {remedy}"
+            f"{', '.join(PACKABLE)}"
         )
     rope = getattr(config, "rope_parameters", None) or {}
     for parameters in [rope, *[value for value in rope.values() if isinstance(value, dict)]]:
         if parameters.get("rope_type") in BATCH_DEPENDENT_ROPE:
-            raise ValueError(
+            return (
                 f"model type {config.model_type!r} with rope_type {parameters['rope_type']!r} "
-                "cannot be packed: its frequencies depend on the longest sequence of a batch; "
-                f"{remedy}"
+                "cannot be packed: its frequencies depend on the longest sequence of a batch"
             )
     if getattr(config, "reorder_and_upcast_attn", False):
-        raise ValueError(
-            f"reorder_and_upcast_attn of {config.model_type!r} cannot be packed; {remedy}"
-        )
+        return f"reorder_and_upcast_attn of {config.model_type!r} cannot be packed"
+    return None
+
+
+def check_packable(config: Any) -> None:
+    """Raise ValueError, with the remedy, unless an architecture is known to be exact packed."""
+    fault = packing_fault(config)
+    if fault is not None:
+        raise ValueError(f"{fault}; use packing: padded (--train.packing, in eval --packing)")
 
 
 def disable_dropout(model: nn.Module) -> None:

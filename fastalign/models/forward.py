@@ -9,7 +9,7 @@ from torch import Tensor
 from fastalign.batch.packed import Group, PackedBatch
 from fastalign.batch.schedule import packed_batches, packed_lengths
 from fastalign.compute import Compute
-from fastalign.models.attention import AttentionPlan
+from fastalign.models.attention.plan import AttentionPlan, RowPlan
 from fastalign.models.head import lm_head
 from fastalign.ops import LinearHead, linear_logprob
 from fastalign.ops.segments import segment_sum
@@ -31,7 +31,7 @@ def hidden_at(
         model: from `load_policy` or `load_reward_model`.
         batch: batch on the model's device; with the packing `packed`, made with
             `share_prompts=False`.
-        positions: (K,) int64.
+        positions: (K,) int64, of responses and of prompts' last tokens.
         compute: packing and dtype.
         plan: the batch's attention plan, to reuse one; None: a new one.
 
@@ -55,17 +55,37 @@ def hidden_and_head(
 
 def row_hidden(model: Any, batch: PackedBatch, plan: AttentionPlan) -> Tensor:
     """Return the hidden states (T, D) of the packed row under shared-prefix attention."""
+    output = _run_row(model.base_model, batch.input_ids, batch.position_ids, plan)
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+def row_logits(
+    model: Any,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    plan: RowPlan,
+    keep: Tensor | None = None,
+) -> Tensor:
+    """Return the logits (K, V) at the K positions `keep` of a row (T,); None: at all of them."""
+    options = {} if keep is None else {"logits_to_keep": keep}
+    logits: Tensor = _run_row(model, input_ids, position_ids, plan, **options).logits[0]
+    return logits
+
+
+def _run_row(
+    model: Any, input_ids: Tensor, position_ids: Tensor, plan: RowPlan, **options: Any
+) -> Any:
     # A mask of four dimensions is passed through by transformers: no (T, T) mask is ever built.
-    unused_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=batch.input_ids.device)
-    output = model.base_model(
-        input_ids=batch.input_ids[None],
-        position_ids=batch.position_ids[None],
+    unused_mask = torch.zeros(1, 1, 1, 1, dtype=torch.bool, device=input_ids.device)
+    return model(
+        input_ids=input_ids[None],
+        position_ids=position_ids[None],
         attention_mask=unused_mask,
         use_cache=False,
         fastalign_plan=plan,
+        **options,
     )
-    hidden: Tensor = output.last_hidden_state[0]
-    return hidden
 
 
 def padded_hidden(model: Any, batch: PackedBatch) -> tuple[Tensor, Tensor]:

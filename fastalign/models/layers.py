@@ -1,4 +1,4 @@
-"""Compilation and offloading of a model, one decoder layer at a time."""
+"""Decoder layers: what the last one leaves out, compilation, offloading."""
 
 import os
 import shutil
@@ -6,8 +6,40 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from fastalign.ranks.parallel import decoder_layers
+
+
+def skip_unread_tokens(model: Any) -> None:
+    """Make the last layer's MLP compute only the tokens whose hidden states are read.
+
+    Those are in the `read_index` of the plan that the layer is given. The other tokens, a prompt's
+    but the last, end with their keys and values in this layer; the MLP's output for them is 0.
+    Compiled layers compute all tokens.
+    """
+    last: Any = decoder_layers(model, "model.path")[-1]
+    index: Tensor | None = None
+    shape = torch.Size()
+
+    def of_layer(_: nn.Module, __: Any, options: dict[str, Any]) -> None:
+        nonlocal index
+        plan = options.get("fastalign_plan")
+        index = None if plan is None or torch.compiler.is_compiling() else plan.read_index
+
+    def before(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        nonlocal shape
+        if index is None:
+            return None
+        shape = inputs[0].shape
+        return (inputs[0].index_select(1, index),)
+
+    def after(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+        return None if index is None else output.new_zeros(shape).index_copy(1, index, output)
+
+    last.register_forward_pre_hook(of_layer, with_kwargs=True)
+    last.mlp.register_forward_pre_hook(before)
+    last.mlp.register_forward_hook(after)
 
 
 def compile_layers(model: Any, *, backend: str = "inductor") -> None:

@@ -26,6 +26,7 @@ from fastalign.model_files import (
 from fastalign.models import attention
 from fastalign.models.architecture import PACKABLE, check_packable, disable_dropout, is_reward_model
 from fastalign.models.head import check_head
+from fastalign.models.layers import skip_unread_tokens
 from fastalign.models.lora import base_state, merge_adapter
 from fastalign.models.lora_files import CONFIG_FILE, adapter_base, open_adapter
 from fastalign.models.low_bit import keep_differentiable, nf4_options
@@ -183,13 +184,20 @@ def set_save_dtype(model: Any, name: str) -> None:
         model.save_dtype = getattr(torch, name)
 
 
+def as_used(model: Any) -> Any:
+    """Put a model in evaluation mode, without dropout and without work that nothing reads."""
+    disable_dropout(model)
+    if model.config.model_type in PACKABLE:
+        skip_unread_tokens(model)
+    return model.eval()
+
+
 def ready(model: Any, path: str | Path, device: torch.device, save_dtype: torch.dtype) -> Any:
     """Move a model to its device, check its weights, and put it in evaluation mode."""
     model.save_dtype = save_dtype
     model = model.to(device)
     check_finite(model, path)
-    disable_dropout(model)
-    return model.eval()
+    return as_used(model)
 
 
 def load_policy(
@@ -339,8 +347,7 @@ def model_without_weights(
         model.get_input_embeddings().padding_idx = None  # as `load_reward_model` has it
     else:
         model = AutoModelForCausalLM.from_config(config, **options)
-    disable_dropout(model)
-    return model.eval()
+    return as_used(model)
 
 
 def save_model(

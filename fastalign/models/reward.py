@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
-from fastalign.models.attention import AttentionPlan
+from fastalign.models.attention.plan import AttentionPlan
 from fastalign.models.forward import hidden_at
 
 

@@ -1,80 +1,41 @@
-"""The default sampler: transformers' `generate`, with exact log-probs and a seed per completion.
+"""The default sampler: it draws in this process, with exact log-probs and a seed per completion.
 
 `TransformersSampler` draws from any model, `PolicySampler` from the one that is being trained.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import Cache, GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.cache_utils import DynamicLayer
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from fastalign.compute import Compute, require_finite
 from fastalign.data.tokenizer import Tokenizer, eos_token_ids
+from fastalign.models.architecture import packing_fault
+from fastalign.models.attention import takes_plans
+from fastalign.models.attention.decoding import DecodingPlan
+from fastalign.models.forward import row_logits
 from fastalign.ranks.whole_weights import with_whole_weights
-from fastalign.rollouts.distribution import sampling_logprobs
+from fastalign.rollouts.distribution import draw
 from fastalign.rollouts.sampler import Completion, SamplingParams, check_prompts, sample_seed
 
 
 class _Draw(LogitsProcessor):  # type: ignore[misc]
-    """Logits processor that draws each row's token from its own stream of uniform numbers.
-
-    It returns scores that allow this token only, and records its log-prob. A row's stream depends
-    only on the seed, the prompt's number and the sample's number, so its tokens do not depend on
-    the other rows of the batch.
-    """
+    """Logits processor that draws tokens: it returns scores that allow these alone."""
 
     def __init__(self, params: SamplingParams, uniforms: Tensor):
         self._params = params
-        self._uniforms = uniforms  # (rows, max_new_tokens) float64
+        self._uniforms = uniforms
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logprob = sampling_logprobs(scores, self._params)
-        if self._params.temperature == 0:
-            token = logprob.argmax(-1, keepdim=True)
-        else:
-            cumulative = logprob.exp().cumsum(-1, dtype=torch.float64)
-            place = self._uniforms[:, len(self.logprobs), None] * cumulative[:, -1:]
-            token = torch.searchsorted(cumulative, place, right=True)
-            token = token.clamp_(max=logprob.shape[-1] - 1)
-        self.logprobs.append(logprob.gather(1, token)[:, 0])
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
-
-
-class _RoomyLayer(DynamicLayer):  # type: ignore[misc]
-    """Layer of a cache with room for every new token: a step writes its own and copies no other.
-
-    Args:
-        layer: layer that holds the prompts' keys and values.
-        rows: (R,) for each completion its prompt's number among those of `layer`.
-        num_new: number of tokens that follow.
-    """
-
-    def __init__(self, layer: DynamicLayer, rows: Tensor, num_new: int):
-        super().__init__()
-        self.dtype, self.device, self.is_initialized = layer.dtype, layer.device, True
-        self._buffers = []
-        for held in (layer.keys, layer.values):  # (prompts, heads, tokens, head size)
-            _, heads, length, size = held.shape
-            buffer = held.new_empty(len(rows), heads, length + num_new, size)
-            torch.index_select(held, 0, rows, out=buffer[:, :, :length])
-            self._buffers.append(buffer)
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Write new keys and values behind the others; return all of them."""
-        start = self.keys.shape[-2]
-        stop = start + key_states.shape[-2]
-        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:stop] = new
-        self.keys, self.values = (buffer[:, :, :stop] for buffer in self._buffers)
-        return self.keys, self.values
+        uniform = self._uniforms[:, len(self.logprobs)]
+        token, logprob = draw(scores, self._params, uniform)
+        self.logprobs.append(logprob)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
 
 
 class TransformersSampler:
@@ -124,42 +85,90 @@ class TransformersSampler:
         """
         limit = getattr(self._model.config, "max_position_embeddings", None)
         check_prompts(prompt_ids, params, limit, self._model.config.get_text_config().vocab_size)
-        rows = [(p, s) for p in range(len(prompt_ids)) for s in range(params.num_samples)]
+        size, num = self._rows_per_batch, params.num_samples
+        draws = self._draw_packed if _can_be_packed(self._model) else self._draw_padded
+        results: list[list[Completion]] = [[] for _ in prompt_ids]
         # Prompts of similar length share a batch, which keeps the padding short.
-        rows.sort(key=lambda row: (len(prompt_ids[row[0]]), row))
-        results: dict[tuple[int, int], Completion] = {}
-        for start in range(0, len(rows), self._rows_per_batch):
-            part = rows[start : start + self._rows_per_batch]
-            length = params.max_new_tokens
-            streams = torch.stack([_stream(seed, first_prompt + p, s, length) for p, s in part])
-            drawn = self._batch(prompt_ids, [p for p, _ in part], params, streams)
-            results.update(zip(part, drawn, strict=True))
-            if self._on_progress is not None:
-                self._on_progress(len(part))
-        return [[results[p, s] for s in range(params.num_samples)] for p in range(len(prompt_ids))]
+        order = sorted(range(len(prompt_ids)), key=lambda p: (len(prompt_ids[p]), p))
+        per_batch = max(1, size // num)
+        for start in range(0, len(order), per_batch):
+            chosen = order[start : start + per_batch]
+            prompts = [prompt_ids[p] for p in chosen]
+            for first in range(0, num, size):
+                samples = range(first, min(first + size, num))
+                streams = torch.stack(
+                    [
+                        _stream(seed, first_prompt + p, s, params.max_new_tokens)
+                        for p in chosen
+                        for s in samples
+                    ]
+                ).to(self._model.device)
+                tokens, logprobs = draws(prompts, params, streams)
+                require_finite(logprobs, "log-probs of sampled tokens")
+                drawn = map(self._cut, tokens.tolist(), logprobs.tolist())
+                for p in chosen:
+                    results[p] += islice(drawn, len(samples))
+                if self._on_progress is not None:
+                    self._on_progress(len(streams))
+        return results
 
     def close(self) -> None:
         """Release the model."""
         self._model = None
 
     @torch.no_grad()
-    def _batch(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        numbers: Sequence[int],
-        params: SamplingParams,
-        uniforms: Tensor,
-    ) -> list[Completion]:
-        """Draw a completion of each of the prompts with these numbers."""
-        distinct = sorted(set(numbers))
-        prompts = [prompt_ids[number] for number in distinct]
+    def _draw_packed(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Draw completions; each prompt is computed once, and no token is padding.
+
+        Args:
+            prompts: P prompts.
+            params: settings.
+            uniforms: (R, most new tokens) float64, for each of R / P completions of each prompt.
+
+        Returns:
+            Tokens and log-probs, each (R, L). What follows an end token is without meaning.
+        """
+        device, num_samples = self._model.device, len(uniforms) // len(prompts)
+        lengths = torch.tensor([len(ids) for ids in prompts])
+        plan = DecodingPlan(lengths.tolist(), num_samples, params.max_new_tokens, device)
+        ids = torch.tensor([token for prompt in prompts for token in prompt], device=device)
+        places = torch.cat([torch.arange(length) for length in lengths]).to(device)
+        last = (lengths.cumsum(0) - 1).to(device)
+        logits = row_logits(self._model, ids, places, plan, last)
+        logits = logits.repeat_interleave(num_samples, 0)
+        places = lengths.to(device).repeat_interleave(num_samples)
+        eos = torch.tensor(self._eos, device=device)
+        tokens: list[Tensor] = []
+        logprobs: list[Tensor] = []
+        ended = torch.zeros(len(uniforms), dtype=torch.bool, device=device)
+        for uniform in uniforms.unbind(1):
+            if tokens:
+                logits = row_logits(self._model, tokens[-1], places + len(tokens) - 1, plan)
+            token, logprob = draw(logits, params, uniform)
+            tokens.append(token)
+            logprobs.append(logprob)
+            ended |= torch.isin(token, eos)
+            if bool(ended.all()):
+                break
+        return torch.stack(tokens, 1), torch.stack(logprobs, 1)
+
+    @torch.no_grad()
+    def _draw_padded(
+        self, prompts: Sequence[Sequence[int]], params: SamplingParams, uniforms: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Draw as `_draw_packed` does, by transformers' `generate`, from any model."""
         longest = max(len(ids) for ids in prompts)
-        device = self._model.device
         padded = [[self._pad] * (longest - len(ids)) + list(ids) for ids in prompts]
         real = [[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts]
-        ids, mask = (torch.tensor(each, device=device) for each in (padded, real))
-        rows = torch.tensor([distinct.index(number) for number in numbers], device=device)
-        draw = _Draw(params, uniforms.to(device))
+        ids, mask = (
+            torch.tensor(each, device=self._model.device).repeat_interleave(
+                len(uniforms) // len(prompts), 0
+            )
+            for each in (padded, real)
+        )
+        draws = _Draw(params, uniforms)
         # Set aside the model's own generation settings, such as penalties or a temperature.
         saved = self._model.generation_config
         self._model.generation_config = GenerationConfig(
@@ -167,52 +176,25 @@ class TransformersSampler:
         )
         try:
             output = self._model.generate(
-                ids[rows],
-                attention_mask=mask[rows],
-                past_key_values=self._prefill(ids, mask, rows, params.max_new_tokens),
-                logits_processor=LogitsProcessorList([draw]),
+                ids,
+                attention_mask=mask,
+                logits_processor=LogitsProcessorList([draws]),
                 max_new_tokens=params.max_new_tokens,
                 synced_gpus=False,  # a sharded model has been gathered before
             )
         finally:
             self._model.generation_config = saved
-        tokens = output[:, longest:].tolist()
-        drawn = torch.stack(draw.logprobs, dim=1)
-        require_finite(drawn, "log-probs of sampled tokens")
-        logprobs = drawn.tolist()
-        return [self._cut(*row) for row in zip(tokens, logprobs, strict=True)]
-
-    def _prefill(self, ids: Tensor, mask: Tensor, rows: Tensor, num_new: int) -> Cache | None:
-        """Compute each prompt's keys and values but its last token's, once for all completions.
-
-        Returns:
-            The cache of all completions; None where there is nothing to share, or where the model
-            keeps its state in another way.
-        """
-        if ids.shape[1] == 1:
-            return None
-        found = self._model.generate(
-            ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            max_new_tokens=1,
-            return_dict_in_generate=True,
-            synced_gpus=False,
-        )
-        cache = found.get("past_key_values")
-        if cache is None:
-            return None
-        for number, layer in enumerate(cache.layers):
-            if type(layer) is DynamicLayer and layer.is_initialized:
-                cache.layers[number] = _RoomyLayer(layer, rows, 1 + num_new)
-            else:  # such as that of a sliding window, which holds no more than it needs
-                layer.reorder_cache(rows)
-        return cache
+        return output[:, longest:], torch.stack(draws.logprobs, 1)
 
     def _cut(self, tokens: list[int], logprobs: list[float]) -> Completion:
         for place, token in enumerate(tokens):
             if token in self._eos:
                 return Completion(tokens[: place + 1], logprobs[: place + 1], "stop", self.version)
         return Completion(tokens, logprobs, "length", self.version)
+
+
+def _can_be_packed(model: Any) -> bool:
+    return takes_plans(model) and packing_fault(model.config) is None
 
 
 def _stream(seed: int, prompt: int, sample: int, length: int) -> Tensor:

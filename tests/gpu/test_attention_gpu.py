@@ -11,8 +11,8 @@ from fastalign.batch.packed import Group, PackedBatch, pack
 from tests.tolerance import assert_no_worse
 
 pytest.importorskip("transformers")
-from fastalign.models.attention import AttentionPlan
 from fastalign.models.attention.choice import ATTENTIONS, AttentionName, attention_reason
+from fastalign.models.attention.plan import AttentionPlan
 from fastalign.models.attention.segments import ScoreForm
 
 pytestmark = [

@@ -9,6 +9,8 @@ import torch
 from fastalign.batch.packed import Group, pack
 from fastalign.compute import PACKINGS, Compute
 from fastalign.models.forward import hidden_and_head, response_logprob
+from fastalign.ranks.parallel import decoder_layers
+from fastalign.runs.inputs import checkpoint_activations
 from tests.tiny import SETTINGS, tiny_model
 
 ARCHITECTURES = sorted(SETTINGS)
@@ -78,11 +80,27 @@ def test_gradient_checkpointing_changes_nothing(architecture: str) -> None:
     model = tiny_model(architecture)
     batch = pack(random_groups())
     plain = gradients(model, response_logprob(model, batch, Compute()))
-    model.train()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     again = gradients(model, response_logprob(model, batch, Compute()))
     for name, gradient in again.items():
         assert torch.equal(gradient, plain[name]), name
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_last_layer_computes_its_mlp_only_where_it_is_read(
+    architecture: str, checkpointing: bool
+) -> None:
+    model = tiny_model(architecture)
+    if checkpointing:
+        checkpoint_activations(model)
+    batch, computed = pack(random_groups()), []
+    for layer in decoder_layers(model, "test"):
+        layer.mlp.register_forward_pre_hook(lambda _, inputs: computed.append(inputs[0].shape[1]))
+    response_logprob(model, batch, Compute()).sum().backward()
+    num_read = batch.num_tokens - sum(len(group.prompt_ids) - 1 for group in random_groups())
+    passes = [batch.num_tokens, num_read]
+    assert computed == (passes + passes[::-1] if checkpointing else passes)
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma2", "gpt2"])

@@ -9,8 +9,9 @@ import torch
 from fastalign.batch.packed import Group
 from fastalign.compute import Compute
 from fastalign.models.forward import sequence_logprobs
-from fastalign.rollouts import SamplingParams, TransformersSampler
-from tests.tiny import tiny_model
+from fastalign.rollouts import SamplingParams, TransformersSampler, transformers_sampler
+from fastalign.rollouts.distribution import draw
+from tests.tiny import SETTINGS, tiny_model
 
 PROMPTS = [[1, 5, 9], [1], [1, 7, 30, 31, 32, 33], [1, 5, 9]]
 
@@ -19,10 +20,14 @@ def sampler(model: Any, rows: int = 256, eos: tuple[int, ...] = (2,)) -> Transfo
     return TransformersSampler(model, eos_token_ids=eos, pad_token_id=2, rows_per_batch=rows)
 
 
-@pytest.mark.parametrize(
-    "architecture", ["llama", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox"]
-)
-def test_log_probs_are_the_trainers(architecture: str) -> None:
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "by-transformers"])
+@pytest.mark.parametrize("architecture", SETTINGS)
+def test_log_probs_are_the_trainers(
+    architecture: str, packed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts of several lengths, answers longer than a sliding window."""
+    if not packed:
+        monkeypatch.setattr(transformers_sampler, "packing_fault", lambda config: "so it is said")
     model = tiny_model(architecture)
     params = SamplingParams(max_new_tokens=12, num_samples=3)
     completions = sampler(model).generate(PROMPTS, params, seed=1)
@@ -60,8 +65,8 @@ def test_a_prompt_is_computed_once_for_all_its_completions(monkeypatch: pytest.M
     )
     prompts = [[1, 5, 9], [1, 7, 30, 31, 32, 33]]
     sampler(model).generate(prompts, SamplingParams(max_new_tokens=4, num_samples=7), seed=1)
-    # both prompts, padded to 6, but their last tokens; then these and three more of 14 completions
-    assert sum(computed) == 2 * 5 + 14 * 4
+    # both prompts; then a token of each of 14 completions, but the last
+    assert computed == [3 + 6, 14, 14, 14]
 
 
 def test_a_completion_ends_with_its_eos_or_at_the_length() -> None:
@@ -92,6 +97,23 @@ def test_draws_follow_the_models_distribution() -> None:
     expected = model(torch.tensor([[1, 5]])).logits[0, -1].softmax(-1).detach()
     error = (counts / 4000 - expected).abs()
     assert bool((error < 5 * (expected * (1 - expected) / 4000).sqrt() + 1e-3).all())
+
+
+def test_a_draw_of_many_columns_inverts_their_cumulative_distribution() -> None:
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(2000, 1000)
+    logits[:, ::3] = -torch.inf
+    logits[:, 700:] = -torch.inf
+    uniform = torch.rand(2000, dtype=torch.float64)
+    uniform[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    token, logprob = draw(logits, SamplingParams(), uniform)
+    truth = logits.double().softmax(-1)
+    torch.testing.assert_close(logprob, truth.gather(1, token[:, None])[:, 0].log().float())
+    after = truth.cumsum(-1).gather(1, token[:, None])[:, 0]
+    before = after - logprob.double().exp()
+    assert bool(logprob.isfinite().all())
+    assert bool((before - 1e-6 < uniform).all())
+    assert bool((uniform < after + 1e-6).all())
 
 
 def test_temperature_top_k_and_top_p_change_the_distribution_and_its_log_probs() -> None:

@@ -1,59 +1,27 @@
 """Shared-prefix attention: the function that transformers' layers call, and its implementations.
 
 Each implementation is registered with transformers (`registered_name`). With a plan (a packed
-row) it attends segment by segment; without one (generation, padded batches) it computes ordinary
-attention under transformers' own mask, softcap included.
+row, or a step of sampling) the plan attends; without one (padded batches, transformers'
+generation) it computes ordinary attention under transformers' own mask, softcap included.
 """
 
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
-from fastalign.models.attention.blocks import Blocks, dot_product_attention
+from fastalign.models.attention.blocks import dot_product_attention
 from fastalign.models.attention.choice import ATTENTIONS, AttentionName, choose_attention
-from fastalign.models.attention.flex import Flex
-from fastalign.models.attention.segments import ScoreForm, row_segments
-from fastalign.models.attention.varlen import KERNELS, Varlen
+from fastalign.models.attention.plan import RowPlan
+from fastalign.models.attention.segments import ScoreForm
 
 # Arguments that change what attention computes, and that no implementation here supports.
 REFUSED = ("s_aux", "position_bias", "cross_attention_states")
-
-
-class AttentionPlan:
-    """One batch's attention, planned once on the host and shared by all layers."""
-
-    def __init__(self, batch: PackedBatch) -> None:
-        self._segments = row_segments(batch.layout)
-        self._device = batch.input_ids.device
-        self._prepared: dict[type, Any] = {}
-
-    def prepare(self, name: AttentionName) -> Any:
-        """Do the host's work for an implementation now, rather than at the first `attend`."""
-        kind: type = {"sdpa": Blocks, "flex": Flex}.get(name, Varlen)
-        if kind not in self._prepared:
-            self._prepared[kind] = kind(self._segments, self._device)
-        return self._prepared[kind]
-
-    def attend(
-        self,
-        name: AttentionName,
-        query: Tensor,  # (T, H, d)
-        key: Tensor,  # (T, H_kv, d)
-        value: Tensor,  # (T, H_kv, d)
-        form: ScoreForm,
-    ) -> Tensor:  # (T, H, d)
-        """Compute the attention of the packed row."""
-        kernel = (KERNELS[name],) if name in KERNELS else ()
-        output: Tensor = self.prepare(name).attend(*kernel, query, key, value, form)
-        return output
 
 
 # Not traced by compiled layers (`--train.compile`): its blocks change with each batch.
@@ -66,7 +34,7 @@ def shared_prefix_attention(
     attention_mask: Tensor | None,
     *,
     implementation: AttentionName,
-    fastalign_plan: AttentionPlan | None = None,
+    fastalign_plan: RowPlan | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention for a transformers attention layer, which calls this function.
@@ -92,8 +60,6 @@ def shared_prefix_attention(
         raise ValueError(f"{type(module).__name__}: expected attention dropout 0, got {dropout}")
     form = ScoreForm(options.get("scaling"), window, softcap)
     if fastalign_plan is None and softcap is None:
-        if query.shape[2] == 1 and (attention_mask is None or attention_mask.shape[1] == 1):
-            return one_query_attention(query, key, value, attention_mask, form), None
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output, None
     if fastalign_plan is None:
@@ -104,24 +70,8 @@ def shared_prefix_attention(
         low = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(low), key.to(low), value.to(low)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return fastalign_plan.attend(implementation, query, key, value, form)[None], None
-
-
-def one_query_attention(
-    query: Tensor,  # (b, H, 1, d)
-    key: Tensor,  # (b, H_kv, K, d)
-    value: Tensor,  # (b, H_kv, K, d)
-    mask: Tensor | None,  # (b or 1, 1, 1, K)
-    form: ScoreForm,
-) -> Tensor:  # (b, 1, H, d)
-    """Compute the attention of one token a row; a decoding step is mostly this.
-
-    Heads that share keys are the queries of one head, so that no key is copied or read twice.
-    """
-    batch, heads, _, size = query.shape
-    grouped = query.reshape(batch, key.shape[1], heads // key.shape[1], size)
-    output = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=form.scaling)
-    return output.reshape(batch, 1, heads, value.shape[-1])
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    return fastalign_plan.attend(implementation, query, key, value, form, layer)[None], None
 
 
 def registered_name(name: AttentionName) -> str:
@@ -134,6 +84,11 @@ def implementation_for(config: Any, compute: Compute, dtype: torch.dtype) -> str
     """Return the value of `attn_implementation` for a model with parameters of `dtype`."""
     products = compute.product_dtype or dtype
     return registered_name(choose_attention(compute.attention, compute.device, products, config))
+
+
+def takes_plans(model: Any) -> bool:
+    """Return True if the model's attention is one of these, and not transformers' own."""
+    return model.config._attn_implementation in map(registered_name, ATTENTIONS)
 
 
 def attention_name(model: Any) -> str:

@@ -17,11 +17,11 @@ from fastalign.batch.packed import PackedBatch
 from fastalign.batch.schedule import packed_batches
 from fastalign.compute import Compute, memory_used_in, require_finite
 from fastalign.losses.policy import MAX_LOG_RATIO, probability_ratio
-from fastalign.models.attention import AttentionPlan
+from fastalign.models.attention.plan import AttentionPlan
 from fastalign.models.forward import hidden_and_head, response_logprob
 from fastalign.models.lora import adapter_off
 from fastalign.models.reward import reward_scale, score_at
-from fastalign.ops import LinearHead, LinearKL, TokenChunk, kl_penalty, linear_kl, linear_logprob
+from fastalign.ops import LinearHead, LinearKL, kl_penalty, linear_kl, linear_logprob
 from fastalign.ops.kl_penalty.api import MAX_K3
 from fastalign.ops.segments import segment_sum
 from fastalign.ranks.parallel import enter, is_sharded
@@ -40,8 +40,8 @@ class TokenRecord:
     Attributes:
         bounds: (R + 1,) int64, response r owns the tokens [r] to [r + 1] of the N.
         group_bounds: G + 1 bounds of each prompt's responses together.
-        logprob: (N,) under the policy before the updates, by the trainer; as `entropy` NaN where
-            the first update is to compute it (`FirstUpdate`).
+        logprob: (N,) under the policy before the updates, by the trainer; as `entropy` and `value`
+            NaN where the first update is to compute it (`FirstUpdate`).
         reference_logprob: (N,) under the reference.
         sampler_logprob: (N,) under what the token was drawn from.
         entropy: (N,) of the policy.
@@ -65,24 +65,28 @@ class TokenRecord:
 
 
 class FirstUpdate:
-    """Log-probs and entropies that the first update computes before it changes the policy."""
+    """Numbers that the first update computes before it changes a model.
+
+    Args:
+        record: the record that they are written into.
+    """
 
     def __init__(self, record: TokenRecord) -> None:
         self._record = record
-        self._parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._parts: list[tuple[Tensor, dict[str, Tensor]]] = []
 
-    def keep(self, chunk: TokenChunk, rows: Tensor) -> None:
-        """Keep a chunk's numbers; `rows` are the indices of the call's tokens among the N."""
-        of_chunk = rows[chunk.row_start : chunk.row_stop]
-        self._parts.append((of_chunk, chunk.logprob.detach(), chunk.entropy.detach()))
+    def keep(self, rows: Tensor, **numbers: Tensor) -> None:
+        """Keep numbers (n,) by their names in the record; `rows` are their indices of the N."""
+        self._parts.append((rows, {name: each.detach() for name, each in numbers.items()}))
 
     def finish(self, world: World) -> None:
         """Write all ranks' numbers into the record."""
-        record, mine = self._record, [(rows, p.cpu(), e.cpu()) for rows, p, e in self._parts]
+        mine = [(rows, {name: n.cpu() for name, n in found.items()}) for rows, found in self._parts]
         for of_rank in world.gather(mine):
-            for rows, logprob, entropy in of_rank:
-                record.logprob[rows], record.entropy[rows] = logprob, entropy
-        require_finite(record.logprob, "logprob of the sampled tokens")
+            for rows, found in of_rank:
+                for name, numbers in found.items():
+                    require_finite(numbers, f"{name} of the sampled tokens")
+                    getattr(self._record, name)[rows] = numbers
 
 
 @torch.no_grad()

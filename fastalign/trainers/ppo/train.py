@@ -10,8 +10,9 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate as accumulate_sums
+from math import nan
 from statistics import fmean, pvariance
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,17 +22,17 @@ from fastalign.batch.schedule import indices_of_step, mini_batches
 from fastalign.fused.metrics import is_count
 from fastalign.losses import importance_weight, value_clipped
 from fastalign.losses.chunk_losses import ppo_loss_fn
-from fastalign.models.attention import AttentionPlan
+from fastalign.models.attention.plan import AttentionPlan
 from fastalign.models.forward import hidden_and_head
 from fastalign.models.load import model_fingerprint, save_reward_model
-from fastalign.ops import TokenChunk, kl_penalty
+from fastalign.ops import TokenChunk, gae, kl_penalty
 from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.runs.accumulate import Examples, Total, accumulate, measure_examples, policy_loss
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import open_run
 from fastalign.runs.state import TrainState, optimiser_step
-from fastalign.trainers.ppo.advantages import Advantages, GroupAdvantage
+from fastalign.trainers.ppo.advantages import Advantages, Gae, GroupAdvantage
 from fastalign.trainers.ppo.config import PPOConfig
 from fastalign.trainers.ppo.record import (
     FirstUpdate,
@@ -74,7 +75,9 @@ class Experience:
         advantages: advantage of every token, and the returns of a value model.
         kl_coefficient: weight of the KL in this step.
         weight: (N,) weight of each token's policy loss that corrects the sampler's drift, or None.
-        first: what the first update is to compute for the record, or None.
+        reward: (N,) of each token, without a KL where the first update computes the log-probs.
+        first: log-probs that the first update is to compute for the record, or None.
+        first_value: values that it is to compute, or None.
     """
 
     examples: Examples
@@ -83,7 +86,9 @@ class Experience:
     advantages: Advantages
     kl_coefficient: float
     weight: Tensor | None
+    reward: Tensor
     first: FirstUpdate | None = None
+    first_value: FirstUpdate | None = None
 
 
 def train_ppo(config: PPOConfig) -> RunResult:
@@ -129,7 +134,7 @@ def ppo_step(ppo: PPOSetup, state: TrainState, indices: list[int], num_steps: in
 
     coefficient = state.kept.get(KL_COEFFICIENT, config.kl.coefficient)
     wait = first_update_can_compute(config)
-    experience, counted = make_experience(ppo, rollouts, score, coefficient, wait=wait)
+    experience, counted = make_experience(ppo, rollouts, score, coefficient, wait)
     prepared = time.perf_counter()
 
     updates = mean_of_updates(all_updates(ppo, experience, state, num_steps))
@@ -191,28 +196,40 @@ def sample_and_score(
     return rollouts, score
 
 
-def first_update_can_compute(config: PPOConfig) -> bool:
-    """Return True where nothing needs the policy's log-probs before an update of all tokens.
+class Wait(NamedTuple):
+    """Numbers that the first update computes, before it changes a model."""
 
-    That update computes them before it changes the policy. A KL in the reward needs them for the
-    advantages: earlier, unless these compare each prompt's responses alone, which the loss of a
-    group sees together.
+    logprob: bool = False
+    value: bool = False
+
+
+NOTHING_WAITS = Wait()
+
+
+def first_update_can_compute(config: PPOConfig) -> Wait:
+    """Return what nothing needs before an update of all tokens, whose own forwards compute it.
+
+    A KL in the reward needs the policy's log-probs for the advantages: earlier, unless these
+    compare each prompt's responses alone, which the loss of a group sees together. The values'
+    loss needs a response's own returns, and the policy's loss follows it.
     """
     kl, settings = config.kl, config.ppo
-    estimator = settings.advantage
+    estimator, one = settings.advantage, settings.mini_batches == 1
     by_group = isinstance(estimator, GroupAdvantage) and estimator.whiten == "none"
     needed = kl.in_reward and kl.coefficient > 0 and not by_group
     needed |= kl.estimator == "full" or settings.max_importance_weight is not None
-    return settings.mini_batches == 1 and not needed
+    # The scale of whitened advantages would be known too late for an exact KL in the loss.
+    by_response = isinstance(estimator, Gae) and estimator.whiten in ("advantages", "none")
+    return Wait(one and not needed, one and by_response and kl.estimator != "full")
 
 
 def make_experience(
-    ppo: PPOSetup, rollouts: Rollouts, score: Tensor, coefficient: float, *, wait: bool = False
+    ppo: PPOSetup, rollouts: Rollouts, score: Tensor, coefficient: float, wait: Wait = NOTHING_WAITS
 ) -> tuple[Experience, Metrics]:
     """Compute log-probs, values, rewards and advantages of the rollouts, before any update.
 
-    `score` (R,) is of each response. With `wait` the first update computes the policy's log-probs,
-    and a KL in the reward enters the advantages there.
+    `score` (R,) is of each response. What waits is NaN until the first update has computed it; a KL
+    in the reward enters the advantages there, if the log-probs wait.
 
     Returns:
         The experience, and `num_packed_tokens` and `num_micro_batches`.
@@ -220,15 +237,17 @@ def make_experience(
     config = ppo.config
     examples = measure_examples(rollouts.groups, ppo.compute.packing)
     record, counts = record_tokens(
-        ppo.models,
+        replace(ppo.models, value=None) if wait.value else ppo.models,
         rollouts,
         examples,
         ppo.compute,
         temperature=config.sampling.temperature,
         full_kl=config.kl.estimator == "full",
-        policy=not wait,
+        policy=not wait.logprob,
     )
-    if wait:
+    if wait.value:
+        record = replace(record, value=torch.full_like(record.reference_logprob, nan))
+    if wait.logprob:
         reward = rewards_without_kl(record, score)
     else:
         reward = penalise(record, score, config.kl, coefficient).reward
@@ -239,8 +258,11 @@ def make_experience(
     weight = None
     if most is not None:
         weight = importance_weight(record.logprob, record.sampler_logprob, max_weight=most)
-    first = FirstUpdate(record) if wait else None
-    return Experience(examples, record, score, advantages, coefficient, weight, first), counts
+    first, first_value = (FirstUpdate(record) if each else None for each in wait)
+    experience = Experience(
+        examples, record, score, advantages, coefficient, weight, reward, first, first_value
+    )
+    return experience, counts
 
 
 def measure_experience(ppo: PPOSetup, experience: Experience) -> Metrics:
@@ -284,7 +306,7 @@ def all_updates(
         for groups in mini_batches(num_groups, settings.mini_batches, order):
             update = one_update(ppo, experience, state, groups, number + len(found), num_steps)
             found.append(update)
-            experience = replace(experience, first=None)
+            experience = replace(experience, first=None, first_value=None)
     return found
 
 
@@ -318,14 +340,16 @@ def one_update(
 
 def finish_record(ppo: PPOSetup, experience: Experience, first: FirstUpdate) -> None:
     """Write what the first update's gradient has computed into the record and the advantages."""
-    config, record = ppo.config, experience.record
+    config, record, reward = ppo.config, experience.record, experience.reward
     first.finish(ppo.compute.world)
-    if config.kl.in_reward and experience.kl_coefficient:
+    if first is experience.first and config.kl.in_reward and experience.kl_coefficient:
         reward = penalise(record, experience.score, config.kl, experience.kl_coefficient).reward
-        found = config.ppo.advantage.estimate(
-            reward, record.value, record.bounds, config.sampling.num_samples
-        )
-        experience.advantages.advantage.copy_(found.advantage)
+    found = config.ppo.advantage.estimate(
+        reward, record.value, record.bounds, config.sampling.num_samples
+    )
+    experience.advantages.advantage.copy_(found.advantage)
+    if found.returns is not None and experience.advantages.returns is not None:
+        experience.advantages.returns.copy_(found.returns)
 
 
 def update_gradient(
@@ -339,13 +363,16 @@ def update_gradient(
     config, models, compute, examples = ppo.config, ppo.models, ppo.compute, experience.examples
     bounds = experience.record.group_bounds
     num_tokens = sum(bounds[group + 1] - bounds[group] for group in groups)
-    of_policy = partial(policy_batch_loss, ppo, experience, num_tokens)
-    total = accumulate(models.policy, of_policy, examples, groups, compute, last=ppo.ptx is None)
-    terms = {"policy": (1.0, total)}
+    terms = {}
     if models.value is not None:
         of_value = partial(value_batch_loss, ppo, experience, num_tokens)
         total = accumulate(models.value, of_value, examples, groups, compute)
         terms["value"] = config.value.coefficient, total
+        if experience.first_value is not None:
+            finish_record(ppo, experience, experience.first_value)
+    of_policy = partial(policy_batch_loss, ppo, experience, num_tokens)
+    total = accumulate(models.policy, of_policy, examples, groups, compute, last=ppo.ptx is None)
+    terms["policy"] = 1.0, total
     if ppo.ptx is not None:
         coefficient, chosen = config.ppo.ptx_coefficient, demonstrations_of(ppo, number)
         normaliser = num_targets(ppo.ptx, chosen) / coefficient
@@ -407,7 +434,8 @@ def clipped_loss(
         return loss_fn
 
     def first_loss_fn(chunk: TokenChunk) -> tuple[Tensor, dict[str, Tensor]]:
-        first.keep(chunk, rows)
+        of_chunk = rows[chunk.row_start : chunk.row_stop]
+        first.keep(of_chunk, logprob=chunk.logprob, entropy=chunk.entropy)
         if kl.in_reward and experience.kl_coefficient:
             groups = chosen[chunk.group_start : chunk.group_stop]
             found = group_advantage(ppo, experience, groups, chunk.logprob.detach())
@@ -423,15 +451,24 @@ def group_bounds_of(experience: Experience, chosen: Sequence[int]) -> list[int]:
     return [0, *accumulate_sums(bounds[group + 1] - bounds[group] for group in chosen)]
 
 
+def responses_of(
+    ppo: PPOSetup, experience: Experience, groups: Sequence[int]
+) -> tuple[list[int], Tensor]:
+    """Return these groups' responses, and the bounds (R + 1,) of their tokens, laid end to end."""
+    num_samples = ppo.config.sampling.num_samples
+    responses = [g * num_samples + s for g in groups for s in range(num_samples)]
+    lengths = experience.record.bounds.diff()[responses]
+    return responses, torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+
+
 def group_advantage(
     ppo: PPOSetup, experience: Experience, groups: Sequence[int], logprob: Tensor
 ) -> Tensor:
     """Return the advantages (n,) of these groups' tokens, with the KL in their rewards."""
     record, kl, num_samples = experience.record, ppo.config.kl, ppo.config.sampling.num_samples
     assert kl.estimator != "full"
-    responses = [g * num_samples + s for g in groups for s in range(num_samples)]
-    lengths = record.bounds.diff()[responses]
-    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).to(logprob.device)
+    responses, bounds = responses_of(ppo, experience, groups)
+    bounds = bounds.to(logprob.device)
     found = kl_penalty(
         logprob,
         record.reference_logprob[record.rows_of(groups)].to(logprob),
@@ -469,22 +506,38 @@ def value_batch_loss(
     ppo: PPOSetup, experience: Experience, num_tokens: int, batch: PackedBatch, chosen: list[int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the clipped value loss times its coefficient, and sums for the metrics."""
-    settings, old, returns = (
-        ppo.config.value,
-        experience.record.value,
-        experience.advantages.returns,
-    )
-    assert old is not None
-    assert returns is not None
-    rows = experience.record.rows_of(chosen)
+    settings, record, first = ppo.config.value, experience.record, experience.first_value
+    rows = record.rows_of(chosen)
     value = token_values(ppo.models.value, batch, ppo.compute, None)
-    before, target = (each[rows].to(value, non_blocking=True) for each in (old, returns))
+
+    def moved(values: Tensor | None) -> Tensor:
+        assert values is not None
+        return values[rows].to(value, non_blocking=True)
+
+    if first is None:
+        before, target = moved(record.value), moved(experience.advantages.returns)
+    else:
+        before = value.detach()
+        first.keep(rows, value=before)
+        target = returns_of(ppo, experience, moved(experience.reward), before, chosen)
     losses = value_clipped(value, before, target, clip_range=settings.clip_range)
     clipped = losses.detach() > (value.detach() - target).square() / 2
     return settings.coefficient * losses.sum() / num_tokens, {
         "val/clipfrac_avg": clipped.float().sum(),
         "num_target_tokens": torch.tensor(len(rows)),
     }
+
+
+def returns_of(
+    ppo: PPOSetup, experience: Experience, reward: Tensor, value: Tensor, groups: Sequence[int]
+) -> Tensor:
+    """Return the returns (n,) of these groups' tokens, from their rewards and values (n,)."""
+    estimator = ppo.config.ppo.advantage
+    assert isinstance(estimator, Gae)
+    _, bounds = responses_of(ppo, experience, groups)
+    bounds = bounds.to(value.device)
+    _, returns = gae(reward, value, bounds, gamma=estimator.gamma, gae_lambda=estimator.gae_lambda)
+    return returns
 
 
 def mean_of_updates(updates: Sequence[Metrics]) -> Metrics:

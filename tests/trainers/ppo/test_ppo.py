@@ -13,7 +13,7 @@ from fastalign.rollouts import Completion
 from fastalign.runs.accumulate import measure_examples
 from fastalign.trainers import Gae, KLInLoss, KLInReward, Rloo
 from fastalign.trainers.ppo import train as ppo
-from fastalign.trainers.ppo.advantages import ADVANTAGES
+from fastalign.trainers.ppo.advantages import ADVANTAGES, AdvantageEstimator
 from fastalign.trainers.ppo.config import KLPenalty
 from fastalign.trainers.ppo.train import all_updates, demonstrations_of, one_update, update_gradient
 from fastalign.trainers.sampling.rollout import final_scores
@@ -131,22 +131,36 @@ def test_the_first_update_has_ratio_one_and_later_ones_move_away(folder: Path) -
     assert means["val/ratio_var"] == pytest.approx(spread)
 
 
-@pytest.mark.parametrize("kl", [KLInLoss(0.3, "k2"), KLInReward(0.3, "k1")], ids=["loss", "reward"])
+@pytest.mark.parametrize(
+    ("kl", "advantage", "waits"),
+    [
+        (KLInLoss(0.3, "k2"), Gae(), (True, True)),
+        (KLInReward(0.3, "k1"), Rloo(), (True, False)),
+        (KLInReward(0.3, "k1"), Gae(gamma=0.9), (False, True)),
+    ],
+    ids=["loss", "rloo", "gae"],
+)
 @pytest.mark.parametrize("buffer", [None, 2**14])
-def test_the_first_update_computes_the_log_probs_that_nothing_needs_before(
-    folder: Path, kl: KLPenalty, buffer: int | None
+def test_the_first_update_computes_the_numbers_that_nothing_needs_before(
+    folder: Path,
+    kl: KLPenalty,
+    advantage: AdvantageEstimator,
+    waits: tuple[bool, bool],
+    buffer: int | None,
 ) -> None:
     """In several micro-batches, each in one chunk of the head or in several."""
-    settings = {"epochs": 2} if not kl.in_reward else {"epochs": 2, "advantage": Rloo()}
-    sampling = {"num_samples": 3} if kl.in_reward else {}
-    config = plain_config(folder, kl=kl, ppo=settings, sampling=sampling)
+    settings = {"epochs": 2, "advantage": advantage}
+    config = plain_config(folder, kl=kl, ppo=settings, sampling={"num_samples": 3})
+    assert ppo.first_update_can_compute(config) == waits
     found = []
-    for wait in (False, True):
+    for wait in (ppo.NOTHING_WAITS, ppo.Wait(*waits)):
         run = make_run(config, tokens_per_batch=120, max_buffer_bytes=buffer)
         rollouts = rollouts_of(run)
         score = final_scores(config.reward, rollouts.rewards, rollouts.ended, None)
-        experience, _ = ppo.make_experience(run, rollouts, score, 0.3, wait=wait)
-        assert bool(experience.record.logprob.isnan().all()) == wait
+        experience, _ = ppo.make_experience(run, rollouts, score, 0.3, wait)
+        assert bool(experience.record.logprob.isnan().all()) == wait.logprob
+        value = experience.record.value
+        assert wait.value == (value is not None and bool(value.isnan().all()))
         updates = all_updates(run, experience, state_of(run), 8)
         measured = ppo.measure_experience(run, experience)
         weights = torch.cat([weight.flatten() for weight in run.models.policy.parameters()])
@@ -154,10 +168,12 @@ def test_the_first_update_computes_the_log_probs_that_nothing_needs_before(
         found.append((experience, updates, measured, weights.detach()))
     (early, updates, measured, weights), (late, late_updates, late_measured, late_weights) = found
     torch.testing.assert_close(late.advantages.advantage, early.advantages.advantage)
+    torch.testing.assert_close(late.advantages.returns, early.advantages.returns)
     record, late = early.record, late.record
     torch.testing.assert_close(late.logprob, record.logprob)
     torch.testing.assert_close(late.entropy, record.entropy)
-    assert late_updates[0]["policy/approxkl_avg"] == 0
+    torch.testing.assert_close(late.value, record.value)
+    assert late_updates[0]["policy/approxkl_avg"] <= (0 if waits[0] else 1e-9)
     assert late_updates[1]["policy/approxkl_avg"] > 1e-6
     for after, before in zip(late_updates, updates, strict=True):
         assert after == pytest.approx(before, rel=1e-3, abs=1e-6)
@@ -165,27 +181,26 @@ def test_the_first_update_computes_the_log_probs_that_nothing_needs_before(
     torch.testing.assert_close(late_weights, weights, rtol=1e-4, atol=1e-6)
 
 
-def test_log_probs_come_first_where_a_reward_or_a_part_of_the_tokens_needs_them(
+def test_numbers_come_first_where_a_reward_or_a_part_of_the_tokens_needs_them(
     folder: Path,
 ) -> None:
     loss = KLInLoss(coefficient=0.3)
     rloo = {"ppo": {"advantage": Rloo()}, "sampling": {"num_samples": 2}}
-    late = [
-        {"kl": loss},
-        {"kl": {"coefficient": 0.0}},
-        {"kl": loss, "ppo": {"epochs": 3}},
-        {"kl": {"coefficient": 0.1}, **rloo},
+    expected: list[tuple[dict[str, Any], bool, bool]] = [
+        ({"kl": loss}, True, True),
+        ({"kl": {"coefficient": 0.0}}, True, True),
+        ({"kl": loss, "ppo": {"epochs": 3}}, True, True),
+        ({"kl": {"coefficient": 0.1}, **rloo}, True, False),
+        ({"kl": {"coefficient": 0.1}}, False, True),
+        ({**rloo, "ppo": {"advantage": Rloo(whiten="advantages")}}, False, False),
+        ({"kl": KLInLoss(coefficient=0.3, estimator="full")}, False, False),
+        ({"kl": loss, "ppo": {"mini_batches": 2}}, False, False),
+        ({"kl": loss, "ppo": {"max_importance_weight": 2.0}}, False, True),
+        ({"ppo": {"advantage": Gae(whiten="rewards")}}, False, False),
     ]
-    early = [
-        {"kl": {"coefficient": 0.1}},
-        {**rloo, "kl": {"coefficient": 0.1}, "ppo": {"advantage": Rloo(whiten="advantages")}},
-        {"kl": KLInLoss(coefficient=0.3, estimator="full")},
-        {"kl": loss, "ppo": {"mini_batches": 2}},
-        {"kl": loss, "ppo": {"max_importance_weight": 2.0}},
-    ]
-    for sections in late + early:
+    for sections, logprob, value in expected:
         config = plain_config(folder, **sections)
-        assert ppo.first_update_can_compute(config) == (sections in late)
+        assert ppo.first_update_can_compute(config) == (logprob, value)
 
 
 def test_mini_batches_are_each_prompt_once_an_epoch_in_another_order() -> None:
