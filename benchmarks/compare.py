@@ -58,16 +58,8 @@ def make_parser() -> argparse.ArgumentParser:
         action="append",
         help="may be repeated; by default both on a CPU (float32 for steps), bfloat16 on a GPU",
     )
-    parser.add_argument(
-        "--case",
-        choices=list(
-            dict.fromkeys(
-                case for name in (OPERATIONS, "head", *STEPS, ROLLOUT) for case in cases_of(name)
-            )
-        ),
-        action="append",
-        help="may be repeated",
-    )
+    cases = dict.fromkeys(c for n in (OPERATIONS, "head", *STEPS, ROLLOUT) for c in cases_of(n))
+    parser.add_argument("--case", choices=list(cases), action="append", help="may be repeated")
     parser.add_argument(
         "--allocator",
         choices=[*ALLOCATORS, BOTH],
