@@ -13,6 +13,7 @@ from fastalign import (
     linear_logprob,
 )
 from fastalign.losses import formula, orpo
+from fastalign.ops.float32_products import onednn_product, onednn_takes
 
 BETA = 0.1
 
@@ -154,6 +155,14 @@ def fastalign_logprob(inputs: HeadInputs) -> Tensor:
     return logprob
 
 
+def multiply(left: Tensor, right: Tensor, out: Tensor | None = None) -> None:
+    """Compute left @ right by the faster of PyTorch's libraries, of which one knows no `out`."""
+    if onednn_takes(left, right):
+        onednn_product(left, right.t())
+    else:
+        torch.mm(left, right, out=out)
+
+
 def products(inputs: HeadInputs, num_products: int = 3) -> None:
     """Compute the bare matrix products of a head (logits, dHidden, dWeight) into fixed buffers."""
     hidden, weight = inputs.hidden.detach(), inputs.weight.detach()
@@ -161,11 +170,11 @@ def products(inputs: HeadInputs, num_products: int = 3) -> None:
         logits = hidden.new_zeros(hidden.shape[0], weight.shape[0])
         inputs.outputs = (logits, torch.zeros_like(hidden), torch.zeros_like(weight))
     logits, of_hidden, of_weight = inputs.outputs
-    torch.mm(hidden, weight.t(), out=logits)
+    multiply(hidden, weight.t(), logits)
     if num_products > 1:
-        torch.mm(logits, weight, out=of_hidden)
+        multiply(logits, weight, of_hidden)
     if num_products > 2:
-        torch.mm(logits.t(), hidden, out=of_weight)
+        multiply(logits.t(), hidden, of_weight)
 
 
 def forward_only(function: Callable[[HeadInputs], Tensor], inputs: HeadInputs) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.careful_eager import generate
-from benchmarks.heads import BETA
+from benchmarks.heads import BETA, multiply
 from benchmarks.step_cases import ModelShape
 from benchmarks.step_worker import Clock, Job
 from fastalign.batch.packed import Group
@@ -195,10 +195,10 @@ def run_products(work: Sequence[Product], job: Job, clock: Clock) -> None:
             value, weight, gradient = tensors[each[:3]]
             start = time.perf_counter()
             for _ in range(min(number, few)):
-                torch.mm(value, weight.t())
+                multiply(value, weight.t())
                 if each.backward:
-                    torch.mm(gradient, weight)
-                    torch.mm(gradient.t(), value)
+                    multiply(gradient, weight)
+                    multiply(gradient.t(), value)
             seconds += (time.perf_counter() - start) * max(1.0, number / few)
         clock.end_turn(seconds if job.device == "cpu" else None)
 

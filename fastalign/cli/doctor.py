@@ -13,6 +13,7 @@ from fastalign.cli.config_parse import parse_flags
 from fastalign.models.attention.choice import ATTENTIONS, attention_reason
 from fastalign.ops import native_library
 from fastalign.ops.backends import choose_backend, unusable_reason
+from fastalign.ops.float32_products import onednn_is_faster
 from fastalign.ops.head.arguments import choose_linear_backend
 from fastalign.ops.head.products import product_dtype
 from fastalign.process import this_place, tuned
@@ -102,6 +103,8 @@ def backend_lines(device_type: str) -> Iterator[str]:
             chosen = choose(operation, "auto", device_type, torch.float32)
             yield f"  {operation}: auto runs {chosen!r}"
     dtype = product_dtype(torch.bfloat16, device_type)
+    if device_type == "cpu" and onednn_is_faster():
+        yield "  float32 products of layers and heads are oneDNN's: MKL has no AVX-512 on AMD"
     yield f"  bfloat16 products run in {str(dtype).removeprefix('torch.')} and return float32"
 
 

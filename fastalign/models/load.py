@@ -30,6 +30,7 @@ from fastalign.models.layers import skip_unread_tokens
 from fastalign.models.lora import base_state, merge_adapter
 from fastalign.models.lora_files import CONFIG_FILE, adapter_base, open_adapter
 from fastalign.models.low_bit import keep_differentiable, nf4_options
+from fastalign.ops.float32_products import use_fastest_products
 from fastalign.ranks.whole_weights import whole, whole_state
 
 SCORE_WEIGHT = "score.weight"
@@ -187,6 +188,7 @@ def set_save_dtype(model: Any, name: str) -> None:
 def as_used(model: Any) -> Any:
     """Put a model in evaluation mode, without dropout and without work that nothing reads."""
     disable_dropout(model)
+    use_fastest_products(model)
     if model.config.model_type in PACKABLE:
         skip_unread_tokens(model)
     return model.eval()

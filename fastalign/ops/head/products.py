@@ -13,11 +13,14 @@ import torch
 from torch import Tensor
 
 from fastalign.ops import native_library
+from fastalign.ops.float32_products import onednn_product, onednn_takes
 
 # Elements of an output that is computed in float32, a strip at a time, and rounded: a strip stays
 # in a CPU's cache, and a GPU wants few launches.
 STRIP_ELEMENTS = {"cpu": 2**21, "cuda": 2**26}
 MIN_STRIP_ROWS = 2048  # each strip packs the other operand again
+# Those of a part of an output that oneDNN returns, and is copied, and its fewest rows or columns.
+ONEDNN_ELEMENTS, MIN_ONEDNN_LINES = 2**19, 256
 # A GPU's library computes an output of fewer elements in several parts along the summed dimension,
 # which it may add up in bfloat16.
 MIN_ROUNDED_OUTPUT = 2**24
@@ -103,7 +106,9 @@ def weight_operand(weight: Tensor, compute_dtype: torch.dtype) -> Tensor:
 
 def product(left: Tensor, right: Tensor, out: Tensor) -> None:
     """Write left @ right into `out`, accumulated and returned in `out`'s dtype."""
-    if left.dtype == out.dtype:
+    if onednn_takes(left, right):
+        _onednn_product(left, right, out, accumulate=False)
+    elif left.dtype == out.dtype:
         torch.mm(left, right, out=out)
     elif left.is_cuda:
         torch.mm(left, right, out_dtype=out.dtype, out=out)
@@ -113,7 +118,9 @@ def product(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 def add_product(left: Tensor, right: Tensor, out: Tensor) -> None:
     """Add left @ right to `out`, accumulated in `out`'s dtype."""
-    if left.dtype == out.dtype:
+    if onednn_takes(left, right):
+        _onednn_product(left, right, out, accumulate=True)
+    elif left.dtype == out.dtype:
         out.addmm_(left, right)
     elif left.is_cuda:
         torch.addmm(out, left, right, out_dtype=out.dtype, out=out)
@@ -209,6 +216,18 @@ class ProductSum:
 
 def _with_a_unit_stride(matrix: Tensor) -> Tensor:
     return matrix if 1 in matrix.stride() else matrix.contiguous()
+
+
+def _onednn_product(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool) -> None:
+    # oneDNN returns a new matrix: a strip of it is in a cache when it is copied
+    by_rows = out.shape[0] >= out.shape[1]
+    length, other = out.shape if by_rows else (out.shape[1], out.shape[0])
+    step = max(MIN_ONEDNN_LINES, ONEDNN_ELEMENTS // max(other, 1))
+    for start in range(0, length, step):
+        part = slice(start, start + step)
+        rows, columns = (left[part], right) if by_rows else (left, right[:, part])
+        to = out[part] if by_rows else out[:, part]
+        (to.add_ if accumulate else to.copy_)(onednn_product(rows, columns.t()))
 
 
 def _native_product(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool) -> None:
