@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-MIN_OPERATIONS = 2**22  # multiplications; below, calling the product costs more than it gains
+MIN_OPERATIONS = 2**21  # multiplications; of fewer, a call costs more than it gains
 
 
 @cache
@@ -26,7 +26,7 @@ def onednn_is_faster() -> bool:
 
 
 def onednn_takes(left: Tensor, right: Tensor) -> bool:
-    """Return True if the product left (n, k) @ right (k, m) is to be oneDNN's."""
+    """Return True if the product left (..., k) @ right (k, m) is to be oneDNN's."""
     return (
         left.is_cpu
         and left.dtype == right.dtype == torch.float32
@@ -35,9 +35,10 @@ def onednn_takes(left: Tensor, right: Tensor) -> bool:
     )
 
 
-def onednn_product(left: Tensor, right: Tensor) -> Tensor:
-    """Return left (n, k) @ right (m, k) transposed."""
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(left, right, None, "none", [], "")
+def onednn_product(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return left (..., k) @ right (m, k) transposed + bias (m,)."""
+    function = torch.ops.mkldnn._linear_pointwise.default
+    found: Tensor = function(left, right, bias, "none", [], "")
     return found
 
 
@@ -62,11 +63,13 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return input (..., in_features) @ weight.T + bias."""
-        rows, weight = input.reshape(-1, self.in_features), self.weight
         elsewhere = torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-        if elsewhere or not onednn_takes(rows, weight.t()):
+        if elsewhere or not onednn_takes(input, self.weight.t()):
             return super().forward(input)
-        output: Tensor = _LinearProduct.apply(rows, weight)  # type: ignore[no-untyped-call]
+        if not torch.is_grad_enabled():
+            return onednn_product(input, self.weight, self.bias)
+        rows = input.reshape(-1, self.in_features)
+        output: Tensor = _LinearProduct.apply(rows, self.weight)  # type: ignore[no-untyped-call]
         if self.bias is not None:
             output = output + self.bias
         return output.view(*input.shape[:-1], self.out_features)

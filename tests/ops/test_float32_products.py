@@ -17,9 +17,9 @@ def every_product_is_onednns(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int,
     calls: list[tuple[int, int]] = []
     plain = float32_products.onednn_product
 
-    def counted(left: Tensor, right: Tensor) -> Tensor:
-        calls.append((left.shape[0], right.shape[0]))
-        return plain(left, right)
+    def counted(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
+        calls.append((left.numel() // left.shape[-1], right.shape[0]))
+        return plain(left, right, bias)
 
     monkeypatch.setattr(float32_products, "onednn_is_faster", lambda: True)
     monkeypatch.setattr(float32_products, "MIN_OPERATIONS", 1000)
@@ -54,6 +54,9 @@ def test_a_linear_layer_and_its_gradients(
     for mine, other in zip(model.parameters(), truth.parameters(), strict=True):
         close(mine.grad, other.grad)
     assert every_product_is_onednns == [(30, 24), (30, 40), (24, 40)]
+    with torch.no_grad():
+        close(model(value), truth(value.double()))
+    assert every_product_is_onednns.pop() == (30, 24)
     with torch.autocast("cpu", torch.bfloat16):
         assert model(value).dtype == torch.bfloat16
     model.requires_grad_(False)(inputs[0]).sum().backward()
