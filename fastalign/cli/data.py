@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -13,8 +13,9 @@ from fastalign.data.examples import Content, Example, PreferenceExample, PromptE
 from fastalign.data.read import read_examples
 from fastalign.data.readers.row import DataFault
 from fastalign.data.report import DataReport
-from fastalign.data.tokenise import Encoder
-from fastalign.data.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from fastalign.data.tokenise import Encoder
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def check(config: CheckConfig) -> DataReport:
     """Read the source to its end, or to a fault after which no row can be trusted."""
     if config.max_length is not None and config.tokenizer is None:
         raise ValueError("max-length: counting tokens needs --tokenizer, got none")
-    encoder = None if config.tokenizer is None else Encoder(load_tokenizer(config.tokenizer))
+    encoder = None if config.tokenizer is None else load_encoder(config.tokenizer)
     report = DataReport(config.file, unit="characters" if encoder is None else "tokens")
     kind = None if config.kind == "auto" else config.kind
     try:
@@ -68,6 +69,14 @@ def check(config: CheckConfig) -> DataReport:
     return report
 
 
+def load_encoder(path: str) -> "Encoder":
+    """Return the tokenisation by a model's tokenizer; its libraries take seconds to import."""
+    from fastalign.data.tokenise import Encoder
+    from fastalign.data.tokenizer import load_tokenizer
+
+    return Encoder(load_tokenizer(path))
+
+
 def count_characters(report: DataReport, example: Example) -> None:
     """Add the example's lengths in characters to the report."""
     prompt, responses = example.prompt, []
@@ -86,7 +95,7 @@ def num_characters(content: Content) -> int:
 
 
 def measure(
-    report: DataReport, encoder: Encoder | None, example: Example, max_length: int | None
+    report: DataReport, encoder: "Encoder | None", example: Example, max_length: int | None
 ) -> bool:
     """Add the example's lengths to the report, and return whether it has too many tokens."""
     if encoder is None:
@@ -110,11 +119,7 @@ def measure(
 def main(argv: Sequence[str]) -> int:
     """Run the command; return 0 if all rows are usable or bad ones may be skipped, otherwise 2."""
     if argv[:1] != ["check"]:
-        if argv and argv[0] in ("-h", "--help"):
-            print("usage: fastalign data check FILE [--help]")
-            return 0
-        got = argv[0] if argv else "nothing"
-        raise ValueError(f"expected `fastalign data check FILE`, got {got}")
+        raise ValueError(f"expected `fastalign data check FILE`, got {argv[0]}")
     config = parse_flags(CheckConfig, argv[1:], "fastalign data check")
     if not Path(config.file).name:
         raise ValueError("expected a file, a folder or a hub name, got an empty name")

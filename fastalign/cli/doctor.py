@@ -2,14 +2,12 @@
 
 import os
 import platform
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
-from typing import Literal
 
 import torch
 
-from fastalign.cli.config_parse import parse_flags
+from fastalign.cli.settings import DoctorConfig
 from fastalign.models.attention.choice import ATTENTIONS, attention_reason
 from fastalign.ops import native_library
 from fastalign.ops.backends import choose_backend, unusable_reason
@@ -26,14 +24,6 @@ PACKAGES = (
 TOKENS = ("token_logprob", "token_kl", "preference_loss", "kl_penalty", "gae")
 # Operations whose matrix products come from a library; "torch" processes their tiles anywhere.
 LINEAR = ("linear_logprob", "fused_linear_loss", "linear_kl")
-
-
-@dataclass(frozen=True)
-class DoctorConfig:
-    """Print the versions, devices and backends that fastalign can use here."""
-
-    device: Literal["all", "cpu", "cuda"] = "all"
-    """Devices to examine; all is the CPU, and a GPU if there is one."""
 
 
 def package_version(name: str) -> str:
@@ -117,9 +107,8 @@ def attention_lines(device: torch.device) -> Iterator[str]:
         yield f"  {name:<10} {'usable' if reason is None else 'not usable: ' + reason}"
 
 
-def main(argv: Sequence[str]) -> int:
+def main(config: DoctorConfig) -> int:
     """Run the command; return 0."""
-    config = parse_flags(DoctorConfig, argv, "fastalign doctor")
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda was asked for, but torch sees no GPU here")
     print("\n".join(environment_lines()))

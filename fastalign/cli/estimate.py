@@ -1,38 +1,31 @@
 """`fastalign estimate`: print the memory that a run will need before it is started."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from fastalign.cli.algorithms import ALGORITHMS
 from fastalign.cli.config_parse import take_option
-from fastalign.estimate.run import Estimate, estimate_run
 from fastalign.written_files import check_file, input_paths, write_file
 
+if TYPE_CHECKING:
+    import torch
+
+    from fastalign.estimate.run import Estimate
+
 ESTIMATED = {name: each for name, each in ALGORITHMS.items() if not each.samples}
-USAGE = """usage: fastalign estimate sft | dpo | reward [--config FILE] FLAGS
-
-Print the memory of a run by use and phase, and whether it fits. It loads no
-weights and writes no folder: the model's folder needs only its configuration
-and its tokenizer. Runs that sample (ppo, online-dpo) are not estimated.
-
---ranks N     memory of each of N ranks (torchrun) with the `parallel` settings
---json FILE   also write the estimate to FILE
---overwrite   replace FILE if it exists
-
-All other flags are those of the command.
-
-The exit code is 0 if the run fits and 1 if it does not."""
 MEBIBYTE = 2**20
 
 
 def available_bytes(device: torch.device) -> int | None:
     """Return the bytes that are free for this process; None if unknown."""
     if device.type == "cuda":
+        import torch
+
         return int(torch.cuda.mem_get_info(device)[0])
     table, limit = Path("/proc/meminfo"), Path("/sys/fs/cgroup/memory.max")
     if not table.exists():
@@ -82,6 +75,8 @@ def take_ranks(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
 
 def remedies(config: Any, found: Estimate) -> list[str]:
     """Return a line for each setting that would save memory."""
+    from fastalign.estimate.run import estimate_run
+
     train, ranks = config.train, found.ranks
     changes: list[tuple[str, Any]] = []
     if not train.gradient_checkpointing:
@@ -124,9 +119,6 @@ def as_record(found: Estimate) -> dict[str, Any]:
 
 def main(argv: Sequence[str]) -> int:
     """Run the command; return 0 if the run fits and 1 if it does not."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if argv else 2
     output, arguments = take_option(argv, "--json")
     ranks, arguments = take_ranks(arguments)
     overwrite = "--overwrite" in arguments
@@ -135,6 +127,8 @@ def main(argv: Sequence[str]) -> int:
     if name not in ESTIMATED:
         raise ValueError(f"expected one of {', '.join(ESTIMATED)}, got {name!r}")
     config = ESTIMATED[name].parse(flags)
+    from fastalign.estimate.run import estimate_run  # heavy
+
     if output is not None:
         check_file("--json", output, overwrite=overwrite, inputs=input_paths(config))
     found = estimate_run(config, ranks)

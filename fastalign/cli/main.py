@@ -1,8 +1,8 @@
 """`fastalign COMMAND`: find and run the command, and print a caller's mistake as one line.
 
-A training command is a row of `ALGORITHMS`. Every other command is a function
-`main(argv) -> exit code` of a module that is imported only when it is called, so that
-`fastalign doctor` starts without loading transformers.
+A training command is a row of `ALGORITHMS`, every other command one of `MODULES`. Settings are
+parsed before the code that uses them is imported, which takes seconds: `--help` and a wrong flag
+are answered without torch, or, where a loss's parameters are flags, without transformers.
 """
 
 import importlib
@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 from fastalign.cli.algorithms import ALGORITHMS
 from fastalign.output import (
@@ -25,26 +26,99 @@ from fastalign.process import tune_process, waits_by_load
 from fastalign.ranks.errors import RANK_FAILED, RankFailed, UserCodeFailed
 
 SECONDS_FOR_RANK_0 = 3.0
-# Each other command: its module, with the function if it is not `main`, and its line in the help.
-MODULES: dict[str, tuple[str, str]] = {
-    "preflight": ("fastalign.cli.preflight", "check that a run on several processes can start"),
-    "estimate": ("fastalign.cli.estimate", "estimate the memory of a run before it is started"),
-    "vllm-server": ("fastalign.cli.vllm_server", "start a vLLM server for training to sample from"),
-    "generate": ("fastalign.cli.answers.generate", "sample completions for a file of prompts"),
-    "score": ("fastalign.cli.answers.score", "score a file of answers with a reward model"),
-    "label": ("fastalign.cli.answers.label", "make preference pairs from samples and a reward"),
-    "eval": ("fastalign.cli.answers.evaluate", "measure accuracy on pairs, reward, KL of samples"),
-    "win-rate": ("fastalign.cli.answers.win_rate", "measure how often a model's answers win"),
-    "frontier": ("fastalign.cli.report:frontier", "plot reward against KL of many runs"),
-    "report": ("fastalign.cli.report", "write one report.html for one or more run folders"),
-    "data": ("fastalign.cli.data", "check a data file and list every fault by line"),
-    "merge": ("fastalign.cli.models:merge", "merge an adapter into its base model"),
-    "new-model": ("fastalign.cli.models:new_model", "make a tokenizer and a small random model"),
-    "doctor": ("fastalign.cli.doctor", "list the usable backends, and why others are not"),
+
+
+class Command(NamedTuple):
+    """A command that trains nothing.
+
+    Attributes:
+        summary: one line for `fastalign --help`.
+        place: `module:function` that runs it and returns the exit code.
+        settings: `module:class` of the settings that the function takes; where it takes the
+            arguments themselves, `module:text` of its help.
+    """
+
+    summary: str
+    place: str
+    settings: str
+
+
+_SETTINGS, _ANSWERS = "fastalign.cli.settings", "fastalign.cli.answers"
+MODULES: dict[str, Command] = {
+    "preflight": Command(
+        "check that a run on several processes can start",
+        "fastalign.cli.preflight:main",
+        f"{_SETTINGS}:PREFLIGHT_USAGE",
+    ),
+    "estimate": Command(
+        "estimate the memory of a run before it is started",
+        "fastalign.cli.estimate:main",
+        f"{_SETTINGS}:ESTIMATE_USAGE",
+    ),
+    "vllm-server": Command(
+        "start a vLLM server for training to sample from",
+        "fastalign.cli.vllm_server:main",
+        f"{_SETTINGS}:VllmServerConfig",
+    ),
+    "generate": Command(
+        "sample completions for a file of prompts",
+        f"{_ANSWERS}.generate:main",
+        f"{_SETTINGS}:GenerateConfig",
+    ),
+    "score": Command(
+        "score a file of answers with a reward model",
+        f"{_ANSWERS}.score:main",
+        f"{_SETTINGS}:ScoreConfig",
+    ),
+    "label": Command(
+        "make preference pairs from samples and a reward",
+        f"{_ANSWERS}.label:main",
+        f"{_SETTINGS}:LabelConfig",
+    ),
+    "eval": Command(
+        "measure accuracy on pairs, reward, KL of samples",
+        f"{_ANSWERS}.evaluate:main",
+        f"{_SETTINGS}:EvalConfig",
+    ),
+    "win-rate": Command(
+        "measure how often a model's answers win",
+        f"{_ANSWERS}.win_rate:main",
+        f"{_SETTINGS}:WinRateConfig",
+    ),
+    "frontier": Command(
+        "plot reward against KL of many runs",
+        "fastalign.cli.report:frontier",
+        "fastalign.cli.report:FrontierConfig",
+    ),
+    "report": Command(
+        "write one report.html for one or more run folders",
+        "fastalign.cli.report:main",
+        "fastalign.cli.report:ReportConfig",
+    ),
+    "data": Command(
+        "check a data file and list every fault by line",
+        "fastalign.cli.data:main",
+        f"{_SETTINGS}:DATA_USAGE",
+    ),
+    "merge": Command(
+        "merge an adapter into its base model",
+        "fastalign.cli.models:merge",
+        "fastalign.cli.models:MergeConfig",
+    ),
+    "new-model": Command(
+        "make a tokenizer and a small random model",
+        "fastalign.cli.models:new_model",
+        "fastalign.cli.models:NewModelConfig",
+    ),
+    "doctor": Command(
+        "list the usable backends, and why others are not",
+        "fastalign.cli.doctor:main",
+        f"{_SETTINGS}:DoctorConfig",
+    ),
 }
 COMMANDS: dict[str, str] = {
     **{name: algorithm.summary for name, algorithm in ALGORITHMS.items()},
-    **{name: summary for name, (_, summary) in MODULES.items()},
+    **{name: command.summary for name, command in MODULES.items()},
 }
 # Environment variables that libraries read on import; started processes inherit them.
 QUIET = (
@@ -115,11 +189,26 @@ def run(argv: Sequence[str]) -> int:
 
 
 def run_command(name: str, arguments: list[str]) -> int:
-    """Import the command's module and run it; return its exit code."""
+    """Parse the command's settings, then import its code and run it; return its exit code."""
     if name in ALGORITHMS:
         return ALGORITHMS[name].run(arguments)
-    module, _, function = MODULES[name][0].partition(":")
-    return int(getattr(importlib.import_module(module), function or "main")(arguments))
+    command = MODULES[name]
+    settings = find(command.settings)
+    if isinstance(settings, str):
+        if arguments[:1] in ([], ["-h"], ["--help"]):
+            print(settings)
+            return 0 if arguments else 2
+        return int(find(command.place)(arguments))
+    from fastalign.cli.config_parse import parse_flags
+
+    config = parse_flags(settings, arguments, f"fastalign {name}")
+    return int(find(command.place)(config))
+
+
+def find(place: str) -> Any:
+    """Return what is at `module:name`."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def wait_for_rank_0() -> None:

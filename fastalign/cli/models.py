@@ -2,12 +2,11 @@
 
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from fastalign.cli.config_parse import parse_flags
 from fastalign.written_files import check_folder, check_not_among_data, input_paths, written_folder
 
 SPECIAL_TOKENS = ("<pad>", "<s>", "</s>")
@@ -105,11 +104,10 @@ def make_model(config: NewModelConfig, num_tokens: int) -> Any:
     )
 
 
-def new_model(argv: Sequence[str]) -> int:
+def new_model(config: NewModelConfig) -> int:
     """Run `fastalign new-model`; return 0 when the folder is written."""
     from fastalign.data.read import read_texts
 
-    config = parse_flags(NewModelConfig, argv, "fastalign new-model")
     if config.vocab_size < 256 + len(SPECIAL_TOKENS):
         raise ValueError(f"vocab-size: expected at least 259, got {config.vocab_size}")
     for name in ("hidden_size", "layers", "heads"):
@@ -161,9 +159,8 @@ class MergeConfig:
     """Replace the folder if it exists."""
 
 
-def merge(argv: Sequence[str]) -> int:
+def merge(config: MergeConfig) -> int:
     """Run `fastalign merge`; return 0 when the folder is written."""
-    config = parse_flags(MergeConfig, argv, "fastalign merge")
     from fastalign.compute import Compute
     from fastalign.data.tokenizer import load_tokenizer
     from fastalign.models.load import load_policy, save_model, set_save_dtype

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from fastalign.cli.algorithms import ALGORITHMS
 from fastalign.cli.config_parse import take_option
 from fastalign.cli.report import show
+from fastalign.cli.settings import PREFLIGHT_SECONDS
 from fastalign.ranks.config import ParallelConfig
 from fastalign.ranks.errors import RankFailed, RanksDiffer
 from fastalign.ranks.failure import GO_ON, ignore_sigterm, watched_by_ranks
@@ -38,20 +39,7 @@ from fastalign.ranks.world import (
 from fastalign.runs.config import TrainingConfig, config_to_dict, flat_settings
 from fastalign.runs.open import device_of_rank
 
-SECONDS = 50.0  # with the imports before, a minute
 MOST_LAG_SECONDS = 5.0  # until other machines see a file on a shared disk
-USAGE = f"""usage: fastalign preflight [--timeout-seconds S] [--world-size N] COMMAND FLAGS
-
-Start it as the run will be started (torchrun ... -m fastalign preflight dpo --config F), with the
-run's command ({" | ".join(ALGORITHMS)}) and flags. Checks that all ranks come, with one
-configuration and the same versions, each with a device of its own; that run.dir is one folder for
-all, and can be written; and that a sum over the ranks is right. It trains nothing, and leaves
-nothing behind.
-
---timeout-seconds S: the check ends after this time, whatever hangs (default {SECONDS:g})
---world-size N: the number of ranks that is expected (default: WORLD_SIZE)
-
-Exit code 0: the run can start; 2, on every rank: it cannot, and a line says why."""
 PACKAGES = ("torch", "fastalign", "transformers")
 COLUMNS = ("rank", "host", "device", *PACKAGES, "free in run.dir")
 
@@ -60,12 +48,9 @@ Facts = dict[str, Any]
 
 def main(argv: Sequence[str]) -> int:
     """Return exit code 0 if the run can start, 2 if not."""
-    if not argv or argv[0] in ("-h", "--help"):
-        print(USAGE)
-        return 0 if argv else 2
     seconds, arguments = take_option(argv, "--timeout-seconds")
     size, arguments = take_option(arguments, "--world-size")
-    limit = SECONDS if seconds is None else seconds_of(seconds)
+    limit = PREFLIGHT_SECONDS if seconds is None else seconds_of(seconds)
     if not arguments or arguments[0] not in ALGORITHMS:
         got = repr(arguments[0]) if arguments else "none"
         raise ValueError(f"expected a command ({', '.join(ALGORITHMS)}) and its flags, got {got}")

@@ -11,7 +11,6 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from fastalign.cli.config_parse import parse_flags
 from fastalign.output import shown
 from fastalign.written_files import check_file, input_paths, write_file
 
@@ -59,9 +58,8 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int
     Console(markup=False, width=None if sys.stdout.isatty() else 140).print(table)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(config: ReportConfig) -> int:
     """Run `fastalign report`; return 0 when the page is written."""
-    config = parse_flags(ReportConfig, argv, "fastalign report")
     from fastalign.report.page import render, tables
     from fastalign.report.runs import read_runs
 
@@ -79,9 +77,8 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def frontier(argv: Sequence[str]) -> int:
+def frontier(config: FrontierConfig) -> int:
     """Run `fastalign frontier`; return 0 when the picture and the table are written."""
-    config = parse_flags(FrontierConfig, argv, "fastalign frontier")
     from fastalign.report.frontier import (
         COLUMNS,
         PICTURES,

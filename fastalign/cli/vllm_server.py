@@ -4,15 +4,13 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from fastalign.cli.config_parse import parse_flags
+from fastalign.cli.settings import VllmServerConfig
 from fastalign.models.load import read_config
 from fastalign.models.lora_files import adapter_base
 from fastalign.rollouts.engines import server_process
@@ -25,48 +23,6 @@ from fastalign.rollouts.engines.server_process import (
 )
 from fastalign.rollouts.engines.spec import require_vllm
 from fastalign.rollouts.engines.supervise import supervise
-
-
-@dataclass(frozen=True)
-class ServedModel:
-    """The model that training starts from, for its sizes and its tokenizer."""
-
-    path: str
-    """Folder in transformers' layout, or a hub name."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of weights and products; auto: float32 on a CPU, bfloat16 on a GPU."""
-    lora_rank: int = 0
-    """Rank of the adapters to make room for, if the policy is trained with one."""
-    trust_remote_code: bool = False
-    """Run code that comes with the model."""
-
-
-@dataclass(frozen=True)
-class VllmServerConfig:
-    """Starts vLLM's HTTP server for runs with the sampler `vllm-server` and this server's URL.
-
-    The run's weights replace its own. It asks for a token, which is made and written to a file for
-    this user alone, or is that of FASTALIGN_VLLM_TOKEN in the environment. Who has it can change
-    the weights and make the server read files, so it listens to this machine only, unless another
-    address is given.
-    """
-
-    model: ServedModel
-    host: str = "127.0.0.1"
-    """Address to listen at."""
-    port: int = 8000
-    """Port to listen at."""
-    token_file: str | None = None
-    """File of the token; if it exists, it holds the token. Default: a new one, by the port, in the
-    user's cache folder, where runs on this machine look for it."""
-    max_length: int | None = None
-    """Most tokens of a prompt with its answer; default: the model's positions."""
-    tensor_parallel: int = 1
-    """Number of GPUs that the model is split over."""
-    gpu_memory: float = 0.9
-    """Share of a GPU's memory to use."""
-    kv_cache_gib: float = 0.5
-    """Memory for keys and values on a CPU, in GiB."""
 
 
 def server_command(config: VllmServerConfig) -> list[str]:
@@ -124,9 +80,8 @@ def server_token(config: VllmServerConfig) -> Iterator[tuple[str, str]]:
         file.unlink(missing_ok=True)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(config: VllmServerConfig) -> int:
     """Run the server and end all its processes with it; the exit code is vLLM's."""
-    config = parse_flags(VllmServerConfig, argv, "fastalign vllm-server")
     require_vllm()
     check_port(config.host, config.port)
     # A wrong path ends here, before the server asks a hub for it again and again.

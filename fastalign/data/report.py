@@ -6,12 +6,14 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastalign.batch.packed import Group
 from fastalign.data.readers.files import shown_entries
 from fastalign.data.readers.row import DataFault, shorten, show_names
 from fastalign.output import visible
+
+if TYPE_CHECKING:
+    from fastalign.batch.packed import Group
 
 
 @dataclass

@@ -18,13 +18,8 @@ import yaml
 
 from fastalign.cli import vllm_server
 from fastalign.cli.main import QUIET, main
-from fastalign.cli.vllm_server import (
-    ServedModel,
-    VllmServerConfig,
-    is_loopback,
-    server_command,
-    server_token,
-)
+from fastalign.cli.settings import ServedModel, VllmServerConfig
+from fastalign.cli.vllm_server import is_loopback, server_command, server_token
 from fastalign.output import masked, safe_output, visible
 from fastalign.rollouts.engines.options import VllmOptions
 from fastalign.rollouts.engines.server_process import find_token

@@ -98,6 +98,15 @@ ONLY |= {
         ("fastalign.data.tokenizer", "--model.lora.rank"),
     )
 }
+# Usage texts of commands that read their arguments themselves.
+ONLY |= {
+    ("fastalign.cli.settings", flag): {command}
+    for command, flags in (
+        ("estimate", ("--ranks", "--json", "--overwrite", "--config")),
+        ("preflight", ("--timeout-seconds", "--world-size")),
+    )
+    for flag in flags
+}
 ALIKE = {"estimate", "preflight"}
 OF_PIP = {"--force-reinstall", "--no-deps"}
 
@@ -112,7 +121,7 @@ def speakers(module: str, flag: str) -> set[str]:
     part = module.removeprefix("fastalign.").split(".")
     if part[0] == "trainers":
         return {part[1].replace("_", "-")}
-    names = {name for name, (place, _) in PLACES.items() if place.partition(":")[0] == module}
+    names = {name for name, each in PLACES.items() if each.place.partition(":")[0] == module}
     return names or set(COMMANDS)
 
 

@@ -11,6 +11,7 @@ import httpx2
 import pytest
 import torch
 
+from fastalign.cli.settings import ServedModel, VllmServerConfig
 from fastalign.cli.vllm_server import main
 from fastalign.models.lora_files import save_adapter
 from fastalign.rollouts import (
@@ -226,13 +227,13 @@ def test_another_model_is_refused(server: Server) -> None:
 def test_a_port_in_use_is_said_before_anything_is_loaded(server: Server) -> None:
     open_sampler(server).close()  # it listens
     with pytest.raises(ValueError, match=f"listen at 127.0.0.1:{server.port} .*in use"):
-        main(["--model.path", str(server.folder), "--port", str(server.port)])
+        main(VllmServerConfig(ServedModel(str(server.folder)), port=server.port))
 
 
 @needs_vllm
 def test_a_folder_without_a_model_is_said_before_a_server_is_started(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.path: no model can be loaded from"):
-        main(["--model.path", str(tmp_path), "--port", str(free_port())])
+        main(VllmServerConfig(ServedModel(str(tmp_path)), port=free_port()))
 
 
 def test_no_server_is_said_in_time() -> None:

@@ -37,8 +37,7 @@ from tests.tokenizers import CHATML, make_tokenizer
 NOT_READ = {"dir", "export", "out", "cache_dir", "sync_folder", "device", "targets", "origin"} | {
     *("endpoint", "model", "key_variable", "host", "url", "trainer_host")
 }
-COMMANDS = ("answers.evaluate", "answers.generate", "answers.label", "answers.score")
-MODULES = (*COMMANDS, "answers.win_rate", "report", "models", "data", "doctor", "vllm_server")
+MODULES = ("settings", "report", "models", "data")
 
 
 def contents(folder: Path) -> dict[str, bytes]:

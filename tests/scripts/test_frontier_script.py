@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from fastalign.cli.algorithms import ALGORITHMS
-from fastalign.cli.answers.evaluate import EvalConfig
 from fastalign.cli.config_parse import parse_config, parse_flags
+from fastalign.cli.settings import EvalConfig
 from fastalign.trainers import PPOConfig, SFTConfig
 
 ROOT = Path(__file__).parents[2]

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +11,14 @@ import torch
 from torch import Tensor
 
 from fastalign.batch.packed import Group
-from fastalign.choices import Packing
 from fastalign.cli.answers.sampling import (
-    SampledModel,
-    SamplingConfig,
     as_lines,
     load_sampled,
     read_prompts,
     sample,
     sample_rows,
 )
-from fastalign.cli.config_parse import parse_flags
+from fastalign.cli.settings import EvalConfig, SampledModel
 from fastalign.compute import Compute, require_finite
 from fastalign.data.load import load_examples
 from fastalign.data.tokenizer import Tokenizer, check_same_vocabulary
@@ -38,54 +35,6 @@ from fastalign.models.forward import sequence_logprobs
 from fastalign.written_files import check_file, input_paths, write_file
 
 SAMPLES = "samples.jsonl"  # beside the result
-
-
-@dataclass(frozen=True)
-class EvalReference:
-    """The reference model of the KL and the implicit reward."""
-
-    path: str
-    """Folder in transformers' layout, or a hub name."""
-
-
-@dataclass(frozen=True)
-class EvalData:
-    """Held-out prompts, preference pairs, or both."""
-
-    prompts: str | None = None
-    """Prompts to sample completions for, which reward and KL are measured on."""
-    pairs: str | None = None
-    """Preference pairs that accuracy is measured on, without ties, which are counted."""
-    max_length: int = 1024
-    """Maximum number of tokens of a prompt with one response; a longer pair is an error."""
-
-
-@dataclass(frozen=True)
-class EvalLoss:
-    """Scale of the implicit reward."""
-
-    beta: float = 0.1
-    """Scale of the margin, which does not change the accuracy."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvalConfig(SamplingConfig):
-    """Measure accuracy on pairs, or reward and KL of samples; write OUT and samples.jsonl."""
-
-    model: SampledModel
-    reference: EvalReference
-    out: str
-    """File (.json) to write."""
-    data: EvalData = field(default_factory=EvalData)
-    reward: str | None = None
-    """`module:function` (prompts, completions) -> numbers, a reward model, or a .json file."""
-    best_of: tuple[int, ...] = ()
-    """Also measure the reward of the best of n answers for each n, such as 1 2 4 8 16."""
-    best_of_reward: str | None = None
-    """Reward that chooses the best answer; by default `reward` itself."""
-    loss: EvalLoss = field(default_factory=EvalLoss)
-    packing: Packing = "shared_prefix"
-    """Packing of the log-prob computation; padded for architectures that cannot be packed."""
 
 
 def judge_pairs(
@@ -199,9 +148,8 @@ def check(config: EvalConfig) -> None:
         )
 
 
-def main(argv: Sequence[str]) -> int:
+def main(config: EvalConfig) -> int:
     """Run the command; return 0 when the JSON is written."""
-    config = parse_flags(EvalConfig, argv, "fastalign eval")
     check(config)
     most = max(config.sampling.num_samples, *config.best_of, 1)
     config = replace(config, sampling=replace(config.sampling, num_samples=most))

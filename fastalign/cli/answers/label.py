@@ -1,39 +1,15 @@
 """`fastalign label`: make preference pairs from sampled completions and a reward."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from fastalign.cli.answers.sampling import as_lines
-from fastalign.cli.config_parse import parse_flags
+from fastalign.cli.settings import LabelConfig
 from fastalign.data.conversation import content_as_json
 from fastalign.data.examples import Content
 from fastalign.data.read import load_samples
 from fastalign.evaluation.rewards import apply_reward, load_reward
 from fastalign.written_files import check_file, input_paths, write_file
-
-
-@dataclass(frozen=True)
-class LabelData:
-    """The samples."""
-
-    samples: str
-    """File written by `fastalign generate` with several completions per prompt."""
-    ties: Literal["drop", "keep"] = "drop"
-    """Drop and count prompts whose completions all have the same reward, or keep them as ties."""
-
-
-@dataclass(frozen=True)
-class LabelConfig:
-    """Write each prompt's best completion as chosen and its worst as rejected."""
-
-    data: LabelData
-    reward: str
-    """`module:function` (prompts, completions) -> numbers, a reward model, or a .json file."""
-    out: str
-    """File (.jsonl) to write."""
-    overwrite: bool = False
-    """Replace the file if it exists."""
 
 
 def best_and_worst(
@@ -65,9 +41,8 @@ def best_and_worst(
             yield row | {"margin": best[0] - worst[0]}
 
 
-def main(argv: Sequence[str]) -> int:
+def main(config: LabelConfig) -> int:
     """Run the command; return 0 when the file is written."""
-    config = parse_flags(LabelConfig, argv, "fastalign label")
     out = check_file("out", config.out, overwrite=config.overwrite, inputs=input_paths(config))
     function = load_reward(config.reward)
     groups = load_samples(config.data.samples)

@@ -4,13 +4,11 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from fastalign.choices import Packing
-from fastalign.compute import Compute, find_device
+from fastalign.cli.settings import SampledModel, SamplingConfig
 from fastalign.data.conversation import content_as_json
 from fastalign.data.load import PromptDataset, load_prompts
 from fastalign.data.tokenizer import (
@@ -27,54 +25,10 @@ from fastalign.rollouts import (
     EngineSpec,
     PolicyAccess,
     Sampler,
-    SamplerName,
     SamplingParams,
     TransformersSampler,
-    VllmOptions,
-    check_sampler,
     open_engine,
 )
-
-
-@dataclass(frozen=True)
-class SampledModel:
-    """The model to sample from."""
-
-    path: str
-    """Folder in transformers' layout, or a hub name."""
-    trust_remote_code: bool = False
-    """Run the Python code that comes with the model."""
-    device: str = "auto"
-    """Device such as cpu, cuda or cuda:1; auto takes a GPU if there is one."""
-
-    def compute(self, packing: Packing = "shared_prefix") -> Compute:
-        """Return how this model's forwards run: on its device, in the dtype of its weights."""
-        return Compute(find_device(self.device, "model.device"), packing=packing)
-
-
-@dataclass(frozen=True)
-class SamplingRun:
-    """Randomness of the samples."""
-
-    seed: int = 0
-    """Random seed; the same seed draws the same tokens however they are batched."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplingConfig:
-    """Base class of the settings of a command that samples."""
-
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    sampler: SamplerName = "transformers"
-    """Engine that draws completions: the model itself (transformers), vLLM in this process, or
-    a vLLM server (vllm-server)."""
-    vllm: VllmOptions = field(default_factory=VllmOptions)
-    run: SamplingRun = field(default_factory=SamplingRun)
-    overwrite: bool = False
-    """Replace files that exist."""
-
-    def __post_init__(self) -> None:
-        check_sampler(self.sampler, self.vllm)
 
 
 def load_sampled(config: SampledModel) -> tuple[Any, Tokenizer]:

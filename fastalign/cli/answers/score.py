@@ -1,46 +1,16 @@
 """`fastalign score`: score a file of answers with a reward model."""
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
 
-from fastalign.cli.answers.sampling import SampledModel, as_lines
-from fastalign.cli.config_parse import parse_flags
+from fastalign.cli.answers.sampling import as_lines
+from fastalign.cli.settings import ScoreConfig
 from fastalign.data.read import read_samples
 from fastalign.evaluation.rewards import ModelReward, apply_reward
 from fastalign.written_files import check_file, input_paths, write_file
 
 
-@dataclass(frozen=True)
-class ScoringModel(SampledModel):
-    """The reward model."""
-
-
-@dataclass(frozen=True)
-class ScoreData:
-    """The answers."""
-
-    samples: str
-    """File with `prompt` and `completion`, as written by `fastalign generate`."""
-
-
-@dataclass(frozen=True)
-class ScoreConfig:
-    """Write every row with its `reward`, scored at the EOS that is appended to the answer."""
-
-    model: ScoringModel
-    data: ScoreData
-    out: str
-    """File (.jsonl) to write."""
-    raw: bool = False
-    """Write the scores of transformers, without normalising by reward_mean and reward_std."""
-    overwrite: bool = False
-    """Replace the file if it exists."""
-
-
-def main(argv: Sequence[str]) -> int:
+def main(config: ScoreConfig) -> int:
     """Run the command; return 0 when the file is written."""
-    config = parse_flags(ScoreConfig, argv, "fastalign score")
     out = check_file("out", config.out, overwrite=config.overwrite, inputs=input_paths(config))
     samples = read_samples(config.data.samples)
     model = ModelReward(

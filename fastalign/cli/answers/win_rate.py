@@ -4,23 +4,21 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from fastalign.cli.answers.sampling import (
-    SampledModel,
-    SamplingConfig,
     load_sampled,
     read_prompts,
     sample,
 )
-from fastalign.cli.config_parse import parse_flags
+from fastalign.cli.settings import SampledModel, Side, WinRateConfig
 from fastalign.compute import Compute, find_device
 from fastalign.data.conversation import content_as_json
 from fastalign.data.examples import Content
 from fastalign.data.read import load_samples
-from fastalign.evaluation.judge.chat_endpoint import ChatEndpoint, EndpointConfig
+from fastalign.evaluation.judge.chat_endpoint import ChatEndpoint
 from fastalign.evaluation.judge.judge import judge_by_endpoint, judge_statistics, read_template
 from fastalign.evaluation.rewards import load_reward
 from fastalign.evaluation.win_rate import (
@@ -31,42 +29,6 @@ from fastalign.evaluation.win_rate import (
     win_rate,
 )
 from fastalign.written_files import check_file, input_paths, write_file
-
-
-@dataclass(frozen=True)
-class Side:
-    """One side of the comparison: a model to sample from, or a file of its samples."""
-
-    path: str | None = None
-    """Folder in transformers' layout, or a hub name, to sample from."""
-    samples: str | None = None
-    """File written by `fastalign generate` for the same prompts as the other side."""
-    trust_remote_code: bool = False
-    """Run the Python code that comes with the model."""
-    device: str = "auto"
-    """Device such as cpu, cuda or cuda:1; auto takes a GPU if there is one."""
-
-
-@dataclass(frozen=True)
-class WinRateData:
-    """The prompts."""
-
-    prompts: str | None = None
-    """File, folder or hub name with a `prompt` column, if a side is sampled from."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class WinRateConfig(SamplingConfig):
-    """Compare two models' answers; write OUT and every pair's verdict to OUT.verdicts.jsonl."""
-
-    model: Side
-    baseline: Side
-    out: str
-    """File (.json) to write."""
-    reward: str | None = None
-    """Reward as judge: `module:function`, a reward model, or a .json file."""
-    judge: EndpointConfig = field(default_factory=EndpointConfig)
-    data: WinRateData = field(default_factory=WinRateData)
 
 
 def check(config: WinRateConfig) -> None:
@@ -166,9 +128,8 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> int:
+def main(config: WinRateConfig) -> int:
     """Run the command; return 0 when the JSON is written."""
-    config = parse_flags(WinRateConfig, argv, "fastalign win-rate")
     check(config)
     overwrite, inputs = config.overwrite, input_paths(config)
     out = check_file("out", config.out, overwrite=overwrite, inputs=inputs)

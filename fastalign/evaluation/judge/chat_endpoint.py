@@ -15,8 +15,6 @@ from importlib.util import find_spec
 from typing import Any
 from urllib.parse import urlsplit
 
-from fastalign.rollouts.engines.connection import shorten
-
 # Answers of a server that may do better later: time-outs, conflicts, too many requests, overload.
 RETRIED = {408, 409, 425, 429, 500, 502, 503, 504, 529}
 LONGEST_WAIT_SECONDS = 60.0
@@ -122,6 +120,8 @@ class ChatEndpoint:
                 self._reached = True
                 return answer_text(answer.text)
             except self._openai.APIStatusError as error:
+                from fastalign.rollouts.engines.connection import shorten  # heavy
+
                 self._reached = True
                 fault = f"status {error.status_code}: {shorten(error.response.text)}"
                 final = error.status_code not in RETRIED
