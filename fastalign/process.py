@@ -21,7 +21,7 @@ KEPT_BYTES = 2**31 - 1  # mallopt takes an int
 CHECK_SECONDS = 0.25
 # Seconds per second that the threads together wait for a core; alone on a machine it is 0.01.
 CROWDED = 0.1
-SHORTEST_HOLD, LONGEST_HOLD = 1.0, 30.0  # seconds of short spins before long ones are tried again
+QUIET_SECONDS = 10.0  # without a delay, before long spins are tried again
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ def _choose_waiting(
     ranks = environment.get("LOCAL_WORLD_SIZE", "")
     if place.num_cores > 2 * threads * (int(ranks) if ranks.isdecimal() else 1):
         return False, "as OpenMP does: half of the cores are free for other work"
-    return True, "OpenMP's threads spin, and sleep while other work holds their cores"
+    until = f"until it has not for {QUIET_SECONDS:g} seconds"
+    return True, f"OpenMP's threads spin; once other work holds their cores they sleep, {until}"
 
 
 def _choose_allocator(place: Place, environment: Mapping[str, str]) -> tuple[bool, str]:
@@ -214,22 +215,17 @@ class Spins:
 
     def __init__(self) -> None:
         self.short = False
-        self._hold = SHORTEST_HOLD
-        self._since = -LONGEST_HOLD  # time of the last change
+        self._crowded = 0.0  # time of the last check with a delay
 
     def check(self, delay: float, now: float) -> bool:
-        """Return whether spins are to be short.
+        """Return whether spins are to be short: from a delay on until none was for QUIET_SECONDS.
 
-        `delay` is in seconds per second; `now` the time. After a return to long spins that did not
-        last, the short ones are held for twice as long.
+        `delay` is in seconds per second; `now` the time.
         """
-        lasted = now - self._since
-        if not self.short and delay > CROWDED:
-            again = lasted < self._hold
-            self._hold = min(2 * self._hold, LONGEST_HOLD) if again else SHORTEST_HOLD
-            self.short, self._since = True, now
-        elif self.short and delay <= CROWDED and lasted >= self._hold:
-            self.short, self._since = False, now
+        if delay > CROWDED:
+            self.short, self._crowded = True, now
+        elif now - self._crowded >= QUIET_SECONDS:
+            self.short = False
         return self.short
 
 
