@@ -52,8 +52,8 @@ class StoredGroups(Lazy[Group]):
         super().__init__(len(table), self._group)
         self._prompts, self._responses, self._masks = map(table.column, GROUP_COLUMNS)
         responses = compute.list_flatten(self._responses)
-        self.prompt_lengths = _numbers(compute.list_value_length(self._prompts))
-        self.response_lengths = _numbers(compute.list_value_length(responses))
+        self.prompt_lengths = list_lengths(self._prompts)
+        self.response_lengths = list_lengths(responses)
 
     def _group(self, index: int) -> Group:
         masks = self._masks[index]
@@ -132,8 +132,11 @@ def group_columns(groups: Sequence[Group], fields: Sequence[pyarrow.Field]) -> d
     }
 
 
-def _numbers(column: pyarrow.ChunkedArray) -> array[int]:
-    return array("i", column.to_numpy().tobytes())
+def list_lengths(column: pyarrow.ChunkedArray) -> array[int]:
+    """Return the length of each list of a column."""
+    from pyarrow import compute
+
+    return array("i", compute.list_value_length(column).to_numpy().tobytes())
 
 
 def _items(values: pyarrow.Array) -> list[Any]:

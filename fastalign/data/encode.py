@@ -1,6 +1,7 @@
 """Checked examples to columns of token ids, by several processes, in the order of the file."""
 
 import hashlib
+import json
 import multiprocessing
 import os
 import signal
@@ -11,12 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from fastalign.batch.packed import Group
 from fastalign.batch.stored import group_columns, group_fields
-from fastalign.data.examples import PreferenceExample
+from fastalign.data.conversation import Message
+from fastalign.data.examples import Content, PreferenceExample, PromptExample
 from fastalign.data.read import OnBadRow
 from fastalign.data.readers.row import DataFault
 from fastalign.data.tokenise import Encoder
@@ -35,7 +37,7 @@ T = TypeVar("T")
 class Rules:
     """Rules by which rows are taken, truncated or refused; see `load_examples`."""
 
-    kind: Literal["sft", "preference"]
+    kind: Literal["sft", "preference", "prompt"]
     max_length: int
     on_bad_row: OnBadRow
     on_too_long: OnTooLong
@@ -47,10 +49,11 @@ class EncodedRows(NamedTuple):
     """The rows of a batch as tokens.
 
     Attributes:
-        rows: a record batch of `row_schema`.
+        rows: a record batch of `row_schema` or `prompt_schema`.
         refused: the place of each row that is left out, and its tokens if they are too many, else
             the arguments of its DataFault.
-        digests: a SHA-256 of each row.
+        content: what the source's fingerprint is made of: a SHA-256 of each row, or prompts with
+            their tokens as text, separated by commas.
         forms: number of rows of each form.
         num_crossing: rows in which a token would have crossed from the prompt into a response.
         num_truncated: rows that were truncated.
@@ -59,11 +62,11 @@ class EncodedRows(NamedTuple):
 
     rows: Any
     refused: list[tuple[int, Any]]
-    digests: bytes
+    content: bytes
     forms: Counter[str]
-    num_crossing: int
-    num_truncated: int
-    num_ties: int
+    num_crossing: int = 0
+    num_truncated: int = 0
+    num_ties: int = 0
 
 
 def row_schema(encoder: Encoder) -> Any:
@@ -78,6 +81,14 @@ def row_schema(encoder: Encoder) -> Any:
     }
     fields = [pyarrow.field(name, kind) for name, kind in others.items()]
     return pyarrow.schema([*group_fields(encoder.num_ids), *fields])
+
+
+def prompt_schema(encoder: Encoder) -> Any:
+    """Return the Arrow schema of prompts."""
+    import pyarrow
+
+    ids, *_ = group_fields(encoder.num_ids)
+    return pyarrow.schema([ids, ("prompt", pyarrow.binary()), ("source", pyarrow.binary())])
 
 
 def as_bytes(text: str) -> bytes:
@@ -131,6 +142,47 @@ def encode_rows(
     return EncodedRows(
         rows, refused, b"".join(digests), forms, num_crossing, num_truncated, num_ties
     )
+
+
+def encode_prompts(
+    encoder: Encoder, schema: Any, rules: Rules, batch: Sequence[tuple[Any, int]]
+) -> EncodedRows:
+    """Tokenise the prompts of a batch, as `encode_rows` does."""
+    import pyarrow
+
+    examples = [example for example, _ in batch]
+    kept: list[tuple[PromptExample, list[int]]] = []
+    refused: list[tuple[int, Any]] = []
+    for place, (example, ids) in enumerate(zip(examples, encoder.prompts(examples), strict=True)):
+        if isinstance(ids, DataFault):
+            refused.append((place, (ids.where, ids.problem, ids.column)))
+        elif len(ids) > rules.max_length:
+            refused.append((place, len(ids)))
+        else:
+            kept.append((example, ids))
+    columns = (
+        [ids for _, ids in kept],
+        [packed_content(example.prompt) for example, _ in kept],
+        [as_bytes(example.source) for example, _ in kept],
+    )
+    rows = pyarrow.record_batch(
+        [pyarrow.array(column, field.type) for column, field in zip(columns, schema, strict=True)],
+        schema=schema,
+    )
+    content = ", ".join(repr((ids, example.prompt)) for example, ids in kept).encode()
+    return EncodedRows(rows, refused, content, Counter(example.form for example, _ in kept))
+
+
+def packed_content(content: Content) -> bytes:
+    """Return plain text or messages as bytes."""
+    turns = content if isinstance(content, str) else [astuple(message) for message in content]
+    return json.dumps(turns).encode()
+
+
+def unpacked_content(packed: bytes) -> Content:
+    """Return what `packed_content` packed."""
+    found = json.loads(packed)
+    return found if isinstance(found, str) else tuple(Message(*turn) for turn in found)
 
 
 def fit(group: Group, rules: Rules) -> Group | int:

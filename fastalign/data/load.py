@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from fastalign.batch.packed import Group
-from fastalign.batch.stored import Lazy, StoredGroups
+from fastalign.batch.stored import Lazy, StoredGroups, list_lengths
 from fastalign.data.encode import (
     DIGEST_BYTES,
     OnTooLong,
@@ -18,11 +18,14 @@ from fastalign.data.encode import (
     Ties,
     as_text,
     batched,
+    encode_prompts,
     encode_rows,
     in_order,
+    prompt_schema,
     row_schema,
+    unpacked_content,
 )
-from fastalign.data.examples import Content, PreferenceExample, PromptExample, Votes
+from fastalign.data.examples import Content, PreferenceExample, Votes
 from fastalign.data.read import OnBadRow, read_examples
 from fastalign.data.readers.row import DataFault
 from fastalign.data.report import DataReport
@@ -64,29 +67,25 @@ class TokenizedDataset:
 
 @dataclass(frozen=True)
 class PromptDataset:
-    """Prompts as token ids; the lists are parallel.
+    """Prompts as token ids; the sequences are parallel.
 
     Attributes:
         prompt_ids: the tokens that a sampler continues.
         prompts: plain text, or the messages.
         sources: each row's location.
         report: counts of the rows read and left out.
+        fingerprint: SHA-256 of the prompts and their token ids.
     """
 
-    prompt_ids: list[list[int]]
-    prompts: list[Content]
-    sources: list[str]
+    prompt_ids: Sequence[list[int]]
+    prompts: Sequence[Content]
+    sources: Sequence[str]
     report: DataReport
+    fingerprint: str
 
     def __len__(self) -> int:
         """Return the number of prompts."""
         return len(self.prompts)
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 of the prompts and their token ids."""
-        rows = list(zip(self.prompt_ids, self.prompts, strict=True))
-        return hashlib.sha256(repr(rows).encode()).hexdigest()
 
 
 def load_prompts(
@@ -100,32 +99,23 @@ def load_prompts(
 ) -> PromptDataset:
     """Load prompts to answer from the column `prompt`; other columns are ignored.
 
-    The arguments are those of `load_examples`; a prompt has at most `max_length` tokens.
+    The arguments are those of `load_examples`, and a large source is kept as there; a prompt has at
+    most `max_length` tokens.
 
     Raises:
         ValueError: if a row is bad or too long under `error`, or no row is left.
     """
-    encoder = Encoder(tokenizer)
-    report = DataReport(str(source))
-    data = PromptDataset([], [], [], report)
-    for example in read_examples(source, "prompt", report, on_bad_row=on_bad_row):
-        assert isinstance(example, PromptExample)
-        try:
-            ids = encoder.prompt(example)
-        except DataFault as fault:
-            refuse(report, fault, on_bad_row)
-            continue
-        if len(ids) > max_length:
-            refuse_long(report, example.source, (len(ids), max_length), on_too_long, advice)
-            continue
-        report.forms[example.form] += 1
-        report.prompt_lengths.append(len(ids))
-        data.prompt_ids.append(ids)
-        data.prompts.append(example.prompt)
-        data.sources.append(example.source)
-    report.num_used = len(data.sources)
-    require_rows(report)
-    return data
+    rules = Rules("prompt", max_length, on_bad_row, on_too_long, "error", advice)
+    table, report, fingerprint = load_rows(source, Encoder(tokenizer), rules)
+    ids, packed, where = (table.column(name) for name in ("prompt_ids", "prompt", "source"))
+    report.prompt_lengths = list_lengths(ids)
+    return PromptDataset(
+        Lazy(len(table), lambda index: ids[index].as_py()),
+        Lazy(len(table), lambda index: unpacked_content(packed[index].as_py())),
+        Lazy(len(table), lambda index: as_text(where[index].as_py())),
+        report,
+        fingerprint,
+    )
 
 
 def load_examples(
@@ -153,15 +143,9 @@ def load_examples(
     Raises:
         ValueError: if a row is bad, too long or a tie under `error`, or no row is left.
     """
-    encoder = Encoder(tokenizer)
     rules = Rules(kind, max_length, on_bad_row, on_too_long, ties, advice)
-    table, meta = load_tokens(
-        source,
-        lambda: (encoder.identity(), replace(rules, advice="")),
-        partial(tokenise, source, encoder, rules),
-    )
+    table, report, fingerprint = load_rows(source, Encoder(tokenizer), rules)
     groups = StoredGroups(table)
-    report = DataReport.from_dict(str(source), meta["report"])
     report.prompt_lengths, report.response_lengths = groups.prompt_lengths, groups.response_lengths
     where = table.column("source")
     return TokenizedDataset(
@@ -171,8 +155,22 @@ def load_examples(
         [votes and Votes(*votes) for votes in table.column("votes").to_pylist()],
         Lazy(len(table), lambda index: as_text(where[index].as_py())),
         report,
-        meta["fingerprint"],
+        fingerprint,
     )
+
+
+def load_rows(source: str | Path, encoder: Encoder, rules: Rules) -> tuple[Any, DataReport, str]:
+    """Return the table of a source's rows, the report without lengths, and the fingerprint.
+
+    Raises:
+        ValueError: as `load_examples`.
+    """
+    table, meta = load_tokens(
+        source,
+        lambda: (encoder.identity(), replace(rules, advice="")),
+        partial(tokenise, source, encoder, rules),
+    )
+    return table, DataReport.from_dict(str(source), meta["report"]), meta["fingerprint"]
 
 
 def tokenise(
@@ -185,8 +183,10 @@ def tokenise(
     """
     report = DataReport(str(source))
     refused: list[tuple[int, DataFault]] = []  # and the faults of earlier rows that the reader has
-    digests = bytearray()
-    work = partial(encode_rows, encoder, row_schema(encoder), rules)
+    of_prompts = rules.kind == "prompt"
+    digests, content = bytearray(), hashlib.sha256(b"[" if of_prompts else b"")
+    encode, schema = (encode_prompts, prompt_schema) if of_prompts else (encode_rows, row_schema)
+    work = partial(encode, encoder, schema(encoder), rules)
     batches = batched(usable_examples(source, rules, report), BATCH_ROWS)
     for batch, found in in_order(work, batches, num_processes, name=str(source)):
         for place, refusal in found.refused:
@@ -199,7 +199,12 @@ def tokenise(
             else:
                 refused.append((num_faults, DataFault(*refusal)))
         write(found.rows)
-        digests += found.digests
+        if not of_prompts:
+            digests += found.content
+        elif report.num_used and found.content:
+            content.update(b", ")
+        content.update(found.content)
+        report.num_used += len(found.rows)
         report.forms.update(found.forms)
         report.num_crossing += found.num_crossing
         report.num_truncated += found.num_truncated
@@ -208,11 +213,11 @@ def tokenise(
     read = ((number, 1, fault) for number, fault in enumerate(report.faults))
     late = ((number, 0, fault) for number, fault in refused)
     report.faults = [fault for *_, fault in sorted((*read, *late), key=lambda entry: entry[:2])]
-    report.num_used = len(digests) // DIGEST_BYTES
     require_rows(report)
+    content.update(b"]" if of_prompts else b"")
     keys = np.frombuffer(digests, f"S{DIGEST_BYTES}")
     report.num_duplicates = len(keys) - len(np.unique(keys))
-    return {"report": report.as_dict(), "fingerprint": hashlib.sha256(digests).hexdigest()}
+    return {"report": report.as_dict(), "fingerprint": content.hexdigest()}
 
 
 def usable_examples(
@@ -233,13 +238,6 @@ def usable_examples(
                 report.num_ties_dropped += 1
                 continue
         yield example, len(report.faults)
-
-
-def refuse(report: DataReport, fault: DataFault, on_bad_row: OnBadRow) -> None:
-    """Raise the fault, or count it."""
-    if on_bad_row == "error":
-        raise fault
-    report.faults.append(fault)
 
 
 def refuse_long(

@@ -122,12 +122,15 @@ class Encoder:
             raise result
         return result
 
-    def prompt(self, example: PromptExample) -> list[int]:
+    def prompts(self, examples: Sequence[PromptExample]) -> list[list[int] | DataFault]:
         """Return the token ids that a sampler continues.
 
-        Raises:
-            DataFault: if the template refuses the row, or there is no token.
+        In place of a prompt there is its fault if the template refuses it, or it has no token.
         """
+        return self._results([self._prompt(example) for example in examples])
+
+    def prompt(self, example: PromptExample) -> list[int]:
+        """Return one of `prompts`; raise its DataFault if it has one."""
         return self._result(self._prompt(example))
 
     def _prompt(self, example: PromptExample) -> Work[list[int]]:

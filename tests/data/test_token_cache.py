@@ -1,6 +1,6 @@
 """Rows as tokens: by several processes as by one, in a file that later starts read."""
 
-import errno
+import hashlib
 import json
 import multiprocessing
 import os
@@ -13,7 +13,7 @@ import pytest
 from fastalign.batch.schedule import packed_lengths
 from fastalign.batch.stored import stored
 from fastalign.data import encode, load, token_cache
-from fastalign.data.load import TokenizedDataset, load_examples
+from fastalign.data.load import TokenizedDataset, load_examples, load_prompts
 from fastalign.data.read import read_examples
 from fastalign.data.report import DataReport
 from fastalign.data.tokenise import Encoder
@@ -121,6 +121,48 @@ def test_stored_groups_are_those_that_were_encoded(tmp_path: Path) -> None:
         assert stored(found).last_ids() == {ids[-1] for _, ids in rows}
 
 
+PROMPTS: list[Any] = [
+    {"prompt": turns("The menu?", "yes", "The screen?")},
+    3,
+    {"prompt": turns("The battery life is excellent" * 3)},
+    {"prompt": turns("refused")},
+    {"prompt": turns("The menu?"), "chosen": turns("yes")[:1]},
+]
+
+
+@pytest.mark.parametrize("rows", [PROMPTS, [{"prompt": "The"}, {"prompt": "The\u00e9 menu"}]])
+def test_prompts_are_those_of_one_by_one_and_a_later_start_reads_them(
+    rows: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuses = "{{ raise_exception('no') if messages[0].content == 'refused' }}"
+    file, tokenizer = write(tmp_path, rows), make_tokenizer(chat_template=refuses + CHATML)
+
+    def load_all() -> tuple[Any, ...]:
+        skip: Any = {"on_bad_row": "skip", "on_too_long": "skip"}
+        data = load_prompts(file, tokenizer, max_length=48, **skip)
+        faults = [str(fault).partition(" ")[0] for fault in data.report.faults]
+        found = (list(data.prompt_ids), list(data.prompts), list(data.sources))
+        return *found, faults, data.report.lines(), data.fingerprint
+
+    made = load_all()
+    examples = [
+        example
+        for example in read_examples(file, "prompt", DataReport(""), on_bad_row="skip")
+        if "refused" not in str(example.prompt) and "excellent" not in str(example.prompt)
+    ]
+    ids = [Encoder(tokenizer).prompt(example) for example in examples]  # type: ignore[arg-type]
+    pairs = [(row, example.prompt) for row, example in zip(ids, examples, strict=True)]
+    assert made[:3] == (ids, [prompt for _, prompt in pairs], [row.source for row in examples])
+    assert made[5] == hashlib.sha256(repr(pairs).encode()).hexdigest()
+    assert len(ids) == 2
+    if rows is PROMPTS:
+        assert made[3] == [f"{file}:2:", f"{file}:4:"]
+        assert made[4][0] == f"{file}: 2 of 5 rows can be used"
+        assert "  1 rows left out as too long" in made[4]
+    monkeypatch.setattr(Encoder, "prompts", None)
+    assert load_all() == made
+
+
 def test_the_first_fault_of_the_file_is_raised(tmp_path: Path) -> None:
     rows = [PAIRS[3], PAIRS[5], PAIRS[7]]
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: the two responses have the same tokens"):
@@ -129,6 +171,8 @@ def test_the_first_fault_of_the_file_is_raised(tmp_path: Path) -> None:
         load_pairs(write(tmp_path, PAIRS[3:5]), on_too_long="error", ties="error", max_length=4)
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: column 'label': a tie, which this loss"):
         load_pairs(write(tmp_path, PAIRS[3:5]), ties="error")
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: "):
+        load_prompts(write(tmp_path, PROMPTS), make_tokenizer(chat_template=CHATML), max_length=99)
 
 
 def test_what_changes_the_tokens_makes_another_file(
@@ -166,49 +210,6 @@ def test_a_template_that_writes_the_date_has_a_file_for_each_day(tmp_path: Path)
     tokenizer.chat_template += "{{ strftime_now(messages[0].content) }}"
     with template_clock(datetime(2026, 1, 2, 3)):
         assert "2026-01-02T03:00:00" in str(Encoder(tokenizer).identity())
-
-
-def test_a_file_that_was_left_half_or_is_damaged_is_written_again(
-    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = write(tmp_path, PAIRS)
-    made = everything(load_pairs(file))
-    (arrow,), (notes,) = cache.glob("*.arrow"), cache.glob("*.json")
-    left = cache / f".{arrow.name}.1"
-    left.write_bytes(b"half")
-    notes.unlink()  # written last
-    assert everything(load_pairs(file)) == made
-    assert not left.exists()
-    content = bytearray(arrow.read_bytes())
-    content[len(content) // 2] ^= 1
-    arrow.write_bytes(content)
-    capsys.readouterr()
-    assert everything(load_pairs(file)) == made
-    assert "damaged (its SHA-256 differs)); tokenised again" in capsys.readouterr().out
-    notes.write_text("[")
-    assert everything(load_pairs(file)) == made
-
-
-def no_space(*args: object) -> None:
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-def test_without_room_in_the_cache_the_tokens_are_not_kept(
-    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = write(tmp_path, PAIRS)
-    with monkeypatch.context() as patch:
-        patch.setattr(token_cache, "sync", no_space)
-        found = everything(load_pairs(file))
-    printed = capsys.readouterr().out
-    assert (
-        printed
-        == f"{file}: tokens are not kept for later runs: [Errno 28] No space left on device\n"
-    )
-    assert [path.suffix for path in cache.iterdir()] == [".lock"]
-    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
-    assert everything(load_pairs(file)) == found
-    assert "not kept for later runs: [Errno 20] Not a directory" in capsys.readouterr().out
 
 
 def test_a_source_that_changes_meanwhile_is_refused(

@@ -58,7 +58,11 @@ def test_the_prompt_is_what_a_sampler_is_given(tmp_path: Path) -> None:
     file = write(tmp_path, rows)
     (group,) = load_examples(file, "sft", tokenizer, max_length=99).groups
     prompts = load_prompts(file, tokenizer, max_length=99)
-    assert prompts.prompt_ids == [list(group.prompt_ids)] == [tokenizer("The battery")["input_ids"]]
+    assert (
+        list(prompts.prompt_ids)
+        == [list(group.prompt_ids)]
+        == [tokenizer("The battery")["input_ids"]]
+    )
 
 
 @pytest.mark.parametrize("prefix_space", [True, False])

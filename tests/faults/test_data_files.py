@@ -2,7 +2,10 @@
 
 import bz2
 import copy
+import errno
+import fcntl
 import json
+import os
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
@@ -14,10 +17,14 @@ import pytest
 import yaml
 
 from fastalign.cli.main import main
+from fastalign.data import token_cache, tokenise
 from fastalign.data import tokenizer as tokenizers
+from fastalign.data.load import load_examples
 from fastalign.models.load import save_model
 from tests.faults.real import HEARD, Stage
 from tests.faults.table import ALONE, Place, fault
+from tests.faults.test_damage import shorten
+from tests.runs.checkpoint.checkpoint_cases import flip_last_byte
 from tests.small_runs import write_rows
 from tests.tiny import tiny_model
 from tests.tokenizers import CHATML, make_tokenizer
@@ -213,3 +220,80 @@ def test_vocabulary(stage: Stage, run: str, place: Place, said: Said) -> None:
     train = ("--train.batch-size", "2", "--train.max-steps", "1", "--train.device", "cpu")
     adapter = ("--model.lora.rank", "2", "--run.dir", folder / "run")
     assert said("sft", *model, "--data.train", file, *adapter, *train) == 0
+
+
+def no_space(*args: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@fault(
+    "the cache of tokens: a byte flipped, truncated, its notes truncated, one of both files "
+    "deleted, half a file of a killed process; written by another process just now; no room, "
+    "no folder",
+    ALONE,
+    does="the same tokens each time: `damaged cache of tokens in ...arrow is damaged (its SHA-256 "
+    "differs)); tokenised again`, `arrow has ... bytes, expected`, `arrow is missing`, `.json: "
+    "Unterminated`; it waits for the other process, and reads what that wrote; `tokens are not "
+    "kept for later runs: [Errno 28] No space left on device`, and it goes on",
+)
+def test_token_cache(stage: Stage, run: str, place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = new_folder(stage, run)
+    rows = [{"prompt": [USER], "chosen": [YES], "rejected": [NO]}] * 3
+    file, tokenizer = write_rows(folder / "rows.jsonl", rows), make_tokenizer(chat_template=CHATML)
+
+    def load() -> Any:
+        data = load_examples(file, "preference", tokenizer, max_length=99)
+        return list(data.groups), list(data.sources), data.report.lines(), data.fingerprint
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("tokenised although it is kept")
+
+    monkeypatch.setattr(token_cache, "print", HEARD.append, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    in_memory = load()
+    monkeypatch.setattr(token_cache, "LARGE_BYTES", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    assert load() == in_memory
+    (arrow,) = (folder / "cache").rglob("*.arrow")
+    notes, left = arrow.with_suffix(".json"), arrow.with_name(f".{arrow.name}.1")
+    damages: list[Callable[[], object]] = [
+        lambda: flip_last_byte(arrow),
+        lambda: shorten(arrow),
+        lambda: shorten(notes),
+        arrow.unlink,
+        notes.unlink,
+        lambda: left.write_bytes(b"half"),
+    ]
+    for damage in damages:
+        damage()
+        assert load() == in_memory
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenise.Encoder, "rows", refuse)
+            assert load() == in_memory
+    notes.unlink()
+    assert load() == in_memory
+    assert not left.exists()
+
+    kept = {path: path.read_bytes() for path in (arrow, notes)}
+    notes.unlink()
+    with arrow.with_suffix(".lock").open("a") as lock, monkeypatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+
+        def other_ends(text: str) -> None:
+            if text.startswith("waiting for another process, which tokenises into"):
+                for path, content in kept.items():
+                    path.write_bytes(content)
+                fcntl.flock(lock, fcntl.LOCK_UN)
+
+        patch.setattr(token_cache, "print", other_ends)
+        patch.setattr(tokenise.Encoder, "rows", refuse)
+        assert load() == in_memory
+
+    arrow.unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(token_cache, "sync", no_space)
+        assert load() == in_memory
+    assert {path.suffix for path in arrow.parent.iterdir()} == {".lock", ".json"}
+    monkeypatch.setenv("XDG_CACHE_HOME", str(file))
+    assert load() == in_memory
+    assert "not kept for later runs: [Errno 20] Not a directory" in HEARD[-1]

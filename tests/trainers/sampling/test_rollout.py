@@ -289,7 +289,7 @@ def test_sampled_ids_that_are_no_token_are_counted_and_said_once(
         tokenizer=tokenizer,
         sampler=Padded(),  # type: ignore[arg-type]
         sources=load_sources(config, ON_CPU),
-        prompts=PromptDataset([[1, 5]], ["The"], ["a:1"], DataReport("a")),
+        prompts=PromptDataset([[1, 5]], ["The"], ["a:1"], DataReport("a"), ""),
         held_out=None,
     )
     params = SamplingParams(max_new_tokens=6, num_samples=2)
