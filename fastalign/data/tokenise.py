@@ -28,8 +28,10 @@ from fastalign.data.tokenizer import (
     chat_template,
     eos_token_ids,
     is_plain,
+    last_word,
     place_of_end,
     special_ids,
+    splits_at_spaces,
     template_times,
 )
 
@@ -51,6 +53,7 @@ class Encoder:
     def __init__(self, tokenizer: Tokenizer):
         self._tokenizer = tokenizer
         self._is_plain = is_plain(tokenizer)
+        self._splits_at_spaces = self._is_plain and splits_at_spaces(tokenizer)
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 f"tokenizer {tokenizer.name_or_path}: has no EOS token, so no model that uses it "
@@ -231,6 +234,18 @@ class Encoder:
             for whole, found in zip(wholes, begin, strict=True)
         ]
 
+    def _with_texts(self, prompt: str, texts: list[str]) -> Work[tuple[list[int], list[list[int]]]]:
+        """Return the tokens of a prompt, and those of the prompt with each text behind it.
+
+        What is before a word of the prompt is encoded once, if its tokens are the same whatever
+        follows.
+        """
+        cut = last_word(prompt) if self._splits_at_spaces else 0
+        rest = prompt[cut:]
+        before, *behind = yield [prompt[:cut], rest, *(rest + text for text in texts)]
+        head, *wholes = (before + ids for ids in behind)
+        return head, wholes
+
     def _after(self, head: list[int], whole: list[int], text: str) -> Work[tuple[list[int], bool]]:
         """Return the tokens of `text` after those of a prompt; True if one crosses the boundary.
 
@@ -242,7 +257,7 @@ class Encoder:
         return ids, True
 
     def _plain(self, source: str, prompt: str, responses: list[str]) -> Work[tuple[Group, bool]]:
-        head, *wholes = yield [prompt, *(prompt + text for text in responses)]
+        head, wholes = yield from self._with_texts(prompt, responses)
         ids, crossings = [], []
         for text, whole in zip(responses, wholes, strict=True):
             response, crosses = yield from self._after(head, whole, text)
@@ -265,7 +280,8 @@ class Encoder:
             head_text, rendered = render_responses(self._render, prompt, responses)
         except TemplateError as error:
             raise DataFault(source, str(error)) from None
-        head, *wholes = yield [head_text, *(head_text + pieces[0][0] for pieces in rendered)]
+        firsts = [pieces[0][0] for pieces in rendered]
+        head, wholes = yield from self._with_texts(head_text, firsts)
         ids, masks, crossings = [], [], []
         for pieces, whole in zip(rendered, wholes, strict=True):
             first, crosses = yield from self._after(head, whole, pieces[0][0])

@@ -1,5 +1,6 @@
 """Tokenizers: loading them, and comparing their vocabularies, end and pad tokens, and templates."""
 
+import json
 import re
 import signal
 import threading
@@ -104,6 +105,56 @@ def is_plain(tokenizer: Tokenizer) -> bool:
         and own.__call__ is PreTrainedTokenizerBase.__call__
         and getattr(own, "_encode_plus", None) is PreTrainedTokenizerFast._encode_plus
     )
+
+
+# Patterns that GPT-2, Llama 3 and Qwen 2 split text by. At a space between these characters each
+# begins a new part, whatever stands further before or behind.
+_BETWEEN_WORDS = re.compile("[!-~] [A-Za-z]")
+_END = r"|\s+(?!\S)|\s+"
+_LETTERS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+_LINES = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+_SPLITS = {
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+" + _END,
+    _LETTERS + _LINES + _END,
+    _LETTERS + "{1,3}" + _LINES + _END,
+}
+
+
+def splits_at_spaces(tokenizer: Any) -> bool:
+    """Return whether a plain tokenizer's tokens before a `last_word` are the same for any word.
+
+    It is a BPE of the parts that a known pattern makes, and no added token reaches over a space.
+    """
+    backend = tokenizer.backend_tokenizer
+    if type(backend.model).__name__ != "BPE" or backend.model.dropout is not None:
+        return False
+    if type(backend.normalizer).__name__ not in ("NoneType", "NFC"):
+        return False
+    added = tokenizer.added_tokens_decoder.values()
+    if any(t.lstrip or t.rstrip or t.single_word or re.search(r"\S\s", t.content) for t in added):
+        return False
+    split_by = backend.pre_tokenizer
+    match None if split_by is None else json.loads(split_by.__getstate__()):
+        case {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}:
+            return True
+        case {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated"} as split,
+                {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False},
+            ],
+        }:
+            return pattern in _SPLITS and not split["invert"]
+    return False
+
+
+def last_word(text: str) -> int:
+    """Return the place of the space before the last word; 0 if there is none."""
+    place = len(text)
+    while (place := text.rfind(" ", 0, place)) > 0:
+        if _BETWEEN_WORDS.match(text, place - 1):
+            return place
+    return 0
 
 
 def backend_as_it_is(tokenizer: Any) -> Any:

@@ -2,16 +2,20 @@
 
 import copy
 import json
+import random
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import AddedToken, Regex, normalizers, pre_tokenizers
 
 from fastalign.cli.main import main
 from fastalign.data import tokenizer as tokenizer_module
+from fastalign.data.examples import PreferenceExample
 from fastalign.data.load import load_examples, load_prompts
+from fastalign.data.tokenise import Encoder
 from fastalign.data.tokenizer import eos_token_ids, template_clock
 from tests.tokenizers import CHATML, THINKING, WITHOUT_END, make_tokenizer
 
@@ -335,3 +339,64 @@ def test_a_template_that_fails_in_any_way_refuses_the_row_in_one_line(
     with pytest.raises(ValueError, match=rf"rows\.jsonl:1: .*{expected}") as found:
         load_examples(file, "sft", with_template(template), max_length=99)
     assert str(found.value).isprintable()
+
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PARTS = [
+    *"abT'.,!?()\n\r\t 1234\u00e9e\u0301\u4e2d",
+    *(" the", " menu", " is", " it's", " 's", "  "),
+]
+
+
+def split_by(pattern: str, normalizer: Any = None, tokens: Sequence[Any] = ()) -> Any:
+    tokenizer = make_tokenizer(chat_template=CHATML)
+    if pattern:
+        split = pre_tokenizers.Split(Regex(pattern), "isolated")
+        bytes_only = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, bytes_only])
+    if normalizer is not None:
+        tokenizer.backend_tokenizer.normalizer = normalizer
+    tokenizer.add_tokens(list(tokens))
+    return tokenizer
+
+
+def rows_of(encoder: Encoder) -> list[Any]:
+    """Rows of random text, which tokens, words and spaces on either side of the boundary have."""
+    draw = random.Random(0)
+
+    def text() -> str:
+        return "".join(draw.choices(PARTS, k=draw.randrange(1, 9)))
+
+    return encoder.rows(
+        [PreferenceExample(text(), text(), text(), False, None, None, "", "") for _ in range(800)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "splits", "would_differ"),
+    [
+        (make_tokenizer(), True, False),
+        (split_by(GPT2), True, False),
+        (split_by(LLAMA, normalizers.NFC()), True, False),
+        (split_by(LLAMA.replace("{1,3}", "")), True, False),
+        (split_by("", tokens=["  ", " it"]), True, False),
+        (split_by(LLAMA, normalizers.NFKC()), False, False),
+        (split_by("[ab]+ the| ?.|\\s"), False, True),
+        (split_by("", tokens=["a the"]), False, True),
+        (split_by("", tokens=[AddedToken("!", rstrip=True)]), False, True),
+        (make_tokenizer(prefix_space=True), False, False),
+    ],
+)
+def test_a_prompt_encoded_once_up_to_a_word_has_the_tokens_of_the_whole_text(
+    tokenizer: Any, splits: bool, would_differ: bool
+) -> None:
+    encoder = Encoder(tokenizer)
+    assert encoder._splits_at_spaces == splits
+    found = repr(rows_of(encoder))
+    encoder._splits_at_spaces = not splits
+    assert (repr(rows_of(encoder)) != found) == would_differ
+    assert found.count("Group") > 700
