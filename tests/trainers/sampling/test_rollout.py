@@ -212,7 +212,7 @@ def test_prompts_leave_room_for_the_answer(folder: Path) -> None:
         skipping, SamplingParams(max_new_tokens=55), [model], tokenizer
     )
     assert held_out is not None
-    assert train.prompts == held_out.prompts == ["yes"]
+    assert list(train.prompts) == list(held_out.prompts) == ["yes"]
     assert train.fingerprint == held_out.fingerprint
     assert train.fingerprint != load_prompt_sets(data, PARAMS, [model], tokenizer)[0].fingerprint
     with pytest.raises(ValueError, match=r"sampling\.max_new_tokens: expected less than .* 64"):
