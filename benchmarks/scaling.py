@@ -137,6 +137,7 @@ def activations_of(size: str, kind: str, *, checkpointed: bool, gathered: bool =
     return few + more * (given + 2 * sum(wide))
 
 
+@cache
 def peak(size: str, kind: str, num_layers: int, checkpointed: bool, gathered: bool) -> int:
     """Return the bytes of activations of a model with `num_layers` layers."""
     compute = make_compute(TrainConfig(device="cpu", precision="bf16", max_buffer_bytes=LOGITS))

@@ -4,6 +4,7 @@ Triton reads TRITON_INTERPRET when a kernel is decorated, so a process runs eith
 or a GPU: `FASTALIGN_TEST_GPU=1 pytest tests/gpu` is the second.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -124,4 +125,5 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def pytest_unconfigure() -> None:
-    gc.unfreeze()  # libraries count what is left behind at the end
+    # Libraries count what is left behind at the end; pytest's own collections come before.
+    atexit.register(gc.unfreeze)

@@ -30,7 +30,7 @@ def test_the_sizes_are_those_of_the_models_that_they_are_named_after() -> None:
 def test_what_is_told_from_a_few_layers_holds_for_more(
     gathered: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    num_layers = FEW + 4
+    num_layers = FEW + 2
     monkeypatch.setitem(SIZES["8B"], "num_hidden_layers", num_layers)
     activations_of.cache_clear()
     told = activations_of("8B", "policy", checkpointed=True, gathered=gathered)

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Iterator
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.varlen import varlen_attn
 
 from fastalign.batch.packed import Group, pack
@@ -233,6 +235,23 @@ def test_keys_before_every_querys_window_get_no_gradient(empty_is_nan: None) -> 
     output = Blocks(segments, torch.device("cpu")).attend(*rows, ScoreForm(window=4))
     for gradient in torch.autograd.grad(output.sum(), rows):
         assert gradient.isfinite().all()
+
+
+def test_blocks_of_one_size_run_once_without_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As much memory as all of them need: the largest strip of each size, and each one's bias."""
+    monkeypatch.setattr("fastalign.models.attention.blocks.MAX_SCORES", 1)  # a block a segment
+    monkeypatch.setattr(strips, "STRIP_QUERIES", 20)
+    run = Mock(wraps=strips.strip_output)
+    monkeypatch.setattr(strips, "strip_output", run)
+    same = Group([1] * 40, [[2] * 30, [3] * 30])
+    segments = row_segments(pack([same, Group([1] * 40, [[2] * 10] * 2), same]).layout)
+    plan, num_tokens = Blocks(segments, torch.device("cpu")), segments.num_tokens
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        rows = [torch.empty(num_tokens, 2, 8) for _ in range(3)]
+        plan.attend(*rows, ScoreForm())
+    sizes = [(strip.queries, strip.keys) for strip, *_ in (call.args for call in run.mock_calls)]
+    assert sizes == [((20, 40), (0, 40)), ((15, 30), (0, 70)), ((0, 10), (0, 50))]
+    assert [len(block.masks) for block in plan.blocks] == [1] * 9
 
 
 def test_bf16_strips_are_as_near_as_eager_bf16() -> None:

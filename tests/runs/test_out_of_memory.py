@@ -1,12 +1,13 @@
 """A step that does not fit ends in one line, and the run goes on with a smaller one."""
 
 import json
+import resource
 import shutil
-import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,27 +15,30 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from fastalign.cli.main import main
 from fastalign.compute import is_out_of_memory, memory_used_in
+from fastalign.runs import loop
 from fastalign.runs.config import LoraConfig
 from fastalign.runs.open import out_of_memory_in_one_line
+from tests import rank_processes as ranks
 from tests.small_runs import dpo_config, read_metrics, sft_config, write_rows
 
-# The limit is set as the step begins: what threads reserved before it differs from run to run.
-LIMITED = """
-import resource, sys
-from fastalign.cli.main import main
-from fastalign.runs import loop
+ROOM = 40 * 2**20
 
-begin = loop.Step.__init__
 
-def limited(step, run):
-    begin(step, run)
-    lines = open("/proc/self/status").read().splitlines()
-    (size,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSize"))
-    resource.setrlimit(resource.RLIMIT_AS, (size + {room}, size + {room}))
+def limited(arguments: list[str]) -> None:
+    """Run a command whose steps have little room.
 
-loop.Step.__init__ = limited
-sys.exit(main(sys.argv[1:]))
-"""
+    The limit is set as a step begins: what threads reserved before it differs from run to run.
+    """
+    begin = loop.Step.__init__
+
+    def begin_limited(step: Any, run: Any) -> None:
+        begin(step, run)
+        lines = Path("/proc/self/status").read_text().splitlines()
+        (size,) = (int(line.split()[1]) * 1024 for line in lines if line.startswith("VmSize"))
+        resource.setrlimit(resource.RLIMIT_AS, (size + ROOM, size + ROOM))
+
+    loop.Step.__init__ = begin_limited  # type: ignore[method-assign]
+    sys.exit(main(arguments))
 
 
 def arguments(folder: Path, tokens: int, *more: str) -> list[str]:
@@ -51,23 +55,14 @@ def test_a_step_that_does_not_fit_is_one_line_and_the_run_goes_on(folder: Path) 
     lines = (folder / "pairs.jsonl").read_text().splitlines(keepends=True)
     (folder / "pairs.jsonl").write_text("".join((lines * 600)[:600]))  # a step has each row once
     assert main(arguments(folder, 500, "--train.stop-at-step", "1")) == 0
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c", LIMITED.format(room=40 * 2**20)),
-            *arguments(folder, 100_000, "--run.resume"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache"), "PATH": "/usr/bin"},
-        cwd=Path(__file__).parents[2],
-    )
-    assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
-    line = done.stderr.strip().splitlines()[-1]
+    started = ranks.start(1, folder / "logs", limited, arguments(folder, 100_000, "--run.resume"))
+    assert started.join() == [2]
+    said = started.output(0)
+    assert "Traceback" not in said
+    (line,) = (line for line in said.splitlines() if line.startswith("fastalign dpo: "))
     assert line.startswith("fastalign dpo: out of memory in step 2, a batch of ")
     assert "lower --train.tokens-per-batch (now 100000), or add --train.gradient-checkpoint" in line
-    assert "the bits of a run without a stop: train.tokens" in done.stdout
+    assert "the bits of a run without a stop: train.tokens" in said
     assert main(arguments(folder, 400, "--run.resume")) == 0
     assert [row["step"] for row in read_metrics(folder / "run")] == [1, 2, 3]
 

@@ -1,6 +1,6 @@
 """A run that goes on from any of its steps ends with the same bits, on one rank and on two.
 
-Five steps of five examples of twelve: two ends of an epoch are inside of steps. The steps are cut
+Four steps of seven examples of twelve: two ends of an epoch are inside of steps. The steps are cut
 into several batches, so gradients accumulate, and on ranks some have more of them than others.
 """
 
@@ -21,8 +21,8 @@ from tests.ranks.test_ranks import DDP, FSDP, TRAINERS, lora
 from tests.runs.test_resume import MEASURED
 from tests.small_runs import read_metrics
 
-NUM_STEPS = 5
-STEPS = {"max_steps": NUM_STEPS, "batch_size": 5, "tokens_per_batch": 40}
+NUM_STEPS = 4
+STEPS = {"max_steps": NUM_STEPS, "batch_size": 7, "tokens_per_batch": 40}
 ALONE = [(name, None, None) for name in TRAINERS] + [("dpo", None, lora)]
 SHARED = [
     ("sft", DDP, None),

@@ -90,10 +90,53 @@ def test_many_nodes_names_a_variable_that_does_not_fit(
     assert done.stderr.count("\n") == 1
 
 
-def test_one_node_checks_two_ranks_and_stops_where_the_check_fails(tmp_path: Path) -> None:
-    done = call("one_node.sh", "preflight", "dpo", *run_flags(tmp_path / "run"), NPROC="2")
-    assert done.returncode == 0, done.stderr
-    assert "2 of 2 ranks are ready" in done.stdout
+@pytest.fixture
+def slurm(tmp_path: Path) -> dict[str, str]:
+    """What a job sees, its commands in stubs."""
+    for name, text in (("python", RANK), ("srun", SRUN), ("scontrol", SCONTROL)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    os.mkfifo(tmp_path / "ready")
+    return {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHON": str(tmp_path / "python"),
+        "CALLS": str(tmp_path / "calls"),
+        "READY": str(tmp_path / "ready"),
+        "SLURM_JOB_NODELIST": "node-[a-b]",
+        "SLURM_JOB_ID": "7",
+        "SLURM_NTASKS": "4",
+        "SLURM_NNODES": "2",
+    }
+
+
+def calls_of(slurm: dict[str, str]) -> list[str]:
+    path = Path(slurm["CALLS"])
+    lines = sorted(path.read_text().splitlines())
+    path.unlink()
+    return lines
+
+
+def test_one_node_checks_its_ranks_before_it_starts_them(
+    slurm: dict[str, str], tmp_path: Path
+) -> None:
+    words = ["dpo", "--run.dir", str(tmp_path / "run")]
+    launch = "0 0 1 a -m torch.distributed.run --standalone --nproc-per-node 2 -m fastalign"
+    check = f"{launch} preflight --world-size 2 {' '.join(words)}"
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "a"}
+    stubs = {**slurm, **place, "NPROC": "2", "FINISHES": "1"}
+    for arguments, more, code, expected in (
+        (["preflight", *words], {}, 0, [check]),
+        (words, {}, 0, [check, f"{launch} {' '.join(words)}"]),
+        (words, {"PREFLIGHT_CODE": "1"}, 2, [check]),
+    ):
+        done = call("one_node.sh", *arguments, **stubs, **more)
+        assert done.returncode == code, done.stderr
+        calls = Path(slurm["CALLS"])
+        assert calls.read_text().splitlines() == expected
+        calls.unlink()
+
+
+def test_one_node_stops_where_the_check_fails(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = call("one_node.sh", "dpo", *run_flags(tmp_path / "file/run"), NPROC="1")
     assert done.returncode == 2
@@ -123,32 +166,6 @@ def test_many_nodes_checks_the_ranks_of_two_machines() -> None:
     assert [node.returncode for node in nodes] == [0, 0], said
     assert "2 of 2 ranks are ready" in said[0]
     assert not (ROOT / "runs/none").exists()
-
-
-@pytest.fixture
-def slurm(tmp_path: Path) -> dict[str, str]:
-    """What a job sees, its commands in stubs."""
-    for name, text in (("python", RANK), ("srun", SRUN), ("scontrol", SCONTROL)):
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
-    os.mkfifo(tmp_path / "ready")
-    return {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        "PYTHON": str(tmp_path / "python"),
-        "CALLS": str(tmp_path / "calls"),
-        "READY": str(tmp_path / "ready"),
-        "SLURM_JOB_NODELIST": "node-[a-b]",
-        "SLURM_JOB_ID": "7",
-        "SLURM_NTASKS": "4",
-        "SLURM_NNODES": "2",
-    }
-
-
-def calls_of(slurm: dict[str, str]) -> list[str]:
-    path = Path(slurm["CALLS"])
-    lines = sorted(path.read_text().splitlines())
-    path.unlink()
-    return lines
 
 
 def test_slurm_s_signal_reaches_the_ranks_and_a_stopped_run_is_queued_again(

@@ -127,10 +127,25 @@ def strips_of(rows: Rows, form: ScoreForm) -> Iterator[Strip]:
 def planned(blocks: Sequence[Rows], form: ScoreForm) -> tuple[list[list[Strip]], int]:
     """Return the strips of each block, and the most scores of a strip."""
     found = [list(strips_of(rows, form)) for rows in blocks]
-    largest = [max(strips, key=lambda strip: math.prod(strip.shape)) for strips in found]
-    if isinstance(blocks[0].query, FakeTensor):  # without data: the largest tells the memory
-        found = [[strip] for strip in largest]
-    return found, max(math.prod(strip.shape) for strip in largest)
+    most = max(math.prod(strip.shape) for strips in found for strip in strips)
+    if isinstance(blocks[0].query, FakeTensor):
+        found = list(largest_strips(blocks, found))
+    return found, most
+
+
+def largest_strips(blocks: Sequence[Rows], plan: Sequence[list[Strip]]) -> Iterator[list[Strip]]:
+    """Yield each block's largest strip, none for a block of a size that was there before.
+
+    It tells the memory of tensors without data: no strip leaves anything but its bias, which is
+    made for every block.
+    """
+    sizes = set()
+    for rows, strips in zip(blocks, plan, strict=True):
+        block, strip = rows.block, max(strips, key=lambda strip: math.prod(strip.shape))
+        block.bias(strip.queries, strip.keys, strip.form.window, rows.query.dtype)
+        size = block.num_segments, block.num_own, block.num_prompt, block.least_prompt
+        yield [] if size in sizes else [strip]
+        sizes.add(size)
 
 
 def forward(blocks: Sequence[Rows], form: ScoreForm) -> None:
@@ -139,11 +154,16 @@ def forward(blocks: Sequence[Rows], form: ScoreForm) -> None:
     memory = blocks[0].query.new_empty(most)
     for rows, strips in zip(blocks, plan, strict=True):
         for strip in strips:
-            query, key, value = strip.matrices(rows)
-            scores = strip.scores(memory)
-            strip.probabilities(query, key, scores)
-            output = strip.of_queries(rows.output)
-            output.copy_(product(scores, value).view(output.shape))
+            strip_output(strip, rows, memory)
+
+
+def strip_output(strip: Strip, rows: Rows, memory: Tensor) -> None:
+    """Write the output of a strip."""
+    query, key, value = strip.matrices(rows)
+    scores = strip.scores(memory)
+    strip.probabilities(query, key, scores)
+    output = strip.of_queries(rows.output)
+    output.copy_(product(scores, value).view(output.shape))
 
 
 def backward(blocks: Sequence[Rows], gradients: Sequence[Rows], form: ScoreForm) -> None:
@@ -151,21 +171,27 @@ def backward(blocks: Sequence[Rows], gradients: Sequence[Rows], form: ScoreForm)
     plan, most = planned(blocks, form)
     memory = blocks[0].query.new_empty(2, most)
     for rows, of_rows, strips in zip(blocks, gradients, plan, strict=True):
-        # Strips of queries share keys, and keys before every query's window are in no strip.
-        several = strips[-1].queries[0] > 0 or strips[0].keys[0] > 0
-        wide = torch.promote_types(rows.key.dtype, torch.float32)
-        of_keys = (of_rows.key, of_rows.value)
-        sums = [torch.zeros_like(r, dtype=wide) if several else r for r in of_keys]
-        for strip in strips:
-            of_query, *parts = strip_gradients(strip, rows, of_rows.output, memory)
-            query = strip.of_queries(of_rows.query)
-            query.copy_(of_query.view(query.shape))
-            for total, part in zip(map(strip.of_keys, sums), parts, strict=True):
-                add = total.add_ if several else total.copy_
-                add(part.view(total.shape))
-        if several:
-            of_rows.key.copy_(sums[0])
-            of_rows.value.copy_(sums[1])
+        block_gradients(strips, rows, of_rows, memory)
+
+
+def block_gradients(strips: Sequence[Strip], rows: Rows, of_rows: Rows, memory: Tensor) -> None:
+    """Write a block's gradients."""
+    # Strips of queries share keys, and keys before every query's window are in no strip.
+    several = any(strip.queries[0] > 0 or strip.keys[0] > 0 for strip in strips)
+    wide = torch.promote_types(rows.key.dtype, torch.float32)
+    of_keys = (of_rows.key, of_rows.value)
+    sums = [torch.zeros_like(r, dtype=wide) if several else r for r in of_keys]
+    for strip in strips:
+        of_query, *parts = strip_gradients(strip, rows, of_rows.output, memory)
+        query = strip.of_queries(of_rows.query)
+        query.copy_(of_query.view(query.shape))
+        for total, part in zip(map(strip.of_keys, sums), parts, strict=True):
+            add = total.add_ if several else total.copy_
+            add(part.view(total.shape))
+        del of_query, parts, part  # before those of the next strip
+    if several:
+        of_rows.key.copy_(sums[0])
+        of_rows.value.copy_(sums[1])
 
 
 def strip_gradients(

@@ -1,8 +1,7 @@
 """Kills a process at every file operation of a save, and looks at what it leaves behind.
 
-`python -m tests.runs.checkpoint.checkpoint_killer FOLDER`: prints a line of JSON for each kind of
-save, with the operations at which it was killed and the faults found. A program of its own,
-because it forks.
+`main` prints a line of JSON for each kind of save, with the operations at which it was killed and
+the faults found. It needs a process without threads, because it forks.
 """
 
 import json
@@ -105,7 +104,3 @@ def main(root: Path) -> None:
             shutil.rmtree(folder)
             number += code != 0
         print(json.dumps({"operations": number, "faults": faults}), flush=True)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import resource
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +17,8 @@ from safetensors.torch import save_file
 from fastalign.runs.checkpoint import writer as checkpoint_writer
 from fastalign.runs.checkpoint.restore import fault_of, newest_good_checkpoint, restore
 from fastalign.runs.checkpoint.writer import CheckpointWriter, ShardWriter, list_checkpoints
+from tests import rank_processes as ranks
+from tests.runs.checkpoint import checkpoint_killer
 from tests.runs.checkpoint.checkpoint_cases import (
     all_of,
     flip_last_byte,
@@ -231,9 +231,8 @@ def test_large_states_are_written_in_more_than_one_file(
 def test_a_process_that_is_killed_at_any_file_operation_leaves_a_good_checkpoint(
     tmp_path: Path,
 ) -> None:
-    command = [sys.executable, "-m", "tests.runs.checkpoint.checkpoint_killer", str(tmp_path)]
-    out = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, timeout=500)
-    found = [json.loads(line) for line in out.stdout.splitlines()]
+    (out,) = ranks.run(1, tmp_path / "logs", checkpoint_killer.main, tmp_path)
+    found = [json.loads(line) for line in out.splitlines()]
     assert len(found) == 4
     assert all(kind["operations"] > 20 for kind in found)
     assert [kind["faults"] for kind in found] == [[], [], [], []]

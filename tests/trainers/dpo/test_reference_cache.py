@@ -1,10 +1,7 @@
 """The cache of reference log-probs: what it is keyed by, checked by, and survives."""
 
 import fcntl
-import os
 import resource
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +22,7 @@ from fastalign.runs.open import make_compute
 from fastalign.trainers import LOSSES, train_dpo
 from fastalign.trainers.dpo import reference
 from fastalign.trainers.dpo.reference import digest_of, merge_into_cache, read_cache
+from tests import rank_processes as ranks
 from tests.small_runs import dpo_config, prepared_pairs, read_metrics, write_rows
 from tests.tiny import tiny_model
 from tests.tokenizers import CHATML, WITHOUT_END, make_tokenizer
@@ -261,15 +259,6 @@ def test_a_writer_waits_for_another_and_then_reads(
     assert merged[0].tolist() == [[1.0, 2.0], [3.0, 4.0]]
 
 
-OTHER_PROCESS = """
-import sys
-from pathlib import Path
-from tests.trainers.dpo.test_reference_cache import logprobs
-
-logprobs(Path(sys.argv[1]), range(5, 12))
-"""
-
-
 def test_two_processes_at_once_lose_nothing_of_each_other(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -277,9 +266,7 @@ def test_two_processes_at_once_lose_nothing_of_each_other(
 
     def meanwhile(*arguments: Any) -> Tensor:
         # This process has read an empty cache; now another one begins, and ends first.
-        arguments_of_other = [sys.executable, "-c", OTHER_PROCESS, str(folder)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
-        subprocess.run(arguments_of_other, env=environment, check=True, timeout=300)
+        ranks.run(1, folder / "logs", logprobs, folder, range(5, 12))
         return plain(*arguments)
 
     monkeypatch.setattr(reference, "compute_logprobs", meanwhile)
