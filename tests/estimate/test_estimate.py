@@ -197,7 +197,7 @@ def test_the_evaluation_is_a_phase_and_counts_for_the_reference(folder: Path) ->
     assert list(alone.phases) == ["training step", "reference log-probs"]
     held_out = folder / "held_out.jsonl"
     long = "The" + sentence(3, 9)
-    write_rows(held_out, [{"prompt": long, "chosen": " slow", "rejected": " dim"}] * 12)
+    write_rows(held_out, [{"prompt": long, "chosen": " slow", "rejected": " dim"}] * 16)
     found = estimate_run(replace(config, data=replace(config.data, eval=str(held_out))))
     assert list(found.phases) == ["training step", "reference log-probs", "evaluation"]
     step, evaluation = found.phases["training step"], found.phases["evaluation"]

@@ -1,6 +1,7 @@
 """Imports go one way; heavy libraries are imported in the one file that needs each."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -27,20 +28,23 @@ HEAVY = {
 }
 
 
-MODULES = {
-    module.path.removeprefix("fastalign/"): {
-        root
-        for node in ast.walk(module.tree)
-        for root in (
-            [alias.name.split(".")[0] for alias in node.names]
-            if isinstance(node, ast.Import)
-            else [node.module.split(".")[0]]
-            if isinstance(node, ast.ImportFrom) and node.module and node.level == 0
-            else []
-        )
+@functools.cache
+def imported() -> dict[str, set[str]]:
+    """The packages that each module imports, by its path in the package."""
+    return {
+        module.path.removeprefix("fastalign/"): {
+            root
+            for node in ast.walk(module.tree)
+            for root in (
+                [alias.name.split(".")[0] for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module.split(".")[0]]
+                if isinstance(node, ast.ImportFrom) and node.module and node.level == 0
+                else []
+            )
+        }
+        for module in Checkout().modules.values()
     }
-    for module in Checkout().modules.values()
-}
 
 
 def lies_in(path: str, place: str) -> bool:
@@ -59,7 +63,7 @@ def test_import_linter_finds_no_broken_contract() -> None:
 def test_a_heavy_library_is_imported_only_where_it_is_needed(library: str) -> None:
     strangers = [
         path
-        for path, roots in MODULES.items()
+        for path, roots in imported().items()
         if library in roots and not any(lies_in(path, place) for place in HEAVY[library])
     ]
     assert strangers == []
@@ -67,7 +71,7 @@ def test_a_heavy_library_is_imported_only_where_it_is_needed(library: str) -> No
 
 @pytest.mark.parametrize("layer", ["ops", "losses", "fused", "batch/packed.py"])
 def test_operations_and_losses_import_nothing_heavier_than_torch(layer: str) -> None:
-    found = [roots for path, roots in MODULES.items() if lies_in(path, layer)]
+    found = [roots for path, roots in imported().items() if lies_in(path, layer)]
     third_party = set().union(*found) - set(sys.stdlib_module_names) - {"fastalign"}
     assert found
     assert third_party <= {"torch", "triton"}
