@@ -4,7 +4,6 @@ Triton reads TRITON_INTERPRET when a kernel is decorated, so a process runs eith
 or a GPU: `FASTALIGN_TEST_GPU=1 pytest tests/gpu` is the second.
 """
 
-import atexit
 import gc
 import json
 import os
@@ -125,5 +124,4 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def pytest_unconfigure() -> None:
-    # Libraries count what is left behind at the end; pytest's own collections come before.
-    atexit.register(gc.unfreeze)
+    gc.unfreeze()  # libraries count what is left behind at the end
