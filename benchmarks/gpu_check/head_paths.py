@@ -2,7 +2,7 @@
 
 The bare products are timed with bfloat16 and with float32 results, for the library may have slower
 kernels for the second; then the losses of this package by backend, with the weight trained, frozen,
-and without gradients.
+and without gradients: "epilogue", a product of our own that leaves no logits, has only the last.
 """
 
 import gc
@@ -29,7 +29,7 @@ from fastalign.ops import linear_kl
 from fastalign.ops.backends import unusable_reason
 from fastalign.ops.head.products import product
 
-BACKENDS = ("native", "triton", "torch")
+BACKENDS = ("native", "triton", "torch", "epilogue")
 Call = Callable[[], object]
 
 
@@ -82,9 +82,11 @@ def paths(inputs: HeadInputs, backend: str) -> Iterator[tuple[str, Call, bool]]:
     """Yield name, call and whether the weight is trained."""
     for name, function in (("dpo", dpo_loss), ("linear_logprob", logprob), ("linear_kl", kl)):
         bound = partial(_with_backend, function, backend)
-        yield f"{name}, trained", partial(forward_backward, bound, inputs), True
+        if backend != "epilogue":
+            yield f"{name}, trained", partial(forward_backward, bound, inputs), True
         if function is not kl:
-            yield f"{name}, frozen", partial(forward_backward, bound, inputs), False
+            if backend != "epilogue":
+                yield f"{name}, frozen", partial(forward_backward, bound, inputs), False
             yield f"{name}, forward", partial(forward_only, bound, inputs), False
 
 

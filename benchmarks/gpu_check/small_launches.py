@@ -4,6 +4,7 @@ Rows are odd and aligned, shorter and longer than a block, in both backends and 
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from fastalign import fused_linear_dpo_loss, linear_logprob
 from fastalign.losses import dpo, formula
 from fastalign.ops import gae, kl_penalty, linear_kl, preference_loss, token_kl, token_logprob
 from fastalign.ops.backends import unusable_reason
+from fastalign.ops.head.linear_head import LinearHead
 
 NUM_ROWS = 6
 VOCABULARIES = (1, 63, 1003, 9000, 4096)
@@ -64,6 +66,24 @@ def head_calls(
     )
 
 
+def product_calls(
+    device: str, dtype: torch.dtype, vocabulary: int
+) -> Iterator[tuple[str, Callable[[str], object]]]:
+    """Yield calls of a head's forward without logits, in one block and in parts of several."""
+    for num_rows, hidden_size in ((NUM_ROWS, WIDTH), (131, 77)):
+        hidden = torch.ones(num_rows, hidden_size, device=device, dtype=dtype)
+        weight = torch.ones(vocabulary, hidden_size, device=device, dtype=dtype)
+        targets = torch.arange(num_rows, device=device) % vocabulary
+        yield (
+            "linear_logprob",
+            partial(_forward, hidden, LinearHead(weight, weight[:, 0], 30.0), targets),
+        )
+
+
+def _forward(hidden: Tensor, head: LinearHead, targets: Tensor, backend: str) -> object:
+    return linear_logprob(hidden, head, targets, return_entropy=True, backend=backend)
+
+
 def packed_calls(device: str) -> Iterator[tuple[str, Callable[[str], object]]]:
     """Yield calls of the operations on packed responses, each for a backend."""
     generator = torch.Generator().manual_seed(0)
@@ -90,17 +110,18 @@ def main() -> None:
     """Launch everything; the sanitizer says what was wrong."""
     arguments = make_parser("small_launches", __doc__).parse_args()
     device, rows = arguments.device, Rows(arguments.json)
-    for backend in ("native", "triton"):
+    for backend in ("native", "triton", "epilogue"):
         reason = unusable_reason(backend, device, torch.float32)
         if reason is not None:
             rows.add({"backend": backend, "unusable": reason})
             continue
         for dtype in DTYPES:
             for vocabulary in VOCABULARIES:
-                for name, call in head_calls(device, dtype, vocabulary):
+                calls = product_calls if backend == "epilogue" else head_calls
+                for name, call in calls(device, dtype, vocabulary):
                     call(backend)
                     rows.add({"operation": name, "backend": backend, "columns": vocabulary})
-        for name, call in packed_calls(device):
+        for name, call in () if backend == "epilogue" else packed_calls(device):
             call(backend)
             rows.add({"operation": name, "backend": backend})
     if device == "cuda":

@@ -92,6 +92,7 @@ STEPS: dict[int, Sequence[Step]] = {
     2: (
         NATIVE,
         Step("head-paths", own("head_paths", "--case", CASE), 90, 200),
+        Step("tune-epilogue", python("benchmarks.tune", "--product", "--table", "{rows}"), 20, 90),
         Step("head-peers", compare("head", "--case", CASE, "--tested", "--rounds=3"), 110, 240),
         Step("profile", own("one_call", "--profile"), 50, 120),
         Step(

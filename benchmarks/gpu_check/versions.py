@@ -65,7 +65,7 @@ def main() -> None:
                 "l2_bytes": properties.L2_cache_size,
             }
         )
-    for backend in ("native", "triton"):
+    for backend in ("native", "triton", "epilogue"):
         reason = unusable_reason(backend, device, torch.float32)
         rows.add({"backend": backend, "unusable": reason})
     if importlib.util.find_spec("transformers") is None:

@@ -85,7 +85,7 @@ def process_lines() -> Iterator[str]:
 def backend_lines(device_type: str) -> Iterator[str]:
     """Yield the usable backends of a device, and the backend of each operation."""
     yield f"kernels on {device_type}"
-    for backend in ("native", "triton", "torch", "reference"):
+    for backend in ("native", "triton", "epilogue", "torch", "reference"):
         reason = unusable_reason(backend, device_type, torch.float32)
         yield f"  {backend:<10} {'usable' if reason is None else 'not usable: ' + reason}"
     for operations, choose in ((TOKENS, choose_backend), (LINEAR, choose_linear_backend)):

@@ -30,17 +30,46 @@ def unusable_reason(backend: str, device_type: str, dtype: torch.dtype) -> str |
     if backend == "native":
         reason: str | None = native_library.unusable_reason(device_type)
         return reason
-    assert backend == "triton"
+    assert backend in ("triton", "epilogue")
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; pip install triton (Linux)"
     if device_type == "cuda" or (device_type == "cpu" and triton_interprets()):
-        return None
+        return _without_tensor_memory_accelerator() if backend == "epilogue" else None
     if device_type == "cpu":
         return (
             "Triton compiles for GPUs only; move the tensors to one, or set TRITON_INTERPRET=1 "
             "before starting Python to run the kernels slowly in the interpreter"
         )
     return f"there are no kernels for device {device_type!r}"
+
+
+@native_library.constant_in_graphs
+def _without_tensor_memory_accelerator() -> str | None:
+    """Return why the current GPU cannot load blocks by descriptors; None: it can, or there is none.
+
+    Triton would replace these loads by loads of single elements.
+    """
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (9, 0):
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return (
+        f"it needs compute capability 9.0, and {torch.cuda.get_device_name()} has {major}.{minor}; "
+        "use 'auto'"
+    )
+
+
+def check_usable(operation: str, backend: str, device_type: str, dtype: torch.dtype) -> None:
+    """Check that a named backend can run here.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    reason = unusable_reason(backend, device_type, dtype)
+    if reason is not None:
+        raise ValueError(
+            f"backend: {operation} cannot run with {backend!r} on {device_type} in {dtype}: "
+            f"{reason}"
+        )
 
 
 def choose_backend(
@@ -60,12 +89,7 @@ def choose_backend(
         if device_type == "cuda" and unusable_reason("triton", device_type, dtype) is None:
             return "triton"
         return "reference"
-    reason = unusable_reason(backend, device_type, dtype)
-    if reason is not None:
-        raise ValueError(
-            f"backend: {operation} cannot run with {backend!r} on {device_type} in {dtype}: "
-            f"{reason}"
-        )
+    check_usable(operation, backend, device_type, dtype)
     return backend  # type: ignore[return-value]
 
 

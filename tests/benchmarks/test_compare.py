@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,9 +14,14 @@ import torch
 
 from benchmarks import compare, head_rows, tune
 from benchmarks.heads import HeadCase, HeadInputs, eager_dpo, fastalign_dpo, make_inputs
-from benchmarks.measure import ALLOCATORS, MAX_REPEATS, GpuTimer, Prepared, measure
+from benchmarks.measure import ALLOCATORS, MAX_REPEATS, GpuTimer, Measurement, Prepared, measure
 from benchmarks.peers import usable_peers
-from fastalign.ops.triton_table import Configuration, read_table
+from fastalign.ops.triton_table import (
+    PRODUCT,
+    Configuration,
+    read_products,
+    read_table,
+)
 
 CASE = HeadCase("small", 16, 8, 50, 2)
 
@@ -199,13 +205,45 @@ def test_tuning_writes_a_table_that_the_kernels_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = {"head_tile_kernel": Configuration(90, 2048, 16, "a GPU")}
-    table = tune.merged(read_table(), found)
+    best = tune.product_candidates(90, "a GPU")[0]
+    table = tune.merged({**read_table(), PRODUCT: read_products()}, {**found, PRODUCT: best})
     tune.write_table(table, tmp_path / "table.json")
     monkeypatch.setattr("fastalign.ops.triton_table.TABLE", tmp_path / "table.json")
     written = read_table.__wrapped__()
     assert written.keys() == read_table().keys()
     assert [entry.from_capability for entry in written["head_tile_kernel"]] == [90, 80]
     assert written["head_tile_kernel"][0] == found["head_tile_kernel"]
+    products = [entry for entry in read_products() if entry not in table[PRODUCT]]
+    assert [(one.from_capability, one.element_bytes) for one in products] == [(90, 2)]
+    assert best in read_products.__wrapped__()
     again = tune.merged(written, {"head_tile_kernel": Configuration(90, 1024, 4, "a GPU")})
     assert [entry.block for entry in again["head_tile_kernel"]] == [4096, 1024]
     assert json.loads((tmp_path / "table.json").read_text())
+
+
+def test_auto_prefers_a_product_that_is_faster_than_the_library() -> None:
+    candidates, before = tune.product_candidates(90, "a GPU"), list(read_products())
+    ran = []
+
+    def call(backend: str) -> None:
+        ran.append((backend, read_products()[0].block_columns, read_products()[0].preferred))
+
+    def timer(library: float) -> Callable[..., dict[str, Measurement]]:
+        def measured(calls: dict[str, Callable[[], object]]) -> dict[str, Measurement]:
+            for one in calls.values():
+                one()
+            times = {name: float(abs(7 - int(name)) + 5) for name in calls if name != "library"}
+            return {
+                name: Measurement(milliseconds, 0.0, None)
+                for name, milliseconds in {"library": library, **times}.items()
+            }
+
+        return measured
+
+    assert tune.fastest_product(candidates, call, timer(5.5)) == replace(
+        candidates[7], preferred=True
+    )
+    assert tune.fastest_product(candidates, call, timer(4.5)) == candidates[7]
+    assert ran[0] == ("auto", 256, False)
+    assert {columns for name, columns, _ in ran if name == "epilogue"} == {256, 128}
+    assert read_products() == before

@@ -11,7 +11,9 @@ from fastalign import fused_linear_dpo_loss, linear_logprob
 from fastalign.losses import dpo, formula
 from fastalign.losses.chunk_losses import preference_loss_fn
 from fastalign.ops import TokenChunk, fused_linear_loss
+from fastalign.ops.backends import unusable_reason
 from fastalign.ops.head.head_tile import HeadTransform, Tile, read_tile
+from fastalign.ops.head.linear_logprob.api import read_head
 from tests.ops.head.fused_linear_loss.fused_linear_loss_cases import (
     BUDGETS,
     GROUPS,
@@ -21,6 +23,7 @@ from tests.ops.head.fused_linear_loss.fused_linear_loss_cases import (
     some_targets,
 )
 from tests.ops.head.head_tile.head_tile_cases import check_long_rows
+from tests.ops.head.linear_logprob.test_epilogue import FORMS, in_float64, make_call
 from tests.tolerance import assert_no_worse
 
 pytestmark = [
@@ -31,6 +34,14 @@ pytestmark = [
     ),
 ]
 BACKENDS = ["torch", "triton", "native"]
+
+
+def skip_unusable(backend: str) -> None:
+    reason = None
+    if backend == "epilogue":  # which a GPU may be too old for
+        reason = unusable_reason(backend, "cuda", torch.float32)
+    if reason is not None:
+        pytest.skip(reason)
 
 
 def on(device: str, value: object) -> object:
@@ -84,12 +95,13 @@ def test_fused_linear_loss_is_no_worse_than_eager(
         assert_no_worse(name, value, eager[name], truth[name], dtype=rounded, length=64, scale=60.0)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "epilogue"])
 def test_a_long_sequence_is_exact_in_bfloat16(backend: str) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(4096, 512, generator=generator).bfloat16().cuda()
     weight = (torch.randn(32_000, 512, generator=generator) * 3 / 512**0.5).bfloat16().cuda()
     targets = torch.randint(32_000, (4096,), generator=generator).cuda()
+    skip_unusable(backend)
     found = linear_logprob(hidden, weight, targets, backend=backend).double().sum()
     log_p = (hidden.double() @ weight.double().t()).log_softmax(-1)
     assert abs(float(found - log_p.gather(1, targets[:, None]).sum())) < 1e-3
@@ -111,6 +123,26 @@ def test_a_tile_with_more_elements_than_32_bits_can_count(backend: str) -> None:
     torch.testing.assert_close(
         place[-1, :-1].double(), -expected[:-1].exp(), rtol=2**-8, atol=1e-12
     )
+
+
+@pytest.mark.parametrize(("form", "dtype"), FORMS)
+@pytest.mark.parametrize("num_rows", [37, 300])
+def test_an_epilogue_is_no_worse_than_the_library(
+    num_rows: int, form: str, dtype: torch.dtype
+) -> None:
+    skip_unusable("epilogue")
+    call = make_call(form, dtype, num_rows, width=300, vocabulary=1003)
+    on_gpu = call._replace(
+        **{name: on("cuda", value) for name, value in call._asdict().items() if name != "targets"},
+        targets=call.targets.cuda(),
+    )
+    found, eager = read_head(on_gpu._replace(backend="epilogue")), read_head(on_gpu)
+    truth = read_head(in_float64(call))
+    scale = float(truth[0][truth[0].isfinite()].abs().max())
+    for name, one, other, true in zip(("log-prob", "entropy"), found, eager, truth, strict=False):
+        values = (one.cpu(), other.cpu(), true)
+        assert_no_worse(name, *values, dtype=torch.float32, length=1003, scale=scale)
+    assert torch.equal(found[2], eager[2])
 
 
 @pytest.mark.parametrize("name", ["plain", "everything"])

@@ -36,6 +36,9 @@ class Resources:
         reads_rows: True if the kernel works on long rows.
         accesses: loads and stores of global memory in its PTX.
         fewest_accesses: as many as its source asks for if each moves 128 bits of a block.
+        widest_access: bits of the widest of them.
+        descriptor_loads: loads of whole blocks into shared memory, by a descriptor.
+        warpgroup_products: products of blocks in shared memory, by Hopper's tensor cores.
     """
 
     kernel: str
@@ -46,6 +49,9 @@ class Resources:
     reads_rows: bool = False
     accesses: int = 0
     fewest_accesses: int = 0
+    widest_access: int = 0
+    descriptor_loads: int = 0
+    warpgroup_products: int = 0
 
 
 def resources_of(cubin: Path, dump: str) -> list[Resources]:
@@ -84,6 +90,7 @@ def _resources(launch: Launch, kernel: str, compiled: Any, dump: str) -> Resourc
         file.write(compiled.asm["cubin"])
         file.flush()
         (used,) = resources_of(Path(file.name), dump)
+    ptx = compiled.asm["ptx"]
     return Resources(
         kernel,
         used.registers,
@@ -91,8 +98,11 @@ def _resources(launch: Launch, kernel: str, compiled: Any, dump: str) -> Resourc
         used.local_bytes,
         launch.name,
         launch.reads_rows,
-        len(access_bits(compiled.asm["ptx"])),
+        len(access_bits(ptx)),
         fewest_accesses(compiled.asm["ttgir"], 32 * compiled.metadata.num_warps),
+        max(access_bits(ptx), default=0),
+        ptx.count("cp.async.bulk.tensor"),
+        ptx.count("wgmma.mma_async"),
     )
 
 
@@ -135,7 +145,7 @@ def compiled_launches(
     JITFunction.run = compile_only
     dump, taken = triton.knobs.nvidia.cuobjdump.path, []
     for launch in launches(num_columns, bool(everything)):
-        if only_rows and not launch.reads_rows:
+        if architecture < launch.oldest or (only_rows and not launch.reads_rows):
             continue
         found.clear()
         launch.run()

@@ -13,10 +13,12 @@ from torch import Tensor
 from fastalign.ops.gae import triton_kernels as gae
 from fastalign.ops.gae.reference import Inputs as GaeInputs
 from fastalign.ops.head.buffers import padded_columns
+from fastalign.ops.head.head_product import triton_kernels as head_product
 from fastalign.ops.head.head_tile import HeadTransform, SoftmaxStatistics, Tile, Upstream
 from fastalign.ops.head.head_tile import triton_kernels as head_tile
 from fastalign.ops.head.kl_tile import PairUpstream
 from fastalign.ops.head.kl_tile import triton_kernels as kl_tile
+from fastalign.ops.head.operands import HeadInputs
 from fastalign.ops.kl_penalty import triton_kernels as kl_penalty
 from fastalign.ops.kl_penalty.reference import Inputs as KlPenaltyInputs
 from fastalign.ops.preference_loss import LinkFunction
@@ -28,6 +30,7 @@ from fastalign.ops.token_logprob import triton_kernels as token_logprob
 from fastalign.ops.token_logprob.reference import Inputs as TokenLogprobInputs
 
 NUM_ROWS = 2
+HIDDEN = 64
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 NUM_TOKENS = 4096  # of packed responses
 
@@ -39,11 +42,13 @@ class Launch(NamedTuple):
         name: operation, dtype and options.
         reads_rows: True if it works on rows of V columns, whose width decides its speed.
         run: calls the launcher.
+        oldest: the oldest architecture that it is for.
     """
 
     name: str
     reads_rows: bool
     run: Callable[[], object]
+    oldest: int = 80
 
 
 def launches(num_columns: int, everything: bool) -> Iterator[Launch]:
@@ -55,6 +60,8 @@ def launches(num_columns: int, everything: bool) -> Iterator[Launch]:
     options = "with all options" if everything else "plain"
     for name, run in row_launches(num_columns, everything):
         yield Launch(f"{name}, {options}", True, run)
+    for name, run in product_launches(num_columns, everything):
+        yield Launch(f"{name}, {options}", True, run, 90)
     for name, run in packed_launches(everything):
         yield Launch(f"{name}, {options}", False, run)
 
@@ -118,6 +125,20 @@ def row_launches(num_columns: int, everything: bool) -> Iterator[tuple[str, Call
         )
         yield f"kl_tile, {dtype}", partial(kl_tile.read, pair_tile, everything, *arguments)
     yield "kl_tile, statistics", partial(kl_tile.read, pair_tile, everything, None, None, None)
+
+
+def product_launches(
+    num_columns: int, everything: bool
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    bias = torch.zeros(num_columns) if everything else None
+    temperature = torch.ones(NUM_ROWS) if everything else None
+    transform = HeadTransform(temperature, 30.0, 0.5) if everything else HeadTransform()
+    targets = torch.zeros(NUM_ROWS, dtype=torch.int64)
+    for dtype in FLOATS if everything else (torch.bfloat16,):
+        hidden, weight = (torch.zeros(n, HIDDEN, dtype=dtype) for n in (NUM_ROWS, num_columns))
+        lora = (hidden[:, :16], weight[:, :16]) if everything else (None, None)
+        head = HeadInputs(hidden, weight, bias, targets, targets.bool(), transform, *lora)
+        yield f"head_product, {dtype}", partial(head_product.read, head, everything)
 
 
 def packed_launches(everything: bool) -> Iterator[tuple[str, Callable[[], object]]]:

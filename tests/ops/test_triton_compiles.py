@@ -16,6 +16,8 @@ MAX_REGISTERS, MAX_REGISTERS_OF_ALL, MAX_REGISTERS_OF_PACKED = 64, 80, 168
 # For reductions over warps: a few words each. In token_kl's backward a block of another dtype
 # changes its layout there.
 MAX_SHARED_BYTES, MAX_SHARED_BYTES_OF_TWO_DTYPES = 1024, 8192
+# A block of a product has a multiprocessor to itself, and a thread as many registers as can be.
+PRODUCT, MAX_SHARED_BYTES_OF_PRODUCTS = "head_product_kernel", 232_448
 
 
 def compiled(architecture: int, num_columns: int = VOCABULARY) -> list[Resources]:
@@ -35,6 +37,9 @@ def hopper() -> list[Resources]:
 def assert_light(found: list[Resources]) -> None:
     for one in found:
         assert one.local_bytes == 0, one  # nothing is spilt
+        if one.kernel == PRODUCT:
+            assert one.shared_bytes <= MAX_SHARED_BYTES_OF_PRODUCTS, one
+            continue
         two_dtypes = one.kernel == "token_kl_bwd_kernel" and "bfloat16" not in one.launch
         shared = MAX_SHARED_BYTES_OF_TWO_DTYPES if two_dtypes else MAX_SHARED_BYTES
         assert one.shared_bytes <= shared, one
@@ -45,7 +50,11 @@ def assert_light(found: list[Resources]) -> None:
 
 def assert_wide(found: list[Resources]) -> None:
     for one in found:
-        if one.reads_rows:
+        if one.kernel == PRODUCT:
+            assert one.descriptor_loads > 0, one
+        elif one.kernel == "head_product_merge_kernel":
+            assert one.widest_access == 128, one
+        elif one.reads_rows:
             assert one.accesses == one.fewest_accesses, one
 
 
@@ -86,7 +95,15 @@ def test_every_kernel_is_launched(hopper: list[Resources]) -> None:
         if kernel.endswith("_kernel")
     }
     assert names == {one.kernel for one in hopper}
-    assert triton_table.read_table().keys() <= names
+    assert {*triton_table.read_table(), triton_table.PRODUCT} <= names
+
+
+def test_products_run_on_tensor_cores(hopper: list[Resources]) -> None:
+    """Each block that is loaded by descriptors, of both operands, is multiplied where it lies."""
+    found = {one.launch: one.warpgroup_products for one in hopper if one.kernel == PRODUCT}
+    assert len(found) == 4
+    for launch, products in found.items():
+        assert (products > 0) == ("float32" not in launch), launch
 
 
 def test_accesses_are_counted() -> None:
@@ -108,10 +125,7 @@ def test_accesses_are_counted() -> None:
     assert fewest_accesses(ttgir, 256) == 1 + 4 + 2 + 1 + 2
 
 
-def test_a_gpu_takes_the_newest_configuration_that_is_not_newer(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_gpu_takes_the_newest_configuration_that_is_not_newer() -> None:
     table = [triton_table.Configuration(c, c * 10, 8, None) for c in (100, 90, 80)]
-    monkeypatch.setattr(triton_table, "read_table", lambda: {"kernel": table})
-    found = [triton_table.configuration("kernel", c).block for c in (75, 80, 89, 90, 120)]
+    found = [triton_table.newest(table, c).block for c in (75, 80, 89, 90, 120)]
     assert found == [800, 800, 800, 900, 1000]

@@ -1,26 +1,29 @@
 """Checks of the arguments that all operations on a head share."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fastalign.ops.backends import choose_backend
+from fastalign.ops.backends import check_usable, choose_backend, unusable_reason
 from fastalign.ops.head.buffers import default_budget
 from fastalign.ops.head.call import HeadCall
 from fastalign.ops.head.linear_head import LinearHead, lora_operands
 from fastalign.ops.head.products import product_dtype
 from fastalign.ops.head.rank_agreement import checked_together
+from fastalign.ops.native_library import constant_in_graphs
 
-LinearBackend = Literal["auto", "reference", "torch", "triton", "native"]
+LinearBackend = Literal["auto", "reference", "torch", "triton", "native", "epilogue"]
 
 
 def choose_linear_backend(
     operation: str, backend: str, device_type: str, compute_dtype: torch.dtype
-) -> Literal["reference", "torch", "triton", "native"]:
+) -> Literal["reference", "torch", "triton", "native", "epilogue"]:
     """Return the backend that runs; "auto" takes native, then (on a GPU) Triton, then "torch".
+
+    Without gradients `epilogue_preferred` may have "auto" take "epilogue".
 
     Raises:
         ValueError: if `backend` is unknown, or a named one cannot run here.
@@ -30,8 +33,39 @@ def choose_linear_backend(
     if backend not in get_args(LinearBackend):
         known = ", ".join(repr(name) for name in get_args(LinearBackend))
         raise ValueError(f"backend: expected one of {known}, got {backend!r}")
+    if backend == "epilogue":
+        check_usable(operation, backend, device_type, compute_dtype)
+        return "epilogue"
     chosen = choose_backend(operation, backend, device_type, compute_dtype)
     return "torch" if (backend, chosen) == ("auto", "reference") else chosen
+
+
+def check_epilogue(operation: str, needs: Sequence[bool], num_heads: int, *, shared: bool) -> None:
+    """Check that "epilogue" can run a call: it leaves no logits that could be read again.
+
+    Raises:
+        ValueError: if it cannot.
+    """
+    for refused, where in (
+        (any(needs), "where gradients are wanted"),
+        (num_heads > 1, "for two heads"),
+        (shared, "on a vocabulary's shard"),
+    ):
+        if refused:
+            raise ValueError(
+                f"backend: {operation} cannot run with 'epilogue' {where}, "
+                "as it keeps no logits: use 'auto'"
+            )
+
+
+@constant_in_graphs
+def epilogue_preferred(device: torch.device, compute_dtype: torch.dtype) -> bool:
+    """Return True where "epilogue" was measured to be faster than the other backends."""
+    if device.type != "cuda" or unusable_reason("epilogue", "cuda", compute_dtype) is not None:
+        return False
+    from fastalign.ops.triton_table import product_configuration  # Triton may be missing
+
+    return product_configuration(compute_dtype.itemsize, device).preferred
 
 
 @dataclass(frozen=True)
@@ -117,6 +151,11 @@ def check_call(
     lora = lora_operands(head.lora, hidden, weight, dtype)
     leaves = (hidden, weight, head.bias, *lora)
     enabled = torch.is_grad_enabled()
+    needs = [enabled and leaf is not None and leaf.requires_grad for leaf in leaves]
+    if backend == "epilogue":
+        check_epilogue(operation, needs, num_heads, shared=shard is not None)
+    elif options.backend == "auto" and not any(needs) and num_heads == 1 and shard is None:
+        backend = "epilogue" if epilogue_preferred(device, dtype) else backend
     budget = options.max_buffer_bytes
     if budget is None:
         columns = num_heads * weight.shape[0] if shard is None else shard.num_planned_columns
@@ -134,7 +173,7 @@ def check_call(
         options.ignore_index,
         dtype,
         budget,
-        [enabled and leaf is not None and leaf.requires_grad for leaf in leaves],
+        needs,
         return_entropy,
         backend,
     )

@@ -21,6 +21,10 @@ DEFAULT_BUFFER_ROWS = {"cpu": 1024, "cuda": 4096}
 # library products need for their widest accesses, and at which equal rows give equal bits. Triton
 # compiles for strides that are multiples of 16.
 ROW_MULTIPLE = {"cpu": 1, "cuda": 16}
+# "epilogue" keeps three float32 numbers for each row and block of columns. A block is no narrower,
+# and no higher.
+EPILOGUE_COLUMNS, EPILOGUE_ROWS, EPILOGUE_BYTES = 64, 256, 12
+MAX_EPILOGUE_ROWS = 2**14
 DEFAULT_BYTES_PER_LOGIT = 3  # a saved row in two bytes, and a quarter as many in four
 MIN_DEFAULT_BUFFER_BYTES = 64 * 2**20
 
@@ -145,6 +149,8 @@ class Budget:
         Raises:
             ValueError: if the budget does not hold the smallest tile.
         """
+        if self.backend == "epilogue":
+            return Plan(min(num_rows, self._epilogue_rows()), 0, 0)
         item = accumulation_dtype(self.compute_dtype).itemsize
         saved_item = product_dtype(self.compute_dtype, self.device.type).itemsize
         same = item == saved_item
@@ -177,6 +183,17 @@ class Budget:
             rows -= 1
         saved = min(num_rows, (budget - used(rows)) // (columns * saved_item)) if save else 0
         return Plan(rows, self._strip_rows(rows), saved)
+
+    def _epilogue_rows(self) -> int:
+        """Return the rows of one launch of "epilogue"; raise unless the budget holds a block."""
+        bytes_per_row = -(-self.num_columns // EPILOGUE_COLUMNS) * EPILOGUE_BYTES
+        rows = min(MAX_EPILOGUE_ROWS, self.max_buffer_bytes // bytes_per_row)
+        if rows < EPILOGUE_ROWS:
+            raise ValueError(
+                f"max_buffer_bytes: expected at least {EPILOGUE_ROWS * bytes_per_row} (statistics "
+                f"of {EPILOGUE_ROWS} rows), got {self.max_buffer_bytes}"
+            )
+        return rows - rows % EPILOGUE_ROWS
 
     @property
     def _stride(self) -> int:

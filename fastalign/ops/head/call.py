@@ -16,6 +16,7 @@ from fastalign.ops.head.products import (
     ProductSum,
     accumulation_dtype,
     operand,
+    product_dtype,
     weight_operand,
 )
 
@@ -38,7 +39,8 @@ class HeadCall(NamedTuple):
         max_buffer_bytes: budget of logits, scratch and saved brackets.
         needs: wanted gradients, in the order of `Needs`.
         return_entropy: True if entropies are wanted.
-        backend: "torch", "native" or "triton"; for `linear_logprob` also "reference".
+        backend: "torch", "native" or "triton"; for `linear_logprob` also "reference", and without
+            gradients "epilogue".
     """
 
     hidden: Tensor
@@ -70,15 +72,17 @@ class HeadCall(NamedTuple):
     def inputs(self) -> HeadInputs:
         """Return the operands, rounded to `compute_dtype`."""
         dtype, ignored = self.compute_dtype, self.targets == self.ignore_index
+        # without coefficients float16 does not underflow
+        low = dtype if self.backend == "epilogue" else product_dtype(dtype, self.hidden.device.type)
         return HeadInputs(
-            operand(self.hidden, dtype),
-            weight_operand(self.weight, dtype),
+            operand(self.hidden, dtype, low),
+            weight_operand(self.weight, dtype, low),
             None if self.bias is None else self.bias.to(accumulation_dtype(dtype)),
             self.targets.masked_fill(ignored, 0),
             ignored,
             HeadTransform(self.temperature, self.softcap, self.logit_scale),
-            None if self.lora_hidden is None else operand(self.lora_hidden, dtype),
-            None if self.lora_weight is None else operand(self.lora_weight, dtype),
+            None if self.lora_hidden is None else operand(self.lora_hidden, dtype, low),
+            None if self.lora_weight is None else operand(self.lora_weight, dtype, low),
         )
 
     def budget(self, *, reread: bool, planned_columns: int | None = None) -> Budget:

@@ -58,9 +58,9 @@ def product_dtype(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:
     return torch.float32
 
 
-def operand(value: Tensor, compute_dtype: torch.dtype) -> Tensor:
-    """Return `value` rounded to `compute_dtype`, in the dtype of its products on this device."""
-    return value.to(compute_dtype).to(product_dtype(compute_dtype, value.device.type))
+def operand(value: Tensor, compute_dtype: torch.dtype, low: torch.dtype | None = None) -> Tensor:
+    """Return `value` rounded to `compute_dtype`, in its products' dtype: `low`, or the device's."""
+    return value.to(compute_dtype).to(low or product_dtype(compute_dtype, value.device.type))
 
 
 class _RoundedWeight(NamedTuple):
@@ -90,16 +90,18 @@ def weights_rounded_once() -> Iterator[None]:
             _ROUNDED.clear()
 
 
-def weight_operand(weight: Tensor, compute_dtype: torch.dtype) -> Tensor:
+def weight_operand(
+    weight: Tensor, compute_dtype: torch.dtype, low: torch.dtype | None = None
+) -> Tensor:
     """Return `operand` of a weight, the same one to all calls inside of `weights_rounded_once`."""
-    low = product_dtype(compute_dtype, weight.device.type)
+    low = low or product_dtype(compute_dtype, weight.device.type)
     if not _OPEN or torch.compiler.is_compiling() or weight.dtype == compute_dtype == low:
-        return operand(weight, compute_dtype)
+        return operand(weight, compute_dtype, low)
     place = (weight.untyped_storage()._cdata, weight.storage_offset())
-    key = (*place, weight.shape, weight.stride(), weight.dtype, compute_dtype)
+    key = (*place, weight.shape, weight.stride(), weight.dtype, compute_dtype, low)
     found = _ROUNDED.get(key)
     if found is None or found.version != weight._version:
-        rounded = operand(weight, compute_dtype)
+        rounded = operand(weight, compute_dtype, low)
         found = _ROUNDED[key] = _RoundedWeight(weight.detach(), weight._version, rounded)
     return found.rounded
 

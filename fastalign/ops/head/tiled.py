@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastalign.ops.head.buffers import Buffers
+from fastalign.ops.head.head_product import read_products
 from fastalign.ops.head.head_tile import RowStatistics, SoftmaxStatistics, Tile, Upstream, read_tile
 from fastalign.ops.head.operands import Gradients, HeadInputs, Needs
 from fastalign.ops.head.products import accumulation_dtype, product
@@ -118,6 +119,9 @@ def forward(
     parts, pending = [], []
     for start, stop in tile_spans(num_rows, num_saved, buffers.tile_rows):
         rows = head.rows(start, stop)
+        if buffers.backend == "epilogue":
+            parts.append(read_products(rows, with_entropy))
+            continue
         bracket = brackets[start:stop] if brackets is not None and start < num_saved else None
         if bracket is not None and buffers.projects_in_place:
             products = bracket

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastalign.ops.backends import padded_width
 from fastalign.ops.head.head_tile.tile import (
+    HeadTransform,
     RowStatistics,
     SoftmaxStatistics,
     Tile,
@@ -193,18 +194,25 @@ def rows_of(value: Tensor | None, num_rows: int, unused: Tensor) -> Tensor:
     return unused if value is None else value.to(torch.float32).expand(num_rows).contiguous()
 
 
-def launch_arguments(kernel: str, tile: Tile, gradient: Tensor | None = None) -> dict[str, Any]:
-    """Return the arguments that every kernel ends with."""
-    products, transform = tile.products, tile.transform
+def transform_arguments(transform: HeadTransform) -> dict[str, Any]:
+    """Return the arguments that describe a transform, beside its temperature."""
     return {
-        "row_stride": products.stride(-2),
-        "num_columns": products.shape[-1],
-        "num_padded": padded_width(products, *(() if gradient is None else (gradient,))),
         # any number: unused without HAS_SOFTCAP
         "softcap": 1.0 if transform.softcap is None else transform.softcap,
         "logit_scale": transform.logit_scale,
         "HAS_TEMPERATURE": transform.temperature is not None,
         "HAS_SOFTCAP": transform.softcap is not None,
+    }
+
+
+def launch_arguments(kernel: str, tile: Tile, gradient: Tensor | None = None) -> dict[str, Any]:
+    """Return the arguments that every kernel ends with."""
+    products = tile.products
+    return {
+        "row_stride": products.stride(-2),
+        "num_columns": products.shape[-1],
+        "num_padded": padded_width(products, *(() if gradient is None else (gradient,))),
+        **transform_arguments(tile.transform),
         **launch_options(kernel, products.shape[-1], products.device),
     }
 

@@ -111,7 +111,10 @@ def linear_logprob(
             of the free memory.
         backend: code that reads the logits, tile by tile: "native" (C++ or CUDA), "triton" or
             "torch"; "auto" takes the first that is usable here, a named one runs or raises.
-            "reference": the lines above, in one process only.
+            "epilogue": without gradients, statistics that a Triton product takes of its own
+            results, so that no logit is written to memory (bfloat16 and float16, on GPUs from
+            compute capability 9.0; float32 without tensor cores). "auto" takes it where
+            `benchmarks.tune` found it faster. "reference": the lines above, in one process only.
 
     The keywords `bias`, `softcap`, `logit_scale`, `lora` and `vocabulary_shard` (`shard`) are the
     fields of :class:`fastalign.LinearHead`, which may hold them instead.
