@@ -28,9 +28,9 @@ def step(weight: Tensor) -> Tensor:
 def test_one_cast_for_all_calls_and_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     casts: list[torch.Size] = []
 
-    def counted(value: Tensor, dtype: torch.dtype) -> Tensor:
+    def counted(value: Tensor, *dtypes: torch.dtype) -> Tensor:
         casts.append(value.shape)
-        return operand(value, dtype)
+        return operand(value, *dtypes)
 
     monkeypatch.setattr(products, "operand", counted)
     weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).requires_grad_()
