@@ -138,7 +138,9 @@ def product_launches(
         hidden, weight = (torch.zeros(n, HIDDEN, dtype=dtype) for n in (NUM_ROWS, num_columns))
         lora = (hidden[:, :16], weight[:, :16]) if everything else (None, None)
         head = HeadInputs(hidden, weight, bias, targets, targets.bool(), transform, *lora)
-        yield f"head_product, {dtype}", partial(head_product.read, head, everything)
+        if not everything:
+            yield f"head_product, {dtype}, no entropy", partial(head_product.read, head, False)
+        yield f"head_product, {dtype}", partial(head_product.read, head, True)
 
 
 def packed_launches(everything: bool) -> Iterator[tuple[str, Callable[[], object]]]:
