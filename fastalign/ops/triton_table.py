@@ -23,7 +23,7 @@ FEW_COLUMNS = 2048
 
 @dataclass(frozen=True)
 class Entry:
-    """One configuration of a kernel: the oldest capability, and the GPU that it was measured on."""
+    """One configuration of a kernel, and the oldest compute capability that it is for."""
 
     from_capability: int
 
