@@ -36,7 +36,7 @@ void token_logprob(const Shape& shape, int32_t dtype, bool options, Setting sett
 }  // namespace
 
 void check_token_logprob(Setting setting) {
-    for (const Shape& shape : SHAPES) {
+    for (const Shape& shape : shapes_for(setting.num_threads)) {
         for (const bool options : {false, true}) {
             token_logprob<float>(shape, 0, options, setting);
             token_logprob<uint16_t>(shape, 1, options, setting);
@@ -81,7 +81,7 @@ void head_tile(const Shape& shape, bool with_entropy, bool softcap, bool in_plac
 }  // namespace
 
 void check_head_tile(Setting setting) {
-    for (const Shape& shape : SHAPES) {
+    for (const Shape& shape : shapes_for(setting.num_threads)) {
         for (const bool with_entropy : {false, true}) {
             for (const bool softcap : {false, true}) {
                 head_tile<float>(shape, with_entropy, softcap, true, setting);
@@ -137,7 +137,7 @@ void head_tile_split(const Shape& shape, bool with_entropy, bool softcap, Settin
 }  // namespace
 
 void check_head_tile_split(Setting setting) {
-    for (const Shape& shape : SHAPES) {
+    for (const Shape& shape : shapes_for(setting.num_threads)) {
         for (const bool with_entropy : {false, true}) {
             for (const bool softcap : {false, true}) {
                 head_tile_split<float>(shape, with_entropy, softcap, setting);

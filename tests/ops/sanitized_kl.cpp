@@ -86,7 +86,7 @@ void kl_tile(const Shape& shape, int32_t over_reference, bool brackets, bool in_
 }  // namespace
 
 void check_token_kl(Setting setting) {
-    for (const Shape& shape : SHAPES) {
+    for (const Shape& shape : shapes_for(setting.num_threads)) {
         for (const int32_t over_reference : {0, 1}) {
             for (const bool options : {false, true}) {
                 token_kl<float>(shape, 0, over_reference, options, setting);
@@ -98,7 +98,7 @@ void check_token_kl(Setting setting) {
 }
 
 void check_kl_tile(Setting setting) {
-    for (const Shape& shape : SHAPES) {
+    for (const Shape& shape : shapes_for(setting.num_threads)) {
         for (const int32_t over_reference : {0, 1}) {
             for (const bool brackets : {false, true}) {
                 const bool softcap = brackets != (over_reference == 0);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 #include "sanitized_array.h"
 
@@ -11,9 +12,14 @@ struct Shape {
     // The last row has no gap behind it.
     int64_t size() const { return num_rows ? num_rows * row_stride() - gap : 0; }
 };
-// No row, one column, vectors with a rest, more than one of BLOCK, and enough for threads.
-inline const Shape SHAPES[] = {{0, 5, 0},  {1, 1, 0},   {3, 1, 2},    {5, 17, 0},
-                               {4, 63, 3}, {2, 130, 0}, {2, 4099, 1}, {67, 3001, 1}};
+// No row, one column, vectors with a rest, more than one of BLOCK.
+inline const std::vector<Shape> SMALL = {{0, 5, 0},  {1, 1, 0},   {3, 1, 2},   {5, 17, 0},
+                                         {4, 63, 3}, {2, 130, 0}, {2, 4099, 1}};
+// Enough for threads; smaller ones are left to one thread, however many there may be.
+inline const std::vector<Shape> LARGE = {{67, 3001, 1}};
+inline const std::vector<Shape>& shapes_for(int32_t num_threads) {
+    return num_threads > 1 ? LARGE : SMALL;
+}
 
 // What rows come with; the second is ignored.
 struct Rows {

@@ -15,14 +15,13 @@ from safetensors.torch import load_file
 from fastalign.models.load import save_model
 from fastalign.runs import folder as run_folder
 from fastalign.runs.checkpoint.writer import list_checkpoints
-from fastalign.trainers import train_dpo, train_ppo, train_reward, train_sft
+from fastalign.trainers import train_dpo, train_ppo, train_sft
 from tests.small_runs import (
     WORDS,
     MakeConfig,
     dpo_config,
     ppo_config,
     read_metrics,
-    reward_config,
     saved_tensors,
     sft_config,
     write_rows,
@@ -34,10 +33,10 @@ POLICIES = [
     pytest.param(sft_config, train_sft, id="sft"),
     pytest.param(dpo_config, train_dpo, id="dpo"),
 ]
-REWARD = pytest.param(reward_config, train_reward, id="reward")
 BOTH = pytest.mark.parametrize(("make", "train"), POLICIES)
 PPO = pytest.param(ppo_config, train_ppo, id="ppo")
-EACH = pytest.mark.parametrize(("make", "train"), [*POLICIES, REWARD, PPO])
+# One that trains on rows and one that samples; the others, from every step: test_resume_everywhere.
+EACH = pytest.mark.parametrize(("make", "train"), [POLICIES[1], PPO])
 MEASURED = ("step_seconds", "tokens_per_second", "peak_memory_bytes", "eps")
 
 
