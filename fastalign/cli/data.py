@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -39,6 +41,9 @@ class CheckConfig:
     """Model folder or hub name to count tokens and apply the chat template."""
     max_length: int | None = None
     """Count rows with more tokens than this; requires a tokenizer."""
+    show: int = 1
+    """Print what this many of the first rows become under the tokenizer: prompts, and what of the
+    rest is learned."""
     data: CheckData = CheckData()
 
 
@@ -52,6 +57,8 @@ def check(config: CheckConfig) -> DataReport:
     try:
         for example in read_examples(config.file, kind, report, on_bad_row="skip"):
             try:
+                if encoder is not None and report.num_used < config.show:
+                    print("\n".join(shown_example(encoder, example)))
                 long = measure(report, encoder, example, config.max_length)
             except DataFault as fault:
                 report.faults.append(fault)
@@ -107,13 +114,42 @@ def measure(
             return True
         report.prompt_lengths.append(length)
         return False
-    group, crosses = encoder.row(example)
-    longest = max(len(response) for response in group.response_ids)
-    if max_length is not None and len(group.prompt_ids) + longest > max_length:
-        return True
-    report.num_crossing += crosses
-    report.add_lengths(group)
-    return False
+    groups = encoder.row(example)
+    num_kept = 0
+    for group, crosses in groups:
+        longest = max(len(response) for response in group.response_ids)
+        if max_length is None or len(group.prompt_ids) + longest <= max_length:
+            num_kept += 1
+            report.num_crossing += crosses
+            report.add_lengths(group)
+    if len(groups) > 1 and num_kept:
+        report.num_split += 1
+        report.num_examples_of_split += num_kept
+        report.num_too_long += len(groups) - num_kept
+    return num_kept == 0
+
+
+def shown_example(encoder: "Encoder", example: Example) -> list[str]:
+    """Return lines of what a row becomes: each prompt, and what of the rest is learned."""
+    if isinstance(example, PromptExample):
+        return [example.source, f"  prompt   {shown_text(encoder.text(encoder.prompt(example)))}"]
+    names = ("learned",) if isinstance(example, SFTExample) else ("chosen", "rejected")
+    lines = []
+    for group, _ in encoder.row(example):
+        lines += [example.source, f"  prompt   {shown_text(encoder.text(group.prompt_ids))}"]
+        for number, name in enumerate(names):
+            targets = set(group.target_positions(number))
+            ids = group.response_ids[number]
+            marked = [(place in targets, token) for place, token in enumerate(ids)]
+            for learned, part in groupby(marked, itemgetter(0)):
+                text = shown_text(encoder.text([token for _, token in part]))
+                lines.append(f"  {name if learned else 'context':<8} {text}")
+    return lines
+
+
+def shown_text(text: str) -> str:
+    """Return a text in one line of at most about 1,000 characters, its middle left out."""
+    return repr(text if len(text) <= 1000 else f"{text[:500]} [...] {text[-500:]}")
 
 
 def main(argv: Sequence[str]) -> int:

@@ -13,7 +13,8 @@ COLUMNS = frozenset(
     [
         *("text", "messages", "prompt", "completion", "chosen", "rejected"),
         *("response_a", "response_b", "label", "votes", "margin"),
-        *("tools", "images", "image", "chat_template_kwargs"),
+        *("tools", "chat_template_kwargs"),
+        *("images", "image", "audios", "audio", "videos", "video"),
     ]
 )
 _EXPECTED: dict[str, str] = {
@@ -21,7 +22,10 @@ _EXPECTED: dict[str, str] = {
     "preference": "(prompt,) chosen and rejected, or (prompt,) response_a, response_b and label",
     "prompt": "prompt",
 }
-UNSUPPORTED = ("tools", "images", "image", "chat_template_kwargs")
+UNSUPPORTED = (
+    *("images", "image", "audios", "audio", "videos", "video"),
+    "chat_template_kwargs",
+)
 _OTHER_NAMES = {
     **dict.fromkeys(("instruction", "question", "query", "input"), "prompt"),
     **dict.fromkeys(("output", "response", "answer"), "completion"),
@@ -60,7 +64,7 @@ def unused_columns(row: Row, kind: Kind) -> list[str]:
         used = {"prompt", "chosen", "rejected", "margin"}
         if present(row, ("response_a", "response_b")):
             used |= {"response_a", "response_b", "label", "votes"}
-    names = row.values.keys() - used
+    names = row.values.keys() - used - {"tools"}
     return [n for n in names if n not in COLUMNS or row.values[n] not in (None, "")]
 
 

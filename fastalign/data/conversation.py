@@ -1,8 +1,9 @@
 """Conversations of messages `{role, content}`: reading them from rows and checking their order."""
 
+import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fastalign.data.readers.row import DataFault, Row, shorten, show, show_names
@@ -10,23 +11,29 @@ from fastalign.data.readers.row import DataFault, Row, shorten, show, show_names
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # Roles that may follow each role; None is the beginning.
 _NEXT: dict[str | None, tuple[str, ...]] = {
-    None: ("system", "developer", "user"),
-    "system": ("user",),
-    "developer": ("user",),
-    "user": ("assistant",),
+    None: ("system", "developer", "user", "assistant"),
+    "system": ("user", "assistant"),
+    "developer": ("user", "assistant"),
+    "user": ("user", "assistant"),
     "assistant": ("user", "tool"),
     "tool": ("tool", "assistant"),
 }
 # Parts of a message that are not supported, and would be lost if ignored.
 _UNSUPPORTED_KEYS = (
-    *("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking"),
-    *("image", "images", "audio", "audios", "video", "videos", "prefix", "partial"),
+    *("function_call", "image", "images", "audio", "audios", "video", "videos"),
+    *("prefix", "partial"),
 )
+REASONING = "reasoning_content"
+# With other tools' names of it; a template is given the first that it reads.
+REASONING_KEYS = (REASONING, "thinking", "reasoning")
+# Keys that a template is given as they are, and the role that has them.
+_EXTRA_KEYS = {"name": "tool", "tool_call_id": "tool"}
 # Other tools' names of whether a message is learned: OpenAI, Mistral, axolotl, ms-swift, verl.
 _LEARNED_KEYS = ("weight", "train", "training", "trainable", "loss", "loss_mask")
 # Names that other tools may give to a message's share in the loss, such as `train_detail`.
 _LIKE_LEARNED_KEYS = re.compile("train|loss|weight|mask|learn|ignore", re.IGNORECASE)
-_HANDLED_KEYS = {"role", "content", *_UNSUPPORTED_KEYS, *_LEARNED_KEYS}
+_HANDLED_KEYS = {"role", "content", "tool_calls", "tools", *REASONING_KEYS}
+_HANDLED_KEYS |= {*_UNSUPPORTED_KEYS, *_LEARNED_KEYS}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _PRINTED_LIST = re.compile(r"\s*\[\s*\{.*['\"]role['\"]\s*:.*\}\s*\]\s*", re.DOTALL)
 
@@ -39,25 +46,66 @@ class Message:
         role: one of ROLES.
         content: its text.
         learned: False if a key of the message, such as `weight`, keeps it from being trained on.
+        extra: a JSON object of its other keys: `tool_calls`, `reasoning_content`, those of a tool's
+            answer, and, in the first message, the conversation's `tools`.
     """
 
     role: str
     content: str
     learned: bool = field(default=True, compare=False, repr=False)  # repr is fingerprinted
+    extra: str = field(default="", repr=False)
+
+    @property
+    def tools(self) -> Any:
+        """The tools that a conversation's first message holds, or None."""
+        return json.loads(self.extra).get("tools") if self.extra else None
+
+    def without(self, key: str) -> "Message":
+        """Return the message without one of its other keys."""
+        return _with_extra(self, {k: v for k, v in json.loads(self.extra).items() if k != key})
+
+
+def _with_extra(message: Message, keys: dict[str, Any]) -> Message:
+    return replace(message, extra=json.dumps(keys, ensure_ascii=False) if keys else "")
+
+
+def with_tools(turns: tuple[Message, ...], tools: list[Any]) -> tuple[Message, ...]:
+    """Return a conversation whose first message holds its tools."""
+    keys = json.loads(turns[0].extra or "{}") | {"tools": tools}
+    return (_with_extra(turns[0], keys), *turns[1:])
 
 
 def content_as_json(content: str | Sequence[Message]) -> Any:
-    """Return plain text unchanged, and a conversation as a list of {role, content}."""
+    """Return plain text unchanged, and a conversation as a list of {role, content, ...}."""
     if isinstance(content, str):
         return content
-    return [{"role": turn.role, "content": turn.content} for turn in content]
+    return [
+        {"role": turn.role, "content": turn.content} | json.loads(turn.extra or "{}")
+        for turn in content
+    ]
+
+
+def json_as_content(value: Any) -> str | tuple[Message, ...]:
+    """Return what `content_as_json` was given."""
+    if isinstance(value, str):
+        return value
+    found = []
+    for turn in value:
+        others = {key: part for key, part in turn.items() if key not in ("role", "content")}
+        found.append(_with_extra(Message(turn["role"], turn["content"]), others))
+    return tuple(found)
 
 
 def prompt_key(prompt: Any) -> str:
     """Return a prompt as one text; a conversation as its turns with their roles."""
     if isinstance(prompt, str):
         return prompt
-    return "\n".join(f"[{turn['role']}] {turn['content']}" for turn in prompt)
+    lines = []
+    for turn in prompt:
+        others = {key: part for key, part in turn.items() if key not in ("role", "content")}
+        more = f" {json.dumps(others, ensure_ascii=False)}" if others else ""
+        lines.append(f"[{turn['role']}] {turn['content']}{more}")
+    return "\n".join(lines)
 
 
 def check_text(where: str, column: str, value: object, name: str = "") -> str:
@@ -130,7 +178,7 @@ def _message(row: Row, column: str, index: int, item: object) -> Message:
 
     if not isinstance(item, dict):
         raise fault(f"expected an object with role and content, got {show(item)}")
-    if "role" not in item or "content" not in item:
+    if "role" not in item or ("content" not in item and not item.get("tool_calls")):
         hint = " (rename from and value)" if {"from", "value"} <= set(item) else ""
         raise fault(f"expected the keys role and content, got {show_names(item)}{hint}")
     if not isinstance(item["role"], str) or item["role"] not in ROLES:
@@ -142,10 +190,92 @@ def _message(row: Row, column: str, index: int, item: object) -> Message:
         if _LIKE_LEARNED_KEYS.search(key):
             known = ", ".join(_LEARNED_KEYS)
             raise fault(f"{shorten(key)} is not supported; of such keys only {known} are")
-    if isinstance(item["content"], list):
-        raise fault("expected text, got a list of parts (only text is supported)")
-    text = check_text(row.where, column, item["content"], name)
-    return Message(item["role"], text, _learned(item, fault))
+    extra = _extra(item, index, fault)
+    text = _text_of_parts(item.get("content"), fault)
+    # A tool may return nothing, and a call needs no words.
+    may_be_empty = item["role"] == "tool" or "tool_calls" in extra
+    if not may_be_empty or (text is not None and str(text).strip()):
+        check_text(row.where, column, text, name)
+    message = _with_extra(Message(item["role"], text or "", _learned(item, fault)), extra)
+    if _SURROGATE.search(message.extra) or "\\u0000" in message.extra:
+        raise fault("NUL or half a surrogate pair in one of its keys")
+    return message
+
+
+def _text_of_parts(value: Any, fault: Callable[[str], DataFault]) -> Any:
+    """Return a message's content, with the text of a list of parts as lines; other parts fail."""
+    if not isinstance(value, list):
+        return value
+    texts = []
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(part.get("text"), str):
+            got = show(part if kind in (None, "text") else kind)
+            raise fault(f"only parts of type 'text' are supported, got {got}")
+        others = [key for key in part if key not in ("type", "text") and part[key] is not None]
+        if others:
+            raise fault(f"{shorten(others[0])} of a part is not supported")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+def _extra(item: dict[str, Any], index: int, fault: Callable[[str], DataFault]) -> dict[str, Any]:
+    """Return the keys beside role and content that a chat template is given."""
+    found: dict[str, Any] = {}
+    if item.get("tools"):
+        if index != 1 or item["role"] == "assistant":
+            raise fault("tools belong to the first message, which is not the assistant's")
+        found["tools"] = read_tools(item["tools"], fault)
+    reasons = {key: item[key] for key in REASONING_KEYS if item.get(key)}
+    for key, value in reasons.items():
+        if item["role"] != "assistant" or not isinstance(value, str):
+            raise fault(f"{key}: expected a text of the assistant, got {show(value)}")
+    if len(set(reasons.values())) > 1:
+        raise fault(f"{' and '.join(reasons)} differ")
+    if reasons:
+        found[REASONING] = next(iter(reasons.values()))
+    if item.get("tool_calls"):
+        if item["role"] != "assistant" or not isinstance(item["tool_calls"], list):
+            got = show(item["tool_calls"])
+            raise fault(f"tool_calls: expected a list of the assistant's calls, got {got}")
+        found["tool_calls"] = [_tool_call(call, fault) for call in item["tool_calls"]]
+    return found | {
+        key: item[key]
+        for key, role in _EXTRA_KEYS.items()
+        if item.get(key) is not None and item["role"] == role
+    }
+
+
+def _tool_call(call: Any, fault: Callable[[str], DataFault]) -> dict[str, Any]:
+    """Return a call as {"type": "function", "function": {"name", "arguments": {...}}, ...}."""
+    if isinstance(call, dict) and "function" not in call:
+        kept = {key: call[key] for key in ("name", "arguments") if key in call}
+        call = {key: call[key] for key in call if key not in kept} | {"function": kept}
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+        raise fault(f"tool_calls: expected a function with name and arguments, got {show(call)}")
+    arguments = _from_json(function.get("arguments") or {})
+    if not isinstance(arguments, dict):
+        raise fault(f"tool_calls: expected an object as arguments, got {show(arguments)}")
+    return {"type": "function", **call, "function": {**function, "arguments": arguments}}
+
+
+def _from_json(value: Any) -> Any:
+    """Return what a JSON text holds; anything else unchanged."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        return value
+
+
+def read_tools(value: Any, fault: Callable[[str], DataFault]) -> list[Any]:
+    """Return descriptions of tools, given as a list of objects or as the JSON text of one."""
+    tools = _from_json(value)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise fault(f"tools: expected a list of objects, got {show(value)}")
+    return tools
 
 
 def _learned(item: dict[str, object], fault: Callable[[str], DataFault]) -> bool:
@@ -174,6 +304,7 @@ def unknown_keys(value: object) -> list[str]:
         if isinstance(item, dict)
         for key, part in item.items()
         if key not in _HANDLED_KEYS and part is not None
+        if key not in _EXTRA_KEYS or item.get("role") != _EXTRA_KEYS[key]
     ]
 
 
@@ -192,7 +323,7 @@ def check_order(
     """
     previous = before[-1].role if before else None
     for index, message in enumerate(turns, start=1):
-        expected = _NEXT[previous]
+        expected = _NEXT[previous] if index > 1 or not before else ("assistant",)
         if message.role not in expected:
             after = f" after {previous!r}" if previous else " at the beginning"
             names = " or ".join(repr(role) for role in expected)

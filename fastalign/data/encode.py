@@ -55,6 +55,8 @@ class EncodedRows(NamedTuple):
         content: what the source's fingerprint is made of: a SHA-256 of each row, or prompts with
             their tokens as text, separated by commas.
         forms: number of rows of each form.
+        num_split: rows that are several examples.
+        num_examples_of_split: those examples.
         num_crossing: rows in which a token would have crossed from the prompt into a response.
         num_truncated: rows that were truncated.
         num_ties: rows that are ties.
@@ -64,6 +66,8 @@ class EncodedRows(NamedTuple):
     refused: list[tuple[int, Any]]
     content: bytes
     forms: Counter[str]
+    num_split: int = 0
+    num_examples_of_split: int = 0
     num_crossing: int = 0
     num_truncated: int = 0
     num_ties: int = 0
@@ -114,34 +118,40 @@ def encode_rows(
     refused: list[tuple[int, Any]] = []
     digests = []
     num_crossing = num_truncated = 0
+    forms: Counter[str] = Counter()
+    num_split = num_examples_of_split = 0
     for place, (example, found) in enumerate(zip(examples, encoder.rows(examples), strict=True)):
         if isinstance(found, DataFault):
             refused.append((place, (found.where, found.problem, found.column)))
             continue
-        group = fit(found[0], rules)
-        if isinstance(group, int):
-            refused.append((place, group))
-            continue
-        num_crossing += found[1]
-        num_truncated += group is not found[0]
-        compared = isinstance(example, PreferenceExample)
-        mark = (example.tie, example.margin) if compared else (False, None)
-        votes = example.votes if compared else None
-        shares = () if votes is None else (votes.shares(),)
-        digests.append(hashlib.sha256(repr((group, *mark, *shares)).encode()).digest())
-        kept.append(example)
-        groups.append(group)
-        marks.append((*mark, None if votes is None else (votes.a, votes.b, votes.tie)))
+        num_before = len(groups)
+        for whole, crosses in found:
+            group = fit(whole, rules)
+            if isinstance(group, int):
+                refused.append((place, group))
+                continue
+            num_crossing += crosses
+            num_truncated += group is not whole
+            compared = isinstance(example, PreferenceExample)
+            mark = (example.tie, example.margin) if compared else (False, None)
+            votes = example.votes if compared else None
+            shares = () if votes is None else (votes.shares(),)
+            digests.append(hashlib.sha256(repr((group, *mark, *shares)).encode()).digest())
+            kept.append(example)
+            groups.append(group)
+            marks.append((*mark, None if votes is None else (votes.a, votes.b, votes.tie)))
+        num_kept = len(groups) - num_before
+        forms[example.form] += num_kept > 0
+        if len(found) > 1 and num_kept:
+            num_split, num_examples_of_split = num_split + 1, num_examples_of_split + num_kept
     columns = group_columns(groups, list(schema)[:3])
     for number, name in enumerate(("tie", "margin", "votes")):
         columns[name] = pyarrow.array([mark[number] for mark in marks], schema.field(name).type)
     columns["source"] = pyarrow.array([as_bytes(row.source) for row in kept], pyarrow.binary())
     rows = pyarrow.record_batch(columns, schema=schema)
-    forms = Counter(row.form for row in kept)
     num_ties = sum(mark[0] for mark in marks)
-    return EncodedRows(
-        rows, refused, b"".join(digests), forms, num_crossing, num_truncated, num_ties
-    )
+    counts = (num_split, num_examples_of_split, num_crossing, num_truncated, num_ties)
+    return EncodedRows(rows, refused, b"".join(digests), +forms, *counts)
 
 
 def encode_prompts(

@@ -2,10 +2,17 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fastalign.data.columns import UNSUPPORTED, Kind, missing, present
-from fastalign.data.conversation import Message, check_order, content, messages
+from fastalign.data.conversation import (
+    Message,
+    check_order,
+    content,
+    messages,
+    read_tools,
+    with_tools,
+)
 from fastalign.data.readers.row import DataFault, Row, show, show_names
 
 Content = str | tuple[Message, ...]
@@ -84,8 +91,22 @@ def parse(row: Row, kind: Kind) -> Example:
         if row.values.get(name):
             raise DataFault(row.where, "this column is not supported; remove it", name)
     if kind == "sft":
-        return _sft(row)
-    return _preference(row) if kind == "preference" else _prompt(row)
+        return _with_tools(row, _sft(row))
+    return _with_tools(row, _preference(row) if kind == "preference" else _prompt(row))
+
+
+def _with_tools(row: Row, example: Example) -> Example:
+    """Return the example with the tools of the row's column, which its first message holds."""
+    if not row.values.get("tools"):
+        return example
+    tools = read_tools(row.values["tools"], lambda text: DataFault(row.where, text, "tools"))
+    if isinstance(example, SFTExample) and example.prompt is None:
+        whole = example.completion
+        if not isinstance(whole, str):
+            return replace(example, completion=with_tools(whole, tools))
+    elif example.prompt is not None and not isinstance(example.prompt, str):
+        return replace(example, prompt=with_tools(example.prompt, tools))
+    raise DataFault(row.where, "only a conversation can have tools", "tools")
 
 
 def _sft(row: Row) -> SFTExample:

@@ -39,7 +39,7 @@ LENGTH_ADVICE = "raise --data.max-length, or use --data.on-too-long skip or trun
 
 @dataclass(frozen=True)
 class TokenizedDataset:
-    """Rows as token ids; the sequences are parallel.
+    """Examples as token ids, nearly always one of a row; the sequences are parallel.
 
     Attributes:
         groups: prompt and responses of each row: one response for SFT; for preferences chosen and
@@ -204,8 +204,10 @@ def tokenise(
         elif report.num_used and found.content:
             content.update(b", ")
         content.update(found.content)
-        report.num_used += len(found.rows)
+        report.num_used += len(found.rows) - (found.num_examples_of_split - found.num_split)
         report.forms.update(found.forms)
+        report.num_split += found.num_split
+        report.num_examples_of_split += found.num_examples_of_split
         report.num_crossing += found.num_crossing
         report.num_truncated += found.num_truncated
         report.num_ties += found.num_ties

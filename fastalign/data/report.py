@@ -24,6 +24,8 @@ class DataReport:
         source: the source as the caller gave it.
         num_rows: rows read, good and bad.
         num_used: rows that became examples.
+        num_split: used rows of which each answer is an example of its own.
+        num_examples_of_split: those examples.
         faults: bad rows, in the order of the file.
         forms: number of used rows for each set of columns.
         num_ties: used rows that are ties.
@@ -44,6 +46,8 @@ class DataReport:
     source: str
     num_rows: int = 0
     num_used: int = 0
+    num_split: int = 0
+    num_examples_of_split: int = 0
     faults: list[DataFault] = field(default_factory=list)
     forms: Counter[str] = field(default_factory=Counter)
     num_ties: int = 0
@@ -100,8 +104,13 @@ class DataReport:
         return lines + [f"  {line}" for line in self._unused_lines()]
 
     def _unused_lines(self) -> list[str]:
-        """Return a line each about entries of the source that are not read or not used."""
+        """Return a line each about what is not read, not used or not one example."""
         lines = []
+        if self.num_split:
+            lines.append(
+                f"{self.num_split} rows are {self.num_examples_of_split} examples, one of each "
+                "answer: the chat template renders an earlier answer as no sampler gives it"
+            )
         if self.num_masked:
             lines.append(f"{self.num_masked} answers are not learned, by a key of the message")
         if self.unread:

@@ -7,8 +7,10 @@ The rules, which are the same for training, sampling and evaluation:
   the boundary, the response is tokenised alone, and the row is counted.
 - Exactly one BOS, if the tokenizer adds one: a text or a chat template that already begins with it
   gets no second one.
-- A plain response ends in EOS, added if it is missing. A conversation ends as its template renders
-  it; EOS is added only if that has no end-of-turn token. White space after it is left out.
+- A plain response ends in EOS, added if it is missing. An answer of a conversation ends at the
+  first token at which a sampler stops, which is learned; if its template writes none, it is added.
+- A demonstration is one example, or one for each of its answers if its template renders an earlier
+  answer in another way than a sampler gives it (see `template`).
 - Loss masks follow from lengths alone; no id is ever compared with the pad token.
 """
 
@@ -21,7 +23,14 @@ from fastalign.batch.packed import Group
 from fastalign.data.conversation import Message
 from fastalign.data.examples import Content, PreferenceExample, PromptExample, SFTExample
 from fastalign.data.readers.row import DataFault
-from fastalign.data.template import Piece, Template, TemplateError, is_learned, render_responses
+from fastalign.data.template import (
+    Piece,
+    Stops,
+    Template,
+    TemplateError,
+    is_learned,
+    render_examples,
+)
 from fastalign.data.tokenizer import (
     Tokenizer,
     backend_as_it_is,
@@ -29,16 +38,20 @@ from fastalign.data.tokenizer import (
     eos_token_ids,
     is_plain,
     last_word,
+    missing_end,
     place_of_end,
     special_ids,
     splits_at_spaces,
     template_times,
+    texts_of_stops,
 )
 
 # A prefix after which tokens are those of a continuation.
 _BEFORE = "\n"
 
 T = TypeVar("T")
+# A group, and True if a token would have crossed from the prompt into a response.
+Encoded = tuple[Group, bool]
 # The tokenisation of one row: it yields texts, is sent the token ids of each, and returns a result.
 Work = Generator[list[str], list[list[int]], T]
 
@@ -63,8 +76,8 @@ class Encoder:
         added = tokenizer("a")["input_ids"]
         bos = tokenizer.bos_token_id
         self._bos = [int(bos)] if bos is not None and added[:1] == [bos] else []
-        ends = eos_token_ids(tokenizer, tokenizer.name_or_path)
-        self._stops = special_ids(tokenizer).union(ends)
+        self._ends = eos_token_ids(tokenizer, tokenizer.name_or_path)
+        self._special = special_ids(tokenizer).union(self._ends)
 
     @property
     def num_ids(self) -> int:
@@ -78,10 +91,15 @@ class Encoder:
         if backend is None or type(tokenizer).__module__.startswith("transformers_modules"):
             return None
         return (
-            *(type(tokenizer).__qualname__, backend.to_str(), self._bos, sorted(self._stops)),
+            *(type(tokenizer).__qualname__, backend.to_str(), self._bos, sorted(self._special)),
+            self._ends,
             *(str(tokenizer.chat_template), template_times(tokenizer)),
             *(tokenizer.special_tokens_map, getattr(tokenizer, "split_special_tokens", None)),
         )
+
+    def text(self, ids: Sequence[int]) -> str:
+        """Return the text of token ids, special tokens included."""
+        return self._tokenizer.decode(ids)
 
     def _all_ids(self, texts: list[str]) -> list[list[int]]:
         """Return the tokens of each text, without special tokens added."""
@@ -148,39 +166,40 @@ class Encoder:
 
     def rows(
         self, examples: Sequence[SFTExample | PreferenceExample]
-    ) -> list[tuple[Group, bool] | DataFault]:
+    ) -> list[list[Encoded] | DataFault]:
         """Return demonstrations (one response) or comparisons (chosen or a first) as groups.
 
-        The second value is True if a token would have crossed from the prompt into a response. In
-        place of a row there is its fault if the template refuses it, a side has no token, or both
-        sides of a comparison have the same tokens.
+        A demonstration may be several. In place of a row there is its fault if the template refuses
+        it, a side has no token, or both sides of a comparison have the same tokens.
         """
         return self._results(
             [self._sft(row) if isinstance(row, SFTExample) else self._pair(row) for row in examples]
         )
 
-    def row(self, example: SFTExample | PreferenceExample) -> tuple[Group, bool]:
+    def row(self, example: SFTExample | PreferenceExample) -> list[Encoded]:
         """Return one of `rows`; raise its DataFault if it has one."""
         (result,) = self.rows([example])
         if isinstance(result, DataFault):
             raise result
         return result
 
-    def _sft(self, example: SFTExample) -> Work[tuple[Group, bool]]:
+    def _sft(self, example: SFTExample) -> Work[list[Encoded]]:
         prompt, completion = example.prompt, example.completion
         if isinstance(completion, str):
             assert prompt is None or isinstance(prompt, str)
-            return (yield from self._plain(example.source, prompt or "", [completion]))
+            return [(yield from self._plain(example.source, prompt or "", [completion]))]
         if prompt is None:
             prompt = ()
         first = next((i for i, turn in enumerate(completion) if is_learned(turn)), None)
         if first is None:
             raise DataFault(example.source, "no message of the assistant is to be learned")
-        prompt, completion = (*prompt, *completion[:first]), completion[first:]
         assert not isinstance(prompt, str)
+        prompt, completion = (*prompt, *completion[:first]), completion[first:]
+        while not is_learned(completion[-1]):
+            completion = completion[:-1]
         return (yield from self._conversation(example.source, prompt, [completion]))
 
-    def _pair(self, example: PreferenceExample) -> Work[tuple[Group, bool]]:
+    def _pair(self, example: PreferenceExample) -> Work[list[Encoded]]:
         sides: list[Content] = [example.chosen, example.rejected]
         if isinstance(example.prompt, str):
             texts = [str(side) for side in sides]
@@ -190,11 +209,11 @@ class Encoder:
             if not all(is_learned(m) for side in turns for m in side if m.role == "assistant"):
                 problem = "a message that is not to be learned is not supported in a comparison"
                 raise DataFault(example.source, problem)
-            found = self._conversation(example.source, example.prompt, turns)
-            group, crosses = yield from found
+            found = yield from self._conversation(example.source, example.prompt, turns)
+            ((group, crosses),) = found
         if group.response_ids[0] == group.response_ids[1]:
             raise DataFault(example.source, "the two responses have the same tokens")
-        return group, crosses
+        return [(group, crosses)]
 
     def answers(self, source: str, prompt: Content, completions: Sequence[str]) -> Group:
         """Return a prompt with its sampled answers, each ended as a response is in training.
@@ -207,11 +226,20 @@ class Encoder:
         if isinstance(prompt, str):
             return self._result(self._plain(source, prompt, list(completions)))[0]
         turns: list[tuple[Message, ...]] = [(Message("assistant", t),) for t in completions]
-        return self._result(self._conversation(source, prompt, turns))[0]
+        ((group, _),) = self._result(self._conversation(source, prompt, turns))
+        return group
 
     @cached_property
     def _render(self) -> Template:
         return chat_template(self._tokenizer)
+
+    @cached_property
+    def _stops(self) -> Stops:
+        return texts_of_stops(self._tokenizer, self._ends, self._special)
+
+    @cached_property
+    def _missing_end(self) -> int:
+        return missing_end(self._tokenizer, self._ends)
 
     def _with_bos(self, ids: list[int]) -> list[int]:
         return ids if ids[: len(self._bos)] == self._bos else [*self._bos, *ids]
@@ -275,15 +303,20 @@ class Encoder:
 
     def _conversation(
         self, source: str, prompt: tuple[Message, ...], responses: list[tuple[Message, ...]]
-    ) -> Work[tuple[Group, bool]]:
+    ) -> Work[list[Encoded]]:
         try:
-            head_text, rendered = render_responses(self._render, prompt, responses)
+            rendered = render_examples(self._render, prompt, responses, self._stops)
         except TemplateError as error:
             raise DataFault(source, str(error)) from None
-        firsts = [pieces[0][0] for pieces in rendered]
-        head, wholes = yield from self._with_texts(head_text, firsts)
+        found = []
+        for head, sides in rendered:
+            found.append((yield from self._example(source, head, sides)))
+        return found
+
+    def _example(self, source: str, head_text: str, sides: list[list[Piece]]) -> Work[Encoded]:
+        head, wholes = yield from self._with_texts(head_text, [pieces[0][0] for pieces in sides])
         ids, masks, crossings = [], [], []
-        for pieces, whole in zip(rendered, wholes, strict=True):
+        for pieces, whole in zip(sides, wholes, strict=True):
             first, crosses = yield from self._after(head, whole, pieces[0][0])
             later = yield from self._continuations([text for text, _ in pieces[1:]])
             response, mask = self._response([first, *later], pieces)
@@ -298,11 +331,17 @@ class Encoder:
         self, parts: list[list[int]], pieces: list[Piece]
     ) -> tuple[list[int], list[bool]]:
         """Return the tokens and the mask of a response up to its end, from those of its pieces."""
-        ids = [token for part in parts for token in part]
-        mask = [learned for part, (_, learned) in zip(parts, pieces, strict=True) for _ in part]
-        end = place_of_end(self._tokenizer, ids, self._stops)
-        if end >= 0:
-            return ids[: end + 1], mask[: end + 1]
-        last_learned = max(i for i, used in enumerate(mask) if used) if any(mask) else -1
-        # Without an end-of-turn token the model would never learn to stop: add EOS.
-        return [*ids[: last_learned + 1], self.eos_token_id], [*mask[: last_learned + 1], True]
+        ids: list[int] = []
+        mask: list[bool] = []
+        end_follows = False
+        for part, (_, learned) in zip(parts, pieces, strict=True):
+            end = place_of_end(self._tokenizer, part, self._ends, self._special) if learned else -1
+            num_learned = (len(part) if end < 0 else end + 1) if learned else int(end_follows)
+            ids += part
+            mask += [place < num_learned for place in range(len(part))]
+            end_follows = learned and end < 0
+        num_used = 1 + max((place for place, used in enumerate(mask) if used), default=-1)
+        ids, mask = ids[:num_used], mask[:num_used]
+        if end_follows:  # without an end the model would never learn to stop
+            ids, mask = [*ids, self._missing_end], [*mask, True]
+        return ids, mask

@@ -5,15 +5,15 @@ import re
 import signal
 import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import datetime
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from fastalign.data.conversation import Message, content_as_json
-from fastalign.data.template import Template, TemplateError, end_of_answer
+from fastalign.data.conversation import REASONING, REASONING_KEYS, Message, content_as_json
+from fastalign.data.template import Stops, Template, TemplateError, ends_of_answers
 from fastalign.model_files import TOKENIZER, read_object, reading
 
 PAD_TOKEN = "<|fastalign_pad|>"
@@ -21,6 +21,8 @@ PAD_TOKEN = "<|fastalign_pad|>"
 MAX_RENDER_SECONDS = 20.0
 # The time that templates which write a date are given, so that one run renders one date.
 _TEMPLATE_CLOCK: ContextVar[datetime] = ContextVar("template_clock", default=datetime.now())  # noqa: B039
+# A text that a tokenizer of English keeps; see `_check_round_trip`.
+_SENTENCE = "What is 2 and 3? It is 5, of course."
 _FILE_STEMS = ("tokenizer", "vocab", "merges", "spiece", "sentencepiece")
 
 
@@ -89,7 +91,29 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Toke
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     loaded: Tokenizer = tokenizer
+    _check_round_trip(loaded, name)
     return loaded
+
+
+def _check_round_trip(tokenizer: Tokenizer, name: str) -> None:
+    """Check that text survives its tokens, letter case apart.
+
+    transformers 5 builds some tokenizers by the class that their files name and not by their
+    `tokenizer.json`; DeepSeek's then loses every space. A tokenizer of another alphabet, which
+    loses letters too, is left alone.
+
+    Raises:
+        ValueError: if spaces, digits or marks are lost.
+    """
+    ids = tokenizer(_SENTENCE, add_special_tokens=False)["input_ids"]
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    before, after = _SENTENCE.lower(), text.strip().lower()
+    if before != after and list(filter(str.isalpha, before)) == list(filter(str.isalpha, after)):
+        raise ValueError(
+            f"tokenizer {name}: loses characters: {_SENTENCE!r} is decoded as {text!r}; if its "
+            "tokenizer.json is right, name PreTrainedTokenizerFast as tokenizer_class in its "
+            "tokenizer_config.json"
+        )
 
 
 def is_plain(tokenizer: Tokenizer) -> bool:
@@ -316,28 +340,85 @@ def special_ids(tokenizer: Tokenizer) -> set[int]:
     }
 
 
-def place_of_end(tokenizer: Tokenizer, ids: Sequence[int], stops: Collection[int]) -> int:
-    """Return the place of the last of `stops`, if at most white space follows it, or else -1."""
-    last = next((place for place in reversed(range(len(ids))) if ids[place] in stops), -1)
-    after = ids[last + 1 :]
-    return -1 if last >= 0 and after and tokenizer.decode(after).strip() else last
+@lru_cache(maxsize=2**16)
+def _is_white(tokenizer: Tokenizer, token: int) -> bool:
+    """Return whether a token is white space."""
+    return not tokenizer.decode([token]).strip()
+
+
+def place_of_end(
+    tokenizer: Tokenizer, ids: Sequence[int], ends: Collection[int], special: Collection[int]
+) -> int:
+    """Return the place of the token that ends an answer, or -1; see `Stops.end`.
+
+    It is the first of `ends`, or else the last of `special`, of those and the white space with
+    which the answer closes.
+    """
+    first = last = -1
+    hashable: Any = tokenizer
+    for place in reversed(range(len(ids))):
+        if ids[place] in special:
+            last = max(last, place)
+            first = place if ids[place] in ends else first
+        elif not _is_white(hashable, ids[place]):
+            break
+    return last if first < 0 else first
+
+
+def texts_of_stops(tokenizer: Tokenizer, ends: Collection[int], special: Collection[int]) -> Stops:
+    """Return the texts of the tokens that may end an answer."""
+    added = tokenizer.added_tokens_decoder
+    texts = {
+        number: added[number].content if number in added else tokenizer.decode([number])
+        for number in special
+    }
+    return Stops(tuple(texts[number] for number in ends), tuple(texts.values()))
 
 
 @lru_cache(maxsize=4)
 def _template_ends(tokenizer: Tokenizer, template: str, others: frozenset[int]) -> frozenset[int]:
     """Return the special token with which a chat template ends an answer, if it has one.
 
+    Some write more behind the last answer than behind an earlier one: then it is the token that
+    both have (Phi-3's <|end|>), and where they have none, that of the last (gpt-oss's <|return|>).
+
     Answers are cut behind the same token when they are tokenised for training. A template that
     refuses a plain question with its answer has none; it may be there for other rows. `template`
     is the tokenizer's, which it can change; `others` are the end tokens that are known otherwise.
     """
-    try:
-        text = end_of_answer(chat_template(tokenizer))
-    except TemplateError:
+    ends = _ends_of_answers(tokenizer)
+    if ends is None:
         return frozenset()
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    place = place_of_end(tokenizer, ids, special_ids(tokenizer) | others)
-    return frozenset() if place < 0 else frozenset({int(ids[place])})
+    last, earlier = ends
+    common = [one for one, other in zip(last, earlier, strict=False) if one == other]
+    common = common if last[: len(common)] == common else []
+    special = special_ids(tokenizer) | others
+    for ids in (common, last):
+        place = place_of_end(tokenizer, ids, (), special)
+        if place >= 0:
+            return frozenset({int(ids[place])})
+    return frozenset()
+
+
+def _ends_of_answers(tokenizer: Tokenizer) -> tuple[list[int], list[int]] | None:
+    """Return the tokens behind the last answer and behind an earlier one; None: it refuses them."""
+    try:
+        texts = ends_of_answers(chat_template(tokenizer))
+    except TemplateError:
+        return None
+    last, earlier = (tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts)
+    return last, earlier
+
+
+def missing_end(tokenizer: Tokenizer, ends: Collection[int]) -> int:
+    """Return the end token to add to an answer behind which its chat template writes none.
+
+    It is EOS, or the end token with which the template begins the next message (GLM's <|user|>).
+    """
+    found = _ends_of_answers(tokenizer) if tokenizer.chat_template else None
+    begin = [] if found is None else found[1][:1]
+    assert tokenizer.eos_token_id is not None
+    return begin[0] if begin and begin[0] in ends else int(tokenizer.eos_token_id)
 
 
 def chat_template(tokenizer: Tokenizer) -> Template:
@@ -348,27 +429,66 @@ def chat_template(tokenizer: Tokenizer) -> Template:
     Raises:
         ValueError: if the tokenizer has no template.
     """
-    import jinja2
-
     if not tokenizer.chat_template:
         raise ValueError(
             f"the rows are conversations, but the tokenizer {tokenizer.name_or_path or ''} has no "
             "chat template; use one of an instruction model, or rows of plain text"
         )
+    return _ChatTemplate(tokenizer)
 
-    writes_date = "strftime_now" in str(tokenizer.chat_template)
 
-    def render(turns: Sequence[Message], add_generation_prompt: bool) -> str:
+class _ChatTemplate:
+    """A tokenizer's chat template, given messages in the form that it reads."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._source = source = str(tokenizer.chat_template)
+        named = (key for key in REASONING_KEYS if re.search(rf"[.'\"]{key}\b", source))
+        self._reasoning = next(named, None)
+
+    def __call__(self, turns: Sequence[Message], add_generation_prompt: bool) -> str:
+        options: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
         conversation = content_as_json(turns)
-        clock = {"strftime_now": _TEMPLATE_CLOCK.get().strftime} if writes_date else {}
+        if turns and turns[0].tools:
+            options["tools"] = conversation[0].pop("tools")
+        calls = []
+        for turn in conversation:
+            if REASONING in turn:
+                if self._reasoning is None:
+                    raise TemplateError(f"the chat template does not read {REASONING}")
+                turn[self._reasoning] = turn.pop(REASONING)
+            calls += [call["function"] for call in turn.get("tool_calls", [])]
+            if self._reads_parts:
+                turn["content"] = [{"type": "text", "text": turn["content"]}]
+        try:
+            return self._apply(conversation, **options)
+        except TemplateError:
+            # Some templates, such as DeepSeek's, want the arguments of a call as JSON text.
+            for call in calls:
+                call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
+            with suppress(TemplateError):
+                if calls:
+                    return self._apply(conversation, **options)
+            raise
+
+    @cached_property
+    def _reads_parts(self) -> bool:
+        """True if it shows a content that is a list of parts, and not one that is text."""
+        parts = [{"type": "text", "text": "\ue000"}]
+        for content in ("\ue000", parts) if "type" in self._source else ():
+            with suppress(TemplateError):
+                if "\ue000" in self._apply([{"role": "user", "content": content}]):
+                    return content is parts
+        return False
+
+    def _apply(self, conversation: list[dict[str, Any]], **options: Any) -> str:
+        import jinja2
+
+        if "strftime_now" in self._source:
+            options["strftime_now"] = _TEMPLATE_CLOCK.get().strftime
         try:
             with _limited_time(MAX_RENDER_SECONDS):
-                text = tokenizer.apply_chat_template(
-                    conversation,
-                    tokenize=False,
-                    add_generation_prompt=add_generation_prompt,
-                    **clock,
-                )
+                text = self._tokenizer.apply_chat_template(conversation, tokenize=False, **options)
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template refuses the row: {error}"[:400]) from None
         # A template is a program, which can fail in any way: 1/0, recursion, a missing attribute.
@@ -376,8 +496,6 @@ def chat_template(tokenizer: Tokenizer) -> Template:
             reason = f"{type(error).__name__}: {error}"[:300]
             raise TemplateError(f"the chat template fails on the row: {reason}") from None
         return str(text)
-
-    return render
 
 
 def template_times(tokenizer: Tokenizer) -> list[str]:

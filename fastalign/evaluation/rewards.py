@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastalign.batch.packed import Group, PackedBatch
 from fastalign.compute import ON_CPU, Compute, find_device
-from fastalign.data.conversation import Message, content_as_json
+from fastalign.data.conversation import content_as_json, json_as_content
 from fastalign.data.examples import Content
 from fastalign.data.tokenise import Encoder
 from fastalign.data.tokenizer import load_tokenizer
@@ -121,7 +121,7 @@ class ModelReward:
         """
         places: dict[Content, list[int]] = {}
         for place, prompt in enumerate(prompts):
-            places.setdefault(as_content(prompt), []).append(place)
+            places.setdefault(json_as_content(prompt), []).append(place)
         groups = [self._group(prompt, members, completions) for prompt, members in places.items()]
         rewards = response_values(self._batch_scores, groups, self._compute)
         found: dict[int, float] = {}
@@ -150,13 +150,6 @@ class ModelReward:
                     f"has {limit} positions"
                 )
         return group
-
-
-def as_content(prompt: Any) -> Content:
-    """Return text unchanged, and a list of {role, content} as messages."""
-    if isinstance(prompt, str):
-        return prompt
-    return tuple(Message(turn["role"], turn["content"]) for turn in prompt)
 
 
 def load_reward(specification: str, compute: Compute | None = None) -> RewardFunction:

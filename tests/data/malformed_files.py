@@ -125,11 +125,11 @@ TEXT_CASES: dict[str, tuple[str, str | bytes, str]] = {
         turns(("human", "a"), ("gpt", "b")),
         "message 1: expected a role",
     ),
-    "assistant-first": ("bad.jsonl", turns(("assistant", "a")), "message 1: expected role"),
-    "two-users": (
+    "tool-first": ("bad.jsonl", turns(("tool", "a")), "message 1: expected role"),
+    "two-answers": (
         "bad.jsonl",
-        turns(("user", "a"), ("user", "b"), ("assistant", "c")),
-        "message 2",
+        turns(("user", "a"), ("assistant", "b"), ("assistant", "c")),
+        "message 3",
     ),
     "user-last": ("bad.jsonl", turns(("user", "a")), "expected the last message"),
     "null-content": ("bad.jsonl", turns(("user", None), ("assistant", "b")), "message 1:.*null"),
@@ -143,7 +143,7 @@ TEXT_CASES: dict[str, tuple[str, str | bytes, str]] = {
     "tool-calls": (
         "bad.jsonl",
         json.dumps({"messages": [CHAT[0], {**CHAT[1], "tool_calls": [1]}]}) + "\n",
-        "tool_calls is not supported",
+        "tool_calls: expected a function with name and arguments",
     ),
     "images": ("bad.jsonl", GOOD + row(images=["x.png"]), "2: column 'images'.*not supported"),
     "implicit-nothing-common": ("bad.jsonl", '{"chosen": "abc", "rejected": "xyz"}\n', "no common"),

@@ -106,7 +106,7 @@ def test_stored_groups_are_those_that_were_encoded(tmp_path: Path) -> None:
     file, tokenizer = write(tmp_path, TALKS), make_tokenizer(chat_template=CHATML)
     data = load_examples(file, "sft", tokenizer, max_length=99, on_bad_row="skip")
     examples = read_examples(file, "sft", DataReport(""), on_bad_row="skip")
-    groups = [Encoder(tokenizer).row(example)[0] for example in examples]  # type: ignore[arg-type]
+    groups = [Encoder(tokenizer).row(example)[0][0] for example in examples]  # type: ignore[arg-type]
     assert repr(data.groups[:]) == repr(groups)
     assert len(groups) == 2
     assert list(data.groups[0].response_loss_mask[0]) != [True] * data.groups[0].num_tokens

@@ -140,17 +140,19 @@ def test_the_token_with_which_the_template_ends_an_answer_is_an_end_token(
 def test_a_template_without_an_end_still_learns_to_stop(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(chat_template=WITHOUT_END)
     file = write(tmp_path, {"messages": [USER, YES, USER, NO]})
-    (group,) = load_examples(file, "sft", tokenizer, max_length=99).groups
-    assert [*group.prompt_ids, *group.response_ids[0]].count(BOS) == 1
-    assert learned(group)[-1] == EOS
-    assert learned(group).count(EOS) == 1
+    groups = load_examples(file, "sft", tokenizer, max_length=99).groups
+    assert len(groups) == 2  # in one sequence the first answer would not end
+    for group in groups:
+        assert [*group.prompt_ids, *group.response_ids[0]].count(BOS) == 1
+        assert learned(group)[-1] == EOS
+        assert learned(group).count(EOS) == 1
 
 
 def test_every_assistant_turn_is_learned_and_nothing_else(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(adds_bos=False, chat_template=CHATML)
     file = write(tmp_path, {"messages": [USER, YES, {**USER, "content": "maybe"}, NO]})
     (group,) = load_examples(file, "sft", tokenizer, max_length=99).groups
-    assert tokenizer.decode(learned(group)) == "yes<|im_end|>\nno<|im_end|>"
+    assert tokenizer.decode(learned(group)) == "yes<|im_end|>no<|im_end|>"
     rendered = tokenizer.apply_chat_template(
         [USER, YES, {**USER, "content": "maybe"}, NO], tokenize=False
     )
@@ -158,12 +160,12 @@ def test_every_assistant_turn_is_learned_and_nothing_else(tmp_path: Path) -> Non
     assert whole == rendered.rstrip()
 
 
-def test_a_template_that_opens_a_think_block_is_cut_before_the_answer(tmp_path: Path) -> None:
+def test_an_answer_closes_the_think_block_that_its_prompt_opens(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(adds_bos=False, chat_template=THINKING)
     file = write(tmp_path, {"prompt": [USER], "chosen": [YES], "rejected": [NO]})
     (group,) = load_examples(file, "preference", tokenizer, max_length=99).groups
-    assert tokenizer.decode(group.prompt_ids).endswith("<|im_start|>assistant\n")
-    assert tokenizer.decode(learned(group)) == "yes<|im_end|>"
+    assert tokenizer.decode(group.prompt_ids).endswith("<|im_start|>assistant\n<think>\n")
+    assert tokenizer.decode(learned(group)) == "\n</think>\n\nyes<|im_end|>"
 
 
 def test_a_tokenizer_that_a_test_changed_is_no_other_tests_tokenizer() -> None:
@@ -247,11 +249,15 @@ def test_a_key_of_a_message_keeps_it_from_being_learned(
     tokenizer = make_tokenizer(chat_template=template)
     rows = [{"messages": [USER, {**BAD, **mark}, *LATER]} for mark in ({}, key)]
     data = load_examples(write(tmp_path, *rows), "sft", tokenizer, max_length=99)
-    both, one = data.groups
-    assert "no" in tokenizer.decode(learned(both))
-    assert tokenizer.decode(learned(one)).replace("</think>", "") == "yes<|im_end|>"
-    assert [*both.prompt_ids, *both.response_ids[0]] == [*one.prompt_ids, *one.response_ids[0]]
-    (line,) = data.report.log_lines()
+    *both, one = data.groups
+    assert len(both) == (2 if template == THINKING else 1)
+    assert "no" in tokenizer.decode(learned(both[0]))
+    assert tokenizer.decode(learned(one)).rpartition("\n")[2] == "yes<|im_end|>"
+    assert [*both[-1].prompt_ids, *both[-1].response_ids[0]] == [
+        *one.prompt_ids,
+        *one.response_ids[0],
+    ]
+    line = data.report.log_lines()[-1]
     assert line.endswith("1 answers are not learned, by a key of the message")
     last = {"messages": [USER, YES, LATER[0], {**BAD, **key}]}
     (group,) = load_examples(write(tmp_path, last), "sft", tokenizer, max_length=99).groups
@@ -264,7 +270,7 @@ def test_a_key_of_a_message_keeps_it_from_being_learned(
     [
         ({**BAD, "weight": 0.5}, "message 2: weight: expected 0, 1, true or false, got"),
         ({**BAD, "weight": 0, "train": True}, "weight and train contradict"),
-        ({**BAD, "reasoning": "so"}, "reasoning is not supported"),
+        ({**BAD, "reasoning": "so"}, "the chat template does not read reasoning_content"),
         ({**BAD, "prefix": True}, "prefix is not supported"),
         ({**BAD, "train_detail": [1]}, "'train_detail' is not supported; of such keys only weight"),
         ({**BAD, "weight": 0}, "no message of the assistant is to be learned"),

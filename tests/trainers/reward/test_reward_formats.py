@@ -115,7 +115,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "margin": ({**GOOD, "margin": "big"}, "column 'margin': expected a number, got 'big'"),
     "roles": (
         {"prompt": [answer("a")], "chosen": [answer("b")], "rejected": [answer("c")]},
-        "column 'prompt': message 1: expected role",
+        "column 'prompt': expected the last message",
     ),
     "half-a-chat": ({"prompt": "a", "chosen": [answer("b")], "rejected": " c"}, "'rejected'"),
     "other-prompts": (
