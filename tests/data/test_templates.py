@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from fastalign.cli.main import main
+from fastalign.data.conversation import content_as_json, json_as_content
 from fastalign.data.examples import parse
 from fastalign.data.load import load_examples, load_prompts
 from fastalign.data.readers.row import DataFault, Row
@@ -191,8 +192,9 @@ def test_reasoning_is_learned_where_the_template_shows_it() -> None:
             with pytest.raises(DataFault, match=r"rows\.jsonl:1: .*not read reasoning_content"):
                 groups_of(name, [USER, thought])
     # Its prompt closes the block in which the model would think.
-    with pytest.raises(DataFault, match="renders the prompt differently before an answer"):
-        groups_of("qwen3_5_nothink", [USER, {**FOUR, "reasoning_content": "two and two"}])
+    for thought in ({"reasoning_content": "so"}, {"content": "<think>\nso\n</think>\n\nIt is 4."}):
+        with pytest.raises(DataFault, match="renders the prompt differently before an answer"):
+            groups_of("qwen3_5_nothink", [USER, {**FOUR, **thought}])
 
 
 @needs_trl
@@ -207,6 +209,15 @@ def test_reasoning_within_an_answer_is_not_lost() -> None:
         found = answers_of(groups_of(name, [USER, thought, NEXT, thought]))
         assert [tokenizer.decode(learned) for _, learned in found] == [form, form]
         assert [tokenizer.decode(before).count("so\n") for before, _ in found] == [0, 0]
+
+
+def test_an_answer_that_its_template_cuts_is_learned_whole() -> None:
+    # As R1's first template: the prompt opens no block, and the answer loses its reasoning.
+    cut = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+    row = Row("r", {"messages": [USER, {**FOUR, "content": "<think>so</think>4"}]}, textual=False)
+    tokenizer = with_template(cut)
+    ((group, _),) = Encoder(tokenizer).row(parse(row, "sft"))  # type: ignore[arg-type]
+    assert tokenizer.decode(group.response_ids[0]) == "<think>so</think>4<|im_end|>"
 
 
 CITY = {"type": "object", "properties": {"city": {"type": "string", "description": "where"}}}
@@ -308,10 +319,17 @@ def test_a_comparison_of_several_answers_needs_a_template_that_keeps_them(tmp_pa
 def test_prompts_keep_their_tools(tmp_path: Path) -> None:
     source = "{% for t in tools or [] %}{{ t.function.name }}\n{% endfor %}" + CHATML
     file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps({"prompt": [USER], "tools": TOOLS}) + "\n")
-    tokenizer = with_template(source)
-    data = load_prompts(file, tokenizer, max_length=99)
-    assert tokenizer.decode(data.prompt_ids[0]).startswith("weather\n<|im_start|>")
+    file.write_text(json.dumps({"prompt": [USER, CALL, RESULT], "tools": TOOLS}) + "\n")
+    tokenizer = with_template(source + "{{ messages | tojson }}")
+    data = load_prompts(file, tokenizer, max_length=999)
+    text = tokenizer.decode(data.prompt_ids[0])
+    assert text.startswith("weather\n<|im_start|>")
+    assert '"arguments": {"city": "Oslo"}' in text
+    # Samples have the prompt as JSON, and are read again.
+    written = content_as_json(data.prompts[0])
+    assert json_as_content(written) == data.prompts[0]
+    file.write_text(json.dumps({"prompt": written}) + "\n")
+    assert load_prompts(file, tokenizer, max_length=999).prompt_ids[0] == data.prompt_ids[0]
 
 
 def test_data_check_shows_what_a_row_becomes(
