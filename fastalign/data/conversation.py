@@ -196,10 +196,7 @@ def _message(row: Row, column: str, index: int, item: object) -> Message:
     may_be_empty = item["role"] == "tool" or "tool_calls" in extra
     if not may_be_empty or (text is not None and str(text).strip()):
         check_text(row.where, column, text, name)
-    message = _with_extra(Message(item["role"], text or "", _learned(item, fault)), extra)
-    if _SURROGATE.search(message.extra) or "\\u0000" in message.extra:
-        raise fault("NUL or half a surrogate pair in one of its keys")
-    return message
+    return _with_extra(Message(item["role"], text or "", _learned(item, fault)), extra)
 
 
 def _text_of_parts(value: Any, fault: Callable[[str], DataFault]) -> Any:
@@ -239,11 +236,12 @@ def _extra(item: dict[str, Any], index: int, fault: Callable[[str], DataFault]) 
             got = show(item["tool_calls"])
             raise fault(f"tool_calls: expected a list of the assistant's calls, got {got}")
         found["tool_calls"] = [_tool_call(call, fault) for call in item["tool_calls"]]
-    return found | {
-        key: item[key]
-        for key, role in _EXTRA_KEYS.items()
-        if item.get(key) is not None and item["role"] == role
-    }
+    for key, role in _EXTRA_KEYS.items():
+        if item.get(key) is not None and item["role"] == role:
+            if not isinstance(item[key], str):
+                raise fault(f"{key}: expected text, got {show(item[key])}")
+            found[key] = item[key]
+    return dict(_as_json(found, ", ".join(found), fault))
 
 
 def _tool_call(call: Any, fault: Callable[[str], DataFault]) -> dict[str, Any]:
@@ -266,8 +264,19 @@ def _from_json(value: Any) -> Any:
         return value
     try:
         return json.loads(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return value
+
+
+def _as_json(value: Any, key: str, fault: Callable[[str], DataFault]) -> Any:
+    """Return a value that is JSON of valid text; Parquet's may hold dates or bytes."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise fault(f"{key}: expected what JSON can hold: {error}"[:300]) from None
+    if _SURROGATE.search(text) or "\\u0000" in text:
+        raise fault(f"{key}: NUL or half a surrogate pair")
+    return value
 
 
 def read_tools(value: Any, fault: Callable[[str], DataFault]) -> list[Any]:
@@ -275,7 +284,7 @@ def read_tools(value: Any, fault: Callable[[str], DataFault]) -> list[Any]:
     tools = _from_json(value)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise fault(f"tools: expected a list of objects, got {show(value)}")
-    return tools
+    return list(_as_json(tools, "tools", fault))
 
 
 def _learned(item: dict[str, object], fault: Callable[[str], DataFault]) -> bool:

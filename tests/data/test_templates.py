@@ -275,6 +275,9 @@ def test_calls_and_descriptions_of_tools_are_as_the_template_writes_them(
         ("qwen3_5_think", [FOUR, NEXT, SIX], {}, "No user query found"),
         ("qwen2_5", [USER, {**FOUR, "tool_calls": [{"id": 1}]}], {}, "message 2: tool_calls: exp"),
         ("qwen2_5", [USER, {**FOUR, "reasoning": "a", "thinking": "b"}], {}, "differ"),
+        ("qwen2_5", [USER, FOUR], {"tools": [{"x": b"y"}]}, "tools: expected what JSON can hold"),
+        ("qwen2_5", [USER, FOUR], {"tools": [{"x": "\ud800"}]}, "tools: NUL or half a surrogate"),
+        ("qwen2_5", [USER, {**FOUR, "thinking": "a\0"}], {}, "message 2: reasoning_content: NUL"),
         ("qwen2_5", [USER, FOUR], {"tools": "no"}, "'tools': tools: expected a list of objects"),
         ("qwen2_5", [USER, FOUR], {"audio": "a.wav"}, "'audio': this column is not supported"),
         (
