@@ -4,3 +4,4 @@ from typing import Literal
 
 AttentionChoice = Literal["auto", "sdpa", "flash_attn", "varlen", "flex"]
 Packing = Literal["shared_prefix", "packed", "padded"]
+PackingChoice = Literal["auto", "shared_prefix", "packed", "padded"]

@@ -10,9 +10,11 @@ from transformers import (
 )
 
 from fastalign.models import attention
+from fastalign.models.exactness import Verdict
 from fastalign.models.load import as_used
 from fastalign.models.lora import add_adapter
 
+AS_PACKED = Verdict("", "", 0.0, 0.0, 2, 2, (), skips=True, decodes=True, left_padding=True)
 SHARED = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -76,7 +78,7 @@ def tiny_model(
     )
     for parameter in model.parameters():  # norms and biases too, so that every gradient matters
         parameter.data.add_(0.1 * torch.randn_like(parameter))
-    return as_used(model)
+    return as_used(model, AS_PACKED)
 
 
 def tiny_reward_model(architecture: str, **options: Any) -> Any:

@@ -107,10 +107,38 @@ def attention_lines(device: torch.device) -> Iterator[str]:
         yield f"  {name:<10} {'usable' if reason is None else 'not usable: ' + reason}"
 
 
+def model_lines(path: str, *, trust_remote_code: bool) -> Iterator[str]:
+    """Yield what a model can do, as causal and as reward model: measured on a small copy."""
+    from fastalign.models.exactness import verdict  # transformers takes seconds to import
+    from fastalign.models.load import read_config
+    from fastalign.models.lora_files import adapter_base
+
+    config = read_config(adapter_base(path) or path, trust_remote_code=trust_remote_code)
+    yield f"{path}: model type {config.model_type!r}"
+    for reward in (False, True):
+        found = verdict(config, reward=reward, trust_remote_code=trust_remote_code)
+        name = "reward model" if reward else "causal model"
+        yield f"{name}  {found.kind}: " + {
+            "packed": "packed rows and padded rectangles equal one sequence at a time",
+            "padded": f"padded rectangles equal one sequence at a time; packed: {found.packed}",
+            "refused": found.padded,
+        }[found.kind]
+        if found.kind != "refused":
+            yield (
+                f"    largest difference {found.difference:.1e} nats, of a gradient "
+                f"{found.gradient:.1e} of its largest entry; calls of attention that used a packed "
+                f"row's plan: {found.attends} in {found.layers} layers"
+            )
+
+
 def main(config: DoctorConfig) -> int:
     """Run the command; return 0."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: cuda was asked for, but torch sees no GPU here")
+    if config.model is not None:
+        for line in model_lines(config.model, trust_remote_code=config.trust_remote_code):
+            print(line)
+        return 0
     print("\n".join(environment_lines()))
     devices = ["cpu", "cuda"] if config.device == "all" else [config.device]
     for device_type in devices:

@@ -1,9 +1,11 @@
 """Settings of the commands that load models, apart from their code: `--help` loads no torch."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from fastalign.choices import Packing
+import tyro
+
+from fastalign.choices import Packing, PackingChoice
 from fastalign.cli.algorithms import ALGORITHMS
 from fastalign.evaluation.judge.chat_endpoint import EndpointConfig
 from fastalign.rollouts.engines.options import SamplerName, VllmOptions, check_sampler
@@ -198,8 +200,9 @@ class EvalConfig(SamplingConfig):
     best_of_reward: str | None = None
     """Reward that chooses the best answer; by default `reward` itself."""
     loss: EvalLoss = field(default_factory=EvalLoss)
-    packing: Packing = "shared_prefix"
-    """Packing of the log-prob computation; padded for architectures that cannot be packed."""
+    packing: PackingChoice = "auto"
+    """Packing of the log-prob computation; auto is shared_prefix where that is exact, else
+    padded."""
 
 
 @dataclass(frozen=True)
@@ -286,3 +289,7 @@ class DoctorConfig:
 
     device: Literal["all", "cpu", "cuda"] = "all"
     """Devices to examine; all is the CPU, and a GPU if there is one."""
+    model: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = None
+    """Folder or hub name of a model: print what a small copy of it shows, and nothing else."""
+    trust_remote_code: bool = False
+    """Run the Python code that comes with the model."""

@@ -26,7 +26,12 @@ from fastalign.ranks.world import World
 from fastalign.runs import accumulate as evaluate
 from fastalign.runs.accumulate import Examples, measure_examples
 from fastalign.runs.config import SFTConfig, TrainingConfig
-from fastalign.runs.inputs import check_sharing, checkpoint_activations, load_sets
+from fastalign.runs.inputs import (
+    check_sharing,
+    checkpoint_activations,
+    load_sets,
+    packing_of_run,
+)
 from fastalign.runs.loop import examples_per_step, indices_of_run, total_steps
 from fastalign.runs.open import make_compute
 from fastalign.trainers.dpo import reference
@@ -94,7 +99,7 @@ def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
         ValueError: if the run itself would refuse the model or the data.
         FileNotFoundError: if a file does not exist.
     """
-    compute = make_compute(config.train)
+    compute = replace(make_compute(config.train), packing=packing_of_run(config))
     if ranks is not None:
         check_sharing(config)
         compute = replace(compute, world=World(size=ranks), parallel=config.parallel)

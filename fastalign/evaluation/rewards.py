@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from fastalign.batch.packed import Group, PackedBatch
-from fastalign.compute import ON_CPU, Compute, find_device
+from fastalign.compute import Compute, find_device
 from fastalign.data.conversation import content_as_json, json_as_content
 from fastalign.data.examples import Content
 from fastalign.data.tokenise import Encoder
 from fastalign.data.tokenizer import load_tokenizer
 from fastalign.models.forward import response_values
-from fastalign.models.load import load_reward_model, model_without_weights
+from fastalign.models.load import choose_packing, load_reward_model, model_without_weights
 from fastalign.models.reward import RewardScale, response_reward, reward_scale
 from fastalign.ranks.errors import UserCodeFailed
 from fastalign.ranks.parallel import enter, load_on_first, share_by_fsdp
@@ -98,13 +98,17 @@ class ModelReward:
         self._encoder = Encoder(self._tokenizer)
         asked = compute or Compute(find_device("auto"))
         device = asked.device
-        self._compute = Compute(device, world=asked.world, parallel=asked.parallel)
+        packing = choose_packing(
+            "auto", [str(path)], trust_remote_code=trust_remote_code, world=asked.world
+        )
+        self._compute = Compute(device, packing=packing, world=asked.world, parallel=asked.parallel)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
         if asked.parallel.strategy == "fsdp":
+            host = Compute(packing=packing)
             self._model = load_on_first(
                 asked.world,
-                lambda: load_reward_model(path, ON_CPU, fresh_head=False, **options),
+                lambda: load_reward_model(path, host, fresh_head=False, **options),
                 lambda: model_without_weights(path, self._compute, reward=True, **options),
             )
             self._model.requires_grad_(False)

@@ -1,65 +1,60 @@
-"""Architectures: which of them can be packed exactly, and what is reset before they are used."""
+"""Architectures: what is read of a configuration, and what is reset before a model is used."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
-# Tested: packed log-probs and every gradient equal those of one sequence at a time.
-PACKABLE = (
-    *("llama", "qwen2", "qwen3", "mistral"),
-    *("gemma", "gemma2", "gemma3_text", "gpt2", "gpt_neox"),
-)
-# Rotary frequencies that depend on the longest sequence in the batch.
-BATCH_DEPENDENT_ROPE = ("dynamic", "longrope")
+
+class RopeLimit(NamedTuple):
+    """The range of a rotary embedding whose frequencies depend on a batch's longest sequence.
+
+    Attributes:
+        kind: transformers' `rope_type`.
+        tokens: most tokens of a sequence for which the frequencies are those of the short range.
+        has_long: True if all longer sequences have the same frequencies too.
+    """
+
+    kind: str
+    tokens: int
+    has_long: bool
 
 
-def packing_fault(config: Any) -> str | None:
-    """Return why an architecture is not known to be exact packed; None if it is."""
-    if config.model_type not in PACKABLE:
-        return (
-            f"model type {config.model_type!r} cannot be packed: known to be exact are "
-            f"{', '.join(PACKABLE)}"
-        )
-    rope = getattr(config, "rope_parameters", None) or {}
-    for parameters in [rope, *[value for value in rope.values() if isinstance(value, dict)]]:
-        if parameters.get("rope_type") in BATCH_DEPENDENT_ROPE:
-            return (
-                f"model type {config.model_type!r} with rope_type {parameters['rope_type']!r} "
-                "cannot be packed: its frequencies depend on the longest sequence of a batch"
-            )
-    if getattr(config, "reorder_and_upcast_attn", False):
-        return f"reorder_and_upcast_attn of {config.model_type!r} cannot be packed"
+def rope_limit(config: Any) -> RopeLimit | None:
+    """Return the limit of a model's rotary embedding, or None if its frequencies are fixed."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    for values in [rope, *[value for value in rope.values() if isinstance(value, dict)]]:
+        kind = values.get("rope_type", "")
+        if kind == "longrope":
+            return RopeLimit(kind, values["original_max_position_embeddings"], True)
+        if "dynamic" in kind:
+            return RopeLimit(kind, text.max_position_embeddings, False)
     return None
 
 
-def check_packable(config: Any) -> None:
-    """Raise ValueError, with the remedy, unless an architecture is known to be exact packed."""
-    fault = packing_fault(config)
-    if fault is not None:
-        raise ValueError(f"{fault}; use packing: padded (--train.packing, in eval --packing)")
+def backbone(model: Any) -> Any:
+    """Return the model without its head: what gives the hidden states after the final norm."""
+    body = model.base_model
+    return model.model if body is model else body  # Llama 4's prefix is that of another class
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0, so that policy and reference are the same function."""
+    """Set every dropout, layer drop and jitter to 0, so that policy and reference are the same."""
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
+        for name, value in vars(module).items():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
 
 
-def is_reward_model(config: Any) -> bool:
+def is_reward_model(config: Any, path: Any = "") -> bool:
     """Return True for a reward model's configuration, False for a causal model's.
 
     Raises:
-        ValueError: if it is neither: another architecture, or a head with several labels.
+        ValueError: if it is a classifier of another kind, or has several labels.
     """
     (name,) = (config.architectures or [config.model_type])[:1]
-    if config.model_type not in PACKABLE:
-        raise ValueError(
-            f"model.path: expected a reward model or a causal model of type "
-            f"{', '.join(PACKABLE)}, got {name} of type {config.model_type!r}"
-        )
     if not name.endswith("Classification"):
         return False
     if not name.endswith("ForSequenceClassification") or config.num_labels != 1:

@@ -9,11 +9,38 @@ from torch import Tensor
 from fastalign.batch.packed import Group, PackedBatch
 from fastalign.batch.schedule import packed_batches, packed_lengths
 from fastalign.compute import Compute
+from fastalign.models.architecture import backbone, rope_limit
 from fastalign.models.attention.plan import AttentionPlan, RowPlan
 from fastalign.models.head import lm_head
 from fastalign.ops import LinearHead, linear_logprob
 from fastalign.ops.segments import segment_sum
 from fastalign.ranks.parallel import enter
+
+
+# Nats that rounding may move one token's log-prob by; those of a sequence are independent. About
+# three times what was seen between packings in bfloat16; far above it in float32, where devices
+# differ more than packings, and nothing that is wrong hides below it.
+ROUNDING = {torch.float32: 2e-3, torch.bfloat16: 0.25}
+
+
+def check_same_start(
+    policy: Tensor, reference: Tensor, num_tokens: Sequence[int], compute: Compute
+) -> None:
+    """Compare sequences' log-probs (S,) of a policy before its first step, which is its reference.
+
+    Raises:
+        ValueError: if one differs by more than rounding of its `num_tokens` explains.
+    """
+    allowed = ROUNDING[compute.dtype] * torch.tensor(num_tokens).clamp(min=1).sqrt()
+    excess = (policy - reference).abs() - allowed
+    if bool((excess > 0).any()):  # what is not finite is found elsewhere
+        worst = int(excess.nan_to_num().argmax())
+        raise ValueError(
+            "model.path: before the first step the policy is the reference, but the log-prob of a "
+            f"sequence is {policy[worst]:.6g} under the one and {reference[worst]:.6g} under the "
+            f"other (rounding explains {allowed[worst]:.2g}): the model computes with something "
+            "random, such as dropout of a kind that cannot be switched off"
+        )
 
 
 def hidden_at(
@@ -38,6 +65,7 @@ def hidden_at(
     Returns:
         (K, D), in the dtype of the model's products.
     """
+    check_rope_range(model, batch)
     with compute.autocast():
         if compute.packing == "padded":
             hidden, place = padded_hidden(model, batch)
@@ -53,9 +81,32 @@ def hidden_and_head(
     return hidden_at(model, batch, batch.predict_index, compute, plan), lm_head(model)
 
 
+def check_rope_range(model: Any, batch: PackedBatch) -> None:
+    """Raise ValueError if a batch's sequences need frequencies that one forward cannot have."""
+    limit = rope_limit(model.config)
+    if limit is None:
+        return
+    layout = batch.layout
+    prompts = [last - first for first, last in layout.prompt_bounds]
+    lengths = [
+        prompts[prompt] + stop - start
+        for (start, stop), prompt in zip(
+            layout.response_bounds, layout.response_prompt, strict=True
+        )
+    ]
+    if max(lengths) > limit.tokens and (not limit.has_long or min(lengths) <= limit.tokens):
+        raise ValueError(
+            f"sequences of {min(lengths)} to {max(lengths)} tokens cannot share a batch: under "
+            f"rope_type {limit.kind!r} the frequencies depend on the longest beyond "
+            f"{limit.tokens} tokens; expected at most {limit.tokens} tokens (--data.max-length)"
+        )
+
+
 def row_hidden(model: Any, batch: PackedBatch, plan: AttentionPlan) -> Tensor:
     """Return the hidden states (T, D) of the packed row under shared-prefix attention."""
-    output = _run_row(model.base_model, batch.input_ids, batch.position_ids, plan)
+    before = plan.num_attended
+    output = _run_row(backbone(model), batch.input_ids, batch.position_ids, plan)
+    assert plan.num_attended > before or plan.is_trial, "a model whose layers drop it is refused"
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
 
@@ -114,7 +165,7 @@ def padded_hidden(model: Any, batch: PackedBatch) -> tuple[Tensor, Tensor]:
     lengths = moved([len(sequence) for sequence in sequences])
     mask = torch.arange(longest, device=device) < lengths[:, None]
     input_ids = batch.input_ids[moved(index)] * mask
-    output = model.base_model(
+    output = backbone(model)(
         input_ids=input_ids, attention_mask=mask.to(torch.int64), use_cache=False
     )
     hidden: Tensor = output.last_hidden_state

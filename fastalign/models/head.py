@@ -4,10 +4,12 @@ from typing import Any
 
 import torch
 
+from fastalign.models.architecture import backbone
 from fastalign.models.lora import layer_adapter
 from fastalign.ops import LinearHead
 
 # Names of the factor of the logits in configurations, and whether it divides them.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 LOGIT_SCALES = {"logit_scale": False, "lm_head_multiplier": False, "logits_scaling": True}
 
 
@@ -20,15 +22,15 @@ def lm_head(model: Any) -> LinearHead:
     embeddings = model.get_output_embeddings()
     if embeddings is None:
         raise ValueError(f"{type(model).__name__} has no language-model head")
-    scale = 1.0
+    config, scale = model.config.get_text_config(), 1.0
     for name, divides in LOGIT_SCALES.items():
-        value = getattr(model.config, name, None)
+        value = getattr(config, name, None)
         if value is not None:
             scale = scale / value if divides else scale * value
     return LinearHead(
         weight=embeddings.weight,
         bias=getattr(embeddings, "bias", None),
-        softcap=getattr(model.config, "final_logit_softcapping", None),
+        softcap=next((c for name in SOFTCAPS if (c := getattr(config, name, None))), None),
         logit_scale=float(scale),
         lora=layer_adapter(embeddings),
     )
@@ -44,7 +46,7 @@ def check_head(model: Any) -> None:
     """
     input_ids, hidden = torch.tensor([[0, 1]], device=model.device), []
     # both of one forward, so that dropout changes nothing
-    with model.base_model.register_forward_hook(
+    with backbone(model).register_forward_hook(
         lambda _, __, output: hidden.append(output.last_hidden_state)
     ):
         theirs = model(input_ids, use_cache=False).logits.float()

@@ -7,18 +7,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from fastalign.models.architecture import backbone
 from fastalign.ranks.parallel import decoder_layers
 
 
-def skip_unread_tokens(model: Any) -> None:
+def skip_unread_tokens(model: Any) -> list[RemovableHandle]:
     """Make the last layer's MLP compute only the tokens whose hidden states are read.
 
     Those are in the `read_index` of the plan that the layer is given. The other tokens, a prompt's
     but the last, end with their keys and values in this layer; the MLP's output for them is 0.
-    Compiled layers compute all tokens.
+    Compiled layers compute all tokens. Whether this is exact, a model's verdict says.
+
+    Returns:
+        Handles that remove it; none if the last layer has no part of the name `mlp`.
     """
-    last: Any = decoder_layers(model, "model.path")[-1]
+    try:
+        last: Any = decoder_layers(model, "model.path")[-1]
+    except ValueError:
+        return []
+    if not isinstance(getattr(last, "mlp", None), nn.Module):
+        return []
     index: Tensor | None = None
     shape = torch.Size()
 
@@ -37,9 +47,11 @@ def skip_unread_tokens(model: Any) -> None:
     def after(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
         return None if index is None else output.new_zeros(shape).index_copy(1, index, output)
 
-    last.register_forward_pre_hook(of_layer, with_kwargs=True)
-    last.mlp.register_forward_pre_hook(before)
-    last.mlp.register_forward_hook(after)
+    return [
+        last.register_forward_pre_hook(of_layer, with_kwargs=True),
+        last.mlp.register_forward_pre_hook(before),
+        last.mlp.register_forward_hook(after),
+    ]
 
 
 def compile_layers(model: Any, *, backend: str = "inductor") -> None:
@@ -87,5 +99,5 @@ def offload_layers(model: Any, device: torch.device) -> None:
         for parameter in model.parameters():
             parameter.data = parameter.data.pin_memory()
     layers = sorted(model._no_split_modules or [])
-    offload(model.base_model, device, preload_module_classes=layers)
+    offload(backbone(model), device, preload_module_classes=layers)
     model.get_output_embeddings().to(device)

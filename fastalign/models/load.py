@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from fastalign.choices import Packing, PackingChoice
 from fastalign.compute import ON_CPU, Compute
 from fastalign.model_files import (
     CONFIGURATIONS,
@@ -24,7 +25,8 @@ from fastalign.model_files import (
     reading,
 )
 from fastalign.models import attention
-from fastalign.models.architecture import PACKABLE, check_packable, disable_dropout, is_reward_model
+from fastalign.models.architecture import disable_dropout, is_reward_model
+from fastalign.models.exactness import Verdict, check_exact, known_verdicts, verdict
 from fastalign.models.head import check_head
 from fastalign.models.layers import skip_unread_tokens
 from fastalign.models.lora import base_state, merge_adapter
@@ -32,6 +34,7 @@ from fastalign.models.lora_files import CONFIG_FILE, adapter_base, open_adapter
 from fastalign.models.low_bit import keep_differentiable, nf4_options
 from fastalign.ops.float32_products import use_fastest_products
 from fastalign.ranks.whole_weights import whole, whole_state
+from fastalign.ranks.world import ALONE, World
 
 SCORE_WEIGHT = "score.weight"
 # A language model's head, which a reward model does without.
@@ -99,21 +102,53 @@ def check_finite(model: nn.Module, path: str | Path) -> None:
 
 
 def model_options(
-    config: Any, compute: Compute, dtype: torch.dtype, trust_remote_code: bool
-) -> dict[str, Any]:
-    """Return the options that `from_pretrained` and `from_config` share.
+    config: Any, compute: Compute, dtype: torch.dtype, trust_remote_code: bool, *, reward: bool
+) -> tuple[dict[str, Any], Verdict]:
+    """Return the options that `from_pretrained` and `from_config` share, and the verdict.
 
     Raises:
-        ValueError: if the architecture cannot be packed as `compute` wants, or its attention
-            cannot run.
+        ValueError: if batches as `compute` wants them are not exact, or the attention cannot run.
     """
     attention.register()
-    if compute.packing != "padded":
-        check_packable(config)
+    found = check_exact(config, compute.packing, reward=reward, trust_remote_code=trust_remote_code)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    if config.model_type in PACKABLE:
-        options["attn_implementation"] = attention.implementation_for(config, compute, dtype)
-    return options
+    if found.kind == "packed":
+        options["attn_implementation"] = attention.implementation_for(
+            config, compute, dtype, found.needs
+        )
+    return options, found
+
+
+def choose_packing(
+    choice: PackingChoice,
+    paths: Iterable[str],
+    *,
+    trust_remote_code: bool = False,
+    world: World = ALONE,
+) -> Packing:
+    """Return the packing that `choice` stands for: `auto` takes padded where that alone is exact.
+
+    All ranks call this: rank 0 measures the models, and the others remember what it found.
+    """
+
+    def measured() -> tuple[Packing, dict[str, Verdict]]:
+        packing: Packing = "shared_prefix" if choice == "auto" else choice
+        for path in dict.fromkeys(paths):
+            try:
+                base = adapter_base(path) or path
+                config = read_config(base, trust_remote_code=trust_remote_code)
+                reward = is_reward_model(config, path)
+            except ValueError:
+                continue  # loading it gives the reason
+            found = verdict(config, reward=reward, trust_remote_code=trust_remote_code)
+            if choice == "auto" and packing != "padded" and found.kind == "padded":
+                packing = "padded"
+                print(f"packing: padded, since {path} cannot be packed exactly: {found.packed}")
+        return packing, known_verdicts()
+
+    packing, known = world.first_does(measured)
+    known_verdicts().update(known)
+    return packing
 
 
 def read_model(auto: Any, path: str | Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -185,21 +220,24 @@ def set_save_dtype(model: Any, name: str) -> None:
         model.save_dtype = getattr(torch, name)
 
 
-def as_used(model: Any) -> Any:
+def as_used(model: Any, found: Verdict) -> Any:
     """Put a model in evaluation mode, without dropout and without work that nothing reads."""
+    model.verdict = found
     disable_dropout(model)
     use_fastest_products(model)
-    if model.config.model_type in PACKABLE:
+    if found.skips:
         skip_unread_tokens(model)
     return model.eval()
 
 
-def ready(model: Any, path: str | Path, device: torch.device, save_dtype: torch.dtype) -> Any:
+def ready(
+    model: Any, path: str | Path, device: torch.device, save_dtype: torch.dtype, found: Verdict
+) -> Any:
     """Move a model to its device, check its weights, and put it in evaluation mode."""
     model.save_dtype = save_dtype
     model = model.to(device)
     check_finite(model, path)
-    return as_used(model)
+    return as_used(model, found)
 
 
 def load_policy(
@@ -216,8 +254,8 @@ def load_policy(
 
     Args:
         path: folder or hub name; of a folder in peft's layout, the base with the adapter merged.
-        compute: how the model will be run: its device; its packing, of which any but `padded`
-            requires an architecture known to be exact; and its attention.
+        compute: how the model will be run: its device; its packing, under which a small copy of
+            it has to be exact (`exactness.py`); and its attention.
         dtype: dtype of the parameters.
         trust_remote_code: run code that comes with the model.
         nf4: quantise the weights of every linear layer but the head; such a model is frozen.
@@ -232,8 +270,8 @@ def load_policy(
     config = read_config(source, trust_remote_code=trust_remote_code)
     check_causal(config, source)
     low_bit = nf4_options(dtype, compute.device) if nf4 else {}
-    options = model_options(config, compute, dtype, trust_remote_code) | low_bit
-    model, keys = read_model(AutoModelForCausalLM, source, options)
+    options, found = model_options(config, compute, dtype, trust_remote_code, reward=False)
+    model, keys = read_model(AutoModelForCausalLM, source, options | low_bit)
     if keys["missing_keys"]:  # transformers would draw them at random
         raise ValueError(
             f"model.path: the weights in {str(source)!r} are incomplete: no "
@@ -246,7 +284,7 @@ def load_policy(
     if base is not None:
         open_adapter(model, path)
         merge_adapter(model)
-    model = ready(model, path, compute.device, stored_dtype(source, config))
+    model = ready(model, path, compute.device, stored_dtype(source, config), found)
     check_head(model)
     return model
 
@@ -278,13 +316,14 @@ def load_reward_model(
     if adapter_base(path) is not None:
         raise ValueError(f"model.path: {path} is an adapter; merge it first (fastalign merge)")
     config = read_config(path, trust_remote_code=trust_remote_code)
-    has_head = is_reward_model(config)
+    has_head = is_reward_model(config, path)
     if not has_head and not fresh_head:
         raise ValueError(
             f"model.path: expected a trained reward model, got {config.architectures or 'none'} in "
             f"{str(path)!r}; fastalign reward trains one"
         )
-    options = model_options(config, compute, dtype, trust_remote_code) | {"num_labels": 1}
+    options, found = model_options(config, compute, dtype, trust_remote_code, reward=True)
+    options["num_labels"] = 1
     model, keys = read_model(AutoModelForSequenceClassification, path, options)
     # transformers draws missing weights at random; only a fresh head may be.
     missing = set(keys["missing_keys"]) - (set() if has_head else {SCORE_WEIGHT})
@@ -299,7 +338,7 @@ def load_reward_model(
     if not has_head:
         draw_head(model.score, seed)
     model.get_input_embeddings().padding_idx = None  # every token's embedding is trained
-    return ready(model, path, compute.device, stored_dtype(path, config))
+    return ready(model, path, compute.device, stored_dtype(path, config), found)
 
 
 @contextmanager
@@ -341,15 +380,15 @@ def model_without_weights(
     """
     base = None if reward else adapter_base(path)  # a reward model is no adapter
     config = read_config(base or path, trust_remote_code=trust_remote_code)
-    options = model_options(config, compute, dtype, trust_remote_code)
+    options, found = model_options(config, compute, dtype, trust_remote_code, reward=reward)
     if reward:
-        is_reward_model(config)
+        is_reward_model(config, path)
         config.num_labels = 1
         model = AutoModelForSequenceClassification.from_config(config, **options)
         model.get_input_embeddings().padding_idx = None  # as `load_reward_model` has it
     else:
         model = AutoModelForCausalLM.from_config(config, **options)
-    return as_used(model)
+    return as_used(model, found)
 
 
 def save_model(

@@ -39,9 +39,11 @@ def score_at(
         return torch.mv(hidden.to(wide), weight.to(wide))
 
 
-def response_reward(model: Any, batch: PackedBatch, compute: Compute) -> Tensor:
+def response_reward(
+    model: Any, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None = None
+) -> Tensor:
     """Return the score (R,) at each response's last token; see `score_at`."""
-    return score_at(model, batch, batch.response_bounds[:, 1] - 1, compute)
+    return score_at(model, batch, batch.response_bounds[:, 1] - 1, compute, plan)
 
 
 @torch.no_grad()

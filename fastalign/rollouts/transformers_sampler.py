@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from fastalign.compute import Compute, require_finite
 from fastalign.data.tokenizer import Tokenizer, eos_token_ids
-from fastalign.models.architecture import packing_fault
 from fastalign.models.attention import takes_plans
 from fastalign.models.attention.decoding import DecodingPlan
+from fastalign.models.exactness import verdict_of
 from fastalign.models.forward import row_logits
 from fastalign.ranks.whole_weights import with_whole_weights
 from fastalign.rollouts.distribution import draw
@@ -86,13 +86,15 @@ class TransformersSampler:
         limit = getattr(self._model.config, "max_position_embeddings", None)
         check_prompts(prompt_ids, params, limit, self._model.config.get_text_config().vocab_size)
         size, num = self._rows_per_batch, params.num_samples
-        draws = self._draw_packed if _can_be_packed(self._model) else self._draw_padded
+        found, by_length = verdict_of(self._model), False
+        draws = self._draw_packed
+        if not (takes_plans(self._model) and found.decodes):
+            draws, by_length = self._draw_padded, not found.left_padding
         results: list[list[Completion]] = [[] for _ in prompt_ids]
         # Prompts of similar length share a batch, which keeps the padding short.
         order = sorted(range(len(prompt_ids)), key=lambda p: (len(prompt_ids[p]), p))
         per_batch = max(1, size // num)
-        for start in range(0, len(order), per_batch):
-            chosen = order[start : start + per_batch]
+        for chosen in _batches(order, per_batch, prompt_ids if by_length else None):
             prompts = [prompt_ids[p] for p in chosen]
             for first in range(0, num, size):
                 samples = range(first, min(first + size, num))
@@ -193,8 +195,14 @@ class TransformersSampler:
         return Completion(tokens, logprobs, "length", self.version)
 
 
-def _can_be_packed(model: Any) -> bool:
-    return takes_plans(model) and packing_fault(model.config) is None
+def _batches(
+    order: list[int], size: int, prompt_ids: Sequence[Sequence[int]] | None
+) -> Iterator[list[int]]:
+    """Yield batches of prompts; with `prompt_ids` each batch's have one length."""
+    for _, same in groupby(order, lambda p: 0 if prompt_ids is None else len(prompt_ids[p])):
+        members = list(same)
+        for start in range(0, len(members), size):
+            yield members[start : start + size]
 
 
 def _stream(seed: int, prompt: int, sample: int, length: int) -> Tensor:
@@ -211,13 +219,14 @@ def sampling_mode(model: Any, compute: Compute) -> Iterator[None]:
     Gradient checkpointing, which forbids a cache of keys and values, is off in eval mode; compiled
     layers run as they were, since a cache of another length would compile them anew.
     """
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with compute.autocast(), torch.compiler.set_stance("force_eager"):
             yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 class PolicySampler:

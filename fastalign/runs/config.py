@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args
 
-from fastalign.choices import AttentionChoice, Packing
+from fastalign.choices import AttentionChoice, PackingChoice
 from fastalign.ranks.config import ParallelConfig
 
 States = Literal["float32", "8bit"]
@@ -196,8 +196,9 @@ class TrainConfig:
     sampled: some several times, if there are fewer)."""
     tokens_per_batch: int = 16384
     """Maximum tokens of one forward pass; limits memory and does not change the gradient."""
-    packing: Packing = "shared_prefix"
-    """Compute each prompt once, repeat it for each response (packed), or pad to a rectangle."""
+    packing: PackingChoice = "auto"
+    """Compute each prompt once (shared_prefix), repeat it for each response (packed), or pad to a
+    rectangle; auto is shared_prefix where that is exact, else padded."""
     attention: AttentionChoice = "auto"
     """Attention implementation of packed rows; auto takes the first of flash_attn, varlen, flex and
     sdpa that can run, as `fastalign doctor` lists them."""

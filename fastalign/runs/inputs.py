@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fastalign.batch.stored import stored
+from fastalign.choices import Packing
 from fastalign.compute import Compute, memory_used_in
 from fastalign.data.encode import Ties
 from fastalign.data.load import TokenizedDataset, load_examples
@@ -23,6 +24,7 @@ from fastalign.data.tokenizer import Tokenizer, eos_token_ids, load_tokenizer, p
 from fastalign.models.attention import attention_name
 from fastalign.models.layers import compile_layers
 from fastalign.models.load import (
+    choose_packing,
     load_policy,
     load_reward_model,
     model_fingerprint,
@@ -32,6 +34,7 @@ from fastalign.models.load import (
 from fastalign.models.lora import add_adapter, has_adapter
 from fastalign.models.lora_files import adapter_base
 from fastalign.ranks.parallel import load_on_first, share_by_ddp, share_by_fsdp
+from fastalign.ranks.world import ALONE, World
 from fastalign.runs.config import ModelConfig, PreferenceDataConfig, TrainingConfig, flat_settings
 from fastalign.written_files import sha256_of
 
@@ -67,6 +70,18 @@ def load_data(
         on_bad_row=data.on_bad_row,
         on_too_long=data.on_too_long,
         ties=ties,
+    )
+
+
+def packing_of_run(config: TrainingConfig, world: World = ALONE) -> Packing:
+    """Return the packing of a run's batches, exact for all of its models; all ranks call this."""
+    others = (getattr(config, section, None) for section in ("reference", "value"))
+    paths = [config.model.path, *(getattr(other, "path", None) for other in others)]
+    return choose_packing(
+        config.train.packing,
+        [path for path in paths if path is not None],
+        trust_remote_code=config.model.trust_remote_code,
+        world=world,
     )
 
 
@@ -152,7 +167,9 @@ def ready_for_training(model: Any, config: TrainingConfig) -> Any:
 def checkpoint_activations(model: Any) -> None:
     """Recompute each layer's activations in the backward pass."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model.train()  # dropout is 0; transformers checkpoints only in this mode
+    for module in model.modules():  # these alone: dropout and jitter inside of layers stay off
+        if getattr(module, "gradient_checkpointing", False):
+            module.training = True  # transformers checkpoints only in this mode
 
 
 def base_dtype(config: ModelConfig, compute: Compute) -> torch.dtype:

@@ -6,6 +6,7 @@ An error of memory in the run becomes one line with the settings that need less.
 import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from fastalign.runs.folder import (
     locked,
     never_saved,
 )
-from fastalign.runs.inputs import LOADING, check_sharing
+from fastalign.runs.inputs import LOADING, check_sharing, packing_of_run
 from fastalign.runs.loop import STEP, Run
 from fastalign.runs.state import adamw, seed_everything
 
@@ -36,7 +37,10 @@ from fastalign.runs.state import adamw, seed_everything
 def make_compute(
     config: TrainConfig, world: World = ALONE, parallel: ParallelConfig | None = None
 ) -> Compute:
-    """Resolve `auto` settings; each of several ranks on a machine has a GPU of its own."""
+    """Resolve `auto` settings; each of several ranks on a machine has a GPU of its own.
+
+    The packing that suits the models is found by `packing_of_run`.
+    """
     device = device_of_rank(config.device, world)
     if world.size > 1 and device.type == "cuda":
         torch.cuda.set_device(device)
@@ -44,7 +48,7 @@ def make_compute(
     return Compute(
         device=device,
         dtype=torch.bfloat16 if bf16 else torch.float32,
-        packing=config.packing,
+        packing="shared_prefix" if config.packing == "auto" else config.packing,
         attention=config.attention,
         tokens_per_batch=config.tokens_per_batch,
         max_buffer_bytes=config.max_buffer_bytes,
@@ -118,6 +122,7 @@ def open_run(config: TrainingConfig, title: str, others: Collection[str] = ()) -
         stack.enter_context(template_clock(began))
         stack.enter_context(out_of_memory_in_one_line(config))
         print(as_yaml(values), end="")
+        compute = replace(compute, packing=packing_of_run(config, world))
         seed_everything(config.run.seed)
         yield stack.enter_context(Run(config, title, compute, peers))
         part_from_ranks()

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from fastalign.models.architecture import backbone
 from fastalign.models.head import check_head, lm_head
 from fastalign.ops import LinearHead
 from fastalign.ops.head.arguments import HeadOptions, check_call
@@ -144,7 +145,7 @@ def _forward_with(model: Any, reader: "TokenReader") -> Callable[..., Any]:
             }
             given = {name: value for name, value in given.items() if value is not None}
             return original(*args, **given, **kwargs)
-        body = self.base_model(*args, **{**kwargs, "use_cache": False})
+        body = backbone(self)(*args, **{**kwargs, "use_cache": False})
         hidden = body.last_hidden_state
         if shift_labels is None:
             assert labels is not None

@@ -350,15 +350,15 @@ def hopper(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 def test_auto_takes_what_can_run(hopper: pytest.MonkeyPatch) -> None:
-    def chosen(config: Any = LLAMA, dtype: torch.dtype = torch.bfloat16) -> str:
-        return choice.choose_attention("auto", GPU, dtype, config)
+    def chosen(*needs: str, dtype: torch.dtype = torch.bfloat16) -> str:
+        return choice.choose_attention("auto", GPU, dtype, LLAMA, needs)
 
-    gemma = SimpleNamespace(model_type="gemma2", head_dim=256, attn_logit_softcapping=50.0)
     assert choice.choose_attention("auto", torch.device("cpu"), torch.float32, LLAMA) == "sdpa"
-    assert chosen() == chosen(gemma) == "flash_attn"
+    assert chosen() == chosen("softcap") == "flash_attn"
+    assert chosen("sinks") == chosen("value_width") == "flex"
     hopper.setitem(sys.modules, "flash_attn", None)
     assert chosen() == "varlen"
-    assert chosen(gemma) == chosen(dtype=torch.float32) == "flex"
+    assert chosen("softcap") == chosen(dtype=torch.float32) == "flex"
     hopper.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert chosen() == "flex"
 
@@ -373,7 +373,7 @@ def test_auto_takes_what_can_run(hopper: pytest.MonkeyPatch) -> None:
             "varlen",
             GPU,
             torch.bfloat16,
-            SimpleNamespace(model_type="gemma2", head_dim=256, attn_logit_softcapping=50.0),
+            SimpleNamespace(model_type="gemma2", head_dim=256),
             "no softcap, which gemma2 needs",
         ),
         (
@@ -391,7 +391,7 @@ def test_a_named_one_runs_or_is_refused(
     name: Any, device: torch.device, dtype: torch.dtype, config: Any, message: str
 ) -> None:
     with pytest.raises(ValueError, match=f"^attention: .*{message}"):
-        choice.choose_attention(name, device, dtype, config)
+        choice.choose_attention(name, device, dtype, config, ("softcap",))
 
 
 def flash_attn_2_3(q: Any, k: Any, v: Any, *, window_size: Any = (-1, -1)) -> None:

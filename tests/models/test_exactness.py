@@ -42,7 +42,7 @@ def one_at_a_time(model: Any, groups: list[Group]) -> torch.Tensor:
             logprob = logits[:-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
             start = len(group.prompt_ids) - 1
             values.append(logprob[start:][group.target_positions(number)])
-    model.set_attn_implementation("fastalign_sdpa")
+    model.set_attn_implementation("fastalign_blocks")
     return torch.cat(values)
 
 

@@ -86,7 +86,7 @@ REACHED: dict[str, set[str]] = {
 ONLY = {
     ("fastalign.data.load", "--data.ties"): {"dpo", "reward"},  # whose rows can be ties
     ("fastalign.data.load", "--loss"): {"dpo", "reward"},
-    ("fastalign.models.architecture", "--packing"): {"eval"},  # the text says so
+    ("fastalign.models.exactness", "--packing"): {"eval"},  # the text says so
     ("fastalign.cli.config_parse", "--sampler"): SAMPLING,
     ("fastalign.cli.doctor", "--train.attention"): set(ALGORITHMS),  # of which it speaks
 }

@@ -32,9 +32,17 @@ from fastalign.evaluation.measures import (
 from fastalign.evaluation.rewards import apply_reward, load_reward
 from fastalign.evaluation.statistics import estimate_of_groups, summary
 from fastalign.models.forward import sequence_logprobs
+from fastalign.models.load import choose_packing
 from fastalign.written_files import check_file, input_paths, write_file
 
 SAMPLES = "samples.jsonl"  # beside the result
+
+
+def compute_of(config: EvalConfig) -> Compute:
+    """Return how the log-probs are computed, in a packing that is exact for both models."""
+    trust = config.model.trust_remote_code
+    paths = (config.model.path, config.reference.path)
+    return config.model.compute(choose_packing(config.packing, paths, trust_remote_code=trust))
 
 
 def judge_pairs(
@@ -51,7 +59,7 @@ def judge_pairs(
         advice="raise --data.max-length",
     )
     data.report.print_losses()
-    compute = config.model.compute(config.packing)
+    compute = compute_of(config)
     policy_logprob = finite_logprobs(policy, data.groups, compute)
     reference_logprob = finite_logprobs(reference, data.groups, compute)
     accuracy = preference_accuracy(policy_logprob, reference_logprob, data.ties)
@@ -78,7 +86,7 @@ def judge_samples(
         Group(ids, [answer.token_ids for answer in answers])
         for ids, answers in zip(prompts.prompt_ids, completions, strict=True)
     ]
-    compute = config.model.compute(config.packing)
+    compute = compute_of(config)
     kl = sampled_kl(
         finite_logprobs(policy, groups, compute), finite_logprobs(reference, groups, compute)
     )

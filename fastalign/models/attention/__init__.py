@@ -5,6 +5,7 @@ row, or a step of sampling) the plan attends; without one (padded batches, trans
 generation) it computes ordinary attention under transformers' own mask, softcap included.
 """
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from fastalign.models.attention.plan import RowPlan
 from fastalign.models.attention.segments import ScoreForm
 
 # Arguments that change what attention computes, and that no implementation here supports.
-REFUSED = ("s_aux", "position_bias", "cross_attention_states")
+REFUSED = ("position_bias", "cross_attention_states")
 
 
 # Not traced by compiled layers (`--train.compile`): its blocks change with each batch.
@@ -30,7 +31,7 @@ def shared_prefix_attention(
     module: nn.Module,
     query: Tensor,  # (b, H, L, d)
     key: Tensor,  # (b, H_kv, K, d)
-    value: Tensor,  # (b, H_kv, K, d)
+    value: Tensor,  # (b, H_kv, K, e)
     attention_mask: Tensor | None,
     *,
     implementation: AttentionName,
@@ -41,11 +42,11 @@ def shared_prefix_attention(
 
     With `fastalign_plan` (a packed row, b = 1) the mask is ignored and `implementation` computes;
     without one it is ordinary attention. `options` are the layer's further arguments: `scaling`,
-    `sliding_window`, `softcap`, `dropout` and others.
+    `sliding_window`, `softcap`, `s_aux` (sinks), `dropout` and others.
 
     Raises:
-        ValueError: if the layer passes something that is not implemented here (attention sinks, a
-            position bias), or dropout.
+        ValueError: if the layer passes something that is not implemented here (a position bias), or
+            dropout.
     """
     for name in REFUSED:
         if options.get(name) is not None:
@@ -53,13 +54,13 @@ def shared_prefix_attention(
                 f"{type(module).__name__} passes {name}, which fastalign does not implement; "
                 "use packing: padded"
             )
-    dropout, window, softcap = (
-        options.pop(name, None) for name in ("dropout", "sliding_window", "softcap")
+    dropout, window, softcap, sinks = (
+        options.pop(name, None) for name in ("dropout", "sliding_window", "softcap", "s_aux")
     )
     if dropout:
         raise ValueError(f"{type(module).__name__}: expected attention dropout 0, got {dropout}")
-    form = ScoreForm(options.get("scaling"), window, softcap)
-    if fastalign_plan is None and softcap is None:
+    form = ScoreForm(options.get("scaling"), window, softcap, sinks)
+    if fastalign_plan is None and softcap is None and sinks is None:
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **options)
         return output, None
     if fastalign_plan is None:
@@ -70,20 +71,26 @@ def shared_prefix_attention(
         low = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(low), key.to(low), value.to(low)
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    layer: Any = getattr(module, "layer_idx", None)
     return fastalign_plan.attend(implementation, query, key, value, form, layer)[None], None
 
 
 def registered_name(name: AttentionName) -> str:
     """Return transformers' name of an implementation: a value of `attn_implementation`."""
-    # transformers treats every name that contains "flash" as a kernel of its own.
-    return f"fastalign_{name.removeprefix('flash_')}"
+    # transformers treats every name that contains "flash" or "sdpa" as a kernel of its own.
+    return f"fastalign_{'blocks' if name == 'sdpa' else name.removeprefix('flash_')}"
 
 
-def implementation_for(config: Any, compute: Compute, dtype: torch.dtype) -> str:
-    """Return the value of `attn_implementation` for a model with parameters of `dtype`."""
+def implementation_for(
+    config: Any, compute: Compute, dtype: torch.dtype, needs: Collection[str] = ()
+) -> str:
+    """Return the value of `attn_implementation` for a model with parameters of `dtype`.
+
+    `needs` are those of `RowPlan`.
+    """
     products = compute.product_dtype or dtype
-    return registered_name(choose_attention(compute.attention, compute.device, products, config))
+    name = choose_attention(compute.attention, compute.device, products, config, needs)
+    return registered_name(name)
 
 
 def takes_plans(model: Any) -> bool:

@@ -5,7 +5,8 @@ On a CPU `strips` computes a block, elsewhere PyTorch's fused attention under a 
 Prompts of similar length share a block, and so do responses of similar length whose prompts have
 similar lengths; in a response's block, its prompt's keys precede its own.
 
-Legend: T packed tokens, b segments of a block, P prompt keys, M own tokens, H heads, d head size.
+Legend: T packed tokens, b segments of a block, P prompt keys, M own tokens, H heads, d and e sizes
+of a key and a value.
 """
 
 from __future__ import annotations
@@ -192,20 +193,21 @@ class Blocks:
         self,
         query: Tensor,  # (T, H, d)
         key: Tensor,  # (T, H_kv, d)
-        value: Tensor,  # (T, H_kv, d)
+        value: Tensor,  # (T, H_kv, e)
         form: ScoreForm,
-    ) -> Tensor:  # (T, H, d)
+    ) -> Tensor:  # (T, H, e)
         """Compute the attention of the packed row, block by block."""
         if query.device.type == "cpu":
             output: Tensor = _Strips.apply(  # type: ignore[no-untyped-call]
-                query, key, value, self, form
+                query, key, value, form.sinks, self, form
             )
             return output
         outputs = []
         gathered = [self.queries(query), self.keys(key), self.keys(value)]
         for rows in self.rows([*gathered, gathered[0]]):
             queries, keys, values = (part.transpose(1, 2) for part in rows[1:4])
-            part = dot_product_attention(queries, keys, values, rows.block.mask(form.window), form)
+            mask = rows.block.mask(form.window)
+            part = dot_product_attention(queries, keys, values, mask, form)
             outputs.append(part.transpose(1, 2).flatten(0, 1))
         return torch.cat(outputs).index_select(0, self.queries.places)
 
@@ -235,9 +237,15 @@ class _Strips(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: Blocks, form: ScoreForm
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        sinks: Tensor | None,
+        blocks: Blocks,
+        form: ScoreForm,
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value)
+        ctx.save_for_backward(query, key, value, sinks)
         ctx.blocks, ctx.form = blocks, form
         rows = blocks.gathered(query, key, value)
         output = rows[0].new_empty(*rows[0].shape[:2], value.shape[-1])
@@ -247,32 +255,36 @@ class _Strips(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *of_output: Tensor) -> tuple[Tensor | None, ...]:
         blocks: Blocks = ctx.blocks
-        rows = blocks.gathered(*ctx.saved_tensors)
+        *packed, sinks = ctx.saved_tensors
+        rows = blocks.gathered(*packed)
         output = of_output[0].index_select(0, blocks.queries.index)
         output.index_fill_(0, blocks.padding, 0.0)
         gradients = [torch.empty_like(each) for each in rows]
         of_rows = blocks.rows([*gradients, output])
+        of_sinks = None if sinks is None else torch.zeros_like(sinks)
+        of_rows = [each._replace(sinks=of_sinks) for each in of_rows]
         strips.backward(blocks.rows([*rows, output]), of_rows, ctx.form)
         sums = (blocks.queries, blocks.keys, blocks.keys)
         found = [of.sum_copies(each) for of, each in zip(sums, gradients, strict=True)]
-        return (*found, None, None)
+        return (*found, of_sinks, None, None)
 
 
 def dot_product_attention(
     query: Tensor,  # (b, H, L, d)
     key: Tensor,  # (b, H_kv, K, d)
-    value: Tensor,  # (b, H_kv, K, d)
+    value: Tensor,  # (b, H_kv, K, e)
     mask: Tensor | None,  # (b or 1, 1, L, K), bool or additive; None: causal, bottom-right aligned
     form: ScoreForm,  # its window is in the mask
-) -> Tensor:  # (b, H, L, d)
-    """Compute scaled dot-product attention; explicitly where a softcap rules out fused kernels."""
-    softcap = form.softcap
+) -> Tensor:  # (b, H, L, e)
+    """Compute scaled dot products; explicitly where a softcap or sinks rule out fused kernels."""
+    softcap, sinks = form.softcap, form.sinks
     num_shared = query.shape[1] // key.shape[1]
     # On a GPU, a mask with grouped heads would take the slow path that materialises the scores.
-    if num_shared > 1 and (softcap is not None or query.is_cuda):
+    explicit = softcap is not None or sinks is not None
+    if num_shared > 1 and (explicit or query.is_cuda):
         key, value = (rows.repeat_interleave(num_shared, dim=1) for rows in (key, value))
         num_shared = 1
-    if softcap is None:
+    if not explicit:
         assert mask is not None or query.shape[2] == key.shape[2], "is_causal aligns at the top"
         return F.scaled_dot_product_attention(
             query,
@@ -284,7 +296,8 @@ def dot_product_attention(
             enable_gqa=num_shared > 1,
         )
     scores = query @ key.transpose(-1, -2) * form.scale(query.shape[-1])
-    scores = softcap * torch.tanh(scores / softcap)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
     if mask is None:
         num_queries, num_keys = scores.shape[-2:]
         mask = torch.ones(num_queries, num_keys, dtype=torch.bool, device=query.device)
@@ -294,4 +307,7 @@ def dot_product_attention(
     else:
         scores = scores + mask
     wide = torch.float64 if scores.dtype == torch.float64 else torch.float32
-    return scores.softmax(-1, dtype=wide).to(value.dtype) @ value
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    return scores.softmax(-1, dtype=wide)[..., : key.shape[2]].to(value.dtype) @ value

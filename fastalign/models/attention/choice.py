@@ -1,5 +1,6 @@
 """The choice of an implementation of shared-prefix attention, and why one cannot run."""
 
+from collections.abc import Collection
 from typing import Any, Literal, get_args
 
 import torch
@@ -12,16 +13,27 @@ ATTENTIONS: tuple[AttentionName, ...] = get_args(AttentionName)
 # Assumed order of speed, not measured.
 ORDER_ON_CUDA: tuple[AttentionName, ...] = ("flash_attn", "varlen", "flex", "sdpa")
 MAX_FLASH_HEAD_SIZE = 256
+# What the kernels of variable length lack, of what a model's attention may need.
+UNSUPPORTED = {
+    "flash_attn": ("sinks", "value_width"),
+    "varlen": ("softcap", "sinks", "value_width"),
+}
 
 
 def head_size(config: Any) -> int:
-    """Return the size of an attention head."""
-    size = getattr(config, "head_dim", None)
-    return int(size or config.hidden_size // config.num_attention_heads)
+    """Return the size of an attention head, of the layer where it is largest."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    layers = getattr(text, "per_layer_config", None) or [text]
+    sizes = [getattr(layer, "head_dim", None) or 0 for layer in layers]
+    return int(max(sizes) or text.hidden_size // text.num_attention_heads)
 
 
 def attention_reason(
-    name: AttentionName, device: torch.device, dtype: torch.dtype, config: Any = None
+    name: AttentionName,
+    device: torch.device,
+    dtype: torch.dtype,
+    config: Any = None,
+    needs: Collection[str] = (),
 ) -> str | None:
     """Return why an implementation cannot run, with a remedy; None if it can.
 
@@ -43,13 +55,18 @@ def attention_reason(
         return None
     if head_size(config) > MAX_FLASH_HEAD_SIZE:
         return f"it needs heads of at most {MAX_FLASH_HEAD_SIZE}, and they are {head_size(config)}"
-    if name == "varlen" and getattr(config, "attn_logit_softcapping", None) is not None:
-        return f"it has no softcap, which {config.model_type} needs"
+    missing = next((need for need in UNSUPPORTED[name] if need in needs), None)
+    if missing is not None:
+        return f"it has no {missing}, which {config.model_type} needs"
     return None
 
 
 def choose_attention(
-    wanted: AttentionChoice, device: torch.device, dtype: torch.dtype, config: Any
+    wanted: AttentionChoice,
+    device: torch.device,
+    dtype: torch.dtype,
+    config: Any,
+    needs: Collection[str] = (),
 ) -> AttentionName:
     """Return the named implementation, or the first usable one for `auto`.
 
@@ -60,9 +77,12 @@ def choose_attention(
         if wanted not in ATTENTIONS:
             known = ", ".join(("auto", *ATTENTIONS))
             raise ValueError(f"attention: expected one of {known}, got {wanted!r}")
-        reason = attention_reason(wanted, device, dtype, config)
+        reason = attention_reason(wanted, device, dtype, config, needs)
         if reason is not None:
             raise ValueError(f"attention: {wanted} cannot run: {reason}")
         return wanted
-    usable = (n for n in ORDER_ON_CUDA if attention_reason(n, device, dtype, config) is None)
-    return next(usable)
+    return next(
+        name
+        for name in ORDER_ON_CUDA
+        if attention_reason(name, device, dtype, config, needs) is None
+    )

@@ -41,7 +41,7 @@ class DecodingPlan(RowPlan):
         self._index, self._lengths = index.to(device), length.to(device)
         self._equal = min(lengths) == max(lengths)
         self._num_samples, self._num_new = num_samples, num_new
-        self._layers: dict[int, _Layer] = {}
+        self._layers: dict[int | None, _Layer] = {}
         self._biases: dict[tuple[int, int | None], Tensor] = {}
 
     def attend(
@@ -51,7 +51,7 @@ class DecodingPlan(RowPlan):
         key: Tensor,  # (T, h, d), then (R, h, d)
         value: Tensor,  # (T, h, e), then (R, h, e)
         form: ScoreForm,
-        layer: int = 0,
+        layer: int | None = None,
     ) -> Tensor:  # (T, H, e), then (R, H, e)
         """Keep the layer's keys and values, and compute the attention of its queries."""
         if layer in self._layers:
@@ -126,7 +126,13 @@ class _Layer:
             scores.div_(softcap).tanh_().mul_(softcap)
         if bias is not None:
             scores.view(num_prompts, -1, scores.shape[2]).add_(bias)
+        rest = None
+        if form.sinks is not None:  # what the sinks leave to the keys
+            sinks = form.sinks.to(scores.dtype).view(heads, 1, -1)
+            rest = torch.sigmoid(scores.logsumexp(-1).view(*self._shape, -1) - sinks)
         torch.softmax(scores, -1, out=scores)
+        if rest is not None:
+            scores.mul_(rest.view(num_rows, -1, 1))
         by_prompt = scores.view(len(prompt_keys), -1, scores.shape[2])[:, :, :num_prompt]
         output = product(by_prompt, prompt_values).view(num_rows, -1, values.shape[2])
         torch.baddbmm(output, scores[:, :, num_prompt:], values, out=output)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from fastalign.models.attention.segments import ScoreForm, Segments
 
@@ -90,19 +90,26 @@ class Flex:
         key: Tensor,  # (T, H_kv, d)
         value: Tensor,  # (T, H_kv, d)
         form: ScoreForm,
-    ) -> Tensor:  # (T, H, d)
+    ) -> Tensor:  # (T, H, e)
         """Compute the attention of the packed row in one call."""
-        softcap = form.softcap
+        softcap, sinks = form.softcap, form.sinks
 
         def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
             assert softcap is not None
             return softcap * torch.tanh(score / softcap)
 
-        output: Tensor = compiled_flex_attention()(
+        aux = {} if sinks is None else {"return_aux": AuxRequest(lse=True)}
+        found = compiled_flex_attention()(
             *(rows.transpose(0, 1)[None] for rows in (query, key, value)),
             score_mod=None if softcap is None else capped,
             block_mask=self.mask(form.window),
             scale=form.scaling,
             enable_gqa=query.shape[1] != key.shape[1],
+            **aux,
         )
+        output: Tensor = found
+        if sinks is not None:  # the softmax's denominator has the sink in it
+            output, others = found
+            rest = torch.sigmoid(others.lse - sinks[None, :, None])
+            output = output * rest[..., None].to(output.dtype)
         return output[0].transpose(0, 1)

@@ -22,6 +22,9 @@ class RowPlan:
 
     Attributes:
         read_index: (K,) int64, tokens whose last hidden states may be read; None: all.
+        num_attended: number of calls of `attend`.
+        needs: what they needed beside the usual: softcap, sinks, value_width.
+        is_trial: True if no layer need use the plan, as where that is to be found out.
     """
 
     read_index: Tensor | None = None
@@ -29,6 +32,8 @@ class RowPlan:
     def __init__(self, segments: Segments, device: torch.device) -> None:
         self._segments, self._device = segments, device
         self._prepared: dict[type, Any] = {}
+        self.num_attended, self.is_trial = 0, False
+        self.needs: set[str] = set()
 
     def prepare(self, name: AttentionName) -> Any:
         """Do the host's work for an implementation now, rather than at the first `attend`."""
@@ -42,11 +47,18 @@ class RowPlan:
         name: AttentionName,
         query: Tensor,  # (T, H, d)
         key: Tensor,  # (T, H_kv, d)
-        value: Tensor,  # (T, H_kv, d)
+        value: Tensor,  # (T, H_kv, e)
         form: ScoreForm,
-        layer: int = 0,  # for plans that keep keys and values
-    ) -> Tensor:  # (T, H, d)
+        layer: int | None = None,  # for plans that keep keys and values
+    ) -> Tensor:  # (T, H, e)
         """Compute the attention of the row."""
+        self.num_attended += 1
+        if form.softcap is not None:
+            self.needs.add("softcap")
+        if form.sinks is not None:
+            self.needs.add("sinks")
+        if value.shape[-1] != query.shape[-1]:
+            self.needs.add("value_width")
         kernel = (KERNELS[name],) if name in KERNELS else ()
         output: Tensor = self.prepare(name).attend(*kernel, query, key, value, form)
         return output

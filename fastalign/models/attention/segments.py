@@ -24,11 +24,13 @@ class ScoreForm:
         scaling: factor of query-key products; None: 1 / sqrt(head size).
         window: number of keys that a query sees, up to its own position; None: all.
         softcap: c of c * tanh(score / c); None: no softcap.
+        sinks: (H,), for each query head the score of a key without a value; None: no sinks.
     """
 
     scaling: float | None = None
     window: int | None = None
     softcap: float | None = None
+    sinks: Tensor | None = None
 
     def scale(self, head_size: int) -> float:
         """Return the scaling for a head size."""

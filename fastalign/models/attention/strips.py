@@ -37,6 +37,7 @@ class Rows(NamedTuple):
     key: Tensor  # (b, K, h, d)
     value: Tensor  # (b, K, h, e)
     output: Tensor  # (b, M, H, e)
+    sinks: Tensor | None = None  # (H,), the same of every block; of gradients, their sum
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,11 @@ class Strip:
     heads: tuple[int, int]
     num_shared: int
     form: ScoreForm
+
+    @property
+    def num_queries(self) -> int:
+        """Number of queries, w."""
+        return self.queries[1] - self.queries[0]
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -88,6 +94,16 @@ class Strip:
         num, queries, keys = self.shape
         return memory[: num * queries * keys].view(self.shape)
 
+    def sums_of_heads(self, rows: Tensor) -> Tensor:
+        """Return the sums of each head's rows (b * a, g * w), (a, g)."""
+        return rows.view(self.block.num_segments, -1, self.num_shared, self.num_queries).sum((0, 3))
+
+    def of_heads(self, values: Tensor) -> Tensor:
+        """Return the value of each row's head (b * a, g * w), of (H,)."""
+        (first, last), num = self.heads, self.block.num_segments
+        mine = values.view(-1, self.num_shared)[None, first:last, :, None]
+        return mine.expand(num, -1, -1, self.num_queries).reshape(num * (last - first), -1)
+
     def probabilities(self, query: Tensor, key: Tensor, out: Tensor) -> Tensor | None:
         """Write the softmax of the scores into `out`; return tanh(score / softcap), if capped."""
         scale, softcap, tanh = self.form.scale(query.shape[-1]), self.form.softcap, None
@@ -99,7 +115,12 @@ class Strip:
         (*_, queries, columns), keys = bias.shape, out.shape[2]
         by_head = out.view(self.block.num_segments, -1, self.num_shared, queries, keys)
         by_head[..., keys - columns :].add_(bias)
+        rest = None
+        if self.form.sinks is not None:  # what the sinks leave to the keys
+            rest = torch.sigmoid(out.logsumexp(-1) - self.of_heads(self.form.sinks.to(out.dtype)))
         torch.softmax(out, -1, out=out)
+        if rest is not None:
+            out *= rest[..., None]
         return tanh
 
 
@@ -182,7 +203,7 @@ def block_gradients(strips: Sequence[Strip], rows: Rows, of_rows: Rows, memory: 
     of_keys = (of_rows.key, of_rows.value)
     sums = [torch.zeros_like(r, dtype=wide) if several else r for r in of_keys]
     for strip in strips:
-        of_query, *parts = strip_gradients(strip, rows, of_rows.output, memory)
+        of_query, *parts = strip_gradients(strip, rows, of_rows, memory)
         query = strip.of_queries(of_rows.query)
         query.copy_(of_query.view(query.shape))
         for total, part in zip(map(strip.of_keys, sums), parts, strict=True):
@@ -195,15 +216,19 @@ def block_gradients(strips: Sequence[Strip], rows: Rows, of_rows: Rows, memory: 
 
 
 def strip_gradients(
-    strip: Strip, rows: Rows, of_output: Tensor, memory: Tensor
+    strip: Strip, rows: Rows, of_rows: Rows, memory: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `strip.matrices`, given that of the block's output."""
+    """Return the gradients of `strip.matrices`, given that of the output; add that of sinks."""
     query, key, value = strip.matrices(rows)
-    output = strip.of_queries(of_output).flatten(2, 3).flatten(0, 1)
+    output = strip.of_queries(of_rows.output).flatten(2, 3).flatten(0, 1)
     scores, of_scores = (strip.scores(each) for each in memory)
     tanh = strip.probabilities(query, key, scores)
     of_value = product(scores.transpose(1, 2), output)
     product(output, value.transpose(1, 2), out=of_scores)
+    if of_rows.sinks is not None:
+        of_heads = (scores.sum(-1) - 1) * (scores * of_scores).sum(-1)
+        of_sinks = of_rows.sinks.view(-1, strip.num_shared)[slice(*strip.heads)]
+        of_sinks += strip.sums_of_heads(of_heads)
     torch._softmax_backward_data(of_scores, scores, -1, scores.dtype, grad_input=of_scores)
     if tanh is not None:
         of_scores *= 1 - tanh.square()

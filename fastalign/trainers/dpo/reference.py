@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastalign.compute import Compute, memory_used_in
 from fastalign.data.tokenizer import Tokenizer, check_same_vocabulary
-from fastalign.models.forward import sequence_logprobs
+from fastalign.models.forward import ROUNDING, check_same_start, sequence_logprobs
 from fastalign.models.layers import find_offload, offload_layers
 from fastalign.models.load import model_fingerprint
 from fastalign.models.lora import adapter_off
@@ -30,10 +30,6 @@ from fastalign.written_files import cache_folder, write_atomically
 # Examples between two writes: what was computed is kept even if the run is stopped in between.
 PIECE = 4096
 NUM_CHECKED = 4
-# Nats that rounding may move one token's log-prob by; those of a sequence are independent. About
-# three times what was seen between packings in bfloat16; far above it in float32, where devices
-# differ more than packings, and nothing that is wrong hides below it.
-ROUNDING = {torch.float32: 2e-3, torch.bfloat16: 0.25}
 
 
 @dataclass(frozen=True)
@@ -80,6 +76,21 @@ def compute_logprobs(
     with memory_used_in(what), adapter_off(reference.model):
         groups = [examples.groups[i] for i in indices]
         return torch.stack(sequence_logprobs(reference.model, groups, compute))
+
+
+def check_start(policy: Any, examples: Examples, values: Tensor, compute: Compute) -> None:
+    """Compare the policy, which has taken no step, with the reference that it is, on a few pairs.
+
+    All ranks call this. `values` are the reference's log-probs, (number of examples, 2).
+
+    Raises:
+        ValueError: if they differ by more than rounding.
+    """
+    known = torch.nonzero(~values.isnan().any(1))[:NUM_CHECKED, 0].tolist()
+    groups = [examples.groups[i] for i in known]
+    found = torch.cat(sequence_logprobs(policy, groups, compute))
+    counts = [len(group.target_positions(side)) for group in groups for side in (0, 1)]
+    check_same_start(found, values[known].flatten(), counts, compute)
 
 
 def check_cached(

@@ -32,6 +32,7 @@ from fastalign.runs.open import open_run
 from fastalign.trainers.dpo.config import DPOConfig, PreferenceLoss
 from fastalign.trainers.dpo.reference import (
     Reference,
+    check_start,
     default_cache_dir,
     load_reference,
     reference_logprobs,
@@ -69,6 +70,8 @@ def train_dpo(config: DPOConfig) -> RunResult:
         pairs, eval_pairs = prepare_pairs(config, policy, tokenizer, (data, held_out), run.compute)
 
         run.begin(policy, data, inputs=Inputs(tokenizer, held_out, pairs.fingerprint))
+        if run.state.step == 0 and config.reference.path is None and pairs.reference is not None:
+            check_start(policy, pairs.examples, pairs.reference, run.compute)
         for step in run.steps():
             total = dpo_gradient(policy, config.loss, pairs, step.indices, run.compute)
             step.finish(run.optimise(total))

@@ -46,6 +46,7 @@ class Scored:
     Attributes:
         rollouts: prompts with their sampled responses.
         scores: (R,) float32, what pairs are ordered by.
+        logprob: (R,) float32, under the policy before the updates.
         reference_logprob: (R,) float32, or None without a reference.
         metrics: TRL's `objective/...`, and those of the rollouts; `entropy` is a token's, estimated
             by what was sampled.
@@ -53,6 +54,7 @@ class Scored:
 
     rollouts: Rollouts
     scores: Tensor
+    logprob: Tensor
     reference_logprob: Tensor | None
     metrics: Metrics
 
@@ -94,7 +96,7 @@ def score_samples(online: OnlineDPOSetup, rollouts: Rollouts, scale: RewardScale
         "time/prepare_seconds": time.perf_counter() - start,
     }
     if online.reference is None:
-        return Scored(rollouts, scores, None, metrics)
+        return Scored(rollouts, scores, logprob, None, metrics)
     reference_logprob = online.reference.logprobs(rollouts.groups)
     metrics["time/prepare_seconds"] = time.perf_counter() - start
     kl = (logprob - reference_logprob).mean().item()
@@ -104,7 +106,7 @@ def score_samples(online: OnlineDPOSetup, rollouts: Rollouts, scale: RewardScale
         "objective/non_score_reward": penalty,
         "objective/rlhf_reward": mean_score + penalty,
     }
-    return Scored(rollouts, scores, reference_logprob, metrics)
+    return Scored(rollouts, scores, logprob, reference_logprob, metrics)
 
 
 def evaluate_samples(online: OnlineDPOSetup, scale: RewardScale | None) -> Metrics:

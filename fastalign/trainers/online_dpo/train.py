@@ -12,6 +12,7 @@ from itertools import chain
 import torch
 
 from fastalign.batch.schedule import mini_batches
+from fastalign.models.forward import check_same_start
 from fastalign.models.load import model_fingerprint
 from fastalign.models.reward import RewardScale
 from fastalign.runs.accumulate import Total, measure_examples
@@ -74,6 +75,9 @@ def online_dpo_step(
         online.reference.before_step(state)
     online.sampler.version = state.step
     scored = score_samples(online, online.roll_out(indices, state.step), scale)
+    if state.step == 0 and scored.reference_logprob is not None and config.reference.path is None:
+        counts_of = [len(ids) for group in scored.rollouts.groups for ids in group.response_ids]
+        check_same_start(scored.logprob, scored.reference_logprob, counts_of, online.compute)
     fresh = choose_pairs(scored.rollouts.groups, scored.scores, config.pairs.ties)
     counts: Metrics = {
         "num_pairs": len(fresh.groups),

@@ -135,7 +135,7 @@ def load_value(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> tup
     if adapter_base(path) is not None:
         raise ValueError(f"{name}: {path} is an adapter; merge it first (fastalign merge)")
     try:
-        fresh = not is_reward_model(read_config(path, trust_remote_code=trust))
+        fresh = not is_reward_model(read_config(path, trust_remote_code=trust), path)
         value = load_reward_network(path, config, compute)
         own = load_tokenizer(path, trust_remote_code=trust)
     except ValueError as error:

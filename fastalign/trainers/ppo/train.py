@@ -23,10 +23,11 @@ from fastalign.fused.metrics import is_count
 from fastalign.losses import importance_weight, value_clipped
 from fastalign.losses.chunk_losses import ppo_loss_fn
 from fastalign.models.attention.plan import AttentionPlan
-from fastalign.models.forward import hidden_and_head
+from fastalign.models.forward import check_same_start, hidden_and_head
 from fastalign.models.load import model_fingerprint, save_reward_model
 from fastalign.ops import TokenChunk, gae, kl_penalty
 from fastalign.ops.head.fused_linear_loss import LossFunction
+from fastalign.ops.segments import segment_sum
 from fastalign.runs.accumulate import Examples, Total, accumulate, measure_examples, policy_loss
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
@@ -140,6 +141,12 @@ def ppo_step(ppo: PPOSetup, state: TrainState, indices: list[int], num_steps: in
     updates = mean_of_updates(all_updates(ppo, experience, state, num_steps))
     updated = time.perf_counter()
     measured = counted | measure_experience(ppo, experience)
+    if state.step == 0 and config.reference.path is None:
+        record = experience.record
+        ours, theirs = (
+            segment_sum(each, record.bounds) for each in (record.logprob, record.reference_logprob)
+        )
+        check_same_start(ours, theirs, record.bounds.diff().tolist(), ppo.compute)
 
     ppo.sampler.version = state.step + 1
     state.kept[KL_COEFFICIENT] = adapted_coefficient(

@@ -1,0 +1,61 @@
+"""`python -m tests.zoo [TYPE ...]`: what each causal model type can do, in docs/models.md's table.
+
+Without types, all of them. Rows of other types stay as they are. Exit code 1 if a row has an error
+that is no refusal in one line.
+"""
+
+import os
+import re
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+from tests.zoo.zoo import TYPES, YES, run_row
+
+DOCS = Path(__file__).parents[2] / "docs/models.md"
+HEAD = (
+    "| type | verdict | log-prob | gradient | trains | LoRA | reward model | samples | why not |\n"
+    "|---|---|---|---|---|---|---|---|---|\n"
+)
+
+
+def rows_of(text: str) -> dict[str, str]:
+    """Return the lines of the table by their type."""
+    body = text.partition(HEAD)[2]
+    return {line.split("|")[1].strip(): line for line in body.splitlines() if line.startswith("|")}
+
+
+def summary_of(rows: dict[str, str]) -> str:
+    """Return the sentence that counts the table's rows."""
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in rows.values()]
+    kinds = {kind: sum(row[1] == kind for row in cells) for kind in ("packed", "padded", "refused")}
+    able = [sum(row[column] == YES for row in cells) for column in range(4, 8)]
+    return (
+        f"Of {len(cells)} types {kinds['packed']} are packed, {kinds['padded']} padded and "
+        f"{kinds['refused']} refused; {able[0]} train, {able[1]} under LoRA, {able[2]} as reward "
+        f"models, and {able[3]} are sampled from."
+    )
+
+
+def main(types: list[str]) -> int:
+    """Run the rows, print them, and write them into the documentation."""
+    warnings.simplefilter("ignore")
+    text = DOCS.read_text(encoding="utf-8")
+    rows = rows_of(text)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
+        for model_type in types or TYPES:
+            start = time.perf_counter()
+            rows[model_type] = run_row(model_type, Path(folder) / model_type).line
+            print(f"{time.perf_counter() - start:5.1f} s  {rows[model_type]}", flush=True)
+    rows = dict(sorted(rows.items()))
+    print(summary_of(rows))
+    before = re.sub(r"Of \d+ types .*", summary_of(rows), text.partition(HEAD)[0])
+    DOCS.write_text(before + HEAD + "".join(f"{line}\n" for line in rows.values()), "utf-8")
+    return int(any("ERROR" in line for line in rows.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
