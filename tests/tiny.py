@@ -51,6 +51,18 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "initializer_range": 0.4,
     },
     "gpt_neox": SHARED,
+    "gpt_oss": {  # sinks, and a mixture of experts
+        **GROUPED,
+        "sliding_window": 5,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_local_experts": 2,
+        "num_experts_per_tok": 2,
+    },
+    "deepseek_v3": {  # keys are wider than values
+        **SHARED,
+        **{"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 6},
+        **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "first_k_dense_replace": 2},
+    },
 }
 
 
@@ -74,7 +86,10 @@ def tiny_model(
         **SETTINGS[architecture],
     )
     model = kind.from_config(
-        config, attn_implementation=attention.registered_name("sdpa"), dtype=dtype
+        config,
+        attn_implementation=attention.registered_name("sdpa"),
+        experts_implementation="eager",  # the grouped products have no float64
+        dtype=dtype,
     )
     for parameter in model.parameters():  # norms and biases too, so that every gradient matters
         parameter.data.add_(0.1 * torch.randn_like(parameter))

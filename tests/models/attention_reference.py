@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import AuxOutput
 
 from fastalign.models.attention.segments import ScoreForm
 from fastalign.models.attention.varlen import Bounds
@@ -57,7 +58,8 @@ def flex_reference(
     block_mask: Any,
     scale: float | None,
     enable_gqa: bool,
-) -> Tensor:
+    return_aux: Any = None,
+) -> Any:
     """Its definition, dense: a score counts where its block is visited and the mask says so."""
     assert enable_gqa == (query.shape[1] != key.shape[1])
     length = query.shape[2]
@@ -72,4 +74,6 @@ def flex_reference(
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if score_mod is not None:
         scores = score_mod(scores, zero, zero, q, k)
-    return scores.masked_fill(~allowed, -torch.inf).softmax(-1) @ value
+    scores = scores.masked_fill(~allowed, -torch.inf)
+    output = scores.softmax(-1) @ value
+    return output if return_aux is None else (output, AuxOutput(lse=scores.logsumexp(-1)))
