@@ -17,7 +17,7 @@ from fastalign.models import exactness, head
 from fastalign.models.attention import blocks
 from fastalign.models.attention.plan import AttentionPlan
 from fastalign.models.exactness import Verdict, check_exact, measure, small_config, verdict
-from fastalign.models.forward import response_logprob
+from fastalign.models.forward import check_same_start, response_logprob
 from fastalign.models.load import choose_packing, load_policy
 from fastalign.ranks.world import World
 from fastalign.runs.inputs import checkpoint_activations
@@ -196,6 +196,13 @@ def test_checkpointing_brings_no_dropout_or_jitter_back(
     for name, gradient in gradients(model, response_logprob(model, batch, Compute())).items():
         if gradient is not None:
             torch.testing.assert_close(gradient, plain[name], msg=name)
+
+
+def test_a_policy_that_differs_from_its_reference_at_the_start_is_found() -> None:
+    reference = torch.tensor([-3.0, -40.0])
+    check_same_start(reference + 1e-3, reference, [4, 9], Compute())
+    with pytest.raises(ValueError, match=r"-40\.1 under the one and -40 .*explains 0\.006\)"):
+        check_same_start(reference - torch.tensor([0.0, 0.1]), reference, [4, 9], Compute())
 
 
 def test_the_plan_is_counted() -> None:

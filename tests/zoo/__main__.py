@@ -27,9 +27,14 @@ def rows_of(text: str) -> dict[str, str]:
     return {line.split("|")[1].strip(): line for line in body.splitlines() if line.startswith("|")}
 
 
+def cells_of(line: str) -> list[str]:
+    """Return the cells of a row of the table."""
+    return [cell.strip() for cell in line.split("|")[1:-1]]
+
+
 def summary_of(rows: dict[str, str]) -> str:
     """Return the sentence that counts the table's rows."""
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in rows.values()]
+    cells = [cells_of(line) for line in rows.values()]
     kinds = {kind: sum(row[1] == kind for row in cells) for kind in ("packed", "padded", "refused")}
     able = [sum(row[column] == YES for row in cells) for column in range(4, 8)]
     return (
