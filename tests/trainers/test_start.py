@@ -31,6 +31,6 @@ def test_noise_in_a_model_ends_the_run(
 
     monkeypatch.setattr(load, "disable_dropout", noisy)
     monkeypatch.setattr(load, "check_head", lambda model: None)
+    config = make(folder, "run")
     with pytest.raises(ValueError, match="before the first step the policy is the reference"):
-        config = make(folder, "run")
         train(replace(config, data=replace(config.data, eval=None)))
