@@ -236,7 +236,7 @@ def decoding_is_exact(model: Any, batch: PackedBatch) -> bool:
     """Return True if a plan that keeps keys gives the logits of the whole sequences."""
     (first, stop), tokens = batch.layout.prompt_bounds[0], batch.input_ids
     prompts = [tokens[first:stop], tokens[first : first + 2]]
-    rows = [torch.cat([prompt, tokens[-4:] + number]) for number, prompt in enumerate(prompts)]
+    rows = [torch.cat([prompt, tokens[-4:]]) for prompt in prompts]
     lengths = [len(prompt) for prompt in prompts]
     plan = DecodingPlan(lengths, 1, 4, tokens.device)
     ids, places = torch.cat(prompts), torch.cat([torch.arange(length) for length in lengths])

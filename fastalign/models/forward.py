@@ -16,7 +16,6 @@ from fastalign.ops import LinearHead, linear_logprob
 from fastalign.ops.segments import segment_sum
 from fastalign.ranks.parallel import enter
 
-
 # Nats that rounding may move one token's log-prob by; those of a sequence are independent. About
 # three times what was seen between packings in bfloat16; far above it in float32, where devices
 # differ more than packings, and nothing that is wrong hides below it.

@@ -1,6 +1,7 @@
 """The sampler: exact log-probs of what was drawn, seeds a completion, EOS as the trainer counts."""
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from fastalign.compute import Compute
 from fastalign.models.forward import sequence_logprobs
 from fastalign.rollouts import SamplingParams, TransformersSampler, transformers_sampler
 from fastalign.rollouts.distribution import draw
-from tests.tiny import SETTINGS, tiny_model
+from tests.tiny import AS_PACKED, SETTINGS, tiny_model
 
 PROMPTS = [[1, 5, 9], [1], [1, 7, 30, 31, 32, 33], [1, 5, 9]]
 
@@ -27,7 +28,8 @@ def test_log_probs_are_the_trainers(
 ) -> None:
     """Prompts of several lengths, answers longer than a sliding window."""
     if not packed:
-        monkeypatch.setattr(transformers_sampler, "packing_fault", lambda config: "so it is said")
+        found = replace(AS_PACKED, decodes=False)
+        monkeypatch.setattr(transformers_sampler, "verdict_of", lambda model: found)
     model = tiny_model(architecture)
     params = SamplingParams(max_new_tokens=12, num_samples=3)
     completions = sampler(model).generate(PROMPTS, params, seed=1)
