@@ -300,6 +300,8 @@ def small_model(small: Any, reward: bool, trust_remote_code: bool) -> Any:
     auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
     options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
     attention.register()
+    if small.is_encoder_decoder:
+        raise ValueError("it has an encoder beside its decoder")
     own_code = auto.__name__ in (getattr(small, "auto_map", None) or {})
     if reward and small.model_type not in CLASSIFIERS and not own_code:
         raise ValueError("transformers has no sequence classifier of this type")

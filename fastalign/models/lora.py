@@ -3,6 +3,7 @@
 A model with an adapter stays a transformers causal model; its linear layers are peft's.
 """
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -40,9 +41,17 @@ def quiet_peft() -> Iterator[None]:
 
 
 def linear_names(model: Any) -> dict[str, nn.Module]:
-    """Return every layer that can have an adapter, by its full name; the head is the last one."""
-    kinds = (nn.Linear, Conv1D)
-    return {name: part for name, part in model.named_modules() if isinstance(part, kinds)}
+    """Return every layer that can have an adapter, by its full name; the head is the last one.
+
+    A linear layer with a product of its own, such as one in groups, cannot.
+    """
+    return {
+        name: part
+        for name, part in model.named_modules()
+        if isinstance(part, Conv1D)
+        or (isinstance(part, nn.Linear) and type(part).forward is nn.Linear.forward)
+        or is_quantised(part)
+    }
 
 
 def target_endings(model: Any, targets: Sequence[str]) -> list[str]:
@@ -134,7 +143,7 @@ def base_state(model: Any) -> dict[str, Any]:
     if not has_adapter(model):
         return state
     return {
-        name.replace(".base_layer.", "."): value
+        re.sub(r"(\.base_layer)+\.", ".", name): value
         for name, value in state.items()
         if ".lora_A." not in name and ".lora_B." not in name
     }
@@ -181,7 +190,8 @@ def merge_adapter(model: Any) -> None:
             base = dense_layer(base, model.dtype, layer.get_delta_weight(ADAPTER))
         else:
             layer.merge(adapter_names=[ADAPTER])
-        model.set_submodule(name, base)
+        if not name.endswith(".base_layer"):  # fused experts have a wrapper within a wrapper
+            model.set_submodule(name, base)
     for name, part in list(model.named_modules()):
         if is_quantised(part):
             model.set_submodule(name, dense_layer(part, model.dtype))

@@ -86,7 +86,7 @@ def test_gradient_checkpointing_changes_nothing(architecture: str) -> None:
         assert torch.equal(gradient, plain[name]), name
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if name != "gpt_oss"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_the_last_layer_computes_its_mlp_only_where_it_is_read(
     architecture: str, checkpointing: bool

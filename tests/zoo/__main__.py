@@ -55,10 +55,10 @@ def main(types: list[str]) -> int:
             start = time.perf_counter()
             rows[model_type] = run_row(model_type, Path(folder) / model_type).line
             print(f"{time.perf_counter() - start:5.1f} s  {rows[model_type]}", flush=True)
-    rows = dict(sorted(rows.items()))
+            rows = dict(sorted(rows.items()))
+            before = re.sub(r"Of \d+ types .*", summary_of(rows), text.partition(HEAD)[0])
+            DOCS.write_text(before + HEAD + "".join(f"{line}\n" for line in rows.values()), "utf-8")
     print(summary_of(rows))
-    before = re.sub(r"Of \d+ types .*", summary_of(rows), text.partition(HEAD)[0])
-    DOCS.write_text(before + HEAD + "".join(f"{line}\n" for line in rows.values()), "utf-8")
     return int(any("ERROR" in line for line in rows.values()))
 
 
