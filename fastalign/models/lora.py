@@ -62,7 +62,8 @@ def target_endings(model: Any, targets: Sequence[str]) -> list[str]:
     """
     head = model.get_output_embeddings()
     layers = linear_names(model)
-    names = {name.rpartition(".")[2]: part is head for name, part in layers.items()}
+    # A layer of a list is named by its list too: peft takes a bare number for a decoder layer's.
+    names = {re.sub(r".*?([^.]+(\.\d+)*)$", r"\1", n): part is head for n, part in layers.items()}
     found: dict[str, None] = {}
     for target in targets:
         if target == ALL_LINEAR:

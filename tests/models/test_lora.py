@@ -11,7 +11,13 @@ from fastalign.batch.packed import Group, pack
 from fastalign.compute import PACKINGS, Compute
 from fastalign.models.forward import hidden_and_head, response_logprob
 from fastalign.models.head import check_head, lm_head
-from fastalign.models.lora import adapter_off, add_adapter, merge_adapter
+from fastalign.models.lora import (
+    adapter_off,
+    add_adapter,
+    base_state,
+    merge_adapter,
+    target_endings,
+)
 from tests.models.test_exactness import one_at_a_time, random_groups
 from tests.tiny import put_adapter, tiny_model
 from tests.tolerance import assert_no_worse
@@ -172,3 +178,21 @@ def test_merged_it_is_an_ordinary_model_of_the_same_numbers(
         response_logprob(model, batch, Compute()), expected, rtol=0, atol=1e-10
     )
     assert torch.equal(model.get_input_embeddings().weight, embedding)
+
+
+def test_a_layer_in_a_list_is_named_by_its_list() -> None:
+    model: Any = torch.nn.Module()
+    model.ffn = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
+    model.get_output_embeddings = lambda: None
+    assert target_endings(model, ["all-linear"]) == ["ffn.0", "ffn.2"]
+
+
+def test_adapters_of_fused_experts_are_merged() -> None:
+    model = tiny_model("gpt_oss")
+    names, ids = set(model.state_dict()), torch.tensor([[5, 6, 7, 8]])
+    put_adapter(model)
+    assert set(base_state(model)) == names
+    adapted = model(ids).logits
+    merge_adapter(model)
+    torch.testing.assert_close(model(ids).logits, adapted, rtol=1e-4, atol=1e-4)
+    assert set(model.state_dict()) == names

@@ -75,8 +75,9 @@ def zoo_config(model_type: str) -> Any:
     text = small.get_text_config()
     for config in {id(small): small, id(text): text}.values():
         config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 0
-        if hasattr(config, "vocab_size"):
-            config.vocab_size = 320
+        for name in ("vocab_size", "vocab_size_per_layer_input"):
+            if name in config.to_dict():
+                setattr(config, name, 320)
     return small
 
 
