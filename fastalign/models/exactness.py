@@ -1,4 +1,4 @@
-"""Whether a model's batches are exact: measured on a small copy of it, not read off a list.
+"""Verdicts on models: whether their batches are exact, measured on a small copy, read off no list.
 
 A small copy of the configuration, with random weights, computes log-probs (or scores) and their
 gradients of a few sequences one at a time by transformers' own forward, then as a packed row and as
@@ -55,7 +55,7 @@ LONG: Lengths = ((FEW_POSITIONS, (9, 3)), (FEW_POSITIONS + 3, (5,)))
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the small copy of a model showed.
+    """Result of measuring a small copy of a model.
 
     Attributes:
         packed: why packed rows are not exact; empty: they are.
@@ -83,7 +83,7 @@ class Verdict:
 
     @property
     def kind(self) -> Kind:
-        """The better of the layouts that are exact."""
+        """Kind of the better of the layouts that are exact."""
         return "packed" if not self.packed else "padded" if not self.padded else "refused"
 
 

@@ -97,7 +97,7 @@ def check_rope_range(model: Any, batch: PackedBatch) -> None:
         raise ValueError(
             f"sequences of {min(lengths)} to {max(lengths)} tokens cannot share a batch: under "
             f"rope_type {limit.kind!r} the frequencies depend on the longest beyond "
-            f"{limit.tokens} tokens; expected at most {limit.tokens} tokens (--data.max-length)"
+            f"{limit.tokens} tokens; expected at most these, prompt and response together"
         )
 
 

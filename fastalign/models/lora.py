@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastalign.models.low_bit import dense_layer, is_quantised
 from fastalign.ops import LoraWeights
+from fastalign.ops.float32_products import Linear
 
 ADAPTER = "default"  # peft's own name for the only adapter
 ALL_LINEAR = "all-linear"
@@ -49,7 +50,7 @@ def linear_names(model: Any) -> dict[str, nn.Module]:
         name: part
         for name, part in model.named_modules()
         if isinstance(part, Conv1D)
-        or (isinstance(part, nn.Linear) and type(part).forward is nn.Linear.forward)
+        or type(part) in (nn.Linear, Linear)
         or is_quantised(part)
     }
 

@@ -71,7 +71,7 @@ REACHED: dict[str, set[str]] = {
     "fastalign.cli.report": {"report", "frontier"},
     "fastalign.data.load": {"sft", "dpo", "reward"},
     "fastalign.data.tokenizer": set(ALGORITHMS),
-    "fastalign.models.architecture": set(ALGORITHMS),
+    "fastalign.models.exactness": set(ALGORITHMS),
     "fastalign.models.attention": set(ALGORITHMS),
     "fastalign.ranks": set(ALGORITHMS),
     "fastalign.report": {"report"},

@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 TESTS = ROOT / "tests"
 # Folders that test several packages together, or no package.
-OTHERS = {"benchmarks", "faults", "fuzz", "gpu", "repo", "scripts"}
+OTHERS = {"benchmarks", "faults", "fuzz", "gpu", "repo", "scripts", "zoo"}
 
 
 def imports_of_tests(path: Path) -> set[str]:
