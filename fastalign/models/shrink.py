@@ -120,6 +120,8 @@ def small_values(values: dict[str, Any]) -> dict[str, Any]:
             found[name] = len(layers)
         elif name == "num_kv_shared_layers" and value:
             found[name] = sum(layer >= num_layers - value for layer in layers)
+        elif name == "output_router_logits":
+            found[name] = False  # the router's loss is no part of a forward
         elif name.endswith("_offset") and isinstance(value, int):
             found[name] = min(value, 1)
         else:
