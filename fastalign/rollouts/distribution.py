@@ -84,6 +84,7 @@ def _inverse(weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     below = cumulative[:, -1:] * (1 - torch.finfo(cumulative.dtype).eps)
     target = torch.minimum(target, below)  # rounding must not lead behind the last weight
     column = torch.searchsorted(cumulative, target, right=True)
+    column.clamp_(max=weight.shape[1] - 1)  # of NaN, which the caller finds in the log-prob
     before = F.pad(cumulative, (1, 0)).gather(1, column)
     return column, target - before
 
