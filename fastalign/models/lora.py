@@ -49,9 +49,7 @@ def linear_names(model: Any) -> dict[str, nn.Module]:
     return {
         name: part
         for name, part in model.named_modules()
-        if isinstance(part, Conv1D)
-        or type(part) in (nn.Linear, Linear)
-        or is_quantised(part)
+        if isinstance(part, Conv1D) or type(part) in (nn.Linear, Linear) or is_quantised(part)
     }
 
 

@@ -47,19 +47,24 @@ def summary_of(rows: dict[str, str]) -> str:
 def main(types: list[str]) -> int:
     """Run the rows, print them, and write them into the documentation."""
     warnings.simplefilter("ignore")
-    text = DOCS.read_text(encoding="utf-8")
-    rows = rows_of(text)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
         for model_type in types or TYPES:
             start = time.perf_counter()
-            rows[model_type] = run_row(model_type, Path(folder) / model_type).line
-            print(f"{time.perf_counter() - start:5.1f} s  {rows[model_type]}", flush=True)
-            rows = dict(sorted(rows.items()))
-            before = re.sub(r"Of \d+ types .*", summary_of(rows), text.partition(HEAD)[0])
-            DOCS.write_text(before + HEAD + "".join(f"{line}\n" for line in rows.values()), "utf-8")
+            line = run_row(model_type, Path(folder) / model_type).line
+            print(f"{time.perf_counter() - start:5.1f} s  {line}", flush=True)
+            rows = write_row(model_type, line)
     print(summary_of(rows))
     return int(any("ERROR" in line for line in rows.values()))
+
+
+def write_row(model_type: str, line: str) -> dict[str, str]:
+    """Write a row into the documentation; return all rows."""
+    text = DOCS.read_text(encoding="utf-8")
+    rows = dict(sorted({**rows_of(text), model_type: line}.items()))
+    before = re.sub(r"Of \d+ types .*", summary_of(rows), text.partition(HEAD)[0])
+    DOCS.write_text(before + HEAD + "".join(f"{row}\n" for row in rows.values()), "utf-8")
+    return rows
 
 
 if __name__ == "__main__":
