@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -41,6 +43,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 YES = "yes"
+# Parts of messages, and what stands for them in the table.
+WORDS = (
+    (r"^model\.path: ", ""),
+    (r"^a (causal|reward) model of type '\S+' cannot be \w+ exactly: ", ""),
+    (r"a small copy, by its config\.json, fails: ", ""),
+    (r"no attention layer uses the packed row's plan", "its attention does not use the plan"),
+    (r"a small copy's values differ from one sequence at a time by up to ", "differs by "),
+    (r", its gradients by up to \S+ of their largest entry", ""),
+    (r"^transformers has no sequence classifier of this type$", "no such class"),
+)
 
 
 @dataclass(frozen=True)
@@ -87,9 +99,16 @@ def tried(work: Callable[[], str]) -> str:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             return work()
     except ValueError as error:
-        return "refused: " + str(error).splitlines()[0].removeprefix("model.path: ")
+        return f"refused: {short(str(error))}"
     except Exception as error:
         return f"ERROR {type(error).__name__}: {str(error).splitlines()[:1]}"
+
+
+def short(reason: str) -> str:
+    """Return a reason in the few words that fit a cell."""
+    for long, brief in WORDS:
+        reason = re.sub(long, brief, reason)
+    return shorten(reason, 100, placeholder=" ...")
 
 
 def run_row(model_type: str, folder: Path) -> Row:
@@ -107,7 +126,7 @@ def run_row(model_type: str, folder: Path) -> Row:
     config, verdict_of = found
     why = verdict_of.packed if verdict_of.kind == "padded" else verdict_of.padded
     if verdict_of.kind == "refused":
-        return Row(model_type, "refused", *("",) * 6, why)
+        return Row(model_type, "refused", *("",) * 6, short(why))
     folder.mkdir()
     fill(folder)
     shutil.rmtree(folder / "llama")
@@ -122,7 +141,7 @@ def run_row(model_type: str, folder: Path) -> Row:
         f"{verdict_of.difference:.0e}",
         f"{verdict_of.gradient:.0e}",
         *capabilities,
-        "" if verdict_of.kind == "packed" else why,
+        "" if verdict_of.kind == "packed" else short(why),
     )
 
 
