@@ -118,11 +118,14 @@ def model_lines(path: str, *, trust_remote_code: bool) -> Iterator[str]:
     for reward in (False, True):
         found = verdict(config, reward=reward, trust_remote_code=trust_remote_code)
         name = "reward model" if reward else "causal model"
-        yield f"{name}  {found.kind}: " + {
-            "packed": "packed rows and padded rectangles equal one sequence at a time",
-            "padded": f"padded rectangles equal one sequence at a time; packed: {found.packed}",
-            "refused": found.padded,
-        }[found.kind]
+        yield (
+            f"{name}  {found.kind}: "
+            + {
+                "packed": "packed rows and padded rectangles equal one sequence at a time",
+                "padded": f"padded rectangles equal one sequence at a time; packed: {found.packed}",
+                "refused": found.padded,
+            }[found.kind]
+        )
         if found.kind != "refused":
             yield (
                 f"    largest difference {found.difference:.1e} nats, of a gradient "
