@@ -15,7 +15,9 @@ from fastalign.models.exactness import Verdict
 from fastalign.models.load import as_used
 from fastalign.models.lora import add_adapter
 
-AS_PACKED = Verdict("", "", 0.0, 0.0, 2, 2, (), skips=True, decodes=True, left_padding=True)
+AS_PACKED = Verdict(
+    "", "", 0.0, 0.0, 2, 2, (), skips=True, decodes=True, generates=True, left_padding=True
+)
 SHARED = {
     "hidden_size": 32,
     "intermediate_size": 48,

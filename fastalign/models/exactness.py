@@ -8,7 +8,6 @@ row's plan is counted, since a layer may drop it. The result is kept in the cach
 """
 
 import hashlib
-import inspect
 import json
 import warnings
 from collections.abc import Iterator, Sequence
@@ -22,7 +21,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as CLASSIFIERS,
 )
@@ -67,7 +70,8 @@ class Verdict:
         needs: what its attention needs beside the usual: softcap, sinks, value_width.
         skips: True if the last layer's MLP may leave out the tokens that nothing reads.
         decodes: True if completions can be drawn by the packed forward.
-        left_padding: True if transformers can draw them for prompts of several lengths at once.
+        generates: True if transformers can.
+        left_padding: True if it can for prompts of several lengths at once.
     """
 
     packed: str
@@ -79,6 +83,7 @@ class Verdict:
     needs: tuple[str, ...]
     skips: bool
     decodes: bool
+    generates: bool
     left_padding: bool
 
     @property
@@ -207,6 +212,7 @@ def measure(small: Any, *, reward: bool, trust_remote_code: bool = False) -> Ver
             packed = (f"no attention layer uses the packed row's plan; {packed[0]}", 0.0, 0.0)
         padded = difference("padded", model.fastalign_own_attention if packed[0] else ours)
         exact = [each for each in (packed, padded) if not each[0]]
+        decodes = not packed[0] and not reward and decoding_is_exact(model, batches[0])
         return Verdict(
             packed[0],
             padded[0],
@@ -216,8 +222,11 @@ def measure(small: Any, *, reward: bool, trust_remote_code: bool = False) -> Ver
             getattr(small.get_text_config(), "num_hidden_layers", 0),
             tuple(sorted({need for plan in plans for need in plan.needs})),
             skips,
-            not packed[0] and not reward and decoding_is_exact(model, batches[0]),
-            not reward and left_padding_is_exact(model, batches[0]),
+            decodes,
+            *(
+                decodes or (not reward and generation_is_exact(model, batches[0], num))
+                for num in (0, 3)
+            ),
         )
 
 
@@ -252,26 +261,32 @@ def decoding_is_exact(model: Any, batch: PackedBatch) -> bool:
 
 
 @torch.no_grad()
-def left_padding_is_exact(model: Any, batch: PackedBatch) -> bool:
-    """Return True if a sequence's last logits are the same behind padding, as in generation."""
-    ids = batch.input_ids[None, : batch.layout.prompt_bounds[0][1]]
-    padding = torch.full((1, 3), int(ids[0, 0]))
-    mask = torch.cat([torch.zeros_like(padding), torch.ones_like(ids)], 1)
-    options = {"input_ids": torch.cat([padding, ids], 1), "attention_mask": mask}
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+def generation_is_exact(model: Any, batch: PackedBatch, num_padding: int) -> bool:
+    """Return True if transformers' `generate` behind padding has the logits of whole sequences."""
+    length = 3
+    ids = torch.cat([torch.full((num_padding,), 3), batch.input_ids[:length]])[None]
+    settings = GenerationConfig(
+        max_new_tokens=12,
+        do_sample=False,
+        pad_token_id=0,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    mask = torch.ones_like(ids)
+    mask[:, :num_padding] = 0
     try:
-        behind = model(**options, use_cache=False).logits[0, -1]
-    except Exception:  # prompts are then sampled from by their lengths
+        found = model.generate(ids, attention_mask=mask, generation_config=settings)
+        sequence = found.sequences[:, num_padding:]
+        whole = model(input_ids=sequence, use_cache=False).logits[0, length - 1 : -1]
+        return float((torch.cat(found.logits) - whole).abs().max()) <= TOLERANCE
+    except Exception:  # it cannot generate
         return False
-    alone = model(input_ids=ids, use_cache=False).logits[0, -1]
-    return float((behind - alone).abs().max()) <= TOLERANCE
 
 
 def no_verdict(error: Exception) -> Verdict:
     """Return the verdict on a model of which no small copy runs."""
     why = f"a small copy, by its config.json, fails: {reason_of(error)}"
-    return Verdict(why, why, 0.0, 0.0, 0, 0, (), False, False, False)
+    return Verdict(why, why, 0.0, 0.0, 0, 0, (), False, False, False, False)
 
 
 @contextmanager

@@ -31,9 +31,10 @@ SMALL: dict[str, int] = {
         "hidden_size_per_layer_input",
     ),
     **named(2 * WIDTH, "attention_hidden_size"),
+    **named(16, "index_n_heads"),  # with few, keys have the same score of 0
     **named(
         HEADS,
-        "num_attention_heads n_head n_heads num_heads index_n_heads decoder_attention_heads",
+        "num_attention_heads n_head n_heads num_heads decoder_attention_heads",
         "encoder_attention_heads linear_num_key_heads linear_num_value_heads",
     ),
     **named(

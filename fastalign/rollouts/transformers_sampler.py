@@ -90,6 +90,12 @@ class TransformersSampler:
         draws = self._draw_packed
         if not (takes_plans(self._model) and found.decodes):
             draws, by_length = self._draw_padded, not found.left_padding
+            if not found.generates:
+                raise ValueError(
+                    "sampler: transformers' generation with this type of model "
+                    f"({self._model.config.model_type}) differs from one forward of the whole "
+                    "answer; expected vllm or vllm-server (--sampler)"
+                )
         results: list[list[Completion]] = [[] for _ in prompt_ids]
         # Prompts of similar length share a batch, which keeps the padding short.
         order = sorted(range(len(prompt_ids)), key=lambda p: (len(prompt_ids[p]), p))
