@@ -326,7 +326,9 @@ def test_a_sampler_that_drifts_is_seen_and_its_tokens_are_weighted(folder: Path)
 def test_completions_of_an_end_alone_can_be_trained_on(folder: Path) -> None:
     run = make_run(plain_config(folder))
     empty = FixedSampler([Completion([2], [-1.0], "stop"), Completion([7], [-1.0], "length")])
-    metrics = ppo.ppo_step(replace(run, sampler=empty), state_of(run), [0, 1, 2, 3], 8)
+    state = state_of(run)
+    state.step = 1  # the policy has moved
+    metrics = ppo.ppo_step(replace(run, sampler=empty), state, [0, 1, 2, 3], 8)
     numbers = [value for value in metrics.values() if isinstance(value, float)]
     assert all(math.isfinite(value) for value in numbers)
     assert metrics["skipped"] == 0
@@ -349,6 +351,7 @@ def test_one_update_that_is_not_finite_is_skipped_and_counted(
 
     monkeypatch.setattr(ppo, "value_batch_loss", broken)
     state = state_of(run)
+    state.step = 1  # the policy has moved
     seen: list[tuple[int, bool]] = []
     step = ppo.optimiser_step
 
