@@ -50,6 +50,8 @@ def check_head(model: Any) -> None:
         lambda _, __, output: hidden.append(output.last_hidden_state)
     ):
         theirs = model(input_ids, use_cache=False).logits.float()
+        if not hidden:  # OPT calls its decoder by another way than its own backbone
+            backbone(model)(input_ids, use_cache=False)
     head = lm_head(model)
     ours = head.logits(hidden[0].to(head.weight.dtype)).float()
     if not bool(theirs.isfinite().all()):

@@ -119,11 +119,10 @@ def run_row(model_type: str, folder: Path) -> Row:
         config = zoo_config(model_type)
         return config, verdict(config, reward=False)
 
-    found: list[Any] = []
-    built = tried(lambda: found.extend(build()) or YES)  # type: ignore[func-returns-value]
-    if built != YES:
-        return Row(model_type, "not built", *("",) * 6, built)
-    config, verdict_of = found
+    try:
+        config, verdict_of = build()
+    except Exception as error:  # of a configuration's own code
+        return Row(model_type, "not built", *("",) * 6, short(" ".join(str(error).split())))
     why = verdict_of.packed if verdict_of.kind == "padded" else verdict_of.padded
     if verdict_of.kind == "refused":
         return Row(model_type, "refused", *("",) * 6, short(why))
