@@ -31,13 +31,14 @@ def require_peft(what: str) -> None:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """Silence two warnings of peft that do not apply here.
+    """Silence three warnings of peft that do not apply here.
 
-    They concern transposed layers, whose orientation peft detects, and tied heads, which are untied
-    here before a merge.
+    They concern transposed layers, whose orientation peft detects, tied heads, which are untied
+    here before a merge, and the rank and alpha that transformers sets for fused experts, which have them.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern", RuntimeWarning)
         yield
 
 
