@@ -34,7 +34,8 @@ def quiet_peft() -> Iterator[None]:
     """Silence three warnings of peft that do not apply here.
 
     They concern transposed layers, whose orientation peft detects, tied heads, which are untied
-    here before a merge, and the rank and alpha that transformers sets for fused experts, which have them.
+    here before a merge, and the rank and alpha that transformers sets for fused experts, which have
+    them.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
