@@ -182,9 +182,7 @@ def measure(small: Any, *, reward: bool, trust_remote_code: bool = False) -> Ver
             check_causal(model, batches[0], reward)
         except Exception as error:  # whatever a family's code raises is why it is refused
             return no_verdict(error)
-        plans = [AttentionPlan(batch) for batch in batches]
-        for plan in plans:
-            plan.is_trial = True
+        plans = [AttentionPlan(batch, is_trial=True) for batch in batches]
 
         def difference(packing: Packing, implementation: str) -> tuple[str, float, float]:
             try:
@@ -201,11 +199,8 @@ def measure(small: Any, *, reward: bool, trust_remote_code: bool = False) -> Ver
         hooks = skip_unread_tokens(model)
         packed = difference("shared_prefix", ours)
         skips = bool(hooks) and not packed[0]
-        if hooks and packed[0]:
-            for hook in hooks:
-                hook.remove()
-            for plan in plans:
-                plan.num_attended = 0
+        if hooks and not skips:
+            remove(hooks, plans)
             packed = difference("shared_prefix", ours)
         attends = sum(plan.num_attended for plan in plans) // len(plans)
         if attends == 0:
@@ -228,6 +223,14 @@ def measure(small: Any, *, reward: bool, trust_remote_code: bool = False) -> Ver
                 for num in (0, 3)
             ),
         )
+
+
+def remove(hooks: Sequence[Any], plans: Sequence[AttentionPlan]) -> None:
+    """Remove hooks, and forget what was counted under them."""
+    for hook in hooks:
+        hook.remove()
+    for plan in plans:
+        plan.num_attended = 0
 
 
 @torch.no_grad()

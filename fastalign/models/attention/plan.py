@@ -24,7 +24,6 @@ class RowPlan:
         read_index: (K,) int64, tokens whose last hidden states may be read; None: all.
         num_attended: number of calls of `attend`.
         needs: what they needed beside the usual: softcap, sinks, value_width.
-        is_trial: True if no layer need use the plan, as where that is to be found out.
     """
 
     read_index: Tensor | None = None
@@ -32,7 +31,7 @@ class RowPlan:
     def __init__(self, segments: Segments, device: torch.device) -> None:
         self._segments, self._device = segments, device
         self._prepared: dict[type, Any] = {}
-        self.num_attended, self.is_trial = 0, False
+        self.num_attended = 0
         self.needs: set[str] = set()
 
     def prepare(self, name: AttentionName) -> Any:
@@ -65,10 +64,16 @@ class RowPlan:
 
 
 class AttentionPlan(RowPlan):
-    """The attention of a packed batch, of whose prompts the last hidden state alone is read."""
+    """The attention of a packed batch, of whose prompts the last hidden state alone is read.
 
-    def __init__(self, batch: PackedBatch) -> None:
+    Args:
+        batch: the batch.
+        is_trial: True if no layer need use the plan, as where that is to be found out.
+    """
+
+    def __init__(self, batch: PackedBatch, *, is_trial: bool = False) -> None:
         super().__init__(row_segments(batch.layout), batch.input_ids.device)
+        self.is_trial = is_trial
         read = torch.ones(batch.num_tokens, dtype=torch.bool)
         for first, stop in batch.layout.prompt_bounds:
             read[first : stop - 1] = False
