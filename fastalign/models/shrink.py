@@ -149,6 +149,8 @@ def small_value(name: str, value: Any, heads: Any) -> Any:
     """Return a setting's value in the small copy."""
     if name == "eos_token_id" and isinstance(value, list):
         return [SMALL[name]]
+    if name in ("partial_rotary_factor", "rotary_pct") and value:
+        return max(0.25, round(4 * value) / 4)  # an even part of a small head
     if not isinstance(value, int) or isinstance(value, bool):
         return value
     if name in KEY_HEADS:
@@ -180,7 +182,10 @@ def small_rope(values: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(value, dict):
             found[name] = small_rope(value)
         elif name.endswith("_factor") and isinstance(value, list):
-            num = int(HEAD_SIZE * values.get("partial_rotary_factor", 1)) // 2
+            part = small_value(
+                "partial_rotary_factor", values.get("partial_rotary_factor", 1), None
+            )
+            num = int(HEAD_SIZE * part) // 2
             found[name] = [value[len(value) * place // num] for place in range(num)]
         elif name == "mrope_section":
             found[name] = [2, 1, 1]

@@ -51,6 +51,29 @@ def test_packed_where_it_is_exact(model_type: str, needs: tuple[str, ...]) -> No
 
 
 @pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("phi", {"partial_rotary_factor": 0.4, "hidden_size": 2560}),
+        ("gemma3_text", {"num_key_value_heads": 1, "head_dim": 256, "hidden_size": 1152}),
+        ("llama", {"num_attention_heads": 9, "num_key_value_heads": 3, "hidden_size": 576}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}),
+        (
+            "deepseek_v3",
+            {
+                "rope_parameters": {
+                    **{"rope_type": "yarn", "rope_theta": 1e4, "factor": 40, "mscale": 1.0},
+                    **{"mscale_all_dim": 1.0, "original_max_position_embeddings": 4096},
+                }
+            },
+        ),
+    ],
+)
+def test_settings_that_models_have_are_packed(model_type: str, settings: dict[str, Any]) -> None:
+    found = measured(model_type, **settings)
+    assert (found.kind, found.decodes) == ("packed", True)
+
+
+@pytest.mark.parametrize(
     ("model_type", "why"),
     [
         # its layers drop their keywords
