@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -227,8 +228,9 @@ def test_the_reward_rises(folder: Path, method: Any) -> None:
     train_ppo(config)
     rows = read_metrics(folder / "run")
     # 208 samples against 52, with a standard deviation of 4 (a standard error of 0.6).
-    assert sum(row["reward"] for row in rows[-4:]) / 4 > rows[0]["reward"] + 1
-    assert rows[-1]["objective/scores"] > rows[0]["objective/scores"] + 0.3
+    last = {name: fmean(row[name] for row in rows[-4:]) for name in ("reward", "objective/scores")}
+    assert last["reward"] > rows[0]["reward"] + 1
+    assert last["objective/scores"] > rows[0]["objective/scores"] + 0.2
     assert [row["step"] for row in rows if "eval_reward" in row] == [4, 8, 12]
     assert rows[-1]["eval_reward"] > rows[0]["reward"] + 0.5
     assert rows[-1]["eval_objective/kl"] > 0
