@@ -160,6 +160,23 @@ def words_reward(folder: Path) -> str:
     return str(folder / "words.json")
 
 
+def shared_letters(completions: list[str], answer: list[str]) -> list[float]:
+    pairs = zip(completions, answer, strict=True)
+    return [float(len(set(text) & set(own))) for text, own in pairs]
+
+
+def scored_by_answers(config: Any) -> Any:
+    """The same, of prompts with answers of their own, which the reward compares samples with."""
+    rows = [{"prompt": f"The {word}", "answer": f"{word}!"} for word in WORDS]
+    source = str(write_rows(Path(config.data.train).with_name("answers.jsonl"), rows))
+    sources = ("tests.small_runs:shared_letters",)
+    return replace(
+        config,
+        data=replace(config.data, train=source, eval=source),
+        reward=replace(config.reward, sources=sources),
+    )
+
+
 def ppo_config(folder: Path, run: str, **train: Any) -> PPOConfig:
     """Every part of a checkpoint: a value model, an adapted coefficient, a scale of scores."""
     source = prompts_file(folder)

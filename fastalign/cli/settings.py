@@ -94,6 +94,9 @@ class GenerateData:
 
     prompts: str
     """File, folder or hub name with a `prompt` column."""
+    columns: tuple[str, ...] = ()
+    """Columns of the prompts' rows to write beside each completion, such as the answer that a
+    reward of `label` takes."""
 
 
 @dataclass(frozen=True, kw_only=True)

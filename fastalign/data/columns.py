@@ -1,9 +1,13 @@
-"""The known columns of rows, and the message when one is missing.
+"""The known columns of rows, the message when one is missing, and columns for reward functions.
 
 The names are TRL's; `response_a`, `response_b`, `label` (`a`, `b` or `tie`) and `votes` are ours.
 """
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from datetime import date, time
+from decimal import Decimal
 from typing import Literal
 
 from fastalign.data.readers.row import DataFault, Row, show_names
@@ -33,6 +37,70 @@ _OTHER_NAMES = {
     **dict.fromkeys(("accepted", "preferred", "winner"), "chosen"),
     **{"loser": "rejected", "content": "text"},
 }
+# A reward function is given these as its first two arguments.
+_PROMPT_AND_ANSWER = frozenset(("prompt", "completion", "prompts", "completions"))
+
+
+@dataclass(frozen=True)
+class RowColumns:
+    """Columns of a prompt's row that reward functions take; none by default.
+
+    Attributes:
+        required: every row has to have them.
+        optional: rows may have them.
+        every: whether all other columns are taken, too.
+        takers: the functions that take a required or optional column, for messages.
+    """
+
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    every: bool = False
+    takers: Mapping[str, str] = field(default_factory=dict, repr=False)
+
+    def __bool__(self) -> bool:
+        """Return whether there are any."""
+        return bool(self.required or self.optional or self.every)
+
+    def names_to_read(self) -> Collection[str] | None:
+        """Return the columns to read of a table: these and the known ones; None for all."""
+        return None if self.every else COLUMNS | {*self.required, *self.optional}
+
+    def taken(self, row: Row) -> dict[str, object]:
+        """Return the values of a row that are taken, in the order of their names.
+
+        Raises:
+            DataFault: if the row lacks a required column.
+        """
+        for name in self.required:
+            if name not in row.values:
+                raise DataFault(row.where, f"missing; {self.takers[name]} takes it", name)
+        names = row.values.keys() if self.every else {*self.required, *self.optional}
+        return {
+            name: row.values[name]
+            for name in sorted(names & row.values.keys())
+            if name not in _PROMPT_AND_ANSWER
+        }
+
+    def packed(self, row: Row) -> str:
+        """Return the values of a row that are taken as JSON; dates and decimals become text.
+
+        Raises:
+            DataFault: if the row lacks a required column, or a value is not one that JSON has.
+        """
+        parts = []
+        for name, value in self.taken(row).items():
+            try:
+                parts.append(f"{json.dumps(name)}: {json.dumps(value, default=_as_text)}")
+            except TypeError as error:
+                problem = f"a value that cannot be given to a reward function: {error}"
+                raise DataFault(row.where, problem, name) from None
+        return f"{{{', '.join(parts)}}}"
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, date | time | Decimal):
+        return str(value)
+    raise TypeError(f"expected a value that JSON has, got one of type {type(value).__name__}")
 
 
 def row_kind(row: Row) -> Kind:

@@ -17,9 +17,10 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from fastalign.batch.packed import Group
 from fastalign.batch.stored import group_columns, group_fields
+from fastalign.data.columns import RowColumns
 from fastalign.data.conversation import Message
 from fastalign.data.examples import Content, PreferenceExample, PromptExample
-from fastalign.data.read import OnBadRow
+from fastalign.data.read import NO_COLUMNS, OnBadRow
 from fastalign.data.readers.row import DataFault
 from fastalign.data.tokenise import Encoder
 
@@ -35,7 +36,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Rules:
-    """Rules by which rows are taken, truncated or refused; see `load_examples`."""
+    """Rules by which rows are taken, truncated or refused; see `load_examples`.
+
+    `columns` are those of a prompt that reward functions take.
+    """
 
     kind: Literal["sft", "preference", "prompt"]
     max_length: int
@@ -43,6 +47,7 @@ class Rules:
     on_too_long: OnTooLong
     ties: Ties
     advice: str
+    columns: RowColumns = NO_COLUMNS
 
 
 class EncodedRows(NamedTuple):
@@ -73,8 +78,8 @@ class EncodedRows(NamedTuple):
     num_ties: int = 0
 
 
-def row_schema(encoder: Encoder) -> Any:
-    """Return the Arrow schema of rows."""
+def row_schema(encoder: Encoder, rules: Rules) -> Any:
+    """Return the Arrow schema of rows; the rules do not change it."""
     import pyarrow
 
     others = {
@@ -87,12 +92,13 @@ def row_schema(encoder: Encoder) -> Any:
     return pyarrow.schema([*group_fields(encoder.num_ids), *fields])
 
 
-def prompt_schema(encoder: Encoder) -> Any:
-    """Return the Arrow schema of prompts."""
+def prompt_schema(encoder: Encoder, rules: Rules) -> Any:
+    """Return the Arrow schema of prompts, with their rows' `columns` if rewards take any."""
     import pyarrow
 
     ids, *_ = group_fields(encoder.num_ids)
-    return pyarrow.schema([ids, ("prompt", pyarrow.binary()), ("source", pyarrow.binary())])
+    names = ("prompt", "source", "columns") if rules.columns else ("prompt", "source")
+    return pyarrow.schema([ids, *((name, pyarrow.binary()) for name in names)])
 
 
 def as_bytes(text: str) -> bytes:
@@ -170,16 +176,20 @@ def encode_prompts(
             refused.append((place, len(ids)))
         else:
             kept.append((example, ids))
-    columns = (
+    columns = [
         [ids for _, ids in kept],
         [packed_content(example.prompt) for example, _ in kept],
         [as_bytes(example.source) for example, _ in kept],
-    )
+    ]
+    digested: Any = [(ids, example.prompt) for example, ids in kept]
+    if rules.columns:
+        columns.append([example.columns.encode() for example, _ in kept])
+        digested = [(ids, example.prompt, example.columns) for example, ids in kept]
     rows = pyarrow.record_batch(
         [pyarrow.array(column, field.type) for column, field in zip(columns, schema, strict=True)],
         schema=schema,
     )
-    content = ", ".join(repr((ids, example.prompt)) for example, ids in kept).encode()
+    content = ", ".join(map(repr, digested)).encode()
     return EncodedRows(rows, refused, content, Counter(example.form for example, _ in kept))
 
 

@@ -71,11 +71,12 @@ class PreferenceExample:
 
 @dataclass(frozen=True)
 class PromptExample:
-    """A prompt to answer."""
+    """A prompt to answer; `columns` are those that rewards take, as JSON, or empty."""
 
     prompt: Content
     source: str
     form: str
+    columns: str = ""
 
 
 Example = SFTExample | PreferenceExample | PromptExample

@@ -1,7 +1,8 @@
 """A source to token ids; rows that cannot be used raise an error or are counted, as asked."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from fastalign.batch.packed import Group
 from fastalign.batch.stored import Lazy, StoredGroups, list_lengths
+from fastalign.data.columns import RowColumns
 from fastalign.data.encode import (
     DIGEST_BYTES,
     OnTooLong,
@@ -26,7 +28,7 @@ from fastalign.data.encode import (
     unpacked_content,
 )
 from fastalign.data.examples import Content, PreferenceExample, Votes
-from fastalign.data.read import OnBadRow, read_examples
+from fastalign.data.read import NO_COLUMNS, OnBadRow, read_examples
 from fastalign.data.readers.row import DataFault
 from fastalign.data.report import DataReport
 from fastalign.data.token_cache import Write, load_tokens
@@ -74,7 +76,9 @@ class PromptDataset:
         prompts: plain text, or the messages.
         sources: each row's location.
         report: counts of the rows read and left out.
-        fingerprint: SHA-256 of the prompts and their token ids.
+        fingerprint: SHA-256 of the prompts, their token ids and columns.
+        columns: values of each row that reward functions take, by the column's name; empty if they
+            take none.
     """
 
     prompt_ids: Sequence[list[int]]
@@ -82,10 +86,21 @@ class PromptDataset:
     sources: Sequence[str]
     report: DataReport
     fingerprint: str
+    columns: Sequence[Mapping[str, Any]] = ()
 
     def __len__(self) -> int:
         """Return the number of prompts."""
         return len(self.prompts)
+
+    def columns_at(self, indices: Iterable[int], num_samples: int = 1) -> dict[str, list[Any]]:
+        """Return each column at these rows, a value `num_samples` times; None: a row lacks it."""
+        if not self.columns:
+            return {}
+        rows = [self.columns[index] for index in indices]
+        return {
+            name: [row.get(name) for row in rows for _ in range(num_samples)]
+            for name in sorted(self.report.given_columns)
+        }
 
 
 def load_prompts(
@@ -96,25 +111,29 @@ def load_prompts(
     on_bad_row: OnBadRow = "error",
     on_too_long: Literal["error", "skip"] = "error",
     advice: str = "raise --data.max-length, or use --data.on-too-long skip",
+    columns: RowColumns = NO_COLUMNS,
 ) -> PromptDataset:
-    """Load prompts to answer from the column `prompt`; other columns are ignored.
+    """Load prompts to answer from the column `prompt`, and the `columns` that rewards take.
 
     The arguments are those of `load_examples`, and a large source is kept as there; a prompt has at
-    most `max_length` tokens.
+    most `max_length` tokens. Other columns are ignored.
 
     Raises:
         ValueError: if a row is bad or too long under `error`, or no row is left.
     """
-    rules = Rules("prompt", max_length, on_bad_row, on_too_long, "error", advice)
+    rules = Rules("prompt", max_length, on_bad_row, on_too_long, "error", advice, columns)
     table, report, fingerprint = load_rows(source, Encoder(tokenizer), rules)
     ids, packed, where = (table.column(name) for name in ("prompt_ids", "prompt", "source"))
     report.prompt_lengths = list_lengths(ids)
+    report.absent_columns = [c for c in columns.optional if c not in report.given_columns]
+    values = table.column("columns") if columns else None
     return PromptDataset(
         Lazy(len(table), lambda index: ids[index].as_py()),
         Lazy(len(table), lambda index: unpacked_content(packed[index].as_py())),
         Lazy(len(table), lambda index: as_text(where[index].as_py())),
         report,
         fingerprint,
+        () if values is None else Lazy(len(table), lambda i: json.loads(values[i].as_py())),
     )
 
 
@@ -186,7 +205,7 @@ def tokenise(
     of_prompts = rules.kind == "prompt"
     digests, content = bytearray(), hashlib.sha256(b"[" if of_prompts else b"")
     encode, schema = (encode_prompts, prompt_schema) if of_prompts else (encode_rows, row_schema)
-    work = partial(encode, encoder, schema(encoder), rules)
+    work = partial(encode, encoder, schema(encoder, rules), rules)
     batches = batched(usable_examples(source, rules, report), BATCH_ROWS)
     for batch, found in in_order(work, batches, num_processes, name=str(source)):
         for place, refusal in found.refused:
@@ -226,7 +245,8 @@ def usable_examples(
     source: str | Path, rules: Rules, report: DataReport
 ) -> Iterator[tuple[Any, int]]:
     """Yield examples, each with the number of faults read before it; drop ties if asked for."""
-    for example in read_examples(source, rules.kind, report, on_bad_row=rules.on_bad_row):
+    options: Any = {"on_bad_row": rules.on_bad_row, "columns": rules.columns}
+    for example in read_examples(source, rules.kind, report, **options):
         if isinstance(example, PreferenceExample) and example.tie:
             if rules.ties == "error":
                 raise DataFault(

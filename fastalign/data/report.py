@@ -39,6 +39,8 @@ class DataReport:
         num_masked: answers in conversations that a key such as `weight` keeps from being learned.
         unread: entries of a folder that are not read, as paths within it.
         unused_columns: number of rows with each column that no example has.
+        given_columns: number of rows with each column that goes to reward functions.
+        absent_columns: columns that reward functions have a default for, and no row has.
         unknown_keys: number of messages with each key that nothing uses.
         unit: unit of the lengths: tokens, or characters without a tokenizer.
     """
@@ -61,6 +63,8 @@ class DataReport:
     num_masked: int = 0
     unread: list[str] = field(default_factory=list)
     unused_columns: Counter[str] = field(default_factory=Counter)
+    given_columns: Counter[str] = field(default_factory=Counter)
+    absent_columns: list[str] = field(default_factory=list)
     unknown_keys: Counter[str] = field(default_factory=Counter)
     unit: str = "tokens"
 
@@ -78,7 +82,7 @@ class DataReport:
     @classmethod
     def from_dict(cls, source: str, values: dict[str, Any]) -> DataReport:
         """Return the report that `as_dict` was made of, without lengths."""
-        counters = ("forms", "unused_columns", "unknown_keys")
+        counters = ("forms", "unused_columns", "given_columns", "unknown_keys")
         counts = {name: Counter(values[name]) for name in counters}
         faults = [DataFault(*fault) for fault in values["faults"]]
         return cls(source, **values | counts | {"faults": faults})
@@ -118,6 +122,9 @@ class DataReport:
         if self.unused_columns:
             names = show_names(sorted(self.unused_columns))
             lines.append(f"columns that nothing uses: {names}")
+        if self.absent_columns:
+            names = show_names(self.absent_columns)
+            lines.append(f"no row has columns that rewards use the defaults of: {names}")
         if self.unknown_keys:
             counts = sorted(self.unknown_keys.items())
             names = ", ".join(f"{shorten(key)} ({count})" for key, count in counts[:8])

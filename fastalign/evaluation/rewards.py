@@ -1,14 +1,19 @@
-"""Reward functions by name: `module:function`, a bag of words, or a trained reward model."""
+"""Reward functions by name: `module:function`, a bag of words, or a trained reward model.
+
+A function may also take columns of the prompt's row, which its signature names.
+"""
 
 import importlib
+import inspect
 import json
 import math
 import numbers
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,7 @@ from torch import Tensor
 
 from fastalign.batch.packed import Group, PackedBatch
 from fastalign.compute import Compute, find_device
+from fastalign.data.columns import RowColumns
 from fastalign.data.conversation import content_as_json, json_as_content
 from fastalign.data.examples import Content
 from fastalign.data.tokenise import Encoder
@@ -27,9 +33,9 @@ from fastalign.models.reward import RewardScale, response_reward, reward_scale
 from fastalign.ranks.errors import UserCodeFailed
 from fastalign.ranks.parallel import enter, load_on_first, share_by_fsdp
 
-# (prompts, completions) -> one number each, in a list, an array or a tensor; a prompt is text or a
-# list of {role, content}
-RewardFunction = Callable[[list[Any], list[str]], Any]
+# (prompts, completions, and columns by name) -> one number each, in a list, an array or a tensor; a
+# prompt is text or a list of {role, content}
+RewardFunction = Callable[..., Any]
 MOST_SHOWN = 100  # characters of a value that is refused
 
 
@@ -201,6 +207,64 @@ def load_reward(specification: str, compute: Compute | None = None) -> RewardFun
     return found
 
 
+@dataclass(frozen=True)
+class Parameters:
+    """The parameters of a reward function beside prompts and completions, by its signature.
+
+    Attributes:
+        required: those without a default.
+        optional: those with one.
+        every: whether it has `**kwargs`.
+        by_name: those of `prompts` and `completions` that are given by name, which a signature with
+            these names asks for; if it is empty, both are the first two arguments.
+        first: names of these two.
+    """
+
+    required: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    every: bool = False
+    by_name: tuple[str, ...] = ()
+    first: tuple[str, ...] = ()
+
+    def takes(self, column: str) -> bool:
+        """Return whether a column is given to the function."""
+        named = column in (*self.required, *self.optional)
+        return named or (self.every and column not in self.first)
+
+
+def parameters_of(function: RewardFunction) -> Parameters:
+    """Return the parameters of a reward function; none if it has no signature, as some of C."""
+    try:
+        found = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):
+        return Parameters()
+    every = any(p.kind is p.VAR_KEYWORD for p in found)
+    named = {p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    places = [p.name for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    by_name: tuple[str, ...] = ()
+    first = tuple(places[:2])
+    if "completions" in named and ("prompts" in named or first[:1] in ((), ("completions",))):
+        by_name = ("prompts", "completions") if every or "prompts" in named else ("completions",)
+        first = ()
+    rest = [p for p in found if p.name in named.difference(by_name, first)]
+    required = tuple(p.name for p in rest if p.default is p.empty)
+    optional = tuple(p.name for p in rest if p.default is not p.empty)
+    return Parameters(required, optional, every, by_name, first)
+
+
+def columns_of(functions: Mapping[str, RewardFunction]) -> RowColumns:
+    """Return the columns of a prompt's row that reward functions take, given by their names."""
+    found = {name: parameters_of(function) for name, function in functions.items()}
+    required = {column: name for name, p in found.items() for column in p.required}
+    optional = {column: name for name, p in found.items() for column in p.optional}
+    return RowColumns(
+        tuple(sorted(required)),
+        tuple(sorted(optional.keys() - required.keys())),
+        any(p.every for p in found.values()),
+        optional | required,
+    )
+
+
 @contextmanager
 def user_code(where: str) -> Iterator[None]:
     """Turn what code of the user's raises, `sys.exit` too, into a UserCodeFailed.
@@ -226,6 +290,7 @@ def apply_reward(
     prompts: Sequence[Content],
     completions: Sequence[str],
     source: str | None = None,
+    columns: Mapping[str, Sequence[Any]] | None = None,
 ) -> list[float]:
     """Call a reward function once for all completions, and check its result.
 
@@ -235,6 +300,8 @@ def apply_reward(
         prompts: one for each completion.
         completions: texts to score.
         source: name of the function in messages.
+        columns: a value for each completion by the column's name; the function is given those that
+            its signature takes, by name.
 
     Raises:
         ValueError: if the number of rewards is wrong, or one is not a finite number.
@@ -243,8 +310,13 @@ def apply_reward(
     plain, texts = [content_as_json(prompt) for prompt in prompts], list(completions)
     where = "reward" if source is None else f"reward: {source}"
     ours = isinstance(function, ModelReward | BagOfWordsReward)
+    parameters = parameters_of(function)
+    given = (columns or {}).items()
+    taken = {name: list(values) for name, values in given if parameters.takes(name)}
+    both = {"prompts": plain, "completions": texts}
+    named = {name: both[name] for name in parameters.by_name}
     with nullcontext() if ours else user_code(where):
-        result = function(plain, texts)
+        result = function(*(() if named else both.values()), **named, **taken)
     return checked_rewards(result, len(texts), where)
 
 

@@ -26,6 +26,7 @@ from tests.small_runs import (
     ppo_config,
     read_metrics,
     reward_config,
+    scored_by_answers,
     sft_config,
 )
 from tests.trainers.online_dpo.test_online_dpo import RENEWED, online_config
@@ -91,7 +92,7 @@ CASES = {
     "dpo, fsdp, offloaded": Case("dpo", 2, replace(FSDP, offload=True)),
     "reward, ddp": Case("reward", 2, DDP),
     "reward, fsdp": Case("reward", 3, FSDP),
-    "ppo, ddp": Case("ppo", 2, DDP),
+    "ppo, ddp, rewards by the rows' answers": Case("ppo", 2, DDP, change=scored_by_answers),
     "ppo, fsdp, exact KL": Case("ppo", 3, FSDP, change=exact_kl),
     "ppo, fsdp, adapter": Case("ppo", 2, FSDP, change=lora),
     "online-dpo, ddp": Case("online-dpo", 2, DDP),

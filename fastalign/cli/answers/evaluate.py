@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from fastalign.cli.answers.sampling import (
 )
 from fastalign.cli.settings import EvalConfig, SampledModel
 from fastalign.compute import Compute, require_finite
+from fastalign.data.columns import RowColumns
 from fastalign.data.load import load_examples
+from fastalign.data.read import require_columns
 from fastalign.data.tokenizer import Tokenizer, check_same_vocabulary
 from fastalign.evaluation.measures import (
     best_of_n,
@@ -29,7 +31,12 @@ from fastalign.evaluation.measures import (
     preference_accuracy,
     sampled_kl,
 )
-from fastalign.evaluation.rewards import apply_reward, load_reward
+from fastalign.evaluation.rewards import (
+    RewardFunction,
+    apply_reward,
+    columns_of,
+    load_reward,
+)
 from fastalign.evaluation.statistics import estimate_of_groups, summary
 from fastalign.models.forward import sequence_logprobs
 from fastalign.models.load import choose_packing
@@ -71,15 +78,36 @@ def judge_pairs(
     }
 
 
+def load_rewards(config: EvalConfig) -> dict[str, RewardFunction]:
+    """Load `reward` and `best_of_reward`, if they are given, by these names.
+
+    Raises:
+        ValueError: if no row of the prompts has a column that one of them requires.
+    """
+    given = {"reward": config.reward, "best_of_reward": config.best_of_reward}
+    sources = {name: source for name, source in given.items() if source is not None}
+    found = {name: load_reward(source, config.model.compute()) for name, source in sources.items()}
+    if config.data.prompts is not None:
+        require_columns(config.data.prompts, taken_columns(config, found))
+    return found
+
+
+def taken_columns(config: EvalConfig, functions: Mapping[str, RewardFunction]) -> RowColumns:
+    """Return the columns of a prompt's row that the rewards take."""
+    return columns_of({f"{name}: {getattr(config, name)}": f for name, f in functions.items()})
+
+
 def judge_samples(
-    config: EvalConfig, policy: Any, reference: Any, tokenizer: Tokenizer
+    config: EvalConfig,
+    policy: Any,
+    reference: Any,
+    tokenizer: Tokenizer,
+    functions: Mapping[str, RewardFunction],
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return reward and KL of fresh samples, and the samples."""
     assert config.data.prompts is not None
-    function = None
-    if config.reward is not None:
-        function = load_reward(config.reward, config.model.compute())
-    prompts = read_prompts(config.data.prompts, policy, tokenizer, config.sampling)
+    columns = taken_columns(config, functions)
+    prompts = read_prompts(config.data.prompts, policy, tokenizer, config.sampling, columns)
     completions = sample(config.model, policy, tokenizer, prompts.prompt_ids, config)
     rows = list(sample_rows(prompts, completions, tokenizer))
     groups = [
@@ -93,16 +121,21 @@ def judge_samples(
     lengths = [[float(len(ids)) for ids in group.response_ids] for group in groups]
     result: dict[str, Any] = {**summary("kl", kl)}
     result |= summary("completion_tokens", estimate_of_groups(lengths))
-    if function is not None:
+    if functions:
         n = config.sampling.num_samples
         repeated = [prompt for prompt in prompts.prompts for _ in range(n)]
         texts = [row["completion"] for row in rows]
-        rewards = apply_reward(function, repeated, texts, config.reward)
+        values = prompts.columns_at(range(len(prompts)), n)
+        scored = {
+            name: apply_reward(function, repeated, texts, getattr(config, name), values)
+            for name, function in functions.items()
+        }
+        rewards = scored["reward"]
         for row, reward in zip(rows, rewards, strict=True):
             row["reward"] = reward
         by_prompt = [rewards[start : start + n] for start in range(0, len(rewards), n)]
         result |= summary("reward", estimate_of_groups(by_prompt))
-        result |= judge_best_of(config, repeated, rows, by_prompt)
+        result |= judge_best_of(config, rows, by_prompt, scored.get("best_of_reward"))
     result["share_unfinished"] = sum(r["finish_reason"] == "length" for r in rows) / len(rows)
     return result, rows
 
@@ -115,16 +148,19 @@ def finite_logprobs(model: Any, groups: Sequence[Group], compute: Compute) -> li
 
 
 def judge_best_of(
-    config: EvalConfig, prompts: list[Any], rows: list[dict[str, Any]], rewards: list[list[float]]
+    config: EvalConfig,
+    rows: list[dict[str, Any]],
+    rewards: list[list[float]],
+    flat: list[float] | None,
 ) -> dict[str, Any]:
-    """Return `best_of_n`: for each n the reward of the best of n and the bound of its KL."""
+    """Return `best_of_n`: for each n the reward of the best of n and the bound of its KL.
+
+    `flat` are the scores of the rows that the best is chosen by, or None: by the reward.
+    """
     if not config.best_of:
         return {}
     scores = None
-    if config.best_of_reward is not None:
-        function = load_reward(config.best_of_reward, config.model.compute())
-        texts = [row["completion"] for row in rows]
-        flat = apply_reward(function, prompts, texts, config.best_of_reward)
+    if flat is not None:
         for row, score in zip(rows, flat, strict=True):
             row["best_of_score"] = score
         n = config.sampling.num_samples
@@ -169,6 +205,7 @@ def main(config: EvalConfig) -> int:
     if config.data.prompts is not None:
         check_file("out", samples, overwrite=config.overwrite, inputs=inputs)
     start = time.perf_counter()
+    functions = load_rewards(config)
     policy, tokenizer = load_sampled(config.model)
     same = SampledModel(config.reference.path, config.model.trust_remote_code, config.model.device)
     reference, reference_tokenizer = load_sampled(same)
@@ -178,7 +215,7 @@ def main(config: EvalConfig) -> int:
         result |= judge_pairs(config, policy, reference, tokenizer)
     rows: list[dict[str, Any]] = []
     if config.data.prompts is not None:
-        found, rows = judge_samples(config, policy, reference, tokenizer)
+        found, rows = judge_samples(config, policy, reference, tokenizer, functions)
         result |= found
     result = {**result, "seconds": time.perf_counter() - start, "config": asdict(config)}
     if rows:

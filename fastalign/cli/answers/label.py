@@ -7,8 +7,8 @@ from fastalign.cli.answers.sampling import as_lines
 from fastalign.cli.settings import LabelConfig
 from fastalign.data.conversation import content_as_json
 from fastalign.data.examples import Content
-from fastalign.data.read import load_samples
-from fastalign.evaluation.rewards import apply_reward, load_reward
+from fastalign.data.read import Sample, read_samples
+from fastalign.evaluation.rewards import apply_reward, columns_of, load_reward
 from fastalign.written_files import check_file, input_paths, write_file
 
 
@@ -45,10 +45,16 @@ def main(config: LabelConfig) -> int:
     """Run the command; return 0 when the file is written."""
     out = check_file("out", config.out, overwrite=config.overwrite, inputs=input_paths(config))
     function = load_reward(config.reward)
-    groups = load_samples(config.data.samples)
-    flat = [(prompt, text) for prompt, completions in groups for text in completions]
-    prompts, texts = [prompt for prompt, _ in flat], [text for _, text in flat]
-    rewards = apply_reward(function, prompts, texts, config.reward)
+    columns = columns_of({f"reward: {config.reward}": function})
+    found: dict[Content, list[Sample]] = {}
+    for sample in read_samples(config.data.samples, columns):
+        found.setdefault(sample.prompt, []).append(sample)
+    flat = [sample for samples in found.values() for sample in samples]
+    prompts, texts = [sample.prompt for sample in flat], [sample.completion for sample in flat]
+    names = sorted({name for sample in flat for name in sample.columns})
+    values = {name: [sample.columns.get(name) for sample in flat] for name in names}
+    rewards = apply_reward(function, prompts, texts, config.reward, values)
+    groups = [(prompt, [s.completion for s in samples]) for prompt, samples in found.items()]
     rows = list(best_and_worst(groups, rewards, config.data.ties))
     pairs = [row for row in rows if row is not None]
     if not pairs:

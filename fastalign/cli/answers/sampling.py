@@ -9,8 +9,10 @@ from typing import Any
 import torch
 
 from fastalign.cli.settings import SampledModel, SamplingConfig
+from fastalign.data.columns import RowColumns
 from fastalign.data.conversation import content_as_json
 from fastalign.data.load import PromptDataset, load_prompts
+from fastalign.data.read import NO_COLUMNS
 from fastalign.data.tokenizer import (
     Tokenizer,
     eos_token_ids,
@@ -45,9 +47,13 @@ def load_sampled(config: SampledModel) -> tuple[Any, Tokenizer]:
 
 
 def read_prompts(
-    source: str, model: Any, tokenizer: Tokenizer, params: SamplingParams
+    source: str,
+    model: Any,
+    tokenizer: Tokenizer,
+    params: SamplingParams,
+    columns: RowColumns = NO_COLUMNS,
 ) -> PromptDataset:
-    """Read prompts that leave room for their answers.
+    """Read prompts that leave room for their answers, with these columns of their rows.
 
     Raises:
         ValueError: if a row is bad, or a prompt is too long.
@@ -60,7 +66,7 @@ def read_prompts(
             f"{params.max_new_tokens}"
         )
     advice = f"the model has {limit} positions; shorten it, or lower --sampling.max-new-tokens"
-    prompts = load_prompts(source, tokenizer, max_length=room, advice=advice)
+    prompts = load_prompts(source, tokenizer, max_length=room, advice=advice, columns=columns)
     prompts.report.print_losses()
     return prompts
 
@@ -141,10 +147,15 @@ def sample(
 def sample_rows(
     prompts: PromptDataset, completions: Sequence[Sequence[Completion]], tokenizer: Tokenizer
 ) -> Iterator[dict[str, Any]]:
-    """Yield a row per completion; `logprob` is that of the whole completion in nats."""
-    for prompt, answers in zip(prompts.prompts, completions, strict=True):
+    """Yield a row per completion; `logprob` is that of the whole completion in nats.
+
+    It has the columns of the prompt's row that were read.
+    """
+    columns = prompts.columns or [{}] * len(prompts)
+    for prompt, values, answers in zip(prompts.prompts, columns, completions, strict=True):
         for number, answer in enumerate(answers):
             yield {
+                **values,
                 "prompt": content_as_json(prompt),
                 "completion": tokenizer.decode(answer.token_ids, skip_special_tokens=True),
                 "logprob": math.fsum(answer.logprobs),

@@ -22,7 +22,7 @@ _HUB_NAME = re.compile(
 
 
 def read_rows(
-    source: str | Path, columns: Collection[str], unread: list[str]
+    source: str | Path, columns: Collection[str] | None, unread: list[str]
 ) -> Iterator[Row | DataFault]:
     """Yield every row of a source, or instead of it the fault that made it unreadable.
 
@@ -30,7 +30,7 @@ def read_rows(
         source: a `.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv` (each also `.gz`, `.bz2`, `.zst`) or
             `.parquet` file, a folder of them, or a hub name `owner/name[:config][:split]` if no
             such path exists.
-        columns: the known columns; columnar formats read no others.
+        columns: the known columns; columnar formats read no others. None: all.
         unread: is extended by the entries of a folder that are not read.
 
     Raises:

@@ -69,8 +69,10 @@ def _header(path: Path, line: int, cells: list[str], delimiter: str) -> list[str
     return cells
 
 
-def parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row | DataFault]:
+def parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[Row | DataFault]:
     """Yield the rows of a `.parquet` file, numbered from 1; columns not in `columns` are None.
+
+    All columns are read for `columns` of None.
 
     Raises:
         DataFault: if it is not parquet or damaged, has a column twice, or has none of `columns`.
@@ -88,7 +90,7 @@ def parquet_rows(path: Path, columns: Collection[str]) -> Iterator[Row | DataFau
     try:
         table = pyarrow.parquet.ParquetFile(path)
         names = table.schema_arrow.names
-        wanted = [name for name in names if name in columns]
+        wanted = [name for name in names if columns is None or name in columns]
         for name in names:
             if names.count(name) > 1:
                 raise DataFault(str(path), "the file has this column twice", column=name)

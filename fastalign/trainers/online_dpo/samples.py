@@ -61,13 +61,15 @@ class Scored:
 
 def prepare_online_dpo(config: OnlineDPOConfig, compute: Compute) -> OnlineDPOSetup:
     """Load the models, the reward sources and the prompts; open the sampler."""
-    sources = load_sources(config.reward, compute)
+    sources = load_sources(config.reward, compute, config.data)
     model, tokenizer = load_for_training(config, compute)
     reference, limiting = None, [model]
     if config.loss.formula().needs_reference:
         reference = OnlineReference(config, model, tokenizer, compute)
         limiting += [] if reference.other is None else [reference.other]
-    prompts, held_out = load_prompt_sets(config.data, config.sampling, limiting, tokenizer)
+    prompts, held_out = load_prompt_sets(
+        config.data, config.sampling, limiting, tokenizer, sources.columns
+    )
     return OnlineDPOSetup(
         config=config,
         compute=compute,

@@ -186,10 +186,12 @@ class PPOSetup(SamplingSetup):
 
 def prepare_ppo(config: PPOConfig, compute: Compute) -> PPOSetup:
     """Load models, reward sources, prompts and demonstrations; open the sampler."""
-    sources = load_sources(config.reward, compute)
+    sources = load_sources(config.reward, compute, config.data)
     models, tokenizer = load_ppo_models(config, compute)
     limiting = [m for m in (models.policy, models.reference, models.value) if m is not None]
-    prompts, held_out = load_prompt_sets(config.data, config.sampling, limiting, tokenizer)
+    prompts, held_out = load_prompt_sets(
+        config.data, config.sampling, limiting, tokenizer, sources.columns
+    )
     ptx = load_ptx(config, tokenizer, compute)
     return PPOSetup(
         config=config,

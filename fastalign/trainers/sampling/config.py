@@ -69,8 +69,8 @@ class RewardSourceConfig:
     """The rewards that score completions."""
 
     sources: tuple[str, ...]
-    """One or more rewards: each a `module:function` (prompts, completions) -> numbers, a reward
-    model's folder, or a bag-of-words model (.json)."""
+    """One or more rewards: each a `module:function` (prompts, completions, columns by name) ->
+    numbers, a reward model's folder, or a bag-of-words model (.json)."""
     weights: tuple[float, ...] = ()
     """Weight of each source in the summed reward; by default 1 each."""
     missing_eos_penalty: float = 0.0

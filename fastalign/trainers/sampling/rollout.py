@@ -5,7 +5,7 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,10 @@ from torch import Tensor
 from fastalign.batch.packed import Group
 from fastalign.batch.schedule import indices_of_step
 from fastalign.compute import Compute
+from fastalign.data.columns import RowColumns
 from fastalign.data.examples import Content
 from fastalign.data.load import PromptDataset, load_prompts
+from fastalign.data.read import NO_COLUMNS, require_columns
 from fastalign.data.tokenizer import (
     Tokenizer,
     eos_token_ids,
@@ -27,7 +29,13 @@ from fastalign.data.tokenizer import (
     num_foreign_ids,
     print_added_tokens,
 )
-from fastalign.evaluation.rewards import ModelReward, RewardFunction, apply_reward, load_reward
+from fastalign.evaluation.rewards import (
+    ModelReward,
+    RewardFunction,
+    apply_reward,
+    columns_of,
+    load_reward,
+)
 from fastalign.models.lora import adapter_rank, has_adapter
 from fastalign.models.reward import RewardScale
 from fastalign.ranks.errors import UserCodeFailed
@@ -65,7 +73,7 @@ class RewardSources:
 
     Attributes:
         names: distinct names of the sources in the metrics.
-        functions: (prompts, completions) -> numbers.
+        functions: (prompts, completions, and columns of the prompts' rows by name) -> numbers.
         weights: weight of each source in the sum.
         world: the ranks, all of which ask for the same scores.
     """
@@ -75,8 +83,21 @@ class RewardSources:
     weights: tuple[float, ...]
     world: World = ALONE
 
-    def score(self, prompts: Sequence[Content], texts: Sequence[str]) -> tuple[Tensor, Metrics]:
+    @property
+    def columns(self) -> RowColumns:
+        """The columns of a prompt's row that the functions take."""
+        names = (f"reward.sources: {name}" for name in self.names)
+        return columns_of(dict(zip(names, self.functions, strict=True)))
+
+    def score(
+        self,
+        prompts: Sequence[Content],
+        texts: Sequence[str],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> tuple[Tensor, Metrics]:
         """Return the weighted sum of rewards of each completion, (R,) float64, and metrics.
+
+        `columns` are values of the prompts' rows, one for each completion.
 
         Raises:
             ValueError: if a source returns another number of rewards, or one that is not finite.
@@ -85,7 +106,7 @@ class RewardSources:
         total = torch.zeros(len(texts), dtype=torch.float64)
         metrics: Metrics = {}
         for name, function, weight in zip(self.names, self.functions, self.weights, strict=True):
-            work = partial(apply_reward, function, prompts, texts)
+            work = partial(apply_reward, function, prompts, texts, columns=columns)
             try:
                 # A model's work is shared by all ranks; any other function is rank 0's alone.
                 shared = isinstance(function, ModelReward)
@@ -102,16 +123,30 @@ class RewardSources:
         return total, metrics
 
 
-def load_sources(config: RewardSourceConfig, compute: Compute) -> RewardSources:
+def load_sources(
+    config: RewardSourceConfig, compute: Compute, data: PromptDataConfig | None = None
+) -> RewardSources:
     """Load every source; reward models go to the run's device, sharded as its other models.
 
+    Before any model is loaded, the columns that functions require are looked for in the `data`.
+
     Raises:
-        ValueError: if a source cannot be loaded.
+        ValueError: if a source cannot be loaded, or no row of the data has a required column.
         FileNotFoundError: if a file does not exist.
     """
+    light = [source for source in config.sources if not Path(source).is_dir()]
+    found = {source: load_reward(source, compute) for source in light}
+    if data is not None:
+        columns = columns_of({f"reward.sources: {s}": f for s, f in found.items()})
+        for file in (data.train, data.eval):
+            if file is not None:
+                require_columns(file, columns)
     return RewardSources(
         names=source_names(config.sources),
-        functions=tuple(load_reward(source, compute) for source in config.sources),
+        functions=tuple(
+            found[source] if source in found else load_reward(source, compute)
+            for source in config.sources
+        ),
         weights=config.weights or (1.0,) * len(config.sources),
         world=compute.world,
     )
@@ -207,9 +242,13 @@ class Rollouts:
 
 
 def load_prompt_sets(
-    data: PromptDataConfig, params: SamplingParams, models: Sequence[Any], tokenizer: Tokenizer
+    data: PromptDataConfig,
+    params: SamplingParams,
+    models: Sequence[Any],
+    tokenizer: Tokenizer,
+    columns: RowColumns = NO_COLUMNS,
 ) -> tuple[PromptDataset, PromptDataset | None]:
-    """Load the training prompts, and held-out ones if there are any.
+    """Load the training prompts, and held-out ones if there are any, with their rows' `columns`.
 
     All leave room for an answer in the model with the fewest positions.
 
@@ -237,6 +276,7 @@ def load_prompt_sets(
             on_bad_row=data.on_bad_row,
             on_too_long=data.on_too_long,
             advice=f"{remedy}, or use --data.on-too-long skip",
+            columns=columns,
         )
         found.report.print_losses()
         sets.append(found)
@@ -328,7 +368,11 @@ def roll_out(
         for answers in completions
     ]
     repeated = [content for content in contents for _ in range(params.num_samples)]
-    rewards, metrics = sources.score(repeated, [text for answers in texts for text in answers])
+    rewards, metrics = sources.score(
+        repeated,
+        [text for answers in texts for text in answers],
+        prompts.columns_at(indices, params.num_samples),
+    )
     seconds = {
         "time/generate_seconds": sampled - start,
         "time/score_seconds": time.perf_counter() - sampled,
