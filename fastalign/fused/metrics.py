@@ -15,14 +15,14 @@ def metric_means(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     Means are over pairs, but `entropy`, `mean_token_accuracy`, `policy/*` and `val/*` over tokens,
     `logits/chosen` and `logits/rejected` over that side's, and `rewards/accuracies`, and a reward
     model's `accuracy` and `margin`, over pairs that are not ties. A mean over nothing is 0.
-    Extremes (`min_...`, `max_...`) stay what they are.
+    Extremes (`min_...`, `max_...`) stay what they are, and `router_loss`, a weighted sum.
     """
     counts = {name: value for name, value in sums.items() if is_count(name)}
     means = dict(counts)
     for name, value in sums.items():
         if name in counts:
             continue
-        if name.startswith(("min_", "max_")):
+        if name.startswith(("min_", "max_")) or name == "router_loss":
             means[name] = value
             continue
         if name in ("entropy", "mean_token_accuracy") or name.startswith(("policy/", "val/")):

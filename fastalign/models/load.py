@@ -32,6 +32,7 @@ from fastalign.models.layers import skip_unread_tokens
 from fastalign.models.lora import base_state, merge_adapter
 from fastalign.models.lora_files import CONFIG_FILE, adapter_base, open_adapter
 from fastalign.models.low_bit import keep_differentiable, nf4_options
+from fastalign.models.router import router_coefficient
 from fastalign.ops.float32_products import use_fastest_products
 from fastalign.ranks.whole_weights import whole, whole_state
 from fastalign.ranks.world import ALONE, World
@@ -225,7 +226,7 @@ def as_used(model: Any, found: Verdict) -> Any:
     model.verdict = found
     disable_dropout(model)
     use_fastest_products(model)
-    if found.skips:
+    if found.skips and not router_coefficient(model):  # whose loss is of all tokens
         skip_unread_tokens(model)
     return model.eval()
 

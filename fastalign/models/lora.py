@@ -3,8 +3,10 @@
 A model with an adapter stays a transformers causal model; its linear layers are peft's.
 """
 
+import math
 import re
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +21,9 @@ from fastalign.ops.float32_products import Linear
 
 ADAPTER = "default"  # peft's own name for the only adapter
 ALL_LINEAR = "all-linear"
+# Names of layers under which transformers 4 kept single experts. On a mixture of experts peft takes
+# such a target for the fused ones, so that layers of that name are targeted by their parameter.
+OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 def require_peft(what: str) -> None:
@@ -55,28 +60,55 @@ def linear_names(model: Any) -> dict[str, nn.Module]:
     }
 
 
-def target_endings(model: Any, targets: Sequence[str]) -> list[str]:
-    """Return the name endings for peft, with `all-linear` expanded.
+def expert_weights(model: Any) -> dict[str, nn.Parameter]:
+    """Return the matrices (E, ., .) of all of a layer's experts in one, by their full names."""
+    return {
+        f"{name}.{own}": parameter
+        for name, part in model.named_modules()
+        if "expert" in f"{name}{type(part).__name__}".lower()
+        for own, parameter in part.named_parameters(recurse=False)
+        if parameter.dim() == 3
+    }
+
+
+def target_endings(model: Any, targets: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Return the endings of layers' names and of parameters' names for peft.
+
+    `all-linear` stands for all linear layers but the head, and for fused experts.
 
     Raises:
-        ValueError: if no linear layer's name ends in a target; lists the layers' names.
+        ValueError: if no name ends in a target; lists the names.
     """
     head = model.get_output_embeddings()
-    layers = linear_names(model)
+    layers, experts = linear_names(model), expert_weights(model)
     # A layer of a list is named by its list too: peft takes a bare number for a decoder layer's.
     names = {re.sub(r".*?([^.]+(\.\d+)*)$", r"\1", n): part is head for n, part in layers.items()}
-    found: dict[str, None] = {}
+    names |= {".".join(name.split(".")[-2:]): False for name in experts}
+    modules: dict[str, None] = {}
+    parameters: dict[str, None] = {}
     for target in targets:
-        if target == ALL_LINEAR:
-            found |= dict.fromkeys(name for name, is_head in names.items() if not is_head)
-        elif any(name == target or name.endswith(f".{target}") for name in layers):
-            found[target] = None
-        else:
-            raise ValueError(
-                f"model.lora.targets: no linear layer's name ends in {target!r}; expected "
-                f"{ALL_LINEAR} or among {', '.join(names)}"
-            )
-    return list(found)
+        found = [name for name, is_head in names.items() if not is_head]
+        for ending in found if target == ALL_LINEAR else [target]:
+            matched = [part for name, part in layers.items() if f".{name}".endswith(f".{ending}")]
+            fused = any(name.endswith(f".{ending}") for name in experts)
+            if fused:
+                parameters[ending] = None
+            if matched and experts and ending.split(".")[-1] in OF_EXPERTS:
+                if not is_quantised(matched[0]):
+                    parameters[f"{ending}.weight"] = None
+                elif target != ALL_LINEAR and not fused:
+                    raise ValueError(
+                        f"model.lora.targets: {target!r} cannot have an adapter on 4 bits, since "
+                        "peft takes that name for the experts'; expected bf16 or float32"
+                    )
+            elif matched:
+                modules[ending] = None
+            elif not fused:
+                raise ValueError(
+                    f"model.lora.targets: no linear layer's name ends in {target!r}; expected "
+                    f"{ALL_LINEAR} or among {', '.join(names)}"
+                )
+    return list(modules), list(parameters)
 
 
 def add_adapter(
@@ -85,8 +117,8 @@ def add_adapter(
     """Freeze the model and add a float32 adapter whose B is 0 (LoRA, arXiv 2106.09685).
 
     The product of A (r, D) and B (V, r) is scaled by alpha / r, or with `use_rslora` by alpha /
-    sqrt(r) (arXiv 2312.03732). A target is `all-linear` (every linear layer but the head) or an
-    ending of layers' names.
+    sqrt(r) (arXiv 2312.03732). A target is `all-linear` (every linear layer but the head, and fused
+    experts, each with a product of its own) or an ending of layers' names.
 
     Raises:
         ValueError: if the model has no such layer, or peft is not installed.
@@ -95,16 +127,47 @@ def add_adapter(
     from peft import LoraConfig
     from peft.functional import cast_adapter_dtype
 
+    modules, parameters = target_endings(model, targets)
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
-        target_modules=target_endings(model, targets),
+        target_modules=modules,
+        target_parameters=parameters or None,
         use_rslora=use_rslora,
         task_type="CAUSAL_LM",
     )
     with quiet_peft():
         model.add_adapter(config, ADAPTER)  # which freezes every other parameter
     cast_adapter_dtype(model, ADAPTER)
+
+
+def adapter_counts(model: Any) -> str:
+    """Return a line: weights of the adapter, of the matrices it changes, and of those it does not.
+
+    The latter are listed by the ends of their names, the most weights first.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    adapted, others = 0, Counter[str]()
+    changed: set[tuple[int, str]] = set()
+    for part in model.modules():
+        if isinstance(part, LoraLayer):
+            name = getattr(part, "parameter_name", "weight")
+            changed.add((id(part.get_base_layer()), name))
+            adapted += part.in_features * part.out_features * getattr(part, "num_experts", 1)
+    for name, part in model.named_modules():
+        for own, parameter in part.named_parameters(recurse=False):
+            is_matrix = parameter.dim() > 1 and not own.endswith("bias")
+            if is_matrix and (id(part), own) not in changed and "lora_" not in name:
+                size = part.weight.quant_state.shape if is_quantised(part) else parameter.shape
+                layer = name.replace(".base_layer", "").split(".")[-2:]
+                others[".".join([*layer, own])] += math.prod(size)
+    most = [f"{name} {number:,}" for name, number in others.most_common(5)]
+    return (
+        f"adapter of {trained:,} weights on matrices of {adapted:,}; without one: "
+        f"{others.total():,} ({', '.join(most)}{', ...' if len(others) > len(most) else ''})"
+    )
 
 
 def has_adapter(model: Any) -> bool:

@@ -15,6 +15,7 @@ from fastalign.batch.schedule import packed_batches, packed_lengths
 from fastalign.choices import Packing
 from fastalign.compute import Compute, memory_used_in
 from fastalign.models.forward import hidden_and_head
+from fastalign.models.router import add_router_loss
 from fastalign.ops import LinearHead, fused_linear_loss
 from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.ops.head.products import weights_rounded_once
@@ -157,18 +158,23 @@ def accumulate(
     same sums and gradients.
 
     `batch_loss` divides by the count of the whole step, so that the result does not depend on how
-    the step is cut. `last`: no more is added to the gradients before they are used.
+    the step is cut. `last`: no more is added to the gradients before they are used. With `backward`
+    a router's loss is added, of each micro-batch by its share of the step's packed tokens.
     """
     total = Total()
     pieces = list(packed_batches(examples.groups, indices, examples.lengths, compute))
+    num_tokens = sum(examples.lengths[i] for i in indices)
     with weights_rounded_once() if len(pieces) > 1 else nullcontext():
         for piece in pieces:
             with memory_used_in(f"a batch of {piece.batch.num_tokens} tokens"):
                 batch = piece.batch.to(compute.device)
                 # The ranks sum their gradients once, in the step's last backward.
                 sync = compute.syncs_each_batch or (last and piece is pieces[-1])
+                share = sum(examples.lengths[i] for i in piece.indices) / num_tokens
                 with torch.set_grad_enabled(backward):
-                    part, sums = loss_of_batch(model, batch_loss, batch, piece.indices, sync)
+                    part, sums = loss_of_batch(
+                        model, batch_loss, batch, piece.indices, sync, share if backward else 0.0
+                    )
                 if backward:
                     # A rank without work computes a batch of another's, and adds nothing by it.
                     part = part if piece.counts else part * 0
@@ -185,10 +191,24 @@ def accumulate(
 
 
 def loss_of_batch(
-    model: Any, batch_loss: BatchLoss, batch: PackedBatch, indices: list[int], sync: bool
+    model: Any,
+    batch_loss: BatchLoss,
+    batch: PackedBatch,
+    indices: list[int],
+    sync: bool,
+    share: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute a micro-batch inside of the model's forward, where DDP and FSDP2 hook in."""
-    return enter(model, lambda: batch_loss(batch, indices), sync=sync)
+    """Compute a micro-batch's loss inside of the model's forward, where DDP and FSDP2 hook in.
+
+    Of a router's loss `share` is added.
+    """
+
+    def computation() -> tuple[Tensor, dict[str, Tensor]]:
+        if not share:
+            return batch_loss(batch, indices)
+        return add_router_loss(model, batch, share, lambda: batch_loss(batch, indices))
+
+    return enter(model, computation, sync=sync)
 
 
 def evaluate_by_loss(

@@ -31,8 +31,9 @@ from fastalign.models.load import (
     model_without_weights,
     set_save_dtype,
 )
-from fastalign.models.lora import add_adapter, has_adapter
+from fastalign.models.lora import adapter_counts, add_adapter, has_adapter
 from fastalign.models.lora_files import adapter_base
+from fastalign.models.router import check_router
 from fastalign.ranks.parallel import load_on_first, share_by_ddp, share_by_fsdp
 from fastalign.ranks.world import ALONE, World
 from fastalign.runs.config import ModelConfig, PreferenceDataConfig, TrainingConfig, flat_settings
@@ -120,25 +121,14 @@ def load_for_training(config: TrainingConfig, compute: Compute) -> tuple[Any, To
     return share(ready_for_training(model, config), compute), tokenizer
 
 
-def check_router(model: Any, path: str) -> None:
-    """Raise ValueError if a mixture of experts asks for its router's loss, computed nowhere."""
-    config = model.config.get_text_config()
-    weight = getattr(config, "router_aux_loss_coef", None)
-    if getattr(config, "output_router_logits", False) and weight:
-        raise ValueError(
-            f"model.path: config.json of {path!r} asks for the router's auxiliary loss "
-            f"(output_router_logits true, router_aux_loss_coef {weight}), which is not computed; "
-            "expected output_router_logits false, under which the router is trained by the "
-            "tokens' loss alone"
-        )
-
-
 def load_reward_for_training(config: TrainingConfig, compute: Compute) -> tuple[Any, Tokenizer]:
     """Load a reward model with float32 master weights, and its tokenizer; the caller shares it."""
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
     model = load_reward_network(config.model.path, config, compute)
     check_vocabulary(model, tokenizer, config.model.path)
     print(f"attention of {config.model.path}: {attention_name(model)}")
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        print("the router's auxiliary loss is not added: transformers' classifiers have none")
     return ready_for_training(model, config), tokenizer
 
 
@@ -203,6 +193,7 @@ def add_new_adapter(model: Any, config: ModelConfig) -> None:
             targets=lora.targets,
             use_rslora=lora.use_rslora,
         )
+        print(adapter_counts(model))
 
 
 def load_model(

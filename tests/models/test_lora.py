@@ -1,28 +1,40 @@
 """A model with an adapter, beside transformers' and peft's own numbers for it."""
 
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from fastalign.batch.packed import Group, pack
 from fastalign.compute import PACKINGS, Compute
 from fastalign.models.forward import hidden_and_head, response_logprob
 from fastalign.models.head import check_head, lm_head
+from fastalign.models.load import load_policy
 from fastalign.models.lora import (
+    adapter_counts,
     adapter_off,
     add_adapter,
     base_state,
     merge_adapter,
+    quiet_peft,
     target_endings,
 )
+from fastalign.models.lora_files import save_adapter
 from tests.models.test_exactness import one_at_a_time, random_groups
-from tests.tiny import put_adapter, tiny_model
+from tests.tiny import SETTINGS, put_adapter, tiny_model
 from tests.tolerance import assert_no_worse
 
 TARGETS = {"no_head": ["all-linear"], "with_head": ["all-linear", "lm_head"]}
+EXPERTS = {
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    **{"moe_intermediate_size": 16, "first_k_dense_replace": 1},
+}
 ADAPTED = pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
 ARCHITECTURES = pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
 
@@ -184,15 +196,40 @@ def test_a_layer_in_a_list_is_named_by_its_list() -> None:
     model: Any = torch.nn.Module()
     model.ffn = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
     model.get_output_embeddings = lambda: None
-    assert target_endings(model, ["all-linear"]) == ["ffn.0", "ffn.2"]
+    assert target_endings(model, ["all-linear"]) == (["ffn.0", "ffn.2"], [])
 
 
-def test_adapters_of_fused_experts_are_merged() -> None:
-    model = tiny_model("gpt_oss")
+@pytest.mark.parametrize("architecture", ["gpt_oss", "deepseek_v3"])
+def test_fused_experts_have_adapters_that_are_saved_and_merged(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # one layer with experts beside a shared one, whose layers have the names of experts before
+    monkeypatch.setitem(SETTINGS, "deepseek_v3", SETTINGS["deepseek_v3"] | EXPERTS)
+    model = tiny_model(architecture)
     names, ids = set(model.state_dict()), torch.tensor([[5, 6, 7, 8]])
+    model.save_pretrained(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
     put_adapter(model)
     assert set(base_state(model)) == names
+    assert re.search(r"without one: \d,\d+ \([^(]*embed_tokens", counts := adapter_counts(model))
+    assert "experts" not in counts
+    assert "_proj" not in counts
     adapted = model(ids).logits
+    adapted.logsumexp(-1).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert not parameter.requires_grad or parameter.grad.abs().sum() > 0, name
+    save_adapter(model, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    with quiet_peft():
+        theirs = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).eval()
     merge_adapter(model)
-    torch.testing.assert_close(model(ids).logits, adapted, rtol=1e-4, atol=1e-4)
+    for found in (theirs, load_policy(tmp_path / "adapter"), model):
+        torch.testing.assert_close(found(ids).logits, adapted, rtol=1e-4, atol=1e-4)
     assert set(model.state_dict()) == names
+
+
+def test_fused_experts_alone_are_a_target() -> None:
+    model = put_adapter(tiny_model("gpt_oss"), "experts.down_proj")
+    assert "gate_up_proj 12,288" in adapter_counts(model)
+    with pytest.raises(ValueError, match=r"name ends in 'up'; expected .*, experts\.down_proj"):
+        add_adapter(tiny_model("gpt_oss"), rank=2, alpha=2.0, targets=["up"])

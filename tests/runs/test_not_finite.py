@@ -4,19 +4,15 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, MixtralForCausalLM
 
 from fastalign.cli.main import main
-from fastalign.models.load import save_model
 from fastalign.trainers import train_ppo, train_sft
 from tests.small_runs import ppo_config, sft_config
-from tests.tokenizers import make_tokenizer
 
 
 def overflow(folder: Path) -> None:
@@ -83,17 +79,3 @@ def test_an_update_that_is_not_finite_is_never_saved(folder: Path) -> None:
         train_sft(replace(config, optim=optim))
     assert not (folder / "run/model").exists()
     assert not list((folder / "run/checkpoints").glob("step-*"))
-
-
-def test_a_router_s_loss_is_refused_by_name(folder: Path) -> None:
-    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 320}
-    model = MixtralForCausalLM(MixtralConfig(**sizes, **heads, num_local_experts=2))
-    config = sft_config(folder, "run", packing="padded", max_steps=1)
-    save_model(model, make_tokenizer(), folder / "llama")
-    assert train_sft(config).finished
-    model.config.output_router_logits = True
-    save_model(model, make_tokenizer(), folder / "llama")
-    config = sft_config(folder, "again", packing="padded", max_steps=1)
-    with pytest.raises(ValueError, match=r"output_router_logits true, router_aux_loss_coef 0\.001"):
-        train_sft(config)
