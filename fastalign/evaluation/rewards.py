@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import fastalign.rewards
 from fastalign.batch.packed import Group, PackedBatch
 from fastalign.compute import Compute, find_device
 from fastalign.data.columns import RowColumns
@@ -310,6 +311,7 @@ def apply_reward(
     plain, texts = [content_as_json(prompt) for prompt in prompts], list(completions)
     where = "reward" if source is None else f"reward: {source}"
     ours = isinstance(function, ModelReward | BagOfWordsReward)
+    ours = ours or getattr(function, "__module__", None) == fastalign.rewards.__name__
     parameters = parameters_of(function)
     given = (columns or {}).items()
     taken = {name: list(values) for name, values in given if parameters.takes(name)}
