@@ -4,7 +4,7 @@ The names are TRL's; `response_a`, `response_b`, `label` (`a`, `b` or `tie`) and
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, time
 from decimal import Decimal
@@ -95,6 +95,12 @@ class RowColumns:
                 problem = f"a value that cannot be given to a reward function: {error}"
                 raise DataFault(row.where, problem, name) from None
         return f"{{{', '.join(parts)}}}"
+
+
+def as_lists(rows: Sequence[Mapping[str, object]]) -> dict[str, list[object]]:
+    """Return a list of each column that a row has, with None for rows that lack it."""
+    names = sorted({name for row in rows for name in row})
+    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def _as_text(value: object) -> str:

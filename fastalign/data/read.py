@@ -148,12 +148,14 @@ def read_samples(source: str | Path, columns: RowColumns = NO_COLUMNS) -> list[S
     return samples
 
 
-def load_samples(source: str | Path) -> list[tuple[Content, list[str]]]:
-    """Return each prompt with its completions, in the order of their first row."""
-    found: dict[Content, list[str]] = {}
-    for sample in read_samples(source):
-        found.setdefault(sample.prompt, []).append(sample.completion)
-    return list(found.items())
+def load_samples(
+    source: str | Path, columns: RowColumns = NO_COLUMNS
+) -> dict[Content, list[Sample]]:
+    """Return the samples of each prompt, in the order of their first row."""
+    found: dict[Content, list[Sample]] = {}
+    for sample in read_samples(source, columns):
+        found.setdefault(sample.prompt, []).append(sample)
+    return found
 
 
 def read_texts(source: str | Path) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Win rate of one model's answers against another's: answer pairs, verdicts, and the share won."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from fastalign.evaluation.statistics import share_interval
 
 # Score of each verdict for the model that is judged.
 SCORES = {"win": 1.0, "tie": 0.5, "loss": 0.0}
-Groups = Sequence[tuple[Content, list[str]]]
+Answers = Mapping[Content, Sequence[str]]  # of each prompt
 
 
 @dataclass(frozen=True)
@@ -45,28 +45,27 @@ class Judged:
     details: dict[str, Any]
 
 
-def pair_answers(model: Groups, baseline: Groups) -> list[AnswerPair]:
+def pair_answers(model: Answers, baseline: Answers) -> list[AnswerPair]:
     """Pair the k-th answers to each prompt, in the model's order.
 
     Raises:
         ValueError: if the prompts, or the numbers of answers to one, differ.
     """
-    others = dict(baseline)
-    missing = [prompt for prompt, _ in model if prompt not in others]
-    missing += [prompt for prompt in others if prompt not in dict(model)]
+    missing = [prompt for prompt in model if prompt not in baseline]
+    missing += [prompt for prompt in baseline if prompt not in model]
     if missing:
         raise ValueError(
             f"baseline: expected answers to the model's prompts; {len(missing)} prompts have "
             f"answers of one side only, the first is {shorten(missing[0])}"
         )
     pairs = []
-    for prompt, answers in model:
-        if len(answers) != len(others[prompt]):
+    for prompt, answers in model.items():
+        if len(answers) != len(baseline[prompt]):
             raise ValueError(
                 f"baseline: expected {len(answers)} answers to {shorten(prompt)}, as many as the "
-                f"model's, got {len(others[prompt])}"
+                f"model's, got {len(baseline[prompt])}"
             )
-        for number, sides in enumerate(zip(answers, others[prompt], strict=True)):
+        for number, sides in enumerate(zip(answers, baseline[prompt], strict=True)):
             pairs.append(AnswerPair(prompt, *sides, number))
     return pairs
 
@@ -78,12 +77,21 @@ def shorten(prompt: Content) -> str:
 
 
 def judge_by_reward(
-    function: RewardFunction, pairs: Sequence[AnswerPair], source: str | None = None
+    function: RewardFunction,
+    pairs: Sequence[AnswerPair],
+    source: str | None = None,
+    columns: Sequence[Mapping[str, Sequence[Any]]] = ({}, {}),
 ) -> list[Judged]:
-    """Judge pairs by a reward: the larger one wins, equal ones tie; as for `apply_reward`."""
+    """Judge pairs by a reward: the larger one wins, equal ones tie; as for `apply_reward`.
+
+    `columns` are those of the model's answers and of the baseline's.
+    """
     prompts = [pair.prompt for pair in pairs]
-    ours = apply_reward(function, prompts, [pair.model for pair in pairs], source)
-    theirs = apply_reward(function, prompts, [pair.baseline for pair in pairs], source)
+    texts = ([pair.model for pair in pairs], [pair.baseline for pair in pairs])
+    ours, theirs = (
+        apply_reward(function, prompts, own, source, given)
+        for own, given in zip(texts, columns, strict=True)
+    )
     return [
         Judged(
             "tie" if own == other else "win" if own > other else "loss",

@@ -165,7 +165,7 @@ def right(completions: list[str], answer: list[str]) -> list[float]:
 RIGHT = "tests.evaluation.test_reward_columns:right"
 
 
-def test_label_gives_a_sample_its_own_answer(
+def test_label_and_win_rate_give_a_sample_its_own_answer(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples = [
@@ -179,6 +179,14 @@ def test_label_gives_a_sample_its_own_answer(
     assert main(command) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["chosen"], row["rejected"]) for row in rows] == [("2", "3"), ("3", "2")]
+    paths = []
+    for name, texts in (("ours", ["2", "2"]), ("theirs", ["3", "3"])):
+        rows = [row | {"completion": text} for row, text in zip(samples[:2], texts, strict=True)]
+        paths.append(str(write_rows(tmp_path / f"{name}.jsonl", rows)))
+    sides = ["--model.samples", paths[0], "--baseline.samples", paths[1]]
+    assert main(["win-rate", *sides, "--reward", RIGHT, "--out", str(tmp_path / "rate.json")]) == 0
+    judged = (tmp_path / "rate.verdicts.jsonl").read_text().splitlines()
+    assert [json.loads(line)["verdict"] for line in judged] == ["win", "loss"]
     del samples[2]["answer"]
     write(tmp_path, samples)
     capsys.readouterr()

@@ -65,8 +65,8 @@ def test_the_bootstrap_covers_the_truth_as_often_as_it_says() -> None:
 
 
 def test_answers_are_paired_by_number() -> None:
-    model = [("x", ["a", "b"]), (CHAT, ["c"])]
-    baseline = [(CHAT, ["d"]), ("x", ["e", "f"])]
+    model = {"x": ["a", "b"], CHAT: ["c"]}
+    baseline = {CHAT: ["d"], "x": ["e", "f"]}
     assert pair_answers(model, baseline) == [
         AnswerPair("x", "a", "e", 0),
         AnswerPair("x", "b", "f", 1),
@@ -77,16 +77,14 @@ def test_answers_are_paired_by_number() -> None:
 @pytest.mark.parametrize(
     ("baseline", "message"),
     [
-        ([("x", ["e"])], "expected 2 answers to 'x', as many as the model's, got 1"),
-        ([("x", ["e", "f"]), ("y" * 90, ["g"])], r"the first is 'yyyy.*\.\.\.$"),
-        ([], "1 prompts have answers of one side only, the first is 'x'"),
+        ({"x": ["e"]}, "expected 2 answers to 'x', as many as the model's, got 1"),
+        ({"x": ["e", "f"], "y" * 90: ["g"]}, r"the first is 'yyyy.*\.\.\.$"),
+        ({}, "1 prompts have answers of one side only, the first is 'x'"),
     ],
 )
-def test_answers_that_do_not_pair_are_named(
-    baseline: list[tuple[str, list[str]]], message: str
-) -> None:
+def test_answers_that_do_not_pair_are_named(baseline: dict[str, list[str]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        pair_answers([("x", ["a", "b"])], baseline)
+        pair_answers({"x": ["a", "b"]}, baseline)
 
 
 def test_the_larger_reward_wins() -> None:

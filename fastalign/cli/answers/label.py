@@ -5,9 +5,10 @@ from typing import Any
 
 from fastalign.cli.answers.sampling import as_lines
 from fastalign.cli.settings import LabelConfig
+from fastalign.data.columns import as_lists
 from fastalign.data.conversation import content_as_json
 from fastalign.data.examples import Content
-from fastalign.data.read import Sample, read_samples
+from fastalign.data.read import load_samples, require_columns
 from fastalign.evaluation.rewards import apply_reward, columns_of, load_reward
 from fastalign.written_files import check_file, input_paths, write_file
 
@@ -46,13 +47,11 @@ def main(config: LabelConfig) -> int:
     out = check_file("out", config.out, overwrite=config.overwrite, inputs=input_paths(config))
     function = load_reward(config.reward)
     columns = columns_of({f"reward: {config.reward}": function})
-    found: dict[Content, list[Sample]] = {}
-    for sample in read_samples(config.data.samples, columns):
-        found.setdefault(sample.prompt, []).append(sample)
+    require_columns(config.data.samples, columns)
+    found = load_samples(config.data.samples, columns)
     flat = [sample for samples in found.values() for sample in samples]
     prompts, texts = [sample.prompt for sample in flat], [sample.completion for sample in flat]
-    names = sorted({name for sample in flat for name in sample.columns})
-    values = {name: [sample.columns.get(name) for sample in flat] for name in names}
+    values = as_lists([sample.columns for sample in flat])
     rewards = apply_reward(function, prompts, texts, config.reward, values)
     groups = [(prompt, [s.completion for s in samples]) for prompt, samples in found.items()]
     rows = list(best_and_worst(groups, rewards, config.data.ties))

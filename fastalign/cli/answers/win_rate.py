@@ -2,9 +2,9 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from fastalign.cli.answers.sampling import (
 )
 from fastalign.cli.settings import SampledModel, Side, WinRateConfig
 from fastalign.compute import Compute, find_device
+from fastalign.data.columns import RowColumns, as_lists
 from fastalign.data.conversation import content_as_json
 from fastalign.data.examples import Content
-from fastalign.data.read import load_samples
+from fastalign.data.read import NO_COLUMNS, load_samples, require_columns
 from fastalign.evaluation.judge.chat_endpoint import ChatEndpoint
 from fastalign.evaluation.judge.judge import judge_by_endpoint, judge_statistics, read_template
-from fastalign.evaluation.rewards import load_reward
+from fastalign.evaluation.rewards import columns_of, load_reward
 from fastalign.evaluation.win_rate import (
     AnswerPair,
     Judged,
@@ -46,22 +47,45 @@ def check(config: WinRateConfig) -> None:
         raise ValueError(f"judge: expected reward or judge.endpoint, got {got}")
 
 
-def answers_of(side: Side, config: WinRateConfig) -> list[tuple[Content, list[str]]]:
-    """Return each prompt with its answers, read or sampled; the model is freed afterwards."""
+@dataclass(frozen=True)
+class SideAnswers:
+    """One side's answers, parallel with the columns of their rows that a reward takes.
+
+    Attributes:
+        texts: answers of each prompt.
+        columns: for each answer, those of the sample's row, or of the prompt's row.
+    """
+
+    texts: dict[Content, list[str]]
+    columns: dict[Content, list[Mapping[str, object]]]
+
+    def columns_at(self, pairs: Sequence[AnswerPair]) -> dict[str, list[object]]:
+        """Return the columns of this side's answers of the pairs."""
+        return as_lists([self.columns[pair.prompt][pair.sample] for pair in pairs])
+
+
+def answers_of(side: Side, config: WinRateConfig, columns: RowColumns = NO_COLUMNS) -> SideAnswers:
+    """Return the answers of a side, read or sampled; the model is freed afterwards."""
     if side.samples is not None:
-        return load_samples(side.samples)
+        samples = load_samples(side.samples, columns)
+        return SideAnswers(
+            {prompt: [sample.completion for sample in found] for prompt, found in samples.items()},
+            {prompt: [sample.columns for sample in found] for prompt, found in samples.items()},
+        )
     assert side.path is not None
     assert config.data.prompts is not None
     source = SampledModel(side.path, side.trust_remote_code, side.device)
     model, tokenizer = load_sampled(source)
-    prompts = read_prompts(config.data.prompts, model, tokenizer, config.sampling)
+    prompts = read_prompts(config.data.prompts, model, tokenizer, config.sampling, columns)
     drawn = sample(source, model, tokenizer, prompts.prompt_ids, config)
     # A prompt given twice is one prompt with twice the answers, as in a file of samples.
-    found: dict[Content, list[str]] = {}
-    for prompt, answers in zip(prompts.prompts, drawn, strict=True):
+    found = SideAnswers({}, {})
+    rows = prompts.columns or [{}] * len(prompts)
+    for prompt, row, answers in zip(prompts.prompts, rows, drawn, strict=True):
         texts = [tokenizer.decode(a.token_ids, skip_special_tokens=True) for a in answers]
-        found.setdefault(prompt, []).extend(texts)
-    return list(found.items())
+        found.texts.setdefault(prompt, []).extend(texts)
+        found.columns.setdefault(prompt, []).extend([row] * len(texts))
+    return found
 
 
 def progress(judged: Iterator[Judged], total: int) -> Iterator[Judged]:
@@ -141,14 +165,23 @@ def main(config: WinRateConfig) -> int:
         function = load_reward(
             config.reward, Compute(find_device(config.model.device, "model.device"))
         )
-        pairs = pair_answers(answers_of(config.model, config), answers_of(config.baseline, config))
-        judgements = iter(judge_by_reward(function, pairs, config.reward))
+        columns = columns_of({f"reward: {config.reward}": function})
+        for source in (config.data.prompts, config.model.samples, config.baseline.samples):
+            if source is not None:
+                require_columns(source, columns)
+        ours, theirs = (
+            answers_of(side, config, columns) for side in (config.model, config.baseline)
+        )
+        pairs = pair_answers(ours.texts, theirs.texts)
+        given = (ours.columns_at(pairs), theirs.columns_at(pairs))
+        judgements = iter(judge_by_reward(function, pairs, config.reward, given))
         judged = write_verdicts(verdicts, pairs, judgements, overwrite)
     else:
         template = read_template(config.judge.template)
         endpoint = ChatEndpoint(config.judge)
         print(f"every pair is asked about in both orders:\n\n{template}")
-        pairs = pair_answers(answers_of(config.model, config), answers_of(config.baseline, config))
+        ours, theirs = (answers_of(side, config) for side in (config.model, config.baseline))
+        pairs = pair_answers(ours.texts, theirs.texts)
         asked = judge_by_endpoint(endpoint, template, pairs, config.judge.concurrency)
         judged = write_verdicts(verdicts, pairs, progress(asked, len(pairs)), overwrite)
         result = {**judge_statistics(judged), "num_retries": endpoint.num_retries}
