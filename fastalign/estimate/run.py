@@ -159,7 +159,7 @@ def kept_bytes(model: Any, batch: PackedBatch, compute: Compute, activations: in
     model.gradient_checkpointing_disable()
     plain = peak_of(model, batch, compute, backwards=1).activations
     checkpoint_activations(model)
-    of_layer = plain / model.config.num_hidden_layers
+    of_layer = plain / model.config.get_text_config().num_hidden_layers
     return max(share, int(times * LAYERS_KEPT[compute.device.type] * of_layer))
 
 

@@ -28,6 +28,7 @@ from fastalign.data.conversation import content_as_json, json_as_content
 from fastalign.data.examples import Content
 from fastalign.data.tokenise import Encoder
 from fastalign.data.tokenizer import load_tokenizer
+from fastalign.models.architecture import num_positions
 from fastalign.models.forward import response_values
 from fastalign.models.load import choose_packing, load_reward_model, model_without_weights
 from fastalign.models.reward import RewardScale, response_reward, reward_scale
@@ -152,7 +153,7 @@ class ModelReward:
     def _group(self, prompt: Content, members: list[int], completions: Sequence[str]) -> Group:
         source = f"answer {members[0] + 1}"
         group = self._encoder.answers(source, prompt, [completions[i] for i in members])
-        limit = getattr(self._model.config, "max_position_embeddings", None) or 2**31
+        limit = num_positions(self._model.config) or 2**31
         for ids, place in zip(group.response_ids, members, strict=True):
             length = len(group.prompt_ids) + len(ids)
             if length > limit:

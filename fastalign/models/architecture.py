@@ -1,8 +1,14 @@
 """Architectures: what is read of a configuration, and what is reset before a model is used."""
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 
 class RopeLimit(NamedTuple):
@@ -32,10 +38,47 @@ def rope_limit(config: Any) -> RopeLimit | None:
     return None
 
 
+def num_positions(config: Any) -> int | None:
+    """Return the most tokens of a sequence, or None if the configuration does not limit them."""
+    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
 def backbone(model: Any) -> Any:
     """Return the model without its head: what gives the hidden states after the final norm."""
     body = model.base_model
-    return model.model if body is model else body  # Llama 4's prefix is that of another class
+    if body is not model:
+        return body
+    # Llama 4's prefix is that of another class, or its text model is a whole causal model
+    return model.model if hasattr(model, "model") else model.get_decoder().model
+
+
+def auto_class(config: Any) -> Any:
+    """Return transformers' class that opens causal models of a configuration, or None.
+
+    A multimodal checkpoint is opened by the class that it was saved by, with its towers.
+    """
+    name = (config.architectures or [""])[0]
+    kind = config.model_type
+    multimodal = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if multimodal and name.endswith("ForConditionalGeneration"):
+        return AutoModelForImageTextToText
+    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or own_code:
+        return AutoModelForCausalLM
+    return AutoModelForImageTextToText if multimodal else None
+
+
+def tower_parameters(model: Any) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield by their names the parameters that no text goes through, such as a vision tower's."""
+    if model.config.get_text_config() is model.config:
+        return
+    heads = (model.get_output_embeddings(), getattr(model, "score", None))
+    parts = [model.get_decoder(), *(head for head in heads if head is not None)]
+    of_text = {id(parameter) for part in parts for parameter in part.parameters()}
+    for name, parameter in model.named_parameters():
+        if id(parameter) not in of_text:
+            yield name, parameter
 
 
 def disable_dropout(model: nn.Module) -> None:

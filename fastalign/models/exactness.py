@@ -22,7 +22,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
 )
@@ -36,7 +35,7 @@ from fastalign.choices import Packing
 from fastalign.compute import Compute
 from fastalign.model_files import reason_of
 from fastalign.models import attention
-from fastalign.models.architecture import backbone, disable_dropout, rope_limit
+from fastalign.models.architecture import auto_class, backbone, disable_dropout, rope_limit
 from fastalign.models.attention.decoding import DecodingPlan
 from fastalign.models.attention.plan import AttentionPlan
 from fastalign.models.forward import response_logprob, row_logits
@@ -133,7 +132,8 @@ def versions() -> tuple[str, ...]:
 def key_of(small: Any, reward: bool) -> str:
     """Return the name under which a verdict is remembered."""
     values = {**small.to_dict(), "_name_or_path": None, "dtype": None, "architectures": None}
-    text = json.dumps([values, reward, versions()], sort_keys=True, default=str)
+    name = getattr(auto_class(small), "__name__", None)
+    text = json.dumps([values, reward, name, versions()], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -315,7 +315,7 @@ def apart() -> Iterator[None]:
 def small_model(small: Any, reward: bool, trust_remote_code: bool) -> Any:
     """Return a random model under eager attention: others may leave out a softcap."""
     small.num_labels = 1
-    auto = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    auto = AutoModelForSequenceClassification if reward else auto_class(small)
     options = {"dtype": torch.float32, "trust_remote_code": trust_remote_code}
     attention.register()
     if small.is_encoder_decoder:

@@ -24,7 +24,7 @@ def skip_unread_tokens(model: Any) -> list[RemovableHandle]:
         Handles that remove it; none if the last layer has no part of the name `mlp`.
     """
     try:
-        last: Any = decoder_layers(model, "model.path")[-1]
+        last: Any = decoder_layers(model.get_decoder(), "model.path")[-1]
     except ValueError:
         return []
     if not isinstance(getattr(last, "mlp", None), nn.Module):

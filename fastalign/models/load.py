@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,9 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging
+from transformers import AutoConfig, AutoModelForSequenceClassification
+from transformers.utils import cached_file, logging
 
 from fastalign.choices import Packing, PackingChoice
 from fastalign.compute import ON_CPU, Compute
@@ -25,7 +25,12 @@ from fastalign.model_files import (
     reading,
 )
 from fastalign.models import attention
-from fastalign.models.architecture import disable_dropout, is_reward_model
+from fastalign.models.architecture import (
+    auto_class,
+    disable_dropout,
+    is_reward_model,
+    tower_parameters,
+)
 from fastalign.models.exactness import Verdict, check_exact, known_verdicts, verdict
 from fastalign.models.head import check_head
 from fastalign.models.layers import skip_unread_tokens
@@ -40,6 +45,11 @@ from fastalign.ranks.world import ALONE, World
 SCORE_WEIGHT = "score.weight"
 # A language model's head, which a reward model does without.
 HEADS = {"lm_head.weight", "lm_head.bias", "embed_out.weight"}
+
+# Settings of what is no text, in the folder of a multimodal model.
+PROCESSOR_FILES = (
+    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
+)
 
 
 def read_config(path: str | Path, *, trust_remote_code: bool) -> Any:
@@ -84,10 +94,9 @@ def check_causal(config: Any, path: str | Path) -> None:
             f"model.path: expected a causal model, got {kind} in {str(path)!r}, a classifier "
             "without a language-model head"
         )
-    own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not own_code:
+    if auto_class(config) is None:
         raise ValueError(
-            f"model.path: expected a causal model of text alone, got {kind} of type "
+            f"model.path: expected a causal model that generates text, got {kind} of type "
             f"{config.model_type!r} in {str(path)!r}"
         )
 
@@ -222,10 +231,15 @@ def set_save_dtype(model: Any, name: str) -> None:
 
 
 def as_used(model: Any, found: Verdict) -> Any:
-    """Put a model in evaluation mode, without dropout and without work that nothing reads."""
+    """Put a model in evaluation mode, without dropout and without work that nothing reads.
+
+    What no text goes through is frozen.
+    """
     model.verdict = found
     disable_dropout(model)
     use_fastest_products(model)
+    for _, parameter in tower_parameters(model):
+        parameter.requires_grad_(False)
     if found.skips and not router_coefficient(model):  # whose loss is of all tokens
         skip_unread_tokens(model)
     return model.eval()
@@ -270,9 +284,14 @@ def load_policy(
     source = path if base is None else base
     config = read_config(source, trust_remote_code=trust_remote_code)
     check_causal(config, source)
+    if nf4 and config.get_text_config() is not config:
+        raise ValueError(
+            f"model.lora.base: nf4 would quantise the towers of the multimodal model {str(path)!r} "
+            "as well; expected bf16 or float32"
+        )
     low_bit = nf4_options(dtype, compute.device) if nf4 else {}
     options, found = model_options(config, compute, dtype, trust_remote_code, reward=False)
-    model, keys = read_model(AutoModelForCausalLM, source, options | low_bit)
+    model, keys = read_model(auto_class(config), source, options | low_bit)
     if keys["missing_keys"]:  # transformers would draw them at random
         raise ValueError(
             f"model.path: the weights in {str(source)!r} are incomplete: no "
@@ -388,7 +407,8 @@ def model_without_weights(
         model = AutoModelForSequenceClassification.from_config(config, **options)
         model.get_input_embeddings().padding_idx = None  # as `load_reward_model` has it
     else:
-        model = AutoModelForCausalLM.from_config(config, **options)
+        check_causal(config, path)
+        model = auto_class(config).from_config(config, **options)
     return as_used(model, found)
 
 
@@ -413,11 +433,24 @@ def save_model(
         weights = as_dtype(weights, dtype)
     model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
+    if next(tower_parameters(model), None) is not None:
+        copy_processor(model.name_or_path, folder)
     if dtype not in (None, model.dtype):
         file = Path(folder) / "config.json"
         values = read_object(file) | {"dtype": str(dtype).removeprefix("torch.")}
         text = json.dumps(values, indent=2, ensure_ascii=False, sort_keys=True) + "\n"
         file.write_text(text, encoding="utf-8")
+
+
+def copy_processor(source: str, folder: str | Path) -> None:
+    """Copy the settings of images, sounds and videos, which are a processor's beside a tokenizer.
+
+    `source` is the model's folder, or its hub name.
+    """
+    for name in PROCESSOR_FILES:
+        found = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            shutil.copyfile(found, Path(folder) / name)
 
 
 def as_dtype(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

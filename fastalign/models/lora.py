@@ -7,7 +7,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from fastalign.models.architecture import tower_parameters
 from fastalign.models.low_bit import dense_layer, is_quantised
 from fastalign.ops import LoraWeights
 from fastalign.ops.float32_products import Linear
@@ -51,12 +52,14 @@ def quiet_peft() -> Iterator[None]:
 def linear_names(model: Any) -> dict[str, nn.Module]:
     """Return every layer that can have an adapter, by its full name; the head is the last one.
 
-    A linear layer with a product of its own, such as one in groups, cannot.
+    A linear layer with a product of its own, such as one in groups, cannot, nor a tower's.
     """
+    towers = {name.rpartition(".")[0] for name, _ in tower_parameters(model)}
     return {
         name: part
         for name, part in model.named_modules()
-        if isinstance(part, Conv1D) or type(part) in (nn.Linear, Linear) or is_quantised(part)
+        if name not in towers
+        and (isinstance(part, Conv1D) or type(part) in (nn.Linear, Linear) or is_quantised(part))
     }
 
 
@@ -108,7 +111,16 @@ def target_endings(model: Any, targets: Sequence[str]) -> tuple[list[str], list[
                     f"model.lora.targets: no linear layer's name ends in {target!r}; expected "
                     f"{ALL_LINEAR} or among {', '.join(names)}"
                 )
-    return list(modules), list(parameters)
+    if next(tower_parameters(model), None) is None:
+        return list(modules), list(parameters)
+    # full names, since layers of a tower have the same endings
+    weights = [*experts, *(f"{name}.weight" for name in layers)]
+    return _ending_in(layers, modules), _ending_in(weights, parameters)
+
+
+def _ending_in(names: Iterable[str], endings: Iterable[str]) -> list[str]:
+    ends = tuple(f".{ending}" for ending in endings)
+    return [name for name in names if f".{name}".endswith(ends)]
 
 
 def add_adapter(

@@ -31,7 +31,6 @@ SMALL: dict[str, int] = {
         "hidden_size_per_layer_input",
     ),
     **named(2 * WIDTH, "attention_hidden_size"),
-    **named(16, "index_n_heads"),  # with few, keys have the same score of 0
     **named(
         HEADS,
         "num_attention_heads n_head n_heads num_heads decoder_attention_heads",
@@ -63,6 +62,7 @@ SMALL: dict[str, int] = {
 }
 # Sizes that stay where they are less.
 AT_MOST: dict[str, int] = {
+    **named(16, "index_n_heads"),  # with few, keys have the same score of 0
     **named(
         4,
         "num_experts num_local_experts n_routed_experts moe_num_experts num_attention_experts",
@@ -177,18 +177,16 @@ def kept_layers(values: Mapping[str, Any], num_layers: int) -> list[int]:
 
 def small_rope(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the parameters of a small copy's rotary embedding."""
+    part = small_value("partial_rotary_factor", values.get("partial_rotary_factor", 1), None)
+    num = int(HEAD_SIZE * part) // 2
     found: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, dict):
             found[name] = small_rope(value)
         elif name.endswith("_factor") and isinstance(value, list):
-            part = small_value(
-                "partial_rotary_factor", values.get("partial_rotary_factor", 1), None
-            )
-            num = int(HEAD_SIZE * part) // 2
             found[name] = [value[len(value) * place // num] for place in range(num)]
         elif name == "mrope_section":
-            found[name] = [2, 1, 1]
+            found[name] = [num - num // 2, (num // 2 + 1) // 2, num // 2 // 2]
         else:
             found[name] = small_value(name, value, None)
     return found

@@ -14,6 +14,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from fastalign.compute import Compute, require_finite
 from fastalign.data.tokenizer import Tokenizer, eos_token_ids
+from fastalign.models.architecture import num_positions
 from fastalign.models.attention import takes_plans
 from fastalign.models.attention.decoding import DecodingPlan
 from fastalign.models.exactness import verdict_of
@@ -83,7 +84,7 @@ class TransformersSampler:
         Raises:
             ValueError: if a prompt is empty or leaves no room for the answer.
         """
-        limit = getattr(self._model.config, "max_position_embeddings", None)
+        limit = num_positions(self._model.config)
         check_prompts(prompt_ids, params, limit, self._model.config.get_text_config().vocab_size)
         size, num = self._rows_per_batch, params.num_samples
         found, by_length = verdict_of(self._model), False

@@ -21,6 +21,7 @@ from fastalign.compute import Compute, memory_used_in
 from fastalign.data.encode import Ties
 from fastalign.data.load import TokenizedDataset, load_examples
 from fastalign.data.tokenizer import Tokenizer, eos_token_ids, load_tokenizer, print_added_tokens
+from fastalign.models.architecture import num_positions
 from fastalign.models.attention import attention_name
 from fastalign.models.layers import compile_layers
 from fastalign.models.load import (
@@ -44,7 +45,7 @@ LOADING = "loading "  # how the note on a model that is being loaded begins
 
 def check_positions(model: Any, data: TokenizedDataset) -> None:
     """Raise ValueError for the first row of more tokens than the model has positions."""
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = num_positions(model.config)
     if limit is None:
         return
     for place, longest in enumerate(stored(data.groups).longest()):

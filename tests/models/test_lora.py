@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from fastalign.batch.packed import Group, pack
 from fastalign.compute import PACKINGS, Compute
@@ -195,7 +195,7 @@ def test_merged_it_is_an_ordinary_model_of_the_same_numbers(
 def test_a_layer_in_a_list_is_named_by_its_list() -> None:
     model: Any = torch.nn.Module()
     model.ffn = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU(), torch.nn.Linear(2, 2))
-    model.get_output_embeddings = lambda: None
+    model.config, model.get_output_embeddings = PreTrainedConfig(), lambda: None
     assert target_endings(model, ["all-linear"]) == (["ffn.0", "ffn.2"], [])
 
 

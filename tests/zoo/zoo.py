@@ -13,12 +13,16 @@ from textwrap import shorten
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 from transformers.utils import logging
 
 from fastalign.batch.packed import Group, pack
 from fastalign.compute import Compute
+from fastalign.models.architecture import auto_class
 from fastalign.models.exactness import Verdict, small_config, verdict
 from fastalign.models.forward import response_logprob
 from fastalign.models.load import choose_packing, load_policy
@@ -29,9 +33,24 @@ from fastalign.trainers import train_dpo, train_reward, train_sft
 from tests.small_runs import dpo_config, fill, reward_config, sft_config
 from tests.tokenizers import make_tokenizer
 
-TYPES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+# Text and images, of which the text model is trained.
+MULTIMODAL = (
+    *("aya_vision", "glm4v", "idefics3", "internvl", "lfm2_vl", "llava", "llava_next"),
+    *("llava_onevision", "mistral3", "paligemma", "qwen2_5_vl", "qwen2_vl", "qwen3_vl"),
+    *("qwen3_vl_moe", "smolvlm"),
+)
+TYPES = tuple(sorted({*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *MULTIMODAL}))
 # What the default configuration of a type leaves out, and its models' configurations have.
 CONV = ["conv", "conv", "full_attention", "conv"]
+MROPE = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+}
+MROPE_OF_HALF = {
+    "rope_parameters": {
+        **{"rope_type": "default", "rope_theta": 1e4},
+        **{"partial_rotary_factor": 0.5, "mrope_section": [8, 12, 12]},
+    }
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 6, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 64, "n_shared_experts": 1, "num_experts_per_tok": 6},
@@ -41,6 +60,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 2,
         "layer_types": ["full_attention", "minimax_m3_sparse"],
     },
+    "emu3": {"vocabulary_map": {"<image>": 4}},
+    "glm4v": {"text_config": MROPE_OF_HALF},
+    "qwen2_5_vl": {"text_config": MROPE},
+    "qwen2_vl": {"text_config": MROPE},
 }
 YES = "yes"
 # Parts of messages, and what stands for them in the table.
@@ -78,6 +101,9 @@ class Row:
 def zoo_config(model_type: str) -> Any:
     """Return the small copy of a type's default configuration, for the tests' tokenizer."""
     full = CONFIG_MAPPING[model_type](**SETTINGS.get(model_type, {}))
+    name = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(model_type, "")
+    if name.endswith("ForConditionalGeneration"):  # what such checkpoints are saved as
+        full.architectures = [name]
     values = full.to_dict()
     heads = values.get("num_attention_heads")
     for name, value in (("num_key_value_heads", heads), ("head_dim", 64)):
@@ -146,7 +172,7 @@ def run_row(model_type: str, folder: Path) -> Row:
 
 def save_small(config: Any, folder: Path) -> str:
     """Write a random model and the tests' tokenizer."""
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = auto_class(config).from_config(config, dtype=torch.float32)
     with torch.no_grad():  # a choice of keys by near-equal scores would hang on rounding
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.2)

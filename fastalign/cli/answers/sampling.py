@@ -20,6 +20,7 @@ from fastalign.data.tokenizer import (
     load_tokenizer,
     num_foreign_ids,
 )
+from fastalign.models.architecture import num_positions
 from fastalign.models.load import load_policy
 from fastalign.models.lora import adapter_rank
 from fastalign.rollouts import (
@@ -58,7 +59,7 @@ def read_prompts(
     Raises:
         ValueError: if a row is bad, or a prompt is too long.
     """
-    limit = getattr(model.config, "max_position_embeddings", None) or 2**31
+    limit = num_positions(model.config) or 2**31
     room = limit - params.max_new_tokens
     if room < 1:
         raise ValueError(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastalign.models.architecture import num_positions
 from fastalign.rollouts.engines.options import VllmOptions
 from fastalign.rollouts.engines.weights import Shapes, shapes_of_config
 from fastalign.rollouts.sampler import Completion, SamplerFailed, SamplingParams, check_prompts
@@ -53,7 +54,7 @@ class EngineSpec:
     @cached_property
     def limit(self) -> int:
         """Most tokens of a prompt with its completion."""
-        positions = getattr(self.config, "max_position_embeddings", None)
+        positions = num_positions(self.config)
         return min(n for n in (self.max_length, positions, 2**31) if n is not None)
 
     def check(self, prompt_ids: Sequence[Sequence[int]], params: SamplingParams) -> None:

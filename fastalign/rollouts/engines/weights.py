@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
+from fastalign.models.architecture import auto_class
 from fastalign.models.lora import dense_state
 from fastalign.ranks.whole_weights import whole
 from fastalign.rollouts.engines.supervise import SYNC_PREFIX
@@ -49,7 +49,7 @@ def architecture_of(config: Any) -> str:
 
 def _skeleton(config: Any) -> Any:
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        return auto_class(config).from_config(config)
 
 
 def tolerance_of(dtype: torch.dtype) -> float:

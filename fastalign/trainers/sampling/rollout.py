@@ -36,6 +36,7 @@ from fastalign.evaluation.rewards import (
     columns_of,
     load_reward,
 )
+from fastalign.models.architecture import num_positions
 from fastalign.models.lora import adapter_rank, has_adapter
 from fastalign.models.reward import RewardScale
 from fastalign.ranks.errors import UserCodeFailed
@@ -256,7 +257,7 @@ def load_prompt_sets(
         ValueError: if a source is at fault, naming file and row.
         FileNotFoundError: if a file does not exist.
     """
-    limits = [getattr(model.config, "max_position_embeddings", None) for model in models]
+    limits = [num_positions(model.config) for model in models]
     limit = min(limit or 2**31 for limit in limits)
     room = limit - params.max_new_tokens
     if room < 1:
