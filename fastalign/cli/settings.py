@@ -152,7 +152,8 @@ class LabelConfig:
 
     data: LabelData
     reward: str
-    """`module:function` (prompts, completions) -> numbers, a reward model, or a .json file."""
+    """`module:function` (prompts, completions, columns by name) -> numbers, a reward model, or a
+    .json file."""
     out: str
     """File (.jsonl) to write."""
     overwrite: bool = False
@@ -197,7 +198,8 @@ class EvalConfig(SamplingConfig):
     """File (.json) to write."""
     data: EvalData = field(default_factory=EvalData)
     reward: str | None = None
-    """`module:function` (prompts, completions) -> numbers, a reward model, or a .json file."""
+    """`module:function` (prompts, completions, columns by name) -> numbers, a reward model, or a
+    .json file."""
     best_of: tuple[int, ...] = ()
     """Also measure the reward of the best of n answers for each n, such as 1 2 4 8 16."""
     best_of_reward: str | None = None
