@@ -128,8 +128,6 @@ def load_reward_for_training(config: TrainingConfig, compute: Compute) -> tuple[
     model = load_reward_network(config.model.path, config, compute)
     check_vocabulary(model, tokenizer, config.model.path)
     print(f"attention of {config.model.path}: {attention_name(model)}")
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        print("the router's auxiliary loss is not added: transformers' classifiers have none")
     return ready_for_training(model, config), tokenizer
 
 
@@ -143,6 +141,8 @@ def load_reward_network(path: str, config: TrainingConfig, compute: Compute) -> 
         lambda: model_without_weights(path, compute, reward=True, trust_remote_code=trust),
     )
     set_save_dtype(model, config.model.save_dtype)
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        print(f"{path}: the router's auxiliary loss is not added, as in transformers' classifiers")
     return model
 
 
