@@ -193,7 +193,7 @@ def dialogue_steps(folder: Path, base: Path, size: Size) -> Iterator[Step]:
     yield Step(grpo, folder / "grpo" / "model")
     for name in ("start", "dpo", "grpo"):
         model = base if name == "start" else folder / name / "model"
-        also = ("--data.pairs", held_out)
+        also = ("--data.pairs", held_out, "--data.max-length", "2048")
         yield evaluation(folder, name, model, base, size, str(reward), *also)
 
 
