@@ -1,19 +1,15 @@
 """Parse a command's configuration: defaults from a YAML file, overridden by flags."""
 
-import ast
 import copy
 import dataclasses
 import inspect
 import io
-import itertools
 import re
 import reprlib
-import shutil
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from types import NoneType
 from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
@@ -27,13 +23,21 @@ from tyro.constructors import (
     StructTypeInfo,
 )
 
+from fastalign.cli.flags import (
+    CONFIG_HELP,
+    LOSSES_ELSEWHERE,
+    field_docs,
+    short_help,
+    wrapped,
+    wrong_flags,
+)
+from fastalign.nearest import did_you_mean, nearest
 from fastalign.output import plain_stream, refuse_secrets
 from fastalign.rollouts.engines.options import PROCESS_IS_GONE
 from fastalign.runs.config import check_numbers
 from fastalign.yaml_file import read_yaml_file
 
 Config = TypeVar("Config")
-CONFIG_HELP = "Settings can also come from a YAML file, `--config FILE`; flags override it."
 
 
 def parse_config(
@@ -51,15 +55,19 @@ def parse_config(
         ValueError: if a key, a flag or a name is unknown, or a value does not fit.
         FileNotFoundError: if there is no such file.
     """
+    if {"-h", "--help"} & set(arguments) and "--help-all" not in arguments:
+        print(short_help(config, command, choices or {}))
+        raise SystemExit(0)
     path, flags = take_option(arguments, "--config")
     values = {} if path is None else read_yaml(Path(path))
-    notes, shape = [CONFIG_HELP], config
+    notes, shape = [f"{CONFIG_HELP} These are all flags (`--help-all`)."], config
     for setting, table in (choices or {}).items():
         chosen, flags, values = take_choice(setting, table, flags, values, path)
         shape = narrowed(shape, setting.split("."), chosen)
         names = f"{', '.join(table)} (default: {next(iter(table))})"
         notes.append(f"Choices for `--{setting} NAME`: {names}.")
-    return parse_flags(shape, merge(shape, values, path, flags), command, "\n\n".join(notes))
+    words = merge(shape, values, path, flags)
+    return parse_flags(shape, words, command, "\n\n".join(notes), [*(choices or {}), "config"])
 
 
 def merge(
@@ -222,7 +230,10 @@ def take_choice(
     name = chosen or in_file
     if not isinstance(name, str) or name not in table:
         where = option if chosen else f"{path}: {setting}.name"
-        raise ValueError(f"{where}: expected one of {', '.join(table)}, got {reprlib.repr(name)}")
+        like = did_you_mean(nearest(LOSSES_ELSEWHERE.get(str(name).lower(), str(name)), table))
+        raise ValueError(
+            f"{where}: expected one of {', '.join(table)}, got {reprlib.repr(name)}{like}"
+        )
     if isinstance(owner, dict) and key in owner:
         owner[key] = content if name == in_file else {}
     return table[name], rest, values
@@ -247,15 +258,22 @@ _OF_VALUE = re.compile(r"^Value error Error parsing [^:]*: (?=\S+: )")
 
 
 def parse_flags(
-    config: type[Config], arguments: Sequence[str], command: str, more_help: str = ""
+    config: type[Config],
+    arguments: Sequence[str],
+    command: str,
+    more_help: str = "",
+    more_flags: Sequence[str] = (),
 ) -> Config:
-    """Return the dataclass that the flags describe; `--help` prints them and exits with code 0.
+    """Return the dataclass that the flags describe.
+
+    `--help` and `--help-all` print every flag and exit with code 0. `more_flags` are names that
+    exist, too, and are parsed elsewhere.
 
     Raises:
         ValueError: if a flag is unknown, missing, does not fit, or holds a secret.
     """
     refuse_secrets(arguments)
-    words = last_sampler(arguments)
+    words = ["--help" if word == "--help-all" else word for word in last_sampler(arguments)]
     errors = io.StringIO()
     text = wrapped("\n\n".join(part for part in (inspect.getdoc(config), more_help) if part))
     try:
@@ -264,16 +282,11 @@ def parse_flags(
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
-        raise ValueError(one_line(errors.getvalue())) from None
+        raise ValueError(one_line(errors.getvalue(), wrong_flags(config, words, more_flags))) from (
+            None
+        )
     check_numbers(parsed)
     return parsed
-
-
-def wrapped(text: str) -> str:
-    """Return paragraphs filled to the terminal; tyro would join lines that start with a letter."""
-    width = shutil.get_terminal_size().columns
-    paragraphs = (" ".join(paragraph.split()) for paragraph in text.split("\n\n"))
-    return "\n\n".join(textwrap.fill(each, width, subsequent_indent="  ") for each in paragraphs)
 
 
 REGISTRY = ConstructorRegistry()
@@ -306,25 +319,6 @@ def section_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
     return StructConstructorSpec(info.type, tuple(specs))
 
 
-@cache
-def field_docs(section: type) -> dict[str, str]:
-    """Return the docstring below each of a dataclass's fields, inherited ones included."""
-    docs: dict[str, str] = {}
-    for owner in reversed(section.__mro__):
-        try:
-            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
-        except (OSError, TypeError):  # built in, or made by `narrowed`
-            continue
-        assert isinstance(tree, ast.ClassDef)
-        for statement, following in itertools.pairwise(tree.body):
-            match statement, following:
-                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(
-                    value=ast.Constant(value=str(text))
-                ):
-                    docs[name] = " ".join(text.split())
-    return docs
-
-
 def last_sampler(arguments: Sequence[str]) -> list[str]:
     """Return the arguments with the last `--sampler` alone.
 
@@ -342,14 +336,22 @@ def last_sampler(arguments: Sequence[str]) -> list[str]:
     return words
 
 
-def one_line(text: str) -> str:
-    """Return tyro's framed error message as one line, without its frame."""
+def one_line(text: str, wrong: Mapping[str, str]) -> str:
+    """Return tyro's framed error message as one line, without its frame.
+
+    `wrong` flags (see `wrong_flags`) stand in front, without tyro's own words about them.
+    """
     plain: Any = re.sub(r"\x1b\[[0-9;]*m", "", text)
     words = " ".join(_FRAME.sub(" ", plain).split())
     words, _, command = words.rpartition("For full helptext, ")
     command = command.removeprefix("run: ").removeprefix("run ").removeprefix("see ")
     required = _REQUIRED.findall(words)
-    if required:
+    typed = {word for instead in wrong.values() for word in instead.split()}
+    missing = [name for name in required if name not in typed]
+    if wrong:
+        words = "; ".join(f"{name}: {instead}" for name, instead in wrong.items())
+        words += f"; required, but not given: {', '.join(missing)}" if missing else ""
+    elif required:
         unknown = words.rpartition("Unrecognized options: ")[2] if "Unrecognized" in words else ""
         words = f"required, but not given: {', '.join(required)}"
         words += f"; unrecognized: {unknown.strip()}" if unknown else ""

@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from fastalign.cli.algorithms import ALGORITHMS
+from fastalign.nearest import nearest
 from fastalign.output import (
     give_up_unwritten,
     lossy_output,
@@ -70,9 +71,9 @@ MODULES: dict[str, Command] = {
         f"{_ANSWERS}.score:main",
         f"{_SETTINGS}:ScoreConfig",
     ),
-    "label": Command(
+    "label-by-reward": Command(
         "make preference pairs from samples and a reward",
-        f"{_ANSWERS}.label:main",
+        f"{_ANSWERS}.label_by_reward:main",
         f"{_SETTINGS}:LabelConfig",
     ),
     "eval": Command(
@@ -120,6 +121,19 @@ COMMANDS: dict[str, str] = {
     **{name: algorithm.summary for name, algorithm in ALGORITHMS.items()},
     **{name: command.summary for name, command in MODULES.items()},
 }
+# Commands of an earlier version and of other libraries.
+INSTEAD = {
+    "label": "fastalign label-by-reward",
+    "train": "fastalign sft",
+    "finetune": "fastalign sft",
+    "grpo": "fastalign ppo --ppo.advantage grpo",
+    "rloo": "fastalign ppo --ppo.advantage rloo",
+    "reward-model": "fastalign reward",
+    "evaluate": "fastalign eval",
+    "simpo": "fastalign dpo --loss simpo",
+    "orpo": "fastalign dpo --loss orpo",
+    "ipo": "fastalign dpo --loss ipo_mean",
+}
 # Environment variables that libraries read on import; started processes inherit them.
 QUIET = (
     "HF_HUB_DISABLE_PROGRESS_BARS",  # bars for small files hide the lines that matter
@@ -157,8 +171,7 @@ def run(argv: Sequence[str]) -> int:
         print(f"fastalign {version('fastalign')}")
         return 0
     if argv[0] not in COMMANDS:
-        known = ", ".join(COMMANDS)
-        print(f"fastalign: unknown command {argv[0]!r}; expected one of {known}", file=sys.stderr)
+        print(f"fastalign: unknown command {argv[0]!r}; {known_commands(argv[0])}", file=sys.stderr)
         return 2
     for name in QUIET:
         os.environ.setdefault(name, "1")
@@ -186,6 +199,15 @@ def run(argv: Sequence[str]) -> int:
         first = (str(error).strip().splitlines() or [""])[0]
         print(f"fastalign {argv[0]}: out of memory: {first}", file=sys.stderr)
         return 2
+
+
+def known_commands(name: str) -> str:
+    """Return what to type in place of a command that does not exist."""
+    like = nearest(name, COMMANDS)
+    meant = INSTEAD.get(name.lower(), like and f"fastalign {like}")
+    if meant:
+        return f"type {meant} (all commands: fastalign --help)"
+    return f"expected one of {', '.join(COMMANDS)}"
 
 
 def run_command(name: str, arguments: list[str]) -> int:

@@ -96,7 +96,7 @@ class GenerateData:
     """File, folder or hub name with a `prompt` column."""
     columns: tuple[str, ...] = ()
     """Columns of the prompts' rows to write beside each completion, such as the answer that a
-    reward of `label` takes."""
+    reward of `label-by-reward` takes."""
 
 
 @dataclass(frozen=True, kw_only=True)

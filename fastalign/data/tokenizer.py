@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from fastalign.data.conversation import REASONING, REASONING_KEYS, Message, content_as_json
 from fastalign.data.template import Stops, Template, TemplateError, ends_of_answers
 from fastalign.model_files import TOKENIZER, read_object, reading
+from fastalign.nearest import did_you_mean, nearest_path
 
 PAD_TOKEN = "<|fastalign_pad|>"
 # Seconds of computing time after which a template is taken for one that never ends.
@@ -79,11 +80,15 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Toke
         raise ValueError(f"tokenizer {name}: expected a model folder or a hub name, got a file")
     here = local.exists()
     if not here and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"tokenizer {name}: no such folder")
+        beside = did_you_mean(nearest_path(name))
+        raise FileNotFoundError(f"model {name}: no such folder{beside}")
     if here and not any(any(local.glob(f"{stem}*")) for stem in _FILE_STEMS):
         raise ValueError(f"tokenizer {name}: the folder has no tokenizer's files")
-    failed = "cannot be loaded" if here else "no such folder here, and not from the hub"
-    with reading(f"tokenizer {name}: {failed}", local, *TOKENIZER):
+    failed = f"tokenizer {name}: cannot be loaded"
+    if not here:
+        beside = did_you_mean(nearest_path(name))
+        failed = f"model {name}: no such folder here{beside}, and not from the hub"
+    with reading(failed, local, *TOKENIZER):
         tokenizer = AutoTokenizer.from_pretrained(
             str(local) if here else name, trust_remote_code=trust_remote_code
         )

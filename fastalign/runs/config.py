@@ -5,7 +5,7 @@ An attribute's docstring is the flag's help text.
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args
 
 from fastalign.choices import AttentionChoice, PackingChoice
@@ -47,10 +47,30 @@ def above_zero(name: str, value: float | None) -> None:
 
 def changed_setting(config: Any) -> str | None:
     """Return the name of a section's first setting that is not its default, or None."""
-    changed = (
-        entry.name for entry in fields(config) if getattr(config, entry.name) != entry.default
-    )
-    return next(changed, None)
+    return next(iter(settings_off_default(config)), None)
+
+
+def settings_off_default(config: Any, default: Any = None) -> dict[str, Any]:
+    """Return the settings that are not at their defaults, by dotted names (`optim.lr`).
+
+    `default` is a section that another holds by default; its values may differ from its class's.
+    A setting without a default, and the name of a loss or another choice, is always returned.
+    """
+    changed: dict[str, Any] = {}
+    if isinstance(getattr(config, "name", None), str):
+        changed["name"] = config.name
+    for entry in fields(config):
+        value, usual = getattr(config, entry.name), entry.default
+        if isinstance(default, type(config)):
+            usual = getattr(default, entry.name)
+        elif entry.default_factory is not MISSING:
+            usual = entry.default_factory()
+        if is_dataclass(value):
+            inner = settings_off_default(value, usual)
+            changed |= {f"{entry.name}.{name}": each for name, each in inner.items()}
+        elif value != usual:
+            changed[entry.name] = value
+    return changed
 
 
 MOST_SECONDS = 1e9  # beyond it, timers of the platform overflow

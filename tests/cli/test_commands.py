@@ -61,7 +61,7 @@ def test_from_nothing_to_a_report(work: Path, capsys: pytest.CaptureFixture[str]
     assert len(samples) == 3 * len(WORDS)
     assert {"prompt", "completion", "logprob", "finish_reason", "sample"} == samples[0].keys()
     fastalign(
-        *("label", "--data.samples", "samples.jsonl"),
+        *("label-by-reward", "--data.samples", "samples.jsonl"),
         *("--reward", "my_reward:shorter", "--out", "made.jsonl"),
     )
     fastalign("data", "check", "made.jsonl")
@@ -123,7 +123,7 @@ def test_a_reward_model_scores_answers_and_stands_in_for_a_reward_function(
         (ids,) = tokenizer(text, return_tensors="pt")["input_ids"][None]
         assert model(ids).logits.item() == pytest.approx(reward, rel=1e-4, abs=1e-4)
     write_rows(work / "samples.jsonl", rows[:3])
-    fastalign("label", *samples, "--reward", "runs/rm/model", "--out", "labelled.jsonl")
+    fastalign("label-by-reward", *samples, "--reward", "runs/rm/model", "--out", "labelled.jsonl")
     (pair,) = rows_of(work / "labelled.jsonl")
     assert (pair["chosen"], pair["rejected"]) == (" good", " slow and dim")
     assert pair["margin"] == pytest.approx((rewards[0] - rewards[2]) / std, rel=1e-4)
@@ -203,7 +203,7 @@ def test_labels_count_what_has_no_pair(work: Path, capsys: pytest.CaptureFixture
         {"prompt": "c", "completion": " good"},
     ]
     write_rows(work / "samples.jsonl", rows)
-    common = ["label", "--data.samples", "samples.jsonl", "--reward", "bag.json"]
+    common = ["label-by-reward", "--data.samples", "samples.jsonl", "--reward", "bag.json"]
     fastalign(*common, "--out", "pairs_made.jsonl")
     assert "1 pairs written to pairs_made.jsonl; 2 prompts without one" in capsys.readouterr().out
     (pair,) = rows_of(work / "pairs_made.jsonl")
@@ -230,7 +230,15 @@ def test_labels_count_what_has_no_pair(work: Path, capsys: pytest.CaptureFixture
             "none: no such folder",
         ),
         (
-            ["label", "--data.samples", "pairs.jsonl", "--reward", "bag.json", "--out", "x"],
+            [
+                "label-by-reward",
+                "--data.samples",
+                "pairs.jsonl",
+                "--reward",
+                "bag.json",
+                "--out",
+                "x",
+            ],
             "pairs.jsonl:1: column 'completion': missing",
         ),
         (["eval", "--model.path", "m", "--reference.path", "r", "--out", "x"], "got neither"),

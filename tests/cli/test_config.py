@@ -13,7 +13,8 @@ from typing import Any, get_type_hints
 import pytest
 
 from fastalign.cli.algorithms import ALGORITHMS
-from fastalign.cli.config_parse import field_docs, parse_config
+from fastalign.cli.config_parse import parse_config
+from fastalign.cli.flags import SHOWN, field_docs
 from fastalign.cli.main import COMMANDS, main
 from fastalign.runs.config import LoraConfig, ModelConfig, RunConfig, check_numbers, config_to_dict
 from fastalign.trainers import LOSSES, REWARD_LOSSES, PPOConfig, PromptDataConfig, SFTConfig
@@ -129,7 +130,7 @@ def test_every_loss_of_a_reward_model_can_be_chosen_and_read_again(
         parse_reward([*BASE, "--loss", "dpo"])
     with pytest.raises(ValueError, match=r"--loss\.nu"):
         parse_reward([*BASE, "--loss.nu", "2"])
-    with pytest.raises(ValueError, match=r"Unrecognized options: --model\.lora\.rank"):
+    with pytest.raises(ValueError, match=r"--model\.lora\.rank: no such flag"):
         parse_reward([*BASE, "--model.lora.rank", "8"])
     values["model"]["lora"]["rank"] = 8
     with pytest.raises(ValueError, match=r"run\.yaml: model\.lora\.rank: expected 0, got 8"):
@@ -153,7 +154,7 @@ def test_every_loss_can_be_chosen(name: str) -> None:
         ([], r"required, but not given: --model.path, --data.train, --run.dir \(see fastalign dpo"),
         (
             ["--modl.path", "m", *BASE[2:]],
-            r"--model.path; unrecognized: --modl.path m \(",
+            r": --modl.path: no such flag, type --model.path m \(",
         ),
         ([*BASE, "--model.path="], "model.path: expected a model folder or a hub name, got ''"),
         ([*BASE, "--loss", "nonsense"], "--loss: expected one of dpo, .*got 'nonsense'"),
@@ -323,7 +324,7 @@ def test_help_is_read_in_sentences(
 ) -> None:
     monkeypatch.setenv("COLUMNS", str(width))
     with pytest.raises(SystemExit):
-        parse_config(PPOConfig, ["--help"], "fastalign ppo")
+        parse_config(PPOConfig, ["--help-all"], "fastalign ppo")
     text = capsys.readouterr().out
     assert max(map(len, text.splitlines())) <= width
     words = " ".join(text.replace("│", " ").split())
@@ -340,6 +341,69 @@ def test_help_is_read_in_sentences(
         assert set(own) <= set(docs)
         for doc in docs.values():
             assert doc in words
+
+
+def test_the_short_help_is_the_flags_that_matter_by_example(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    for command, algorithm in ALGORITHMS.items():
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) < 60
+        assert max(map(len, lines)) <= 80
+        flags = [line for line in lines if line.startswith("--")]
+        assert len(flags) == SHOWN
+        assert lines[-1] == f"All flags: fastalign {command} --help-all"
+        algorithm.parse(" ".join(flags).split())  # the examples are values that fit
+
+
+MISTAKES = [  # a command line, and what its one line says to type instead
+    ("dop --model.path m", "type fastalign dpo"),
+    ("label --out o", "type fastalign label-by-reward"),
+    ("grpo", "type fastalign ppo --ppo.advantage grpo"),
+    (
+        "dpo --model my-model --data d.jsonl",
+        "--model: no such flag, type --model.path my-model; --data: no such flag, type "
+        "--data.train d.jsonl; required, but not given: --run.dir (",
+    ),
+    (
+        "sft --model_name_or_path m --dataset_name=d --output-dir r --learning_rate 1e-4",
+        "type --model.path m; --dataset_name: no such flag, type --data.train d; --output-dir: no "
+        "such flag, type --run.dir r; --learning_rate: no such flag, type --optim.lr 1e-4 (",
+    ),
+    ("ppo", "not given: --model.path, --data.train, --run.dir, --reward.sources (see"),
+    ("ppo {BASE} --reward.sources r --beta 0.1", "--beta: no such flag, type --kl.coefficient 0.1"),
+    ("dpo {BASE} --loss dop_hinge", "(did you mean hinge?)"),
+    ("dpo {BASE} --loss DPO", "(did you mean dpo?)"),
+    ("dpo {BASE} --optim.lrr 1e-3", "--optim.lrr: no such flag, type --optim.lr 1e-3 ("),
+    ("dpo {BASE} --batch-size 8", "no such flag, type --train.batch-size 8 ("),
+    ("dpo {BASE} --loss.gamma 1", "no such flag, the chosen --loss has --loss.beta ("),
+    ("dpo {BASE} --run.resume true", "takes no value, type --run.resume or --run.no-resume ("),
+    ("dpo {BASE} --bf16 True", "no such flag, type --train.precision bf16 ("),
+    ("generate --model m --prompts p --output o.jsonl", "type --model.path m; --prompts: no such "),
+    ("dpo --model.path ./my-modle --data.train d.jsonl --run.dir r", "did you mean my-model?"),
+    ("data check pears.jsonl", "pears.jsonl: no such file or folder (did you mean pairs.jsonl?)"),
+]
+
+
+@pytest.mark.parametrize(("typed", "told"), MISTAKES)
+def test_a_typical_mistake_is_one_line_with_what_to_type_instead(
+    typed: str,
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").mkdir()
+    (tmp_path / "pairs.jsonl").touch()
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    assert main(typed.format(BASE=" ".join(BASE)).split()) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert told in err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

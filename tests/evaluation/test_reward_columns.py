@@ -175,7 +175,7 @@ def test_label_and_win_rate_give_a_sample_its_own_answer(
         {"prompt": "1+2", "completion": "3", "answer": "3"},
     ]
     file, out = write(tmp_path, samples), tmp_path / "pairs.jsonl"
-    command = ["label", "--reward", RIGHT, "--data.samples", str(file), "--out", str(out)]
+    command = ["label-by-reward", "--reward", RIGHT, "--data.samples", str(file), "--out", str(out)]
     assert main(command) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [(row["chosen"], row["rejected"]) for row in rows] == [("2", "3"), ("3", "2")]

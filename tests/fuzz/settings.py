@@ -104,7 +104,7 @@ class Stage:
             "report": ["nowhere"],
             "new-model": ["--data.train", "texts.jsonl", "--vocab-size", "300", "--out", "new"],
             "merge": [*MODEL, "--out", "merged"],
-            "label": ["--data.samples", "prompts.jsonl", *OUT],
+            "label-by-reward": ["--data.samples", "prompts.jsonl", *OUT],
             "doctor": ["--device", "cpu"],
         }
 

@@ -40,7 +40,7 @@ def public_names() -> list[str]:
 def help_text(arguments: list[str]) -> str:
     out = io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        main([*arguments, "--help"])
+        main([*arguments, "--help-all" if arguments[0] in ALGORITHMS else "--help"])
     return re.sub(r"\x1b\[[0-9;]*m", "", out.getvalue())
 
 
@@ -68,6 +68,7 @@ SAMPLING = {name for name, algorithm in ALGORITHMS.items() if algorithm.samples}
 REACHED: dict[str, set[str]] = {
     "fastalign.cli.answers.sampling": {"generate", "eval", "win-rate"},
     "fastalign.cli.config_parse": set(ALGORITHMS),
+    "fastalign.cli.flags": set(ALGORITHMS),
     "fastalign.cli.report": {"report", "frontier"},
     "fastalign.data.load": {"sft", "dpo", "reward"},
     "fastalign.data.tokenizer": set(ALGORITHMS),
@@ -79,7 +80,7 @@ REACHED: dict[str, set[str]] = {
     "fastalign.runs": set(ALGORITHMS),
     "fastalign.trainers.sampling": SAMPLING,
     "fastalign.written_files": {
-        *("estimate", "generate", "score", "label", "eval", "win-rate"),
+        *("estimate", "generate", "score", "label-by-reward", "eval", "win-rate"),
         *("frontier", "report", "merge", "new-model"),
     },
 }

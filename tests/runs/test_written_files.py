@@ -404,12 +404,12 @@ MODEL = [
     "--sampling.max-new-tokens",
     "2",
 ]
-LABEL = ["label", "--data.samples", "samples.jsonl", "--reward", "words.json"]
+LABEL = ["label-by-reward", "--data.samples", "samples.jsonl", "--reward", "words.json"]
 ESTIMATE = ["estimate", "sft", "--model.path", "llama", "--data.train", "texts.jsonl"]
 BOTH = ["--model.samples", "samples.jsonl", "--baseline.samples", "samples.jsonl"]
 WRITERS: dict[str, tuple[list[str], str, list[str]]] = {
     "generate": (["generate", *MODEL, "--out"], "new/out.jsonl", ["new/out.jsonl"]),
-    "label": ([*LABEL, "--out"], "out.jsonl", ["out.jsonl"]),
+    "label-by-reward": ([*LABEL, "--out"], "out.jsonl", ["out.jsonl"]),
     "eval": (
         ["eval", *MODEL, "--reference.path", "llama", "--out"],
         "new/eval.json",

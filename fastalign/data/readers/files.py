@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from fastalign.data.readers.row import DataFault
+from fastalign.nearest import did_you_mean, nearest_path
 
 FORMATS = {
     "jsonl": "jsonl",
@@ -79,7 +80,8 @@ def find_files(source: Path, unread: list[str]) -> list[Path]:
     try:
         mode = source.stat().st_mode
     except FileNotFoundError:
-        broken = " (the link leads nowhere)" if source.is_symlink() else ""
+        link = source.is_symlink()
+        broken = " (the link leads nowhere)" if link else did_you_mean(nearest_path(source))
         raise FileNotFoundError(f"{source}: no such file or folder{broken}") from None
     except (OSError, ValueError) as error:
         raise DataFault(str(source), f"cannot be opened: {error}") from None

@@ -10,6 +10,7 @@ from fastalign.data.readers.files import data_format, find_files
 from fastalign.data.readers.json_rows import json_rows, jsonl_rows
 from fastalign.data.readers.row import DataFault, Row
 from fastalign.data.readers.table_rows import csv_rows, parquet_rows
+from fastalign.nearest import did_you_mean, nearest_path
 
 _LOOKS_LOCAL = re.compile(
     r"^[./~]|\.(jsonl|ndjson|json|csv|parquet|gz|bz2|zst|txt|tsv|zip)$|\s|/.*/", re.I
@@ -91,7 +92,9 @@ def hub_table(source: str) -> Any:
     except (OSError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise DataFault(
-            source, f"no such file or folder here, and not from the hub: {reason}"
+            source,
+            f"no such file or folder here{did_you_mean(nearest_path(source))}, and not from the "
+            f"hub: {reason}",
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""`fastalign label`: make preference pairs from sampled completions and a reward."""
+"""`fastalign label-by-reward`: make preference pairs from sampled completions and a reward."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
