@@ -4,6 +4,7 @@ Heavy imports are deferred: `fastalign --help` prints the table without loading 
 """
 
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,7 +45,18 @@ class Algorithm:
     def run(self, arguments: Sequence[str]) -> int:
         """Train; return the exit code: 0 finished or SIGTERM, 130 after SIGINT, 3 collapsed."""
         config = self.parse(arguments)  # before the import, which takes seconds
+        if os.environ.get("RANK", "0") == "0":
+            print_settings(config)
         return int(_trainers(self.train)(config).exit_code)
+
+
+def print_settings(config: Any) -> None:
+    """Print the settings that are not at their defaults, a line each, and where all of them are."""
+    from fastalign.runs.config import settings_off_default
+
+    print(f"settings (defaults left out; {config.run.dir}/config.yaml has all):")
+    for name, value in settings_off_default(config).items():
+        print(f"  {name}: {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
 
 
 def _trainers(name: str) -> Any:

@@ -19,16 +19,9 @@ from fastalign.ranks.failure import record_collectives, watched_by_ranks
 from fastalign.ranks.parallel import part_from_ranks
 from fastalign.ranks.world import ALONE, World, open_world, world_of_environment
 from fastalign.runs.checkpoint.writer import CHECKPOINTS, list_checkpoints
-from fastalign.runs.config import (
-    TrainConfig,
-    TrainingConfig,
-    check_numbers,
-    config_to_dict,
-    settings_off_default,
-)
+from fastalign.runs.config import TrainConfig, TrainingConfig, check_numbers, config_to_dict
 from fastalign.runs.final_model import check_outputs
 from fastalign.runs.folder import (
-    CONFIG,
     begin_in_folder,
     check_run_folder,
     has_steps,
@@ -86,7 +79,7 @@ def device_of_rank(name: str, world: World) -> torch.device:
 
 @contextmanager
 def open_run(config: TrainingConfig, title: str, others: Collection[str] = ()) -> Iterator[Run]:
-    """Join the ranks, prepare and lock the run's folder, print the settings, seed everything.
+    """Join the ranks, prepare and lock the run's folder, seed everything.
 
     Only rank 0 prints.
 
@@ -127,18 +120,10 @@ def open_run(config: TrainingConfig, title: str, others: Collection[str] = ()) -
         began = world.first_does(lambda: begin_in_folder(folder, values, config.run))
         stack.enter_context(template_clock(began))
         stack.enter_context(out_of_memory_in_one_line(config))
-        print_settings(config)
         compute = replace(compute, packing=packing_of_run(config, world))
         seed_everything(config.run.seed)
         yield stack.enter_context(Run(config, title, compute, peers))
         part_from_ranks()
-
-
-def print_settings(config: TrainingConfig) -> None:
-    """Print the settings that are not at their defaults, a line each, and where all of them are."""
-    print(f"settings (defaults left out; all: {Path(config.run.dir) / CONFIG})")
-    for name, value in settings_off_default(config).items():
-        print(f"  {name}: {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
 
 
 @contextmanager

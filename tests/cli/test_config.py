@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import logging
 import math
 import pickle
 import re
@@ -12,11 +13,18 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from fastalign.cli.algorithms import ALGORITHMS
+from fastalign.cli.algorithms import ALGORITHMS, print_settings
 from fastalign.cli.config_parse import parse_config
 from fastalign.cli.flags import SHOWN, field_docs
-from fastalign.cli.main import COMMANDS, main
-from fastalign.runs.config import LoraConfig, ModelConfig, RunConfig, check_numbers, config_to_dict
+from fastalign.cli.main import COMMANDS, NOISE, main, quiet_libraries
+from fastalign.runs.config import (
+    LoraConfig,
+    ModelConfig,
+    RunConfig,
+    check_numbers,
+    config_to_dict,
+    settings_off_default,
+)
 from fastalign.trainers import LOSSES, REWARD_LOSSES, PPOConfig, PromptDataConfig, SFTConfig
 
 parse_dpo, parse_reward = ALGORITHMS["dpo"].parse, ALGORITHMS["reward"].parse
@@ -100,6 +108,26 @@ def test_another_loss_puts_the_files_parameters_aside(tmp_path: Path) -> None:
     config = parse_dpo(["--config", write(tmp_path, YAML), "--loss", "simpo"])
     assert isinstance(config.loss, LOSSES["simpo"])
     assert config.loss.beta == 2.0
+
+
+def test_settings_are_shown_where_they_are_not_the_defaults(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    three = {"model.path": "m", "data.train": "d.jsonl", "run.dir": "r"}
+    sft = ALGORITHMS["sft"].parse([*BASE, "--optim.lr", "2e-5"])  # of sft, not of OptimConfig
+    assert settings_off_default(sft) == three
+    flags = ["--optim.lr", "1e-6", "--loss", "simpo", "--loss.gamma", "2", "--optim.eps", "1e-7"]
+    found = settings_off_default(parse_dpo([*BASE, *flags]))
+    assert found == {**three, "optim.eps": 1e-7, "loss.name": "simpo", "loss.gamma": 2.0}
+    print_settings(parse_dpo([*BASE, "--model.lora.rank", "4", "--model.lora.targets", "a", "b"]))
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "  model.path: m",
+        "  model.lora.rank: 4",
+        "  model.lora.targets: a b",
+        "  data.train: d.jsonl",
+        "  run.dir: r",
+        "  loss.name: dpo",
+    ]
 
 
 def test_the_saved_configuration_is_one_that_can_be_read(tmp_path: Path) -> None:
@@ -404,6 +432,17 @@ def test_a_typical_mistake_is_one_line_with_what_to_type_instead(
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert told in err
+
+
+def test_known_noise_of_libraries_is_dropped_and_nothing_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    quiet_libraries()
+    for name, text in NOISE.items():
+        logging.getLogger(name).warning(f"{text}: %s", "no module")
+        logging.getLogger(name).warning("something else")
+        logging.getLogger("another").warning(text)
+    assert caplog.messages == ["something else", *NOISE.values()]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
