@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -26,6 +26,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 # Last names of the settings whose text can be a file or folder to read.
 READ = {
     *("path", "tokenizer", "sources", "reward", "best_of_reward", "template", "runs", "file"),
+    "folder",
     *("train", "eval", "prompts", "pairs", "samples", "ptx_data", "token_file"),
 }
 
@@ -185,18 +186,21 @@ def write_file(path: Path, content: str | bytes, *, overwrite: bool) -> None:
     write_atomically(real, content)
 
 
-def fault_of_folder(folder: Path, owner: str | None) -> str | None:
-    """Return why a folder is not what the run `owner` made, or None; an empty one has no fault."""
-    if not any(folder.iterdir()):
-        return None
+def read_manifest(folder: Path) -> tuple[str | None, dict[str, tuple[int, str]]] | None:
+    """Return the run that wrote a folder, or None, and size and hash of each file, by its manifest.
+
+    Without a manifest, or with a damaged one, return None.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         run, listed = manifest["run"], dict(manifest["files"])
-        entries = {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
+        return run, {name: (entry["bytes"], entry["sha256"]) for name, entry in listed.items()}
     except (OSError, ValueError, KeyError, TypeError):
-        return "this run did not make it"
-    if owner is None or run != owner:
-        return "this run did not make it"
+        return None
+
+
+def changed_file(folder: Path, entries: Mapping[str, tuple[int, str]]) -> str | None:
+    """Return which file is not as the manifest lists it, in words, or None."""
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if name == MANIFEST or (path.is_dir() and not path.is_symlink()):
@@ -206,6 +210,16 @@ def fault_of_folder(folder: Path, owner: str | None) -> str | None:
         if fault_of_file(path, *entries[name]) is not None:
             return f"{name} was changed since the run made it"
     return None
+
+
+def fault_of_folder(folder: Path, owner: str | None) -> str | None:
+    """Return why a folder is not what the run `owner` made, or None; an empty one has no fault."""
+    if not any(folder.iterdir()):
+        return None
+    found = read_manifest(folder)
+    if found is None or owner is None or found[0] != owner:
+        return "this run did not make it"
+    return changed_file(folder, found[1])
 
 
 def check_folder(

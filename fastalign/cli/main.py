@@ -108,6 +108,11 @@ MODULES: dict[str, Command] = {
         "fastalign.cli.models:merge",
         "fastalign.cli.models:MergeConfig",
     ),
+    "push": Command(
+        "send a written model to the Hugging Face hub",
+        "fastalign.cli.push:main",
+        f"{_SETTINGS}:PushConfig",
+    ),
     "new-model": Command(
         "make a tokenizer and a small random model",
         "fastalign.cli.models:new_model",

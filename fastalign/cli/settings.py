@@ -289,6 +289,25 @@ class VllmServerConfig:
 
 
 @dataclass(frozen=True)
+class PushConfig:
+    """Send a model or an adapter that fastalign wrote to the Hugging Face hub, in one commit.
+
+    The token is that of `hf auth login` or HF_TOKEN. Nothing else of a run is sent.
+    """
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """Folder to send, such as runs/dpo/model; refused if a file in it was changed."""
+    repo: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="REPO")]
+    """Repository, as owner/name; it is made if there is none."""
+    private: bool = False
+    """Make the repository private; one that is public already is refused."""
+    revision: str | None = None
+    """Branch to commit to, which is made if there is none; by default the main one."""
+    dry_run: bool = False
+    """List the files and their sizes; send nothing, and ask the hub nothing."""
+
+
+@dataclass(frozen=True)
 class DoctorConfig:
     """Print the versions, devices and backends that fastalign can use here."""
 

@@ -3,20 +3,24 @@
 import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fastalign.compute import Compute
+from fastalign.data.readers.rows import is_on_hub
 from fastalign.data.tokenizer import Tokenizer, eos_token_ids
 from fastalign.models.load import load_policy, set_save_dtype
 from fastalign.models.lora import has_adapter, merge_adapter
 from fastalign.models.lora_files import save_adapter
 from fastalign.ranks.parallel import is_sharded
 from fastalign.ranks.world import World
-from fastalign.runs.config import TrainingConfig
-from fastalign.runs.folder import run_of
+from fastalign.report import model_card
+from fastalign.runs.config import TrainingConfig, settings_off_default
+from fastalign.runs.folder import MAY_CHANGE, run_of
+from fastalign.runs.metrics import METRICS
 from fastalign.written_files import (
     begin_folder,
     check_folder,
@@ -24,6 +28,9 @@ from fastalign.written_files import (
     finish_folder,
     input_paths,
 )
+
+# Name of each further folder to its model's base, and the function that writes it.
+OtherFolders = Mapping[str, tuple[str, Callable[[Path], None]]]
 
 
 def save_final_model(
@@ -33,30 +40,82 @@ def save_final_model(
     model: Any,
     tokenizer: Any,
     save_model: Callable[[Any, Any, Path], None],
-    other_folders: Mapping[str, Callable[[Path], None]],
+    other_folders: OtherFolders,
+    write_card: Callable[[Path, str, str], None],
 ) -> None:
     """Write a run's models, on rank 0; the other ranks give it their parts of the weights.
 
     An adapter is written first, as `adapter/`, and then merged into the model. `folder` is what the
     models' folders are written into; `save_model` writes (model, tokenizer, folder) in
-    transformers' layout; `other_folders` has the function that writes each further folder.
+    transformers' layout; `write_card` a card into (folder, its name, the base), on rank 0.
     """
-    for name, write in other_folders.items():
+
+    def complete(aside: Path, name: str, base: str = config.model.path) -> None:
+        write_end_tokens(aside, tokenizer)
+        write_card(aside, name, base)
+
+    for name, (base, write) in other_folders.items():
         with written(config, folder / name, world) as aside:
             write(aside)
-            world.first_does(lambda at=aside: write_end_tokens(at, tokenizer))  # type: ignore[misc]
+            world.first_does(partial(complete, aside, name, base))
     if has_adapter(model):
         with written(config, folder / "adapter", world) as aside:
             save_adapter(model, aside)
             if world.is_first:
                 tokenizer.save_pretrained(aside)
-                write_end_tokens(aside, tokenizer)
+                complete(aside, "adapter")
         if not config.model.lora.save_merged:
             return
         model = merged(model, folder / "adapter", config, world)
     with written(config, folder / "model", world) as aside:
         save_model(model, tokenizer, aside)
-        world.first_does(lambda: write_end_tokens(aside, tokenizer))
+        world.first_does(partial(complete, aside, "model"))
+
+
+def card_of_run(
+    config: TrainingConfig,
+    command: str,
+    inputs: Mapping[str, Mapping[str, Any]],
+    steps: tuple[int, int],
+    folder: Path,
+    part: str,
+    base: str,
+) -> None:
+    """Write the card of the model in `folder`, which becomes the run's folder `part`.
+
+    `inputs` are the run's, as `fingerprints` returns them; `steps` those taken and all. Settings
+    that a resumed run may change are left out.
+    """
+    kinds = {"adapter": model_card.ADAPTER, "value": model_card.VALUE}
+    named = (("training", "data", config.data.train), ("held-out", "eval_data", config.data.eval))
+    data = {
+        use: (source, inputs.get(name, {}).get("content"))
+        for use, name, source in named
+        if source is not None
+    }
+    left_out = MAY_CHANGE | {"model.path", "data.train"}
+    changed = settings_off_default(config)
+    chosen = [
+        f"{name.removesuffix('.name')} {value}"
+        for name, value in changed.items()
+        if name.endswith(".name")
+    ]
+    facts = model_card.CardFacts(
+        kind=kinds.get(part, model_card.REWARD if command == "reward" else model_card.MODEL),
+        command=command,
+        method=", ".join([str(type(config).__doc__).splitlines()[0].rstrip("."), *chosen]),
+        base=base,
+        data=data,
+        hub_data=[config.data.train.partition(":")[0]] if is_on_hub(config.data.train) else [],
+        settings={
+            name: value
+            for name, value in changed.items()
+            if name not in left_out and not (name.startswith("vllm.") or name.endswith(".name"))
+        },
+        metrics=Path(config.run.dir) / METRICS,
+        steps=steps,
+    )
+    model_card.write_card(folder, facts)
 
 
 def write_end_tokens(folder: Path, tokenizer: Tokenizer) -> None:

@@ -19,9 +19,10 @@ step, if every rank has it.
 import copy
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -38,7 +39,7 @@ from fastalign.runs.accumulate import Total
 from fastalign.runs.checkpoint.restore import resume
 from fastalign.runs.checkpoint.writer import CHECKPOINTS, CheckpointFailed, CheckpointWriter
 from fastalign.runs.config import DataConfig, TrainingConfig
-from fastalign.runs.final_model import save_final_model
+from fastalign.runs.final_model import OtherFolders, card_of_run, save_final_model
 from fastalign.runs.inputs import Inputs, fingerprints
 from fastalign.runs.metrics import KeptMetrics, Metrics, MetricsWriter, ProgressDisplay
 from fastalign.runs.observe import StallWatch, stop_on_signal, traced
@@ -230,7 +231,7 @@ class Run:
         tokenizer: Any,
         *,
         save_model: Callable[[Any, Any, Path], None] = save_model,
-        other_folders: Mapping[str, Callable[[Path], None]] | None = None,
+        other_folders: OtherFolders | None = None,
     ) -> RunResult:
         """Write the models, if the last step is taken or `run.export` is set; return the result.
 
@@ -238,7 +239,8 @@ class Run:
             policy: the model that becomes `model/` (with an adapter also `adapter/`).
             tokenizer: the tokenizer that is saved with it.
             save_model: writes (model, tokenizer, folder) in transformers' layout.
-            other_folders: name of each further folder to the function that writes it.
+            other_folders: name of each further folder to its model's base and the function that
+                writes it.
         """
         if self._step is not None:  # the trainer left its loop early
             self._close_step(last=True)
@@ -254,7 +256,14 @@ class Run:
             folder = self.folder if export is None else Path(export)
             self.world.first_does(lambda: folder.mkdir(parents=True, exist_ok=True))
             save_final_model(
-                self.config, self.world, folder, policy, tokenizer, save_model, other_folders or {}
+                self.config,
+                self.world,
+                folder,
+                policy,
+                tokenizer,
+                save_model,
+                other_folders or {},
+                partial(card_of_run, self.config, self.title, self._inputs, (step, self.num_steps)),
             )
         if export is not None:
             return RunResult(step, finished=False, exit_code=0, metrics={})

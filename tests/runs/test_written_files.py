@@ -35,7 +35,8 @@ from tests.small_runs import prompts_file, sft_config, words_reward, write_rows
 from tests.tokenizers import CHATML, make_tokenizer
 
 NOT_READ = {"dir", "export", "out", "cache_dir", "sync_folder", "device", "targets", "origin"} | {
-    *("endpoint", "model", "key_variable", "host", "url", "trainer_host", "columns")
+    *("endpoint", "model", "key_variable", "host", "url", "trainer_host"),
+    *("columns", "repo", "revision"),
 }
 MODULES = ("settings", "report", "models", "data")
 

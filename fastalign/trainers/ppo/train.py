@@ -50,7 +50,7 @@ from fastalign.trainers.ppo.record import (
     token_values,
     value_metrics,
 )
-from fastalign.trainers.ppo.setup import PPOSetup, prepare_ppo, scale_of_scores
+from fastalign.trainers.ppo.setup import PPOSetup, prepare_ppo, scale_of_scores, value_source
 from fastalign.trainers.sampling.collapse import (
     all_rewards_equal,
     count_without_signal,
@@ -121,9 +121,8 @@ def train_ppo(config: PPOConfig) -> RunResult:
             if step.evaluates and ppo.held_out is not None:
                 step.log(evaluate_prompts(ppo))
         print_steps_without_signal(run.state)
-        value_folder = {}
-        if models.value is not None:
-            value_folder["value"] = partial(save_reward_model, models.value, models.value_tokenizer)
+        write = partial(save_reward_model, models.value, models.value_tokenizer)
+        value_folder = {} if models.value is None else {"value": (value_source(config), write)}
         return run.end(models.policy, ppo.tokenizer, other_folders=value_folder)
 
 
