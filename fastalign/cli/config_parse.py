@@ -31,7 +31,7 @@ from fastalign.cli.flags import (
     wrapped,
     wrong_flags,
 )
-from fastalign.nearest import did_you_mean, nearest
+from fastalign.nearest import did_you_mean, nearest, nearest_path
 from fastalign.output import plain_stream, refuse_secrets
 from fastalign.rollouts.engines.options import PROCESS_IS_GONE
 from fastalign.runs.config import check_numbers
@@ -118,7 +118,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         FileNotFoundError: if the file does not exist.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"--config: no such file: {path}")
+        like = did_you_mean(nearest_path(path))
+        raise FileNotFoundError(f"--config: no such file: {path}{like}")
     values = read_yaml_file(path, numbers_as_text=True)
     if values is None:
         return {}
@@ -255,6 +256,8 @@ def narrowed(config: type[Any], names: Sequence[str], chosen: type[Any]) -> type
 _FRAME = re.compile(r"[│╭╮╰╯─]+|(?<!\S)-{9,}(?!\S)")  # of dashes where a terminal has no lines
 _REQUIRED = re.compile(r"(?:Missing from [^:]*: |\(required\) )(--\S+|[A-Z]+\b)")
 _OF_VALUE = re.compile(r"^Value error Error parsing [^:]*: (?=\S+: )")
+_NO_NUMBER = re.compile(r"^Value error Error parsing (--\S+): (.*?) Argument helptext: .*")
+_CHOICE = re.compile(r"invalid choice '(.*?)' for argument '(--\S+)'\. Expected one of \((.*?)\)")
 
 
 def parse_flags(
@@ -358,4 +361,10 @@ def one_line(text: str, wrong: Mapping[str, str]) -> str:
     words = words.removeprefix("Parsing error ").removeprefix("Missing argument ")
     words = words.removeprefix("Unrecognized options ")
     words = _OF_VALUE.sub("", words)  # our own messages name the argument themselves
+    words = _NO_NUMBER.sub(r"\1: \2", words)
+    if choice := _CHOICE.search(words):
+        got, flag, known = choice.groups()
+        names = re.findall(r"'([^']*)'", known)
+        like = did_you_mean(nearest(got, names))
+        words = f"{flag}: expected one of {', '.join(names)}, got {got!r}{like}"
     return f"{words.strip()} (see {command})" if command else words

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import itertools
+import re
 import shlex
 import shutil
 import textwrap
@@ -131,7 +132,14 @@ def wrong_flags(config: type, words: Sequence[str], choices: Sequence[str]) -> d
         if flag.kind is bool:
             known[no(name)] = flag
     wrong: dict[str, str] = {}
+    bare = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    if bare and "model.path" in known:
+        places = [flag.name for flag in known.values() if flag.default is MISSING]
+        typed = [f"--{name} {shlex.quote(word)}" for name, word in zip(places, bare, strict=False)]
+        wrong[" ".join(bare)] = f"no flag before it, type {' '.join(typed)}"
     for word, following in itertools.pairwise([*words, "--"]):
+        if re.match("-[a-z]{2}", word) and not word.startswith("-inf"):
+            word = f"-{word}"  # tyro has no such flags
         if not word.startswith("--"):
             continue
         flag_name, _, value = word.partition("=")

@@ -412,6 +412,18 @@ MISTAKES = [  # a command line, and what its one line says to type instead
     ("dpo {BASE} --bf16 True", "no such flag, type --train.precision bf16 ("),
     ("generate --model m --prompts p --output o.jsonl", "type --model.path m; --prompts: no such "),
     ("dpo --model.path ./my-modle --data.train d.jsonl --run.dir r", "did you mean my-model?"),
+    ("sft my-model d.jsonl", "no flag before it, type --model.path my-model --data.train d.jsonl;"),
+    ("sft {BASE} -lr 1e-4", "no such flag, type --optim.lr 1e-4 ("),
+    (
+        "sft {BASE} --optim.lr 2e-5x",
+        "sft: --optim.lr: could not convert string to float: '2e-5x' (",
+    ),
+    (
+        "sft {BASE} --optim.schedule cosin",
+        "--optim.schedule: expected one of constant, linear, cosine, got 'cosin' (did you mean "
+        "cosine?) (",
+    ),
+    ("sft --config d.jsom", "no such file: d.jsom (did you mean d.jsonl?)"),
     ("data check pears.jsonl", "pears.jsonl: no such file or folder (did you mean pairs.jsonl?)"),
 ]
 
