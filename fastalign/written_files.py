@@ -102,11 +102,14 @@ def input_paths(config: Any, prefix: str = "") -> list[tuple[str, Path]]:
             for text in value if isinstance(value, tuple) else (value,):
                 if isinstance(text, str) and os.path.exists(os.path.expanduser(text)):
                     path = Path(text).expanduser().resolve()
-                    found += [(name, path), *((f"{name}'s base", base) for base in _base(path))]
+                    found += [
+                        (name, path),
+                        *((f"{name}'s base", base) for base in local_base(path)),
+                    ]
     return found
 
 
-def _base(path: Path) -> Iterator[Path]:
+def local_base(path: Path) -> Iterator[Path]:
     """Yield the folder that an adapter's folder names as its base."""
     file = path / ADAPTER_CONFIG
     if not file.is_file():

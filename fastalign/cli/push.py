@@ -7,7 +7,13 @@ from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError
 from huggingface_hub.utils._validators import validate_repo_id
 
 from fastalign.cli.settings import PushConfig
-from fastalign.written_files import ADAPTER_CONFIG, MANIFEST, changed_file, read_manifest
+from fastalign.written_files import (
+    ADAPTER_CONFIG,
+    MANIFEST,
+    changed_file,
+    local_base,
+    read_manifest,
+)
 
 # Errors of the hub's answers and of the connection; its HTTP library is one of several.
 HUB_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
@@ -22,6 +28,8 @@ def main(config: PushConfig) -> int:
         print(f"{size:>14,}  {name}")
     where = config.repo if config.revision is None else f"{config.repo} (branch {config.revision})"
     print(f"{sum(sizes.values()):>14,}  bytes in {len(sizes)} files, for {where}")
+    for base in local_base(folder):
+        print(f"the adapter names its base as {base}, a folder of this machine: others lack it")
     if config.dry_run:
         print("a dry run: nothing was sent")
         return 0

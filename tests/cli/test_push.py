@@ -126,6 +126,17 @@ def test_a_dry_run_lists_files_and_asks_nothing(
     assert hub.requests == []
 
 
+def test_an_adapter_on_a_folder_of_this_machine_is_said(
+    tmp_path: Path, model: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with written_folder(tmp_path / "adapter") as aside:
+        aside.mkdir()
+        names = {"base_model_name_or_path": str(model)}
+        (aside / "adapter_config.json").write_text(json.dumps(names))
+    assert main(["push", str(tmp_path / "adapter"), "me/mine", "--dry-run"]) == 0
+    assert f"names its base as {model}, a folder of this machine" in capfd.readouterr().out
+
+
 def test_a_public_repository_is_not_sent_to_where_a_private_one_is_wanted(
     hub: Hub, model: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
