@@ -48,9 +48,9 @@ class Size:
 
 
 WHOLE = Size(train=400, held_out=80, characters=3000, samples=4)
-SHORT = ("--train.max-steps", "2", "--train.batch-size", "2")
+SHORT = ("--train.max-steps", "2", "--train.batch-size", "4")
 QUICK = Size(8, 3, 500, 2, SHORT, ("--sampling.max-new-tokens", "8"))
-QUICK_SUMMARIES = Size(4, 2, 2200, 2, SHORT, ("--sampling.max-new-tokens", "8"))
+QUICK_SUMMARIES = Size(8, 3, 2200, 2, SHORT, ("--sampling.max-new-tokens", "8"))
 MAX_NEW_TOKENS = "96"
 
 
