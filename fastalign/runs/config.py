@@ -63,8 +63,8 @@ def settings_off_default(config: Any, default: Any = None) -> dict[str, Any]:
         value, usual = getattr(config, entry.name), entry.default
         if isinstance(default, type(config)):
             usual = getattr(default, entry.name)
-        elif entry.default_factory is not MISSING:
-            usual = entry.default_factory()
+        elif entry.default_factory is not MISSING and not is_dataclass(entry.default_factory):
+            usual = entry.default_factory()  # the class of a section has its defaults itself
         if is_dataclass(value):
             inner = settings_off_default(value, usual)
             changed |= {f"{entry.name}.{name}": each for name, each in inner.items()}
