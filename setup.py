@@ -22,9 +22,11 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma"],
     "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"],
 }
-# One file needs instructions beyond these; it is called only where the processor has them.
-BF16_SOURCE = CPU_SOURCE / "product_avx512bf16.cpp"
-BF16_FLAGS = [*ISA_FLAGS["avx512"], "-mavx512bf16"]
+# Two files need instructions beyond these; they are called only where the processor has them.
+BF16_FLAGS = {
+    "product_avx512bf16": [*ISA_FLAGS["avx512"], "-mavx512bf16"],
+    "product_amx": [*ISA_FLAGS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+}
 OPTIMISED = ["-O3"]
 SANITIZED = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 CUDA_ARCHITECTURES = os.environ.get("FASTALIGN_CUDA_ARCHITECTURES", "80 90 100").split()
@@ -63,10 +65,10 @@ def cpu_commands(cxx, build, library):
             for isa, flags in ISA_FLAGS.items():
                 if isa == "portable" or x86:
                     compiled[f"{source.stem}_{isa}"] = [source, *flags, f"-DFASTALIGN_ISA={isa}"]
-        elif source != BF16_SOURCE:
+        elif source.stem not in BF16_FLAGS:
             compiled[source.stem] = [source]
         elif x86:
-            compiled[source.stem] = [source, *BF16_FLAGS]
+            compiled[source.stem] = [source, *BF16_FLAGS[source.stem]]
     commands = [
         [*common, *defines, "-c", *map(str, what), "-o", str(build / f"{name}.o")]
         for name, what in compiled.items()

@@ -59,7 +59,8 @@ FASTALIGN_BOTH(token_logprob_backward, const void* logits, int32_t dtype, int64_
                const float* entropy, const float* maximum, const float* log_total,
                const float* grad_logprob, const float* grad_entropy, void* gradient)
 
-// Returns 1 if this processor has what the next function needs: AVX-512 with bfloat16.
+// Returns 1 if this processor has what the next function needs, AVX-512 with bfloat16, 2 if it has
+// AMX too, which the best instruction set (isa -1) takes; 0 elsewhere.
 FASTALIGN_EXPORT int32_t fastalign_product_bf16_usable_cpu(void);
 
 // c (num_rows, num_columns) float32 = a (num_rows, depth) b (depth, num_columns), both bfloat16, or

@@ -1,227 +1,54 @@
-// The product's blocks for AVX-512 with bfloat16 instructions, after Goto and van de Geijn
-// (doi:10.1145/1356052.1356053): a block of A in the second-level cache, panels of B streamed
-// past it, a tile of C in registers. A dot-product instruction takes pairs (k, k + 1), so both
-// are packed as panels of such pairs: panel[k / 2][row or column].
-#include <immintrin.h>
-
-#include <algorithm>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-
-#include "product_bf16.h"
+// The product by AVX-512's bfloat16 instructions: dot products of pairs, a tile of C in registers.
+#include "product_blocks.h"
 
 namespace fastalign {
 namespace {
 
-constexpr int64_t LANES = 16;
-constexpr int64_t TILE_ROWS = 8, TILE_VECTORS = 3, TILE_COLUMNS = TILE_VECTORS * LANES;
-constexpr int64_t BLOCK_DEPTH = 1024, BLOCK_ROWS = 256;
-constexpr int64_t BLOCK_B_BYTES = 2 << 20;
-// A C of more bytes than this leaves the caches before it is read: it is written past them, so that
-// no line of it is read first.
-constexpr int64_t STREAMED_BYTES = 8 << 20;
+inline __m512bh as_pairs(__m512i value) { return reinterpret_cast<__m512bh>(value); }
 
-struct Free {
-    void operator()(void* memory) const { std::free(memory); }
-};
-typedef std::unique_ptr<uint32_t, Free> Panels;
+struct Avx512 {
+    static constexpr int64_t TILE_VECTORS = 3;
+    static constexpr int64_t TILE_ROWS = 8, TILE_COLUMNS = TILE_VECTORS * LANES;
+    static constexpr int64_t BLOCK_DEPTH = 1024, PAIRS_AT_ONCE = 1;
 
-Panels new_panels(int64_t pairs, int64_t width) {
-    return Panels(static_cast<uint32_t*>(std::aligned_alloc(64, pairs * width * 4)));
-}
-
-int64_t round_up(int64_t value, int64_t to) { return (value + to - 1) / to * to; }
-
-// Transposes 16 vectors of 16 pairs.
-inline void transpose(__m512i v[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+    // A's panels are like B's.
+    static void pack_rows(const uint16_t* from, int64_t row_stride, int64_t depth_stride,
+                          int64_t rows, int64_t depth, int64_t pairs, uint32_t* panels) {
+        pack(from, row_stride, depth_stride, rows, depth, pairs, TILE_ROWS, panels);
     }
-    for (int i = 0; i < 16; i += 4) {
-        v[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        v[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        v[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        v[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; ++i) {
-        t[i] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(v[i], v[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(v[i + 8], v[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 4; ++i) {
-        v[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        v[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-        v[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
-        v[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
-    }
-}
 
-// One panel from lines that are contiguous along the depth: line i begins at from + i * stride.
-void pack_lines(const uint16_t* from, int64_t stride, int64_t num_lines, int64_t depth,
-                int64_t width, uint32_t* panel) {
-    for (int64_t line = 0; line < width; line += LANES) {
-        const int64_t here = std::clamp<int64_t>(num_lines - line, 0, LANES);
-        const int64_t kept = std::min(LANES, width - line);
-        const __mmask16 stored = static_cast<__mmask16>((1u << kept) - 1);
-        for (int64_t k = 0; k < depth; k += 2 * LANES) {
-            const int64_t count = std::min(depth - k, 2 * LANES);
-            const __mmask32 mask = static_cast<__mmask32>((1ull << count) - 1);
-            __m512i v[LANES];
-            for (int64_t i = 0; i < LANES; ++i) {
-                v[i] = i < here ? _mm512_maskz_loadu_epi16(mask, from + (line + i) * stride + k)
-                                : _mm512_setzero_si512();
+    // C's tile of TILE_ROWS x TILE_COLUMNS, of which rows x columns exist.
+    static inline void multiply_tile(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c,
+                                     int64_t stride, int64_t rows, int64_t columns, Store store) {
+        __m512 sums[TILE_ROWS][TILE_VECTORS];
+        for (auto& row : sums)
+            for (auto& sum : row) sum = _mm512_setzero_ps();
+        for (int64_t pair = 0; pair < pairs; ++pair, a += TILE_ROWS, b += TILE_COLUMNS) {
+            __m512bh right[TILE_VECTORS];
+            for (int64_t j = 0; j < TILE_VECTORS; ++j) {
+                right[j] = as_pairs(_mm512_load_si512(b + j * LANES));
             }
-            transpose(v);
-            for (int64_t pair = 0; 2 * pair < count; ++pair) {
-                _mm512_mask_storeu_epi32(panel + (k / 2 + pair) * width + line, stored, v[pair]);
-            }
-        }
-    }
-}
-
-// Panels from lines that are contiguous across: element k of line i is at from[k * stride + i]. A
-// few k at a time for all panels: rows far apart share the same few sets of a cache.
-void pack_across(const uint16_t* from, int64_t stride, int64_t num_lines, int64_t depth,
-                 int64_t width, uint32_t* panels) {
-    constexpr int64_t STEP = 8;
-    const int64_t pairs = (depth + 1) / 2;
-    for (int64_t start = 0; start < depth; start += STEP) {
-        const int64_t stop = std::min(start + STEP, depth);
-        for (int64_t line = 0; line < num_lines; line += LANES) {
-            const int64_t here = std::min(LANES, num_lines - line);
-            const __mmask16 mask = static_cast<__mmask16>((1u << here) - 1);
-            for (int64_t k = start; k < stop; k += 2) {
-                const __mmask16 second = k + 1 < depth ? mask : 0;
-                const uint16_t* at = from + k * stride + line;
-                const __m256i low = _mm256_maskz_loadu_epi16(mask, at);
-                const __m256i high = _mm256_maskz_loadu_epi16(second, at + (second ? stride : 0));
-                const __m512i both = _mm512_or_si512(
-                    _mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-                // 16 lines are two panels of A, or a third of a panel of B
-                uint32_t* to = panels + line / width * pairs * width + k / 2 * width + line % width;
-                if (width >= LANES) {
-                    _mm512_storeu_si512(to, both);
-                } else {
-                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                                        _mm512_castsi512_si256(both));
-                    if (here <= TILE_ROWS) continue;
-                    to += pairs * width;
-                    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                                        _mm512_extracti64x4_epi64(both, 1));
+            for (int64_t i = 0; i < TILE_ROWS; ++i) {
+                const __m512bh left = as_pairs(_mm512_set1_epi32(static_cast<int>(a[i])));
+                for (int64_t j = 0; j < TILE_VECTORS; ++j) {
+                    sums[i][j] = _mm512_dpbf16_ps(sums[i][j], left, right[j]);
                 }
             }
         }
-    }
-}
-
-// Panels of `width` lines (8 or a multiple of 16); a matrix's lines are A's rows or B's columns.
-// What is beyond the lines is not read as part of the result.
-void pack(const uint16_t* from, int64_t line_stride, int64_t depth_stride, int64_t num_lines,
-          int64_t depth, int64_t width, uint32_t* panels) {
-    if (depth_stride != 1) return pack_across(from, depth_stride, num_lines, depth, width, panels);
-    const int64_t pairs = (depth + 1) / 2;
-    for (int64_t line = 0; line < num_lines; line += width, panels += pairs * width) {
-        pack_lines(from + line * line_stride, line_stride, std::min(width, num_lines - line), depth,
-                   width, panels);
-    }
-}
-
-inline __m512bh as_pairs(__m512i value) { return reinterpret_cast<__m512bh>(value); }
-
-// How a tile is written to C; STREAMED asks for vectors at multiples of 64 bytes.
-enum class Store { WRITTEN, ADDED, STREAMED };
-
-// C's tile of TILE_ROWS x TILE_COLUMNS, of which rows x columns exist.
-inline void multiply_tile(const uint32_t* a, const uint32_t* b, int64_t pairs, float* c,
-                          int64_t stride, int64_t rows, int64_t columns, Store store) {
-    __m512 sums[TILE_ROWS][TILE_VECTORS];
-    for (auto& row : sums)
-        for (auto& sum : row) sum = _mm512_setzero_ps();
-    for (int64_t pair = 0; pair < pairs; ++pair, a += TILE_ROWS, b += TILE_COLUMNS) {
-        __m512bh right[TILE_VECTORS];
-        for (int64_t j = 0; j < TILE_VECTORS; ++j) {
-            right[j] = as_pairs(_mm512_load_si512(b + j * LANES));
-        }
         for (int64_t i = 0; i < TILE_ROWS; ++i) {
-            const __m512bh left = as_pairs(_mm512_set1_epi32(static_cast<int>(a[i])));
+            if (i >= rows) continue;
             for (int64_t j = 0; j < TILE_VECTORS; ++j) {
-                sums[i][j] = _mm512_dpbf16_ps(sums[i][j], left, right[j]);
+                store_vector(c + i * stride + j * LANES, sums[i][j], columns - j * LANES, store);
             }
         }
     }
-    for (int64_t i = 0; i < TILE_ROWS; ++i) {
-        if (i >= rows) continue;
-        for (int64_t j = 0; j < TILE_VECTORS; ++j) {
-            const int64_t here = std::clamp<int64_t>(columns - j * LANES, 0, LANES);
-            const __mmask16 mask = static_cast<__mmask16>((1u << here) - 1);
-            float* at = c + i * stride + j * LANES;
-            __m512 sum = sums[i][j];
-            if (store == Store::ADDED) sum = _mm512_add_ps(sum, _mm512_maskz_loadu_ps(mask, at));
-            if (store == Store::STREAMED && here == LANES) {
-                _mm512_stream_ps(at, sum);
-            } else {
-                _mm512_mask_storeu_ps(at, mask, sum);
-            }
-        }
-    }
-}
-
-// True if the part of C is written once, is large, and its whole vectors are aligned.
-bool streams(const Product& product, int64_t num_rows, int64_t first_column, int64_t last_column) {
-    const uintptr_t first = reinterpret_cast<uintptr_t>(product.c + first_column);
-    return !product.accumulate && product.depth <= BLOCK_DEPTH &&
-           (first | 4 * static_cast<uintptr_t>(product.c_stride)) % 64 == 0 &&
-           num_rows * (last_column - first_column) * 4 > STREAMED_BYTES;
-}
+};
 
 }  // namespace
 
 void run_product(const Product& product, int64_t first_row, int64_t last_row, int64_t first_column,
                  int64_t last_column) {
-    const Matrix &a = product.a, &b = product.b;
-    if (product.depth == 0 && !product.accumulate) {
-        for (int64_t row = first_row; row < last_row; ++row) {
-            std::fill(product.c + row * product.c_stride + first_column,
-                      product.c + row * product.c_stride + last_column, 0.0f);
-        }
-    }
-    const int64_t block_depth = std::max<int64_t>(1, std::min(BLOCK_DEPTH, product.depth));
-    const int64_t fitting = BLOCK_B_BYTES / (2 * block_depth) / TILE_COLUMNS * TILE_COLUMNS;
-    const int64_t block_columns = std::min(std::max(fitting, TILE_COLUMNS),
-                                           round_up(last_column - first_column, TILE_COLUMNS));
-    const int64_t most_pairs = (block_depth + 1) / 2;
-    const bool streamed = streams(product, last_row - first_row, first_column, last_column);
-    const Panels of_a = new_panels(most_pairs, BLOCK_ROWS);
-    const Panels of_b = new_panels(most_pairs, block_columns);
-    for (int64_t column = first_column; column < last_column; column += block_columns) {
-        const int64_t columns = std::min(block_columns, last_column - column);
-        for (int64_t k = 0; k < product.depth; k += block_depth) {
-            const int64_t depth = std::min(block_depth, product.depth - k);
-            const int64_t pairs = (depth + 1) / 2;
-            const Store store = product.accumulate || k > 0 ? Store::ADDED
-                                : streamed                  ? Store::STREAMED
-                                                            : Store::WRITTEN;
-            pack(b.data + k * b.row_stride + column * b.column_stride, b.column_stride,
-                 b.row_stride, columns, depth, TILE_COLUMNS, of_b.get());
-            for (int64_t row = first_row; row < last_row; row += BLOCK_ROWS) {
-                const int64_t rows = std::min(BLOCK_ROWS, last_row - row);
-                pack(a.data + row * a.row_stride + k * a.column_stride, a.row_stride,
-                     a.column_stride, rows, depth, TILE_ROWS, of_a.get());
-                for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
-                    for (int64_t i = 0; i < rows; i += TILE_ROWS) {
-                        multiply_tile(of_a.get() + i * pairs, of_b.get() + j * pairs, pairs,
-                                      product.c + (row + i) * product.c_stride + column + j,
-                                      product.c_stride, rows - i, columns - j, store);
-                    }
-                }
-            }
-        }
-    }
-    if (streamed) _mm_sfence();  // before another thread reads C
+    run_blocks<Avx512>(product, first_row, last_row, first_column, last_column);
 }
 
 }  // namespace fastalign

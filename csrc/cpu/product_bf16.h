@@ -20,8 +20,13 @@ struct Product {
     bool accumulate;
 };
 
-// The part of C in the given rows and columns. AVX-512 with its bfloat16 instructions only.
+// Compute the part of C in the given rows and columns, by AVX-512's bfloat16 instructions or by AMX.
 void run_product(const Product& product, int64_t first_row, int64_t last_row, int64_t first_column,
                  int64_t last_column);
+void run_product_amx(const Product& product, int64_t first_row, int64_t last_row,
+                     int64_t first_column, int64_t last_column);
+
+// Asks the system for AMX's registers; false where it does not grant them.
+bool request_amx();
 
 }  // namespace fastalign

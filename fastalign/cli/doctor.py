@@ -59,6 +59,9 @@ def environment_lines() -> Iterator[str]:
         wanted = os.environ.get("FASTALIGN_CPU_ISA", "best")
         chosen = isas[-1] if wanted == "best" else f"{wanted} (FASTALIGN_CPU_ISA)"
         yield f"native cpu    runs {chosen}; this processor has {', '.join(isas)}"
+        if wanted in ("best", "avx512") and native_library.has_bfloat16_products():
+            unit = "AMX" if wanted == "best" and native_library.has_amx() else "AVX-512"
+            yield f"bfloat16      a head's products are {unit}'s, added up in float32"
     if not torch.cuda.is_available():
         yield "cuda          torch sees no GPU"
         return

@@ -119,6 +119,16 @@ def cpu_isas() -> list[str]:
     ]
 
 
+def has_bfloat16_products() -> bool:
+    """Return True if the CPU library has bfloat16 products for this processor's instructions."""
+    return bool(load("cpu").fastalign_product_bf16_usable_cpu())
+
+
+def has_amx() -> bool:
+    """Return True if they are AMX's, the matrix unit of Intel's processors."""
+    return bool(load("cpu").fastalign_product_bf16_usable_cpu() == 2)
+
+
 def address(tensor: Tensor | None) -> ctypes.c_void_p:
     """Return the address of the tensor's first element, or NULL."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())

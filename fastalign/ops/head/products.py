@@ -38,7 +38,7 @@ def _has_native_product(device_type: str) -> bool:
         return False
     if os.environ.get("FASTALIGN_CPU_ISA", "best") not in ("best", "avx512"):
         return False
-    return bool(native_library.load("cpu").fastalign_product_bf16_usable_cpu())
+    return native_library.has_bfloat16_products()
 
 
 def product_dtype(compute_dtype: torch.dtype, device_type: str) -> torch.dtype:

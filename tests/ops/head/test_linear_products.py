@@ -6,13 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastalign.ops import native_library
 from fastalign.ops.head.products import add_product, product, product_dtype
 
 pytestmark = pytest.mark.skipif(
     product_dtype(torch.bfloat16, "cpu") != torch.bfloat16,
     reason="needs the CPU library and AVX-512 with bfloat16 instructions",
 )
-# Around the borders of vectors (16), tiles (8 x 48), pairs of k, blocks (256 rows, 1,024 deep).
+# Around the borders of vectors (16), tiles (8 x 48; AMX: 32 x 32, 32 deep), pairs of k, blocks (256
+# rows, 1,024 deep; AMX: 640).
 SIZES = [
     (1, 1, 1),
     (5, 7, 3),
@@ -21,7 +23,16 @@ SIZES = [
     (300, 100, 33),
     (257, 1, 2049),
     (13, 500, 64),
+    (33, 31, 641),
 ]
+
+
+@pytest.fixture(params=["best", "avx512"], autouse=True)
+def instructions(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take AMX where the processor has it, then the instructions that others have."""
+    if request.param == "avx512" and not native_library.has_amx():
+        pytest.skip("the best instructions here are AVX-512's")
+    monkeypatch.setenv("FASTALIGN_CPU_ISA", request.param)
 
 
 def operands(rows: int, columns: int, depth: int) -> tuple[Tensor, Tensor]:
