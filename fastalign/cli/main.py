@@ -47,6 +47,7 @@ class Command(NamedTuple):
 
 
 _SETTINGS, _ANSWERS = "fastalign.cli.settings", "fastalign.cli.answers"
+_COMPARE = "fastalign.cli.compare"
 MODULES: dict[str, Command] = {
     "preflight": Command(
         "check that a run on several processes can start",
@@ -87,6 +88,26 @@ MODULES: dict[str, Command] = {
         "measure how often a model's answers win",
         f"{_ANSWERS}.win_rate:main",
         f"{_SETTINGS}:WinRateConfig",
+    ),
+    "compare": Command(
+        "serve a page where people compare answers",
+        f"{_COMPARE}.serve:main",
+        f"{_COMPARE}.settings:CompareConfig",
+    ),
+    "compare export": Command(
+        "write people's comparisons as rows to train on",
+        f"{_COMPARE}.data:export",
+        f"{_COMPARE}.settings:CompareExportConfig",
+    ),
+    "compare import": Command(
+        "add comparisons that were made elsewhere",
+        f"{_COMPARE}.data:import_",
+        f"{_COMPARE}.settings:CompareImportConfig",
+    ),
+    "compare results": Command(
+        "print agreement, biases and human win rates",
+        f"{_COMPARE}.data:show_results",
+        f"{_COMPARE}.settings:CompareResultsConfig",
     ),
     "frontier": Command(
         "plot reward against KL of many runs",
@@ -238,6 +259,8 @@ def run_command(name: str, arguments: list[str]) -> int:
     """Parse the command's settings, then import its code and run it; return its exit code."""
     if name in ALGORITHMS:
         return ALGORITHMS[name].run(arguments)
+    if f"{name} {' '.join(arguments[:1])}" in MODULES:  # a subcommand
+        name, arguments = f"{name} {arguments[0]}", arguments[1:]
     command = MODULES[name]
     settings = find(command.settings)
     if isinstance(settings, str):

@@ -19,10 +19,14 @@ RUN_ARGUMENT = tyro.conf.arg(metavar="RUN [RUN ...]", help_behavior_hint="(requi
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Write a page on runs: settings, metrics, evaluation, samples, size of the model."""
+    """Write a page on runs and on people's comparisons.
+
+    Of runs: settings, metrics, evaluation, samples, size of the model; of comparisons: agreement,
+    biases, learning curve, win rates.
+    """
 
     runs: Annotated[tuple[str, ...], tyro.conf.Positional, RUN_ARGUMENT]
-    """Run folders (--run.dir)."""
+    """Run folders (--run.dir), and databases of `fastalign compare` (.db)."""
     out: str = "report.html"
     """Page (.html) to write."""
     overwrite: bool = False
@@ -60,6 +64,7 @@ def show(columns: Sequence[str], rows: Sequence[Sequence[str]], *, num_left: int
 
 def main(config: ReportConfig) -> int:
     """Run `fastalign report`; return 0 when the page is written."""
+    from fastalign.report.comparisons import is_comparisons, read_comparisons
     from fastalign.report.page import render, tables
     from fastalign.report.runs import read_runs
 
@@ -68,11 +73,15 @@ def main(config: ReportConfig) -> int:
     if Path(config.out).suffix != ".html":
         raise ValueError(f"out: expected .html, got {config.out}")
     out = check_file("out", config.out, overwrite=config.overwrite, inputs=input_paths(config))
-    runs = read_runs(config.runs)
+    runs = read_runs([path for path in config.runs if not is_comparisons(path)])
+    comparisons = read_comparisons([path for path in config.runs if is_comparisons(path)])
     for name, (columns, rows) in tables(runs).items():
         if rows:
             show(columns, rows, num_left=2 if name == "runs" else 1)
-    write_file(out, render(runs), overwrite=config.overwrite)
+    for each in comparisons:
+        show((each.name, ""), each.summary, num_left=2)
+        print("".join(f"{line}\n" for line in each.win_rates), end="")
+    write_file(out, render(runs, comparisons), overwrite=config.overwrite)
     print(f"report written to {out}")
     return 0
 

@@ -7,7 +7,8 @@ constant to every reward changes nothing but the centring term.
 of vote shares are computed from them. Their arguments: `difference` (B,), the reward of the first
 (or chosen) response minus that of the second; `tie` (B,) bool, pairs that are ties; `shares`
 (B, 3), of the votes for the first, the second and a tie, which sum to 1 in each row; `nu`, a number
-above 1 (Rao-Kupper) or 0 (Davidson), or a tensor () that may be learned. Each function raises a
+above 1 (Rao-Kupper) or 0 (Davidson), or a tensor () that may be learned, of Rao-Kupper also (B,),
+one for each pair. Each function raises a
 `ValueError` if shapes differ or nu is out of its range.
 """
 
@@ -89,7 +90,7 @@ def rao_kupper_outcomes(difference: Tensor, *, nu: float | Tensor) -> Tensor:
     p(win) = sigmoid(d - ln nu); p(tie) = (nu^2 - 1) sigmoid(d - ln nu) sigmoid(-d - ln nu). At
     d = 0, p(tie) = (nu - 1) / (nu + 1): one half for nu = 3.
     """
-    if not nu > 1.0:
+    if not (nu > 1.0).all() if isinstance(nu, Tensor) else not nu > 1.0:
         raise ValueError(f"nu: expected a number above 1, got {nu}")
     threshold = _log(nu)
     win = F.logsigmoid(difference - threshold)

@@ -6,8 +6,10 @@ from typing import Any
 
 import yaml
 
+from fastalign.compare.results import PERSON_COLUMNS
 from fastalign.data.conversation import prompt_key
-from fastalign.output import shown
+from fastalign.page_templates import environment
+from fastalign.report.comparisons import Comparisons, learning_curve
 from fastalign.report.pictures import SECTIONS, curve, reward_against_kl
 from fastalign.report.reward import REWARD_COLUMNS, accuracy_by_length, reliability, reward_table
 from fastalign.report.runs import RunRecord, labels_of
@@ -94,29 +96,13 @@ def side_by_side(runs: Sequence[RunRecord]) -> list[tuple[str, list[dict[str, An
 
 
 def fill(template: str, **values: Any) -> str:
-    """Return a page from a template beside this module; values of models and data are escaped.
-
-    Every text passes through `shown`: control characters are visible, and secrets masked.
-    """
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
-
-    def finalize(value: Any) -> Any:
-        is_text = isinstance(value, str) and not isinstance(value, Markup)
-        return shown(value) if is_text else value
-
-    environment = Environment(
-        loader=PackageLoader("fastalign.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        finalize=finalize,
-    )
-    return environment.get_template(template).render(**values)
+    """Return a page from a template beside this module; values of models and data are escaped."""
+    page: str = environment("fastalign.report").get_template(template).render(**values)
+    return page
 
 
-def render(runs: Sequence[RunRecord]) -> str:
-    """Return the report's page, which loads nothing from elsewhere."""
+def render(runs: Sequence[RunRecord], comparisons: Sequence[Comparisons] = ()) -> str:
+    """Return the report's page on runs and comparisons, which loads nothing from elsewhere."""
     sections = {
         title: {label: curve(runs, name, label) for name, label in names.items()}
         for title, names in SECTIONS.items()
@@ -129,6 +115,9 @@ def render(runs: Sequence[RunRecord]) -> str:
         frontier=reward_against_kl(runs),
         time_picture=time_picture(runs),
         sections={title: curves for title, curves in sections.items() if any(curves.values())},
+        comparisons=comparisons,
+        person_columns=PERSON_COLUMNS,
+        learning_curve=learning_curve(comparisons),
         names=[run.name for run in runs],
         samples=side_by_side(runs),
         configs=[(run.name, yaml.safe_dump(run.config, sort_keys=False)) for run in runs],

@@ -49,7 +49,9 @@ def command_line_options() -> list[str]:
     lines = []
     for command in COMMANDS:
         arguments = [command, "check"] if command == "data" else [command]
-        options = sorted(set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", help_text(arguments))))
+        options = sorted(
+            set(re.findall(r"(?<![\w-])--[a-z](?:[\w.-]*\w)?\b", help_text(arguments)))
+        )
         assert options, f"`fastalign {command} --help` shows no option"
         lines += [f"{' '.join(arguments)} {option}" for option in options]
     return lines
@@ -67,9 +69,11 @@ SAMPLING = {name for name, algorithm in ALGORITHMS.items() if algorithm.samples}
 # Flags of messages by the modules that say them: the commands that reach them, if not all.
 REACHED: dict[str, set[str]] = {
     "fastalign.cli.answers.sampling": {"generate", "eval", "win-rate"},
+    "fastalign.cli.compare": {"compare"},
     "fastalign.cli.config_parse": set(ALGORITHMS),
     "fastalign.cli.flags": set(ALGORITHMS),
     "fastalign.cli.report": {"report", "frontier"},
+    "fastalign.compare": {"compare"},
     "fastalign.data.load": {"sft", "dpo", "reward"},
     "fastalign.data.tokenizer": set(ALGORITHMS),
     "fastalign.models.exactness": set(ALGORITHMS),
@@ -135,7 +139,7 @@ def flags_of_messages() -> Iterator[tuple[str, str]]:
             if not (isinstance(node, ast.Constant) and isinstance(node.value, str)):
                 continue
             text = re.sub(r"fastalign [a-z-]+ --\S+", "", node.value)  # another command's, named
-            for flag in re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text):
+            for flag in re.findall(r"(?<![\w-])--[a-z](?:[\w.-]*\w)?\b", text):
                 if id(node) not in docs and node.value != flag and flag not in OF_PIP:
                     yield module.name, flag
 
@@ -153,7 +157,7 @@ def test_messages_name_flags_that_the_command_has() -> None:
         for module, flag in found
         for command in speakers(module, flag)
         # estimate and preflight take a training command's flags behind their own
-        if flag not in options[command] | (options["dpo"] if command in ALIKE else set())
+        if flag not in options[command.split()[0]] | (options["dpo"] if command in ALIKE else set())
     }
     assert missing == set()
 

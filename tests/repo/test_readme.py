@@ -48,7 +48,8 @@ def test_a_command_in_the_readme_has_only_options_that_exist(line: str) -> None:
     words = words[words.index("fastalign") + 1 :]
     command = words[0]
     assert command in COMMANDS
-    prefix = f"{command} {words[1]}" if command == "data" else command
+    pair = " ".join(words[:2])
+    prefix = pair if command == "data" or pair in COMMANDS else command
     if command == "estimate":  # it takes the flags of the command that it is asked about
         prefix = words[1]
         assert prefix in ALGORITHMS

@@ -1,0 +1,1 @@
+"""`fastalign compare`: a page where people say which of two answers is better."""
