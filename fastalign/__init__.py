@@ -1,7 +1,8 @@
 """fastalign: align language models with human preferences, on fused log-prob kernels.
 
-The drop-in functions are here; `fastalign.losses` holds the formulas, `fastalign.ops` the
-operations, `fastalign.trainers` what `fastalign sft` and `fastalign dpo` run.
+The drop-in functions are here, and the training functions, which take objects and paths (`train_dpo`
+and its like; `dpo_run` and its like for a loop of one's own). `fastalign.losses` holds the formulas,
+`fastalign.ops` the operations, `fastalign.trainers` the settings of training.
 """
 
 from typing import TYPE_CHECKING
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
         linear_logprob,
         token_logprob,
     )
+    from fastalign.trainers.dpo.train import dpo_run, train_dpo
+    from fastalign.trainers.online_dpo.train import online_dpo_run, train_online_dpo
+    from fastalign.trainers.ppo.train import ppo_run, train_ppo
+    from fastalign.trainers.reward.train import reward_run, train_reward
+    from fastalign.trainers.sft import sft_run, train_sft
 
 __getattr__ = imported_on_use(__name__)
 
@@ -34,12 +40,22 @@ __all__ = [
     "LinearHead",
     "LoraWeights",
     "VocabularyShard",
+    "dpo_run",
     "fused_linear_dpo_loss",
     "fused_linear_loss",
     "fused_linear_ppo_loss",
     "fused_linear_preference_loss",
     "fused_linear_sft_loss",
     "linear_logprob",
+    "online_dpo_run",
+    "ppo_run",
+    "reward_run",
     "sequence_logprob",
+    "sft_run",
     "token_logprob",
+    "train_dpo",
+    "train_online_dpo",
+    "train_ppo",
+    "train_reward",
+    "train_sft",
 ]

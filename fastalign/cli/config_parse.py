@@ -31,6 +31,7 @@ from fastalign.cli.flags import (
     wrapped,
     wrong_flags,
 )
+from fastalign.in_memory import is_given
 from fastalign.nearest import did_you_mean, nearest, nearest_path
 from fastalign.output import plain_stream, refuse_secrets
 from fastalign.rollouts.engines.options import PROCESS_IS_GONE
@@ -295,6 +296,13 @@ def parse_flags(
 REGISTRY = ConstructorRegistry()
 
 
+def lacks_values(section: Any) -> bool:
+    """Return whether a default is a section with a setting that has none."""
+    if not dataclasses.is_dataclass(section):
+        return False
+    return not all(is_given(getattr(section, one.name)) for one in dataclasses.fields(section))
+
+
 @REGISTRY.struct_rule
 def section_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
     """Describe a dataclass of settings to tyro, each field with its docstring on one line."""
@@ -310,6 +318,8 @@ def section_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
             default = entry.default
         elif entry.default_factory is not dataclasses.MISSING:
             default = entry.default_factory()
+        if not is_given(default) or lacks_values(default):
+            default = MISSING_NONPROP
         kind = hints[entry.name]
         for name in entry.metadata.get("hidden", ()):  # of a section: refused by this command
             section = get_type_hints(kind)[name]

@@ -12,6 +12,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from typing import Any, NamedTuple, get_type_hints
 
+from fastalign.in_memory import is_given
 from fastalign.nearest import nearest
 
 CONFIG_HELP = "Settings can also come from a YAML file, `--config FILE`; flags override it."
@@ -109,6 +110,7 @@ def flags_of(config: Any, owner: Any = None, prefix: str = "") -> Iterator[Flag]
             default = getattr(owner, entry.name)
         elif entry.default_factory is not MISSING:
             default = entry.default_factory()
+        default = default if is_given(default) else MISSING
         kind = type(default) if is_dataclass(default) else hints[entry.name]
         if is_dataclass(kind):
             hidden = tuple(f"{name}.{each}." for each in entry.metadata.get("hidden", ()))

@@ -148,7 +148,7 @@ def load_examples(
     ties: Ties = "error",
     advice: str = LENGTH_ADVICE,
 ) -> TokenizedDataset:
-    """Load demonstrations or comparisons from a file, a folder or the hub.
+    """Load demonstrations or comparisons from a file, a folder, the hub or rows in memory.
 
     Columns of demonstrations (`sft`) are `text`, `messages`, or `prompt` and `completion`; of
     comparisons `chosen` and `rejected`, or `response_a`, `response_b` and `label`. A prompt with

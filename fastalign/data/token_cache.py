@@ -21,6 +21,7 @@ from typing import Any
 from fastalign.data.readers.files import find_files
 from fastalign.data.readers.row import DataFault
 from fastalign.data.readers.rows import hub_table, is_on_hub
+from fastalign.in_memory import GivenRows
 from fastalign.written_files import (
     cache_folder,
     clear_half_written,
@@ -33,7 +34,7 @@ from fastalign.written_files import (
 
 # A smaller source is tokenised at each start, by this process alone, in about a second.
 LARGE_BYTES = 2 * 2**20
-LARGE_ROWS = 2048  # of a hub data set
+LARGE_ROWS = 2048  # of a hub data set, or of rows in memory
 
 Write = Callable[[Any], None]  # writes a record batch
 # (write, number of processes) -> the report and the fingerprint
@@ -50,7 +51,8 @@ def load_tokens(
     """Return the table of a source's rows, and what `tokenise` returned for them.
 
     Args:
-        source: a file, a folder or a hub name.
+        source: a file, a folder, a hub name or rows in memory. Of these a `datasets.Dataset` is
+            kept under its fingerprint; others are tokenised at each start.
         basis: returns what the tokens depend on beside the source, the tokenizer and the rules,
             each with a `repr` of its own. Without a tokenizer (None: its own code decides) nothing
             is kept.
@@ -60,10 +62,11 @@ def load_tokens(
         ValueError: if the source is at fault, or changes while it is read.
     """
     before = stamps(source)
-    if before is None:
-        return in_memory(tokenise, 1)
     number = len(os.sched_getaffinity(0))
     each = max(1, number // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # where every rank works
+    if before is None:
+        large = isinstance(source, GivenRows) and (source.num_rows() or 0) > LARGE_ROWS
+        return in_memory(tokenise, each if large else 1)
     found = basis()
     if found[0] is None:
         return in_memory(tokenise, each)
@@ -85,7 +88,10 @@ def load_tokens(
 
 
 def stamps(source: str | Path) -> list[Any] | None:
-    """Return what tells whether a source changed, for each of its files; None: it is small."""
+    """Return what tells whether a source changed, for each of its files; None: it is not kept."""
+    if isinstance(source, GivenRows):
+        content = source.content()
+        return None if content is None or (source.num_rows() or 0) <= LARGE_ROWS else [content]
     if is_on_hub(str(source)):
         table = hub_table(str(source))
         return [table._fingerprint] if len(table) > LARGE_ROWS else None
@@ -98,10 +104,10 @@ def stamps(source: str | Path) -> list[Any] | None:
 
 def key_of(source: str | Path, stamps: list[Any], basis: tuple[Any, Any]) -> str:
     """Return the name of the file for a source's content under a tokenizer and rules."""
-    on_hub = is_on_hub(str(source))
-    content = stamps if on_hub else [(name, sha256_of(Path(name))) for name, *_ in stamps]
+    is_table = isinstance(source, GivenRows) or is_on_hub(str(source))
+    content = stamps if is_table else [(name, sha256_of(Path(name))) for name, *_ in stamps]
     unread: list[str] = []
-    if not on_hub:
+    if not is_table:
         find_files(Path(source).expanduser(), unread)
     code = [sha256_of(file) for file in sorted(Path(__file__).parent.rglob("*.py"))]
     versions = [version(library) for library in ("transformers", "tokenizers")]

@@ -1,5 +1,6 @@
 """Tokenizers: loading them, and comparing their vocabularies, end and pad tokens, and templates."""
 
+import copy
 import json
 import re
 import signal
@@ -14,6 +15,7 @@ from typing import Any, Protocol
 
 from fastalign.data.conversation import REASONING, REASONING_KEYS, Message, content_as_json
 from fastalign.data.template import Stops, Template, TemplateError, ends_of_answers
+from fastalign.in_memory import GivenModel, model_of, origin
 from fastalign.model_files import TOKENIZER, read_object, reading
 from fastalign.nearest import did_you_mean, nearest_path
 
@@ -63,7 +65,7 @@ class Tokenizer(Protocol):
 
 
 def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
-    """Load the tokenizer of a model folder or hub name.
+    """Load the tokenizer of a model folder or hub name, or copy one in memory.
 
     A missing pad token becomes EOS: no mask is ever derived from token ids, so a model still learns
     to stop.
@@ -74,6 +76,8 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Toke
     """
     from transformers import AutoTokenizer
 
+    if isinstance(path, GivenModel):
+        return _given_tokenizer(path, trust_remote_code=trust_remote_code)
     name = str(path)
     local = Path(name).expanduser()
     if local.is_file():
@@ -93,11 +97,40 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Toke
             str(local) if here else name, trust_remote_code=trust_remote_code
         )
         tokenizer("a")  # some settings are first looked at here
+    return _checked(tokenizer, name)
+
+
+def _checked(tokenizer: Any, name: str) -> Tokenizer:
+    """Return a tokenizer with a pad token, once it is known to keep text."""
     if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:
         tokenizer.pad_token = tokenizer.eos_token
     loaded: Tokenizer = tokenizer
     _check_round_trip(loaded, name)
     return loaded
+
+
+def _given_tokenizer(given: GivenModel, *, trust_remote_code: bool) -> Tokenizer:
+    """Return a copy of the tokenizer that was handed over, or load the one that belongs to a model.
+
+    Raises:
+        ValueError: if it is none of transformers, or the model does not know of one.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    tokenizer = given.tokenizer
+    if tokenizer is None and not origin(given):
+        raise ValueError(
+            f"tokenizer: expected one, since the {given.argument} was made in memory and names no "
+            "folder or hub name (name_or_path), got none"
+        )
+    if tokenizer is None or isinstance(tokenizer, str):
+        return load_tokenizer(tokenizer or origin(given), trust_remote_code=trust_remote_code)
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            "tokenizer: expected a tokenizer of transformers, a folder or a hub name, got "
+            f"{type(tokenizer).__name__}"
+        )
+    return _checked(copy.deepcopy(tokenizer), "(in memory)")
 
 
 def _check_round_trip(tokenizer: Tokenizer, name: str) -> None:
@@ -288,26 +321,34 @@ def eos_token_ids(tokenizer: Tokenizer, path: str | Path | None = None) -> tuple
     """Return the token ids at which generation stops, sorted.
 
     They are the tokenizer's EOS, the special token with which its chat template ends an answer, and
-    those that the `generation_config.json` of a model lists. `path` is the model's folder or hub
-    name; an adapter's folder without that file has its base's.
+    those that the generation configuration of a model lists. `path` is the model's folder or hub
+    name, or a model in memory; an adapter's folder without that file has its base's.
 
     Raises:
         ValueError: if there is no such token, or the file is damaged.
     """
     found = set() if tokenizer.eos_token_id is None else {int(tokenizer.eos_token_id)}
-    file = None if path is None or not str(path) else _generation_config(path)
-    if file is not None:
-        listed = read_object(file).get("eos_token_id")
-        ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
-        if not all(type(number) is int and 0 <= number < 2**31 for number in ids):
-            raise ValueError(f"{file}: expected token ids as eos_token_id, got {listed!r}")
-        found |= set(ids)
+    listed, file = _listed_ends(path)
+    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(type(number) is int and 0 <= number < 2**31 for number in ids):
+        raise ValueError(f"{file}: expected token ids as eos_token_id, got {listed!r}")
+    found |= set(ids)
     if tokenizer.chat_template:
         hashable: Any = tokenizer
         found |= _template_ends(hashable, str(tokenizer.chat_template), frozenset(found))
     if not found:
         raise ValueError(f"tokenizer {tokenizer.name_or_path}: has no EOS token")
     return tuple(sorted(found))
+
+
+def _listed_ends(path: str | Path | None) -> tuple[Any, str]:
+    """Return the `eos_token_id` of a model's generation configuration, and where it stands."""
+    model = model_of(path)
+    if model is not None:
+        listed = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        return listed, f"generation_config of {path}"
+    file = None if path is None or not str(path) else _generation_config(path)
+    return (None, "") if file is None else (read_object(file).get("eos_token_id"), str(file))
 
 
 def _generation_config(path: str | Path, *, of_base: bool = False) -> Path | None:

@@ -28,6 +28,7 @@ from fastalign.data.conversation import content_as_json, json_as_content
 from fastalign.data.examples import Content
 from fastalign.data.tokenise import Encoder
 from fastalign.data.tokenizer import load_tokenizer
+from fastalign.in_memory import GivenModel, GivenReward
 from fastalign.models.architecture import num_positions
 from fastalign.models.forward import response_values
 from fastalign.models.load import choose_packing, load_reward_model, model_without_weights
@@ -82,7 +83,7 @@ class ModelReward:
     model's configuration, which `fastalign reward` measures; models without them stay raw.
 
     Args:
-        path: folder of a saved reward model, or a hub name.
+        path: folder of a saved reward model, a hub name, or a model in memory.
         compute: its device, and its ranks and how they share models; all ranks call this with
             the same texts. None: a GPU if there is one, else the CPU. The rest of it is not used:
             scores do not depend on a run's precision or batches.
@@ -107,7 +108,7 @@ class ModelReward:
         asked = compute or Compute(find_device("auto"))
         device = asked.device
         packing = choose_packing(
-            "auto", [str(path)], trust_remote_code=trust_remote_code, world=asked.world
+            "auto", [path], trust_remote_code=trust_remote_code, world=asked.world
         )
         self._compute = Compute(device, packing=packing, world=asked.world, parallel=asked.parallel)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -164,10 +165,15 @@ class ModelReward:
         return group
 
 
+def is_reward_network(specification: str) -> bool:
+    """Return whether a reward is a trained model: a folder, or one in memory."""
+    return isinstance(specification, GivenModel) or Path(specification).is_dir()
+
+
 def load_reward(specification: str, compute: Compute | None = None) -> RewardFunction:
     """Load a reward: `module:function`, a bag of words (`.json`) or a reward model's folder.
 
-    Modules are found as Python finds them, and in the current folder. `compute` is as for
+    A function or a model in memory is one, too. Modules are found as Python finds them, and in the current folder. `compute` is as for
     `ModelReward`, which alone needs it.
 
     Raises:
@@ -175,11 +181,13 @@ def load_reward(specification: str, compute: Compute | None = None) -> RewardFun
         FileNotFoundError: if there is no such file.
         UserCodeFailed: if the module raises an error.
     """
+    if isinstance(specification, GivenReward):
+        return specification.function
     if specification.endswith(".json"):
         if not Path(specification).is_file():
             raise FileNotFoundError(f"reward: no such file: {specification}")
         return BagOfWordsReward(specification)
-    if Path(specification).is_dir():
+    if is_reward_network(specification):
         try:
             return ModelReward(specification, compute)
         except ValueError as error:  # the option is the reward's, not model.path

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers.utils import cached_file, logging
 
 from fastalign.choices import Packing, PackingChoice
 from fastalign.compute import ON_CPU, Compute
+from fastalign.in_memory import model_of
 from fastalign.model_files import (
     CONFIGURATIONS,
     FLOATS,
@@ -37,6 +39,7 @@ from fastalign.models.layers import skip_unread_tokens
 from fastalign.models.lora import base_state, merge_adapter
 from fastalign.models.lora_files import CONFIG_FILE, adapter_base, open_adapter
 from fastalign.models.low_bit import keep_differentiable, nf4_options
+from fastalign.models.model_in_memory import class_that_opens, config_in_memory, copied
 from fastalign.models.router import router_coefficient
 from fastalign.ops.float32_products import use_fastest_products
 from fastalign.ranks.whole_weights import whole, whole_state
@@ -58,13 +61,18 @@ def read_config(path: str | Path, *, trust_remote_code: bool) -> Any:
     Raises:
         ValueError: if there is no model at `path`, or an adapter alone.
     """
+    given = model_of(path)
+    if given is not None:
+        config = config_in_memory(given, str(path))
+        check_not_quantised(config, path)
+        return config
     if (Path(path).expanduser() / CONFIG_FILE).is_file():
         raise ValueError(
             f"model.path: expected a model, {path} is an adapter; merge it first (fastalign merge)"
         )
     where = repr(str(path))
     with reading(f"model.path: no model can be loaded from {where}", path, "config.json"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(str(path), trust_remote_code=trust_remote_code)
     fault = fault_of_files(path, *CONFIGURATIONS)  # transformers passes over one of generation
     if fault is not None:
         raise ValueError(f"model.path: no model can be loaded from {where}: {fault}")
@@ -131,7 +139,7 @@ def model_options(
 
 def choose_packing(
     choice: PackingChoice,
-    paths: Iterable[str],
+    paths: Iterable[str | Path],
     *,
     trust_remote_code: bool = False,
     world: World = ALONE,
@@ -164,6 +172,8 @@ def choose_packing(
 def read_model(auto: Any, path: str | Path, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Call `auto.from_pretrained`; return the model, and which keys were missing or unexpected.
 
+    A model in memory is copied by the same code.
+
     Raises:
         ValueError: if weights are damaged, or have other shapes than the configuration says.
     """
@@ -171,10 +181,19 @@ def read_model(auto: Any, path: str | Path, options: dict[str, Any]) -> tuple[An
     fault = fault_of_files(path, *WEIGHTS)
     if fault is not None:
         raise ValueError(f"{where} cannot be read: {fault}")
+    options = options | {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    open_model = partial(auto.from_pretrained, str(path), **options)
+    given = model_of(path)
+    if given is not None:
+        trust = options.pop("trust_remote_code")
+        config = read_config(path, trust_remote_code=trust)
+        if "num_labels" in options:  # beside a configuration it would be the class's argument
+            config.num_labels = options.pop("num_labels")
+        name = str(path)
+        opens = class_that_opens(auto, given, config, name=name, trust_remote_code=trust)
+        open_model = partial(copied, opens, given, config, options)
     with without_load_report(), reading(f"{where} cannot be read as its config.json says", path):
-        model, keys = auto.from_pretrained(
-            path, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
+        model, keys = open_model()
     if keys["mismatched_keys"]:  # transformers would draw them at random
         name, found, expected = min(keys["mismatched_keys"])
         raise ValueError(

@@ -51,7 +51,8 @@ class CardFacts:
         kind: ADAPTER, VALUE, REWARD or MODEL.
         command: the training command, such as dpo.
         method: the algorithm, in words.
-        base: path or hub name of the model that training started from.
+        base: path or hub name of the model that training started from; empty for one that was made
+            in memory.
         data: each use of data ("training"), with its path or hub name and its hash, or None.
         hub_data: names of those data sets that are on the hub.
         settings: settings that differ from the defaults, by their names.
@@ -73,9 +74,12 @@ class CardFacts:
 def write_card(folder: Path, facts: CardFacts) -> None:
     """Write the card of the model or adapter in `folder` beside it."""
     adapter = facts.kind == ADAPTER
-    of_base = base_card(facts.base)
-    on_hub = not os.path.exists(os.path.expanduser(facts.base))
-    auto = class_to_load(Path(facts.base) if adapter else folder)
+    of_base = base_card(facts.base) if facts.base else {}
+    on_hub = bool(facts.base) and not os.path.exists(os.path.expanduser(facts.base))
+    auto = class_to_load(Path(facts.base) if adapter and facts.base else folder)
+    base = "a model that was made in memory"
+    if facts.base:
+        base = f"{code(facts.base)}{'' if on_hub else ', a folder where it was trained'}"
     named = of_base | ({"base_model": facts.base} if on_hub else {})
     step, num_steps = facts.steps
     licence = of_base.get("license_name") or of_base.get("license")
@@ -93,7 +97,7 @@ def write_card(folder: Path, facts: CardFacts) -> None:
 # {facts.kind} trained with fastalign {facts.command}
 
 - Method: {plain(facts.method)}
-- Base: {code(facts.base)}{"" if on_hub else ", a folder where it was trained"}
+- Base: {base}
 - Steps: {step} of {num_steps}{"" if step >= num_steps else ", exported before the run's end"}
 - Licence: {known if licence is None else f"{plain(licence)}, that of the base"}
 
@@ -159,7 +163,7 @@ def how_to_load(auto: str, facts: CardFacts) -> str:
     if facts.kind == ADAPTER:
         lines.insert(0, "from peft import PeftModel")
         lines += [
-            f"base = {auto}.from_pretrained({json.dumps(short_path(facts.base))})",
+            f"base = {auto}.from_pretrained({json.dumps(short_path(facts.base or 'BASE'))})",
             'model = PeftModel.from_pretrained(base, "FOLDER")',
         ]
     else:

@@ -9,6 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_args
 
 from fastalign.choices import AttentionChoice, PackingChoice
+from fastalign.in_memory import NOT_GIVEN, is_given
 from fastalign.ranks.config import ParallelConfig
 
 States = Literal["float32", "8bit"]
@@ -127,7 +128,7 @@ class LoraConfig:
 class ModelConfig:
     """The model to train."""
 
-    path: str
+    path: str = NOT_GIVEN
     """Folder in transformers' layout, or a hub name."""
     trust_remote_code: bool = False
     """Run the Python code that comes with the model."""
@@ -137,7 +138,8 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
-        require(bool(self.path), "model.path", "a model folder or a hub name", self.path)
+        named = bool(self.path) or not is_given(self.path)
+        require(named, "model.path", "a model folder or a hub name", self.path)
         choices = get_args(SaveDtype)
         require(self.save_dtype in choices, "model.save_dtype", ", ".join(choices), self.save_dtype)
 
@@ -146,7 +148,7 @@ class ModelConfig:
 class DataConfig:
     """The training data and the handling of rows that do not fit."""
 
-    train: str
+    train: str = NOT_GIVEN
     """Training data: a file, a folder or a hub name."""
     eval: str | None = None
     """Held-out data with the same columns as the training data."""
@@ -158,7 +160,8 @@ class DataConfig:
     """Stop at a row longer than max_length, skip it, or truncate its responses; all are counted."""
 
     def __post_init__(self) -> None:
-        require(bool(self.train), "data.train", "a file, folder or hub name", self.train)
+        named = bool(self.train) or not is_given(self.train)
+        require(named, "data.train", "a file, folder or hub name", self.train)
         at_least(2, "data", self, "max_length")
 
 
@@ -261,7 +264,7 @@ class TrainConfig:
 class RunConfig:
     """The run's folder, its seed, and how to continue it."""
 
-    dir: str
+    dir: str = NOT_GIVEN
     """Folder to write everything to."""
     seed: int = 0
     """Random seed, which also fixes the order of the training data."""
@@ -282,7 +285,7 @@ class RunConfig:
     if this run did not make it."""
 
     def __post_init__(self) -> None:
-        require(bool(self.dir), "run.dir", "a folder", self.dir)
+        require(bool(self.dir) or not is_given(self.dir), "run.dir", "a folder", self.dir)
         for name, kind, what in (
             ("start_afresh", Part, "parts"),
             ("accept_changed", Input, "inputs"),
@@ -297,11 +300,15 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    """Settings of every training run; each algorithm's own class says what its data are."""
+    """Settings of every training run; each algorithm's own class says what its data are.
 
-    model: ModelConfig
+    Model, data and folder have no defaults. The command line requires them; in Python they may be
+    arguments of `fastalign.train_dpo` and its like instead, and the folder is then a new one.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
     data: Any
-    run: RunConfig
+    run: RunConfig = field(default_factory=RunConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -311,7 +318,7 @@ class TrainingConfig:
 class SFTConfig(TrainingConfig):
     """Supervised fine-tuning on demonstrations."""
 
-    data: DataConfig
+    data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
 
 
@@ -337,5 +344,8 @@ def config_to_dict(config: Any) -> dict[str, Any]:
         value = getattr(config, entry.name)
         if is_dataclass(value):
             value = config_to_dict(value)
-        values[entry.name] = list(value) if isinstance(value, tuple) else value
+        if isinstance(value, tuple):
+            values[entry.name] = [str(one) if isinstance(one, str) else one for one in value]
+        else:  # of an object in place of a path its name
+            values[entry.name] = str(value) if isinstance(value, str) else value
     return values

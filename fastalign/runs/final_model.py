@@ -12,6 +12,7 @@ import torch
 from fastalign.compute import Compute
 from fastalign.data.readers.rows import is_on_hub
 from fastalign.data.tokenizer import Tokenizer, eos_token_ids
+from fastalign.in_memory import origin
 from fastalign.models.load import load_policy, set_save_dtype
 from fastalign.models.lora import has_adapter, merge_adapter
 from fastalign.models.lora_files import save_adapter
@@ -51,8 +52,8 @@ def save_final_model(
     """
 
     def complete(aside: Path, name: str, base: str = config.model.path) -> None:
-        write_end_tokens(aside, tokenizer)
-        write_card(aside, name, base)
+        write_end_tokens(aside, tokenizer, config.model.path)
+        write_card(aside, name, origin(base))
 
     for name, (base, write) in other_folders.items():
         with written(config, folder / name, world) as aside:
@@ -118,14 +119,16 @@ def card_of_run(
     model_card.write_card(folder, facts)
 
 
-def write_end_tokens(folder: Path, tokenizer: Tokenizer) -> None:
+def write_end_tokens(folder: Path, tokenizer: Tokenizer, path: str | None = None) -> None:
     """Record in a model's files the tokens at which our samplers stop, and its pad token.
 
     Plain `generate` of transformers, and engines, then stop where training and sampling here did. A
     pad token that is there stays; one that also ends answers is recorded for generation alone,
     since transformers would not train the embedding of a model's pad token.
+
+    `path` is the model's that the tokenizer belongs to; by default the tokenizer's own.
     """
-    ends = eos_token_ids(tokenizer, tokenizer.name_or_path or None)
+    ends = eos_token_ids(tokenizer, path or tokenizer.name_or_path or None)
     pad = tokenizer.pad_token_id
     for name in ("config.json", "generation_config.json"):
         file = folder / name

@@ -7,7 +7,7 @@ hash or a plain value, so that a difference can be named.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -348,6 +348,21 @@ def fingerprints(config: TrainingConfig, model: Any, data: Any, inputs: Inputs) 
     if inputs.tokenizer is not None:
         found["tokenizer"] = tokenizer_parts(inputs.tokenizer, config.model.path)
     return found
+
+
+def inputs_of_all(ranks: Sequence[Mapping[str, Parts]]) -> Mapping[str, Parts]:
+    """Return the inputs of rank 0, which every other rank must have too.
+
+    Raises:
+        ValueError: if a rank has others: another file of that name, or another object in memory.
+    """
+    for rank, found in enumerate(ranks):
+        for name in (name for name in NAMES if found.get(name) != ranks[0].get(name)):
+            raise ValueError(
+                f"the {NAMES[name]} of rank {rank} differs from rank 0's; expected one for all: "
+                "files with the same content, objects made with the same seed and order"
+            )
+    return ranks[0]
 
 
 def model_parts(model: Any, *, weights: bool = True) -> Parts:

@@ -21,27 +21,33 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
-
-import torch
 
 from fastalign.batch.schedule import indices_of_step
 from fastalign.compute import Compute, is_out_of_memory, memory_used_in, peak_memory_bytes
 from fastalign.models.load import save_model
 from fastalign.ranks.failure import Peers
 from fastalign.ranks.parallel import reshard
+from fastalign.report.runs import read_lines
 from fastalign.rollouts import OverlappedSampler, RankZeroSampler
 from fastalign.runs.accumulate import Total
 from fastalign.runs.checkpoint.restore import resume
 from fastalign.runs.checkpoint.writer import CHECKPOINTS, CheckpointFailed, CheckpointWriter
 from fastalign.runs.config import DataConfig, TrainingConfig
 from fastalign.runs.final_model import OtherFolders, card_of_run, save_final_model
-from fastalign.runs.inputs import Inputs, fingerprints
-from fastalign.runs.metrics import KeptMetrics, Metrics, MetricsWriter, ProgressDisplay
+from fastalign.runs.inputs import Inputs, fingerprints, inputs_of_all
+from fastalign.runs.metrics import (
+    METRICS,
+    KeptMetrics,
+    Metrics,
+    MetricsWriter,
+    ProgressDisplay,
+    plain_numbers,
+)
 from fastalign.runs.observe import StallWatch, stop_on_signal, traced
 from fastalign.runs.state import (
     TrainState,
@@ -70,13 +76,27 @@ class RunResult:
         finished: whether all steps are done and `model/` (or `adapter/`) is written.
         exit_code: 0 finished, or stopped by a scheduler's signal; 130 after SIGINT, 129 after
             SIGHUP, 3 if the algorithm's own check stopped the run.
-        metrics: metrics of the last step.
+        folder: the run's folder.
+        model: the trained model of transformers, float32 (with a frozen base: in its dtype), in
+            evaluation mode; a rank's part of it under FSDP2.
+        tokenizer: its tokenizer.
     """
 
     step: int
     finished: bool
     exit_code: int
-    metrics: Metrics
+    folder: Path
+    model: Any = field(default=None, repr=False)
+    tokenizer: Any = field(default=None, repr=False)
+
+    @cached_property
+    def metrics(self) -> list[Metrics]:
+        """Metrics of each step of the whole run, read from its folder; held-out ones `eval_...`."""
+        file = self.folder / METRICS
+        rows = read_lines(file) if file.is_file() else ()
+        return [
+            {name: float(v) if isinstance(v, str) else v for name, v in row.items()} for row in rows
+        ]
 
 
 class Run:
@@ -151,7 +171,7 @@ class Run:
         print_small_data(config, len(data))
         policy = model if policy is None else policy
         found = fingerprints(config, policy, data, inputs or Inputs())
-        self._inputs = world.of_first(found)
+        self._inputs = inputs_of_all(world.gather(found))
         kept = KeptMetrics()
         if config.run.resume:
             kept = resume(config.run, state, self._inputs, world)
@@ -266,13 +286,13 @@ class Run:
                 partial(card_of_run, self.config, self.title, self._inputs, (step, self.num_steps)),
             )
         if export is not None:
-            return RunResult(step, finished=False, exit_code=0, metrics={})
+            return RunResult(step, finished=False, exit_code=0, folder=self.folder)
         if finished:
-            return RunResult(step, True, self._signals.exit_code, self._metrics)
+            return RunResult(step, True, self._signals.exit_code, self.folder)
         why = "" if self._reason is None else f" ({self._reason})"
         print(f"stopped at step {step}{why}; saved; {GO_ON}")
         code = self._signals.exit_code if self._reason is None else COLLAPSED
-        return RunResult(step, False, code, self._metrics)
+        return RunResult(step, False, code, self.folder)
 
     def __enter__(self) -> "Run":
         """Return the run."""
@@ -349,7 +369,8 @@ class Run:
 
     def _record(self, step: "Step", *, last: bool = False) -> None:
         """Log a step, and save it where a checkpoint is due or the run ends behind it."""
-        assert step.finished, "the trainer did not finish the step"
+        if not step.finished:
+            raise ValueError(f"step {step.number}: expected step.finish(metrics) before its end")
         train, state = self.config.train, self.state
         metrics = self._metrics = self._agreed(step.metrics)
         if self._writer is not None:
@@ -493,7 +514,8 @@ class Step:
 
     def log(self, metrics: Metrics) -> None:
         """Add metrics to those of the finished step; any type of number will do."""
-        assert self.finished
+        if not self.finished:
+            raise ValueError(f"step {self.number}: expected step.finish(metrics) before step.log")
         self.metrics |= plain_numbers(metrics)
 
     def undo(self) -> None:
@@ -555,23 +577,6 @@ def indices_of_run(config: TrainingConfig, num_examples: int) -> set[int]:
         size = examples_per_step(config, num_examples)
         used.update(indices_of_step(num_examples, size, step, seed=config.run.seed))
     return used
-
-
-def plain_numbers(metrics: Metrics) -> Metrics:
-    """Return metrics with NumPy's numbers, tensors () and the like as Python's.
-
-    Raises:
-        ValueError: if one is no number.
-    """
-    plain: Metrics = {}
-    for name, value in metrics.items():
-        single = hasattr(value, "__float__") and not getattr(value, "shape", ())
-        if not single or isinstance(value, str):
-            raise ValueError(f"metric {name}: expected a number, got {value!r}")
-        if isinstance(value, torch.Tensor):
-            value = value.item()
-        plain[name] = value if isinstance(value, int | float) else float(value)
-    return plain
 
 
 def all_skipped(metrics: Metrics) -> bool:

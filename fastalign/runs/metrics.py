@@ -33,6 +33,23 @@ def mean_metrics(sums: dict[str, float]) -> Metrics:
     return {name: value.item() for name, value in metric_means(tensors).items()}
 
 
+def plain_numbers(metrics: Metrics) -> Metrics:
+    """Return metrics with NumPy's numbers, tensors () and the like as Python's.
+
+    Raises:
+        ValueError: if one is no number.
+    """
+    plain: Metrics = {}
+    for name, value in metrics.items():
+        single = hasattr(value, "__float__") and not getattr(value, "shape", ())
+        if not single or isinstance(value, str):
+            raise ValueError(f"metric {name}: expected a number, got {value!r}")
+        if isinstance(value, torch.Tensor):
+            value = value.item()
+        plain[name] = value if isinstance(value, int | float) else float(value)
+    return plain
+
+
 class MetricsWriter:
     """Appends one JSON object a step, and the same numbers to TensorBoard.
 

@@ -3,21 +3,26 @@
 An error of memory in the run becomes one line with the settings that need less.
 """
 
+import itertools
 import os
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from fastalign.compute import Compute, find_device, is_out_of_memory
-from fastalign.data.tokenizer import template_clock
+from fastalign.data.tokenizer import Tokenizer, template_clock
+from fastalign.in_memory import Objects, as_model, as_rewards, as_rows, is_given
+from fastalign.models.model_in_memory import ready_for_use
 from fastalign.output import lossy_output, refuse_secret_settings
 from fastalign.ranks.config import ParallelConfig
 from fastalign.ranks.failure import record_collectives, watched_by_ranks
 from fastalign.ranks.parallel import part_from_ranks
 from fastalign.ranks.world import ALONE, World, open_world, world_of_environment
+from fastalign.runs.accumulate import Total
 from fastalign.runs.checkpoint.writer import CHECKPOINTS, list_checkpoints
 from fastalign.runs.config import TrainConfig, TrainingConfig, check_numbers, config_to_dict
 from fastalign.runs.final_model import check_outputs
@@ -29,8 +34,177 @@ from fastalign.runs.folder import (
     never_saved,
 )
 from fastalign.runs.inputs import LOADING, check_sharing, packing_of_run
-from fastalign.runs.loop import STEP, Run
-from fastalign.runs.state import adamw, seed_everything
+from fastalign.runs.loop import STEP, Run, RunResult, Step
+from fastalign.runs.metrics import Metrics
+from fastalign.runs.state import TrainState, adamw, seed_everything
+
+Config = TypeVar("Config", bound=TrainingConfig)
+RUNS = Path("runs")  # where a run has its folder if none is named
+
+
+class OpenRun:
+    """A run that has begun, with what it trains; `fastalign.dpo_run` and its like open it.
+
+        with fastalign.dpo_run(model=model, train_data=rows) as run:
+            for step in run.steps():
+                total = run.gradient(step.indices)
+                step.finish(run.optimise(total))
+                if step.evaluates:
+                    step.log(run.evaluate())
+        result = run.result
+
+    The loop is that of `fastalign.train_dpo`; whatever stands in it takes place between two steps.
+    Under `torchrun` every rank takes it.
+
+    Args:
+        run: the run.
+        model: the policy or the reward model.
+        tokenizer: its tokenizer.
+
+    Attributes:
+        result: the end of the run, once the loop is left or `end` was called.
+    """
+
+    result: RunResult | None = None
+
+    def __init__(self, run: Run, model: Any, tokenizer: Tokenizer) -> None:
+        self._run, self.model, self.tokenizer = run, model, tokenizer
+
+    @property
+    def compute(self) -> Compute:
+        """Device, dtype, packing and ranks of the forwards."""
+        return self._run.compute
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return self._run.folder
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps of the whole run."""
+        return self._run.num_steps
+
+    @property
+    def state(self) -> TrainState:
+        """Model, optimiser and counters, which a checkpoint holds."""
+        return self._run.state
+
+    def steps(self) -> Iterator[Step]:
+        """Yield each step that is to be taken; log it and save it when the next one is asked for.
+
+        A step has a `number` (from 1), the `indices` of its examples, and `evaluates`: whether
+        held-out data are due behind it. The loop calls `step.finish` with its metrics, and may add
+        to them by `step.log`.
+
+        Raises:
+            ValueError: if three steps in a row were skipped, or a step was not finished.
+            OSError: if the last checkpoint, or lines of `metrics.jsonl`, could not be written.
+        """
+        return self._run.steps()
+
+    def optimise(self, total: Total) -> Metrics:
+        """Apply the gradient that was added up; return the step's metrics, for `step.finish`.
+
+        It changes no weight if it or the loss is not finite: `skipped` is then 1.
+        """
+        return self._run.optimise(total)
+
+    def stop(self, reason: str) -> None:
+        """Save and end the run after this step."""
+        self._run.stop(reason)
+
+    def end(self) -> RunResult:
+        """Write the models, if the last step is taken; return the result.
+
+        It is called when the context is left without an error, if not before.
+        """
+        if self.result is None:
+            self.result = replace(
+                self._finish(), model=ready_for_use(self.model), tokenizer=self.tokenizer
+            )
+        return self.result
+
+    def _finish(self) -> RunResult:
+        """Write what a run of this algorithm writes at its end."""
+        return self._run.end(self.model, self.tokenizer)
+
+
+def with_objects(
+    kind: type[Config], config: Config | None, title: str, given: Objects
+) -> Config:
+    """Return the settings of a run, with the objects and paths that a caller gave beside them.
+
+    Args:
+        kind: class of the settings.
+        config: the settings; None: the defaults. What they name already is not given again.
+        title: name of the algorithm, for a folder of its own (`runs/dpo-1`) if none is named.
+        given: the objects and paths.
+
+    Raises:
+        ValueError: if something is given twice, or not at all, or is of a wrong type.
+    """
+    config = kind() if config is None else config
+    if not isinstance(config, kind):
+        got = type(config).__name__
+        raise ValueError(f"config: expected a {kind.__name__}, got {got}")
+    model = config.model.path
+    check_given_once("model", given.model, "model.path", model)
+    if given.model is not None or given.tokenizer is not None:
+        model = as_model("model", model if given.model is None else given.model, given.tokenizer)
+    found: dict[str, Any] = {"model": replace(config.model, path=model), "data": config.data}
+    for name, setting in (("train_data", "train"), ("eval_data", "eval")):
+        rows, before = getattr(given, name), getattr(config.data, setting)
+        check_given_once(name, rows, f"data.{setting}", before)
+        if rows is not None:
+            found["data"] = replace(found["data"], **{setting: as_rows(name, rows)})
+    section: Any = getattr(config, "reference", None)
+    if given.reference is not None:
+        check_given_once("reference", given.reference, "reference.path", section.path)
+        # An object has the policy's tokens; a path names a tokenizer, which is compared.
+        named = isinstance(given.reference, str | os.PathLike)
+        path = as_model("reference", given.reference, None if named else model)
+        found["reference"] = replace(section, path=path)
+    section = getattr(config, "reward", None)
+    if given.reward is not None:
+        check_given_once("reward", given.reward, "reward.sources", section.sources)
+        found["reward"] = replace(section, sources=as_rewards(given.reward))
+    config = replace(config, **found)
+    missing = {"model": config.model.path, "train_data": config.data.train}
+    missing |= {} if section is None else {"reward": config.reward.sources}  # type: ignore[attr-defined]
+    for name, value in missing.items():
+        if not is_given(value):
+            raise ValueError(f"{name}: expected an object or a path, got none")
+    if not is_given(config.run.dir):
+        config = replace(config, run=replace(config.run, dir=new_folder(title, config)))
+    return config
+
+
+def check_given_once(name: str, value: Any, setting: str, before: Any) -> None:
+    """Raise ValueError if an argument and a setting name the same thing."""
+    if value is not None and before is not None and is_given(before):
+        raise ValueError(f"{name}: expected it as an argument or as {setting}, got both")
+
+
+def new_folder(title: str, config: TrainingConfig) -> str:
+    """Make a folder for a run that has none, the first of `runs/dpo-1`, `runs/dpo-2`, ...
+
+    Raises:
+        ValueError: if the run is to be resumed, or has several ranks.
+    """
+    if config.run.resume:
+        raise ValueError("run.dir: expected the folder of the run that is resumed, got none")
+    if (size := world_of_environment().size) > 1:
+        raise ValueError(f"run.dir: expected a folder for all {size} ranks, got none")
+    for number in itertools.count(1):
+        folder = RUNS / f"{title}-{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        break
+    print(f"run folder: {folder}")
+    return str(folder)
 
 
 def make_compute(

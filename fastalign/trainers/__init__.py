@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     )
     from fastalign.runs.loop import RunResult
     from fastalign.trainers.dpo.config import LOSSES, DPOConfig, PreferenceLoss, ReferenceConfig
-    from fastalign.trainers.dpo.train import train_dpo
+    from fastalign.trainers.dpo.train import dpo_run, train_dpo
     from fastalign.trainers.online_dpo.config import (
         FreshPairsConfig,
         OnlineDPOConfig,
         OnlineReferenceConfig,
     )
-    from fastalign.trainers.online_dpo.train import train_online_dpo
+    from fastalign.trainers.online_dpo.train import online_dpo_run, train_online_dpo
     from fastalign.trainers.ppo.advantages import ADVANTAGES, Gae, Grpo, Rloo
     from fastalign.trainers.ppo.config import (
         KL_PENALTIES,
@@ -34,16 +34,16 @@ if TYPE_CHECKING:
         PPOSettings,
         ValueConfig,
     )
-    from fastalign.trainers.ppo.train import train_ppo
+    from fastalign.trainers.ppo.train import ppo_run, train_ppo
     from fastalign.trainers.reward.config import REWARD_LOSSES, RewardConfig, RewardLoss
-    from fastalign.trainers.reward.train import train_reward
+    from fastalign.trainers.reward.train import reward_run, train_reward
     from fastalign.trainers.sampling.config import (
         FrozenReferenceConfig,
         PromptDataConfig,
         RewardSourceConfig,
         WatchConfig,
     )
-    from fastalign.trainers.sft import train_sft
+    from fastalign.trainers.sft import sft_run, train_sft
 
 __getattr__ = imported_on_use(__name__)
 
@@ -82,6 +82,11 @@ __all__ = [
     "TrainConfig",
     "ValueConfig",
     "WatchConfig",
+    "dpo_run",
+    "online_dpo_run",
+    "ppo_run",
+    "reward_run",
+    "sft_run",
     "train_dpo",
     "train_online_dpo",
     "train_ppo",

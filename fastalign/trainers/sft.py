@@ -1,6 +1,7 @@
 """Supervised fine-tuning: the cross-entropy of demonstrated responses."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
+from fastalign.in_memory import Objects
 from fastalign.losses.chunk_losses import sft_loss_fn
 from fastalign.runs.accumulate import (
     Examples,
@@ -21,30 +23,100 @@ from fastalign.runs.config import SFTConfig
 from fastalign.runs.inputs import Inputs, load_for_training, load_sets
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
-from fastalign.runs.open import open_run
+from fastalign.runs.open import OpenRun, open_run, with_objects
 
 
-def train_sft(config: SFTConfig) -> RunResult:
+def train_sft(
+    config: SFTConfig | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    train_data: Any = None,
+    eval_data: Any = None,
+) -> RunResult:
     """Run supervised fine-tuning until its last step, or until it is stopped.
 
+    Args:
+        config: the settings; None: the defaults. Model, data and folder may be left out of it.
+        model: model of transformers, which stays as it is, a folder or a hub name; or the result
+            of a run.
+        tokenizer: tokenizer of transformers, or a folder or hub name; None: that of the model's
+            `name_or_path`.
+        train_data: demonstrations: a `datasets.Dataset`, an iterable of rows (dictionaries), a
+            file, a folder or a hub name. Columns are `text`, `messages`, or `prompt` and
+            `completion`.
+        eval_data: held-out demonstrations, or None.
+
+    Returns:
+        The trained model with its tokenizer, its metrics, and the run's folder.
+
     Raises:
-        ValueError: if a setting, a file or the model is at fault; the message is one line.
+        ValueError: if a setting, a row or the model is at fault; the message is one line.
         FileNotFoundError: if a file is not there.
     """
+    with sft_run(
+        config, model=model, tokenizer=tokenizer, train_data=train_data, eval_data=eval_data
+    ) as run:
+        for step in run.steps():
+            total = run.gradient(step.indices)
+            step.finish(run.optimise(total))
+            if step.evaluates:
+                step.log(run.evaluate())
+        return run.end()
+
+
+@contextmanager
+def sft_run(
+    config: SFTConfig | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    train_data: Any = None,
+    eval_data: Any = None,
+) -> Iterator["SFTRun"]:
+    """Open a run of supervised fine-tuning, for a loop of one's own: that of `train_sft`.
+
+    The arguments and errors are those of `train_sft`.
+    """
+    objects = Objects(
+        model=model, tokenizer=tokenizer, train_data=train_data, eval_data=eval_data
+    )
+    config = with_objects(SFTConfig, config, "sft", objects)
     with open_run(config, "sft") as run:
-        model, tokenizer = load_for_training(config, run.compute)
-        data, held_out = load_sets(config, model, tokenizer)
+        trained, its_tokenizer = load_for_training(config, run.compute)
+        data, held_out = load_sets(config, trained, its_tokenizer)
         examples = measure_examples(data.groups, run.compute.packing)
+        eval_examples = None
         if held_out is not None:
             eval_examples = measure_examples(held_out.groups, run.compute.packing)
 
-        run.begin(model, data, inputs=Inputs(tokenizer, held_out))
-        for step in run.steps():
-            total = sft_gradient(model, examples, step.indices, run.compute)
-            step.finish(run.optimise(total))
-            if step.evaluates and held_out is not None:
-                step.log(evaluate_sft(model, eval_examples, run.compute))
-        return run.end(model, tokenizer)
+        run.begin(trained, data, inputs=Inputs(its_tokenizer, held_out))
+        opened = SFTRun(run, trained, its_tokenizer)
+        opened.examples, opened.eval_examples = examples, eval_examples
+        yield opened
+        opened.end()
+
+
+class SFTRun(OpenRun):
+    """A run of supervised fine-tuning that has begun.
+
+    Attributes:
+        examples: training demonstrations, as token ids.
+        eval_examples: held-out demonstrations, or None.
+    """
+
+    examples: Examples
+    eval_examples: Examples | None
+
+    def gradient(self, indices: Sequence[int]) -> Total:
+        """Add the gradient of these demonstrations to the model's; return the sums."""
+        return sft_gradient(self.model, self.examples, indices, self.compute)
+
+    def evaluate(self) -> Metrics:
+        """Return metrics named `eval_...` of the held-out demonstrations; none without any."""
+        if self.eval_examples is None:
+            return {}
+        return evaluate_sft(self.model, self.eval_examples, self.compute)
 
 
 def num_targets(examples: Examples, indices: Sequence[int]) -> int:

@@ -2,14 +2,15 @@
 
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fastalign.data.readers.files import data_format, find_files
 from fastalign.data.readers.json_rows import json_rows, jsonl_rows
-from fastalign.data.readers.row import DataFault, Row
+from fastalign.data.readers.row import DataFault, Row, show
 from fastalign.data.readers.table_rows import csv_rows, parquet_rows
+from fastalign.in_memory import GivenRows
 from fastalign.nearest import did_you_mean, nearest_path
 
 _LOOKS_LOCAL = re.compile(
@@ -29,8 +30,8 @@ def read_rows(
 
     Args:
         source: a `.jsonl`, `.ndjson`, `.json`, `.csv`, `.tsv` (each also `.gz`, `.bz2`, `.zst`) or
-            `.parquet` file, a folder of them, or a hub name `owner/name[:config][:split]` if no
-            such path exists.
+            `.parquet` file, a folder of them, a hub name `owner/name[:config][:split]` if no such
+            path exists, or rows in memory.
         columns: the known columns; columnar formats read no others. None: all.
         unread: is extended by the entries of a folder that are not read.
 
@@ -41,6 +42,9 @@ def read_rows(
     text = str(source)
     if not text.strip():
         raise DataFault("data", "expected a file, a folder or a hub name, got an empty name")
+    if isinstance(source, GivenRows):
+        yield from _not_empty(text, given_rows(source))
+        return
     if is_on_hub(text):
         yield from _not_empty(text, hub_rows(text))
         return
@@ -62,7 +66,7 @@ def _not_empty(name: str, rows: Iterator[Row | DataFault]) -> Iterator[Row | Dat
         empty = False
         yield row
     if empty:
-        raise DataFault(name, "the file holds no rows")
+        raise DataFault(name, "there are no rows")
 
 
 def is_hub_name(source: str) -> bool:
@@ -96,6 +100,19 @@ def hub_table(source: str) -> Any:
             f"no such file or folder here{did_you_mean(nearest_path(source))}, and not from the "
             f"hub: {reason}",
         ) from None
+
+
+def given_rows(source: GivenRows) -> Iterator[Row | DataFault]:
+    """Yield rows in memory; row number n, from 0, is located as `train_data[n]`."""
+    for number, values in enumerate(source.rows):
+        where = f"{source.argument}[{number}]"
+        if not isinstance(values, Mapping):
+            problem = f"expected a row, a dictionary of its columns, got {show(values)}"
+            yield DataFault(where, problem)
+        elif not all(isinstance(name, str) for name in values):
+            yield DataFault(where, "expected text as the names of its columns")
+        else:
+            yield Row(where, values)
 
 
 def hub_rows(source: str) -> Iterator[Row | DataFault]:

@@ -98,6 +98,6 @@ class ReferenceConfig:
 class DPOConfig(TrainingConfig):
     """Direct preference optimisation (DPO and related losses) on preference pairs."""
 
-    data: PreferenceDataConfig
+    data: PreferenceDataConfig = field(default_factory=PreferenceDataConfig)
     loss: PreferenceLoss = field(default_factory=LOSSES["dpo"])
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)

@@ -1,7 +1,8 @@
 """DPO and its relatives: preference pairs straight to a policy."""
 
 import gc
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,9 @@ from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
 from fastalign.data.load import TokenizedDataset
 from fastalign.data.tokenizer import Tokenizer
-from fastalign.losses.chunk_losses import preference_loss_fn
+from fastalign.in_memory import Objects
+from fastalign.losses.chunk_losses import PairLoss, preference_loss_fn
+from fastalign.losses.formulas import check_pair_loss
 from fastalign.ops import LinearHead
 from fastalign.ops.segments import segment_sum
 from fastalign.runs.accumulate import (
@@ -28,7 +31,7 @@ from fastalign.runs.accumulate import (
 from fastalign.runs.inputs import Inputs, load_for_training, load_sets
 from fastalign.runs.loop import RunResult, indices_of_run
 from fastalign.runs.metrics import Metrics
-from fastalign.runs.open import open_run
+from fastalign.runs.open import OpenRun, open_run, with_objects
 from fastalign.trainers.dpo.config import DPOConfig, PreferenceLoss
 from fastalign.trainers.dpo.reference import (
     Reference,
@@ -57,27 +60,143 @@ class Pairs:
     fingerprint: str | None = None
 
 
-def train_dpo(config: DPOConfig) -> RunResult:
+@dataclass(frozen=True)
+class CustomLoss:
+    """A preference loss that a caller wrote, in place of one of `LOSSES`.
+
+    Attributes:
+        function: function from `PairLogprobs` of B pairs to losses (B,).
+        beta: scale of the rewards in the metrics.
+    """
+
+    function: PairLoss
+    beta: float
+
+    def formula(self) -> PairLoss:
+        """Return the function."""
+        return self.function
+
+
+def train_dpo(
+    config: DPOConfig | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    train_data: Any = None,
+    eval_data: Any = None,
+    reference: Any = None,
+) -> RunResult:
     """Run DPO, or the relative that `config.loss` names, to its last step or until it is stopped.
 
+    Args:
+        config: the settings; None: the defaults. Model, data and folder may be left out of it.
+        model: the policy: a model of transformers, which stays as it is, a folder or a hub name; or
+            the result of a run.
+        tokenizer: tokenizer of transformers, or a folder or hub name; None: that of the model's
+            `name_or_path`.
+        train_data: pairs: a `datasets.Dataset`, an iterable of rows (dictionaries), a file, a
+            folder or a hub name. Columns are `chosen` and `rejected`, with or without `prompt`; or
+            `response_a`, `response_b` and `label`.
+        eval_data: held-out pairs, or None.
+        reference: the frozen reference, given as the model is, with the same tokens; None: the
+            model that training starts from.
+
+    Returns:
+        The trained policy with its tokenizer, its metrics, and the run's folder.
+
     Raises:
-        ValueError: if a setting, a file or a model is at fault; the message is one line.
+        ValueError: if a setting, a row or a model is at fault; the message is one line.
         FileNotFoundError: if a file is not there.
     """
-    with open_run(config, "dpo") as run:
-        policy, tokenizer = load_for_training(config, run.compute)
-        data, held_out = load_sets(config, policy, tokenizer)
-        pairs, eval_pairs = prepare_pairs(config, policy, tokenizer, (data, held_out), run.compute)
+    with dpo_run(
+        config,
+        model=model,
+        tokenizer=tokenizer,
+        train_data=train_data,
+        eval_data=eval_data,
+        reference=reference,
+    ) as run:
+        for step in run.steps():
+            total = run.gradient(step.indices)
+            step.finish(run.optimise(total))
+            if step.evaluates:
+                step.log(run.evaluate())
+        return run.end()
 
-        run.begin(policy, data, inputs=Inputs(tokenizer, held_out, pairs.fingerprint))
+
+@contextmanager
+def dpo_run(
+    config: DPOConfig | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    train_data: Any = None,
+    eval_data: Any = None,
+    reference: Any = None,
+) -> Iterator["DPORun"]:
+    """Open a run of DPO or a relative, for a loop of one's own: that of `train_dpo`.
+
+    The arguments and errors are those of `train_dpo`.
+    """
+    objects = Objects(
+        model=model,
+        tokenizer=tokenizer,
+        train_data=train_data,
+        eval_data=eval_data,
+        reference=reference,
+    )
+    config = with_objects(DPOConfig, config, "dpo", objects)
+    with open_run(config, "dpo") as run:
+        policy, its_tokenizer = load_for_training(config, run.compute)
+        sets = load_sets(config, policy, its_tokenizer)
+        pairs, eval_pairs = prepare_pairs(config, policy, its_tokenizer, sets, run.compute)
+
+        run.begin(policy, sets[0], inputs=Inputs(its_tokenizer, sets[1], pairs.fingerprint))
         if run.state.step == 0 and config.reference.path is None and pairs.reference is not None:
             check_start(policy, pairs.examples, pairs.reference, run.compute)
-        for step in run.steps():
-            total = dpo_gradient(policy, config.loss, pairs, step.indices, run.compute)
-            step.finish(run.optimise(total))
-            if step.evaluates and eval_pairs is not None:
-                step.log(evaluate_pairs(policy, config.loss, eval_pairs, run.compute))
-        return run.end(policy, tokenizer)
+        opened = DPORun(run, policy, its_tokenizer)
+        opened.loss, opened.pairs, opened.eval_pairs = config.loss, pairs, eval_pairs
+        yield opened
+        opened.end()
+
+
+class DPORun(OpenRun):
+    """A run of DPO or a relative that has begun.
+
+    Attributes:
+        loss: loss of the settings.
+        pairs: training pairs, as token ids, with the reference's log-probs if that loss has any.
+        eval_pairs: held-out pairs, or None.
+    """
+
+    loss: PreferenceLoss
+    pairs: Pairs
+    eval_pairs: Pairs | None
+
+    def gradient(self, indices: Sequence[int], loss: PairLoss | None = None) -> Total:
+        """Add the gradient of these pairs to the policy's; return the sums.
+
+        Args:
+            indices: the pairs.
+            loss: function from `fastalign.losses.PairLogprobs` of B pairs to losses (B,), or a
+                formula of a loss of `fastalign.losses`; None: that of the settings.
+
+        Raises:
+            ValueError: if `loss` is a bare function of log-probs.
+        """
+        return dpo_gradient(self.model, self._chosen(loss), self.pairs, indices, self.compute)
+
+    def evaluate(self, loss: PairLoss | None = None) -> Metrics:
+        """Return metrics named `eval_...` of the held-out pairs; none without any."""
+        if self.eval_pairs is None:
+            return {}
+        return evaluate_pairs(self.model, self._chosen(loss), self.eval_pairs, self.compute)
+
+    def _chosen(self, loss: PairLoss | None) -> PreferenceLoss | CustomLoss:
+        if loss is None:
+            return self.loss
+        check_pair_loss(loss)
+        return CustomLoss(loss, self.loss.beta)
 
 
 def prepare_pairs(
@@ -134,7 +253,11 @@ def make_pairs(
 
 
 def dpo_gradient(
-    policy: Any, loss: PreferenceLoss, pairs: Pairs, indices: Sequence[int], compute: Compute
+    policy: Any,
+    loss: PreferenceLoss | CustomLoss,
+    pairs: Pairs,
+    indices: Sequence[int],
+    compute: Compute,
 ) -> Total:
     """Add the gradient of one step's pairs to the policy's; return the sums."""
     batch_loss = partial(dpo_batch_loss, policy, loss, pairs, len(indices), compute)
@@ -143,7 +266,7 @@ def dpo_gradient(
 
 def dpo_batch_loss(
     policy: Any,
-    loss: PreferenceLoss,
+    loss: PreferenceLoss | CustomLoss,
     pairs: Pairs,
     normaliser: int,
     compute: Compute,
@@ -187,7 +310,9 @@ def logit_sums(hidden: Tensor, head: LinearHead, batch: PackedBatch) -> dict[str
     }
 
 
-def evaluate_pairs(policy: Any, loss: PreferenceLoss, pairs: Pairs, compute: Compute) -> Metrics:
+def evaluate_pairs(
+    policy: Any, loss: PreferenceLoss | CustomLoss, pairs: Pairs, compute: Compute
+) -> Metrics:
     """Return metrics named `eval_...` of all the pairs."""
     batch_loss = partial(dpo_batch_loss, policy, loss, pairs, len(pairs.ties), compute)
     return evaluate_by_loss(policy, batch_loss, pairs.examples, compute)

@@ -6,19 +6,22 @@ the judge; with `reference.refresh_every` the rounds of Llama 3, arXiv 2407.2178
 """
 
 import time
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from itertools import chain
+from typing import Any
 
 import torch
 
 from fastalign.batch.schedule import mini_batches
+from fastalign.in_memory import Objects
 from fastalign.models.forward import check_same_start
 from fastalign.models.load import model_fingerprint
 from fastalign.models.reward import RewardScale
 from fastalign.runs.accumulate import Total, measure_examples
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
-from fastalign.runs.open import open_run
+from fastalign.runs.open import OpenRun, open_run, with_objects
 from fastalign.runs.state import TrainState, learning_rate, optimiser_step
 from fastalign.trainers.dpo.train import Pairs, dpo_gradient
 from fastalign.trainers.online_dpo.config import OnlineDPOConfig
@@ -37,13 +40,80 @@ from fastalign.trainers.sampling.collapse import (
 )
 
 
-def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
+def train_online_dpo(
+    config: OnlineDPOConfig | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    train_data: Any = None,
+    eval_data: Any = None,
+    reference: Any = None,
+    reward: Any = None,
+) -> RunResult:
     """Run online DPO to its last step or until it is stopped.
 
+    Args:
+        config: the settings; None: the defaults. Model, data, reward and folder may be left out.
+        model: the policy: a model of transformers, which stays as it is, a folder or a hub name; or
+            the result of a run.
+        tokenizer: tokenizer of transformers, or a folder or hub name; None: that of the model's
+            `name_or_path`.
+        train_data: prompts: a `datasets.Dataset`, an iterable of rows (dictionaries), a file, a
+            folder or a hub name, with a column `prompt` and those that rewards take.
+        eval_data: held-out prompts, or None.
+        reference: the reference, given as the model is, with the same tokens; None: the model that
+            training starts from.
+        reward: a function (prompts, completions, columns by name) -> numbers, a reward model, its
+            folder, `module:function` or a .json file; or a list of them.
+
+    Returns:
+        The trained policy with its tokenizer, its metrics, and the run's folder.
+
     Raises:
-        ValueError: if a setting, a file or a model is at fault; the message is one line.
+        ValueError: if a setting, a row or a model is at fault; the message is one line.
         FileNotFoundError: if a file is not there.
+        UserCodeFailed: if a reward function raises an error.
     """
+    with online_dpo_run(
+        config,
+        model=model,
+        tokenizer=tokenizer,
+        train_data=train_data,
+        eval_data=eval_data,
+        reference=reference,
+        reward=reward,
+    ) as run:
+        for step in run.steps():
+            step.finish(run.update(step.indices))
+            if step.evaluates:
+                step.log(run.evaluate())
+        return run.end()
+
+
+@contextmanager
+def online_dpo_run(
+    config: OnlineDPOConfig | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    train_data: Any = None,
+    eval_data: Any = None,
+    reference: Any = None,
+    reward: Any = None,
+) -> Iterator["OnlineDPORun"]:
+    """Open a run of online DPO, for a loop of one's own: that of `train_online_dpo`.
+
+    The arguments and errors are those of `train_online_dpo`.
+    """
+    objects = Objects(
+        model=model,
+        tokenizer=tokenizer,
+        train_data=train_data,
+        eval_data=eval_data,
+        reference=reference,
+        reward=reward,
+    )
+    config = with_objects(OnlineDPOConfig, config, "online-dpo", objects)
     with open_run(config, "online-dpo") as run:
         online = prepare_online_dpo(config, run.compute)
         run.enter_context(closing(online.sampler))
@@ -52,14 +122,42 @@ def train_online_dpo(config: OnlineDPOConfig) -> RunResult:
         began_as = None if online.reference is None else online.reference.began_as
         fingerprint = None if began_as is None else model_fingerprint(began_as)
         run.begin(online.model, online.prompts, inputs=online.inputs(fingerprint))
-        for step in run.steps():
-            metrics = online_dpo_step(online, scale, run.state, step.indices, run.num_steps)
-            step.finish(metrics)
-            run.stop(reason_to_stop(watched(metrics), config.watch))
-            if step.evaluates and online.held_out is not None:
-                step.log(evaluate_samples(online, scale))
-        print_steps_without_signal(run.state)
-        return run.end(online.model, online.tokenizer)
+        opened = OnlineDPORun(run, online.model, online.tokenizer)
+        opened.setup, opened.scale = online, scale
+        yield opened
+        opened.end()
+
+
+class OnlineDPORun(OpenRun):
+    """A run of online DPO that has begun.
+
+    Attributes:
+        setup: models, sampler, reward sources and prompts.
+        scale: scale of the scores, or None.
+    """
+
+    setup: OnlineDPOSetup
+    scale: RewardScale | None
+
+    def update(self, indices: Sequence[int]) -> Metrics:
+        """Sample these prompts, pair the answers, and take all updates; return the metrics.
+
+        A policy that has collapsed for too long ends the run after this step (`watch.stop`).
+        """
+        online = self.setup
+        metrics = online_dpo_step(online, self.scale, self.state, list(indices), self.num_steps)
+        self._run.stop(reason_to_stop(watched(metrics), online.config.watch))
+        return metrics
+
+    def evaluate(self) -> Metrics:
+        """Return metrics named `eval_...` of a sample of each held-out prompt; none without any."""
+        if self.setup.held_out is None:
+            return {}
+        return evaluate_samples(self.setup, self.scale)
+
+    def _finish(self) -> RunResult:
+        print_steps_without_signal(self.state)
+        return super()._finish()
 
 
 def online_dpo_step(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import nan
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch import Tensor
 from fastalign.batch.packed import PackedBatch
 from fastalign.batch.schedule import packed_batches
 from fastalign.compute import Compute, memory_used_in, require_finite
-from fastalign.losses.policy import MAX_LOG_RATIO, probability_ratio
+from fastalign.losses.policy import MAX_LOG_RATIO, importance_weight, probability_ratio
 from fastalign.models.attention.plan import AttentionPlan
 from fastalign.models.forward import hidden_and_head, response_logprob
 from fastalign.models.lora import adapter_off
@@ -26,10 +26,12 @@ from fastalign.ops.kl_penalty.api import MAX_K3
 from fastalign.ops.segments import segment_sum
 from fastalign.ranks.parallel import enter, is_sharded
 from fastalign.ranks.world import World
-from fastalign.runs.accumulate import Examples
+from fastalign.runs.accumulate import Examples, measure_examples
 from fastalign.runs.metrics import Metrics
-from fastalign.trainers.ppo.config import KLPenalty
-from fastalign.trainers.ppo.setup import PPOModels
+from fastalign.trainers.ppo.advantages import Advantages, Gae, GroupAdvantage
+from fastalign.trainers.ppo.config import KLPenalty, PPOConfig
+from fastalign.trainers.ppo.setup import PPOModels, PPOSetup
+from fastalign.trainers.sampling.collapse import repeated_ratio
 from fastalign.trainers.sampling.rollout import Rollouts
 
 
@@ -372,4 +374,114 @@ def value_metrics(record: TokenRecord, returns: Tensor | None) -> Metrics:
         "critic/explained_var": explained.item(),
         "val/mean": record.value.mean().item(),
         "val/returns": returns.mean().item(),
+    }
+
+
+@dataclass(frozen=True)
+class Experience:
+    """One step's rollouts as all its updates see them.
+
+    Attributes:
+        examples: prompts with their responses.
+        record: numbers of every sampled token, before the updates.
+        score: (R,) of each response.
+        advantages: advantage of every token, and the returns of a value model.
+        kl_coefficient: weight of the KL in this step.
+        weight: (N,) weight of each token's policy loss that corrects the sampler's drift, or None.
+        reward: (N,) of each token, without a KL where the first update computes the log-probs.
+        first: log-probs that the first update is to compute for the record, or None.
+        first_value: values that it is to compute, or None.
+    """
+
+    examples: Examples
+    record: TokenRecord
+    score: Tensor
+    advantages: Advantages
+    kl_coefficient: float
+    weight: Tensor | None
+    reward: Tensor
+    first: FirstUpdate | None = None
+    first_value: FirstUpdate | None = None
+
+
+class Wait(NamedTuple):
+    """Numbers that the first update computes, before it changes a model."""
+
+    logprob: bool = False
+    value: bool = False
+
+
+NOTHING_WAITS = Wait()
+
+
+def first_update_can_compute(config: PPOConfig) -> Wait:
+    """Return what nothing needs before an update of all tokens, whose own forwards compute it.
+
+    A KL in the reward needs the policy's log-probs for the advantages: earlier, unless these
+    compare each prompt's responses alone, which the loss of a group sees together. The values'
+    loss needs a response's own returns, and the policy's loss follows it.
+    """
+    kl, settings = config.kl, config.ppo
+    estimator, one = settings.advantage, settings.mini_batches == 1
+    by_group = isinstance(estimator, GroupAdvantage) and estimator.whiten == "none"
+    needed = kl.in_reward and kl.coefficient > 0 and not by_group
+    needed |= kl.estimator == "full" or settings.max_importance_weight is not None
+    # The scale of whitened advantages would be known too late for an exact KL in the loss.
+    by_response = isinstance(estimator, Gae) and estimator.whiten in ("advantages", "none")
+    return Wait(one and not needed, one and by_response and kl.estimator != "full")
+
+
+def make_experience(
+    ppo: PPOSetup, rollouts: Rollouts, score: Tensor, coefficient: float, wait: Wait = NOTHING_WAITS
+) -> tuple[Experience, Metrics]:
+    """Compute log-probs, values, rewards and advantages of the rollouts, before any update.
+
+    `score` (R,) is of each response. What waits is NaN until the first update has computed it; a KL
+    in the reward enters the advantages there, if the log-probs wait.
+
+    Returns:
+        The experience, and `num_packed_tokens` and `num_micro_batches`.
+    """
+    config = ppo.config
+    examples = measure_examples(rollouts.groups, ppo.compute.packing)
+    record, counts = record_tokens(
+        replace(ppo.models, value=None) if wait.value else ppo.models,
+        rollouts,
+        examples,
+        ppo.compute,
+        temperature=config.sampling.temperature,
+        full_kl=config.kl.estimator == "full",
+        policy=not wait.logprob,
+    )
+    if wait.value:
+        record = replace(record, value=torch.full_like(record.reference_logprob, nan))
+    if wait.logprob:
+        reward = rewards_without_kl(record, score)
+    else:
+        reward = penalise(record, score, config.kl, coefficient).reward
+    advantages = config.ppo.advantage.estimate(
+        reward, record.value, record.bounds, config.sampling.num_samples
+    )
+    most = config.ppo.max_importance_weight
+    weight = None
+    if most is not None:
+        weight = importance_weight(record.logprob, record.sampler_logprob, max_weight=most)
+    first, first_value = (FirstUpdate(record) if each else None for each in wait)
+    experience = Experience(
+        examples, record, score, advantages, coefficient, weight, reward, first, first_value
+    )
+    return experience, counts
+
+
+def measure_experience(ppo: PPOSetup, experience: Experience) -> Metrics:
+    """Return metrics of the experience, once its record is whole."""
+    record, kl, coefficient = experience.record, ppo.config.kl, experience.kl_coefficient
+    score = experience.score
+    penalised = penalise(record, score, kl, coefficient)
+    responses = [ids for group in experience.examples.groups for ids in group.response_ids]
+    return {
+        **objective_metrics(record, penalised, score, kl, coefficient),
+        **sampling_metrics(record),
+        **value_metrics(record, experience.advantages.returns),
+        "completions/repeated_ratio": repeated_ratio(responses),
     }

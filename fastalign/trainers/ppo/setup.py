@@ -1,11 +1,10 @@
 """The inputs of every PPO step: models, sampler, prompts, reward sources, scale of scores."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fastalign.compute import Compute
 from fastalign.data.load import load_examples
@@ -16,6 +15,7 @@ from fastalign.data.tokenizer import (
     load_tokenizer,
     use_distinct_pad,
 )
+from fastalign.evaluation.rewards import is_reward_network
 from fastalign.models.architecture import is_reward_model
 from fastalign.models.attention import attention_name
 from fastalign.models.head import lm_head
@@ -117,8 +117,8 @@ def check_full_kl(policy: Any, reference: Any) -> None:
 
 def value_source(config: PPOConfig) -> str:
     """Return the path that the value model is loaded from."""
-    folders = [source for source in config.reward.sources if Path(source).is_dir()]
-    return config.value.path or next(iter(folders), config.model.path)
+    networks = [source for source in config.reward.sources if is_reward_network(source)]
+    return config.value.path or next(iter(networks), config.model.path)
 
 
 def load_value(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> tuple[Any, Tokenizer]:
@@ -232,3 +232,23 @@ def scale_of_scores(ppo: PPOSetup, state: TrainState) -> RewardScale | None:
         state.kept |= {SCORE_MEAN: found.mean, SCORE_STD: found.std}
         print(f"scores: mean {found.mean:.4g}, standard deviation {found.std:.4g}")
     return RewardScale(state.kept[SCORE_MEAN], state.kept[SCORE_STD])
+
+
+def advise_on_scale(config: PPOConfig, score: Tensor) -> None:
+    """Warn if the scores' deviation exceeds 10 x `value.clip_range`: values could not catch up."""
+    spread, step = score.std(correction=0).item(), config.value.clip_range
+    if config.ppo.advantage.needs_value and spread > 10 * step:
+        print(
+            f"scores have a standard deviation of {spread:.3g}, and a value moves by at most "
+            f"{step:g} a step (value.clip_range); --reward.normalise brings scores to 1"
+        )
+
+
+def advise_on_estimator(config: PPOConfig) -> None:
+    """Warn if the KL in the reward has a biased gradient."""
+    kl = config.kl
+    if kl.in_reward and kl.estimator in ("k2", "k3") and kl.coefficient:
+        print(
+            f"kl.estimator={kl.estimator} in the reward gives a biased KL gradient and may let the "
+            "policy drift; use k1 or full, or put the KL into the loss (--kl loss)"
+        )

@@ -5,14 +5,13 @@ updates on them follow.
 """
 
 import time
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate as accumulate_sums
-from math import nan
 from statistics import fmean, pvariance
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,8 @@ from torch import Tensor
 from fastalign.batch.packed import PackedBatch
 from fastalign.batch.schedule import indices_of_step, mini_batches
 from fastalign.fused.metrics import is_count
-from fastalign.losses import importance_weight, value_clipped
+from fastalign.in_memory import Objects
+from fastalign.losses import value_clipped
 from fastalign.losses.chunk_losses import ppo_loss_fn
 from fastalign.models.attention.plan import AttentionPlan
 from fastalign.models.forward import check_same_start, hidden_and_head
@@ -31,32 +31,37 @@ from fastalign.ops.segments import segment_sum
 from fastalign.runs.accumulate import Examples, Total, accumulate, measure_examples, policy_loss
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
-from fastalign.runs.open import open_run
+from fastalign.runs.open import OpenRun, open_run, with_objects
 from fastalign.runs.state import TrainState, optimiser_step
-from fastalign.trainers.ppo.advantages import Advantages, Gae, GroupAdvantage
+from fastalign.trainers.ppo.advantages import Gae
 from fastalign.trainers.ppo.config import PPOConfig
 from fastalign.trainers.ppo.record import (
+    Experience,
     FirstUpdate,
-    TokenRecord,
     adapted_coefficient,
     both_heads,
     exact_kl_coefficient,
-    objective_metrics,
+    first_update_can_compute,
+    make_experience,
+    measure_experience,
     penalise,
     record_tokens,
     reference_head,
-    rewards_without_kl,
-    sampling_metrics,
     token_values,
-    value_metrics,
 )
-from fastalign.trainers.ppo.setup import PPOSetup, prepare_ppo, scale_of_scores, value_source
+from fastalign.trainers.ppo.setup import (
+    PPOSetup,
+    advise_on_estimator,
+    advise_on_scale,
+    prepare_ppo,
+    scale_of_scores,
+    value_source,
+)
 from fastalign.trainers.sampling.collapse import (
     all_rewards_equal,
     count_without_signal,
     print_steps_without_signal,
     reason_to_stop,
-    repeated_ratio,
     watch,
 )
 from fastalign.trainers.sampling.rollout import Rollouts, final_scores, overlapped, rollout_seed
@@ -65,40 +70,80 @@ from fastalign.trainers.sft import num_targets, sft_batch_loss
 KL_COEFFICIENT = "kl_coefficient"  # among the numbers that a checkpoint holds
 
 
-@dataclass(frozen=True)
-class Experience:
-    """One step's rollouts as all its updates see them.
+def train_ppo(
+    config: PPOConfig | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    train_data: Any = None,
+    eval_data: Any = None,
+    reference: Any = None,
+    reward: Any = None,
+) -> RunResult:
+    """Run PPO, RLOO or GRPO (`config.ppo.advantage`) to its last step, or until it is stopped.
 
-    Attributes:
-        examples: prompts with their responses.
-        record: numbers of every sampled token, before the updates.
-        score: (R,) of each response.
-        advantages: advantage of every token, and the returns of a value model.
-        kl_coefficient: weight of the KL in this step.
-        weight: (N,) weight of each token's policy loss that corrects the sampler's drift, or None.
-        reward: (N,) of each token, without a KL where the first update computes the log-probs.
-        first: log-probs that the first update is to compute for the record, or None.
-        first_value: values that it is to compute, or None.
-    """
+    Args:
+        config: the settings; None: the defaults. Model, data, reward and folder may be left out.
+        model: the policy: a model of transformers, which stays as it is, a folder or a hub name; or
+            the result of a run.
+        tokenizer: tokenizer of transformers, or a folder or hub name; None: that of the model's
+            `name_or_path`.
+        train_data: prompts: a `datasets.Dataset`, an iterable of rows (dictionaries), a file, a
+            folder or a hub name, with a column `prompt` and those that rewards take.
+        eval_data: held-out prompts, or None.
+        reference: the frozen reference, given as the model is, with the same tokens; None: the
+            model that training starts from.
+        reward: a function (prompts, completions, columns by name) -> numbers, a reward model, its
+            folder, `module:function` or a .json file; or a list of them.
 
-    examples: Examples
-    record: TokenRecord
-    score: Tensor
-    advantages: Advantages
-    kl_coefficient: float
-    weight: Tensor | None
-    reward: Tensor
-    first: FirstUpdate | None = None
-    first_value: FirstUpdate | None = None
-
-
-def train_ppo(config: PPOConfig) -> RunResult:
-    """Run PPO to its last step, or until it is stopped.
+    Returns:
+        The trained policy with its tokenizer, its metrics, and the run's folder.
 
     Raises:
-        ValueError: if a setting, a file or a model is at fault; the message is one line.
+        ValueError: if a setting, a row or a model is at fault; the message is one line.
         FileNotFoundError: if a file is not there.
+        UserCodeFailed: if a reward function raises an error.
     """
+    with ppo_run(
+        config,
+        model=model,
+        tokenizer=tokenizer,
+        train_data=train_data,
+        eval_data=eval_data,
+        reference=reference,
+        reward=reward,
+    ) as run:
+        for step in run.steps():
+            step.finish(run.update(step.indices))
+            if step.evaluates:
+                step.log(run.evaluate())
+        return run.end()
+
+
+@contextmanager
+def ppo_run(
+    config: PPOConfig | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    train_data: Any = None,
+    eval_data: Any = None,
+    reference: Any = None,
+    reward: Any = None,
+) -> Iterator["PPORun"]:
+    """Open a run of PPO, RLOO or GRPO, for a loop of one's own: that of `train_ppo`.
+
+    The arguments and errors are those of `train_ppo`.
+    """
+    objects = Objects(
+        model=model,
+        tokenizer=tokenizer,
+        train_data=train_data,
+        eval_data=eval_data,
+        reference=reference,
+        reward=reward,
+    )
+    config = with_objects(PPOConfig, config, "ppo", objects)
     others = ["value"] if config.ppo.advantage.needs_value else []
     with open_run(config, "ppo", others) as run:
         advise_on_estimator(config)
@@ -114,16 +159,43 @@ def train_ppo(config: PPOConfig) -> RunResult:
             inputs=ppo.inputs(model_fingerprint(models.reference) if other else None),
             overlapped=overlapped(ppo.sampler),
         )
-        for step in run.steps():
-            metrics = ppo_step(ppo, run.state, step.indices, run.num_steps)
-            step.finish(metrics)
-            run.stop(reason_to_stop(metrics, config.watch))
-            if step.evaluates and ppo.held_out is not None:
-                step.log(evaluate_prompts(ppo))
-        print_steps_without_signal(run.state)
+        opened = PPORun(run, models.policy, ppo.tokenizer)
+        opened.setup = ppo
+        yield opened
+        opened.end()
+
+
+class PPORun(OpenRun):
+    """A run of PPO, RLOO or GRPO that has begun.
+
+    Attributes:
+        setup: models, sampler, reward sources and prompts.
+    """
+
+    setup: PPOSetup
+
+    def update(self, indices: Sequence[int]) -> Metrics:
+        """Sample these prompts, score the answers, and take all updates on them.
+
+        A policy that has collapsed for too long ends the run after this step (`watch.stop`).
+
+        Returns:
+            The step's metrics.
+        """
+        metrics = ppo_step(self.setup, self.state, list(indices), self.num_steps)
+        self._run.stop(reason_to_stop(metrics, self.setup.config.watch))
+        return metrics
+
+    def evaluate(self) -> Metrics:
+        """Return metrics named `eval_...` of a sample of each held-out prompt; none without any."""
+        return {} if self.setup.held_out is None else evaluate_prompts(self.setup)
+
+    def _finish(self) -> RunResult:
+        print_steps_without_signal(self.state)
+        models, source = self.setup.models, value_source(self.setup.config)
         write = partial(save_reward_model, models.value, models.value_tokenizer)
-        value_folder = {} if models.value is None else {"value": (value_source(config), write)}
-        return run.end(models.policy, ppo.tokenizer, other_folders=value_folder)
+        folders = {} if models.value is None else {"value": (source, write)}
+        return self._run.end(models.policy, self.setup.tokenizer, other_folders=folders)
 
 
 def ppo_step(ppo: PPOSetup, state: TrainState, indices: list[int], num_steps: int) -> Metrics:
@@ -200,89 +272,6 @@ def sample_and_score(
     if state.step == 0:
         advise_on_scale(config, score)
     return rollouts, score
-
-
-class Wait(NamedTuple):
-    """Numbers that the first update computes, before it changes a model."""
-
-    logprob: bool = False
-    value: bool = False
-
-
-NOTHING_WAITS = Wait()
-
-
-def first_update_can_compute(config: PPOConfig) -> Wait:
-    """Return what nothing needs before an update of all tokens, whose own forwards compute it.
-
-    A KL in the reward needs the policy's log-probs for the advantages: earlier, unless these
-    compare each prompt's responses alone, which the loss of a group sees together. The values'
-    loss needs a response's own returns, and the policy's loss follows it.
-    """
-    kl, settings = config.kl, config.ppo
-    estimator, one = settings.advantage, settings.mini_batches == 1
-    by_group = isinstance(estimator, GroupAdvantage) and estimator.whiten == "none"
-    needed = kl.in_reward and kl.coefficient > 0 and not by_group
-    needed |= kl.estimator == "full" or settings.max_importance_weight is not None
-    # The scale of whitened advantages would be known too late for an exact KL in the loss.
-    by_response = isinstance(estimator, Gae) and estimator.whiten in ("advantages", "none")
-    return Wait(one and not needed, one and by_response and kl.estimator != "full")
-
-
-def make_experience(
-    ppo: PPOSetup, rollouts: Rollouts, score: Tensor, coefficient: float, wait: Wait = NOTHING_WAITS
-) -> tuple[Experience, Metrics]:
-    """Compute log-probs, values, rewards and advantages of the rollouts, before any update.
-
-    `score` (R,) is of each response. What waits is NaN until the first update has computed it; a KL
-    in the reward enters the advantages there, if the log-probs wait.
-
-    Returns:
-        The experience, and `num_packed_tokens` and `num_micro_batches`.
-    """
-    config = ppo.config
-    examples = measure_examples(rollouts.groups, ppo.compute.packing)
-    record, counts = record_tokens(
-        replace(ppo.models, value=None) if wait.value else ppo.models,
-        rollouts,
-        examples,
-        ppo.compute,
-        temperature=config.sampling.temperature,
-        full_kl=config.kl.estimator == "full",
-        policy=not wait.logprob,
-    )
-    if wait.value:
-        record = replace(record, value=torch.full_like(record.reference_logprob, nan))
-    if wait.logprob:
-        reward = rewards_without_kl(record, score)
-    else:
-        reward = penalise(record, score, config.kl, coefficient).reward
-    advantages = config.ppo.advantage.estimate(
-        reward, record.value, record.bounds, config.sampling.num_samples
-    )
-    most = config.ppo.max_importance_weight
-    weight = None
-    if most is not None:
-        weight = importance_weight(record.logprob, record.sampler_logprob, max_weight=most)
-    first, first_value = (FirstUpdate(record) if each else None for each in wait)
-    experience = Experience(
-        examples, record, score, advantages, coefficient, weight, reward, first, first_value
-    )
-    return experience, counts
-
-
-def measure_experience(ppo: PPOSetup, experience: Experience) -> Metrics:
-    """Return metrics of the experience, once its record is whole."""
-    record, kl, coefficient = experience.record, ppo.config.kl, experience.kl_coefficient
-    score = experience.score
-    penalised = penalise(record, score, kl, coefficient)
-    responses = [ids for group in experience.examples.groups for ids in group.response_ids]
-    return {
-        **objective_metrics(record, penalised, score, kl, coefficient),
-        **sampling_metrics(record),
-        **value_metrics(record, experience.advantages.returns),
-        "completions/repeated_ratio": repeated_ratio(responses),
-    }
 
 
 def no_signal(ppo: PPOSetup, rollouts: Rollouts, experience: Experience) -> str | None:
@@ -577,23 +566,3 @@ def evaluate_prompts(ppo: PPOSetup) -> Metrics:
         "entropy": record.entropy.mean().item(),
     }
     return {f"eval_{name}": value for name, value in metrics.items()}
-
-
-def advise_on_scale(config: PPOConfig, score: Tensor) -> None:
-    """Warn if the scores' deviation exceeds 10 x `value.clip_range`: values could not catch up."""
-    spread, step = score.std(correction=0).item(), config.value.clip_range
-    if config.ppo.advantage.needs_value and spread > 10 * step:
-        print(
-            f"scores have a standard deviation of {spread:.3g}, and a value moves by at most "
-            f"{step:g} a step (value.clip_range); --reward.normalise brings scores to 1"
-        )
-
-
-def advise_on_estimator(config: PPOConfig) -> None:
-    """Warn if the KL in the reward has a biased gradient."""
-    kl = config.kl
-    if kl.in_reward and kl.estimator in ("k2", "k3") and kl.coefficient:
-        print(
-            f"kl.estimator={kl.estimator} in the reward gives a biased KL gradient and may let the "
-            "policy drift; use k1 or full, or put the KL into the loss (--kl loss)"
-        )

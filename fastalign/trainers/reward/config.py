@@ -178,8 +178,8 @@ REWARD_LOSSES: dict[str, type[RewardLoss]] = {
 class RewardConfig(TrainingConfig):
     """Reward-model training on comparisons."""
 
-    model: ModelConfig = field(metadata={"hidden": ("lora",)})
-    data: PreferenceDataConfig
+    model: ModelConfig = field(default_factory=ModelConfig, metadata={"hidden": ("lora",)})
+    data: PreferenceDataConfig = field(default_factory=PreferenceDataConfig)
     loss: RewardLoss = field(default_factory=BradleyTerryLoss)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
 

@@ -1,6 +1,7 @@
 """Reward models: from comparisons to a score of responses."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from fastalign.data.load import TokenizedDataset
 from fastalign.data.readers.row import DataFault
 from fastalign.data.tokenizer import Tokenizer, eos_token_ids, use_distinct_pad
 from fastalign.evaluation.judged_pairs import pair_measures
+from fastalign.in_memory import Objects
 from fastalign.models.load import save_reward_model
 from fastalign.models.reward import response_reward, set_pad_token
 from fastalign.ranks.whole_weights import whole
@@ -37,7 +39,7 @@ from fastalign.runs.inputs import (
 )
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
-from fastalign.runs.open import open_run
+from fastalign.runs.open import OpenRun, open_run, with_objects
 from fastalign.trainers.reward.config import Labels, RewardConfig, RewardLoss, TieLoss
 from fastalign.trainers.reward.evaluation import (
     baseline_measures,
@@ -65,35 +67,122 @@ class Comparisons:
     labels: Labels
 
 
-def train_reward(config: RewardConfig) -> RunResult:
+def train_reward(
+    config: RewardConfig | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    train_data: Any = None,
+    eval_data: Any = None,
+) -> RunResult:
     """Train a reward model to the run's last step, or until it is stopped.
 
+    Args:
+        config: the settings; None: the defaults. Model, data and folder may be left out of it.
+        model: a causal model, which gets a head, or a reward model: a model of transformers, which
+            stays as it is, a folder or a hub name; or the result of a run.
+        tokenizer: tokenizer of transformers, or a folder or hub name; None: that of the model's
+            `name_or_path`.
+        train_data: comparisons: a `datasets.Dataset`, an iterable of rows (dictionaries), a file, a
+            folder or a hub name. Columns are `chosen` and `rejected`, with or without `prompt`; or
+            `response_a`, `response_b` and `label` (`a`, `b` or `tie`).
+        eval_data: held-out comparisons, or None.
+
+    Returns:
+        The trained reward model with its tokenizer, its metrics, and the run's folder.
+
     Raises:
-        ValueError: if a setting, a file or the model is at fault; the message is one line.
+        ValueError: if a setting, a row or the model is at fault; the message is one line.
         FileNotFoundError: if a file is not there.
     """
+    with reward_run(
+        config, model=model, tokenizer=tokenizer, train_data=train_data, eval_data=eval_data
+    ) as run:
+        for step in run.steps():
+            nu = run.learned_nu()
+            total = run.gradient(step.indices)
+            step.finish(run.optimise(total) | ({} if nu is None else {"nu": nu}))
+            if step.evaluates:
+                step.log(run.evaluate())
+        return run.end()
+
+
+@contextmanager
+def reward_run(
+    config: RewardConfig | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    train_data: Any = None,
+    eval_data: Any = None,
+) -> Iterator["RewardRun"]:
+    """Open a run that trains a reward model, for a loop of one's own: that of `train_reward`.
+
+    The arguments and errors are those of `train_reward`.
+    """
+    objects = Objects(
+        model=model, tokenizer=tokenizer, train_data=train_data, eval_data=eval_data
+    )
+    config = with_objects(RewardConfig, config, "reward", objects)
     others = ["eval"] if config.data.eval is not None and config.run.export is None else []
     with open_run(config, "reward", others) as run:
-        model, tokenizer = load_reward_for_training(config, run.compute)
-        data, held_out = load_sets(config, model, tokenizer)
-        judged = None if held_out is None else pairs_to_judge(config, held_out, model, tokenizer)
+        trained, own = load_reward_for_training(config, run.compute)
+        data, held_out = load_sets(config, trained, own)
+        judged = None if held_out is None else pairs_to_judge(config, held_out, trained, own)
         pairs = prepare_comparisons(config.loss, data, run.compute)
-        share_reward_model(model, config, data, tokenizer, run.compute)
+        share_reward_model(trained, config, data, own, run.compute)
+        eval_pairs = None
         if held_out is not None:
             eval_pairs = prepare_comparisons(config.loss, held_out, run.compute)
 
-        run.begin(model, data, inputs=Inputs(tokenizer, held_out))
-        for step in run.steps():
-            total = reward_gradient(model, config.loss, pairs, step.indices, run.compute)
-            nu = learned_nu(model, config.loss)
-            step.finish(run.optimise(total) | ({} if nu is None else {"nu": nu.item()}))
-            if step.evaluates and held_out is not None:
-                step.log(evaluate_comparisons(model, config.loss, eval_pairs, run.compute))
+        run.begin(trained, data, inputs=Inputs(own, held_out))
+        opened = RewardRun(run, trained, own)
+        opened.loss, opened.pairs, opened.eval_pairs = config.loss, pairs, eval_pairs
+        opened.sets = data, judged
+        yield opened
+        opened.end()
+
+
+class RewardRun(OpenRun):
+    """A run that trains a reward model and has begun.
+
+    Attributes:
+        loss: loss of the settings.
+        pairs: training comparisons, as token ids.
+        eval_pairs: held-out comparisons, or None.
+        sets: training data, and the held-out pairs that a finished model is judged on.
+    """
+
+    loss: RewardLoss
+    pairs: Comparisons
+    eval_pairs: Comparisons | None
+    sets: tuple[TokenizedDataset, TokenizedDataset | None]
+
+    def gradient(self, indices: Sequence[int]) -> Total:
+        """Add the gradient of these comparisons to the model's; return the sums."""
+        return reward_gradient(self.model, self.loss, self.pairs, indices, self.compute)
+
+    def learned_nu(self) -> float | None:
+        """Return the present frequency of ties, or None if it is not learned."""
+        nu = learned_nu(self.model, self.loss)
+        return None if nu is None else float(nu.item())
+
+    def evaluate(self) -> Metrics:
+        """Return metrics named `eval_...` of the held-out comparisons; none without any."""
+        if self.eval_pairs is None:
+            return {}
+        return evaluate_comparisons(self.model, self.loss, self.eval_pairs, self.compute)
+
+    def _finish(self) -> RunResult:
+        model, tokenizer, config = self.model, self.tokenizer, self._run.config
+        data, judged = self.sets
         # Called for a finished run alone: the scores' scale is that of the trained model.
-        save_model = partial(save_reward, config=config, data=data, compute=run.compute)
-        result = run.end(model, tokenizer, save_model=save_model)
+        save_model = partial(save_reward, config=config, data=data, compute=self.compute)
+        result = self._run.end(model, tokenizer, save_model=save_model)
         if result.finished and judged is not None:
-            judge(model, config, (data, judged), tokenizer, run.compute)
+            judge(model, config, (data, judged), tokenizer, self.compute)
+        if hasattr(model, LOG_NU):  # no parameter of the architecture; its nu is in the config
+            delattr(model, LOG_NU)
         return result
 
 

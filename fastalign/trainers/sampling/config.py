@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastalign.in_memory import NOT_GIVEN, is_given
 from fastalign.rollouts.engines.options import SamplerName, VllmOptions
 from fastalign.rollouts.sampler import SamplingParams
 from fastalign.runs.config import TrainingConfig, require, within
@@ -48,7 +49,7 @@ class WatchConfig:
 class PromptDataConfig:
     """The prompts and the handling of rows that do not fit."""
 
-    train: str
+    train: str = NOT_GIVEN
     """Training prompts: a file, folder or hub name with a `prompt` column."""
     eval: str | None = None
     """Held-out prompts with the same column."""
@@ -60,7 +61,8 @@ class PromptDataConfig:
     """Stop at a prompt longer than max_length or with no room for an answer, or skip it."""
 
     def __post_init__(self) -> None:
-        require(bool(self.train), "data.train", "a file, folder or hub name", self.train)
+        named = bool(self.train) or not is_given(self.train)
+        require(named, "data.train", "a file, folder or hub name", self.train)
         require(self.max_length >= 1, "data.max_length", "at least 1", self.max_length)
 
 
@@ -68,7 +70,7 @@ class PromptDataConfig:
 class RewardSourceConfig:
     """The rewards that score completions."""
 
-    sources: tuple[str, ...]
+    sources: tuple[str, ...] = (NOT_GIVEN,)
     """One or more rewards: each a `module:function` (prompts, completions, columns by name) ->
     numbers, a reward model's folder, or a bag-of-words model (.json)."""
     weights: tuple[float, ...] = ()
@@ -84,7 +86,8 @@ class RewardSourceConfig:
                 "reward.sources: expected at least one of module:function, a reward model's folder "
                 "or a .json file, got none"
             )
-        if self.weights and len(self.weights) != len(self.sources):
+        named = is_given(self.sources)
+        if named and self.weights and len(self.weights) != len(self.sources):
             raise ValueError(
                 f"reward.weights: expected {len(self.sources)}, one for each of reward.sources, "
                 f"got {len(self.weights)}"
@@ -99,8 +102,8 @@ class RewardSourceConfig:
 class SampledTrainingConfig(TrainingConfig):
     """Settings of an algorithm that trains on scored completions of its own policy."""
 
-    data: PromptDataConfig
-    reward: RewardSourceConfig
+    data: PromptDataConfig = field(default_factory=PromptDataConfig)
+    reward: RewardSourceConfig = field(default_factory=RewardSourceConfig)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     sampler: SamplerName = "transformers"
     """Engine that draws completions: the model itself (transformers), vLLM in this process, or

@@ -34,8 +34,10 @@ from fastalign.evaluation.rewards import (
     RewardFunction,
     apply_reward,
     columns_of,
+    is_reward_network,
     load_reward,
 )
+from fastalign.in_memory import GivenReward, InMemory
 from fastalign.models.architecture import num_positions
 from fastalign.models.lora import adapter_rank, has_adapter
 from fastalign.models.reward import RewardScale
@@ -54,7 +56,7 @@ from fastalign.rollouts import (
     open_engine,
 )
 from fastalign.rollouts.transformers_sampler import PolicySampler, sampling_mode
-from fastalign.runs.inputs import Inputs, Parts, file_parts, model_parts
+from fastalign.runs.inputs import Inputs, Parts, digest_of, file_parts, model_parts
 from fastalign.runs.metrics import Metrics
 from fastalign.trainers.sampling.config import (
     PromptDataConfig,
@@ -135,7 +137,7 @@ def load_sources(
         ValueError: if a source cannot be loaded, or no row of the data has a required column.
         FileNotFoundError: if a file does not exist.
     """
-    light = [source for source in config.sources if not Path(source).is_dir()]
+    light = [source for source in config.sources if not is_reward_network(source)]
     found = {source: load_reward(source, compute) for source in light}
     if data is not None:
         columns = columns_of({f"reward.sources: {s}": f for s, f in found.items()})
@@ -156,11 +158,14 @@ def load_sources(
 def reward_parts(function: RewardFunction, source: str) -> Parts:
     """Return what decides a source's scores: a model's weights, or the bytes of its files.
 
-    Of a Python function these are the file that defines it and the module that was named; modules
-    that they import are not looked at.
+    Of a Python function these are the file that defines it and the module that was named, of one in
+    memory its own source text; what these import or call is not looked at.
     """
     if isinstance(function, ModelReward):
         return model_parts(function.model)
+    if isinstance(source, GivenReward):
+        text = source.source()
+        return {} if text is None else {"source text": digest_of(text)}
     if source.endswith(".json"):
         return file_parts(source)
     module = sys.modules[source.partition(":")[0]]
@@ -180,6 +185,9 @@ def source_names(sources: Sequence[str]) -> tuple[str, ...]:
     """Return short, distinct names: a path's last part (`rm` of `.../rm/model`), then a number."""
     short = []
     for source in sources:
+        if isinstance(source, InMemory):
+            short.append(source.argument)
+            continue
         path = Path(source.rstrip("/"))
         named = path.parent if path.name == "model" and path.parent.name else path
         short.append(named.stem if named.suffix == ".json" else named.name)

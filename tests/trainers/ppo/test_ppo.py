@@ -12,6 +12,7 @@ from fastalign.batch.schedule import mini_batches
 from fastalign.rollouts import Completion
 from fastalign.runs.accumulate import measure_examples
 from fastalign.trainers import Gae, KLInLoss, KLInReward, Rloo
+from fastalign.trainers.ppo import record as ppo_record
 from fastalign.trainers.ppo import train as ppo
 from fastalign.trainers.ppo.advantages import ADVANTAGES, AdvantageEstimator
 from fastalign.trainers.ppo.config import KLPenalty
@@ -151,9 +152,9 @@ def test_the_first_update_computes_the_numbers_that_nothing_needs_before(
     """In several micro-batches, each in one chunk of the head or in several."""
     settings = {"epochs": 2, "advantage": advantage}
     config = plain_config(folder, kl=kl, ppo=settings, sampling={"num_samples": 3})
-    assert ppo.first_update_can_compute(config) == waits
+    assert ppo_record.first_update_can_compute(config) == waits
     found = []
-    for wait in (ppo.NOTHING_WAITS, ppo.Wait(*waits)):
+    for wait in (ppo_record.NOTHING_WAITS, ppo_record.Wait(*waits)):
         run = make_run(config, tokens_per_batch=120, max_buffer_bytes=buffer)
         rollouts = rollouts_of(run)
         score = final_scores(config.reward, rollouts.rewards, rollouts.ended, None)
@@ -200,7 +201,7 @@ def test_numbers_come_first_where_a_reward_or_a_part_of_the_tokens_needs_them(
     ]
     for sections, logprob, value in expected:
         config = plain_config(folder, **sections)
-        assert ppo.first_update_can_compute(config) == (logprob, value)
+        assert ppo_record.first_update_can_compute(config) == (logprob, value)
 
 
 def test_mini_batches_are_each_prompt_once_an_epoch_in_another_order() -> None:

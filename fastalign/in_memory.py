@@ -1,0 +1,227 @@
+"""Objects that stand where settings have paths: a model, rows or a reward that a caller holds.
+
+Each is a text, `train_data (in memory)`, so that a setting with an object is printed, saved and
+compared as one with a path. The few functions that open a path look for the object first; all else,
+the checks of data and models among it, does not know the difference.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+
+class NotGiven(str):
+    """Default of a setting that has none: the command line requires its flag."""
+
+    __slots__ = ()
+
+
+NOT_GIVEN = NotGiven()
+
+
+def is_given(value: object) -> bool:
+    """Return whether a setting without a default has a value."""
+    return not isinstance(value, NotGiven) and value != (NOT_GIVEN,)
+
+
+class InMemory(str):
+    """Base class of the objects in place of a path, which text it also is.
+
+    Attributes:
+        argument: name of the argument that the object was handed over by.
+    """
+
+    argument: str
+
+    def __deepcopy__(self, memo: Any) -> "InMemory":
+        """Return the same: a copy of settings is none of a model."""
+        return self
+
+
+class GivenModel(InMemory):
+    """A model in memory; or a path to one, with a tokenizer that is not the path's.
+
+    Attributes:
+        model: model of transformers; None: it is read from the path that the text is.
+        tokenizer: tokenizer of transformers, or the path of one; None: that of `model.name_or_path`.
+    """
+
+    model: Any
+    tokenizer: Any
+
+    def __new__(
+        cls, argument: str, model: Any = None, tokenizer: Any = None, *, path: str | None = None
+    ) -> "GivenModel":
+        """Return the object; `path` is that of a model that is not in memory."""
+        made = super().__new__(cls, f"{argument} (in memory)" if path is None else path)
+        made.argument, made.model, made.tokenizer = argument, model, tokenizer
+        return made
+
+
+class GivenRows(InMemory):
+    """Rows in memory, which can be read more than once.
+
+    Attributes:
+        rows: a `datasets.Dataset`, a list, or another iterable of dictionaries.
+    """
+
+    rows: Iterable[Any]
+
+    def __new__(cls, argument: str, rows: Iterable[Any]) -> "GivenRows":
+        """Return the object."""
+        made = super().__new__(cls, f"{argument} (in memory)")
+        made.argument, made.rows = argument, rows
+        return made
+
+    def num_rows(self) -> int | None:
+        """Return their number; None: it is not known before they are read."""
+        return len(self.rows) if hasattr(self.rows, "__len__") else None
+
+    def content(self) -> str | None:
+        """Return what names their content, which a `datasets.Dataset` has; None: nothing does."""
+        found = getattr(self.rows, "_fingerprint", None)
+        return found if isinstance(found, str) and self.num_rows() is not None else None
+
+
+class GivenReward(InMemory):
+    """A reward function in memory.
+
+    Attributes:
+        function: (prompts, completions, columns by name) -> numbers.
+    """
+
+    function: Callable[..., Any]
+
+    def __new__(cls, name: str, function: Callable[..., Any]) -> "GivenReward":
+        """Return the object; `name` is the reward's in the metrics."""
+        made = super().__new__(cls, f"{name} (in memory)")
+        made.argument, made.function = name, function
+        return made
+
+    def source(self) -> str | None:
+        """Return the function's source text; None where there is none, as for one in C."""
+        function: Any = inspect.unwrap(self.function)
+        while hasattr(function, "func"):  # functools.partial
+            function = inspect.unwrap(function.func)
+        for thing in (function, type(function)):
+            try:
+                return inspect.getsource(thing)
+            except (TypeError, OSError):
+                continue
+        return None
+
+
+def model_of(path: object) -> Any:
+    """Return the model in memory that stands in place of a path; None if it is a path."""
+    return path.model if isinstance(path, GivenModel) else None
+
+
+def origin(path: str) -> str:
+    """Return the folder or hub name of a model; one in memory may know where it came from.
+
+    Without that it is an empty text.
+    """
+    model = model_of(path)
+    return path if model is None else str(getattr(model, "name_or_path", None) or "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objects:
+    """Arguments of `fastalign.train_dpo` and its like beside the settings: paths, objects or None.
+
+    Attributes:
+        model: the model to train.
+        tokenizer: its tokenizer.
+        train_data: training rows.
+        eval_data: held-out rows.
+        reference: the frozen reference.
+        reward: one or several rewards.
+    """
+
+    model: Any = None
+    tokenizer: Any = None
+    train_data: Any = None
+    eval_data: Any = None
+    reference: Any = None
+    reward: Any = None
+
+
+def as_model(argument: str, model: Any, tokenizer: Any = None) -> str:
+    """Return what stands for a model: a path as it is, an object as a `GivenModel`.
+
+    The result of a run (`fastalign.train_sft`) is its model with its tokenizer. A `tokenizer` of
+    None is the model's own.
+    """
+    if all(hasattr(model, name) for name in ("model", "tokenizer", "folder")):
+        model, tokenizer = model.model, tokenizer or model.tokenizer
+    if isinstance(tokenizer, PathLike):
+        tokenizer = str(tokenizer)
+    if not isinstance(model, str | PathLike):
+        return GivenModel(argument, model, tokenizer)
+    path = str(model)
+    return path if tokenizer is None else GivenModel(argument, None, tokenizer, path=path)
+
+
+def as_rows(argument: str, rows: Any) -> str:
+    """Return what stands for rows: a path as it is, an object as a `GivenRows`.
+
+    Rows that can be read only once, such as a generator's, are read into a list.
+
+    Raises:
+        ValueError: if the object is no iterable of rows.
+    """
+    if isinstance(rows, str | PathLike):
+        return str(rows)
+    if isinstance(rows, Mapping):
+        names = ", ".join(map(str, list(rows)[:8]))
+        raise ValueError(
+            f"{argument}: expected rows, a file, a folder or a hub name, got a "
+            f"{type(rows).__name__} of {names}; hand over one of its values, or a list of rows"
+        )
+    if type(rows).__name__ == "DataFrame":
+        raise ValueError(
+            f"{argument}: expected rows, got a DataFrame; datasets.Dataset.from_pandas makes them"
+        )
+    if not isinstance(rows, Iterable) and not hasattr(rows, "__getitem__"):
+        raise ValueError(
+            f"{argument}: expected a datasets.Dataset, an iterable of rows (dictionaries), a file, "
+            f"a folder or a hub name, got {type(rows).__name__}"
+        )
+    return GivenRows(argument, list(rows) if isinstance(rows, Iterator) else rows)
+
+
+def as_rewards(rewards: Any) -> tuple[str, ...]:
+    """Return what stands for one or several rewards: paths as they are, objects with their names.
+
+    Raises:
+        ValueError: if one is no path, no function and no model.
+    """
+    found: list[str] = []
+    for reward in rewards if isinstance(rewards, list | tuple) else (rewards,):
+        if isinstance(reward, str | PathLike):
+            found.append(str(reward))
+            continue
+        if hasattr(reward, "state_dict") or hasattr(reward, "folder"):
+            name, made = "reward", as_model("reward", reward)
+        elif callable(reward):
+            name = getattr(reward, "__name__", type(reward).__name__).strip("<>")
+            made = GivenReward(name, reward)
+        else:
+            raise ValueError(
+                "reward: expected a function (prompts, completions, columns by name) -> numbers, a "
+                "reward model, its folder, module:function or a .json file, got "
+                f"{type(reward).__name__}"
+            )
+        if made in found:  # settings tell rewards apart by their names
+            made = _renamed(made, f"{name}-{len(found) + 1}")
+        found.append(made)
+    return tuple(found)
+
+
+def _renamed(made: str, name: str) -> str:
+    if isinstance(made, GivenModel):
+        return GivenModel(name, made.model, made.tokenizer)
+    assert isinstance(made, GivenReward)
+    return GivenReward(name, made.function)
