@@ -39,6 +39,10 @@ class InMemory(str):
         """Return the same: a copy of settings is none of a model."""
         return self
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return the text alone: no object goes to another process with the settings."""
+        return str, (str(self),)
+
 
 class GivenModel(InMemory):
     """A model in memory; or a path to one, with a tokenizer that is not the path's.

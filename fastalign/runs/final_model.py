@@ -12,10 +12,10 @@ import torch
 from fastalign.compute import Compute
 from fastalign.data.readers.rows import is_on_hub
 from fastalign.data.tokenizer import Tokenizer, eos_token_ids
-from fastalign.in_memory import origin
+from fastalign.in_memory import model_of, origin
 from fastalign.models.load import load_policy, set_save_dtype
 from fastalign.models.lora import has_adapter, merge_adapter
-from fastalign.models.lora_files import save_adapter
+from fastalign.models.lora_files import open_adapter, save_adapter
 from fastalign.ranks.parallel import is_sharded
 from fastalign.ranks.world import World
 from fastalign.report import model_card
@@ -149,13 +149,16 @@ def merged(model: Any, adapter: Path, config: TrainingConfig, world: World) -> A
         return model
     if not world.is_first:
         return None
-    lora = config.model.lora
+    in_memory = model_of(config.model.path) is not None  # the adapter's files cannot name it
     model = load_policy(
-        adapter,
+        config.model.path if in_memory else adapter,
         Compute(packing="padded"),
-        dtype=torch.float32 if lora.base == "float32" else torch.bfloat16,
+        dtype=torch.float32 if config.model.lora.base == "float32" else torch.bfloat16,
         trust_remote_code=config.model.trust_remote_code,
     )
+    if in_memory:
+        open_adapter(model, adapter)
+        merge_adapter(model)
     set_save_dtype(model, config.model.save_dtype)
     return model
 

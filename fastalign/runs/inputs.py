@@ -344,7 +344,7 @@ def fingerprints(config: TrainingConfig, model: Any, data: Any, inputs: Inputs) 
     hashed = has_adapter(model) or (reference is not None and not other)
     found["model"] = model_parts(model, weights=not hashed)
     if inputs.held_out is not None:
-        found["eval_data"] = {"path": config.data.eval, "content": inputs.held_out.fingerprint}
+        found["eval_data"] = {"path": str(config.data.eval), "content": inputs.held_out.fingerprint}
     if inputs.tokenizer is not None:
         found["tokenizer"] = tokenizer_parts(inputs.tokenizer, config.model.path)
     return found
