@@ -1,7 +1,7 @@
 # %% [markdown]
 # # A loop of your own, with a loss of your own
 #
-# `fastalign.dpo_run` opens a run: data, reference log-probs, optimiser, checkpoints and metrics. The
+# `fastalign.dpo_run` opens a run: data, reference log-probs, optimiser, checkpoints, metrics. The
 # loop is yours, and so is the loss: a function of a batch's sequence log-probs.
 
 # %%
@@ -31,8 +31,8 @@ def cautious(pairs: PairLogprobs) -> torch.Tensor:
 
 
 # %% [markdown]
-# Each step is logged, and saved if a checkpoint is due, when the next one is asked for. The run ends
-# behind the loop; `run.stop` ends it earlier.
+# Each step is logged, and saved if a checkpoint is due, when the next one is asked for. The run
+# ends behind the loop; `run.stop` ends it earlier.
 
 # %%
 config = DPOConfig(

@@ -43,7 +43,5 @@ result = fastalign.train_ppo(
     config, model=model, tokenizer=tokenizer, train_data=rows, reward=[numeric_answer, digits]
 )
 for row in result.metrics:
-    print(
-        f"step {row['step']}: reward {row['reward']:.3f} (answers {row['rewards/numeric_answer/mean']:.3f}, "
-        f"digits {row['rewards/digits/mean']:.3f}), KL {row['objective/kl']:.3f}"
-    )
+    answers, share = (row[f"rewards/{name}/mean"] for name in ("numeric_answer", "digits"))
+    print(f"step {row['step']}: right answers {answers:.3f}, digits {share:.3f}")

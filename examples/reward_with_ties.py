@@ -35,8 +35,10 @@ result = fastalign.train_reward(
 )
 print({name: result.metrics[-1][name] for name in ("loss", "accuracy", "nu")})
 measures = json.loads((result.folder / "eval" / "eval.json").read_text())
-print(f"held-out accuracy {measures['accuracy']:.2f}, the longer one wins "
-      f"{measures['longer_wins_accuracy']:.2f}")
+print(
+    f"held-out accuracy {measures['accuracy']:.2f}, the longer one wins "
+    f"{measures['longer_wins_accuracy']:.2f}"
+)
 
 # %% [markdown]
 # The reward of an answer is the score at its end, which is an EOS token.

@@ -1,6 +1,6 @@
 """A model of random weights with its tokenizer: the examples run in seconds, without a download.
 
-In place of it: `AutoModelForCausalLM.from_pretrained(...)` and `AutoTokenizer.from_pretrained(...)`.
+In place of it: `from_pretrained` of transformers' `AutoModelForCausalLM` and `AutoTokenizer`.
 """
 
 from itertools import islice

@@ -1,7 +1,7 @@
 """fastalign: align language models with human preferences, on fused log-prob kernels.
 
-The drop-in functions are here, and the training functions, which take objects and paths (`train_dpo`
-and its like; `dpo_run` and its like for a loop of one's own). `fastalign.losses` holds the formulas,
+The drop-in functions are here, and the functions that train, from objects or paths: `train_dpo` and
+its like, and `dpo_run` and its like for a loop of one's own. `fastalign.losses` holds the formulas,
 `fastalign.ops` the operations, `fastalign.trainers` the settings of training.
 """
 

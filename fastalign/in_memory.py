@@ -6,8 +6,9 @@ the checks of data and models among it, does not know the difference.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -49,7 +50,7 @@ class GivenModel(InMemory):
 
     Attributes:
         model: model of transformers; None: it is read from the path that the text is.
-        tokenizer: tokenizer of transformers, or the path of one; None: that of `model.name_or_path`.
+        tokenizer: tokenizer of transformers, or its path; None: that of `model.name_or_path`.
     """
 
     model: Any
@@ -81,7 +82,7 @@ class GivenRows(InMemory):
 
     def num_rows(self) -> int | None:
         """Return their number; None: it is not known before they are read."""
-        return len(self.rows) if hasattr(self.rows, "__len__") else None
+        return len(self.rows) if isinstance(self.rows, Sized) else None
 
     def content(self) -> str | None:
         """Return what names their content, which a `datasets.Dataset` has; None: nothing does."""
@@ -106,15 +107,21 @@ class GivenReward(InMemory):
 
     def source(self) -> str | None:
         """Return the function's source text; None where there is none, as for one in C."""
-        function: Any = inspect.unwrap(self.function)
-        while hasattr(function, "func"):  # functools.partial
-            function = inspect.unwrap(function.func)
+        function: Any = plain_function(self.function)
         for thing in (function, type(function)):
             try:
                 return inspect.getsource(thing)
             except (TypeError, OSError):
                 continue
         return None
+
+
+def plain_function(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function without what `functools.wraps` and `functools.partial` put around it."""
+    function = inspect.unwrap(function)
+    while isinstance(function, partial):
+        function = inspect.unwrap(function.func)
+    return function
 
 
 def model_of(path: object) -> Any:
@@ -210,7 +217,8 @@ def as_rewards(rewards: Any) -> tuple[str, ...]:
         if hasattr(reward, "state_dict") or hasattr(reward, "folder"):
             name, made = "reward", as_model("reward", reward)
         elif callable(reward):
-            name = getattr(reward, "__name__", type(reward).__name__).strip("<>")
+            plain: Any = plain_function(reward)
+            name = getattr(plain, "__name__", type(plain).__name__).strip("<>")
             made = GivenReward(name, reward)
         else:
             raise ValueError(

@@ -173,8 +173,8 @@ def is_reward_network(specification: str) -> bool:
 def load_reward(specification: str, compute: Compute | None = None) -> RewardFunction:
     """Load a reward: `module:function`, a bag of words (`.json`) or a reward model's folder.
 
-    A function or a model in memory is one, too. Modules are found as Python finds them, and in the current folder. `compute` is as for
-    `ModelReward`, which alone needs it.
+    A function or a model in memory is one, too. Modules are found as Python finds them, and in the
+    current folder. `compute` is as for `ModelReward`, which alone needs it.
 
     Raises:
         ValueError: if there is no such module or function, or the folder holds no reward model.

@@ -382,13 +382,30 @@ def load_reward_model(
 
 @contextmanager
 def without_load_report() -> Iterator[None]:
-    """Silence transformers' table of missing and unexpected weights, which are checked here."""
+    """Silence transformers' table of missing and unexpected weights, which are checked here.
+
+    Its progress bar is silent, too: of a model in memory it shows a copy.
+    """
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        yield
+        with without_bars():
+            yield
     finally:
         logging.set_verbosity(before)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Silence the bars by which transformers shows that it reads and writes weights."""
+    shows = logging.is_progress_bar_enabled()
+    if shows:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shows:
+            logging.enable_progress_bar()
 
 
 @torch.no_grad()
@@ -450,7 +467,8 @@ def save_model(
     dtype = getattr(model, "save_dtype", None)
     if dtype is not None:
         weights = as_dtype(weights, dtype)
-    model.save_pretrained(folder, state_dict=weights)
+    with without_bars():
+        model.save_pretrained(folder, state_dict=weights)
     tokenizer.save_pretrained(folder)
     if next(tower_parameters(model), None) is not None:
         copy_processor(model.name_or_path, folder)

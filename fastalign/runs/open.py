@@ -130,9 +130,7 @@ class OpenRun:
         return self._run.end(self.model, self.tokenizer)
 
 
-def with_objects(
-    kind: type[Config], config: Config | None, title: str, given: Objects
-) -> Config:
+def with_objects(kind: type[Config], config: Config | None, title: str, given: Objects) -> Config:
     """Return the settings of a run, with the objects and paths that a caller gave beside them.
 
     Args:
@@ -144,7 +142,7 @@ def with_objects(
     Raises:
         ValueError: if something is given twice, or not at all, or is of a wrong type.
     """
-    config = kind() if config is None else config
+    config = kind() if config is None else config  # type: ignore[call-arg]
     if not isinstance(config, kind):
         got = type(config).__name__
         raise ValueError(f"config: expected a {kind.__name__}, got {got}")

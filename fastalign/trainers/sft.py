@@ -78,9 +78,7 @@ def sft_run(
 
     The arguments and errors are those of `train_sft`.
     """
-    objects = Objects(
-        model=model, tokenizer=tokenizer, train_data=train_data, eval_data=eval_data
-    )
+    objects = Objects(model=model, tokenizer=tokenizer, train_data=train_data, eval_data=eval_data)
     config = with_objects(SFTConfig, config, "sft", objects)
     with open_run(config, "sft") as run:
         trained, its_tokenizer = load_for_training(config, run.compute)

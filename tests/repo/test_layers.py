@@ -110,7 +110,7 @@ light = [(name,) for name in COMMANDS if name not in of_functions]
 for command in (*light, ("data", "check"), ("estimate", "sft")):
     print_help(*command)
     without(f"fastalign {command} --help", *heavy, "torch", "numpy", "pyarrow", "jinja2")
-training = {name for name in fastalign.__all__ if name.startswith("train_") or name.endswith("_run")}
+training = {n for n in fastalign.__all__ if n.startswith("train_") or n.endswith("_run")}
 assert len(training) == 10
 for name in set(fastalign.__all__) - training:
     getattr(fastalign, name)

@@ -89,7 +89,9 @@ def test_a_notebook_trains_plots_and_samples() -> None:
     notebook = nbformat.v4.new_notebook(cells=[made["code"](f"{path}\n{plots}"), *cells])
     client = nbclient.NotebookClient(notebook, timeout=300, kernel_name="python3")
     client.execute()
-    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    outputs = [
+        output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs
+    ]
     text = "".join(output.text for output in outputs if output.output_type == "stream")
     shown = [output.data for output in outputs if "data" in output]
     (bar,) = [data["text/plain"] for data in shown if "dpo" in data["text/plain"]]
@@ -102,4 +104,3 @@ def test_a_notebook_trains_plots_and_samples() -> None:
     assert len(text.splitlines()) < 15
     assert text.splitlines()[-1].startswith("The battery")
     assert json.loads(Path("runs/dpo-1/metrics.jsonl").read_text().splitlines()[-1])["step"] == 20
-

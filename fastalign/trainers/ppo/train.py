@@ -28,7 +28,7 @@ from fastalign.models.load import model_fingerprint, save_reward_model
 from fastalign.ops import TokenChunk, gae, kl_penalty
 from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.ops.segments import segment_sum
-from fastalign.runs.accumulate import Examples, Total, accumulate, measure_examples, policy_loss
+from fastalign.runs.accumulate import Total, accumulate, measure_examples, policy_loss
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import OpenRun, open_run, with_objects

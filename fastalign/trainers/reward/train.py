@@ -120,9 +120,7 @@ def reward_run(
 
     The arguments and errors are those of `train_reward`.
     """
-    objects = Objects(
-        model=model, tokenizer=tokenizer, train_data=train_data, eval_data=eval_data
-    )
+    objects = Objects(model=model, tokenizer=tokenizer, train_data=train_data, eval_data=eval_data)
     config = with_objects(RewardConfig, config, "reward", objects)
     others = ["eval"] if config.data.eval is not None and config.run.export is None else []
     with open_run(config, "reward", others) as run:
@@ -137,7 +135,7 @@ def reward_run(
 
         run.begin(trained, data, inputs=Inputs(own, held_out))
         opened = RewardRun(run, trained, own)
-        opened.loss, opened.pairs, opened.eval_pairs = config.loss, pairs, eval_pairs
+        opened.config, opened.pairs, opened.eval_pairs = config, pairs, eval_pairs
         opened.sets = data, judged
         yield opened
         opened.end()
@@ -147,34 +145,34 @@ class RewardRun(OpenRun):
     """A run that trains a reward model and has begun.
 
     Attributes:
-        loss: loss of the settings.
+        config: settings of the run.
         pairs: training comparisons, as token ids.
         eval_pairs: held-out comparisons, or None.
         sets: training data, and the held-out pairs that a finished model is judged on.
     """
 
-    loss: RewardLoss
+    config: RewardConfig
     pairs: Comparisons
     eval_pairs: Comparisons | None
     sets: tuple[TokenizedDataset, TokenizedDataset | None]
 
     def gradient(self, indices: Sequence[int]) -> Total:
         """Add the gradient of these comparisons to the model's; return the sums."""
-        return reward_gradient(self.model, self.loss, self.pairs, indices, self.compute)
+        return reward_gradient(self.model, self.config.loss, self.pairs, indices, self.compute)
 
     def learned_nu(self) -> float | None:
         """Return the present frequency of ties, or None if it is not learned."""
-        nu = learned_nu(self.model, self.loss)
+        nu = learned_nu(self.model, self.config.loss)
         return None if nu is None else float(nu.item())
 
     def evaluate(self) -> Metrics:
         """Return metrics named `eval_...` of the held-out comparisons; none without any."""
         if self.eval_pairs is None:
             return {}
-        return evaluate_comparisons(self.model, self.loss, self.eval_pairs, self.compute)
+        return evaluate_comparisons(self.model, self.config.loss, self.eval_pairs, self.compute)
 
     def _finish(self) -> RunResult:
-        model, tokenizer, config = self.model, self.tokenizer, self._run.config
+        model, tokenizer, config = self.model, self.tokenizer, self.config
         data, judged = self.sets
         # Called for a finished run alone: the scores' scale is that of the trained model.
         save_model = partial(save_reward, config=config, data=data, compute=self.compute)
