@@ -3,6 +3,7 @@
 A run of one process needs no process group; every method of `World` is then the identity.
 """
 
+import itertools
 import os
 import socket
 import time
@@ -25,6 +26,7 @@ from fastalign.ranks.errors import RanksDiffer
 
 T = TypeVar("T")
 FAREWELL_SECONDS = 5.0
+_runs = itertools.count()  # of this process, of which every rank has as many
 
 
 @dataclass(frozen=True)
@@ -219,9 +221,10 @@ def open_store(world: World, seconds: float) -> tuple[Store, bool]:
             f"{here(world)} does not reach rank 0 at {host}:{port} (MASTER_ADDR, MASTER_PORT) in "
             f"{seconds:g} seconds: {reason}"
         ) from error
-    # After a restart by torchrun the agent's store still holds the keys of the attempt before.
+    # The agent's store still holds the keys of the attempt before a restart by torchrun, and those
+    # of an earlier run in the same program.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return PrefixStore(f"fastalign/{attempt}", store), serves
+    return PrefixStore(f"fastalign/{attempt}/{next(_runs)}", store), serves
 
 
 def wait_for_listener(host: str, port: int, seconds: float) -> None:

@@ -19,6 +19,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fastalign.fused import metric_means
+from fastalign.notebook import NotebookProgress, in_notebook
 from fastalign.output import safe_output, shown
 
 METRICS = "metrics.jsonl"  # in a run's folder
@@ -149,7 +150,9 @@ class KeptMetrics:
 
 
 class ProgressDisplay:
-    """A bar on a terminal, about twenty plain lines elsewhere: loss, tokens a second, time left.
+    """A bar on a terminal or in a notebook, about twenty plain lines elsewhere.
+
+    They show the loss, tokens a second and the time left.
 
     The run begins after `step`, of `num_steps`.
     """
@@ -159,8 +162,8 @@ class ProgressDisplay:
         self._start = time.monotonic()
         self._bar: Progress | None = None
         self._safe = ExitStack()
-        if sys.stdout.isatty():
-            self._bar = Progress(
+        if sys.stdout.isatty() or in_notebook():
+            self._bar = (NotebookProgress if in_notebook() else Progress)(
                 TextColumn(title),
                 BarColumn(),
                 MofNCompleteColumn(),
