@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from functools import partial
 from os import PathLike
+from tokenize import TokenError
 from typing import Any
 
 
@@ -111,7 +112,7 @@ class GivenReward(InMemory):
         for thing in (function, type(function)):
             try:
                 return inspect.getsource(thing)
-            except (TypeError, OSError):
+            except (TypeError, OSError, SyntaxError, TokenError):
                 continue
         return None
 

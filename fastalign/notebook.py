@@ -28,9 +28,7 @@ class NotebookProgress(Progress):
     def __init__(self, *columns: ProgressColumn) -> None:
         self._output: Any = None  # once it has started
         self._updated = 0.0
-        console = Console(
-            force_jupyter=False, force_terminal=False, color_system=None, width=WIDTH
-        )
+        console = Console(force_jupyter=False, force_terminal=False, color_system=None, width=WIDTH)
         super().__init__(*columns, console=console, auto_refresh=False)
 
     def start(self) -> None:

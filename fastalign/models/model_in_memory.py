@@ -22,9 +22,11 @@ def config_in_memory(model: Any, name: str) -> Any:
     Raises:
         ValueError: if it is no model of transformers, has an adapter, or its weights are not here.
     """
-    remedy = "merge it first (merge_and_unload), or train a new one by --model.lora.rank"
     if getattr(model, "peft_config", None):
-        raise ValueError(f"{name}: expected a model without an adapter, got one; {remedy}")
+        raise ValueError(
+            f"{name}: expected a model without an adapter, got one with; merge it first "
+            "(merge_and_unload)"
+        )
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"{name}: expected a transformers model, a folder or a hub name, got "

@@ -146,16 +146,18 @@ def with_objects(kind: type[Config], config: Config | None, title: str, given: O
     if not isinstance(config, kind):
         got = type(config).__name__
         raise ValueError(f"config: expected a {kind.__name__}, got {got}")
+    found: dict[str, Any] = {}
     model = config.model.path
     check_given_once("model", given.model, "model.path", model)
     if given.model is not None or given.tokenizer is not None:
         model = as_model("model", model if given.model is None else given.model, given.tokenizer)
-    found: dict[str, Any] = {"model": replace(config.model, path=model), "data": config.data}
+        found["model"] = replace(config.model, path=model)
     for name, setting in (("train_data", "train"), ("eval_data", "eval")):
         rows, before = getattr(given, name), getattr(config.data, setting)
         check_given_once(name, rows, f"data.{setting}", before)
         if rows is not None:
-            found["data"] = replace(found["data"], **{setting: as_rows(name, rows)})
+            data = found.get("data", config.data)
+            found["data"] = replace(data, **{setting: as_rows(name, rows)})
     section: Any = getattr(config, "reference", None)
     if given.reference is not None:
         check_given_once("reference", given.reference, "reference.path", section.path)
@@ -167,7 +169,7 @@ def with_objects(kind: type[Config], config: Config | None, title: str, given: O
     if given.reward is not None:
         check_given_once("reward", given.reward, "reward.sources", section.sources)
         found["reward"] = replace(section, sources=as_rewards(given.reward))
-    config = replace(config, **found)
+    config = replace(config, **found) if found else config
     missing = {"model": config.model.path, "train_data": config.data.train}
     missing |= {} if section is None else {"reward": config.reward.sources}  # type: ignore[attr-defined]
     for name, value in missing.items():

@@ -63,7 +63,7 @@ def test_python_of_the_page_runs() -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
     assert len(blocks) == 5
     for block in blocks:
-        exec(compile(block, "docs/python.md", "exec"), names)
+        exec(compile(block, "<page>", "exec"), names)
     assert names["run"].result.finished
 
 
