@@ -38,7 +38,7 @@ def cautious(pairs: PairLogprobs) -> torch.Tensor:
 config = DPOConfig(
     data=PreferenceDataConfig(ties="drop"),
     optim=OptimConfig(lr=1e-3),
-    train=TrainConfig(max_steps=20, batch_size=16, eval_every=5),
+    train=TrainConfig(max_steps=12, batch_size=16, eval_every=4),
 )
 with fastalign.dpo_run(
     config, model=model, tokenizer=tokenizer, train_data=rows[:100], eval_data=rows[100:]

@@ -35,7 +35,7 @@ train_rows, held_out = rows[:80], rows[80:]
 # %%
 config = DPOConfig(
     optim=OptimConfig(lr=1e-3),
-    train=TrainConfig(max_steps=20, batch_size=16, eval_every=5),
+    train=TrainConfig(max_steps=12, batch_size=16, eval_every=4),
 )
 result = fastalign.train_dpo(
     config, model=model, tokenizer=tokenizer, train_data=train_rows, eval_data=held_out

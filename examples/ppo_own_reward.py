@@ -37,7 +37,7 @@ config = PPOConfig(
     kl=KLInLoss(coefficient=0.01),
     sampling=SamplingParams(num_samples=8, max_new_tokens=12),
     optim=OptimConfig(lr=3e-3),
-    train=TrainConfig(max_steps=8, batch_size=8),
+    train=TrainConfig(max_steps=6, batch_size=8),
 )
 result = fastalign.train_ppo(
     config, model=model, tokenizer=tokenizer, train_data=rows, reward=[numeric_answer, digits]

@@ -28,7 +28,7 @@ print(sum(row["label"] == "tie" for row in rows), "of", len(rows), "pairs are ti
 config = RewardConfig(
     loss=REWARD_LOSSES["rao_kupper"](nu_lr=0.05),
     optim=OptimConfig(lr=2e-3),
-    train=TrainConfig(max_steps=25, batch_size=32),
+    train=TrainConfig(max_steps=16, batch_size=32),
 )
 result = fastalign.train_reward(
     config, model=model, tokenizer=tokenizer, train_data=rows[:200], eval_data=rows[200:]

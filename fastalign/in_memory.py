@@ -28,6 +28,9 @@ def is_given(value: object) -> bool:
     return not isinstance(value, NotGiven) and value != (NOT_GIVEN,)
 
 
+HERE = " (in memory)"  # how the text of an object ends
+
+
 class InMemory(str):
     """Base class of the objects in place of a path, which text it also is.
 
@@ -61,7 +64,7 @@ class GivenModel(InMemory):
         cls, argument: str, model: Any = None, tokenizer: Any = None, *, path: str | None = None
     ) -> "GivenModel":
         """Return the object; `path` is that of a model that is not in memory."""
-        made = super().__new__(cls, f"{argument} (in memory)" if path is None else path)
+        made = super().__new__(cls, f"{argument}{HERE}" if path is None else path)
         made.argument, made.model, made.tokenizer = argument, model, tokenizer
         return made
 
@@ -77,7 +80,7 @@ class GivenRows(InMemory):
 
     def __new__(cls, argument: str, rows: Iterable[Any]) -> "GivenRows":
         """Return the object."""
-        made = super().__new__(cls, f"{argument} (in memory)")
+        made = super().__new__(cls, f"{argument}{HERE}")
         made.argument, made.rows = argument, rows
         return made
 
@@ -102,7 +105,7 @@ class GivenReward(InMemory):
 
     def __new__(cls, name: str, function: Callable[..., Any]) -> "GivenReward":
         """Return the object; `name` is the reward's in the metrics."""
-        made = super().__new__(cls, f"{name} (in memory)")
+        made = super().__new__(cls, f"{name}{HERE}")
         made.argument, made.function = name, function
         return made
 
@@ -115,6 +118,12 @@ class GivenReward(InMemory):
             except (TypeError, OSError, SyntaxError, TokenError):
                 continue
         return None
+
+
+def names_object(value: object) -> bool:
+    """Return whether a setting has the text of an object, and not the object: as from a file."""
+    is_text = isinstance(value, str) and not isinstance(value, InMemory)
+    return is_text and str(value).endswith(HERE)
 
 
 def plain_function(function: Callable[..., Any]) -> Callable[..., Any]:

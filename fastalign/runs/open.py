@@ -15,7 +15,14 @@ import torch
 
 from fastalign.compute import Compute, find_device, is_out_of_memory
 from fastalign.data.tokenizer import Tokenizer, template_clock
-from fastalign.in_memory import Objects, as_model, as_rewards, as_rows, is_given
+from fastalign.in_memory import (
+    Objects,
+    as_model,
+    as_rewards,
+    as_rows,
+    is_given,
+    names_object,
+)
 from fastalign.models.model_in_memory import ready_for_use
 from fastalign.output import lossy_output, refuse_secret_settings
 from fastalign.ranks.config import ParallelConfig
@@ -170,14 +177,27 @@ def with_objects(kind: type[Config], config: Config | None, title: str, given: O
         check_given_once("reward", given.reward, "reward.sources", section.sources)
         found["reward"] = replace(section, sources=as_rewards(given.reward))
     config = replace(config, **found) if found else config
-    missing = {"model": config.model.path, "train_data": config.data.train}
-    missing |= {} if section is None else {"reward": config.reward.sources}  # type: ignore[attr-defined]
-    for name, value in missing.items():
-        if not is_given(value):
-            raise ValueError(f"{name}: expected an object or a path, got none")
+    check_all_given(config)
     if not is_given(config.run.dir):
         config = replace(config, run=replace(config.run, dir=new_folder(title, config)))
     return config
+
+
+def check_all_given(config: Any) -> None:
+    """Raise ValueError for what a run has no default for, or an object of another program."""
+    values = [("model", config.model.path), ("train_data", config.data.train)]
+    values += [("eval_data", config.data.eval)]
+    for name, setting in (("reference", "path"), ("reward", "sources")):
+        found = getattr(getattr(config, name, None), setting, None)
+        values += [(name, value) for value in (found if isinstance(found, tuple) else (found,))]
+    for name, value in values:
+        if value is not None and not is_given(value):
+            raise ValueError(f"{name}: expected an object or a path, got none")
+        if names_object(value):
+            raise ValueError(
+                f"{name}: expected the object that the run was given in Python, to go on with it "
+                f"there, or a path; got {value!r}"
+            )
 
 
 def check_given_once(name: str, value: Any, setting: str, before: Any) -> None:

@@ -95,12 +95,12 @@ def test_a_notebook_trains_plots_and_samples() -> None:
     text = "".join(output.text for output in outputs if output.output_type == "stream")
     shown = [output.data for output in outputs if "data" in output]
     (bar,) = [data["text/plain"] for data in shown if "dpo" in data["text/plain"]]
-    assert "20/20" in bar  # one line, which was updated
+    assert "12/12" in bar  # one line, which was updated
     assert "loss" in bar
     (plot,) = [data["image/png"] for data in shown if "image/png" in data]
     assert base64.b64decode(plot).startswith(b"\x89PNG")
     assert "optim" not in text
-    assert "20/20" not in text  # in place of the bar there are no lines
+    assert "12/12" not in text  # in place of the bar there are no lines
     assert len(text.splitlines()) < 15
     assert text.splitlines()[-1].startswith("The battery")
-    assert json.loads(Path("runs/dpo-1/metrics.jsonl").read_text().splitlines()[-1])["step"] == 20
+    assert json.loads(Path("runs/dpo-1/metrics.jsonl").read_text().splitlines()[-1])["step"] == 12

@@ -13,6 +13,7 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import fastalign
+from fastalign.cli.main import main
 from fastalign.in_memory import NOT_GIVEN
 from fastalign.losses import PairLogprobs, dpo, formula, hinge
 from fastalign.ranks.errors import UserCodeFailed
@@ -197,6 +198,29 @@ def test_what_is_not_said_has_a_default(
     answer = found.model.generate(**prompt, max_new_tokens=3, do_sample=False)
     again = AutoModelForCausalLM.from_pretrained("runs/dpo-1/model")
     assert answer.tolist() == again.generate(**prompt, max_new_tokens=3, do_sample=False).tolist()
+
+
+def test_settings_of_a_run_from_python_name_its_objects(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a model that was made in memory names no base in its card."""
+    monkeypatch.chdir(folder)
+    objects = model_and_tokenizer(folder)
+    objects["model"].config.name_or_path = objects["model"].name_or_path = ""
+    config = SFTConfig(run=RunConfig(dir="made"), train=replace(TRAIN, max_steps=1))
+    fastalign.train_sft(config, train_data=one_row(), **objects)
+    card = (folder / "made/model/README.md").read_text()
+    assert "- Base: a model that was made in memory\n" in card
+    assert "base_model" not in card
+    assert main(["sft", "--config", "made/config.yaml", "--run.resume"]) == 2
+    assert "model: expected the object that the run was given in Python" in capsys.readouterr().err
+
+
+def test_ranks_have_a_folder_that_is_named(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"run.dir: expected a folder for all 2 ranks, got none"):
+        fastalign.train_sft(model=str(folder / "llama"), train_data=one_row())
 
 
 class Custom(torch.nn.Module):
