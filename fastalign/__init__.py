@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from fastalign import ops as ops
     from fastalign.fused import (
         fused_linear_dpo_loss,
+        fused_linear_kto_loss,
         fused_linear_ppo_loss,
         fused_linear_preference_loss,
         fused_linear_sft_loss,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         token_logprob,
     )
     from fastalign.trainers.dpo.train import dpo_run, train_dpo
+    from fastalign.trainers.kto.train import kto_run, train_kto
     from fastalign.trainers.online_dpo.train import online_dpo_run, train_online_dpo
     from fastalign.trainers.ppo.train import ppo_run, train_ppo
     from fastalign.trainers.reward.train import reward_run, train_reward
@@ -42,10 +44,12 @@ __all__ = [
     "VocabularyShard",
     "dpo_run",
     "fused_linear_dpo_loss",
+    "fused_linear_kto_loss",
     "fused_linear_loss",
     "fused_linear_ppo_loss",
     "fused_linear_preference_loss",
     "fused_linear_sft_loss",
+    "kto_run",
     "linear_logprob",
     "online_dpo_run",
     "ppo_run",
@@ -54,6 +58,7 @@ __all__ = [
     "sft_run",
     "token_logprob",
     "train_dpo",
+    "train_kto",
     "train_online_dpo",
     "train_ppo",
     "train_reward",

@@ -63,6 +63,12 @@ def _trainers(name: str) -> Any:
     return getattr(importlib.import_module("fastalign.trainers"), name)
 
 
+# Choices of every algorithm that updates a policy by PPO's loss.
+POLICY_GRADIENT = {
+    "ppo.loss": "POLICY_LOSSES",
+    "ppo.mean": "LOSS_MEANS",
+    "ppo.importance": "IMPORTANCE",
+}
 ALGORITHMS: dict[str, Algorithm] = {
     algorithm.name: algorithm
     for algorithm in (
@@ -73,6 +79,12 @@ ALGORITHMS: dict[str, Algorithm] = {
             "DPOConfig",
             "train_dpo",
             choices={"loss": "LOSSES"},
+        ),
+        Algorithm(
+            "kto",
+            "align a model with answers found good or bad, one by one",
+            "KTOConfig",
+            "train_kto",
         ),
         Algorithm(
             "online-dpo",
@@ -94,7 +106,27 @@ ALGORITHMS: dict[str, Algorithm] = {
             "align a model with a reward (PPO, RLOO or GRPO)",
             "PPOConfig",
             "train_ppo",
-            choices={"ppo.advantage": "ADVANTAGES", "kl": "KL_PENALTIES"},
+            choices={"ppo.advantage": "ADVANTAGES", **POLICY_GRADIENT, "kl": "KL_PENALTIES"},
+            samples=True,
+        ),
+        Algorithm(
+            "grpo",
+            "align a model with a reward by GRPO (no value model)",
+            "GRPOConfig",
+            "train_ppo",
+            choices={
+                "ppo.advantage": "GRPO_ADVANTAGES",
+                **POLICY_GRADIENT,
+                "kl": "GRPO_KL_PENALTIES",
+            },
+            samples=True,
+        ),
+        Algorithm(
+            "rloo",
+            "align a model with a reward by RLOO (no value model)",
+            "RLOOConfig",
+            "train_ppo",
+            choices={"ppo.advantage": "RLOO_ADVANTAGES", **POLICY_GRADIENT, "kl": "KL_PENALTIES"},
             samples=True,
         ),
     )

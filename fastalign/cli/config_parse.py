@@ -242,12 +242,19 @@ def take_choice(
 
 
 def narrowed(config: type[Any], names: Sequence[str], chosen: type[Any]) -> type[Any]:
-    """Return the configuration with one field's type narrowed, so that its flags alone exist."""
+    """Return the configuration with one field's type narrowed, so that its flags alone exist.
+
+    Its default is the configuration's own if that is such a dataclass, else that of the dataclass.
+    """
     name, *rest = names
+    (entry,) = (entry for entry in dataclasses.fields(config) if entry.name == name)
+    make: Any = entry.default_factory
     if rest:
-        known = {entry.name: entry.type for entry in dataclasses.fields(config)}
-        chosen = narrowed(known[name], rest, chosen)  # type: ignore[arg-type]
-    section = (name, chosen, dataclasses.field(default_factory=chosen))
+        owner = type(make()) if make is not dataclasses.MISSING else entry.type
+        chosen = make = narrowed(owner, rest, chosen)  # type: ignore[arg-type]
+    elif make is dataclasses.MISSING or type(make()) is not chosen:
+        make = chosen
+    section = (name, chosen, dataclasses.field(default_factory=make))
     documented = {"__doc__": config.__doc__}
     return dataclasses.make_dataclass(
         config.__name__, [section], bases=(config,), namespace=documented, frozen=True

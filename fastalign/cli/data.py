@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from fastalign.cli.config_parse import parse_flags
-from fastalign.data.examples import Content, Example, PreferenceExample, PromptExample, SFTExample
+from fastalign.data.examples import (
+    Content,
+    Example,
+    PreferenceExample,
+    PromptExample,
+    SFTExample,
+    UnpairedExample,
+)
 from fastalign.data.read import read_examples
 from fastalign.data.readers.row import DataFault
 from fastalign.data.report import DataReport
@@ -35,7 +42,7 @@ class CheckConfig:
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """File (.jsonl, .ndjson, .json, .csv, .tsv, each also .gz, .bz2, .zst; .parquet), folder or hub
     name."""
-    kind: Literal["auto", "sft", "preference", "prompt"] = "auto"
+    kind: Literal["auto", "sft", "preference", "unpaired", "prompt"] = "auto"
     """Kind of the rows; auto decides by the columns of the first valid row."""
     tokenizer: str | None = None
     """Model folder or hub name to count tokens and apply the chat template."""
@@ -134,6 +141,8 @@ def shown_example(encoder: "Encoder", example: Example) -> list[str]:
     if isinstance(example, PromptExample):
         return [example.source, f"  prompt   {shown_text(encoder.text(encoder.prompt(example)))}"]
     names = ("learned",) if isinstance(example, SFTExample) else ("chosen", "rejected")
+    if isinstance(example, UnpairedExample):
+        names = ("good",) if example.desirable else ("bad",)
     lines = []
     for group, _ in encoder.row(example):
         lines += [example.source, f"  prompt   {shown_text(encoder.text(group.prompt_ids))}"]

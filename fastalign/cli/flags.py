@@ -44,7 +44,18 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "loss-type": ("loss",),
     "beta": ("loss.beta", "kl.coefficient"),
     "kl-coef": ("kl.coefficient",),
-    "cliprange": ("ppo.clip-range",),
+    **dict.fromkeys(("rpo-alpha", "cpo-alpha", "nll-weight"), ("loss.nll-coefficient",)),
+    "simpo-gamma": ("loss.gamma",),
+    "desirable-weight": ("loss.desirable-weight",),
+    "undesirable-weight": ("loss.undesirable-weight",),
+    **dict.fromkeys(("cliprange", "clip-range", "epsilon"), ("ppo.loss.clip-range",)),
+    "epsilon-high": ("ppo.loss.clip-range-high",),
+    "delta": ("ppo.loss.dual-clip",),
+    "importance-sampling-level": ("ppo.loss",),
+    "scale-rewards": ("ppo.advantage",),
+    "max-importance-weight": ("ppo.importance.max-weight", "ppo.importance truncated"),
+    "num-iterations": ("ppo.epochs",),
+    "use-bias-correction-kl": ("kl.by-ratio",),
     "lam": ("ppo.advantage.gae-lambda",),
     "use-peft": ("model.lora.rank 16",),
     "lora-r": ("model.lora.rank",),
@@ -68,6 +79,9 @@ LOSSES_ELSEWHERE = {
     "robust": "dpo_robust",
     "cdpo": "dpo_label_smoothed",
     "bt": "bradley_terry",
+    "forward_kl": "dpo_forward_kl",
+    "js_divergence": "dpo_jensen_shannon",
+    "alpha_divergence": "dpo_alpha_divergence",
 }
 SHOWN = 10  # flags of a short help: the first of these that the command has
 EXAMPLES = {
@@ -189,6 +203,8 @@ def short_help(config: type, command: str, choices: Mapping[str, Mapping[str, ty
     """Return the help of the flags that matter most, each with an example."""
     known = {flag.name: flag for flag in flags_of(config)}
     for name, table in choices.items():
+        if len(table) == 1:
+            continue
         text = f"One of {', '.join(table)}."
         known[name] = Flag(name, str, text, next(iter(table)))
     required = [name for name, flag in known.items() if flag.default is MISSING]

@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from fastalign.compute import Compute
 
 DATA_USAGE = "usage: fastalign data check FILE [--help]"
-ESTIMATE_USAGE = """usage: fastalign estimate sft | dpo | reward [--config FILE] FLAGS
+ESTIMATE_USAGE = """usage: fastalign estimate sft | dpo | kto | reward [--config FILE] FLAGS
 
 Print the memory of a run by use and phase, and whether it fits. It loads no
 weights and writes no folder: the model's folder needs only its configuration
-and its tokenizer. Runs that sample (ppo, online-dpo) are not estimated.
+and its tokenizer. Runs that sample (ppo, grpo, rloo, online-dpo) are not estimated.
 
 --ranks N     memory of each of N ranks (torchrun) with the `parallel` settings
 --json FILE   also write the estimate to FILE

@@ -1,6 +1,7 @@
 """The known columns of rows, the message when one is missing, and columns for reward functions.
 
-The names are TRL's; `response_a`, `response_b`, `label` (`a`, `b` or `tie`) and `votes` are ours.
+The names are TRL's, also `label` (true or false) of an unpaired row; `response_a`, `response_b`,
+their `label` (`a`, `b` or `tie`) and `votes` are ours.
 """
 
 import json
@@ -12,7 +13,7 @@ from typing import Literal
 
 from fastalign.data.readers.row import DataFault, Row, show_names
 
-Kind = Literal["sft", "preference", "prompt"]
+Kind = Literal["sft", "preference", "unpaired", "prompt"]
 COLUMNS = frozenset(
     [
         *("text", "messages", "prompt", "completion", "chosen", "rejected"),
@@ -24,8 +25,11 @@ COLUMNS = frozenset(
 _EXPECTED: dict[str, str] = {
     "sft": "text, messages, or prompt and completion",
     "preference": "(prompt,) chosen and rejected, or (prompt,) response_a, response_b and label",
+    "unpaired": "prompt, completion and label (true or false), or those of a comparison",
     "prompt": "prompt",
 }
+# Words of a label in files that hold text alone.
+LABEL_WORDS = {"true": True, "false": False, "1": True, "0": False}
 UNSUPPORTED = (
     *("images", "image", "audios", "audio", "videos", "video"),
     "chat_template_kwargs",
@@ -112,12 +116,16 @@ def _as_text(value: object) -> str:
 def row_kind(row: Row) -> Kind:
     """Return the kind of a row by its columns: `preference` before `sft` before `prompt`.
 
+    A completion with a label that is true or false is `unpaired`.
+
     Raises:
         DataFault: if its columns are those of no kind.
     """
     names = row.values
     if any(name in names for name in ("chosen", "rejected", "response_a", "response_b")):
         return "preference"
+    if "completion" in names and thumb(row) is not None:
+        return "unpaired"
     if any(name in names for name in ("completion", "messages", "text")):
         return "sft"
     if "prompt" in names:
@@ -127,10 +135,20 @@ def row_kind(row: Row) -> Kind:
     raise DataFault(row.where, f"expected the columns {expected}; {found}{_rename(names)}")
 
 
+def thumb(row: Row) -> bool | None:
+    """Return the label of an unpaired row, or None if it is neither true nor false."""
+    value = row.values.get("label")
+    if row.textual and isinstance(value, str):
+        return LABEL_WORDS.get(value.strip().lower())
+    return value if isinstance(value, bool) else None
+
+
 def unused_columns(row: Row, kind: Kind) -> list[str]:
     """Return the columns of a row of this kind that no example has; known ones unless null."""
     if kind == "prompt":
         used = {"prompt"}
+    elif kind == "unpaired" and present(row, ("completion",)):
+        used = {"prompt", "completion", "label"}
     elif kind == "sft":
         paired = row.values.get("completion") is not None
         used = {"prompt", "completion"} if paired else {"text", "messages"}

@@ -17,12 +17,18 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from fastalign.batch.packed import Group
 from fastalign.batch.stored import group_columns, group_fields
-from fastalign.data.columns import RowColumns
+from fastalign.data.columns import Kind, RowColumns
 from fastalign.data.conversation import Message
-from fastalign.data.examples import Content, PreferenceExample, PromptExample
+from fastalign.data.examples import (
+    Content,
+    Example,
+    PreferenceExample,
+    PromptExample,
+    UnpairedExample,
+)
 from fastalign.data.read import NO_COLUMNS, OnBadRow
 from fastalign.data.readers.row import DataFault
-from fastalign.data.tokenise import Encoder
+from fastalign.data.tokenise import Encoded, Encoder
 
 OnTooLong = Literal["error", "skip", "truncate"]
 Ties = Literal["error", "keep", "drop"]
@@ -41,7 +47,7 @@ class Rules:
     `columns` are those of a prompt that reward functions take.
     """
 
-    kind: Literal["sft", "preference", "prompt"]
+    kind: Kind
     max_length: int
     on_bad_row: OnBadRow
     on_too_long: OnTooLong
@@ -65,6 +71,7 @@ class EncodedRows(NamedTuple):
         num_crossing: rows in which a token would have crossed from the prompt into a response.
         num_truncated: rows that were truncated.
         num_ties: rows that are ties.
+        num_pairs_split: comparisons that are two examples, a good and a bad answer.
     """
 
     rows: Any
@@ -76,6 +83,7 @@ class EncodedRows(NamedTuple):
     num_crossing: int = 0
     num_truncated: int = 0
     num_ties: int = 0
+    num_pairs_split: int = 0
 
 
 def row_schema(encoder: Encoder, rules: Rules) -> Any:
@@ -86,6 +94,7 @@ def row_schema(encoder: Encoder, rules: Rules) -> Any:
         "tie": pyarrow.bool_(),
         "margin": pyarrow.float64(),
         "votes": pyarrow.list_(pyarrow.float64()),
+        "label": pyarrow.bool_(),
         "source": pyarrow.binary(),
     }
     fields = [pyarrow.field(name, kind) for name, kind in others.items()]
@@ -120,44 +129,75 @@ def encode_rows(
     examples = [example for example, _ in batch]
     kept: list[Any] = []
     groups: list[Group] = []
-    marks: list[tuple[Any, ...]] = []  # tie, margin and, if there are any, votes
+    marks: list[tuple[Any, ...]] = []  # tie, margin and, if there are any, votes and label
     refused: list[tuple[int, Any]] = []
     digests = []
-    num_crossing = num_truncated = 0
+    counts: Counter[str] = Counter()
     forms: Counter[str] = Counter()
-    num_split = num_examples_of_split = 0
     for place, (example, found) in enumerate(zip(examples, encoder.rows(examples), strict=True)):
         if isinstance(found, DataFault):
             refused.append((place, (found.where, found.problem, found.column)))
             continue
         num_before = len(groups)
-        for whole, crosses in found:
+        of_pair = rules.kind == "unpaired" and isinstance(example, PreferenceExample)
+        for whole, crosses, label in labelled(example, found, of_pair):
             group = fit(whole, rules)
             if isinstance(group, int):
                 refused.append((place, group))
                 continue
-            num_crossing += crosses
-            num_truncated += group is not whole
-            compared = isinstance(example, PreferenceExample)
-            mark = (example.tie, example.margin) if compared else (False, None)
-            votes = example.votes if compared else None
-            shares = () if votes is None else (votes.shares(),)
-            digests.append(hashlib.sha256(repr((group, *mark, *shares)).encode()).digest())
+            mark, digest = marks_of(example, group, label)
+            counts["num_crossing"] += crosses
+            counts["num_truncated"] += group is not whole
+            counts["num_ties"] += mark[0]
+            digests.append(digest)
             kept.append(example)
             groups.append(group)
-            marks.append((*mark, None if votes is None else (votes.a, votes.b, votes.tie)))
+            marks.append(mark)
         num_kept = len(groups) - num_before
         forms[example.form] += num_kept > 0
+        counts["num_pairs_split"] += of_pair and num_kept == 2
         if len(found) > 1 and num_kept:
-            num_split, num_examples_of_split = num_split + 1, num_examples_of_split + num_kept
+            counts["num_split"] += 1
+            counts["num_examples_of_split"] += num_kept
     columns = group_columns(groups, list(schema)[:3])
-    for number, name in enumerate(("tie", "margin", "votes")):
+    for number, name in enumerate(("tie", "margin", "votes", "label")):
         columns[name] = pyarrow.array([mark[number] for mark in marks], schema.field(name).type)
     columns["source"] = pyarrow.array([as_bytes(row.source) for row in kept], pyarrow.binary())
     rows = pyarrow.record_batch(columns, schema=schema)
-    num_ties = sum(mark[0] for mark in marks)
-    counts = (num_split, num_examples_of_split, num_crossing, num_truncated, num_ties)
-    return EncodedRows(rows, refused, b"".join(digests), +forms, *counts)
+    return EncodedRows(rows, refused, b"".join(digests), +forms, **counts)
+
+
+def marks_of(example: Example, group: Group, label: bool | None) -> tuple[tuple[Any, ...], bytes]:
+    """Return a row's tie, margin, votes and label, and the digest of all that is trained on."""
+    tie, margin, votes = False, None, None
+    if isinstance(example, PreferenceExample) and label is None:
+        tie, margin, votes = example.tie, example.margin, example.votes
+    shares = () if votes is None else (votes.shares(),)
+    labels = () if label is None else (label,)
+    digest = hashlib.sha256(repr((group, tie, margin, *shares, *labels)).encode()).digest()
+    counts = None if votes is None else (votes.a, votes.b, votes.tie)
+    return (tie, margin, counts, label), digest
+
+
+def labelled(
+    example: Example, found: Sequence[Encoded], of_pair: bool
+) -> Iterator[tuple[Group, bool, bool | None]]:
+    """Yield each group, whether a token crosses its boundary, and its label; split a pair in two.
+
+    The label is None but for unpaired answers.
+    """
+    for group, crosses in found:
+        if not of_pair:
+            label = example.desirable if isinstance(example, UnpairedExample) else None
+            yield group, crosses, label
+            continue
+        masks = group.response_loss_mask or (None, None)
+        for response, mask, label in zip(group.response_ids, masks, (True, False), strict=True):
+            yield (
+                Group(group.prompt_ids, [response], None if mask is None else [mask]),
+                crosses and label,
+                label,
+            )
 
 
 def encode_prompts(

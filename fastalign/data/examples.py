@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from fastalign.data.columns import UNSUPPORTED, Kind, missing, present
+from fastalign.data.columns import UNSUPPORTED, Kind, missing, present, thumb
 from fastalign.data.conversation import (
     Message,
     check_order,
@@ -19,6 +19,7 @@ Content = str | tuple[Message, ...]
 # Anthropic's hh-rlhf writes whole dialogues as text; a reply starts after this mark.
 _REPLY_MARK = "\n\nAssistant:"
 _VOTE_SIDES = ("a", "b", "tie")
+_SIDES = ("chosen", "rejected", "response_a", "response_b")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,13 @@ class SFTExample:
     completion: Content
     source: str
     form: str
+
+
+@dataclass(frozen=True)
+class UnpairedExample(SFTExample):
+    """An answer that was found good (`desirable`) or bad."""
+
+    desirable: bool
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,9 @@ def parse(row: Row, kind: Kind) -> Example:
             raise DataFault(row.where, "this column is not supported; remove it", name)
     if kind == "sft":
         return _with_tools(row, _sft(row))
-    return _with_tools(row, _preference(row) if kind == "preference" else _prompt(row))
+    if kind == "unpaired" and not present(row, _SIDES):
+        return _with_tools(row, _unpaired(row))
+    return _with_tools(row, _prompt(row) if kind == "prompt" else _preference(row))
 
 
 def _with_tools(row: Row, example: Example) -> Example:
@@ -129,11 +139,30 @@ def _sft(row: Row) -> SFTExample:
     if "prompt" not in row.values:
         raise missing(row, "sft", ("prompt",))
     if isinstance(row.values.get("label"), bool):
-        problem = "prompt, completion and a boolean label are unpaired preferences, not SFT rows"
+        problem = (
+            "prompt, completion and a boolean label are unpaired preferences, not SFT rows; "
+            "fastalign kto trains on them"
+        )
         raise DataFault(row.where, problem, "label")
     prompt, completion = content(row, "prompt"), content(row, column)
     _check_pair(row, prompt, {column: completion})
     return SFTExample(prompt, completion, row.where, f"prompt + completion, {style(prompt)}")
+
+
+def _unpaired(row: Row) -> UnpairedExample:
+    for name in ("prompt", "completion"):
+        if name not in row.values:
+            raise missing(row, "unpaired", (name,))
+    if "label" not in row.values:
+        raise missing(row, "unpaired", ("label",))
+    desirable = thumb(row)
+    if desirable is None:
+        got = show(row.values["label"])
+        raise DataFault(row.where, f"expected true or false, got {got}", "label")
+    prompt, completion = content(row, "prompt"), content(row, "completion")
+    _check_pair(row, prompt, {"completion": completion})
+    form = f"prompt + completion, label {str(desirable).lower()}, {style(prompt)}"
+    return UnpairedExample(prompt, completion, row.where, form, desirable)
 
 
 def _prompt(row: Row) -> PromptExample:

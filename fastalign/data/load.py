@@ -49,15 +49,17 @@ class TokenizedDataset:
         ties: True for each row that is a tie.
         margins: each row's margin, or None.
         votes: each row's votes, those for the first response as `a`, or None.
+        labels: True for a good and False for a bad answer, None for other rows.
         sources: each row's location, such as `file.jsonl:12`.
         report: counts of the rows read and left out.
-        fingerprint: SHA-256 of the groups, ties, margins and votes.
+        fingerprint: SHA-256 of the groups, ties, margins, votes and labels.
     """
 
     groups: Sequence[Group]
     ties: list[bool]
     margins: list[float | None]
     votes: list[Votes | None]
+    labels: list[bool | None]
     sources: Sequence[str]
     report: DataReport
     fingerprint: str
@@ -139,7 +141,7 @@ def load_prompts(
 
 def load_examples(
     source: str | Path,
-    kind: Literal["sft", "preference"],
+    kind: Literal["sft", "preference", "unpaired"],
     tokenizer: Tokenizer,
     *,
     max_length: int,
@@ -151,10 +153,12 @@ def load_examples(
     """Load demonstrations or comparisons from a file, a folder, the hub or rows in memory.
 
     Columns of demonstrations (`sft`) are `text`, `messages`, or `prompt` and `completion`; of
-    comparisons `chosen` and `rejected`, or `response_a`, `response_b` and `label`. A prompt with
-    its response has at most `max_length` tokens. `error` raises the first bad or long row, or tie;
-    `skip` and `drop` count it, `truncate` cuts the response and counts it, `keep` is for losses
-    with ties. The error on a long row ends with `advice`, which names the command's own flags.
+    comparisons `chosen` and `rejected`, or `response_a`, `response_b` and `label`; of unpaired
+    answers `prompt`, `completion` and `label` (true or false), or those of comparisons, which are
+    two examples each. A prompt with its response has at most `max_length` tokens. `error` raises
+    the first bad or long row, or tie; `skip` and `drop` count it, `truncate` cuts the response and
+    counts it, `keep` is for losses with ties. The error on a long row ends with `advice`, which
+    names the command's own flags.
 
     A large source is tokenised by as many processes as there are cores, into a file that later
     calls map (see `token_cache`).
@@ -172,6 +176,7 @@ def load_examples(
         table.column("tie").to_pylist(),
         table.column("margin").to_pylist(),
         [votes and Votes(*votes) for votes in table.column("votes").to_pylist()],
+        table.column("label").to_pylist(),
         Lazy(len(table), lambda index: as_text(where[index].as_py())),
         report,
         fingerprint,
@@ -223,7 +228,9 @@ def tokenise(
         elif report.num_used and found.content:
             content.update(b", ")
         content.update(found.content)
-        report.num_used += len(found.rows) - (found.num_examples_of_split - found.num_split)
+        more = found.num_examples_of_split - found.num_split + found.num_pairs_split
+        report.num_used += len(found.rows) - more
+        report.num_pairs_split += found.num_pairs_split
         report.forms.update(found.forms)
         report.num_split += found.num_split
         report.num_examples_of_split += found.num_examples_of_split
@@ -248,6 +255,9 @@ def usable_examples(
     options: Any = {"on_bad_row": rules.on_bad_row, "columns": rules.columns}
     for example in read_examples(source, rules.kind, report, **options):
         if isinstance(example, PreferenceExample) and example.tie:
+            if rules.ties == "error" and rules.kind == "unpaired":
+                problem = "a tie is neither good nor bad; drop ties (--data.ties drop)"
+                raise DataFault(example.source, problem, "label")
             if rules.ties == "error":
                 raise DataFault(
                     example.source,

@@ -26,6 +26,7 @@ class DataReport:
         num_used: rows that became examples.
         num_split: used rows of which each answer is an example of its own.
         num_examples_of_split: those examples.
+        num_pairs_split: used comparisons that are two examples, a good and a bad answer.
         faults: bad rows, in the order of the file.
         forms: number of used rows for each set of columns.
         num_ties: used rows that are ties.
@@ -50,6 +51,7 @@ class DataReport:
     num_used: int = 0
     num_split: int = 0
     num_examples_of_split: int = 0
+    num_pairs_split: int = 0
     faults: list[DataFault] = field(default_factory=list)
     forms: Counter[str] = field(default_factory=Counter)
     num_ties: int = 0
@@ -114,6 +116,11 @@ class DataReport:
             lines.append(
                 f"{self.num_split} rows are {self.num_examples_of_split} examples, one of each "
                 "answer: the chat template renders an earlier answer as no sampler gives it"
+            )
+        if self.num_pairs_split:
+            lines.append(
+                f"{self.num_pairs_split} comparisons are {2 * self.num_pairs_split} examples, a "
+                "good and a bad answer each"
             )
         if self.num_masked:
             lines.append(f"{self.num_masked} answers are not learned, by a key of the message")

@@ -25,7 +25,7 @@ from fastalign.models.lora import has_adapter
 from fastalign.ranks.world import World
 from fastalign.runs import accumulate as evaluate
 from fastalign.runs.accumulate import Examples, measure_examples
-from fastalign.runs.config import SFTConfig, TrainingConfig
+from fastalign.runs.config import ReferencedConfig, SFTConfig, TrainingConfig
 from fastalign.runs.inputs import (
     check_sharing,
     checkpoint_activations,
@@ -36,10 +36,12 @@ from fastalign.runs.loop import examples_per_step, indices_of_run, total_steps
 from fastalign.runs.open import make_compute
 from fastalign.trainers.dpo import reference
 from fastalign.trainers.dpo.config import DPOConfig
+from fastalign.trainers.kto.config import KTOConfig
+from fastalign.trainers.kto.train import with_mismatched
 from fastalign.trainers.reward.config import RewardConfig
 
 # Algorithms whose data holds the responses; a run that samples is not estimated.
-OnRows = SFTConfig | DPOConfig | RewardConfig
+OnRows = SFTConfig | DPOConfig | KTOConfig | RewardConfig
 
 # Freed memory that the allocator cannot reuse at the peak: a share of the activations, or with
 # checkpointing a number of layers' activations, since each layer's are allocated and freed in turn.
@@ -196,12 +198,17 @@ def forwards(
     config: TrainingConfig, model: Any, sets: Sequence[Examples], compute: Compute
 ) -> Iterator[tuple[str, Peak]]:
     """Yield the name and the peak of each phase without gradients."""
-    if isinstance(config, DPOConfig) and config.loss.formula().needs_reference:
+    needed = isinstance(config, DPOConfig) and config.loss.formula().needs_reference
+    if isinstance(config, ReferencedConfig) and (needed or isinstance(config, KTOConfig)):
+        compared = sets
+        if isinstance(config, KTOConfig):  # the reference also reads a mismatched answer to each
+            both = (with_mismatched(each.groups, config.run.seed) for each in sets)
+            compared = [measure_examples(groups, compute.packing) for groups in both]
         used = [sorted(indices_of_run(config, len(sets[0].groups)))]
         used += [list(range(len(held_out.groups))) for held_out in sets[1:]]
         of_sets = (
             fullest(examples, pieces(indices, reference.PIECE), compute)[0]
-            for examples, indices in zip(sets, used, strict=True)
+            for examples, indices in zip(compared, used, strict=True)
         )
         batch = max(of_sets, key=lambda each: each.num_tokens)
         yield REFERENCE, reference_peak(config, model, batch, compute)
@@ -212,7 +219,9 @@ def forwards(
         yield EVALUATION, replace(peak, weights=weight_bytes(model, config), states=states)
 
 
-def reference_peak(config: DPOConfig, policy: Any, batch: PackedBatch, compute: Compute) -> Peak:
+def reference_peak(
+    config: ReferencedConfig, policy: Any, batch: PackedBatch, compute: Compute
+) -> Peak:
     """Return the peak of computing the reference's log-probs, with the policy in memory."""
     of_policy = weight_bytes(policy, config)
     path = config.reference.path

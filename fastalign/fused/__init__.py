@@ -5,18 +5,27 @@ in the forward, and without the (T, V) logits. For another preference loss, pass
 `fused_linear_preference_loss`; for another kind, write a loss function for `fused_linear_loss`.
 """
 
+from fastalign.fused.kto import fused_linear_kto_loss
 from fastalign.fused.metrics import metric_means
 from fastalign.fused.policy import fused_linear_ppo_loss, sequence_logprob
 from fastalign.fused.preference import fused_linear_dpo_loss, fused_linear_preference_loss
 from fastalign.fused.sft import fused_linear_sft_loss
-from fastalign.losses.chunk_losses import PairLoss, ppo_loss_fn, preference_loss_fn, sft_loss_fn
+from fastalign.losses.chunk_losses import (
+    PairLoss,
+    kto_loss_fn,
+    ppo_loss_fn,
+    preference_loss_fn,
+    sft_loss_fn,
+)
 
 __all__ = [
     "PairLoss",
     "fused_linear_dpo_loss",
+    "fused_linear_kto_loss",
     "fused_linear_ppo_loss",
     "fused_linear_preference_loss",
     "fused_linear_sft_loss",
+    "kto_loss_fn",
     "metric_means",
     "ppo_loss_fn",
     "preference_loss_fn",

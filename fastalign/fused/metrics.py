@@ -14,7 +14,8 @@ def metric_means(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     A count is named `num_...`, perhaps after a slash, as `policy/num_clamped`.
     Means are over pairs, but `entropy`, `mean_token_accuracy`, `policy/*` and `val/*` over tokens,
     `logits/chosen` and `logits/rejected` over that side's, and `rewards/accuracies`, and a reward
-    model's `accuracy` and `margin`, over pairs that are not ties. A mean over nothing is 0.
+    model's `accuracy` and `margin`, over pairs that are not ties. Without pairs `.../chosen` and
+    `.../rejected` are over good and bad responses. A mean over nothing is 0.
     Extremes (`min_...`, `max_...`) stay what they are, and `router_loss`, a weighted sum.
     """
     counts = {name: value for name, value in sums.items() if is_count(name)}
@@ -27,6 +28,8 @@ def metric_means(sums: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         if name in ("entropy", "mean_token_accuracy") or name.startswith(("policy/", "val/")):
             count = counts["num_target_tokens"]
+        elif "num_desirable" in counts and name.endswith(("/chosen", "/rejected")):
+            count = counts[f"num_{'un' * name.endswith('rejected')}desirable"]
         elif name in ("logits/chosen", "logits/rejected"):
             count = counts[f"num_{name.removeprefix('logits/')}_tokens"]
         elif name in ("rewards/accuracies", "accuracy", "margin"):

@@ -1,5 +1,7 @@
 """Checks of arguments, shared by the losses."""
 
+import math
+
 from torch import Tensor
 
 
@@ -19,6 +21,22 @@ def check_positive(**numbers: float | Tensor) -> None:
     for name, value in numbers.items():
         if not value > 0:
             raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
+def check_not_negative(**numbers: float) -> None:
+    """Raise ValueError, which names one, unless every number is at least zero, and finite."""
+    for name, value in numbers.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}: expected a finite number not below 0, got {value}")
+
+
+def check_range(**bounds: float) -> None:
+    """Raise ValueError, which names both, unless 0 <= the first number < the second."""
+    (low_name, low), (high_name, high) = bounds.items()
+    if not 0 <= low < high:
+        raise ValueError(
+            f"{low_name}, {high_name}: expected 0 <= {low_name} < {high_name}, got {low} and {high}"
+        )
 
 
 def check_label_smoothing(label_smoothing: float) -> None:

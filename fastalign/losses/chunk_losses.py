@@ -3,12 +3,21 @@
 B pairs, whose 2B responses lie in the order chosen, rejected, chosen, rejected, ...
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastalign.losses.policy import MAX_LOG_RATIO, negative_logprob, ppo_clip
+from fastalign.losses.policy import (
+    MAX_LOG_RATIO,
+    PolicyTerms,
+    clip_terms,
+    negative_logprob,
+    probability_ratio,
+)
+from fastalign.losses.unpaired import kto
 from fastalign.ops.head.fused_linear_loss import LossFunction, TokenChunk
 from fastalign.ops.kl_penalty import KLPenalty, kl_penalty
 from fastalign.ops.kl_penalty.api import MAX_K3, Estimator
@@ -16,6 +25,18 @@ from fastalign.ops.preference_loss import PairLogprobs, PreferenceFormula, prefe
 from fastalign.ops.segments import segment_sum
 
 PairLoss = Callable[[PairLogprobs], Tensor]
+
+
+class Responses(NamedTuple):
+    """The responses of n rows."""
+
+    bounds: Tensor  # (R + 1,) int64
+    length: Tensor  # (R,) int64 number of rows that are targets
+
+
+# (logprob, old log-prob, advantage, responses, max_log_ratio) -> the terms; the tensors are (n,),
+# and 0 where a row is no target.
+PolicyTermsFunction = Callable[[Tensor, Tensor, Tensor, Responses | None, float], PolicyTerms]
 
 
 def preference_loss_fn(
@@ -46,7 +67,8 @@ def preference_loss_fn(
     Returns:
         The loss function. Its metrics are sums: over pairs `logps/chosen`, `logps/rejected`,
         `rewards/chosen`, `rewards/rejected`, `rewards/margins`, `rewards/accuracies` (without
-        ties), counted by `num_pairs` and `num_ties`; over tokens `entropy` and
+        ties), counted by `num_pairs` and `num_ties`, and `nll_loss` if the formula has such a term;
+        over tokens `entropy` and
         `mean_token_accuracy`, counted by `num_target_tokens`.
 
     Raises:
@@ -84,7 +106,73 @@ def preference_loss_fn(
             None if margin is None else moved(margin[pairs]),
         )
         metrics = {**_pair_metrics(found, beta), **_token_metrics(chunk)}
+        if isinstance(pair_loss, PreferenceFormula) and pair_loss.has_nll:
+            metrics["nll_loss"] = found.chosen_nll().sum()
         return losses.sum() / normaliser, metrics
+
+    return loss_fn
+
+
+def kto_loss_fn(
+    response_bounds: Tensor | Sequence[int],  # (B + 1,)
+    reference_logprob: Tensor,  # (B,)
+    desirable: Tensor,  # (B,) bool
+    kl: float | Tensor,  # or ()
+    *,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    normaliser: float | Tensor,
+) -> LossFunction:
+    """Make KTO's loss for `fused_linear_loss`, whose groups must be the responses.
+
+    Args:
+        response_bounds: row bounds of the responses, which are the call's `segments`.
+        reference_logprob: the reference model's log-prob of each response.
+        desirable: True for the responses that were found good.
+        kl: as in `kto`.
+        beta: as in `kto`; also the scale of the rewards in the metrics.
+        desirable_weight: as in `kto`.
+        undesirable_weight: as in `kto`.
+        normaliser: number of responses of the *whole* step.
+
+    Returns:
+        The loss function. Its metrics are sums: over good responses, counted by `num_desirable`,
+        `logps/chosen` and `rewards/chosen`; over bad ones, counted by `num_undesirable`,
+        `logps/rejected` and `rewards/rejected`; over tokens those of `sft_loss_fn`.
+
+    Raises:
+        ValueError: if lengths do not fit each other.
+    """
+    bounds = torch.as_tensor(response_bounds, dtype=torch.int64)
+    _check_length("reference_logprob", reference_logprob, bounds.numel() - 1)
+    _check_length("desirable", desirable, bounds.numel() - 1)
+
+    def loss_fn(chunk: TokenChunk) -> tuple[Tensor, dict[str, Tensor]]:
+        own, device = slice(chunk.group_start, chunk.group_stop), chunk.logprob.device
+        local = bounds[own.start : own.stop + 1] - chunk.row_start
+        logprob = segment_sum(chunk.logprob, local.to(device, non_blocking=True))
+        reference = reference_logprob[own].to(logprob, non_blocking=True)
+        good = desirable[own].to(device, non_blocking=True)
+        losses = kto(
+            logprob,
+            reference,
+            good,
+            kl,
+            beta=beta,
+            desirable_weight=desirable_weight,
+            undesirable_weight=undesirable_weight,
+        )
+        found, metrics = logprob.detach(), {}
+        rewards = beta * (found - reference)
+        for name, count, chosen in (
+            ("chosen", "num_desirable", good),
+            ("rejected", "num_undesirable", ~good),
+        ):
+            metrics[count] = chosen.sum()
+            metrics[f"logps/{name}"] = found.masked_fill(~chosen, 0.0).sum()
+            metrics[f"rewards/{name}"] = rewards.masked_fill(~chosen, 0.0).sum()
+        return losses.sum() / normaliser, {**metrics, **_token_metrics(chunk)}
 
     return loss_fn
 
@@ -111,10 +199,14 @@ def ppo_loss_fn(
     advantage: Tensor,  # (T,)
     *,
     clip_range: float = 0.2,
+    policy_terms: PolicyTermsFunction | None = None,
+    response_bounds: Sequence[int] | None = None,  # (R + 1,)
     entropy_coefficient: float = 0.0,
     weight: Tensor | None = None,  # (T,)
+    token_weight: Tensor | None = None,  # (T,)
     reference_logprob: Tensor | None = None,  # (T,)
     kl_coefficient: float = 0.0,
+    kl_by_ratio: bool = False,
     estimator: Estimator = "k3",
     max_log_ratio: float = MAX_LOG_RATIO,
     max_k3: float = MAX_K3,
@@ -130,14 +222,23 @@ def ppo_loss_fn(
             call's policy is that one, and its own log-probs are the old ones.
         advantage: advantages, for all rows of the call.
         clip_range: as in `ppo_clip`.
+        policy_terms: another policy loss, from the arguments of `PolicyTermsFunction`; None:
+            `ppo_clip`.
+        response_bounds: row bounds of the responses, of which a chunk must hold whole ones; for a
+            `policy_terms` that compares responses.
         entropy_coefficient: weight of the entropy bonus.
-        weight: factor of each token's clipped loss (`importance_weight`), for all rows; None: 1.
+        weight: factor of each token's policy loss (`importance_weight`), for all rows; None: 1.
+        token_weight: factor of all of a token's terms, for all rows: 1 over the length of its
+            response for a mean over responses; None: 1, for a mean over tokens.
         reference_logprob: log-probs under the reference, for all rows; None: no KL in the loss.
         kl_coefficient: weight of the KL.
+        kl_by_ratio: multiply each token's KL by its ratio, exp(logprob - old_logprob), through
+            which its gradient also flows: an unbiased estimate after the policy has moved
+            (DeepSeek-V3.2, arXiv 2512.02556, "unbiased KL estimate").
         estimator: `k2` or `k3`; the gradient of `k1` is zero in expectation.
         max_log_ratio: as in `ppo_clip`.
         max_k3: as in `ops.kl_penalty`.
-        normaliser: number of target tokens of the *whole* step.
+        normaliser: number of target tokens (or responses) of the *whole* step.
 
     Returns:
         The loss function. Its metrics are sums over target tokens: `policy/approxkl_avg`,
@@ -156,34 +257,70 @@ def ppo_loss_fn(
         before = chunk.logprob.detach() if old_logprob is None else old_logprob[rows]
         old = torch.where(target, before.to(chunk.logprob), 0.0)
         advantages = torch.where(target, advantage[rows].to(chunk.logprob), 0.0)
-        losses = ppo_clip(
-            chunk.logprob, old, advantages, clip_range=clip_range, max_log_ratio=max_log_ratio
-        )
-        weighted = losses if weight is None else losses * weight[rows].to(losses)
-        loss = weighted.sum() / normaliser
+
+        def total(values: Tensor) -> Tensor:
+            if token_weight is not None:
+                values = values * token_weight[rows].to(values)
+            return values.sum() / normaliser
+
+        if policy_terms is None:
+            change = chunk.logprob - old
+            options = {"clip_range": clip_range, "max_log_ratio": max_log_ratio}
+            found = clip_terms(change, advantages, **options)
+        else:
+            responses = _responses_of_chunk(chunk, response_bounds)
+            found = policy_terms(chunk.logprob, old, advantages, responses, max_log_ratio)
+        losses = found.losses if weight is None else found.losses * weight[rows].to(chunk.logprob)
+        loss = total(losses)
         if entropy_coefficient:
-            loss = loss - entropy_coefficient * chunk.entropy.sum() / normaliser
-        change = (chunk.logprob - old).detach()
-        ratio = change.clamp(-max_log_ratio, max_log_ratio).exp()
-        clipped = (losses.detach() > -ratio * advantages) & target
-        clamped = (change.abs() > max_log_ratio) & target
-        more = {}
+            loss = loss - entropy_coefficient * total(chunk.entropy)
+        clamped, more = (found.log_ratio.abs() > max_log_ratio) & target, {}
         if reference_logprob is not None:
-            found = _kl_of_chunk(chunk, reference_logprob[rows], estimator, max_k3)
-            loss = loss + kl_coefficient * found.sequence_kl[0] / normaliser
-            more["policy/kl_avg"] = found.sequence_kl[0].detach()
-            clamped |= (estimator == "k3") & (found.kl >= max_k3)
-        return loss, {
-            "policy/approxkl_avg": 0.5 * change.square().sum(),
-            "policy/clipfrac_avg": clipped.to(ratio.dtype).sum(),
-            "policy/entropy_avg": chunk.entropy.sum(),
-            "policy/num_clamped": clamped.to(ratio.dtype).sum(),
-            "val/ratio": (ratio * target).sum(),
-            **more,
-            **_token_metrics(chunk),
-        }
+            estimate = _kl_of_chunk(chunk, reference_logprob[rows], estimator, max_k3)
+            kl = estimate.kl
+            if kl_by_ratio:
+                kl = kl * probability_ratio(chunk.logprob, old, max_log_ratio=max_log_ratio)
+            loss = loss + kl_coefficient * total(kl)
+            more["policy/kl_avg"] = estimate.sequence_kl[0].detach()
+            clamped |= (estimator == "k3") & (estimate.kl >= max_k3)
+        return loss, {**_policy_metrics(chunk, old, found, clamped, max_log_ratio), **more}
 
     return loss_fn
+
+
+def _policy_metrics(
+    chunk: TokenChunk, old: Tensor, found: PolicyTerms, clamped: Tensor, max_log_ratio: float
+) -> dict[str, Tensor]:
+    change = (chunk.logprob - old).detach()
+    ratio = found.log_ratio.clamp(-max_log_ratio, max_log_ratio).exp()
+    clipped = found.clipped & chunk.is_target
+    return {
+        "policy/approxkl_avg": 0.5 * change.square().sum(),
+        "policy/clipfrac_avg": clipped.to(ratio.dtype).sum(),
+        "policy/entropy_avg": chunk.entropy.sum(),
+        "policy/num_clamped": clamped.to(ratio.dtype).sum(),
+        "val/ratio": (ratio * chunk.is_target).sum(),
+        **_token_metrics(chunk),
+    }
+
+
+def _responses_of_chunk(chunk: TokenChunk, bounds: Sequence[int] | None) -> Responses | None:
+    """Return the responses that a chunk holds, by its own rows; None without bounds.
+
+    Raises:
+        ValueError: if it holds a part of a response.
+    """
+    if bounds is None:
+        return None
+    first, last = bisect_left(bounds, chunk.row_start), bisect_right(bounds, chunk.row_stop)
+    own = [bound - chunk.row_start for bound in bounds[first:last]]
+    if not own or own[0] != 0 or own[-1] != chunk.row_stop - chunk.row_start:
+        raise ValueError(
+            "response_bounds: expected whole responses in every chunk, got a part of one; give "
+            "fused_linear_loss segments of whole responses"
+        )
+    local = torch.tensor(own).to(chunk.logprob.device, non_blocking=True)
+    return Responses(local, segment_sum(chunk.is_target.to(chunk.logprob), local).long())
 
 
 def _kl_of_chunk(

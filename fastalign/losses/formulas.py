@@ -7,10 +7,11 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from fastalign.losses.arguments import check_not_negative
 from fastalign.ops.preference_loss import PairLink, PairLogprobs, PreferenceFormula
 
 PairFunction = TypeVar("PairFunction", bound=Callable[..., Tensor])
-MakeLink = Callable[..., PairLink]
+MakeLink = Callable[..., PairLink | None]
 
 # Each preference loss with the maker of its kernel's member; None: no kernel computes it.
 _LOSSES: dict[Callable[..., Tensor], MakeLink | None] = {}
@@ -25,7 +26,8 @@ def pair_loss(link: MakeLink | None = None) -> Callable[[PairFunction], PairFunc
 
     Args:
         link: the function from the loss's parameters to what the kernels of `ops.preference_loss`
-            compute; None: the loss is computed by the function itself, on any device.
+            compute, or to None where they do not; None: the loss is computed by the function
+            itself, on any device.
     """
 
     def register(function: PairFunction) -> PairFunction:
@@ -48,7 +50,9 @@ def formula(loss: Callable[..., Tensor], **parameters: float) -> PreferenceFormu
 
     Args:
         loss: a preference loss of this package.
-        parameters: its parameters; the others have the function's defaults.
+        parameters: its parameters; the others have the function's defaults. Every loss also has
+            `nll_coefficient`, the weight of the chosen response's mean cross-entropy that is added
+            to it (RPO, arXiv 2404.19733, eq. 1): by default 0, unless it is in the function.
 
     Raises:
         ValueError: if `loss` is not registered, has no such parameter, or refuses a value.
@@ -61,6 +65,10 @@ def formula(loss: Callable[..., Tensor], **parameters: float) -> PreferenceFormu
     signature = inspect.signature(loss).parameters.values()
     inputs = tuple(one.name for one in signature if one.kind is not one.KEYWORD_ONLY)
     defaults = {one.name: one.default for one in signature if one.kind is one.KEYWORD_ONLY}
+    nll_coefficient = 0.0
+    if "nll_coefficient" not in defaults:
+        nll_coefficient = float(parameters.pop("nll_coefficient", 0.0))
+        check_not_negative(nll_coefficient=nll_coefficient)
     for name, value in parameters.items():
         if name not in defaults:
             raise ValueError(
@@ -70,7 +78,8 @@ def formula(loss: Callable[..., Tensor], **parameters: float) -> PreferenceFormu
     values = {name: float(value) for name, value in {**defaults, **parameters}.items()}
     loss(*(getattr(_NO_PAIRS, name) for name in inputs), **values)  # checks the parameters
     link = _LOSSES[loss]
-    return PreferenceFormula(loss, inputs, values, None if link is None else link(**values))
+    kernel = None if link is None else link(**values)
+    return PreferenceFormula(loss, inputs, values, kernel, nll_coefficient)
 
 
 def check_pair_loss(given: Callable[[PairLogprobs], Tensor]) -> None:

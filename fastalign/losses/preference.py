@@ -10,7 +10,8 @@ of whole responses, and
     h = (log pi(c) - log rho(c)) - (log pi(r) - log rho(r)).
 
 Each raises a `ValueError` if shapes differ or a parameter is out of its range: beta > 0,
-0 <= label_smoothing < 0.5, alpha >= 0, nu > 1 (Rao-Kupper) or nu > 0 (Davidson).
+0 <= label_smoothing < 0.5, alpha >= 0, nu > 1 (Rao-Kupper) or nu > 0 (Davidson),
+nll_coefficient >= 0.
 """
 
 import math
@@ -20,7 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalign.losses.arguments import check_label_smoothing, check_positive, check_same_shape
+from fastalign.losses.arguments import (
+    check_label_smoothing,
+    check_not_negative,
+    check_positive,
+    check_same_shape,
+)
 from fastalign.losses.formulas import pair_loss
 from fastalign.losses.reward import davidson, rao_kupper
 from fastalign.ops.preference_loss import LinkFunction, PairLink
@@ -308,9 +314,13 @@ def dpo_length_penalised(
     return -F.logsigmoid(beta * h + alpha * longer)
 
 
-@pair_loss(
-    lambda beta, gamma: PairLink(LinkFunction.LOGISTIC, per_token=True, beta=beta, threshold=gamma)
-)
+def _simpo_link(beta: float, gamma: float, label_smoothing: float) -> PairLink | None:
+    if label_smoothing:
+        return None  # a smoothed margin is no member of the kernels' family
+    return PairLink(LinkFunction.LOGISTIC, per_token=True, beta=beta, threshold=gamma)
+
+
+@pair_loss(_simpo_link)
 def simpo(
     policy_chosen_logprob: Tensor,
     policy_rejected_logprob: Tensor,
@@ -319,17 +329,55 @@ def simpo(
     *,
     beta: Annotated[float, "Scale of the mean log-probs per token."] = 2.0,
     gamma: Annotated[float, "Target margin between chosen and rejected."] = 1.0,
+    label_smoothing: LabelSmoothing = 0.0,
 ) -> Tensor:
     """SimPO, arXiv 2405.14734; no reference.
 
-    Return -log sigmoid(beta * (mean log pi(c) - mean log pi(r)) - gamma), with means over tokens:
-    Meng et al. (2024), eq. 6. gamma is the margin itself, as in TRL (`simpo_gamma`).
+    Return -(1 - e) log sigmoid(m) - e log sigmoid(-m) with e = label_smoothing and
+    m = beta * (mean log pi(c) - mean log pi(r)) - gamma, with means over tokens: Meng et al.
+    (2024), eq. 6; the smoothing is the one of their code and of TRL. gamma is the margin itself, as
+    in TRL (`simpo_gamma`).
     """
     check_positive(beta=beta)
+    check_label_smoothing(label_smoothing)
     chosen, rejected = _mean_logprobs(
         policy_chosen_logprob, policy_rejected_logprob, chosen_length, rejected_length
     )
-    return -F.logsigmoid(beta * (chosen - rejected) - gamma)
+    margin = beta * (chosen - rejected) - gamma
+    loss = -F.logsigmoid(margin)
+    if label_smoothing:
+        loss = (1.0 - label_smoothing) * loss - label_smoothing * F.logsigmoid(-margin)
+    return loss
+
+
+@pair_loss(
+    lambda beta, nll_coefficient: PairLink(
+        LinkFunction.LOGISTIC, beta=beta, nll_coefficient=nll_coefficient
+    )
+)
+def cpo(
+    policy_chosen_logprob: Tensor,
+    policy_rejected_logprob: Tensor,
+    chosen_length: Tensor,
+    *,
+    beta: Beta = 0.1,
+    nll_coefficient: Annotated[float, "Weight of the chosen response's cross-entropy."] = 1.0,
+) -> Tensor:
+    """CPO, arXiv 2401.08417; no reference.
+
+    Return -log sigmoid(beta * (log pi(c) - log pi(r))) - nll_coefficient * mean log pi(c): Xu et
+    al. (2024), section 3 and eq. 3. The mean is over the tokens of the response, where TRL's is
+    over those of the micro-batch.
+    """
+    check_positive(beta=beta)
+    check_not_negative(nll_coefficient=nll_coefficient)
+    check_same_shape(
+        policy_chosen_logprob=policy_chosen_logprob,
+        policy_rejected_logprob=policy_rejected_logprob,
+        chosen_length=chosen_length,
+    )
+    prefer = -F.logsigmoid(beta * (policy_chosen_logprob - policy_rejected_logprob))
+    return prefer - nll_coefficient * per_token(policy_chosen_logprob, chosen_length)
 
 
 @pair_loss(lambda beta: PairLink(LinkFunction.ORPO, per_token=True, beta=beta))

@@ -97,8 +97,9 @@ def best_of_rows(evaluation: Row | None) -> list[Row]:
 def labels_of(run: RunRecord) -> tuple[str, float | None, int | None]:
     """Return method, strength and seed according to the settings.
 
-    The method is `ppo`, the loss's name (`online dpo` on fresh pairs), or `sft`. The strength is
-    the KL coefficient or the loss's beta; sft and reward models have none.
+    The method is `ppo`, the advantage's name without a value model (`grpo`), the loss's name
+    (`online dpo` on fresh pairs), or `sft`. The strength is the KL coefficient or the loss's beta;
+    sft and reward models have none.
     """
 
     def section(name: str) -> Row:
@@ -107,7 +108,10 @@ def labels_of(run: RunRecord) -> tuple[str, float | None, int | None]:
 
     seed = section("run").get("seed")
     if "ppo" in run.config:
-        return "ppo", number(section("kl").get("coefficient")), seed
+        advantage = section("ppo").get("advantage")
+        name = str(advantage.get("name", "gae")) if isinstance(advantage, dict) else "gae"
+        method = "ppo" if name == "gae" else name
+        return method, number(section("kl").get("coefficient")), seed
     method = str(section("loss").get("name", "sft"))
     if "pairs" in run.config:
         method = f"online {method}"

@@ -6,7 +6,7 @@ An attribute's docstring is the flag's help text.
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from fastalign.choices import AttentionChoice, PackingChoice
 from fastalign.in_memory import NOT_GIVEN, is_given
@@ -18,6 +18,7 @@ Input = Literal[
     "data", "eval_data", "ptx_data", "model", "base", "reference", "value", "reward", "tokenizer"
 ]
 SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
+RowKind = Literal["sft", "preference", "unpaired"]
 
 
 def require(condition: bool, name: str, expected: str, value: object) -> None:
@@ -159,6 +160,8 @@ class DataConfig:
     on_too_long: Literal["error", "skip", "truncate"] = "error"
     """Stop at a row longer than max_length, skip it, or truncate its responses; all are counted."""
 
+    kind: ClassVar[RowKind] = "sft"
+
     def __post_init__(self) -> None:
         named = bool(self.train) or not is_given(self.train)
         require(named, "data.train", "a file, folder or hub name", self.train)
@@ -171,6 +174,18 @@ class PreferenceDataConfig(DataConfig):
 
     ties: Literal["error", "drop"] = "error"
     """Under a loss without ties, stop at a row labelled tie (error), or drop and count it."""
+
+    kind: ClassVar[RowKind] = "preference"
+
+
+@dataclass(frozen=True)
+class UnpairedDataConfig(PreferenceDataConfig):
+    """The answers with their labels, or comparisons, and the handling of rows that do not fit."""
+
+    ties: Literal["error", "drop"] = "error"
+    """Stop at a comparison labelled tie (error), or drop and count it."""
+
+    kind: ClassVar[RowKind] = "unpaired"
 
 
 @dataclass(frozen=True)
@@ -312,6 +327,32 @@ class TrainingConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """The frozen reference model that the policy is kept close to."""
+
+    path: str | None = None
+    """Folder or hub name; by default the model that training starts from."""
+    cache_dir: str | None = None
+    """Folder that caches reference log-probs; by default fastalign/ in the user's cache folder."""
+    offload: bool = False
+    """Keep the weights of reference.path in host memory and move its layers one by one."""
+
+    def __post_init__(self) -> None:
+        if self.offload and self.path is None:
+            raise ValueError(
+                "reference.offload: needs --reference.path; without it the reference is the model "
+                "that training starts from"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferencedConfig(TrainingConfig):
+    """Settings of an algorithm that compares the policy with a reference on given answers."""
+
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

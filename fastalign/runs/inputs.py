@@ -66,7 +66,7 @@ def load_data(
         ties = "keep" if keep_ties or config.loss.uses_ties else data.ties
     return load_examples(
         source,
-        "preference" if compared else "sft",
+        data.kind,
         tokenizer,
         max_length=data.max_length,
         on_bad_row=data.on_bad_row,

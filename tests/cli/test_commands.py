@@ -188,7 +188,7 @@ def test_training_from_a_file_with_flags_over_it(work: Path) -> None:
     assert len(rows_of(work / "second/metrics.jsonl")) == 3
     saved = yaml.safe_load((work / "second/config.yaml").read_text())
     assert saved["train"]["max_steps"] == 3
-    assert saved["loss"] == {"name": "dpo", "beta": 0.1}
+    assert saved["loss"] == {"name": "dpo", "beta": 0.1, "nll_coefficient": 0.0}
     fastalign("dpo", "--config", "first/config.yaml", "--run.resume")
     AutoModelForCausalLM.from_pretrained(work / "first/model")
 

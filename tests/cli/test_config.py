@@ -135,7 +135,8 @@ def test_the_saved_configuration_is_one_that_can_be_read(tmp_path: Path) -> None
 
     config = parse_dpo([*BASE, "--loss", "dpo_rao_kupper", "--loss.nu", "2.5"])
     values = config_to_dict(config)
-    assert values["loss"] == {"name": "dpo_rao_kupper", "beta": 0.1, "nu": 2.5}
+    parameters = {"beta": 0.1, "nu": 2.5, "nll_coefficient": 0.0}
+    assert values["loss"] == {"name": "dpo_rao_kupper", **parameters}
     again = parse_dpo(["--config", write(tmp_path, yaml.safe_dump(values))])
     assert config_to_dict(again) == values
 
@@ -172,7 +173,8 @@ def test_every_loss_can_be_chosen(name: str) -> None:
     loss = parse_dpo([*BASE, "--loss", name]).loss
     assert isinstance(loss, LOSSES[name])
     assert loss.formula().name == name
-    assert loss.formula().parameters == asdict(loss)
+    made = loss.formula()
+    assert {"nll_coefficient": made.nll_coefficient, **made.parameters} == asdict(loss)
     assert pickle.loads(pickle.dumps(loss)) == loss
 
 
@@ -390,7 +392,7 @@ def test_the_short_help_is_the_flags_that_matter_by_example(
 MISTAKES = [  # a command line, and what its one line says to type instead
     ("dop --model.path m", "type fastalign dpo"),
     ("label --out o", "type fastalign label-by-reward"),
-    ("grpo", "type fastalign ppo --ppo.advantage grpo"),
+    ("dr-grpo", "type fastalign grpo --ppo.advantage dr_grpo"),
     (
         "dpo --model my-model --data d.jsonl",
         "--model: no such flag, type --model.path my-model; --data: no such flag, type "
@@ -407,7 +409,10 @@ MISTAKES = [  # a command line, and what its one line says to type instead
     ("dpo {BASE} --loss DPO", "(did you mean dpo?)"),
     ("dpo {BASE} --optim.lrr 1e-3", "--optim.lrr: no such flag, type --optim.lr 1e-3 ("),
     ("dpo {BASE} --batch-size 8", "no such flag, type --train.batch-size 8 ("),
-    ("dpo {BASE} --loss.gamma 1", "no such flag, the chosen --loss has --loss.beta ("),
+    (
+        "dpo {BASE} --loss.gamma 1",
+        "no such flag, the chosen --loss has --loss.beta, --loss.nll-coefficient (",
+    ),
     ("dpo {BASE} --run.resume true", "takes no value, type --run.resume or --run.no-resume ("),
     ("dpo {BASE} --bf16 True", "no such flag, type --train.precision bf16 ("),
     ("generate --model m --prompts p --output o.jsonl", "type --model.path m; --prompts: no such "),

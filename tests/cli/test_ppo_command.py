@@ -42,6 +42,9 @@ def flags_of(folder: Path, run: str = "run") -> list[str]:
         ["--ppo.advantage", "grpo", "--sampling.num-samples", "4", "--watch.stop"],
         ["--kl", "loss", "--kl.estimator", "full", "--ppo.advantage.gae-lambda", "1"],
         ["--value.path", "v", "--value.lr", "1e-5", "--ppo.ptx-data", "texts.jsonl"],
+        ["--ppo.loss", "gspo", "--ppo.mean", "constant", "--ppo.mean.length", "9"],
+        ["--ppo.importance", "masked", "--ppo.importance.max-weight", "3", "--ppo.loss", "cispo"],
+        ["--ppo.loss.clip-range-high", "0.28", "--kl", "loss", "--kl.by-ratio"],
     ],
 )
 def test_the_saved_configuration_is_one_that_can_be_read(flags: list[str], tmp_path: Path) -> None:
@@ -122,11 +125,59 @@ def test_a_value_for_a_section_or_the_reverse_is_refused(
 
 def test_the_defaults_are_the_published_ones() -> None:
     config = parse(BASE)
-    assert (config.ppo.epochs, config.ppo.mini_batches, config.ppo.clip_range) == (4, 1, 0.2)
+    assert (config.ppo.epochs, config.ppo.mini_batches, config.ppo.loss.clip_range) == (4, 1, 0.2)
     advantage = config.ppo.advantage
     assert (advantage.gamma, advantage.gae_lambda, config.value.coefficient) == (1.0, 0.95, 0.1)
     assert (config.kl.coefficient, config.kl.estimator, config.optim.eps) == (0.05, "k1", 1e-5)
     assert (advantage.name, advantage.whiten, config.kl.name) == ("gae", "advantages", "reward")
+
+
+def test_grpo_and_rloo_have_their_own_defaults(tmp_path: Path) -> None:
+    expected = {
+        "grpo": ("grpo", "loss", 0.0, 8, 512, 1, 1e-6),
+        "rloo": ("rloo", "reward", 0.05, 4, 512, 1, 1e-6),
+    }
+    for command, numbers in expected.items():
+        config = ALGORITHMS[command].parse(BASE)
+        kl, sampling, settings = config.kl, config.sampling, config.ppo
+        found = (settings.advantage.name, kl.name, kl.coefficient, sampling.num_samples)
+        found += (sampling.max_new_tokens, settings.epochs, config.optim.lr)
+        assert found == numbers
+        assert (settings.loss.name, settings.mean.name, settings.importance.name) == (
+            "clip",
+            "tokens",
+            "none",
+        )
+        values = config_to_dict(config)
+        assert "value" not in values
+        file = tmp_path / "run.yaml"
+        file.write_text(yaml.safe_dump(values))
+        assert config_to_dict(ALGORITHMS[command].parse(["--config", str(file)])) == values
+    other = ALGORITHMS["grpo"].parse([*BASE, "--kl", "reward", "--ppo.advantage", "dr_grpo"])
+    assert (other.kl.coefficient, other.ppo.advantage.name, other.ppo.epochs) == (
+        0.05,
+        "dr_grpo",
+        1,
+    )
+    changed = ALGORITHMS["grpo"].parse([*BASE, "--kl.coefficient", "0.01", "--ppo.epochs", "2"])
+    assert (changed.kl.name, changed.kl.coefficient, changed.ppo.epochs) == ("loss", 0.01, 2)
+    with pytest.raises(ValueError, match=r"--ppo.advantage: expected one of grpo, dr_grpo, got"):
+        ALGORITHMS["grpo"].parse([*BASE, "--ppo.advantage", "gae"])
+    with pytest.raises(ValueError, match=r"--value.lr: no such flag"):
+        ALGORITHMS["grpo"].parse([*BASE, "--value.lr", "1e-5"])
+
+
+@pytest.mark.parametrize("command", ["grpo", "rloo"])
+def test_a_run_without_a_value_model(
+    folder: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, *flags_of(folder)[1:], "--sampling.num-samples", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "value model: " not in out
+    assert (folder / "run/model/model.safetensors").exists()
+    rows = [json.loads(row) for row in (folder / "run/metrics.jsonl").read_text().splitlines()]
+    assert [row["num_updates"] for row in rows] == [1, 1]
+    assert f"fastalign {command}" in (folder / "run/model/README.md").read_text()
 
 
 def test_a_run_and_one_that_collapses(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -150,8 +201,15 @@ def test_a_run_and_one_that_collapses(folder: Path, capsys: pytest.CaptureFixtur
         (["--reward.sources", "json:nothing"], "'json' has no function 'nothing'"),
         (["--reward.weights", "1", "2"], "reward.weights: expected 1"),
         (["--data.train", "no.jsonl"], "no.jsonl"),
-        (["--ppo.clip-range", "2"], "ppo.clip_range: expected a number in (0, 1), got 2.0"),
-        (["--ppo.advantage", "a2c"], "--ppo.advantage: expected one of gae, rloo, grpo, got 'a2c'"),
+        (["--ppo.loss.clip-range", "2"], "ppo.loss.clip_range: expected a number in (0, 1), got 2"),
+        (
+            ["--ppo.advantage", "a2c"],
+            "--ppo.advantage: expected one of gae, rloo, grpo, dr_grpo, got 'a2c'",
+        ),
+        (["--ppo.clip-range", "0.1"], "no such flag, type --ppo.loss.clip-range 0.1"),
+        (["--ppo.loss", "sapo"], "--ppo.loss: expected one of clip, gspo, cispo, got 'sapo'"),
+        (["--ppo.loss", "cispo", "--ppo.loss.clip-range", "0.1"], "--ppo.loss.clip-range"),
+        (["--ppo.max-importance-weight", "2"], "type --ppo.importance truncated"),
         (["--ppo.advantage", "rloo", "--ppo.advantage.gamma", "0.9"], "--ppo.advantage.gamma"),
         (["--kl", "loss", "--kl.estimator", "k1"], "kl.estimator"),
         (["--kl", "both"], "--kl: expected one of reward, loss, got 'both'"),

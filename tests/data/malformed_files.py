@@ -152,7 +152,12 @@ TEXT_CASES: dict[str, tuple[str, str | bytes, str]] = {
         '{"chosen": "a b", "rejected": "a "}\n',
         "nothing follows",
     ),
-    "unpaired": ("bad.jsonl", '{"prompt": "a", "completion": "b", "label": true}\n', "unpaired"),
+    "unpaired": (
+        "bad.jsonl",
+        '{"prompt": "a", "completion": "b", "label": true}\n'
+        '{"prompt": "a", "completion": "b", "label": "up"}\n',
+        "2: column 'label': expected true or false, got 'up'",
+    ),
     "csv-ragged": ("bad.csv", "prompt,chosen,rejected\na,b,c\nd,e\n", "3: expected 3 cells"),
     "csv-semicolons": ("bad.csv", "prompt;chosen;rejected\na;b;c\n", "commas"),
     "csv-open-quote": ("bad.csv", 'prompt,chosen,rejected\na,"b,c\n', "never closed"),

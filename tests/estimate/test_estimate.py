@@ -160,7 +160,7 @@ def test_nothing_is_written_and_the_command_is_asked_for(
     assert "it fits" in capsys.readouterr().out
     assert not (folder / "run").exists()
     assert main(["estimate", "ppo", *words]) == 2
-    assert "expected one of sft, dpo, reward, got 'ppo'" in capsys.readouterr().err
+    assert "expected one of sft, dpo, kto, reward, got 'ppo'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

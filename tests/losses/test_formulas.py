@@ -14,7 +14,7 @@ from fastalign.losses import formula, formulas
 from fastalign.ops import PreferenceFormula, preference_loss
 from fastalign.ops.preference_loss.pairs import PairLogprobs
 from fastalign.trainers import LOSSES
-from fastalign.trainers.dpo.config import loss_dataclass
+from fastalign.trainers.dpo.config import NLL_HELP, loss_dataclass
 from tests.ops.preference_loss_cases import FORMULAS, WITH_TIES, make
 
 
@@ -37,7 +37,7 @@ def test_it_is_called_on_pairs_and_gives_the_functions_losses() -> None:
 def test_what_it_needs_is_known(name: str) -> None:
     made = make(name)
     assert made.name == name
-    assert made.needs_reference == (name not in ("simpo", "orpo"))
+    assert made.needs_reference == (name not in ("simpo", "orpo", "cpo"))
     assert made.uses_ties == (name in WITH_TIES)
     pairs = PairLogprobs.from_responses(torch.zeros(2), None, torch.ones(2).long())
     if made.needs_reference:
@@ -46,8 +46,18 @@ def test_what_it_needs_is_known(name: str) -> None:
 
 
 def test_parameters_have_the_functions_defaults() -> None:
-    assert formula(losses.simpo, gamma=0.5).parameters == {"beta": 2.0, "gamma": 0.5}
+    assert formula(losses.orpo).parameters == {"beta": 0.1}
+    found = formula(losses.simpo, gamma=0.5).parameters
+    assert found == {"beta": 2.0, "gamma": 0.5, "label_smoothing": 0.0}
     assert formula(losses.dpo) == formula(losses.dpo, beta=0.1)
+
+
+def test_a_smoothed_margin_is_refused_by_name_where_a_kernel_is_asked_for() -> None:
+    made = formula(losses.simpo, label_smoothing=0.1)
+    assert formula(losses.simpo).kernel is not None
+    assert made.kernel is None
+    with pytest.raises(ValueError, match="no kernel computes simpo, got 'triton'"):
+        preference_loss(torch.zeros(4), torch.tensor([0, 2, 4]), made, backend="triton")
 
 
 def make_with(loss: object, parameters: dict[str, float]) -> PreferenceFormula:
@@ -58,7 +68,11 @@ def make_with(loss: object, parameters: dict[str, float]) -> PreferenceFormula:
     ("loss", "parameters", "message"),
     [
         (losses.bradley_terry, {}, "loss: expected one of dpo, .* got 'bradley_terry'"),
-        ("dpo", {}, "loss: expected one of dpo, .*dpo_davidson of fastalign.losses, got 'dpo'"),
+        (
+            "dpo",
+            {},
+            "loss: expected one of dpo, .*dpo_alpha_divergence of fastalign.losses, got 'dpo'",
+        ),
         (losses.dpo, {"gamma": 1.0}, r"gamma: expected a parameter of dpo \(beta\), got gamma=1.0"),
         (losses.dpo, {"tie": 1.0}, r"tie: expected a parameter of dpo"),
         (losses.orpo, {"beta": 0.0}, "beta: expected a positive number, got 0"),
@@ -67,6 +81,8 @@ def make_with(loss: object, parameters: dict[str, float]) -> PreferenceFormula:
         (losses.dpo_length_penalised, {"alpha": -1.0}, "alpha: expected a number not below 0"),
         (losses.dpo_rao_kupper, {"nu": 1.0}, "nu: expected a number above 1"),
         (losses.dpo_davidson, {"nu": math.nan}, "nu: expected a positive number"),
+        (losses.dpo, {"nll_coefficient": -1.0}, "nll_coefficient: expected a finite number not"),
+        (losses.cpo, {"nll_coefficient": math.inf}, "nll_coefficient: expected a finite number"),
     ],
 )
 def test_what_cannot_be_is_refused(
@@ -137,6 +153,9 @@ def test_a_losss_dataclass_has_its_functions_parameters(
     made = loss_dataclass(exponential)
     assert made().beta == 0.5  # type: ignore[call-arg]
     assert made.__doc__ == "Exponential loss, AdaBoost's."
-    assert [field.metadata["help"] for field in fields(made)] == ["Scale of the log-probs."]
+    assert [field.metadata["help"] for field in fields(made)] == [
+        "Scale of the log-probs.",
+        NLL_HELP,
+    ]
     assert made(beta=0.25).formula() == formula(exponential, beta=0.25)
     assert [name for name in LOSSES if LOSSES[name]().name != name] == []  # type: ignore[call-arg]

@@ -36,12 +36,27 @@ GOLDEN: list[tuple[str, dict[str, float], float]] = [
     ("simpo", {"beta": 2.0, "gamma": 0.5}, 0.2014132780),
     # 2 + 0.1 * softplus(-(log odds(e^-2) - log odds(e^-3)))
     ("orpo", {"beta": 0.1}, 2.0288750784),
+    # 0.9 * softplus(-1.5) + 0.1 * softplus(1.5)
+    ("simpo", {"beta": 2.0, "gamma": 0.5, "label_smoothing": 0.1}, 0.3514132780),
+    # softplus(-0.1 * 2) + 0.7 * 10 / 5
+    ("cpo", {"beta": 0.1, "nll_coefficient": 0.7}, 1.9981388694),
+    # log-ratios 1 and -0.5: 1 - sigmoid(0.1) + sigmoid(-0.05)
+    ("apo_zero", {"beta": 0.1}, 0.9625234160),
+    # sigmoid(0.1) + 1 - sigmoid(0.15)
+    ("apo_down", {"beta": 0.1}, 0.9875493421),
+    # softplus(-0.1 * (e^0.5 - e^-1))
+    ("dpo_forward_kl", {"beta": 0.1}, 0.6311543836),
+    # softplus(-0.1 * (log(2 e / (1 + e)) - log(2 e^-0.5 / (1 + e^-0.5))))
+    ("dpo_jensen_shannon", {"beta": 0.1}, 0.6606521625),
+    # softplus(-0.1 * (e^0.15 - e^-0.3) / 0.3)
+    ("dpo_alpha_divergence", {"beta": 0.1, "alpha": 0.3}, 0.6254376939),
 ]
+GOLDEN_IDS = ["-".join([name, *options]) for name, options, _ in GOLDEN]
 TIES = [
     ("dpo_rao_kupper", 3.0, 1.2759559008, 0.6973649394),
     ("dpo_davidson", 1.0, 1.3127002816, 0.6945531011),
 ]
-ALL = [name for name, _, _ in GOLDEN] + [name for name, *_ in TIES]
+ALL = [*dict.fromkeys(name for name, _, _ in GOLDEN), *(name for name, *_ in TIES)]
 
 
 def arguments(
@@ -68,7 +83,9 @@ def arguments(
     return values
 
 
-@pytest.mark.parametrize(("name", "options", "expected"), GOLDEN, ids=[g[0] for g in GOLDEN])
+@pytest.mark.parametrize(
+    ("name", "options", "expected"), GOLDEN, ids=["-".join([g[0], *g[1]]) for g in GOLDEN]
+)
 def test_hand_worked_numbers(name: str, options: dict[str, float], expected: float) -> None:
     function = getattr(losses, name)
     result = function(*arguments(function), **options)
@@ -125,7 +142,7 @@ def test_a_beta_that_is_not_positive_is_refused(name: str) -> None:
         function(*arguments(function, seed=1), beta=0.0)
 
 
-@pytest.mark.parametrize("name", ["dpo_label_smoothed", "dpo_robust"])
+@pytest.mark.parametrize("name", ["dpo_label_smoothed", "dpo_robust", "simpo"])
 @pytest.mark.parametrize("smoothing", [-0.1, 0.5, math.nan])
 def test_a_smoothing_without_meaning_is_refused(name: str, smoothing: float) -> None:
     function = getattr(losses, name)
@@ -137,6 +154,33 @@ def test_a_negative_length_penalty_is_refused() -> None:
     values = arguments(losses.dpo_length_penalised, seed=1)
     with pytest.raises(ValueError, match="alpha: expected a number not below 0, got -1"):
         losses.dpo_length_penalised(*values, alpha=-1.0)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0, math.nan])
+def test_an_alpha_that_is_no_divergence_is_refused(alpha: float) -> None:
+    values = arguments(losses.dpo_alpha_divergence, seed=1)
+    with pytest.raises(ValueError, match=r"alpha: expected a number in \(0, 1\), got"):
+        losses.dpo_alpha_divergence(*values, alpha=alpha)
+
+
+def test_an_alpha_divergence_lies_between_the_two_directions_of_the_kl() -> None:
+    values = arguments(losses.dpo, size=5, seed=2)
+    for alpha, limit in ((1e-7, losses.dpo), (1 - 1e-7, losses.dpo_forward_kl)):
+        found = losses.dpo_alpha_divergence(*values, alpha=alpha)
+        torch.testing.assert_close(found, limit(*values), rtol=1e-4, atol=1e-6)
+
+
+def test_what_the_anchored_losses_push() -> None:
+    chosen, rejected = (torch.tensor([-3.0], requires_grad=True) for _ in range(2))
+    reference = torch.tensor([-3.0])
+    for function, signs in ((losses.apo_zero, (-1, 1)), (losses.apo_down, (0, 1))):
+        loss = function(chosen, rejected, reference, reference).sum()
+        of_chosen, of_rejected = torch.autograd.grad(loss, (chosen, rejected))
+        assert (of_chosen.sign().item(), of_rejected.sign().item()) == signs
+    # At equal odds the two forces on the chosen response cancel; once it is likelier it is lowered.
+    likelier = torch.tensor([0.0], requires_grad=True)
+    loss = losses.apo_down(likelier, torch.tensor([-8.0]), reference, reference).sum()
+    assert torch.autograd.grad(loss, likelier)[0] > 0
 
 
 def test_policy_equal_to_reference_gives_ln_2() -> None:
@@ -174,7 +218,9 @@ def test_a_longer_chosen_answer_is_learnt_less_under_a_length_penalty() -> None:
 def test_extreme_margins_stay_finite() -> None:
     zero = torch.zeros(2)
     far = torch.tensor([1e5, -1e5], requires_grad=True)
-    for name in ("dpo", "dpo_label_smoothed", "dpo_robust", "hinge"):
+    plain = ("dpo", "dpo_label_smoothed", "dpo_robust", "hinge", "apo_zero", "apo_down")
+    divergences = ("dpo_forward_kl", "dpo_jensen_shannon", "dpo_alpha_divergence")
+    for name in (*plain, *divergences):
         loss = getattr(losses, name)(far, zero, zero, zero)
         (grad,) = torch.autograd.grad(loss.sum(), far)
         assert loss.isfinite().all()

@@ -21,6 +21,7 @@ FORMULAS: dict[str, dict[str, float]] = {
     "dpo_length_penalised": {"beta": 0.3, "alpha": 0.02},
     "simpo": {"beta": 2.5, "gamma": 0.4},
     "orpo": {"beta": 0.3},
+    "cpo": {"beta": 0.3, "nll_coefficient": 0.7},
     "dpo_rao_kupper": {"beta": 0.3, "nu": 2.5},
     "dpo_davidson": {"beta": 0.3, "nu": 1.7},
 }

@@ -61,6 +61,11 @@ def test_float64_is_the_references_and_exact(name: str, ties: bool) -> None:
         torch.testing.assert_close(ours, true, rtol=1e-12, atol=1e-12)
 
 
+KERNEL_GOLDEN = [
+    (name, options, expected)
+    for name, options, expected in GOLDEN
+    if losses.formula(getattr(losses, name), **options).kernel is not None
+]
 GOLDEN_TIES = [
     (name, {"beta": 0.1, "nu": nu}, value, tie)
     for name, nu, *values in TIES
@@ -69,7 +74,7 @@ GOLDEN_TIES = [
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "expected", "tie"), [*((*g, None) for g in GOLDEN), *GOLDEN_TIES]
+    ("name", "options", "expected", "tie"), [*((*g, None) for g in KERNEL_GOLDEN), *GOLDEN_TIES]
 )
 def test_hand_worked_numbers(
     backend: str, name: str, options: dict[str, float], expected: float, tie: bool | None
@@ -187,6 +192,41 @@ def test_uninitialised_memory_is_never_read(backend: str, monkeypatch: pytest.Mo
     monkeypatch.setattr(torch, "empty", lambda *a, **o: empty(*a, **o).fill_(torch.nan))
     after = run("simpo", pairs, backend)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("name", ["dpo", "simpo", "dpo_davidson"])
+def test_the_chosen_responses_cross_entropy_is_added_to_any_loss(backend: str, name: str) -> None:
+    pairs = inputs(name, [0, 3, 10, 27, 30, 31, 40], name in WITH_TIES)
+    made = losses.formula(getattr(losses, name), **FORMULAS[name], nll_coefficient=0.5)
+    assert made.has_nll
+    assert not make(name).has_nll
+    length = torch.tensor([2, 7, 16, 3, 1, 9])  # not all rows count
+    leaf = pairs.logprob.clone().requires_grad_()
+    found, _ = preference_loss(
+        leaf,
+        pairs.bounds,
+        made,
+        pairs.reference_logprob,
+        length=length,
+        tie=pairs.tie,
+        backend=backend,  # type: ignore[arg-type]
+    )
+    plain = pairs.logprob.clone().requires_grad_()
+    expected, sums = preference_loss(
+        plain,
+        pairs.bounds,
+        make(name),
+        pairs.reference_logprob,
+        length=length,
+        tie=pairs.tie,
+        backend=backend,  # type: ignore[arg-type]
+    )
+    # A tie has no chosen response.
+    counts = torch.ones(3) if pairs.tie is None else (~pairs.tie).float()
+    expected = expected - 0.5 * sums[0::2] / length[0::2] * counts
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found.sum(), leaf)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), plain)[0])
 
 
 @pytest.mark.parametrize("part", [0, 1])

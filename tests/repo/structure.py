@@ -19,17 +19,19 @@ MAX_PARAMETERS = 8
 MAX_FUNCTION_LINES = 50
 MAX_MODULE_LINES = 600
 MIN_LINES_OF_A_HELPER = 60
-COMMANDS = {"sft", "dpo", "online-dpo", "online_dpo", "reward", "ppo"}
+COMMANDS = {"sft", "dpo", "kto", "online-dpo", "online_dpo", "reward", "ppo"}
 BACKENDS = {"native", "reference", "torch_strips", "triton_kernels"}
 POOR_OPENING = re.compile(r"(What|Of|Whether|How|Nothing|By|That)\b")
 # Their keywords are promised: they stand where other libraries' functions stand.
 DROP_INS = {
     "fused_linear_dpo_loss",
+    "fused_linear_kto_loss",
     "fused_linear_loss",
     "fused_linear_ppo_loss",
     "fused_linear_preference_loss",
     "fused_linear_sft_loss",
     "kl_penalty",
+    "kto_loss_fn",
     "linear_kl",
     "linear_logprob",
     "ppo_loss_fn",

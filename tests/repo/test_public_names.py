@@ -74,7 +74,7 @@ REACHED: dict[str, set[str]] = {
     "fastalign.cli.flags": set(ALGORITHMS),
     "fastalign.cli.report": {"report", "frontier"},
     "fastalign.compare": {"compare"},
-    "fastalign.data.load": {"sft", "dpo", "reward"},
+    "fastalign.data.load": {"sft", "dpo", "kto", "reward"},
     "fastalign.data.tokenizer": set(ALGORITHMS),
     "fastalign.models.exactness": set(ALGORITHMS),
     "fastalign.models.attention": set(ALGORITHMS),
@@ -89,8 +89,9 @@ REACHED: dict[str, set[str]] = {
     },
 }
 ONLY = {
-    ("fastalign.data.load", "--data.ties"): {"dpo", "reward"},  # whose rows can be ties
+    ("fastalign.data.load", "--data.ties"): {"dpo", "kto", "reward"},  # whose rows can be ties
     ("fastalign.data.load", "--loss"): {"dpo", "reward"},
+    ("fastalign.runs.config", "--reference.path"): {"dpo", "kto"},  # whose section it is
     ("fastalign.models.exactness", "--packing"): {"eval"},  # the text says so
     ("fastalign.cli.config_parse", "--sampler"): SAMPLING,
     ("fastalign.cli.doctor", "--train.attention"): set(ALGORITHMS),  # of which it speaks

@@ -7,6 +7,7 @@ from fastalign.ops.backends import BackendName, choose_backend
 from fastalign.ops.preference_loss import reference
 from fastalign.ops.preference_loss.formula import PreferenceFormula
 from fastalign.ops.preference_loss.op import preference_loss_forward
+from fastalign.ops.preference_loss.pairs import PairLogprobs
 from fastalign.ops.segments import check_bounds
 
 
@@ -84,17 +85,24 @@ def preference_loss(
             f"backend: expected 'auto' or 'reference', for no kernel computes {formula.name}, "
             f"got {backend!r}"
         )
+    kernel = formula.kernel
     losses, sequence_logprob, _ = preference_loss_forward(
         logprob,
         bounds,
         reference_logprob,
         length,
         tie,
-        int(formula.kernel.link),
-        formula.kernel.per_token,
-        formula.kernel.numbers(),
+        int(kernel.link),
+        kernel.per_token,
+        kernel.numbers(),
         chosen,
     )
+    coefficient = formula.nll_coefficient + kernel.nll_coefficient
+    if coefficient:
+        if length is None:
+            length = bounds.diff()
+        pairs = PairLogprobs.from_responses(sequence_logprob, reference_logprob, length, tie)
+        losses = formula.with_nll(losses, pairs, coefficient)
     return losses, sequence_logprob
 
 

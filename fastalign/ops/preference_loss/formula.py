@@ -26,7 +26,8 @@ class PairLink:
     It is a link function of the margin x = beta * h + length_weight * (|c| - |r|), with h the
     difference of log-ratios, of means over tokens if `per_token`; ORPO's is one of both log-probs.
     A tie has `right` and `wrong` 1 and a loss lower by `tie_offset`; in Davidson's model also
-    higher by x/2.
+    higher by x/2. `nll_coefficient` times `PairLogprobs.chosen_nll` is added to what the kernels
+    return.
     """
 
     link: LinkFunction
@@ -37,6 +38,7 @@ class PairLink:
     right: float = 1.0
     wrong: float = 0.0
     tie_offset: float = 0.0
+    nll_coefficient: float = 0.0
 
     def numbers(self) -> list[float]:
         """Return the numbers in the order in which kernels take them."""
@@ -61,6 +63,8 @@ class PreferenceFormula:
     inputs: tuple[str, ...]  # fields of PairLogprobs that it takes by position
     parameters: Mapping[str, float]  # numbers that it takes by name
     kernel: PairLink | None  # None: no kernel computes it
+    # Weight of the chosen response's cross-entropy, which is added to the function's loss.
+    nll_coefficient: float = 0.0
 
     @property
     def name(self) -> str:
@@ -77,6 +81,11 @@ class PreferenceFormula:
         """True if the loss distinguishes ties: pairs of which neither answer is better."""
         return "tie" in self.inputs
 
+    @property
+    def has_nll(self) -> bool:
+        """True if the chosen response's cross-entropy is added to the function's loss."""
+        return bool(self.nll_coefficient)
+
     def __call__(self, pairs: PairLogprobs) -> Tensor:
         """Return the losses (B,) of B pairs.
 
@@ -85,4 +94,9 @@ class PreferenceFormula:
         """
         if self.needs_reference:
             pairs.logprobs()
-        return self.function(*(getattr(pairs, name) for name in self.inputs), **self.parameters)
+        losses = self.function(*(getattr(pairs, name) for name in self.inputs), **self.parameters)
+        return self.with_nll(losses, pairs, self.nll_coefficient)
+
+    def with_nll(self, losses: Tensor, pairs: PairLogprobs, coefficient: float) -> Tensor:
+        """Return the losses (B,) with the weighted cross-entropy of the chosen responses."""
+        return losses + coefficient * pairs.chosen_nll() if coefficient else losses

@@ -51,6 +51,14 @@ class PairLogprobs:
             rejected = rejected - self.reference_rejected_logprob
         return beta * chosen, beta * rejected
 
+    def chosen_nll(self) -> Tensor:
+        """Return the chosen responses' mean cross-entropy a token, (B,); 0 for ties.
+
+        The term that RPO adds to DPO: Pang et al. (arXiv 2404.19733, eq. 1).
+        """
+        length = self.chosen_length.clamp(min=1).to(self.policy_chosen_logprob.dtype)
+        return (-self.policy_chosen_logprob / length).masked_fill(self.tie, 0.0)
+
     @classmethod
     def from_responses(
         cls,

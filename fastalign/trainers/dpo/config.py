@@ -10,7 +10,11 @@ from torch import Tensor
 from fastalign import losses
 from fastalign.losses.formulas import pair_losses
 from fastalign.ops import PreferenceFormula
-from fastalign.runs.config import PreferenceDataConfig, TrainingConfig, above_zero
+from fastalign.runs.config import PreferenceDataConfig, ReferencedConfig, above_zero
+
+NLL_HELP = (
+    "Weight of the chosen response's mean cross-entropy, added to the loss (RPO, arXiv 2404.19733)."
+)
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,19 @@ class PreferenceLoss:
 
 
 def loss_dataclass(function: Callable[..., Tensor]) -> type[PreferenceLoss]:
-    """Return the dataclass of a preference loss: its keyword parameters and their help."""
+    """Return the dataclass of a preference loss: its keyword parameters and their help.
+
+    Each has `nll_coefficient`, which `losses.formula` adds to a loss that has none of its own.
+    """
     hints = get_type_hints(function, include_extras=True)
     fields = [
         (name, float, field(default=one.default, metadata={"help": hints[name].__metadata__[0]}))
         for name, one in inspect.signature(function).parameters.items()
         if one.kind is one.KEYWORD_ONLY
     ]
+    if "nll_coefficient" not in {name for name, *_ in fields}:
+        extra = field(default=0.0, metadata={"help": NLL_HELP})
+        fields.append(("nll_coefficient", float, extra))
     summary = (function.__doc__ or "").partition("\n")[0]
     return make_dataclass(
         f"{function.__name__}_loss",
@@ -75,29 +85,9 @@ def make_loss(name: str, parameters: dict[str, float]) -> PreferenceLoss:
     return LOSSES[name](**parameters)
 
 
-@dataclass(frozen=True)
-class ReferenceConfig:
-    """The frozen reference model that the policy is kept close to."""
-
-    path: str | None = None
-    """Folder or hub name; by default the model that training starts from."""
-    cache_dir: str | None = None
-    """Folder that caches reference log-probs; by default fastalign/ in the user's cache folder."""
-    offload: bool = False
-    """Keep the weights of reference.path in host memory and move its layers one by one."""
-
-    def __post_init__(self) -> None:
-        if self.offload and self.path is None:
-            raise ValueError(
-                "reference.offload: needs --reference.path; without it the reference is the model "
-                "that training starts from"
-            )
-
-
 @dataclass(frozen=True, kw_only=True)
-class DPOConfig(TrainingConfig):
+class DPOConfig(ReferencedConfig):
     """Direct preference optimisation (DPO and related losses) on preference pairs."""
 
     data: PreferenceDataConfig = field(default_factory=PreferenceDataConfig)
     loss: PreferenceLoss = field(default_factory=LOSSES["dpo"])
-    reference: ReferenceConfig = field(default_factory=ReferenceConfig)

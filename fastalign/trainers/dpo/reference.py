@@ -23,8 +23,8 @@ from fastalign.models.layers import find_offload, offload_layers
 from fastalign.models.load import model_fingerprint
 from fastalign.models.lora import adapter_off
 from fastalign.runs.accumulate import Examples
+from fastalign.runs.config import ReferencedConfig
 from fastalign.runs.inputs import load_model, share
-from fastalign.trainers.dpo.config import DPOConfig
 from fastalign.written_files import cache_folder, write_atomically
 
 # Examples between two writes: what was computed is kept even if the run is stopped in between.
@@ -46,7 +46,7 @@ class Reference:
 
 
 def load_reference(
-    config: DPOConfig, policy: Any, tokenizer: Tokenizer, compute: Compute
+    config: ReferencedConfig, policy: Any, tokenizer: Tokenizer, compute: Compute
 ) -> Reference:
     """Load another model, or take the policy before its first step, or its adapter's base.
 

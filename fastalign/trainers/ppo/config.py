@@ -1,11 +1,24 @@
-"""Settings of PPO: `--ppo.*`, `--kl.*`, `--value.*`."""
+"""Settings of PPO, GRPO and RLOO: `--ppo.*`, `--kl.*`, `--value.*`."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from fastalign.rollouts.engines.options import check_sampler
+from fastalign.rollouts.sampler import SamplingParams
 from fastalign.runs.config import OptimConfig, above_zero, changed_setting, require, within
-from fastalign.trainers.ppo.advantages import AdvantageEstimator, Gae
+from fastalign.trainers.ppo.advantages import (
+    AdvantageEstimator,
+    Clip,
+    DrGrpo,
+    Gae,
+    Grpo,
+    Importance,
+    LossMean,
+    PolicyObjective,
+    Rloo,
+    TokenMean,
+    Unweighted,
+)
 from fastalign.trainers.sampling.config import FrozenReferenceConfig, SampledTrainingConfig
 
 
@@ -14,30 +27,36 @@ class PPOSettings:
     """Advantages and policy updates on the rollouts of a step."""
 
     advantage: AdvantageEstimator = field(default_factory=Gae)
-    """Estimate of advantages; gae needs a value model, rloo and grpo several samples a prompt."""
+    """Estimate of advantages; gae needs a value model, the others several samples a prompt."""
+    loss: PolicyObjective = field(default_factory=Clip)
+    """The policy loss."""
+    mean: LossMean = field(default_factory=TokenMean)
+    """The mean of the tokens' losses."""
+    importance: Importance = field(default_factory=Unweighted)
+    """Weights of tokens by trainer over sampler probability."""
     epochs: int = 4
     """Number of passes over a step's rollouts."""
     mini_batches: int = 1
     """Number of optimiser steps per pass, each with an equal share of the prompts."""
-    clip_range: float = 0.2
-    """Clip each token's probability ratio to within this distance of 1."""
     entropy_coefficient: float = 0.0
     """Weight of the entropy bonus in the loss."""
-    max_importance_weight: float | None = None
-    """Weight tokens by trainer over sampler probability, capped at this; by default unweighted."""
     ptx_data: str | None = None
     """Demonstrations that each update also trains on (PTX): a file, folder or hub name."""
     ptx_coefficient: float = 1.0
     """Weight of the demonstrations' mean cross-entropy per token."""
 
     def __post_init__(self) -> None:
-        known = isinstance(self.advantage, AdvantageEstimator)
-        require(known, "ppo.advantage", "Gae(), Rloo() or Grpo()", self.advantage)
+        for name, kind, examples in (
+            ("advantage", AdvantageEstimator, "Gae(), Rloo() or Grpo()"),
+            ("loss", PolicyObjective, "Clip(), Gspo() or Cispo()"),
+            ("mean", LossMean, "TokenMean(), SequenceMean() or ConstantMean()"),
+            ("importance", Importance, "Unweighted(), Truncated() or Masked()"),
+        ):
+            value = getattr(self, name)
+            require(isinstance(value, kind), f"ppo.{name}", examples, value)
         for name in ("epochs", "mini_batches"):
             within(f"ppo.{name}", getattr(self, name), 1)
-        require(0 < self.clip_range < 1, "ppo.clip_range", "a number in (0, 1)", self.clip_range)
         within("ppo.entropy_coefficient", self.entropy_coefficient, 0)
-        above_zero("ppo.max_importance_weight", self.max_importance_weight)
         above_zero("ppo.ptx_coefficient", self.ptx_coefficient)
         if self.ptx_data is None and self.ptx_coefficient != 1.0:
             raise ValueError(
@@ -93,6 +112,9 @@ class KLInLoss(KLPenalty):
     estimator: Literal["k2", "k3", "full"] = "k3"
     """Estimator of a token's KL from its log-ratio x: x^2 / 2 (k2), exp(-x) - 1 + x (k3), or the
     exact KL over the vocabulary (full)."""
+    by_ratio: bool = False
+    """Multiply each token's KL by the policy's ratio to the one that sampled, with its gradient,
+    which makes the KL's gradient unbiased (arXiv 2512.02556)."""
 
     name = "loss"
     in_reward = False
@@ -103,6 +125,11 @@ class KLInLoss(KLPenalty):
             raise ValueError(
                 "kl.estimator: expected k2, k3 or full for a KL in the loss, got "
                 f"{self.estimator}; the gradient of k1 is zero in expectation"
+            )
+        if self.by_ratio and self.estimator == "full":
+            raise ValueError(
+                "kl.by_ratio: expected k2 or k3 as kl.estimator, for the exact KL is no estimate "
+                "from samples, got full"
             )
 
 
@@ -130,28 +157,23 @@ class ValueConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PPOConfig(SampledTrainingConfig):
-    """PPO, RLOO or GRPO from a reward.
-
-    A step samples train.batch_size prompts and updates the policy on them. The exit code is 0, 130
-    after SIGINT, or 3 if --watch.stop ended the run; the run is saved in each case.
-    """
+class PolicyGradientConfig(SampledTrainingConfig):
+    """Settings that PPO, GRPO and RLOO share."""
 
     ppo: PPOSettings = field(default_factory=PPOSettings)
     kl: KLPenalty = field(default_factory=KLInReward)
-    value: ValueConfig = field(default_factory=ValueConfig)
     reference: FrozenReferenceConfig = field(default_factory=FrozenReferenceConfig)
-    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-6, eps=1e-5))
+
+    command: ClassVar[str]
 
     def __post_init__(self) -> None:
         method, samples = self.ppo.advantage.name, self.sampling
-        needs_value = self.ppo.advantage.needs_value
         require(isinstance(self.kl, KLPenalty), "kl", "KLInReward() or KLInLoss()", self.kl)
         check_sampler(self.sampler, self.vllm, may_overlap=True)
-        if self.vllm.overlap and self.ppo.max_importance_weight is None:
+        if self.vllm.overlap and isinstance(self.ppo.importance, Unweighted):
             raise ValueError(
-                "ppo.max_importance_weight: expected a number (2, say) with --vllm.overlap, whose "
-                "samples are one step old and have to be weighted, got none"
+                "ppo.importance: expected truncated, say, with --vllm.overlap, whose samples are "
+                "one step old and have to be weighted, got none"
             )
         if (samples.top_p, samples.top_k) != (1.0, 0) or samples.temperature == 0:
             raise ValueError(
@@ -164,16 +186,108 @@ class PPOConfig(SampledTrainingConfig):
                 "kl: expected loss for the exact KL under --ppo.advantage grpo, which scales "
                 "each prompt's rewards by itself, got reward"
             )
-        enough = needs_value or samples.num_samples >= 2
+        enough = self.ppo.advantage.needs_value or samples.num_samples >= 2
         expected = f"at least 2 under --ppo.advantage {method}"
         require(enough, "sampling.num_samples", expected, samples.num_samples)
-        if not needs_value and (changed := changed_setting(self.value)):
+        parts, size = self.ppo.mini_batches, self.train.batch_size
+        expected = f"at most train.batch_size ({size} prompts)"
+        require(parts <= size, "ppo.mini_batches", expected, parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOConfig(PolicyGradientConfig):
+    """PPO, RLOO or GRPO from a reward.
+
+    A step samples train.batch_size prompts and updates the policy on them. The exit code is 0, 130
+    after SIGINT, or 3 if --watch.stop ended the run; the run is saved in each case.
+    """
+
+    value: ValueConfig = field(default_factory=ValueConfig)
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=3e-6, eps=1e-5))
+
+    command = "ppo"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        method = self.ppo.advantage.name
+        if not self.ppo.advantage.needs_value and (changed := changed_setting(self.value)):
             raise ValueError(
                 f"value.{changed}: a setting of a value model, which --ppo.advantage {method} "
                 "does without"
             )
-        parts, size = self.ppo.mini_batches, self.train.batch_size
-        expected = f"at most train.batch_size ({size} prompts)"
-        require(parts <= size, "ppo.mini_batches", expected, parts)
         if self.value.lr is not None and not self.optim.lr:
             raise ValueError(f"optim.lr: expected more than 0 where value.lr is {self.value.lr}")
+
+
+@dataclass(frozen=True)
+class GRPOSettings(PPOSettings):
+    """Advantages and policy updates on the rollouts of a step."""
+
+    advantage: AdvantageEstimator = field(default_factory=Grpo)
+    """Estimate of advantages, with the deviation of a prompt's rewards as divisor or without."""
+    epochs: int = 1
+    """Number of passes over a step's rollouts."""
+
+
+@dataclass(frozen=True)
+class RLOOSettings(PPOSettings):
+    """Advantages and policy updates on the rollouts of a step."""
+
+    advantage: AdvantageEstimator = field(default_factory=Rloo)
+    """Estimate of advantages."""
+    epochs: int = 1
+    """Number of passes over a step's rollouts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GRPOConfig(PolicyGradientConfig):
+    """GRPO: PPO with advantages from each prompt's samples, and no value model.
+
+    A step samples train.batch_size prompts and updates the policy on them. The exit code is 0, 130
+    after SIGINT, or 3 if --watch.stop ended the run; the run is saved in each case.
+    """
+
+    ppo: PPOSettings = field(default_factory=GRPOSettings)
+    kl: KLPenalty = field(default_factory=lambda: KLInLoss(coefficient=0.0))
+    sampling: SamplingParams = field(
+        default_factory=lambda: SamplingParams(max_new_tokens=512, num_samples=8)
+    )
+
+    command = "grpo"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_no_value(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLOOConfig(PolicyGradientConfig):
+    """RLOO: REINFORCE with the mean reward of a prompt's other samples as the baseline.
+
+    A step samples train.batch_size prompts and updates the policy on them. The exit code is 0, 130
+    after SIGINT, or 3 if --watch.stop ended the run; the run is saved in each case.
+    """
+
+    ppo: PPOSettings = field(default_factory=RLOOSettings)
+    sampling: SamplingParams = field(
+        default_factory=lambda: SamplingParams(max_new_tokens=512, num_samples=4)
+    )
+
+    command = "rloo"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_no_value(self)
+
+
+def check_no_value(config: GRPOConfig | RLOOConfig) -> None:
+    """Raise ValueError for an advantage that needs a value model."""
+    needs_value = config.ppo.advantage.needs_value
+    require(not needs_value, "ppo.advantage", "one without a value model", config.ppo.advantage)
+
+
+GRPO_ADVANTAGES: dict[str, type[AdvantageEstimator]] = {
+    estimator.name: estimator for estimator in (Grpo, DrGrpo)
+}
+RLOO_ADVANTAGES: dict[str, type[AdvantageEstimator]] = {Rloo.name: Rloo}
+GRPO_KL_PENALTIES: dict[str, type[KLPenalty]] = {kl.name: kl for kl in (KLInLoss, KLInReward)}

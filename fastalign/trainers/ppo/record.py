@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from math import nan
+from statistics import fmean, pvariance
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 from fastalign.batch.packed import PackedBatch
 from fastalign.batch.schedule import packed_batches
 from fastalign.compute import Compute, memory_used_in, require_finite
-from fastalign.losses.policy import MAX_LOG_RATIO, importance_weight, probability_ratio
+from fastalign.fused.metrics import is_count
+from fastalign.losses.policy import MAX_LOG_RATIO, probability_ratio
 from fastalign.models.attention.plan import AttentionPlan
 from fastalign.models.forward import hidden_and_head, response_logprob
 from fastalign.models.lora import adapter_off
@@ -28,8 +30,8 @@ from fastalign.ranks.parallel import enter, is_sharded
 from fastalign.ranks.world import World
 from fastalign.runs.accumulate import Examples, measure_examples
 from fastalign.runs.metrics import Metrics
-from fastalign.trainers.ppo.advantages import Advantages, Gae, GroupAdvantage
-from fastalign.trainers.ppo.config import KLPenalty, PPOConfig
+from fastalign.trainers.ppo.advantages import Advantages, Gae, GroupAdvantage, Unweighted
+from fastalign.trainers.ppo.config import KLPenalty, PolicyGradientConfig
 from fastalign.trainers.ppo.setup import PPOModels, PPOSetup
 from fastalign.trainers.sampling.collapse import repeated_ratio
 from fastalign.trainers.sampling.rollout import Rollouts
@@ -64,6 +66,17 @@ class TokenRecord:
         """Return the indices of these groups' tokens among the N, in the groups' order."""
         bounds = self.group_bounds
         return torch.cat([torch.arange(bounds[g], bounds[g + 1]) for g in groups])
+
+    def bounds_of(self, groups: Sequence[int]) -> list[int]:
+        """Return the bounds of these groups' tokens, laid end to end."""
+        bounds = self.group_bounds
+        return [0, *accumulate(bounds[group + 1] - bounds[group] for group in groups)]
+
+    def responses_of(self, groups: Sequence[int], num_samples: int) -> tuple[list[int], Tensor]:
+        """Return these groups' responses, and the bounds (R + 1,) of their tokens, end to end."""
+        responses = [g * num_samples + s for g in groups for s in range(num_samples)]
+        lengths = self.bounds.diff()[responses]
+        return responses, torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
 
 
 class FirstUpdate:
@@ -414,7 +427,7 @@ class Wait(NamedTuple):
 NOTHING_WAITS = Wait()
 
 
-def first_update_can_compute(config: PPOConfig) -> Wait:
+def first_update_can_compute(config: PolicyGradientConfig) -> Wait:
     """Return what nothing needs before an update of all tokens, whose own forwards compute it.
 
     A KL in the reward needs the policy's log-probs for the advantages: earlier, unless these
@@ -425,7 +438,7 @@ def first_update_can_compute(config: PPOConfig) -> Wait:
     estimator, one = settings.advantage, settings.mini_batches == 1
     by_group = isinstance(estimator, GroupAdvantage) and estimator.whiten == "none"
     needed = kl.in_reward and kl.coefficient > 0 and not by_group
-    needed |= kl.estimator == "full" or settings.max_importance_weight is not None
+    needed |= kl.estimator == "full" or not isinstance(settings.importance, Unweighted)
     # The scale of whitened advantages would be known too late for an exact KL in the loss.
     by_response = isinstance(estimator, Gae) and estimator.whiten in ("advantages", "none")
     return Wait(one and not needed, one and by_response and kl.estimator != "full")
@@ -462,10 +475,8 @@ def make_experience(
     advantages = config.ppo.advantage.estimate(
         reward, record.value, record.bounds, config.sampling.num_samples
     )
-    most = config.ppo.max_importance_weight
-    weight = None
-    if most is not None:
-        weight = importance_weight(record.logprob, record.sampler_logprob, max_weight=most)
+    sampled = (record.logprob, record.sampler_logprob, record.bounds)
+    weight = config.ppo.importance.weight(*sampled)
     first, first_value = (FirstUpdate(record) if each else None for each in wait)
     experience = Experience(
         examples, record, score, advantages, coefficient, weight, reward, first, first_value
@@ -479,9 +490,23 @@ def measure_experience(ppo: PPOSetup, experience: Experience) -> Metrics:
     score = experience.score
     penalised = penalise(record, score, kl, coefficient)
     responses = [ids for group in experience.examples.groups for ids in group.response_ids]
+    weight = experience.weight
+    masked = {} if weight is None else {"sampling/num_masked": int((weight == 0).sum())}
     return {
+        **masked,
         **objective_metrics(record, penalised, score, kl, coefficient),
         **sampling_metrics(record),
         **value_metrics(record, experience.advantages.returns),
         "completions/repeated_ratio": repeated_ratio(responses),
     }
+
+
+def mean_of_updates(updates: Sequence[Metrics]) -> Metrics:
+    """Average over updates; sum counts and `skipped`; `val/ratio_var` is over the updates."""
+    result: Metrics = {"num_updates": len(updates)}
+    for name in updates[0]:
+        values: list[Any] = [metrics[name] for metrics in updates]
+        summed = name == "skipped" or is_count(name)
+        result[name] = sum(values) if summed else fmean(values)
+    result["val/ratio_var"] = pvariance([metrics["val/ratio"] for metrics in updates])
+    return result

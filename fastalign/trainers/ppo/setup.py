@@ -35,7 +35,7 @@ from fastalign.runs.inputs import (
     share,
 )
 from fastalign.runs.state import TrainState
-from fastalign.trainers.ppo.config import PPOConfig
+from fastalign.trainers.ppo.config import PolicyGradientConfig, PPOConfig
 from fastalign.trainers.sampling.rollout import (
     SamplingSetup,
     load_prompt_sets,
@@ -83,7 +83,7 @@ class PPOModels:
         return self.policy if self.value is None else ActorCritic(self.policy, self.value)
 
 
-def load_ppo_models(config: PPOConfig, compute: Compute) -> tuple[PPOModels, Tokenizer]:
+def load_ppo_models(config: PolicyGradientConfig, compute: Compute) -> tuple[PPOModels, Tokenizer]:
     """Load policy, reference and value model, and the policy's tokenizer."""
     policy, tokenizer = load_for_training(config, compute)
     reference = policy
@@ -96,6 +96,7 @@ def load_ppo_models(config: PPOConfig, compute: Compute) -> tuple[PPOModels, Tok
         check_full_kl(policy, reference)
     value, value_tokenizer = None, None
     if config.ppo.advantage.needs_value:
+        assert isinstance(config, PPOConfig)
         value, value_tokenizer = load_value(config, tokenizer, compute)
     return PPOModels(policy, reference, value, value_tokenizer), tokenizer
 
@@ -169,7 +170,7 @@ class PPOSetup(SamplingSetup):
         ptx: demonstrations that each update also learns, or None.
     """
 
-    config: PPOConfig
+    config: PolicyGradientConfig
     models: PPOModels
     ptx: Examples | None
 
@@ -184,7 +185,7 @@ class PPOSetup(SamplingSetup):
         return replace(found, others=others)
 
 
-def prepare_ppo(config: PPOConfig, compute: Compute) -> PPOSetup:
+def prepare_ppo(config: PolicyGradientConfig, compute: Compute) -> PPOSetup:
     """Load models, reward sources, prompts and demonstrations; open the sampler."""
     sources = load_sources(config.reward, compute, config.data)
     models, tokenizer = load_ppo_models(config, compute)
@@ -206,7 +207,9 @@ def prepare_ppo(config: PPOConfig, compute: Compute) -> PPOSetup:
     )
 
 
-def load_ptx(config: PPOConfig, tokenizer: Tokenizer, compute: Compute) -> Examples | None:
+def load_ptx(
+    config: PolicyGradientConfig, tokenizer: Tokenizer, compute: Compute
+) -> Examples | None:
     """Load the demonstrations of `ppo.ptx_data`, at most as long as a prompt with its answer."""
     if config.ppo.ptx_data is None:
         return None
@@ -234,8 +237,10 @@ def scale_of_scores(ppo: PPOSetup, state: TrainState) -> RewardScale | None:
     return RewardScale(state.kept[SCORE_MEAN], state.kept[SCORE_STD])
 
 
-def advise_on_scale(config: PPOConfig, score: Tensor) -> None:
+def advise_on_scale(config: PolicyGradientConfig, score: Tensor) -> None:
     """Warn if the scores' deviation exceeds 10 x `value.clip_range`: values could not catch up."""
+    if not isinstance(config, PPOConfig):
+        return
     spread, step = score.std(correction=0).item(), config.value.clip_range
     if config.ppo.advantage.needs_value and spread > 10 * step:
         print(
@@ -244,7 +249,7 @@ def advise_on_scale(config: PPOConfig, score: Tensor) -> None:
         )
 
 
-def advise_on_estimator(config: PPOConfig) -> None:
+def advise_on_estimator(config: PolicyGradientConfig) -> None:
     """Warn if the KL in the reward has a biased gradient."""
     kl = config.kl
     if kl.in_reward and kl.estimator in ("k2", "k3") and kl.coefficient:

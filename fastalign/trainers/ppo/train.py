@@ -1,4 +1,4 @@
-"""PPO: rollouts, scores, a KL penalty, advantages, then epochs of clipped updates.
+"""PPO, GRPO, RLOO: rollouts, scores, a KL penalty, advantages, then epochs of clipped updates.
 
 A step of the run is one iteration: `train.batch_size` prompts are sampled and scored, and all the
 updates on them follow.
@@ -9,8 +9,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate as accumulate_sums
-from statistics import fmean, pvariance
 from typing import Any
 
 import torch
@@ -18,7 +16,6 @@ from torch import Tensor
 
 from fastalign.batch.packed import PackedBatch
 from fastalign.batch.schedule import indices_of_step, mini_batches
-from fastalign.fused.metrics import is_count
 from fastalign.in_memory import Objects
 from fastalign.losses import value_clipped
 from fastalign.losses.chunk_losses import ppo_loss_fn
@@ -34,7 +31,7 @@ from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import OpenRun, open_run, with_objects
 from fastalign.runs.state import TrainState, optimiser_step
 from fastalign.trainers.ppo.advantages import Gae
-from fastalign.trainers.ppo.config import PPOConfig
+from fastalign.trainers.ppo.config import KLInLoss, PolicyGradientConfig, PPOConfig
 from fastalign.trainers.ppo.record import (
     Experience,
     FirstUpdate,
@@ -43,6 +40,7 @@ from fastalign.trainers.ppo.record import (
     exact_kl_coefficient,
     first_update_can_compute,
     make_experience,
+    mean_of_updates,
     measure_experience,
     penalise,
     record_tokens,
@@ -71,7 +69,7 @@ KL_COEFFICIENT = "kl_coefficient"  # among the numbers that a checkpoint holds
 
 
 def train_ppo(
-    config: PPOConfig | None = None,
+    config: PolicyGradientConfig | None = None,
     *,
     model: Any = None,
     tokenizer: Any = None,
@@ -80,10 +78,11 @@ def train_ppo(
     reference: Any = None,
     reward: Any = None,
 ) -> RunResult:
-    """Run PPO, RLOO or GRPO (`config.ppo.advantage`) to its last step, or until it is stopped.
+    """Run PPO, GRPO or RLOO, by the configuration's class, to its last step or until it is stopped.
 
     Args:
-        config: the settings; None: the defaults. Model, data, reward and folder may be left out.
+        config: the settings: a `PPOConfig`, `GRPOConfig` or `RLOOConfig`; None: those of PPO.
+            Model, data, reward and folder may be left out.
         model: the policy: a model of transformers, which stays as it is, a folder or a hub name; or
             the result of a run.
         tokenizer: tokenizer of transformers, or a folder or hub name; None: that of the model's
@@ -122,7 +121,7 @@ def train_ppo(
 
 @contextmanager
 def ppo_run(
-    config: PPOConfig | None = None,
+    config: PolicyGradientConfig | None = None,
     *,
     model: Any = None,
     tokenizer: Any = None,
@@ -143,9 +142,10 @@ def ppo_run(
         reference=reference,
         reward=reward,
     )
-    config = with_objects(PPOConfig, config, "ppo", objects)
+    kind = type(config) if isinstance(config, PolicyGradientConfig) else PPOConfig
+    config = with_objects(kind, config, kind.command, objects)
     others = ["value"] if config.ppo.advantage.needs_value else []
-    with open_run(config, "ppo", others) as run:
+    with open_run(config, config.command, others) as run:
         advise_on_estimator(config)
         ppo = prepare_ppo(config, run.compute)
         run.enter_context(closing(ppo.sampler))
@@ -192,9 +192,12 @@ class PPORun(OpenRun):
 
     def _finish(self) -> RunResult:
         print_steps_without_signal(self.state)
-        models, source = self.setup.models, value_source(self.setup.config)
+        models, config = self.setup.models, self.setup.config
         write = partial(save_reward_model, models.value, models.value_tokenizer)
-        folders = {} if models.value is None else {"value": (source, write)}
+        folders = {}
+        if models.value is not None:
+            assert isinstance(config, PPOConfig)
+            folders = {"value": (value_source(config), write)}
         return self._run.end(models.policy, self.setup.tokenizer, other_folders=folders)
 
 
@@ -362,10 +365,11 @@ def update_gradient(
     if models.value is not None:
         of_value = partial(value_batch_loss, ppo, experience, num_tokens)
         total = accumulate(models.value, of_value, examples, groups, compute)
+        assert isinstance(config, PPOConfig)
         terms["value"] = config.value.coefficient, total
         if experience.first_value is not None:
             finish_record(ppo, experience, experience.first_value)
-    of_policy = partial(policy_batch_loss, ppo, experience, num_tokens)
+    of_policy = partial(policy_batch_loss, ppo, experience, policy_divisor(ppo, experience, groups))
     total = accumulate(models.policy, of_policy, examples, groups, compute, last=ppo.ptx is None)
     terms["policy"] = 1.0, total
     if ppo.ptx is not None:
@@ -383,18 +387,32 @@ def demonstrations_of(ppo: PPOSetup, number: int) -> list[int]:
     return indices_of_step(len(ppo.ptx.groups), size, number, seed=ppo.config.run.seed)
 
 
+def policy_divisor(ppo: PPOSetup, experience: Experience, groups: Sequence[int]) -> float:
+    """Return what the policy's loss of an update on these groups is divided by."""
+    sampling = ppo.config.sampling
+    _, bounds = experience.record.responses_of(groups, sampling.num_samples)
+    return ppo.config.ppo.mean.divisor(bounds.diff().tolist(), sampling.max_new_tokens)
+
+
 def policy_batch_loss(
-    ppo: PPOSetup, experience: Experience, num_tokens: int, batch: PackedBatch, chosen: list[int]
+    ppo: PPOSetup, experience: Experience, divisor: float, batch: PackedBatch, chosen: list[int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the policy's loss of a micro-batch over `num_tokens`, and sums for the metrics."""
-    loss_fn = clipped_loss(ppo, experience, num_tokens, batch, chosen)
+    """Compute the policy's loss of a micro-batch over `divisor`, and sums for the metrics."""
+    _, bounds = experience.record.responses_of(chosen, ppo.config.sampling.num_samples)
+    token_weight = ppo.config.ppo.mean.token_weight(bounds)
+    if token_weight is not None:
+        token_weight = token_weight.to(batch.targets.device, non_blocking=True)
+    loss_fn = clipped_loss(ppo, experience, divisor, batch, chosen, bounds, token_weight)
     scale = experience.advantages.scale
     exact = exact_kl_coefficient(ppo.config.kl, experience.kl_coefficient, scale)
     if exact:
         loss, sums, kl = full_kl_loss(ppo, batch, loss_fn)
-        return loss + exact * kl / num_tokens, sums | {"policy/kl_avg": kl.detach()}
-    temperature = ppo.config.sampling.temperature
-    segments = None if experience.first is None else group_bounds_of(experience, chosen)
+        weighted = kl if token_weight is None else kl * token_weight.to(kl)
+        sums["policy/kl_avg"] = kl.detach().sum()
+        return loss + exact * weighted.sum() / divisor, sums
+    temperature, whole = ppo.config.sampling.temperature, ppo.config.ppo.loss.by_response
+    together = experience.first is not None or whole
+    segments = experience.record.bounds_of(chosen) if together else None
     found = policy_loss(
         ppo.models.policy, batch, loss_fn, ppo.compute, segments=segments, temperature=temperature
     )
@@ -402,9 +420,18 @@ def policy_batch_loss(
 
 
 def clipped_loss(
-    ppo: PPOSetup, experience: Experience, num_tokens: int, batch: PackedBatch, chosen: list[int]
+    ppo: PPOSetup,
+    experience: Experience,
+    divisor: float,
+    batch: PackedBatch,
+    chosen: list[int],
+    bounds: Tensor,  # (R + 1,)
+    token_weight: Tensor | None,  # (n,)
 ) -> LossFunction:
-    """Return PPO's clipped loss less an entropy bonus, plus a sampled KL if that is in the loss."""
+    """Return the policy's loss less an entropy bonus, plus a sampled KL if that is in the loss.
+
+    `bounds` are those of the responses of the `chosen` groups, laid end to end.
+    """
     settings, kl, record = ppo.config.ppo, ppo.config.kl, experience.record
     rows, device = record.rows_of(chosen), batch.targets.device
     sampled = not kl.in_reward and kl.estimator != "full"
@@ -417,13 +444,16 @@ def clipped_loss(
     loss_fn = ppo_loss_fn(
         moved(record.logprob) if first is None else None,
         advantage,
-        clip_range=settings.clip_range,
+        policy_terms=settings.loss.terms,
+        response_bounds=bounds.tolist() if settings.loss.by_response else None,
         entropy_coefficient=settings.entropy_coefficient,
         weight=None if weight is None else moved(weight),
+        token_weight=token_weight,
         reference_logprob=moved(record.reference_logprob) if sampled else None,
         kl_coefficient=experience.kl_coefficient,
+        kl_by_ratio=isinstance(kl, KLInLoss) and kl.by_ratio,
         estimator="k3" if kl.estimator == "full" else kl.estimator,
-        normaliser=num_tokens,
+        normaliser=divisor,
     )
     if first is None:
         return loss_fn
@@ -440,29 +470,13 @@ def clipped_loss(
     return first_loss_fn
 
 
-def group_bounds_of(experience: Experience, chosen: Sequence[int]) -> list[int]:
-    """Return the bounds of these groups' tokens, laid end to end."""
-    bounds = experience.record.group_bounds
-    return [0, *accumulate_sums(bounds[group + 1] - bounds[group] for group in chosen)]
-
-
-def responses_of(
-    ppo: PPOSetup, experience: Experience, groups: Sequence[int]
-) -> tuple[list[int], Tensor]:
-    """Return these groups' responses, and the bounds (R + 1,) of their tokens, laid end to end."""
-    num_samples = ppo.config.sampling.num_samples
-    responses = [g * num_samples + s for g in groups for s in range(num_samples)]
-    lengths = experience.record.bounds.diff()[responses]
-    return responses, torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-
-
 def group_advantage(
     ppo: PPOSetup, experience: Experience, groups: Sequence[int], logprob: Tensor
 ) -> Tensor:
     """Return the advantages (n,) of these groups' tokens, with the KL in their rewards."""
     record, kl, num_samples = experience.record, ppo.config.kl, ppo.config.sampling.num_samples
     assert kl.estimator != "full"
-    responses, bounds = responses_of(ppo, experience, groups)
+    responses, bounds = record.responses_of(groups, num_samples)
     bounds = bounds.to(logprob.device)
     found = kl_penalty(
         logprob,
@@ -478,7 +492,7 @@ def group_advantage(
 def full_kl_loss(
     ppo: PPOSetup, batch: PackedBatch, loss_fn: LossFunction
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-    """Compute the loss, sums for its metrics, and the summed exact KL () over the vocabulary.
+    """Compute the loss, sums for its metrics, and the exact KL (n,) over the vocabulary.
 
     The reference runs on the batch, too; one pass reads both heads.
     """
@@ -494,13 +508,14 @@ def full_kl_loss(
     loss, sums = loss_fn(chunk)
     sums = {name: value.detach() for name, value in sums.items()}
     del sums["mean_token_accuracy"]  # this pass does not compare logits
-    return loss, sums, found.kl.sum()
+    return loss, sums, found.kl
 
 
 def value_batch_loss(
     ppo: PPOSetup, experience: Experience, num_tokens: int, batch: PackedBatch, chosen: list[int]
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the clipped value loss times its coefficient, and sums for the metrics."""
+    assert isinstance(ppo.config, PPOConfig)
     settings, record, first = ppo.config.value, experience.record, experience.first_value
     rows = record.rows_of(chosen)
     value = token_values(ppo.models.value, batch, ppo.compute, None)
@@ -529,21 +544,10 @@ def returns_of(
     """Return the returns (n,) of these groups' tokens, from their rewards and values (n,)."""
     estimator = ppo.config.ppo.advantage
     assert isinstance(estimator, Gae)
-    _, bounds = responses_of(ppo, experience, groups)
+    _, bounds = experience.record.responses_of(groups, ppo.config.sampling.num_samples)
     bounds = bounds.to(value.device)
     _, returns = gae(reward, value, bounds, gamma=estimator.gamma, gae_lambda=estimator.gae_lambda)
     return returns
-
-
-def mean_of_updates(updates: Sequence[Metrics]) -> Metrics:
-    """Average over updates; sum counts and `skipped`; `val/ratio_var` is over the updates."""
-    result: Metrics = {"num_updates": len(updates)}
-    for name in updates[0]:
-        values: list[Any] = [metrics[name] for metrics in updates]
-        summed = name == "skipped" or is_count(name)
-        result[name] = sum(values) if summed else fmean(values)
-    result["val/ratio_var"] = pvariance([metrics["val/ratio"] for metrics in updates])
-    return result
 
 
 def evaluate_prompts(ppo: PPOSetup) -> Metrics:

@@ -11,11 +11,12 @@ import torch
 from fastalign.batch.schedule import mini_batches
 from fastalign.rollouts import Completion
 from fastalign.runs.accumulate import measure_examples
-from fastalign.trainers import Gae, KLInLoss, KLInReward, Rloo
+from fastalign.trainers import Gae, KLInLoss, KLInReward, Rloo, Truncated
 from fastalign.trainers.ppo import record as ppo_record
 from fastalign.trainers.ppo import train as ppo
 from fastalign.trainers.ppo.advantages import ADVANTAGES, AdvantageEstimator
 from fastalign.trainers.ppo.config import KLPenalty
+from fastalign.trainers.ppo.record import mean_of_updates
 from fastalign.trainers.ppo.train import all_updates, demonstrations_of, one_update, update_gradient
 from fastalign.trainers.sampling.rollout import final_scores
 from tests.small_runs import WORDS, write_rows
@@ -124,7 +125,7 @@ def test_the_first_update_has_ratio_one_and_later_ones_move_away(folder: Path) -
     assert updates[3]["policy/clipfrac_avg"] > 0
     losses = [metrics["loss/value_avg"] for metrics in updates]
     assert losses == sorted(losses, reverse=True)
-    means = ppo.mean_of_updates(updates)
+    means = mean_of_updates(updates)
     assert means["policy/approxkl_avg"] == pytest.approx(sum(distances) / 4)
     assert means["num_micro_batches"] == 8
     ratios = [metrics["val/ratio"] for metrics in updates]
@@ -196,7 +197,7 @@ def test_numbers_come_first_where_a_reward_or_a_part_of_the_tokens_needs_them(
         ({**rloo, "ppo": {"advantage": Rloo(whiten="advantages")}}, False, False),
         ({"kl": KLInLoss(coefficient=0.3, estimator="full")}, False, False),
         ({"kl": loss, "ppo": {"mini_batches": 2}}, False, False),
-        ({"kl": loss, "ppo": {"max_importance_weight": 2.0}}, False, True),
+        ({"kl": loss, "ppo": {"importance": Truncated()}}, False, True),
         ({"ppo": {"advantage": Gae(whiten="rewards")}}, False, False),
     ]
     for sections, logprob, value in expected:
@@ -296,7 +297,7 @@ def test_the_trainers_logprobs_are_the_samplers(folder: Path, temperature: float
 
 
 def test_a_sampler_that_drifts_is_seen_and_its_tokens_are_weighted(folder: Path) -> None:
-    run = make_run(plain_config(folder, ppo={"max_importance_weight": 1.5}))
+    run = make_run(plain_config(folder, ppo={"importance": Truncated(max_weight=1.5)}))
     exact = rollouts_of(run)
     shifts = [0.0, 1.0, -1.0]  # the trainer's less the sampler's
     answers = [

@@ -22,10 +22,15 @@ from fastalign.runs.state import clip_gradient
 from fastalign.trainers import (
     ADVANTAGES,
     KL_PENALTIES,
+    Cispo,
+    Clip,
+    ConstantMean,
     Gae,
     Grpo,
+    Gspo,
     KLInLoss,
     KLInReward,
+    Masked,
     PPOConfig,
     PPOSettings,
     Rloo,
@@ -33,6 +38,7 @@ from fastalign.trainers import (
     WatchConfig,
     train_ppo,
 )
+from fastalign.trainers.ppo import setup
 from fastalign.trainers.ppo import train as ppo
 from fastalign.trainers.ppo.record import adapted_coefficient
 from fastalign.trainers.ppo.setup import ActorCritic, value_source
@@ -253,7 +259,7 @@ def test_without_a_learning_rate_nothing_drifts_and_each_step_samples_anew(folde
 def test_a_penalty_without_the_kls_gradient_is_said(
     folder: Path, estimator: str, place: str, said: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ppo.advise_on_estimator(plain_config(folder, kl=KL_PENALTIES[place](estimator=estimator)))
+    setup.advise_on_estimator(plain_config(folder, kl=KL_PENALTIES[place](estimator=estimator)))
     assert (
         "kl.estimator=k3 in the reward gives a biased KL gradient" in capsys.readouterr().out
     ) == said
@@ -264,10 +270,10 @@ def test_scores_far_beyond_a_values_steps_are_said(
 ) -> None:
     config = plain_config(folder)
     scores = torch.tensor([0.0, 8.0])
-    ppo.advise_on_scale(config, scores)
+    setup.advise_on_scale(config, scores)
     assert "standard deviation of 4, and a value moves by at most 0.2" in capsys.readouterr().out
-    ppo.advise_on_scale(config, scores / 4)
-    ppo.advise_on_scale(plain_config(folder, ppo={"advantage": Rloo()}), scores)
+    setup.advise_on_scale(config, scores / 4)
+    setup.advise_on_scale(plain_config(folder, ppo={"advantage": Rloo()}), scores)
     assert capsys.readouterr().out == ""
 
 
@@ -358,7 +364,6 @@ def test_a_collapsed_run_is_ended_early_and_can_go_on(folder: Path) -> None:
             r"sampling\.num_samples: expected at least 2 under --ppo\.advantage rloo, got 1",
         ),
         ({"ppo": {"mini_batches": 5}}, r"ppo\.mini_batches: expected at most .* \(4 prompts\)"),
-        ({"ppo": {"clip_range": 1.0}}, r"ppo\.clip_range: expected a number in \(0, 1\), got 1"),
         ({"ppo": {"ptx_coefficient": 2.0}}, r"ppo\.ptx_coefficient: 2.0 is a setting of ppo\.ptx"),
         (
             {"ppo": {"advantage": Grpo()}, "kl": {"estimator": "full"}},
@@ -386,6 +391,16 @@ def test_settings_that_do_not_go_together_are_refused(
         (lambda: Gae(gamma=-0.1), r"ppo\.advantage\.gamma: expected a finite number of at least 0"),
         (lambda: PPOSettings(advantage="rloo"), r"ppo\.advantage: expected Gae.* got 'rloo'"),
         (lambda: Rloo(whiten="rewards"), r"ppo\.advantage\.whiten: expected none or advantages"),
+        (lambda: Clip(1.0), r"ppo\.loss\.clip_range: expected a number in \(0, 1\), got 1"),
+        (lambda: Clip(dual_clip=1.0), r"ppo\.loss\.dual_clip: expected more than 1, got 1"),
+        (lambda: Gspo(clip_range_high=0.0), r"ppo\.loss\.clip_range_high: .* above 0, got 0"),
+        (lambda: Cispo(2.0, 2.0), r"ppo\.loss\.min_ratio: .* below ppo.loss.max_ratio \(2.0\)"),
+        (lambda: ConstantMean(0), r"ppo\.mean\.length: expected a finite number above 0, got 0"),
+        (lambda: Masked(1.0, 1.5), r"ppo\.importance\.min_weight: .* below 1.0 .* got 1.5"),
+        (lambda: PPOSettings(loss="gspo"), r"ppo\.loss: expected Clip.* got 'gspo'"),
+        (lambda: PPOSettings(mean="tokens"), r"ppo\.mean: expected TokenMean.* got 'tokens'"),
+        (lambda: PPOSettings(importance=2.0), r"ppo\.importance: expected Unweighted.* got 2"),
+        (lambda: KLInLoss(0.1, "full", by_ratio=True), r"kl\.by_ratio: expected k2 or k3"),
     ],
 )
 def test_a_choice_has_its_own_settings(make: Any, message: str) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from fastalign.models.load import save_model
 from fastalign.rollouts import SamplerFailed
-from fastalign.trainers import PPOConfig, train_ppo
+from fastalign.trainers import PPOConfig, Truncated, train_ppo
 from tests.ranks.test_ranks import lora
 from tests.rollouts.stand_in_server import TOKEN, StandInProcess
 from tests.rollouts.vllm_cases import OPTIONS, make_policy
@@ -58,7 +58,7 @@ def served_config(
 
 
 def overlapped(config: PPOConfig) -> PPOConfig:
-    ppo = replace(config.ppo, max_importance_weight=2.0)
+    ppo = replace(config.ppo, importance=Truncated())
     return replace(config, ppo=ppo, vllm=replace(config.vllm, overlap=True))
 
 

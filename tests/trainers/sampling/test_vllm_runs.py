@@ -20,7 +20,7 @@ from fastalign.rollouts import (
 )
 from fastalign.rollouts.engines import weights
 from fastalign.rollouts.engines.connection import ServerConnection
-from fastalign.trainers import OnlineDPOConfig, PPOConfig, train_online_dpo, train_ppo
+from fastalign.trainers import OnlineDPOConfig, PPOConfig, Truncated, train_online_dpo, train_ppo
 from fastalign.trainers.sampling import rollout as rollout_module
 from tests import rank_processes as ranks
 from tests.ranks.test_ranks import FSDP, lora
@@ -97,7 +97,7 @@ def test_rollouts_that_overlap_are_one_step_old_weighted_and_resumed_to_the_bit(
 ) -> None:
     def config(run: str, **train: Any) -> PPOConfig:
         made = vllm_config(folder, run, server, eval_every=3, **train)
-        ppo = replace(made.ppo, max_importance_weight=2.0)
+        ppo = replace(made.ppo, importance=Truncated())
         return replace(made, ppo=ppo, vllm=replace(made.vllm, overlap=True))
 
     train_ppo(config("straight"))
@@ -170,7 +170,7 @@ def test_an_engine_that_fails_in_the_background_costs_no_step(
     made = ppo_config(folder, "failed", max_steps=3)
     config = replace(
         made,
-        ppo=replace(made.ppo, max_importance_weight=2.0),
+        ppo=replace(made.ppo, importance=Truncated()),
         sampler="vllm-server",
         vllm=replace(OPTIONS, overlap=True),
     )
@@ -250,7 +250,7 @@ def test_overlap_is_for_ppo_with_an_engine_outside_of_the_trainer(folder: Path) 
     config, overlap = ppo_config(folder, "run"), replace(OPTIONS, overlap=True)
     with pytest.raises(ValueError, match=r"vllm\.overlap: an engine in the trainer's process"):
         replace(config, sampler="vllm", vllm=overlap)
-    with pytest.raises(ValueError, match=r"ppo\.max_importance_weight: expected a number"):
+    with pytest.raises(ValueError, match=r"ppo\.importance: expected truncated"):
         replace(config, sampler="vllm-server", vllm=overlap)
 
 

@@ -1,0 +1,1 @@
+"""KTO: answers that were found good or bad, one by one."""
