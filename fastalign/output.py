@@ -4,11 +4,13 @@ Data rows, file names, templates and libraries' messages reach the terminal, the
 Every command prints through `safe_output`, and every page is filled through `shown`.
 """
 
+import logging
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import cache, partial
 from typing import Any, TextIO, cast
 
 # C0 and C1 controls except tab and line feed, marks that reorder or hide text, lone surrogates.
@@ -31,6 +33,10 @@ _KNOWN = re.compile(  # of Hugging Face, GitHub, GitLab, OpenAI and Anthropic, S
 )
 _VARIABLE = re.compile(r"(?:^|_)(?:TOKEN|KEY|SECRET|PASSWORD)$")
 _SHORTEST = 8  # shorter values may be words
+# Beginnings of libraries' messages that ask for nothing useful, by their loggers.
+NOISE = {  # bitsandbytes works without this package
+    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
+}
 
 
 def visible(text: str) -> str:
@@ -86,6 +92,18 @@ def _secret(name: str) -> ValueError:
         f"{name}: holds a password or a token, and settings are saved and printed; "
         "expected it in an environment variable, such as HF_TOKEN"
     )
+
+
+@cache
+def quiet_libraries() -> None:
+    """Drop the messages of NOISE."""
+    for name, text in NOISE.items():
+        logging.getLogger(name).addFilter(partial(_is_other, text))
+
+
+def _is_other(beginning: str, record: logging.LogRecord) -> bool:
+    """Return False for a record whose message has this beginning, so that it is dropped."""
+    return not str(record.msg).startswith(beginning)
 
 
 class _Around:

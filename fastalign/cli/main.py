@@ -7,14 +7,12 @@ are answered without torch, or, where a loss's parameters are flags, without tra
 
 import importlib
 import io
-import logging
 import os
 import sys
 import time
 import traceback
 from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import cache, partial
 from typing import Any, NamedTuple
 
 from fastalign.cli.algorithms import ALGORITHMS
@@ -23,6 +21,7 @@ from fastalign.output import (
     give_up_unwritten,
     lossy_output,
     occupy_standard_descriptors,
+    quiet_libraries,
     safe_output,
 )
 from fastalign.process import tune_process, waits_by_load
@@ -173,22 +172,6 @@ QUIET = (
     "VLLM_NO_USAGE_STATS",
     "DISABLE_SAFETENSORS_CONVERSION",  # transformers would ask a service to convert old weights
 )
-# Beginnings of libraries' messages that ask for nothing useful, by their loggers.
-NOISE = {  # bitsandbytes works without this package
-    "bitsandbytes.backends.cpu.ops": "Failed to load CPU gemm_4bit_forward from kernels-community",
-}
-
-
-@cache
-def quiet_libraries() -> None:
-    """Drop the messages of NOISE."""
-    for name, text in NOISE.items():
-        logging.getLogger(name).addFilter(partial(is_other, text))
-
-
-def is_other(beginning: str, record: logging.LogRecord) -> bool:
-    """Return False for a record whose message has this beginning, so that it is dropped."""
-    return not str(record.msg).startswith(beginning)
 
 
 def usage() -> str:

@@ -24,7 +24,7 @@ from fastalign.in_memory import (
     names_object,
 )
 from fastalign.models.model_in_memory import ready_for_use
-from fastalign.output import lossy_output, refuse_secret_settings
+from fastalign.output import lossy_output, quiet_libraries, refuse_secret_settings
 from fastalign.ranks.config import ParallelConfig
 from fastalign.ranks.failure import record_collectives, watched_by_ranks
 from fastalign.ranks.parallel import part_from_ranks
@@ -286,6 +286,7 @@ def open_run(config: TrainingConfig, title: str, others: Collection[str] = ()) -
             library is missing, memory did not suffice, settings contradict each other, or the ranks
             did not all come.
     """
+    quiet_libraries()
     check_numbers(config)
     values = config_to_dict(config)
     refuse_secret_settings(values)

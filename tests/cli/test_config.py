@@ -16,7 +16,8 @@ import pytest
 from fastalign.cli.algorithms import ALGORITHMS, print_settings
 from fastalign.cli.config_parse import parse_config
 from fastalign.cli.flags import SHOWN, field_docs
-from fastalign.cli.main import COMMANDS, NOISE, main, quiet_libraries
+from fastalign.cli.main import COMMANDS, main
+from fastalign.output import NOISE, quiet_libraries
 from fastalign.runs.config import (
     LoraConfig,
     ModelConfig,

@@ -68,6 +68,7 @@ def test_what_was_changed_in_memory_counts(tmp_path: Path) -> None:
     model.generation_config.eos_token_id = [2, 5]
     given = GivenModel("model", model)
     found = load_policy(given, PADDED)
+    assert found.generation_config.eos_token_id == [2, 5]
     assert torch.equal(found.lm_head.weight, model.lm_head.weight)
     tokenizer = load_tokenizer(given)
     assert eos_token_ids(tokenizer, given) == tuple(sorted({2, 5, tokenizer.eos_token_id}))
@@ -76,6 +77,14 @@ def test_what_was_changed_in_memory_counts(tmp_path: Path) -> None:
         model.model.embed_tokens.weight[3].fill_(torch.nan)
     with pytest.raises(ValueError, match=r"'model \(in memory\)' are damaged: model.embed_tokens"):
         load_policy(given, PADDED)
+
+
+def test_a_head_that_is_no_longer_tied_is_refused_as_in_a_folder(tmp_path: Path) -> None:
+    model = saved(tmp_path, "gpt2")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach() + 1)
+    with pytest.raises(ValueError, match=r"ties lm_head.weight to .*: the two differ"):
+        load_policy(GivenModel("model", model), PADDED)
 
 
 def test_a_tokenizer_of_ones_own_beside_a_path(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from fastalign.trainers import (
     LOSSES,
     DPOConfig,
     Grpo,
+    KTOConfig,
     KLInLoss,
     LoraConfig,
     ModelConfig,
@@ -32,7 +33,9 @@ from fastalign.trainers import (
     RewardConfig,
     RewardSourceConfig,
     RunConfig,
+    RunResult,
     SFTConfig,
+    UnpairedDataConfig,
 )
 from fastalign.trainers.reward.train import LOG_NU
 from tests import rank_processes
@@ -70,6 +73,13 @@ def online_config(folder: Path, run: str, **train: Any) -> OnlineDPOConfig:
     )
 
 
+def kto_config(folder: Path, run: str, **train: Any) -> KTOConfig:
+    config = dpo_config(folder, run, **train)
+    data = UnpairedDataConfig(train=config.data.train, eval=config.data.eval)
+    parts = {name: getattr(config, name) for name in ("model", "run", "reference", "train")}
+    return KTOConfig(data=data, optim=OPTIM, **parts)
+
+
 def with_answers(make: Any) -> Any:
     def made(folder: Path, run: str, **train: Any) -> Any:
         return scored_by_answers(make(folder, run, **train))
@@ -80,6 +90,7 @@ def with_answers(make: Any) -> Any:
 CASES = {
     "sft": sft_config,
     "dpo": dpo_config,
+    "kto": kto_config,
     "reward": reward_config,
     "ppo": with_answers(ppo_config),
     "online_dpo": with_answers(online_config),
@@ -221,6 +232,15 @@ def test_ranks_have_a_folder_that_is_named(folder: Path, monkeypatch: pytest.Mon
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=r"run.dir: expected a folder for all 2 ranks, got none"):
         fastalign.train_sft(model=str(folder / "llama"), train_data=one_row())
+
+
+def test_metrics_that_are_not_finite_are_numbers(tmp_path: Path) -> None:
+    rows = [{"step": 1, "loss": "nan"}, {"step": 2, "loss": 0.5, "eval_loss": "inf"}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    first, second = RunResult(2, True, 0, tmp_path).metrics
+    assert first["loss"] != first["loss"]
+    assert second == {"step": 2, "loss": 0.5, "eval_loss": float("inf")}
+    assert RunResult(0, False, 0, tmp_path / "none").metrics == []
 
 
 class Custom(torch.nn.Module):
@@ -437,6 +457,7 @@ def test_a_reference_and_a_reward_model_in_memory(folder: Path) -> None:
         other.lm_head.weight.mul_(0.5)
     other.save_pretrained(folder / "other")
     AutoTokenizer.from_pretrained(str(folder / "llama")).save_pretrained(folder / "other")
+    other.config.name_or_path = other.name_or_path = ""  # it has the policy's tokens
     ends = []
     for name, reference in (("from-object", other), ("from-path", folder / "other")):
         dpo_settings = without_paths(dpo_config(folder, name, max_steps=2), str(folder / name))
