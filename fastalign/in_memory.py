@@ -6,6 +6,7 @@ the checks of data and models among it, does not know the difference.
 """
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from functools import partial
@@ -185,8 +186,8 @@ def as_model(argument: str, model: Any, tokenizer: Any = None) -> str:
     return path if tokenizer is None else GivenModel(argument, None, tokenizer, path=path)
 
 
-def as_rows(argument: str, rows: Any) -> str:
-    """Return what stands for rows: a path as it is, an object as a `GivenRows`.
+def as_rows(argument: str, rows: Any) -> Any:
+    """Return what stands for rows: a path as it is, several as a tuple, an object as a `GivenRows`.
 
     Rows that can be read only once, such as a generator's, are read into a list.
 
@@ -195,6 +196,10 @@ def as_rows(argument: str, rows: Any) -> str:
     """
     if isinstance(rows, str | PathLike):
         return str(rows)
+    if isinstance(rows, tuple) or (isinstance(rows, list) and rows and all(map(_is_path, rows))):
+        if argument != "train_data":
+            raise ValueError(f"{argument}: expected one file, folder or hub name, got {len(rows)}")
+        return tuple(map(str, rows))  # with weights, as `data.train` has them
     if isinstance(rows, Mapping):
         names = ", ".join(map(str, list(rows)[:8]))
         raise ValueError(
@@ -211,6 +216,14 @@ def as_rows(argument: str, rows: Any) -> str:
             f"a folder or a hub name, got {type(rows).__name__}"
         )
     return GivenRows(argument, list(rows) if isinstance(rows, Iterator) else rows)
+
+
+def _is_path(thing: Any) -> bool:
+    """Return whether something is a path, or the text of one that exists, with a weight or not."""
+    if not isinstance(thing, str):
+        return isinstance(thing, PathLike)
+    places = (thing, thing.rpartition(":")[0] or thing)
+    return any(os.path.exists(os.path.expanduser(place)) for place in places)
 
 
 def as_rewards(rewards: Any) -> tuple[str, ...]:

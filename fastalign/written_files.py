@@ -21,6 +21,8 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from fastalign.data_sources import weighted_source
+
 MANIFEST = "fastalign_manifest.json"  # in a folder that a command wrote
 ADAPTER_CONFIG = "adapter_config.json"
 # Last names of the settings whose text can be a file or folder to read.
@@ -100,6 +102,8 @@ def input_paths(config: Any, prefix: str = "") -> list[tuple[str, Path]]:
             found += input_paths(value, f"{name}.")
         elif entry.name in READ:
             for text in value if isinstance(value, tuple) else (value,):
+                if entry.name == "train" and isinstance(text, str):
+                    text = weighted_source(text).path
                 if isinstance(text, str) and os.path.exists(os.path.expanduser(text)):
                     path = Path(text).expanduser().resolve()
                     found += [

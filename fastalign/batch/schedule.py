@@ -2,10 +2,11 @@
 
 import random
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fastalign.batch.packed import Group, PackedBatch, pack, ungroup
 from fastalign.batch.stored import StoredGroups
@@ -13,34 +14,92 @@ from fastalign.choices import Packing
 from fastalign.compute import Compute
 
 
+@dataclass(frozen=True)
+class Mixture:
+    """The draws of an epoch from several sources, whose examples lie one behind the other.
+
+    Attributes:
+        sizes: number of examples of each source, at least 1.
+        drawn: number of examples that an epoch draws of each source, at least 1.
+    """
+
+    sizes: tuple[int, ...]
+    drawn: tuple[int, ...]
+
+    @property
+    def epoch_size(self) -> int:
+        """Number of examples of an epoch."""
+        return sum(self.drawn)
+
+
+def mixture_of(data: Any) -> Mixture:
+    """Return a data set's `mixture`, or, if it has none, that of an epoch of each example once."""
+    found: Mixture | None = getattr(data, "mixture", None)
+    return found or Mixture((len(data),), (len(data),))
+
+
+def num_drawn(num_examples: int, weight: float) -> int:
+    """Return how many examples of a source an epoch draws: each `weight` times, in whole numbers.
+
+    At least one is drawn.
+    """
+    return max(1, round(weight * num_examples))
+
+
 @lru_cache(maxsize=2)
-def _permutation(num_examples: int, seed: int, epoch: int) -> list[int]:
-    order = list(range(num_examples))
+def _epoch(mixture: Mixture, seed: int, epoch: int) -> list[int]:
+    """Return the examples of one epoch, in their order."""
+    order: list[int] = []
+    start = 0
+    for number, (size, drawn) in enumerate(zip(mixture.sizes, mixture.drawn, strict=True)):
+        order += [start + i for i in _draws(size, drawn, epoch, f"{seed}/source {number}")]
+        start += size
     # random.Random hashes a string with SHA-512, so similar seeds and epochs are unrelated.
     random.Random(f"{seed}/{epoch}").shuffle(order)
     return order
 
 
-def indices_of_step(num_examples: int, batch_size: int, step: int, *, seed: int) -> list[int]:
+def _draws(size: int, drawn: int, epoch: int, seed: str) -> list[int]:
+    """Return what an epoch draws of one source: the next `drawn` of endless shuffled passes.
+
+    So the examples of a source are drawn equally often, but for one, at any time. A pass that lies
+    in one epoch as a whole keeps its order here, since the epoch is shuffled.
+    """
+    found: list[int] = []
+    place, stop = epoch * drawn, (epoch + 1) * drawn
+    while place < stop:
+        number, first = divmod(place, size)
+        last = min(size, first + stop - place)
+        examples = list(range(size))
+        if last - first < size:
+            random.Random(f"{seed}/{number}").shuffle(examples)
+        found += examples[first:last]
+        place += last - first
+    return found
+
+
+def indices_of_step(examples: int | Mixture, batch_size: int, step: int, *, seed: int) -> list[int]:
     """Return the examples of one step, a pure function of the arguments: a run resumes anywhere.
 
     Epochs are shuffled independently and concatenated; step s takes the positions
-    `[s * batch_size, (s + 1) * batch_size)`. Each epoch has each example once, every step has
-    exactly `batch_size` examples, and a step may continue into the next epoch. A step has an
-    example twice within an epoch only if `batch_size` is larger than `num_examples`.
+    `[s * batch_size, (s + 1) * batch_size)`. Each epoch has each of `examples`, if that is their
+    number, once; else as many of each source as the mixture says. Every step has exactly
+    `batch_size` examples, and a step may continue into the next epoch. Of a number of examples, a
+    step has one twice within an epoch only if `batch_size` is larger than the number.
 
     Raises:
         ValueError: if there are no examples, or the batch size is below 1.
     """
-    if num_examples < 1:
-        raise ValueError(f"num_examples: expected at least 1, got {num_examples}")
+    mixture = Mixture((examples,), (examples,)) if isinstance(examples, int) else examples
+    if min(mixture.sizes) < 1:
+        raise ValueError(f"num_examples: expected at least 1, got {min(mixture.sizes)}")
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     indices = []
     place, stop = step * batch_size, (step + 1) * batch_size
     while place < stop:
-        epoch, first = divmod(place, num_examples)
-        taken = _permutation(num_examples, seed, epoch)[first : first + stop - place]
+        epoch, first = divmod(place, mixture.epoch_size)
+        taken = _epoch(mixture, seed, epoch)[first : first + stop - place]
         indices += taken
         place += len(taken)
     return indices

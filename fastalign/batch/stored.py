@@ -7,7 +7,9 @@ its pages.
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from fastalign.batch.packed import Group
@@ -38,6 +40,17 @@ class Lazy(Sequence[T]):
         return self._item(places) if isinstance(places, int) else [self._item(i) for i in places]
 
 
+def joined(parts: Sequence[Sequence[T]]) -> Lazy[T]:
+    """Return sequences as one, the items of the first in front."""
+    ends = list(accumulate(map(len, parts)))
+
+    def item(index: int) -> T:
+        number = bisect_right(ends, index)
+        return parts[number][index - ends[number] + len(parts[number])]
+
+    return Lazy(ends[-1], item)
+
+
 class StoredGroups(Lazy[Group]):
     """Groups in the columns that `group_columns` makes; each has as many responses as the others.
 
@@ -50,10 +63,18 @@ class StoredGroups(Lazy[Group]):
         from pyarrow import compute
 
         super().__init__(len(table), self._group)
+        self._table = table.select(list(GROUP_COLUMNS))
         self._prompts, self._responses, self._masks = map(table.column, GROUP_COLUMNS)
         responses = compute.list_flatten(self._responses)
         self.prompt_lengths = list_lengths(self._prompts)
         self.response_lengths = list_lengths(responses)
+
+    @classmethod
+    def joined(cls, parts: Sequence[StoredGroups]) -> StoredGroups:
+        """Return the groups of several as one, without a copy; all have as many responses."""
+        import pyarrow
+
+        return cls(pyarrow.concat_tables([part._table for part in parts]))
 
     def _group(self, index: int) -> Group:
         masks = self._masks[index]

@@ -46,6 +46,11 @@ class Algorithm:
         """Train; return the exit code: 0 finished or SIGTERM, 130 after SIGINT, 3 collapsed."""
         config = self.parse(arguments)  # before the import, which takes seconds
         if os.environ.get("RANK", "0") == "0":
+            if [word.partition("=")[0] for word in arguments].count("--data.train") > 1:
+                print(
+                    "data.train is given more than once, and the last counts; several sources "
+                    "stand behind one flag: a.jsonl b.jsonl"
+                )
             print_settings(config)
         return int(_trainers(self.train)(config).exit_code)
 

@@ -153,9 +153,27 @@ def flatten(section_type: Any, content: Any, path: str, name: str = "") -> dict[
                 inner = without_hidden(inner, kind, f"{place}.{hidden}", path)
             flat |= inner
         else:
+            if "metavar" in known[key].metadata:
+                value = with_weights(value)
             check_value(value, kind, f"{path}: {place}")
             flat[place] = value
     return flat
+
+
+def with_weights(value: Any) -> Any:
+    """Return sources with weights as flags have them, `a.jsonl:2`.
+
+    A file may also hold `a.jsonl: 2`, as a mapping or as an item of a list.
+    """
+    if not isinstance(value, list | dict):
+        return value
+    words: list[Any] = []
+    for item in value if isinstance(value, list) else [value]:
+        if isinstance(item, dict):
+            words += [s if weight is None else f"{s}:{weight}" for s, weight in item.items()]
+        else:
+            words.append(item)
+    return words
 
 
 def without_hidden(flat: dict[str, Any], owner: Any, name: str, path: str) -> dict[str, Any]:
@@ -331,6 +349,8 @@ def section_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
         for name in entry.metadata.get("hidden", ()):  # of a section: refused by this command
             section = get_type_hints(kind)[name]
             kind = narrowed(kind, [name], Annotated[section, tyro.conf.Suppress])  # type: ignore[arg-type]
+        if metavar := entry.metadata.get("metavar"):
+            kind = Annotated[kind, tyro.conf.arg(metavar=metavar)]
         if default is None or default == ():  # the text says what no value means
             kind = Annotated[kind, tyro.conf.arg(help_behavior_hint="")]
         text = entry.metadata.get("help") or partial(field_docs(info.type).get, entry.name)

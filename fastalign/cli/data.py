@@ -1,9 +1,9 @@
-"""`fastalign data check FILE`: count rows and lengths, and list every fault of a file."""
+"""`fastalign data check FILE ...`: count rows and lengths, and list every fault of each file."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, takewhile
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -22,6 +22,7 @@ from fastalign.data.examples import (
 from fastalign.data.read import read_examples
 from fastalign.data.readers.row import DataFault
 from fastalign.data.report import DataReport
+from fastalign.data_sources import weighted_source
 
 if TYPE_CHECKING:
     from fastalign.data.tokenise import Encoder
@@ -41,7 +42,7 @@ class CheckConfig:
 
     file: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """File (.jsonl, .ndjson, .json, .csv, .tsv, each also .gz, .bz2, .zst; .parquet), folder or hub
-    name."""
+    name; a weight behind it, as of data.train, is left out."""
     kind: Literal["auto", "sft", "preference", "unpaired", "prompt"] = "auto"
     """Kind of the rows; auto decides by the columns of the first valid row."""
     tokenizer: str | None = None
@@ -59,10 +60,11 @@ def check(config: CheckConfig) -> DataReport:
     if config.max_length is not None and config.tokenizer is None:
         raise ValueError("max-length: counting tokens needs --tokenizer, got none")
     encoder = None if config.tokenizer is None else load_encoder(config.tokenizer)
-    report = DataReport(config.file, unit="characters" if encoder is None else "tokens")
+    source = weighted_source(config.file).path
+    report = DataReport(source, unit="characters" if encoder is None else "tokens")
     kind = None if config.kind == "auto" else config.kind
     try:
-        for example in read_examples(config.file, kind, report, on_bad_row="skip"):
+        for example in read_examples(source, kind, report, on_bad_row="skip"):
             try:
                 if encoder is not None and report.num_used < config.show:
                     print("\n".join(shown_example(encoder, example)))
@@ -162,10 +164,23 @@ def shown_text(text: str) -> str:
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the command; return 0 if all rows are usable or bad ones may be skipped, otherwise 2."""
+    """Run the command; return 0 if all rows are usable or bad ones may be skipped, otherwise 2.
+
+    Of several files each is checked by itself.
+    """
     if argv[:1] != ["check"]:
         raise ValueError(f"expected `fastalign data check FILE`, got {argv[0]}")
-    config = parse_flags(CheckConfig, argv[1:], "fastalign data check")
+    files = list(takewhile(lambda word: not word.startswith("-"), argv[1:]))
+    flags = argv[1 + len(files) :]
+    configs = [
+        parse_flags(CheckConfig, [*file, *flags], "fastalign data check")
+        for file in ([[file] for file in files] or [[]])
+    ]
+    return max(map(check_and_print, configs))
+
+
+def check_and_print(config: CheckConfig) -> int:
+    """Print the faults and the counts of one source; return the exit code."""
     if not Path(config.file).name:
         raise ValueError("expected a file, a folder or a hub name, got an empty name")
     report = check(config)

@@ -2,16 +2,17 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
 from fastalign.batch.packed import Group
-from fastalign.batch.stored import Lazy, StoredGroups, list_lengths
+from fastalign.batch.schedule import Mixture, num_drawn
+from fastalign.batch.stored import Lazy, StoredGroups, joined, list_lengths, stored
 from fastalign.data.columns import RowColumns
 from fastalign.data.encode import (
     DIGEST_BYTES,
@@ -34,13 +35,61 @@ from fastalign.data.report import DataReport
 from fastalign.data.token_cache import Write, load_tokens
 from fastalign.data.tokenise import Encoder
 from fastalign.data.tokenizer import Tokenizer
+from fastalign.data_sources import WeightedSource
+from fastalign.output import visible
 
 BATCH_ROWS = 256
 LENGTH_ADVICE = "raise --data.max-length, or use --data.on-too-long skip or truncate"
 
 
 @dataclass(frozen=True)
-class TokenizedDataset:
+class SourcePart:
+    """One source of a data set.
+
+    Attributes:
+        source: a file, a folder or a hub name.
+        weight: how often an epoch has each of its rows.
+        num_rows: rows read, those that were left out among them.
+        num_examples: its examples.
+        num_drawn: examples of it in an epoch.
+        fingerprint: SHA-256 of its examples.
+    """
+
+    source: str
+    weight: float
+    num_rows: int
+    num_examples: int
+    num_drawn: int
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfSources:
+    """A data set that knows its sources.
+
+    Attributes:
+        parts: its sources, whose examples lie one behind the other; empty where there is one whose
+            examples an epoch has once each.
+    """
+
+    parts: tuple[SourcePart, ...] = ()
+
+    def __len__(self) -> int:
+        """Return the number of examples."""
+        raise NotImplementedError
+
+    @property
+    def mixture(self) -> Mixture:
+        """The draws of an epoch."""
+        if not self.parts:
+            return Mixture((len(self),), (len(self),))
+        counts = [(part.num_examples, part.num_drawn) for part in self.parts]
+        sizes, drawn = zip(*counts, strict=True)
+        return Mixture(sizes, drawn)
+
+
+@dataclass(frozen=True)
+class TokenizedDataset(OfSources):
     """Examples as token ids, nearly always one of a row; the sequences are parallel.
 
     Attributes:
@@ -68,9 +117,26 @@ class TokenizedDataset:
         """Return the number of rows."""
         return len(self.groups)
 
+    @classmethod
+    def joined(
+        cls, found: Sequence["TokenizedDataset"], parts: tuple[SourcePart, ...]
+    ) -> "TokenizedDataset":
+        """Return several data sets as one, the first in front."""
+        return cls(
+            StoredGroups.joined([stored(data.groups) for data in found]),
+            [tie for data in found for tie in data.ties],
+            [margin for data in found for margin in data.margins],
+            [votes for data in found for votes in data.votes],
+            [label for data in found for label in data.labels],
+            joined([data.sources for data in found]),
+            DataReport.joined([data.report for data in found]),
+            joined_fingerprint(parts),
+            parts=parts,
+        )
+
 
 @dataclass(frozen=True)
-class PromptDataset:
+class PromptDataset(OfSources):
     """Prompts as token ids; the sequences are parallel.
 
     Attributes:
@@ -94,6 +160,32 @@ class PromptDataset:
         """Return the number of prompts."""
         return len(self.prompts)
 
+    @classmethod
+    def joined(
+        cls, found: Sequence["PromptDataset"], parts: tuple[SourcePart, ...]
+    ) -> "PromptDataset":
+        """Return several data sets as one, the first in front."""
+        return cls(
+            joined([data.prompt_ids for data in found]),
+            joined([data.prompts for data in found]),
+            joined([data.sources for data in found]),
+            DataReport.joined([data.report for data in found]),
+            joined_fingerprint(parts),
+            joined([data.columns for data in found]) if found[0].columns else (),
+            parts=parts,
+        )
+
+    def first(self) -> "PromptDataset":
+        """Return the first prompt alone."""
+        return replace(
+            self,
+            prompt_ids=self.prompt_ids[:1],
+            prompts=self.prompts[:1],
+            sources=self.sources[:1],
+            columns=self.columns[:1],
+            parts=(),
+        )
+
     def columns_at(self, indices: Iterable[int], num_samples: int = 1) -> dict[str, list[Any]]:
         """Return each column at these rows, a value `num_samples` times; None: a row lacks it."""
         if not self.columns:
@@ -103,6 +195,50 @@ class PromptDataset:
             name: [row.get(name) for row in rows for _ in range(num_samples)]
             for name in sorted(self.report.given_columns)
         }
+
+
+Dataset = TypeVar("Dataset", TokenizedDataset, PromptDataset)
+
+
+def load_sources_of_data(
+    sources: Sequence[WeightedSource], load: Callable[[str], Dataset]
+) -> Dataset:
+    """Return the examples of all sources, one source behind the other, with their weights.
+
+    `load` returns the examples of one, by its path.
+    """
+    found = [load(source.path) for source in sources]
+    parts = tuple(
+        SourcePart(
+            source.path,
+            source.weight,
+            data.report.num_rows,
+            len(data),
+            num_drawn(len(data), source.weight),
+            data.fingerprint,
+        )
+        for source, data in zip(sources, found, strict=True)
+    )
+    if len(found) == 1:
+        return replace(found[0], parts=parts)
+    return type(found[0]).joined(found, parts)
+
+
+def joined_fingerprint(parts: Sequence[SourcePart]) -> str:
+    """Return the fingerprint of the examples of several sources together."""
+    content = json.dumps([part.fingerprint for part in parts])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def print_sources(parts: Sequence[SourcePart]) -> None:
+    """Print each source of the training data with its share of an epoch, unless it is all of it."""
+    total = sum(part.num_drawn for part in parts)
+    for part in parts if len(parts) > 1 or parts[0].weight != 1 else ():
+        print(
+            f"data.train: {visible(part.source)}: {part.num_examples} examples, weight "
+            f"{part.weight:g}: {part.num_drawn} of the {total} of an epoch "
+            f"({100 * part.num_drawn / total:.1f} %)"
+        )
 
 
 def load_prompts(

@@ -44,6 +44,7 @@ class DataReport:
         absent_columns: columns that reward functions have a default for, and no row has.
         unknown_keys: number of messages with each key that nothing uses.
         unit: unit of the lengths: tokens, or characters without a tokenizer.
+        parts: reports of the sources whose counts these are together; empty of one source.
     """
 
     source: str
@@ -69,6 +70,18 @@ class DataReport:
     absent_columns: list[str] = field(default_factory=list)
     unknown_keys: Counter[str] = field(default_factory=Counter)
     unit: str = "tokens"
+    parts: Sequence[DataReport] = ()
+
+    @classmethod
+    def joined(cls, parts: Sequence[DataReport]) -> DataReport:
+        """Return the counts of several sources together."""
+        whole = cls(", ".join(part.source for part in parts), unit=parts[0].unit, parts=parts)
+        for name in vars(whole).keys() - {"source", "unit", "parts", "absent_columns"}:
+            for part in parts:
+                setattr(whole, name, getattr(whole, name) + getattr(part, name))
+        absent = parts[0].absent_columns
+        whole.absent_columns = [c for c in absent if c not in whole.given_columns]
+        return whole
 
     def add_lengths(self, group: Group) -> None:
         """Record the lengths of a used row."""
@@ -78,7 +91,7 @@ class DataReport:
     def as_dict(self) -> dict[str, Any]:
         """Return all but the source and the lengths, as JSON can hold it."""
         faults = [(fault.where, fault.problem, fault.column) for fault in self.faults]
-        left_out = ("source", "prompt_lengths", "response_lengths")
+        left_out = ("source", "prompt_lengths", "response_lengths", "parts")
         return {k: v for k, v in vars(self).items() if k not in left_out} | {"faults": faults}
 
     @classmethod
@@ -140,6 +153,8 @@ class DataReport:
 
     def log_lines(self) -> list[str]:
         """Return the lines of a run's output: rows left out or truncated, and what is not used."""
+        if self.parts:
+            return [line for part in self.parts for line in part.log_lines()]
         source = visible(self.source)
         losses = self.losses_line()
         lines = [] if losses is None else [losses]

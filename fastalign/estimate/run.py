@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastalign.batch.packed import PackedBatch, pack
-from fastalign.batch.schedule import indices_of_step, micro_batches
+from fastalign.batch.schedule import Mixture, indices_of_step, micro_batches
 from fastalign.compute import Compute
 from fastalign.data.tokenizer import load_tokenizer
 from fastalign.estimate.memory import (
@@ -29,10 +29,12 @@ from fastalign.runs.config import ReferencedConfig, SFTConfig, TrainingConfig
 from fastalign.runs.inputs import (
     check_sharing,
     checkpoint_activations,
+    examples_per_step,
+    indices_of_run,
     load_sets,
     packing_of_run,
+    total_steps,
 )
-from fastalign.runs.loop import examples_per_step, indices_of_run, total_steps
 from fastalign.runs.open import make_compute
 from fastalign.trainers.dpo import reference
 from fastalign.trainers.dpo.config import DPOConfig
@@ -109,12 +111,7 @@ def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
     model = trained_model(config, compute)
     data, held_out = load_sets(config, model, tokenizer)
     sets = [measure_examples(each.groups, compute.packing) for each in (data, held_out) if each]
-    size, seed = examples_per_step(config, len(data.groups)), config.run.seed
-    steps = (
-        indices_of_step(len(data.groups), size, step, seed=seed)
-        for step in range(total_steps(config, len(data.groups)))
-    )
-    batch, num_batches = fullest(sets[0], steps, compute)
+    batch, num_batches = fullest(sets[0], steps_of_run(config, data.mixture), compute)
     libraries = resident_bytes() if compute.device.type == "cpu" else 0
     peak = replace(
         peak_of(model, batch, compute, backwards=min(num_batches, 2)),
@@ -123,7 +120,7 @@ def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
     )
     phases = {TRAINING: peak}
     kept = {TRAINING: kept_bytes(model, batch, compute, peak.activations)}
-    for name, other in forwards(config, model, sets, compute):
+    for name, other in forwards(config, model, sets, data.mixture, compute):
         phases[name] = other
         kept[name] = int(SHARE_KEPT[compute.device.type] * other.activations)
     whole_states = peak.states
@@ -131,8 +128,9 @@ def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
     if ranks is not None:
         phases, host = shared_run(config, compute, phases, num_batches)
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    saves = bool(config.train.save_every or config.train.save_minutes)
-    writes_beside = saves and config.train.async_checkpoints
+    train = config.train
+    saves = train.save_every or train.save_minutes or train.best_metric
+    writes_beside = saves and train.async_checkpoints
     if writes_beside and compute.device.type == "cpu":  # the copy that a checkpoint is made from
         peak = phases[TRAINING]
         weights = 4 * num_trained * peak.states // whole_states
@@ -150,6 +148,13 @@ def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
         num_batches=num_batches,
         device=compute.device,
     )
+
+
+def steps_of_run(config: TrainingConfig, mixture: Mixture) -> Iterator[list[int]]:
+    """Yield the examples of each step."""
+    size = examples_per_step(config, mixture.epoch_size)
+    for step in range(total_steps(config, mixture.epoch_size)):
+        yield indices_of_step(mixture, size, step, seed=config.run.seed)
 
 
 def kept_bytes(model: Any, batch: PackedBatch, compute: Compute, activations: int) -> int:
@@ -195,7 +200,11 @@ def fullest(
 
 
 def forwards(
-    config: TrainingConfig, model: Any, sets: Sequence[Examples], compute: Compute
+    config: TrainingConfig,
+    model: Any,
+    sets: Sequence[Examples],
+    mixture: Mixture,
+    compute: Compute,
 ) -> Iterator[tuple[str, Peak]]:
     """Yield the name and the peak of each phase without gradients."""
     needed = isinstance(config, DPOConfig) and config.loss.formula().needs_reference
@@ -204,7 +213,7 @@ def forwards(
         if isinstance(config, KTOConfig):  # the reference also reads a mismatched answer to each
             both = (with_mismatched(each.groups, config.run.seed) for each in sets)
             compared = [measure_examples(groups, compute.packing) for groups in both]
-        used = [sorted(indices_of_run(config, len(sets[0].groups)))]
+        used = [sorted(indices_of_run(config, mixture))]
         used += [list(range(len(held_out.groups))) for held_out in sets[1:]]
         of_sets = (
             fullest(examples, pieces(indices, reference.PIECE), compute)[0]

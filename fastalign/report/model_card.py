@@ -6,7 +6,7 @@ It holds no time, speed or memory, so a resumed run writes the card of one witho
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -53,22 +53,24 @@ class CardFacts:
         method: the algorithm, in words.
         base: path or hub name of the model that training started from; empty for one that was made
             in memory.
-        data: each use of data ("training"), with its path or hub name and its hash, or None.
+        data: each source of data: its use ("training"), its path or hub name, its hash or None.
         hub_data: names of those data sets that are on the hub.
         settings: settings that differ from the defaults, by their names.
         metrics: the run's `metrics.jsonl`.
         steps: optimiser steps taken, and those of the whole run.
+        chosen_by: metric and value by which the step was chosen; empty: it is the last.
     """
 
     kind: str
     command: str
     method: str
     base: str
-    data: Mapping[str, tuple[str, str | None]]
+    data: Sequence[tuple[str, str, str | None]]
     hub_data: list[str]
     settings: Mapping[str, Any]
     metrics: Path
     steps: tuple[int, int]
+    chosen_by: str = ""
 
 
 def write_card(folder: Path, facts: CardFacts) -> None:
@@ -84,10 +86,11 @@ def write_card(folder: Path, facts: CardFacts) -> None:
     step, num_steps = facts.steps
     licence = of_base.get("license_name") or of_base.get("license")
     sources = [
-        (use, code(source), code(digest) if digest else "")
-        for use, (source, digest) in facts.data.items()
+        (use, code(source), code(digest) if digest else "") for use, source, digest in facts.data
     ]
     settings = [(code(name), code(value)) for name, value in facts.settings.items()]
+    ending = "" if step >= num_steps else ", exported before the run's end"
+    ending = f", the best by {plain(facts.chosen_by)}" if facts.chosen_by else ending
     known = "not known; the terms of the base and of the data apply"
     text = f"""\
 ---
@@ -98,7 +101,7 @@ def write_card(folder: Path, facts: CardFacts) -> None:
 
 - Method: {plain(facts.method)}
 - Base: {base}
-- Steps: {step} of {num_steps}{"" if step >= num_steps else ", exported before the run's end"}
+- Steps: {step} of {num_steps}{ending}
 - Licence: {known if licence is None else f"{plain(licence)}, that of the base"}
 
 ## Data
@@ -194,7 +197,7 @@ def metric_tables(facts: CardFacts) -> str:
         ]
         if values:
             parts.append(
-                f"On {title}, at step {row['step']}:\n\n{table(('metric', 'value'), values)}"
+                f"On {title}, at step {shown_row['step']}:\n\n{table(('metric', 'value'), values)}"
             )
     return "\n\n".join(parts) or "None were logged."
 

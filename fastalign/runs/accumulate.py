@@ -35,6 +35,10 @@ class Examples:
     groups: Sequence[Group]
     lengths: Sequence[int]
 
+    def first(self) -> "Examples":
+        """Return the first example alone."""
+        return Examples([self.groups[0]], [self.lengths[0]])
+
 
 def measure_examples(groups: Sequence[Group], packing: Packing) -> Examples:
     """Count each group's packed tokens once, for every step to cut its batches by."""

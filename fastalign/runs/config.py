@@ -9,6 +9,7 @@ from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, get_args
 
 from fastalign.choices import AttentionChoice, PackingChoice
+from fastalign.data_sources import checked_sources
 from fastalign.in_memory import NOT_GIVEN, is_given
 from fastalign.ranks.config import ParallelConfig
 
@@ -149,8 +150,11 @@ class ModelConfig:
 class DataConfig:
     """The training data and the handling of rows that do not fit."""
 
-    train: str = NOT_GIVEN
-    """Training data: a file, a folder or a hub name."""
+    train: str | tuple[str, ...] = field(
+        default=NOT_GIVEN, metadata={"metavar": "SOURCE[:WEIGHT] ..."}
+    )
+    """Training data: files, folders or hub names; with a weight behind it, `a.jsonl:2` or
+    `a.jsonl:0.5`, an epoch has each of a source's rows so many times."""
     eval: str | None = None
     """Held-out data with the same columns as the training data."""
     max_length: int = 1024
@@ -163,8 +167,8 @@ class DataConfig:
     kind: ClassVar[RowKind] = "sft"
 
     def __post_init__(self) -> None:
-        named = bool(self.train) or not is_given(self.train)
-        require(named, "data.train", "a file, folder or hub name", self.train)
+        if is_given(self.train):
+            object.__setattr__(self, "train", checked_sources(self.train))
         at_least(2, "data", self, "max_length")
 
 
@@ -252,6 +256,15 @@ class TrainConfig:
     """Maximum bytes of logits held at a time; by default the operation chooses."""
     eval_every: int = 0
     """Number of steps between evaluations on data.eval; 0 evaluates only at the end."""
+    best_metric: str | None = None
+    """Write the model of the step whose evaluation was the best by this metric, such as eval_loss
+    or eval_rewards/accuracies, in place of the last step's; its checkpoint is kept."""
+    best_direction: Literal["auto", "max", "min"] = "auto"
+    """Whether more (max) or less (min) of train.best_metric is better; auto knows it of losses, KL,
+    accuracies, margins and rewards."""
+    patience: int | None = None
+    """End the run after this many evaluations in a row without a better train.best_metric; by
+    default it goes on to its last step."""
     save_every: int = 0
     """Number of steps between checkpoints; 0 saves by train.save_minutes, and at the end."""
     save_minutes: float = 15.0
@@ -268,11 +281,26 @@ class TrainConfig:
     """Save and exit after this step as if interrupted; --run.resume continues."""
 
     def __post_init__(self) -> None:
-        at_least(1, "train", self, "max_steps", "stop_at_step", "max_buffer_bytes")
+        at_least(1, "train", self, "max_steps", "stop_at_step", "max_buffer_bytes", "patience")
         at_least(1, "train", self, "batch_size", "tokens_per_batch", "keep_checkpoints")
         at_least(0, "train", self, "eval_every", "save_every", "profile", "stall_seconds")
         within("train.save_minutes", self.save_minutes, 0)
         require(0 < self.epochs < float("inf"), "train.epochs", "more than 0", self.epochs)
+        directions = ("auto", "max", "min")
+        known = self.best_direction in directions
+        require(known, "train.best_direction", ", ".join(directions), self.best_direction)
+        if self.best_metric is None:
+            for name, none in (("patience", None), ("best_direction", "auto")):
+                if getattr(self, name) != none:
+                    raise ValueError(
+                        f"train.{name}: a setting of train.best_metric; expected a metric of "
+                        "evaluations there, such as eval_loss, got none"
+                    )
+        elif not self.eval_every:
+            raise ValueError(
+                "train.eval_every: expected more than 0 with train.best_metric, which chooses "
+                "among several evaluations; got 0, one at the end alone"
+            )
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import torch
 from fastalign.compute import Compute
 from fastalign.data.readers.rows import is_on_hub
 from fastalign.data.tokenizer import Tokenizer, eos_token_ids
+from fastalign.data_sources import weighted_sources
 from fastalign.in_memory import model_of, origin
 from fastalign.models.load import load_policy, set_save_dtype
 from fastalign.models.lora import has_adapter, merge_adapter
@@ -78,22 +79,30 @@ def card_of_run(
     command: str,
     inputs: Mapping[str, Mapping[str, Any]],
     steps: tuple[int, int],
+    best: tuple[int, float] | None,
     folder: Path,
     part: str,
     base: str,
 ) -> None:
     """Write the card of the model in `folder`, which becomes the run's folder `part`.
 
-    `inputs` are the run's, as `fingerprints` returns them; `steps` those taken and all. Settings
+    `inputs` are the run's, as `fingerprints` returns them; `steps` those taken and all; `best` the
+    step whose model it is, with the value of `train.best_metric`, where that chose it. Settings
     that a resumed run may change are left out.
     """
     kinds = {"adapter": model_card.ADAPTER, "value": model_card.VALUE}
-    named = (("training", "data", config.data.train), ("held-out", "eval_data", config.data.eval))
-    data = {
-        use: (source, inputs.get(name, {}).get("content"))
-        for use, name, source in named
-        if source is not None
-    }
+    sources = weighted_sources(config.data.train)
+    hashes = inputs.get("data", {})
+    data = [
+        (
+            "training" if source.weight == 1 else f"training, weight {source.weight:g}",
+            source.path,
+            hashes.get("content") or hashes.get(source.path),
+        )
+        for source in sources
+    ]
+    if config.data.eval is not None:
+        data.append(("held-out", config.data.eval, inputs.get("eval_data", {}).get("content")))
     left_out = MAY_CHANGE | {"model.path", "data.train"}
     changed = settings_off_default(config)
     chosen = [
@@ -107,14 +116,15 @@ def card_of_run(
         method=", ".join([str(type(config).__doc__).splitlines()[0].rstrip("."), *chosen]),
         base=base,
         data=data,
-        hub_data=[config.data.train.partition(":")[0]] if is_on_hub(config.data.train) else [],
+        hub_data=[each.path.partition(":")[0] for each in sources if is_on_hub(each.path)],
         settings={
             name: value
             for name, value in changed.items()
             if name not in left_out and not (name.startswith("vllm.") or name.endswith(".name"))
         },
         metrics=Path(config.run.dir) / METRICS,
-        steps=steps,
+        steps=steps if best is None else (best[0], steps[1]),
+        chosen_by="" if best is None else f"{config.train.best_metric} ({best[1]:.6g})",
     )
     model_card.write_card(folder, facts)
 

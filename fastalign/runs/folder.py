@@ -7,6 +7,7 @@ import platform
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,7 @@ MAY_CHANGE = {
     *("run.accept_changed", "data.eval", "model.save_dtype", "model.lora.save_merged"),
     *("train.stop_at_step", "train.save_every", "train.save_minutes", "train.eval_every"),
     *("train.keep_checkpoints", "train.async_checkpoints", "train.profile", "train.stall_seconds"),
+    *("train.best_metric", "train.best_direction", "train.patience"),
     *("parallel.timeout_seconds", "parallel.silence_seconds"),
     *("reference.cache_dir", "reference.offload"),
     *("watch.stop", "watch.patience", "watch.min_entropy", "watch.min_length"),
@@ -62,12 +64,16 @@ def changed_settings(saved: dict[str, Any], values: dict[str, Any]) -> tuple[lis
         Changes that are refused, and changes under which the run continues, if not bitwise.
     """
     before, now = flat_settings(saved), flat_settings(values)
+    metrics = [settings.get("train.best_metric") for settings in (before, now)]
+    # Values of a metric on other data cannot be compared with the best of before.
+    compared = {"data.eval"} if metrics[0] is not None and metrics[0] == metrics[1] else set()
     refused: list[str] = []
     differently: list[str] = []
     for name in sorted(before.keys() | now.keys()):
         # Of an engine: where it is, how long it may take.
         of_engine = name.startswith("vllm.") and name != "vllm.overlap"
-        if name in MAY_CHANGE or of_engine or before.get(name) == now.get(name):
+        may_change = (name in MAY_CHANGE or of_engine) and name not in compared
+        if may_change or before.get(name) == now.get(name):
             continue
         change = f"{name} ({before.get(name)}, now {now.get(name)})"
         (differently if name in GO_ON_DIFFERENTLY else refused).append(change)
@@ -127,7 +133,7 @@ def begin_in_folder(folder: Path, values: dict[str, Any], run: RunConfig) -> dat
     Called with the folder's lock, on a folder that `check_run_folder` has passed. Returns when the
     run began, which chat templates with a date are given.
     """
-    for name in (MACHINE_FILE, CONFIG, BEGAN_FILE):
+    for name in (MACHINE_FILE, CONFIG, BEGAN_FILE, SOURCES_FILE):
         clear_half_written(folder / name)
     write_machine(folder, values["train"])  # first: by it the rest is known to be a run's
     if run.export is None and never_saved(folder):
@@ -148,6 +154,22 @@ def begin_in_folder(folder: Path, values: dict[str, Any], run: RunConfig) -> dat
 
 
 BEGAN_FILE = "began.txt"
+SOURCES_FILE = "sources.json"
+
+
+def write_sources(folder: Path, data: Any, held_out: Any) -> None:
+    """Write what each source is in the run's data to `sources.json`, if they know their sources."""
+    train, others = (
+        [asdict(part) for part in getattr(each, "parts", ())] for each in (data, held_out)
+    )
+    total = sum(part["num_drawn"] for part in train)
+    for part in train:
+        part["share"] = part["num_drawn"] / total
+    for part in others:
+        del part["weight"], part["num_drawn"]
+    if train:
+        text = json.dumps({"train": train, "eval": others}, indent=1) + "\n"
+        write_atomically(folder / SOURCES_FILE, text)
 
 
 def when_begun(folder: Path) -> datetime:
@@ -190,7 +212,7 @@ def locked(folder: Path) -> Iterator[None]:
 MACHINE_FILE = "machine.json"
 # What a run writes to its folder, beside the models of its end.
 WRITTEN = (
-    *(MACHINE_FILE, CONFIG, BEGAN_FILE, METRICS),
+    *(MACHINE_FILE, CONFIG, BEGAN_FILE, SOURCES_FILE, METRICS),
     *(CHECKPOINTS, "tensorboard", "profile"),
 )
 

@@ -1,4 +1,4 @@
-"""The inputs of a run: its data and models, loaded under its rules, and their fingerprints.
+"""The inputs of a run: its data and models, loaded under its rules, its steps, and fingerprints.
 
 Models get their adapter, and the ranks share them. A checkpoint keeps the fingerprints, which a
 resumed run compares: an input is a dictionary of its parts (a file, a key of a configuration) to a
@@ -7,6 +7,7 @@ hash or a plain value, so that a difference can be named.
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -15,12 +16,19 @@ from typing import Any
 
 import torch
 
+from fastalign.batch.schedule import Mixture, indices_of_step
 from fastalign.batch.stored import stored
 from fastalign.choices import Packing
 from fastalign.compute import Compute, memory_used_in
 from fastalign.data.encode import Ties
-from fastalign.data.load import TokenizedDataset, load_examples
+from fastalign.data.load import (
+    TokenizedDataset,
+    load_examples,
+    load_sources_of_data,
+    print_sources,
+)
 from fastalign.data.tokenizer import Tokenizer, eos_token_ids, load_tokenizer, print_added_tokens
+from fastalign.data_sources import WeightedSource, weighted_sources
 from fastalign.models.architecture import num_positions
 from fastalign.models.attention import attention_name
 from fastalign.models.layers import compile_layers
@@ -37,7 +45,13 @@ from fastalign.models.lora_files import adapter_base
 from fastalign.models.router import check_router
 from fastalign.ranks.parallel import load_on_first, share_by_ddp, share_by_fsdp
 from fastalign.ranks.world import ALONE, World
-from fastalign.runs.config import ModelConfig, PreferenceDataConfig, TrainingConfig, flat_settings
+from fastalign.runs.config import (
+    DataConfig,
+    ModelConfig,
+    PreferenceDataConfig,
+    TrainingConfig,
+    flat_settings,
+)
 from fastalign.written_files import sha256_of
 
 LOADING = "loading "  # how the note on a model that is being loaded begins
@@ -90,20 +104,72 @@ def packing_of_run(config: TrainingConfig, world: World = ALONE) -> Packing:
 def load_sets(
     config: Any, model: Any, tokenizer: Tokenizer
 ) -> tuple[TokenizedDataset, TokenizedDataset | None]:
-    """Load the training data, and the held-out data if there are any.
+    """Load the training data, of all their sources, and the held-out data if there are any.
 
     Raises:
         ValueError: if a source is at fault, naming file and row, or a row is too long.
         FileNotFoundError: if a file does not exist.
     """
-    sources = [config.data.train, *([] if config.data.eval is None else [config.data.eval])]
-    sets = [load_data(config, source, tokenizer) for source in sources]
+    named = [weighted_sources(config.data.train)]
+    if config.data.eval is not None:
+        named.append([WeightedSource(config.data.eval)])
+    sets = [
+        load_sources_of_data(sources, lambda path: load_data(config, path, tokenizer))
+        for sources in named
+    ]
     for data in sets:
         data.report.print_losses()
         check_positions(model, data)
+    print_sources(sets[0].parts)
     if has_adapter(model):
         print_added_tokens(tokenizer, [stored(sets[0].groups).used_ids()])
     return sets[0], sets[1] if len(sets) > 1 else None
+
+
+def total_steps(config: TrainingConfig, num_examples: int) -> int:
+    """Return `max_steps`, or the steps of `epochs` passes (the last one may reach beyond).
+
+    `num_examples` are those of an epoch, here and below.
+    """
+    if config.train.max_steps is not None:
+        return config.train.max_steps
+    size = examples_per_step(config, num_examples)
+    return max(1, math.ceil(config.train.epochs * num_examples / size))
+
+
+def examples_per_step(config: TrainingConfig, num_examples: int) -> int:
+    """Return `train.batch_size`, or the number of all examples if there are fewer.
+
+    Prompts that are sampled are taken several times instead: each time has other completions.
+    """
+    if isinstance(config.data, DataConfig):
+        return min(config.train.batch_size, num_examples)
+    return config.train.batch_size
+
+
+def print_small_data(config: TrainingConfig, num_examples: int) -> None:
+    """Print how a batch larger than the data is filled."""
+    size = config.train.batch_size
+    if size <= num_examples:
+        return
+    if isinstance(config.data, DataConfig):
+        done = "a step takes each example once"
+    else:
+        least, rest = divmod(size, num_examples)
+        times = f"{least} or {least + 1}" if rest else f"{least}"
+        done = f"a step samples each prompt {times} times"
+    print(f"{num_examples} examples, train.batch_size {size}: {done}")
+
+
+def indices_of_run(config: TrainingConfig, mixture: Mixture) -> set[int]:
+    """Return the examples that the run will use."""
+    used: set[int] = set()
+    for step in range(total_steps(config, mixture.epoch_size)):
+        if len(used) == sum(mixture.sizes):
+            break
+        size = examples_per_step(config, mixture.epoch_size)
+        used.update(indices_of_step(mixture, size, step, seed=config.run.seed))
+    return used
 
 
 def load_for_training(config: TrainingConfig, compute: Compute) -> tuple[Any, Tokenizer]:
@@ -334,7 +400,7 @@ def fingerprints(config: TrainingConfig, model: Any, data: Any, inputs: Inputs) 
     """
     reference = inputs.reference_fingerprint
     found: dict[str, Parts] = {
-        "data": {"content": data.fingerprint},
+        "data": data_parts(data),
         "base": {"weights": model_fingerprint(model) if has_adapter(model) else None},
         "reference": {"weights": reference},
         **inputs.others,
@@ -363,6 +429,14 @@ def inputs_of_all(ranks: Sequence[Mapping[str, Parts]]) -> Mapping[str, Parts]:
                 "files with the same content, objects made with the same seed and order"
             )
     return ranks[0]
+
+
+def data_parts(data: Any) -> Parts:
+    """Return the fingerprint of the training data, or that of each source if there are several."""
+    sources = getattr(data, "parts", ())
+    if len(sources) < 2:
+        return {"content": data.fingerprint}
+    return {part.source: part.fingerprint for part in sources}
 
 
 def model_parts(model: Any, *, weights: bool = True) -> Parts:

@@ -5,7 +5,7 @@ A trainer opens a run, begins it with what it trains, and takes its steps:
     with open_run(config, "dpo") as run:
         policy, tokenizer = ...
         run.begin(policy, data)              # optimiser, resume, writers
-        for step in run.steps():             # to the last step, a signal, or too many skipped ones
+        for step in run.steps():             # to the last step, a signal, the end of patience
             total = ...                      # adds the gradient of step.indices
             step.finish(run.optimise(total))
             if step.evaluates:
@@ -17,7 +17,6 @@ step, if every rank has it.
 """
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
@@ -27,7 +26,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
-from fastalign.batch.schedule import indices_of_step
+from fastalign.batch.schedule import indices_of_step, mixture_of
 from fastalign.compute import Compute, is_out_of_memory, memory_used_in, peak_memory_bytes
 from fastalign.models.load import save_model
 from fastalign.ranks.failure import Peers
@@ -35,18 +34,29 @@ from fastalign.ranks.parallel import reshard
 from fastalign.report.runs import read_lines
 from fastalign.rollouts import OverlappedSampler, RankZeroSampler
 from fastalign.runs.accumulate import Total
+from fastalign.runs.best import Best, BestModel
 from fastalign.runs.checkpoint.restore import resume
 from fastalign.runs.checkpoint.writer import CHECKPOINTS, CheckpointFailed, CheckpointWriter
-from fastalign.runs.config import DataConfig, TrainingConfig
+from fastalign.runs.config import TrainingConfig
 from fastalign.runs.final_model import OtherFolders, card_of_run, save_final_model
-from fastalign.runs.inputs import Inputs, fingerprints, inputs_of_all
+from fastalign.runs.folder import write_sources
+from fastalign.runs.inputs import (
+    Inputs,
+    examples_per_step,
+    fingerprints,
+    inputs_of_all,
+    print_small_data,
+    total_steps,
+)
 from fastalign.runs.metrics import (
     METRICS,
     KeptMetrics,
     Metrics,
     MetricsWriter,
     ProgressDisplay,
+    all_skipped,
     plain_numbers,
+    skipped_line,
 )
 from fastalign.runs.observe import StallWatch, stop_on_signal, traced
 from fastalign.runs.state import (
@@ -80,6 +90,8 @@ class RunResult:
         model: the trained model of transformers, float32 (with a frozen base: in its dtype), in
             evaluation mode; a rank's part of it under FSDP2.
         tokenizer: its tokenizer.
+        best: step and value of the best evaluation by `train.best_metric`, if that was asked for
+            and there is one; the models of a finished run are that step's.
     """
 
     step: int
@@ -88,6 +100,7 @@ class RunResult:
     folder: Path
     model: Any = field(default=None, repr=False)
     tokenizer: Any = field(default=None, repr=False)
+    best: Best | None = None
 
     @cached_property
     def metrics(self) -> list[Metrics]:
@@ -132,6 +145,7 @@ class Run:
         self._stopped = False
         self._metrics: Metrics = {}
         self._writer: MetricsWriter | None = None  # rank 0's
+        self._best: BestModel | None = None
 
     def enter_context(self, manager: AbstractContextManager[T]) -> T:
         """Enter a context manager that is left at the run's end, after the last checkpoint."""
@@ -145,19 +159,25 @@ class Run:
         policy: Any = None,
         inputs: Inputs | None = None,
         overlapped: OverlappedSampler | RankZeroSampler | None = None,
+        try_evaluation: Callable[[], Metrics] | None = None,
     ) -> None:
         """Make the optimiser, restore a checkpoint if the run resumes, and open the writers.
 
         Args:
             model: the module whose parameters are trained.
-            data: training examples, with a length and a `fingerprint`.
+            data: training examples, with a length and a `fingerprint`, and, if not all of them are
+                in each epoch once, a `mixture`.
             policy: the part of `model` that is saved as `model/`; default: all of it.
             inputs: the run's other inputs, which a resumed run must find again.
             overlapped: a sampler that works on the next step's completions, which a checkpoint
                 waits for and holds.
+            try_evaluation: evaluates a little of the held-out data and returns `eval_...` metrics,
+                by whose names a wrong `train.best_metric` is known before the first step; without
+                it, at the first evaluation.
 
         Raises:
-            ValueError: if there is no checkpoint to resume from, or it is another run's.
+            ValueError: if there is no checkpoint to resume from, it is another run's, or no
+                evaluation gives `train.best_metric`.
         """
         config, folder, world = self.config, self.folder, self.world
         self.state = state = TrainState(model, make_optimizer(model, config.optim))
@@ -166,18 +186,22 @@ class Run:
             state.whole = False
 
         state.optimizer.register_step_pre_hook(updates)
-        self.num_steps = total_steps(config, len(data))
-        self._num_examples, self._overlapped = len(data), overlapped
-        print_small_data(config, len(data))
+        self._mixture, self._overlapped = mixture_of(data), overlapped
+        self.num_steps = total_steps(config, self._mixture.epoch_size)
+        print_small_data(config, self._mixture.epoch_size)
         policy = model if policy is None else policy
         found = fingerprints(config, policy, data, inputs or Inputs())
         self._inputs = inputs_of_all(world.gather(found))
         kept = KeptMetrics()
         if config.run.resume:
             kept = resume(config.run, state, self._inputs, world)
+        if config.train.best_metric is not None:
+            self._choose_best(try_evaluation)
         if config.run.export is not None:
             self._stopped = True
             return
+        held_out = None if inputs is None else inputs.held_out
+        world.first_does(lambda: write_sources(folder, data, held_out))
         loop = self._loop
         self._watch = StallWatch(folder, config.train.stall_seconds, world)
         loop.callback(self._watch.close)
@@ -196,6 +220,18 @@ class Run:
         self._display = loop.enter_context(ProgressDisplay(self.title, self.num_steps, state.step))
         self._loops = True
         loop.callback(self._ends_loop)
+
+    def _choose_best(self, try_evaluation: Callable[[], Metrics] | None) -> None:
+        """Begin to choose the best model; check the metric's name by an evaluation on trial."""
+        state = self.state
+        self._best = BestModel(self.config.train, state, self.folder / CHECKPOINTS, self.world)
+        names = None
+        if try_evaluation is not None and not self.config.run.export:
+            before = random_state()
+            names = try_evaluation().keys()
+            restore_random_state(before)
+        self._best.begin(names)
+        self._stopped = self._best.out_of_patience  # a resumed run's
 
     def _open_writer(self, kept: KeptMetrics) -> None:
         self._writer = MetricsWriter(self.folder, kept, self.state.step)
@@ -265,14 +301,19 @@ class Run:
         if self._step is not None:  # the trainer left its loop early
             self._close_step(last=True)
             self._loop.close()
-        step, export = self.state.step, self.config.run.export
-        finished = export is None and step >= self.num_steps
+        step, export, best = self.state.step, self.config.run.export, self._best
+        early = best is not None and best.out_of_patience
+        finished = export is None and (step >= self.num_steps or early)
         if finished and self.state.num_skipped_in_a_row >= step > 0:
             raise ValueError(
                 f"every step of the run, {step} in all, had {SKIPPED}: no model is written, since "
                 "nothing was trained"
             )
+        found, steps = None if best is None else best.best, (step, self.num_steps)
         if finished or export is not None:
+            if best is not None:
+                best.load()
+                print(best.told(ended=early))
             folder = self.folder if export is None else Path(export)
             self.world.first_does(lambda: folder.mkdir(parents=True, exist_ok=True))
             save_final_model(
@@ -283,16 +324,18 @@ class Run:
                 tokenizer,
                 save_model,
                 other_folders or {},
-                partial(card_of_run, self.config, self.title, self._inputs, (step, self.num_steps)),
+                partial(card_of_run, self.config, self.title, self._inputs, steps, found),
             )
         if export is not None:
-            return RunResult(step, finished=False, exit_code=0, folder=self.folder)
+            return RunResult(step, False, 0, self.folder, best=found)
         if finished:
-            return RunResult(step, True, self._signals.exit_code, self.folder)
+            return RunResult(step, True, self._signals.exit_code, self.folder, best=found)
         why = "" if self._reason is None else f" ({self._reason})"
         print(f"stopped at step {step}{why}; saved; {GO_ON}")
+        if best is not None:
+            print(best.told_so_far())
         code = self._signals.exit_code if self._reason is None else COLLAPSED
-        return RunResult(step, False, code, self.folder)
+        return RunResult(step, False, code, self.folder, best=found)
 
     def __enter__(self) -> "Run":
         """Return the run."""
@@ -354,8 +397,11 @@ class Run:
         step, state = self._step, self.state
         reshard(state.model)
         over = step is None or step.finished
-        if self._writer is not None and step is not None and step.finished and not step.logged:
-            self._writer.write(step.metrics)
+        if step is not None and step.finished and not step.logged:
+            if self._writer is not None:
+                self._writer.write(step.metrics)
+            if self._best is not None and self._best.metric in step.metrics:
+                self._best.consider(step.metrics)
         if self._overlapped is not None:
             state.rollouts = self._overlapped.state_on_error(again=not over)
         self._write_checkpoint(wait=True)
@@ -380,10 +426,14 @@ class Run:
         if metrics["skipped"]:
             self._display.say(skipped_line(metrics))
         self._try(self._checkpoints.check)
+        best = self._best
+        if best is not None:
+            self._consider(best, metrics)
         self._stopped = (
             self._signals.agreed is not None
             or state.step == train.stop_at_step
             or self._reason is not None
+            or (best is not None and best.out_of_patience)
         )
         given_up = state.num_skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW
         if last or self._stopped or given_up or state.step == self.num_steps:
@@ -392,8 +442,17 @@ class Run:
             self._time_to_save
             or state.step == self._retried_at
             or (train.save_every and state.step % train.save_every == 0)
+            or (best is not None and best.step == state.step)
         ):
             self._save()
+
+    def _consider(self, best: BestModel, metrics: Metrics) -> None:
+        """Compare the step's evaluation, if there was one, with the best so far."""
+        if best.metric in metrics:  # what it is compared with must be on the disk, or known lost
+            self._try(self._checkpoints.finish)
+        line = best.consider(metrics)
+        if line is not None:
+            self._display.say(line)
 
     def _agreed(self, metrics: Metrics) -> Metrics:
         """Agree on what any rank received, and rank 0's clock; return its times, the most memory.
@@ -434,6 +493,7 @@ class Run:
         if kept.unwritten:
             extra["metrics_unwritten"] = kept.unwritten
         before = None if self._writer is None else self._writer.sync
+        self._checkpoints.best = None if self._best is None else self._best.step
         self._checkpoints.save(self.state, extra, wait=wait, before=before)
 
     def _try(self, work: Callable[[], None], *, goes_on: bool = True) -> None:
@@ -441,6 +501,8 @@ class Run:
         try:
             work()
         except CheckpointFailed as error:
+            if self._best is not None:
+                self._best.checkpoint_failed(self._checkpoints.saved)
             wait = 2 ** (self._checkpoints.num_failed - 1)  # steps: each try may write for minutes
             self._retried_at = self.state.step + wait
             again = f"; training goes on, and it is tried again behind step {self._retried_at}"
@@ -469,8 +531,8 @@ class Step:
         self._run, self.number = run, state.step + 1
         every = config.train.eval_every
         self.evaluates = self.number == run.num_steps or bool(every and self.number % every == 0)
-        size = examples_per_step(config, run._num_examples)
-        self.indices = indices_of_step(run._num_examples, size, state.step, seed=config.run.seed)
+        size = examples_per_step(config, run._mixture.epoch_size)
+        self.indices = indices_of_step(run._mixture, size, state.step, seed=config.run.seed)
         self.metrics: Metrics = {}
         self.finished = self.logged = False
         self._before = copy.deepcopy(state.counters()), random_state()
@@ -501,7 +563,7 @@ class Step:
         room = metrics["num_micro_batches"] * train.tokens_per_batch
         self.metrics = {
             "step": state.step,
-            "epoch": state.step * len(self.indices) / run._num_examples,
+            "epoch": state.step * len(self.indices) / run._mixture.epoch_size,
             **metrics,
             "num_tokens": state.num_tokens,
             "fill_rate": num_tokens / room if room else 0.0,
@@ -534,61 +596,3 @@ class Step:
         """End the watch over the step; note on an error of memory what was being done."""
         self._whole.push(self._computing)
         self._whole.__exit__(kind, error, trace)
-
-
-def total_steps(config: TrainingConfig, num_examples: int) -> int:
-    """Return `max_steps`, or the steps of `epochs` passes (the last one may reach beyond)."""
-    if config.train.max_steps is not None:
-        return config.train.max_steps
-    size = examples_per_step(config, num_examples)
-    return max(1, math.ceil(config.train.epochs * num_examples / size))
-
-
-def examples_per_step(config: TrainingConfig, num_examples: int) -> int:
-    """Return `train.batch_size`, or the number of all examples if there are fewer.
-
-    Prompts that are sampled are taken several times instead: each time has other completions.
-    """
-    if isinstance(config.data, DataConfig):
-        return min(config.train.batch_size, num_examples)
-    return config.train.batch_size
-
-
-def print_small_data(config: TrainingConfig, num_examples: int) -> None:
-    """Print how a batch larger than the data is filled."""
-    size = config.train.batch_size
-    if size <= num_examples:
-        return
-    if isinstance(config.data, DataConfig):
-        done = "a step takes each example once"
-    else:
-        least, rest = divmod(size, num_examples)
-        times = f"{least} or {least + 1}" if rest else f"{least}"
-        done = f"a step samples each prompt {times} times"
-    print(f"{num_examples} examples, train.batch_size {size}: {done}")
-
-
-def indices_of_run(config: TrainingConfig, num_examples: int) -> set[int]:
-    """Return the examples that the run will use."""
-    used: set[int] = set()
-    for step in range(total_steps(config, num_examples)):
-        if len(used) == num_examples:
-            break
-        size = examples_per_step(config, num_examples)
-        used.update(indices_of_step(num_examples, size, step, seed=config.run.seed))
-    return used
-
-
-def all_skipped(metrics: Metrics) -> bool:
-    """Return whether a step had updates and none of them was applied."""
-    return metrics["skipped"] == metrics.get("num_updates", 1) > 0
-
-
-def skipped_line(metrics: Metrics) -> str:
-    """Return the line printed for a step of which not every update was applied."""
-    skipped, several = metrics["skipped"], metrics.get("num_updates", 1)
-    of_all = "" if all_skipped(metrics) else f": {skipped} of {several} updates"
-    return (
-        f"step {metrics['step']}{of_all} skipped: loss {metrics['loss']}, gradient norm "
-        f"{metrics['grad_norm']}; no weight was changed by it"
-    )

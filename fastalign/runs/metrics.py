@@ -51,6 +51,21 @@ def plain_numbers(metrics: Metrics) -> Metrics:
     return plain
 
 
+def all_skipped(metrics: Metrics) -> bool:
+    """Return whether a step had updates and none of them was applied."""
+    return metrics["skipped"] == metrics.get("num_updates", 1) > 0
+
+
+def skipped_line(metrics: Metrics) -> str:
+    """Return the line printed for a step of which not every update was applied."""
+    skipped, several = metrics["skipped"], metrics.get("num_updates", 1)
+    of_all = "" if all_skipped(metrics) else f": {skipped} of {several} updates"
+    return (
+        f"step {metrics['step']}{of_all} skipped: loss {metrics['loss']}, gradient norm "
+        f"{metrics['grad_norm']}; no weight was changed by it"
+    )
+
+
 class MetricsWriter:
     """Appends one JSON object a step, and the same numbers to TensorBoard.
 

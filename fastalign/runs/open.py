@@ -30,6 +30,7 @@ from fastalign.ranks.failure import record_collectives, watched_by_ranks
 from fastalign.ranks.parallel import part_from_ranks
 from fastalign.ranks.world import ALONE, World, open_world, world_of_environment
 from fastalign.runs.accumulate import Total
+from fastalign.runs.best import check_best_metric
 from fastalign.runs.checkpoint.writer import CHECKPOINTS, list_checkpoints
 from fastalign.runs.config import TrainConfig, TrainingConfig, check_numbers, config_to_dict
 from fastalign.runs.final_model import check_outputs
@@ -292,6 +293,8 @@ def open_run(config: TrainingConfig, title: str, others: Collection[str] = ()) -
     refuse_secret_settings(values)
     adamw(config.optim.states)  # a missing library is reported before hours of work
     check_sharing(config)
+    if config.train.best_metric is not None:
+        check_best_metric(config)
     world = world_of_environment()
     compute = make_compute(config.train, world, config.parallel)
     folder = Path(config.run.dir)

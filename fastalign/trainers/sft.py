@@ -88,7 +88,16 @@ def sft_run(
         if held_out is not None:
             eval_examples = measure_examples(held_out.groups, run.compute.packing)
 
-        run.begin(trained, data, inputs=Inputs(its_tokenizer, held_out))
+        def try_evaluation() -> Metrics:
+            assert eval_examples is not None
+            return evaluate_sft(trained, eval_examples.first(), run.compute)
+
+        run.begin(
+            trained,
+            data,
+            inputs=Inputs(its_tokenizer, held_out),
+            try_evaluation=try_evaluation,
+        )
         opened = SFTRun(run, trained, its_tokenizer)
         opened.examples, opened.eval_examples = examples, eval_examples
         yield opened

@@ -1,10 +1,11 @@
 """Steps and micro-batches: deterministic, complete, within the budget."""
 
 import random
+from collections import Counter
 
 import pytest
 
-from fastalign.batch.schedule import indices_of_step, micro_batches
+from fastalign.batch.schedule import Mixture, indices_of_step, micro_batches, num_drawn
 
 
 def test_every_epoch_serves_each_example_once_in_a_new_order() -> None:
@@ -25,6 +26,55 @@ def test_a_batch_may_be_larger_than_the_data() -> None:
     served = indices_of_step(3, 7, 0, seed=0)
     assert sorted(served[:3]) == sorted(served[3:6]) == [0, 1, 2]
     assert len(served) == 7
+
+
+def epochs_of(mixture: Mixture, count: int, batch_size: int = 4) -> list[list[int]]:
+    """The examples of each of the first epochs, as steps take them."""
+    size = mixture.epoch_size
+    steps = (indices_of_step(mixture, batch_size, s, seed=3) for s in range(count * size))
+    served = [index for step in steps for index in step]
+    return [served[epoch * size : (epoch + 1) * size] for epoch in range(count)]
+
+
+def test_an_epoch_has_each_row_of_a_source_as_often_as_its_weight_says() -> None:
+    mixture = Mixture((4, 6), (num_drawn(4, 3), num_drawn(6, 1)))
+    for epoch in epochs_of(mixture, 3):
+        assert sorted(epoch) == sorted([0, 1, 2, 3] * 3 + [4, 5, 6, 7, 8, 9])
+    first, second, _ = epochs_of(mixture, 3)
+    assert first != second
+    # The sources are mixed: neither stands at one end of an epoch.
+    assert {i < 4 for i in first[:9]} == {i < 4 for i in first[9:]} == {True, False}
+
+
+@pytest.mark.parametrize(("weight", "drawn"), [(0.5, 5), (0.3, 3), (1.5, 15), (0.01, 1), (0.7, 7)])
+def test_a_part_of_a_source_is_another_in_each_epoch_until_all_have_been_drawn(
+    weight: float, drawn: int
+) -> None:
+    assert num_drawn(10, weight) == drawn
+    epochs = epochs_of(Mixture((10, 2), (drawn, 2)), 10)
+    of_first = [[i for i in epoch if i < 10] for epoch in epochs]
+    assert all(len(epoch) == drawn for epoch in of_first)
+    for end in range(1, 11):  # at any time no row was drawn twice more than another
+        counts = Counter(i for epoch in of_first[:end] for i in epoch)
+        times = [counts[i] for i in range(10)]
+        assert max(times) - min(times) <= 1
+    # In no order of the file.
+    assert of_first[0] != list(range(drawn)) or drawn == 1
+
+
+def test_sources_of_weight_1_are_drawn_as_one_source_and_the_order_is_that_of_before() -> None:
+    plain = [indices_of_step(10, 4, step, seed=3) for step in range(10)]
+    mixed = [indices_of_step(Mixture((4, 6), (4, 6)), 4, step, seed=3) for step in range(10)]
+    assert plain == mixed
+    order = list(range(10))
+    random.Random("3/0").shuffle(order)
+    assert [i for step in plain for i in step][:10] == order
+
+
+def test_a_seed_orders_parts_of_a_source_differently() -> None:
+    mixture = Mixture((100, 3), (10, 3))
+    taken = [indices_of_step(mixture, 13, 0, seed=seed) for seed in (0, 1)]
+    assert {*taken[0]} != {*taken[1]}
 
 
 @pytest.mark.parametrize("budget", [1, 5, 9, 100])

@@ -29,6 +29,7 @@ def make_files(folder: Path) -> None:
         {"prompt": f"The {word}", "chosen": " good", "rejected": " slow and dim"} for word in WORDS
     ]
     write_rows(folder / "pairs.jsonl", pairs)
+    write_rows(folder / "more_pairs.jsonl", pairs)
     write_rows(folder / "held_out.jsonl", pairs)
     texts = [{"text": "The" + sentence(n, 5)} for n in range(20)]
     write_rows(folder / "demonstrations.jsonl", texts)

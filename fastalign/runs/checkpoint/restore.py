@@ -211,6 +211,25 @@ def restore(
     return saved
 
 
+def restore_weights(checkpoint: Path, model: Any, world: World = ALONE) -> None:
+    """Load a checkpoint's trained weights alone, sharded or not; all ranks call this.
+
+    Raises:
+        ValueError: if it has a fault, or lacks a weight.
+    """
+    fault = fault_of(checkpoint, world)
+    if fault is not None:
+        raise ValueError(f"{checkpoint}: {fault}")
+    read_state(checkpoint)
+    reader = HuggingFaceStorageReader(str(checkpoint))
+    stored = stored_tensors(reader)
+    wanted = {MODEL + name: value for name, value in trainable_parameters(model).items()}
+    missing = sorted(wanted.keys() - stored.keys())
+    if missing:
+        raise ValueError(f"{checkpoint} has no {described(missing[0])}")
+    load_tensors(wanted, reader, world)
+
+
 def restore_counters(
     checkpoint: Path, state: TrainState, saved: Mapping[str, Any], afresh: Collection[Part]
 ) -> None:

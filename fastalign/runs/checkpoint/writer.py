@@ -68,6 +68,11 @@ def place_of(checkpoint: Path) -> tuple[int, int, int] | None:
     return int(found[1]), int(found[2] is None), int(found[2] or 0)
 
 
+def checkpoint_of_step(folder: Path, step: int) -> Path:
+    """Return the name of a step's checkpoint."""
+    return folder / f"step-{step:06d}"
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoint folders, newest first, damaged ones included."""
     places = {path: place_of(path) for path in folder.glob("step-*")}
@@ -89,7 +94,12 @@ def discard(checkpoint: Path) -> None:
 
 
 def publish(
-    aside: Path, final: Path, texts: dict[str, str], written: dict[str, Any], keep: int
+    aside: Path,
+    final: Path,
+    texts: dict[str, str],
+    written: dict[str, Any],
+    keep: int,
+    best: Path | None = None,
 ) -> None:
     """Write the manifest of a folder of synced files, rename the folder, remove old checkpoints.
 
@@ -97,7 +107,7 @@ def publish(
 
     `aside` holds the files of all ranks, of which `written` are the manifest's entries; `texts` are
     written to it, and it becomes `final`, `step-NNNNNN`. Of this checkpoint and older ones `keep`
-    are kept; a newer one is left alone.
+    are kept, and `best`; a newer one is left alone.
     """
     for name, text in texts.items():
         (aside / name).write_text(text, encoding="utf-8")
@@ -116,7 +126,7 @@ def publish(
     assert place is not None
     older = [p for p in list_checkpoints(final.parent) if (place_of(p) or place) < place]
     replaced = [path for path in older if path.name.startswith(f"{final.name}.")]
-    others = [path for path in older if path not in replaced]
+    others = [path for path in older if path not in replaced and path != best]
     for old in (*replaced, *others[keep - 1 :]):
         discard(old)
 
@@ -210,7 +220,7 @@ class ShardWriter(HuggingFaceStorageWriter):
     """Writes one checkpoint: the files of a rank, then on rank 0 what makes them a checkpoint.
 
     It becomes the folder `final`; `content` is that of `state.json`, `texts` are further files.
-    Rank 0 calls `before` before any file is written.
+    Rank 0 calls `before` before any file is written. `best` is a checkpoint that stays.
     """
 
     def __init__(
@@ -220,9 +230,11 @@ class ShardWriter(HuggingFaceStorageWriter):
         content: dict[str, Any],
         texts: dict[str, str],
         before: Callable[[], None] | None,
+        best: Path | None = None,
     ):
         self.final, self.aside = final, final.with_name(f"{ASIDE}{final.name}")
         self._keep, self._content, self._texts, self._before = keep, content, texts, before
+        self._best = best
         super().__init__(str(self.aside), save_distributed=True)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -258,7 +270,7 @@ class ShardWriter(HuggingFaceStorageWriter):
         written = {k: v for rank in results for r in rank for k, v in r.storage_data.items()}
         content = self._content | {"tensors": sorted(metadata.state_dict_metadata)}
         texts = {STATE: json.dumps(content, indent=1), **self._texts}
-        publish(self.aside, self.final, texts, written, self._keep)
+        publish(self.aside, self.final, texts, written, self._keep, self._best)
 
 
 def not_finite(state: TrainState) -> str | None:
@@ -290,10 +302,12 @@ class CheckpointWriter:
     Attributes:
         saved: step of the newest checkpoint that is known to be on the disk; None: there is none.
         num_failed: checkpoints since then that could not be written.
+        best: step whose checkpoint is kept whatever its age, or None.
     """
 
     saved: int | None = None
     num_failed = 0
+    best: int | None = None
 
     def __init__(
         self,
@@ -407,8 +421,9 @@ class CheckpointWriter:
             **extra,
         }
         texts = {ROLLOUTS: json.dumps(state.rollouts)} if state.rollouts else {}
-        final = self._folder / f"step-{state.step:06d}"
-        return ShardWriter(final, self._keep, copy.deepcopy(content), texts, before)
+        final = checkpoint_of_step(self._folder, state.step)
+        best = None if self.best is None else checkpoint_of_step(self._folder, self.best)
+        return ShardWriter(final, self._keep, copy.deepcopy(content), texts, before, best)
 
 
 def failure_of(final: Path, failure: BaseException) -> Exception:

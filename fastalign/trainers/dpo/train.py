@@ -3,7 +3,7 @@
 import gc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from fastalign.runs.accumulate import (
     measure_examples,
     policy_loss,
 )
-from fastalign.runs.inputs import Inputs, load_for_training, load_sets
-from fastalign.runs.loop import RunResult, indices_of_run
+from fastalign.runs.inputs import Inputs, indices_of_run, load_for_training, load_sets
+from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import OpenRun, open_run, with_objects
 from fastalign.trainers.dpo.config import DPOConfig, PreferenceLoss
@@ -58,6 +58,10 @@ class Pairs:
     reference: Tensor | None
     ties: Tensor
     fingerprint: str | None = None
+
+    def first(self) -> "Pairs":
+        """Return the first pair alone."""
+        return replace(self, examples=self.examples.first(), ties=self.ties[:1])
 
 
 @dataclass(frozen=True)
@@ -151,7 +155,16 @@ def dpo_run(
         sets = load_sets(config, policy, its_tokenizer)
         pairs, eval_pairs = prepare_pairs(config, policy, its_tokenizer, sets, run.compute)
 
-        run.begin(policy, sets[0], inputs=Inputs(its_tokenizer, sets[1], pairs.fingerprint))
+        def try_evaluation() -> Metrics:
+            assert eval_pairs is not None
+            return evaluate_pairs(policy, config.loss, eval_pairs.first(), run.compute)
+
+        run.begin(
+            policy,
+            sets[0],
+            inputs=Inputs(its_tokenizer, sets[1], pairs.fingerprint),
+            try_evaluation=try_evaluation,
+        )
         if run.state.step == 0 and config.reference.path is None and pairs.reference is not None:
             check_start(policy, pairs.examples, pairs.reference, run.compute)
         opened = DPORun(run, policy, its_tokenizer)
@@ -220,7 +233,7 @@ def prepare_pairs(
     reference = None
     if config.loss.formula().needs_reference:
         reference = load_reference(config, policy, tokenizer, compute)
-    pairs = make_pairs(config, data, indices_of_run(config, len(data)), reference, compute)
+    pairs = make_pairs(config, data, indices_of_run(config, data.mixture), reference, compute)
     eval_pairs = None
     if held_out is not None:
         eval_pairs = make_pairs(config, held_out, range(len(held_out)), reference, compute)

@@ -11,7 +11,7 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,8 @@ from fastalign.runs.accumulate import (
     measure_examples,
     policy_loss,
 )
-from fastalign.runs.inputs import Inputs, load_for_training, load_sets
-from fastalign.runs.loop import RunResult, indices_of_run
+from fastalign.runs.inputs import Inputs, indices_of_run, load_for_training, load_sets
+from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import OpenRun, open_run, with_objects
 from fastalign.trainers.dpo.reference import (
@@ -68,6 +68,12 @@ class Answers:
     mismatched: Sequence[Group]
     desirable: Tensor
     reference: Tensor
+
+    def first(self) -> "Answers":
+        """Return the first answer alone."""
+        mismatched, desirable = [self.mismatched[0]], self.desirable[:1]
+        examples = self.examples.first()
+        return replace(self, examples=examples, mismatched=mismatched, desirable=desirable)
 
 
 def train_kto(
@@ -147,7 +153,16 @@ def kto_run(
         found = prepare_answers(config, policy, its_tokenizer, sets, run.compute)
         fingerprint, answers, eval_answers = found
 
-        run.begin(policy, sets[0], inputs=Inputs(its_tokenizer, sets[1], fingerprint))
+        def try_evaluation() -> Metrics:
+            assert eval_answers is not None
+            return evaluate_answers(policy, config.loss, eval_answers.first(), run.compute)
+
+        run.begin(
+            policy,
+            sets[0],
+            inputs=Inputs(its_tokenizer, sets[1], fingerprint),
+            try_evaluation=try_evaluation,
+        )
         if run.state.step == 0 and config.reference.path is None:
             check_start(policy, answers.both, answers.reference, run.compute)
         opened = KTORun(run, policy, its_tokenizer)
@@ -269,7 +284,7 @@ def prepare_answers(
     """
     data, held_out = sets
     reference = load_reference(config, policy, tokenizer, compute)
-    used = indices_of_run(config, len(data))
+    used = indices_of_run(config, data.mixture)
     answers = make_answers(config, data, used, reference, compute)
     eval_answers = None
     if held_out is not None:

@@ -121,7 +121,14 @@ def online_dpo_run(
 
         began_as = None if online.reference is None else online.reference.began_as
         fingerprint = None if began_as is None else model_fingerprint(began_as)
-        run.begin(online.model, online.prompts, inputs=online.inputs(fingerprint))
+        run.begin(
+            online.model,
+            online.prompts,
+            inputs=online.inputs(fingerprint),
+            try_evaluation=lambda: evaluate_samples(
+                online.of_first_held_out(run.state.step), scale
+            ),
+        )
         opened = OnlineDPORun(run, online.model, online.tokenizer)
         opened.setup, opened.scale = online, scale
         yield opened

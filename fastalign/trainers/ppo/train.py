@@ -158,6 +158,7 @@ def ppo_run(
             policy=models.policy,
             inputs=ppo.inputs(model_fingerprint(models.reference) if other else None),
             overlapped=overlapped(ppo.sampler),
+            try_evaluation=lambda: evaluate_prompts(ppo.of_first_held_out(run.state.step)),
         )
         opened = PPORun(run, models.policy, ppo.tokenizer)
         opened.setup = ppo
@@ -267,7 +268,7 @@ def sample_and_score(
         start = time.perf_counter()
         prompts, following = ppo.prompts.prompt_ids, state.step + 1
         size, seed = config.train.batch_size, config.run.seed
-        chosen = indices_of_step(len(prompts), size, following, seed=seed)
+        chosen = indices_of_step(ppo.prompts.mixture, size, following, seed=seed)
         seed = rollout_seed(config.run.seed, "rollouts", following)
         ahead.begin([prompts[i] for i in chosen], config.sampling, seed=seed)
         rollouts.metrics["time/generate_seconds"] += time.perf_counter() - start

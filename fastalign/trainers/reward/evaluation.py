@@ -43,7 +43,7 @@ def pair_rewards(model: Any, groups: Sequence[Group], compute: Compute) -> Tenso
 def measure_scale(model: Any, data: TokenizedDataset, compute: Compute, seed: int) -> None:
     """Write the scores' mean and deviation over some training pairs into the model."""
     count = min(NUM_SCALE_PAIRS, len(data.groups))
-    chosen = [data.groups[i] for i in indices_of_step(len(data.groups), count, 0, seed=seed)]
+    chosen = [data.groups[i] for i in indices_of_step(data.mixture, count, 0, seed=seed)]
     set_reward_scale(model, pair_rewards(model, chosen, compute).flatten())
 
 

@@ -133,7 +133,12 @@ def reward_run(
         if held_out is not None:
             eval_pairs = prepare_comparisons(config.loss, held_out, run.compute)
 
-        run.begin(trained, data, inputs=Inputs(own, held_out))
+        def try_evaluation() -> Metrics:
+            assert eval_pairs is not None
+            first = Comparisons(eval_pairs.examples.first(), eval_pairs.labels)
+            return evaluate_comparisons(trained, config.loss, first, run.compute)
+
+        run.begin(trained, data, inputs=Inputs(own, held_out), try_evaluation=try_evaluation)
         opened = RewardRun(run, trained, own)
         opened.config, opened.pairs, opened.eval_pairs = config, pairs, eval_pairs
         opened.sets = data, judged

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fastalign.data_sources import checked_sources
 from fastalign.in_memory import NOT_GIVEN, is_given
 from fastalign.rollouts.engines.options import SamplerName, VllmOptions
 from fastalign.rollouts.sampler import SamplingParams
@@ -49,8 +50,11 @@ class WatchConfig:
 class PromptDataConfig:
     """The prompts and the handling of rows that do not fit."""
 
-    train: str = NOT_GIVEN
-    """Training prompts: a file, folder or hub name with a `prompt` column."""
+    train: str | tuple[str, ...] = field(
+        default=NOT_GIVEN, metadata={"metavar": "SOURCE[:WEIGHT] ..."}
+    )
+    """Training prompts: files, folders or hub names with a `prompt` column; with a weight behind
+    it, `a.jsonl:2` or `a.jsonl:0.5`, an epoch has each of a source's prompts so many times."""
     eval: str | None = None
     """Held-out prompts with the same column."""
     max_length: int = 512
@@ -61,8 +65,8 @@ class PromptDataConfig:
     """Stop at a prompt longer than max_length or with no room for an answer, or skip it."""
 
     def __post_init__(self) -> None:
-        named = bool(self.train) or not is_given(self.train)
-        require(named, "data.train", "a file, folder or hub name", self.train)
+        if is_given(self.train):
+            object.__setattr__(self, "train", checked_sources(self.train))
         require(self.max_length >= 1, "data.max_length", "at least 1", self.max_length)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -20,7 +20,12 @@ from fastalign.batch.schedule import indices_of_step
 from fastalign.compute import Compute
 from fastalign.data.columns import RowColumns
 from fastalign.data.examples import Content
-from fastalign.data.load import PromptDataset, load_prompts
+from fastalign.data.load import (
+    PromptDataset,
+    load_prompts,
+    load_sources_of_data,
+    print_sources,
+)
 from fastalign.data.read import NO_COLUMNS, require_columns
 from fastalign.data.tokenizer import (
     Tokenizer,
@@ -29,6 +34,7 @@ from fastalign.data.tokenizer import (
     num_foreign_ids,
     print_added_tokens,
 )
+from fastalign.data_sources import WeightedSource, weighted_sources
 from fastalign.evaluation.rewards import (
     ModelReward,
     RewardFunction,
@@ -141,9 +147,9 @@ def load_sources(
     found = {source: load_reward(source, compute) for source in light}
     if data is not None:
         columns = columns_of({f"reward.sources: {s}": f for s, f in found.items()})
-        for file in (data.train, data.eval):
-            if file is not None:
-                require_columns(file, columns)
+        files = [source.path for source in weighted_sources(data.train)]
+        for file in [*files, *([] if data.eval is None else [data.eval])]:
+            require_columns(file, columns)
     return RewardSources(
         names=source_names(config.sources),
         functions=tuple(
@@ -276,19 +282,22 @@ def load_prompt_sets(
     remedy = "raise --data.max-length"
     if room < data.max_length:
         remedy = f"lower --sampling.max-new-tokens (the model has {limit} positions)"
-    sets = []
-    for source in [data.train, *([] if data.eval is None else [data.eval])]:
-        found = load_prompts(
-            source,
-            tokenizer,
-            max_length=min(data.max_length, room),
-            on_bad_row=data.on_bad_row,
-            on_too_long=data.on_too_long,
-            advice=f"{remedy}, or use --data.on-too-long skip",
-            columns=columns,
-        )
+    load = partial(
+        load_prompts,
+        tokenizer=tokenizer,
+        max_length=min(data.max_length, room),
+        on_bad_row=data.on_bad_row,
+        on_too_long=data.on_too_long,
+        advice=f"{remedy}, or use --data.on-too-long skip",
+        columns=columns,
+    )
+    named = [weighted_sources(data.train)]
+    if data.eval is not None:
+        named.append([WeightedSource(data.eval)])
+    sets = [load_sources_of_data(sources, load) for sources in named]
+    for found in sets:
         found.report.print_losses()
-        sets.append(found)
+    print_sources(sets[0].parts)
     if has_adapter(models[0]):
         print_added_tokens(tokenizer, sets[0].prompt_ids)
     return sets[0], sets[1] if len(sets) > 1 else None
@@ -465,6 +474,15 @@ class SamplingSetup:
         single = replace(self.config.sampling, num_samples=1)
         return self._draw(prompts, range(len(prompts)), single, "eval", 0)
 
+    def of_first_held_out(self, step: int) -> Self:
+        """Return the same with the first held-out prompt alone, to try an evaluation on it.
+
+        `step` is the number of steps taken, which names the policy's version for the sampler.
+        """
+        assert self.held_out is not None
+        self.sampler.version = step
+        return replace(self, held_out=self.held_out.first())
+
     def measure_scale(self) -> RewardScale:
         """Measure the scale of scores on one sample of each of 256 prompts.
 
@@ -472,7 +490,7 @@ class SamplingSetup:
             ValueError: if all rewards are the same.
         """
         seed = self.config.run.seed
-        indices = indices_of_step(len(self.prompts), NUM_SCALE_SAMPLES, 0, seed=seed)
+        indices = indices_of_step(self.prompts.mixture, NUM_SCALE_SAMPLES, 0, seed=seed)
         single = replace(self.config.sampling, num_samples=1)
         return scale_of(self._draw(self.prompts, indices, single, "scale", 0).rewards.tolist())
 
