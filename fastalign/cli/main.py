@@ -108,6 +108,11 @@ MODULES: dict[str, Command] = {
         f"{_COMPARE}.data:show_results",
         f"{_COMPARE}.settings:CompareResultsConfig",
     ),
+    "chat": Command(
+        "talk with a model, and compare its answers",
+        f"{_COMPARE}.chat:main",
+        f"{_COMPARE}.settings:ChatConfig",
+    ),
     "frontier": Command(
         "plot reward against KL of many runs",
         "fastalign.cli.report:frontier",

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from urllib.parse import parse_qs
 
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
@@ -52,7 +53,7 @@ class Served:
         labelling: what is shown to whom.
         pages: the templates.
         keys: who may see the page.
-        results: returns the page of results; it is for the owner alone.
+        results: returns the page of results, for the owner alone; it is called on other threads.
         watchers: hear of verdicts.
         clock: seconds since 1970.
     """
@@ -225,4 +226,4 @@ async def show_results(served: Served, person: Annotator, request: Request) -> R
     """Show the results to the owner."""
     if not served.is_owner(person):
         return refused(served, 403, "Not for you", "Only who started the program sees the results.")
-    return HTMLResponse(served.results())
+    return HTMLResponse(await run_in_threadpool(served.results))  # others need not wait for it

@@ -52,7 +52,7 @@ class Pages:
         return self.render(
             "compare",
             prompt=self.turns(pair.prompt),
-            sides=[{"name": n, "turns": self.turns(s)} for n, s in zip("AB", sides, strict=True)],
+            sides=[{"name": n, "turns": self.answer(s)} for n, s in zip("AB", sides, strict=True)],
             **values,
         )
 
@@ -61,7 +61,7 @@ class Pages:
         dissenting = []
         for row in found["dissent"]:
             pair = pairs[row["pair"]]
-            sides = [("a", self.turns(pair.response_a)), ("b", self.turns(pair.response_b))]
+            sides = [("a", self.answer(pair.response_a)), ("b", self.answer(pair.response_b))]
             words = ", ".join(f"{name}: {verdict}" for name, verdict in row["verdicts"].items())
             dissenting.append(({"prompt": self.turns(pair.prompt), "sides": sides}, words))
         return self.render(
@@ -73,6 +73,11 @@ class Pages:
             between=found["alpha_between"],
             dissenting=dissenting,
         )
+
+    def answer(self, value: Any) -> list[dict[str, Any]]:
+        """Return an answer as turns; the speaker of a single one is known."""
+        turns = self.turns(value)
+        return [{**turn, "speaker": None} for turn in turns] if len(turns) == 1 else turns
 
     def turns(self, value: Any) -> list[dict[str, Any]]:
         """Return a text, or a conversation's messages, as turns to show: speaker and body."""

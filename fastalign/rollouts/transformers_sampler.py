@@ -27,15 +27,23 @@ from fastalign.rollouts.sampler import Completion, SamplingParams, check_prompts
 class _Draw(LogitsProcessor):  # type: ignore[misc]
     """Logits processor that draws tokens: it returns scores that allow these alone."""
 
-    def __init__(self, params: SamplingParams, uniforms: Tensor):
+    def __init__(
+        self,
+        params: SamplingParams,
+        uniforms: Tensor,
+        on_tokens: Callable[[Tensor], None] | None = None,
+    ):
         self._params = params
         self._uniforms = uniforms
+        self._on_tokens = on_tokens
         self.logprobs: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         uniform = self._uniforms[:, len(self.logprobs)]
         token, logprob = draw(scores, self._params, uniform)
         self.logprobs.append(logprob)
+        if self._on_tokens is not None:
+            self._on_tokens(token)
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
 
 
@@ -48,6 +56,8 @@ class TransformersSampler:
         pad_token_id: token id of the padding; its logits are never used.
         rows_per_batch: number of completions that are drawn together.
         on_progress: called with the number of completions that are done.
+        on_tokens: called with the next token (R,) of R completions that are drawn together, in
+            step; what follows a completion's end token is without meaning.
     """
 
     def __init__(
@@ -58,6 +68,7 @@ class TransformersSampler:
         pad_token_id: int,
         rows_per_batch: int = 256,
         on_progress: Callable[[int], None] | None = None,
+        on_tokens: Callable[[Tensor], None] | None = None,
     ):
         if not eos_token_ids:
             raise ValueError("eos_token_ids: expected at least one token, got none")
@@ -66,6 +77,7 @@ class TransformersSampler:
         self._pad = pad_token_id
         self._rows_per_batch = rows_per_batch
         self._on_progress = on_progress
+        self._on_tokens = on_tokens
         self.version = 0
 
     def generate(
@@ -158,6 +170,8 @@ class TransformersSampler:
             token, logprob = draw(logits, params, uniform)
             tokens.append(token)
             logprobs.append(logprob)
+            if self._on_tokens is not None:
+                self._on_tokens(token)
             ended |= torch.isin(token, eos)
             if bool(ended.all()):
                 break
@@ -177,7 +191,7 @@ class TransformersSampler:
             )
             for each in (padded, real)
         )
-        draws = _Draw(params, uniforms)
+        draws = _Draw(params, uniforms, self._on_tokens)
         # Set aside the model's own generation settings, such as penalties or a temperature.
         saved = self._model.generation_config
         self._model.generation_config = GenerationConfig(

@@ -76,8 +76,11 @@ class Site:
             lambda: self.pages.results(results(store), self.labelling.pairs),
             clock=self.clock,
         )
-        self.app = application(self.served, ["127.0.0.1", "localhost"], 7860)
+        self.app = self.application(7860)
         self.keys = {person.name: str(person.key) for person in (*people, self.owner)}
+
+    def application(self, port: int) -> Any:
+        return application(self.served, ["127.0.0.1", "localhost"], port)
 
     def stranger(self) -> TestClient:
         return TestClient(self.app, base_url=HOST)

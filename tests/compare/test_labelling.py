@@ -151,11 +151,14 @@ def test_the_model_chooses_but_for_a_share_that_is_marked(tmp_path: Path) -> Non
 
 def test_a_second_vote_is_marked_as_the_first_was(tmp_path: Path) -> None:
     labelling = labelling_of(
-        new_store(tmp_path, 1), "anna", "ben", votes_per_pair=2, random_share=0
+        new_store(tmp_path, 30), "anna", "ben", votes_per_pair=2, random_share=0.5
     )
-    labelling.rank([1])
-    assert answer(labelling, 1).chosen_by == "model"
-    assert answer(labelling, 2).chosen_by == "model"
+    labelling.rank(range(1, 31))
+    first = {s.pair: s.chosen_by for s in (answer(labelling, 1) for _ in range(30))}
+    assert set(first.values()) == {"model", "random"}
+    for _ in range(30):
+        shown = answer(labelling, 2)
+        assert shown.chosen_by == first[shown.pair]
 
 
 def test_time_is_that_of_ones_own_verdicts(tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def main(config: CompareConfig) -> int:
             owner = people[0] if len(people) == 1 else store.annotator(OWNER)
             labelling = Labelling(store, people, choice_of(config))
             with watchers_of(config, store, labelling) as watchers:
-                served = served_of(config, store, labelling, (people, owner, watchers))
+                served = served_of(config, labelling, (people, owner, watchers))
                 serve(config, served, listening, hosts)
             progress = f"fastalign compare export {config.out} --out pairs.jsonl"
             print(f"{len(store.votes())} votes in {config.out}; {progress} writes them")
@@ -229,7 +229,6 @@ def watchers_of(
 
 def served_of(
     config: CompareConfig,
-    store: Store,
     labelling: Labelling,
     known: tuple[Sequence[Annotator], Annotator, Sequence["Watcher"]],
 ) -> "Served":
@@ -238,11 +237,16 @@ def served_of(
 
     people, owner, watchers = known
     pages = Pages(config.page.title, markdown=config.page.markdown)
+
+    def results_page() -> str:
+        with closing(Store(config.out)) as other:  # of its own thread
+            return pages.results(results(other), labelling.pairs)
+
     return Served(
         labelling=labelling,
         pages=pages,
         keys=Keys(people, owner),
-        results=lambda: pages.results(results(store), labelling.pairs),
+        results=results_page,
         watchers=watchers,
     )
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from fastalign.cli.settings import SamplingRun
+from fastalign.cli.settings import SampledModel, SamplingRun
 from fastalign.rollouts.engines.options import SamplerName, VllmOptions, check_sampler
 from fastalign.rollouts.sampler import SamplingParams
 
@@ -160,3 +160,22 @@ class CompareResultsConfig:
     """File (.json) to write them to."""
     overwrite: bool = False
     """Replace the file if it exists."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatConfig:
+    """Talk with a model in the terminal, with another one beside it if you like.
+
+    Answers are written as they are drawn. A verdict on two of them becomes a comparison in the
+    database, which `compare export` writes and `compare` goes on with. /help lists the words.
+    """
+
+    model: SampledModel
+    beside: str | None = None
+    """Folder or hub name of a second model, such as the reference; nobody sees which is which."""
+    out: str = "comparisons.db"
+    """Database of the verdicts; it is made, or gone on with."""
+    system: str | None = None
+    """Text of the system message."""
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    run: SamplingRun = field(default_factory=SamplingRun)
