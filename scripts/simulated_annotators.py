@@ -104,6 +104,8 @@ class Annotator(threading.Thread):
                     begin = time.perf_counter()
                     reply = client.post("/vote", data=data, headers={"Origin": origin})
                     self.seconds.append(time.perf_counter() - begin)
+                    if self._options.pause:
+                        time.sleep(self._random.expovariate(1 / self._options.pause))
                     if "Saved." not in reply.raise_for_status().text:
                         raise ValueError("a vote was not saved")
                     page = reply.text
@@ -125,6 +127,7 @@ def main() -> int:
     parser.add_argument("--reward", required=True, help="module:function, folder or .json file")
     parser.add_argument("--votes", type=int, default=sys.maxsize, help="most votes of each")
     parser.add_argument("--seconds", type=float, default=math.inf, help="longest time")
+    parser.add_argument("--pause", type=float, default=0, help="mean seconds between verdicts")
     parser.add_argument("--scale", type=float, default=1.0, help="factor of the rewards")
     parser.add_argument("--nu", type=float, default=1.5, help="ties: 1.5 is 20 %% of equal answers")
     parser.add_argument("--seed", type=int, default=0)

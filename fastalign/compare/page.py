@@ -14,7 +14,7 @@ from fastalign.compare.results import (
 from fastalign.compare.store import Pair
 from fastalign.data.conversation import REASONING
 from fastalign.evaluation.statistics import wilson_interval
-from fastalign.output import shown as visible
+from fastalign.output import visible
 from fastalign.page_templates import environment
 
 ROLES = {
@@ -35,7 +35,8 @@ class Pages:
     """
 
     def __init__(self, title: str, *, markdown: bool = False):
-        self._environment = environment("fastalign.compare", "pages")
+        # Nothing is masked: people compare what the models wrote, whole.
+        self._environment = environment("fastalign.compare", "pages", visible)
         self._environment.globals.update(title=title)
         self._markdown = markdown_renderer() if markdown else None
 
