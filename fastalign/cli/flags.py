@@ -54,6 +54,8 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "kl-coef": ("kl.coefficient",),
     **dict.fromkeys(("rpo-alpha", "cpo-alpha", "nll-weight"), ("loss.nll-coefficient",)),
     "simpo-gamma": ("loss.gamma",),
+    "label-smoothing-factor": ("loss.label-smoothing",),
+    "z-loss": ("loss.z-coefficient",),
     "desirable-weight": ("loss.desirable-weight",),
     "undesirable-weight": ("loss.undesirable-weight",),
     **dict.fromkeys(("cliprange", "clip-range", "epsilon"), ("ppo.loss.clip-range",)),

@@ -49,6 +49,7 @@ from fastalign.losses.reward import (
     rao_kupper_outcomes,
     rao_kupper_votes,
 )
+from fastalign.losses.supervised import cross_entropy, z_loss
 from fastalign.losses.unpaired import kto, kto_kl
 from fastalign.ops.preference_loss import PairLogprobs
 from fastalign.ops.segments import segment_sum
@@ -61,6 +62,7 @@ __all__ = [
     "bradley_terry_votes",
     "cispo",
     "cpo",
+    "cross_entropy",
     "davidson",
     "davidson_outcomes",
     "davidson_votes",
@@ -97,4 +99,5 @@ __all__ = [
     "value_clipped",
     "whiten",
     "whitening_scale",
+    "z_loss",
 ]

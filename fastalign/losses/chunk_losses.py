@@ -105,7 +105,7 @@ def preference_loss_fn(
             None if tie is None else moved(tie[pairs]),
             None if margin is None else moved(margin[pairs]),
         )
-        metrics = {**_pair_metrics(found, beta), **_token_metrics(chunk)}
+        metrics = {**_pair_metrics(found, beta), **token_metrics(chunk)}
         if isinstance(pair_loss, PreferenceFormula) and pair_loss.has_nll:
             metrics["nll_loss"] = found.chosen_nll().sum()
         return losses.sum() / normaliser, metrics
@@ -172,7 +172,7 @@ def kto_loss_fn(
             metrics[count] = chosen.sum()
             metrics[f"logps/{name}"] = found.masked_fill(~chosen, 0.0).sum()
             metrics[f"rewards/{name}"] = rewards.masked_fill(~chosen, 0.0).sum()
-        return losses.sum() / normaliser, {**metrics, **_token_metrics(chunk)}
+        return losses.sum() / normaliser, {**metrics, **token_metrics(chunk)}
 
     return loss_fn
 
@@ -189,7 +189,7 @@ def sft_loss_fn(*, normaliser: float | Tensor) -> LossFunction:
     """
 
     def loss_fn(chunk: TokenChunk) -> tuple[Tensor, dict[str, Tensor]]:
-        return negative_logprob(chunk.logprob).sum() / normaliser, _token_metrics(chunk)
+        return negative_logprob(chunk.logprob).sum() / normaliser, token_metrics(chunk)
 
     return loss_fn
 
@@ -300,7 +300,7 @@ def _policy_metrics(
         "policy/entropy_avg": chunk.entropy.sum(),
         "policy/num_clamped": clamped.to(ratio.dtype).sum(),
         "val/ratio": (ratio * chunk.is_target).sum(),
-        **_token_metrics(chunk),
+        **token_metrics(chunk),
     }
 
 
@@ -376,7 +376,8 @@ def _pair_losses(
     return losses, found
 
 
-def _token_metrics(chunk: TokenChunk) -> dict[str, Tensor]:
+def token_metrics(chunk: TokenChunk) -> dict[str, Tensor]:
+    """Return `entropy` and `mean_token_accuracy`, sums over tokens, and their count."""
     return {
         "entropy": chunk.entropy.sum(),
         "mean_token_accuracy": chunk.is_argmax.to(chunk.logprob.dtype).sum(),

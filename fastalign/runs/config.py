@@ -383,11 +383,27 @@ class ReferencedConfig(TrainingConfig):
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
 
+@dataclass(frozen=True)
+class SFTLoss:
+    """The cross-entropy of demonstrations."""
+
+    label_smoothing: float = 0.0
+    """Spread this share of each target over the vocabulary (arXiv 1512.00567)."""
+    z_coefficient: float = 0.0
+    """Weight of the squared log-sum-exp of the logits (z-loss, arXiv 2204.02311; there 1e-4)."""
+
+    def __post_init__(self) -> None:
+        smoothing = self.label_smoothing
+        require(0 <= smoothing < 1, "loss.label_smoothing", "a number in [0, 1)", smoothing)
+        within("loss.z_coefficient", self.z_coefficient, 0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig(TrainingConfig):
     """Supervised fine-tuning on demonstrations."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    loss: SFTLoss = field(default_factory=SFTLoss)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
 
 

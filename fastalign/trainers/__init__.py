@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         ReferenceConfig,
         RunConfig,
         SFTConfig,
+        SFTLoss,
         TrainConfig,
         UnpairedDataConfig,
     )
@@ -128,6 +129,7 @@ __all__ = [
     "RunConfig",
     "RunResult",
     "SFTConfig",
+    "SFTLoss",
     "SequenceMasked",
     "SequenceMean",
     "SequenceTruncated",

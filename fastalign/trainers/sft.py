@@ -9,8 +9,11 @@ from torch import Tensor
 
 from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
+from fastalign.fused.cross_entropy import CrossEntropy, head_cross_entropy
 from fastalign.in_memory import Objects
 from fastalign.losses.chunk_losses import sft_loss_fn
+from fastalign.models.forward import hidden_and_head
+from fastalign.ops.head.arguments import HeadOptions
 from fastalign.runs.accumulate import (
     Examples,
     Total,
@@ -19,11 +22,13 @@ from fastalign.runs.accumulate import (
     measure_examples,
     policy_loss,
 )
-from fastalign.runs.config import SFTConfig
+from fastalign.runs.config import SFTConfig, SFTLoss
 from fastalign.runs.inputs import Inputs, load_for_training, load_sets
 from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import OpenRun, open_run, with_objects
+
+PLAIN = SFTLoss()
 
 
 def train_sft(
@@ -99,7 +104,7 @@ def sft_run(
             try_evaluation=try_evaluation,
         )
         opened = SFTRun(run, trained, its_tokenizer)
-        opened.examples, opened.eval_examples = examples, eval_examples
+        opened.loss, opened.examples, opened.eval_examples = config.loss, examples, eval_examples
         yield opened
         opened.end()
 
@@ -108,22 +113,24 @@ class SFTRun(OpenRun):
     """A run of supervised fine-tuning that has begun.
 
     Attributes:
+        loss: terms of the loss beside the cross-entropy.
         examples: training demonstrations, as token ids.
         eval_examples: held-out demonstrations, or None.
     """
 
+    loss: SFTLoss
     examples: Examples
     eval_examples: Examples | None
 
     def gradient(self, indices: Sequence[int]) -> Total:
         """Add the gradient of these demonstrations to the model's; return the sums."""
-        return sft_gradient(self.model, self.examples, indices, self.compute)
+        return sft_gradient(self.model, self.examples, indices, self.compute, self.loss)
 
     def evaluate(self) -> Metrics:
         """Return metrics named `eval_...` of the held-out demonstrations; none without any."""
         if self.eval_examples is None:
             return {}
-        return evaluate_sft(self.model, self.eval_examples, self.compute)
+        return evaluate_sft(self.model, self.eval_examples, self.compute, self.loss)
 
 
 def num_targets(examples: Examples, indices: Sequence[int]) -> int:
@@ -135,22 +142,43 @@ def num_targets(examples: Examples, indices: Sequence[int]) -> int:
     )
 
 
-def sft_gradient(model: Any, examples: Examples, indices: Sequence[int], compute: Compute) -> Total:
+def sft_gradient(
+    model: Any,
+    examples: Examples,
+    indices: Sequence[int],
+    compute: Compute,
+    loss: SFTLoss = PLAIN,
+) -> Total:
     """Add the gradient of one step's examples to the model's; return the sums."""
-    batch_loss = partial(sft_batch_loss, model, num_targets(examples, indices), compute)
+    count = num_targets(examples, indices)
+    batch_loss = partial(sft_batch_loss, model, count, compute, loss=loss)
     return accumulate(model, batch_loss, examples, indices, compute)
 
 
 def sft_batch_loss(
-    model: Any, normaliser: float, compute: Compute, batch: PackedBatch, chosen: list[int]
+    model: Any,
+    normaliser: float,
+    compute: Compute,
+    batch: PackedBatch,
+    chosen: list[int],
+    *,
+    loss: SFTLoss = PLAIN,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute a micro-batch's cross-entropy over `normaliser`, and the sums for its metrics."""
+    terms = CrossEntropy(loss.label_smoothing, loss.z_coefficient)
+    if not terms.is_plain:
+        hidden, head = hidden_and_head(model, batch, compute)
+        dtype, most = compute.product_dtype, compute.max_buffer_bytes
+        options = HeadOptions(1.0, -100, dtype, most, "auto")
+        return head_cross_entropy(hidden, head, batch.targets, options, terms, normaliser)
     found = policy_loss(model, batch, sft_loss_fn(normaliser=normaliser), compute)
     return found.loss, found.sums
 
 
-def evaluate_sft(model: Any, examples: Examples, compute: Compute) -> Metrics:
+def evaluate_sft(
+    model: Any, examples: Examples, compute: Compute, loss: SFTLoss = PLAIN
+) -> Metrics:
     """Return metrics named `eval_...` of all the examples."""
     normaliser = num_targets(examples, range(len(examples.groups)))
-    batch_loss = partial(sft_batch_loss, model, normaliser, compute)
+    batch_loss = partial(sft_batch_loss, model, normaliser, compute, loss=loss)
     return evaluate_by_loss(model, batch_loss, examples, compute)

@@ -21,6 +21,7 @@ from fastalign.trainers import (
     POLICY_LOSSES,
     REWARD_LOSSES,
     KTOLoss,
+    SFTLoss,
 )
 
 ROOT = Path(__file__).parents[2]
@@ -89,11 +90,15 @@ def parameters(entry: Entry) -> str:
     """Return the flags of a choice with their defaults."""
     flag, _, name = entry.flag.partition(" ")
     if flag == "fastalign":
-        return ", ".join(f"`--loss.{each.name}` {each.default}" for each in flags_of(KTOLoss))
+        kind = KTOLoss if name == "kto" else SFTLoss
+        return ", ".join(f"`--loss.{each.name}` {each.default}" for each in flags_of(kind))
+    if not flag.startswith("--"):
+        return ""
     if name:
         table = CHOICES[flag]
         return ", ".join(shown(flag, each) for each in flags_of(table[name]))
-    owner = next(kind for kind in kinds_of(flag) if field_of(flag) in names_of(kind))
+    kinds = [SFTLoss] if entry.equation in ("cross_entropy", "z_loss") else kinds_of(flag)
+    owner = next(kind for kind in kinds if field_of(flag) in names_of(kind))
     default = next(each.default for each in flags_of(owner) if each.name == field_of(flag))
     return f"default {default}"
 

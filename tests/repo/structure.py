@@ -34,6 +34,7 @@ DROP_INS = {
     "kto_loss_fn",
     "linear_kl",
     "linear_logprob",
+    "linear_logsumexp",
     "ppo_loss_fn",
     "sequence_logprob",
 }
