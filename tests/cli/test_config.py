@@ -318,11 +318,12 @@ def test_every_command_parses_its_flags_in_one_place() -> None:
     assert readers == []
 
 
-def test_sft_takes_the_same_settings_without_a_loss(tmp_path: Path) -> None:
+def test_sft_takes_the_same_settings_with_a_loss_of_its_own(tmp_path: Path) -> None:
     assert parse_config(SFTConfig, BASE, "fastalign sft").optim.lr == 2e-5
     with pytest.raises(ValueError, match="--loss"):
         parse_config(SFTConfig, [*BASE, "--loss", "dpo"], "fastalign sft")
-    with pytest.raises(ValueError, match="unknown section 'loss'"):
+    message = r"unknown key loss\.name; expected one of label_smoothing, z_coefficient"
+    with pytest.raises(ValueError, match=message):
         parse_config(SFTConfig, ["--config", write(tmp_path, YAML)], "fastalign sft")
 
 
