@@ -4,4 +4,5 @@ from typing import Literal
 
 AttentionChoice = Literal["auto", "sdpa", "flash_attn", "varlen", "flex"]
 Packing = Literal["shared_prefix", "packed", "padded"]
+TrackerName = Literal["tensorboard", "wandb", "mlflow", "trackio"]
 PackingChoice = Literal["auto", "shared_prefix", "packed", "padded"]

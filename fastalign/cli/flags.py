@@ -80,6 +80,10 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "num-generations": ("sampling.num-samples",),
     **dict.fromkeys(("max-completion-length", "response-length"), ("sampling.max-new-tokens",)),
     "use-vllm": ("sampler vllm",),
+    "report-to": ("track.to",),
+    "run-name": ("track.name",),
+    "log-completions": ("samples.every",),
+    "num-completions-to-print": ("samples.num-completions",),
 }
 # Names that other libraries give to losses.
 LOSSES_ELSEWHERE = {

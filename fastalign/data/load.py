@@ -31,12 +31,14 @@ from fastalign.data.encode import (
 from fastalign.data.examples import Content, PreferenceExample, Votes
 from fastalign.data.read import NO_COLUMNS, OnBadRow, read_examples
 from fastalign.data.readers.row import DataFault
+from fastalign.data.readers.rows import amount_of
 from fastalign.data.report import DataReport
 from fastalign.data.token_cache import Write, load_tokens
 from fastalign.data.tokenise import Encoder
 from fastalign.data.tokenizer import Tokenizer
 from fastalign.data_sources import WeightedSource
 from fastalign.output import visible
+from fastalign.progress import phase
 
 BATCH_ROWS = 256
 LENGTH_ADVICE = "raise --data.max-length, or use --data.on-too-long skip or truncate"
@@ -328,9 +330,17 @@ def load_rows(source: str | Path, encoder: Encoder, rules: Rules) -> tuple[Any, 
     table, meta = load_tokens(
         source,
         lambda: (encoder.identity(), replace(rules, advice="")),
-        partial(tokenise, source, encoder, rules),
+        partial(tokenise_shown, source, encoder, rules),
     )
     return table, DataReport.from_dict(str(source), meta["report"]), meta["fingerprint"]
+
+
+def tokenise_shown(
+    source: str | Path, encoder: Encoder, rules: Rules, write: Write, num_processes: int
+) -> dict[str, Any]:
+    """Do as `tokenise` does, as a phase that shows how much of the source is done."""
+    with phase(f"tokenising {source}", *amount_of(source)):
+        return tokenise(source, encoder, rules, write, num_processes)
 
 
 def tokenise(

@@ -11,6 +11,7 @@ import numbers
 import re
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from fastalign.data.conversation import content_as_json, json_as_content
 from fastalign.data.examples import Content
 from fastalign.data.tokenise import Encoder
 from fastalign.data.tokenizer import load_tokenizer
-from fastalign.in_memory import GivenModel, GivenReward
+from fastalign.in_memory import GivenModel, GivenReward, InMemory
 from fastalign.models.architecture import num_positions
 from fastalign.models.forward import response_values
 from fastalign.models.load import choose_packing, load_reward_model, model_without_weights
@@ -376,3 +377,19 @@ def finite_number(value: Any, where: str, row: int) -> float:
         shown = text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
         raise ValueError(f"{where}: expected a finite number, got {shown} (number {row})")
     return number
+
+
+def source_names(sources: Sequence[str]) -> tuple[str, ...]:
+    """Return short, distinct names: a path's last part (`rm` of `.../rm/model`), then a number."""
+    short = []
+    for source in sources:
+        if isinstance(source, InMemory):
+            short.append(source.argument)
+            continue
+        path = Path(source.rstrip("/"))
+        named = path.parent if path.name == "model" and path.parent.name else path
+        short.append(named.stem if named.suffix == ".json" else named.name)
+    count = Counter(short)
+    return tuple(
+        f"{name}-{number}" if count[name] > 1 else name for number, name in enumerate(short, 1)
+    )

@@ -14,6 +14,7 @@ from fastalign.models.attention.plan import AttentionPlan, RowPlan
 from fastalign.models.head import lm_head
 from fastalign.ops import LinearHead, linear_logprob
 from fastalign.ops.segments import segment_sum
+from fastalign.progress import advance
 from fastalign.ranks.parallel import enter
 
 # Nats that rounding may move one token's log-prob by; those of a sequence are independent. About
@@ -195,8 +196,9 @@ def response_values(
 ) -> list[Tensor]:
     """Compute a number for each response, batch by batch, shared by the ranks.
 
-    All ranks call this, with the same groups; `batch_values` returns (R,) numbers for the responses
-    of a batch on `compute.device`.
+    A `progress.phase` that is open is advanced by the number of responses. All ranks call this,
+    with the same groups; `batch_values` returns (R,) numbers for the responses of a batch on
+    `compute.device`.
 
     Returns:
         For each group (number of responses,) on the CPU, on every rank.
@@ -208,6 +210,7 @@ def response_values(
         if counts:
             sizes = [len(groups[i].response_ids) for i in chosen]
             results.update(zip(chosen, torch.split(values, sizes), strict=True))
+            advance(sum(sizes) * compute.world.size)  # the other ranks have done as much
     found = {i: values for part in compute.world.gather(results) for i, values in part.items()}
     return [found[i] for i in range(len(groups))]
 

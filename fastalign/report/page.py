@@ -10,6 +10,7 @@ from fastalign.compare.results import PERSON_COLUMNS
 from fastalign.data.conversation import prompt_key
 from fastalign.page_templates import environment
 from fastalign.report.comparisons import Comparisons, learning_curve
+from fastalign.report.metric_table import Row
 from fastalign.report.pictures import SECTIONS, curve, reward_against_kl
 from fastalign.report.reward import REWARD_COLUMNS, accuracy_by_length, reliability, reward_table
 from fastalign.report.runs import RunRecord, labels_of
@@ -22,6 +23,8 @@ from fastalign.report.speed import (
 )
 
 NUM_SAMPLES_SHOWN = 24
+NUM_STEPS_SHOWN = 6  # of the completions that were sampled while a run trained
+NUM_PROMPTS_SHOWN = 4  # of each, or of all where the same held-out ones are sampled each time
 COLUMNS = ("method", "training", "reward", "KL", "accuracy", "seconds")
 
 
@@ -95,6 +98,40 @@ def side_by_side(runs: Sequence[RunRecord]) -> list[tuple[str, list[dict[str, An
     return [(key, [first.get(key) for first in by_run]) for key in common[:NUM_SAMPLES_SHOWN]]
 
 
+def over_time(run: RunRecord) -> tuple[list[int], list[tuple[str, list[Row | None]]]]:
+    """Return steps of a run, spread evenly, and for some prompts a completion at each of them.
+
+    These are held-out prompts, the same at each step, if the run has sampled any.
+    """
+    rows = [row for row in run.rollouts if row.get("held_out")]
+    by_step: dict[int, dict[str, Row]] = {}
+    for row in rows:
+        by_step.setdefault(row["step"], {}).setdefault(prompt_key(row.get("prompt", "")), row)
+    steps = spread(sorted(by_step), NUM_STEPS_SHOWN)
+    prompts = list(by_step[steps[0]])[:NUM_PROMPTS_SHOWN] if steps else []
+    return steps, [(key, [by_step[step].get(key) for step in steps]) for key in prompts]
+
+
+def trained_on(run: RunRecord) -> list[tuple[int, str, Row]]:
+    """Return step, prompt and row of some completions that a run was trained on."""
+    by_step: dict[int, list[Row]] = {}
+    for row in run.rollouts:
+        if not row.get("held_out"):
+            by_step.setdefault(row["step"], []).append(row)
+    return [
+        (step, prompt_key(row.get("prompt", "")), row)
+        for step in spread(sorted(by_step), NUM_STEPS_SHOWN)
+        for row in by_step[step][:NUM_PROMPTS_SHOWN]
+    ]
+
+
+def spread(values: Sequence[int], number: int) -> list[int]:
+    """Return at most `number` of some values, the first and the last among them, spread evenly."""
+    if len(values) <= number:
+        return list(values)
+    return [values[(len(values) - 1) * place // (number - 1)] for place in range(number)]
+
+
 def fill(template: str, **values: Any) -> str:
     """Return a page from a template beside this module; values of models and data are escaped."""
     page: str = environment("fastalign.report").get_template(template).render(**values)
@@ -120,5 +157,7 @@ def render(runs: Sequence[RunRecord], comparisons: Sequence[Comparisons] = ()) -
         learning_curve=learning_curve(comparisons),
         names=[run.name for run in runs],
         samples=side_by_side(runs),
+        over_time=[(run.name, *over_time(run)) for run in runs if over_time(run)[0]],
+        trained_on=[(run.name, trained_on(run)) for run in runs if trained_on(run)],
         configs=[(run.name, yaml.safe_dump(run.config, sort_keys=False)) for run in runs],
     )

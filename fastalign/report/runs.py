@@ -26,6 +26,7 @@ class RunRecord:
         metrics: rows of `metrics.jsonl`, one per step.
         evaluation: contents of `eval/eval.json`, or None.
         samples: rows of `eval/samples.jsonl`, or none.
+        rollouts: rows of `samples.jsonl`, completions that were sampled while it trained, or none.
         machine: contents of `machine.json`, or empty.
         num_product_weights: number of weights in `model/` that a token is multiplied by, or None.
     """
@@ -35,6 +36,7 @@ class RunRecord:
     metrics: MetricTable
     evaluation: Row | None
     samples: list[Row]
+    rollouts: list[Row] = field(default_factory=list)
     machine: Row = field(default_factory=dict)
     num_product_weights: int | None = None
 
@@ -145,11 +147,13 @@ def read_run(folder: str | Path) -> RunRecord:
             raise FileNotFoundError(f"{path}: no {name}; expected the folder of a run (--run.dir)")
     evaluation = path / "eval" / "eval.json"
     samples = path / "eval" / "samples.jsonl"
+    rollouts = path / "samples.jsonl"
     machine = path / "machine.json"
     try:
         config = read_yaml_file(path / "config.yaml")
         metrics = MetricTable(read_lines(path / "metrics.jsonl"))
         rows = list(read_lines(samples, may_grow=False)) if samples.is_file() else []
+        drawn = list(read_rollouts(rollouts)) if rollouts.is_file() else []
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: a file of the run is damaged: {error}") from None
     return RunRecord(
@@ -158,6 +162,7 @@ def read_run(folder: str | Path) -> RunRecord:
         metrics=metrics,
         evaluation=read_object(evaluation) if evaluation.is_file() else None,
         samples=rows,
+        rollouts=drawn,
         machine=read_object(machine) if machine.is_file() else {},
         num_product_weights=num_product_weights(path / "model"),
     )
@@ -195,6 +200,22 @@ def read_lines(path: Path, *, may_grow: bool = True) -> Iterator[Row]:
             if not isinstance(row, dict):
                 raise ValueError(f"{path}: object {place}: expected a JSON object, got {row!r:.60}")
             yield row
+
+
+def read_rollouts(path: Path) -> Iterator[Row]:
+    """Yield the rows of a run's `samples.jsonl`.
+
+    Raises:
+        ValueError: if a row has no step, prompt or completion.
+    """
+    for place, row in enumerate(read_lines(path), 1):
+        prompt = row.get("prompt")
+        turns = prompt if isinstance(prompt, list) else []
+        is_prompt = isinstance(prompt, str) or bool(turns)
+        is_prompt &= all(isinstance(t, dict) and {"role", "content"} <= t.keys() for t in turns)
+        if not (is_prompt and type(row.get("step")) is int and type(row.get("completion")) is str):
+            raise ValueError(f"{path}: object {place}: expected step, prompt and completion")
+        yield row
 
 
 def num_product_weights(folder: Path) -> int | None:

@@ -19,6 +19,7 @@ from fastalign.models.attention import takes_plans
 from fastalign.models.attention.decoding import DecodingPlan
 from fastalign.models.exactness import verdict_of
 from fastalign.models.forward import row_logits
+from fastalign.progress import advance
 from fastalign.ranks.whole_weights import with_whole_weights
 from fastalign.rollouts.distribution import draw
 from fastalign.rollouts.sampler import Completion, SamplingParams, check_prompts, sample_seed
@@ -28,10 +29,7 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
     """Logits processor that draws tokens: it returns scores that allow these alone."""
 
     def __init__(
-        self,
-        params: SamplingParams,
-        uniforms: Tensor,
-        on_tokens: Callable[[Tensor], None] | None = None,
+        self, params: SamplingParams, uniforms: Tensor, on_tokens: Callable[[Tensor], None]
     ):
         self._params = params
         self._uniforms = uniforms
@@ -42,8 +40,7 @@ class _Draw(LogitsProcessor):  # type: ignore[misc]
         uniform = self._uniforms[:, len(self.logprobs)]
         token, logprob = draw(scores, self._params, uniform)
         self.logprobs.append(logprob)
-        if self._on_tokens is not None:
-            self._on_tokens(token)
+        self._on_tokens(token)
         return torch.full_like(scores, -torch.inf).scatter_(1, token[:, None], 0.0)
 
 
@@ -58,6 +55,8 @@ class TransformersSampler:
         on_progress: called with the number of completions that are done.
         on_tokens: called with the next token (R,) of R completions that are drawn together, in
             step; what follows a completion's end token is without meaning.
+        num_ranks: ranks that draw as many completions each, of a `progress.phase` that is advanced
+            by completions, token by token.
     """
 
     def __init__(
@@ -69,6 +68,7 @@ class TransformersSampler:
         rows_per_batch: int = 256,
         on_progress: Callable[[int], None] | None = None,
         on_tokens: Callable[[Tensor], None] | None = None,
+        num_ranks: int = 1,
     ):
         if not eos_token_ids:
             raise ValueError("eos_token_ids: expected at least one token, got none")
@@ -78,6 +78,7 @@ class TransformersSampler:
         self._rows_per_batch = rows_per_batch
         self._on_progress = on_progress
         self._on_tokens = on_tokens
+        self._num_ranks = num_ranks
         self.version = 0
 
     def generate(
@@ -125,6 +126,8 @@ class TransformersSampler:
                     ]
                 ).to(self._model.device)
                 tokens, logprobs = draws(prompts, params, streams)
+                left = params.max_new_tokens - tokens.shape[1]  # that none of them needed
+                self._advance(len(streams), left / params.max_new_tokens)
                 require_finite(logprobs, "log-probs of sampled tokens")
                 drawn = map(self._cut, tokens.tolist(), logprobs.tolist())
                 for p in chosen:
@@ -136,6 +139,16 @@ class TransformersSampler:
     def close(self) -> None:
         """Release the model."""
         self._model = None
+
+    def _drawn(self, token: Tensor, params: SamplingParams) -> None:
+        """Report the next token (R,) of R completions."""
+        if self._on_tokens is not None:
+            self._on_tokens(token)
+        self._advance(len(token), 1 / params.max_new_tokens)
+
+    def _advance(self, num_completions: int, share: float) -> None:
+        """Advance the phase by this share of each of these completions."""
+        advance(num_completions * self._num_ranks * share)
 
     @torch.no_grad()
     def _draw_packed(
@@ -170,8 +183,7 @@ class TransformersSampler:
             token, logprob = draw(logits, params, uniform)
             tokens.append(token)
             logprobs.append(logprob)
-            if self._on_tokens is not None:
-                self._on_tokens(token)
+            self._drawn(token, params)
             ended |= torch.isin(token, eos)
             if bool(ended.all()):
                 break
@@ -191,7 +203,7 @@ class TransformersSampler:
             )
             for each in (padded, real)
         )
-        draws = _Draw(params, uniforms, self._on_tokens)
+        draws = _Draw(params, uniforms, lambda token: self._drawn(token, params))
         # Set aside the model's own generation settings, such as penalties or a temperature.
         saved = self._model.generation_config
         self._model.generation_config = GenerationConfig(
@@ -261,7 +273,10 @@ class PolicySampler:
         pad = tokenizer.pad_token_id
         self._model, self._compute = model, compute
         self._sampler = TransformersSampler(
-            model, eos_token_ids=stops, pad_token_id=stops[0] if pad is None else pad
+            model,
+            eos_token_ids=stops,
+            pad_token_id=stops[0] if pad is None else pad,
+            num_ranks=compute.world.size,
         )
         self.version = 0
 

@@ -19,6 +19,7 @@ from fastalign.models.router import add_router_loss
 from fastalign.ops import LinearHead, fused_linear_loss
 from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.ops.head.products import weights_rounded_once
+from fastalign.progress import advance, phase
 from fastalign.ranks.parallel import enter
 from fastalign.runs.metrics import Metrics, mean_metrics
 
@@ -163,7 +164,8 @@ def accumulate(
 
     `batch_loss` divides by the count of the whole step, so that the result does not depend on how
     the step is cut. `last`: no more is added to the gradients before they are used. With `backward`
-    a router's loss is added, of each micro-batch by its share of the step's packed tokens.
+    a router's loss is added, of each micro-batch by its share of the step's packed tokens. A
+    `progress.phase` that is open is advanced by the examples.
     """
     total = Total()
     pieces = list(packed_batches(examples.groups, indices, examples.lengths, compute))
@@ -185,6 +187,7 @@ def accumulate(
                     part.backward()  # type: ignore[no-untyped-call]
                 if piece.counts:
                     total.append(Part(part.detach(), sums, batch.num_tokens))
+                    advance(len(piece.indices) * compute.world.size)
     if compute.world.size == 1:
         return total
     read_totals([total])
@@ -220,9 +223,10 @@ def evaluate_by_loss(
 ) -> Metrics:
     """Return metrics named `eval_...` of all the examples, without gradients."""
     total = Total(sums={})
-    for start in range(0, len(examples.groups), PIECE):
-        indices = range(start, min(start + PIECE, len(examples.groups)))
-        total.add(accumulate(model, batch_loss, examples, indices, compute, backward=False))
+    with phase("evaluation", len(examples.groups), "examples"):
+        for start in range(0, len(examples.groups), PIECE):
+            indices = range(start, min(start + PIECE, len(examples.groups)))
+            total.add(accumulate(model, batch_loss, examples, indices, compute, backward=False))
     return {f"eval_{name}": value for name, value in total.metrics().items()}
 
 

@@ -1,4 +1,4 @@
-"""The best model of a run by a metric of its evaluations, and the end of a run without a better.
+"""The end of a run, and its best model by a metric of its evaluations.
 
 What is known of the best is in `TrainState.kept`, so that a checkpoint holds it and a resumed run
 decides as one without a stop. The best step's checkpoint is kept beside the newest ones.
@@ -7,14 +7,18 @@ decides as one without a stop. The best step's checkpoint is kept beside the new
 import math
 import re
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fastalign.nearest import did_you_mean, nearest
 from fastalign.ranks.world import World
+from fastalign.report.runs import read_lines
 from fastalign.runs.checkpoint.restore import restore_weights
 from fastalign.runs.checkpoint.writer import MANIFEST, checkpoint_of_step
 from fastalign.runs.config import TrainConfig, TrainingConfig
+from fastalign.runs.metrics import METRICS, Metrics
 from fastalign.runs.state import TrainState
 
 EVALUATED = "eval_"  # how the names of an evaluation's metrics begin
@@ -31,6 +35,41 @@ class Best(NamedTuple):
 
     step: int
     value: float
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The end of a run.
+
+    Attributes:
+        step: optimiser steps taken.
+        finished: whether all steps are done and `model/` (or `adapter/`) is written.
+        exit_code: 0 finished, or stopped by a scheduler's signal; 130 after SIGINT, 129 after
+            SIGHUP, 3 if the algorithm's own check stopped the run.
+        folder: the run's folder.
+        model: the trained model of transformers, float32 (with a frozen base: in its dtype), in
+            evaluation mode; a rank's part of it under FSDP2.
+        tokenizer: its tokenizer.
+        best: step and value of the best evaluation by `train.best_metric`, if that was asked for
+            and there is one; the models of a finished run are that step's.
+    """
+
+    step: int
+    finished: bool
+    exit_code: int
+    folder: Path
+    model: Any = field(default=None, repr=False)
+    tokenizer: Any = field(default=None, repr=False)
+    best: Best | None = None
+
+    @cached_property
+    def metrics(self) -> list[Metrics]:
+        """Metrics of each step of the whole run, read from its folder; held-out ones `eval_...`."""
+        file = self.folder / METRICS
+        rows = read_lines(file) if file.is_file() else ()
+        return [
+            {name: float(v) if isinstance(v, str) else v for name, v in row.items()} for row in rows
+        ]
 
 
 def direction_of(train: TrainConfig) -> str:

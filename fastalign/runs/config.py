@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, get_args
 
-from fastalign.choices import AttentionChoice, PackingChoice
+from fastalign.choices import AttentionChoice, PackingChoice, TrackerName
 from fastalign.data_sources import checked_sources
 from fastalign.in_memory import NOT_GIVEN, is_given
 from fastalign.ranks.config import ParallelConfig
@@ -316,7 +316,7 @@ class RunConfig:
     start_afresh: tuple[Part, ...] = ()
     """Parts of the checkpoint to ignore: optimizer (AdamW's moments), random (generator states),
     kept (the algorithm's own numbers), grad_norms (for optim.skip_sigma), rollouts (unfinished
-    ones), or metrics (accept a metrics.jsonl that is shorter than it was)."""
+    ones), or metrics (accept a metrics.jsonl or samples.jsonl that is shorter than it was)."""
     accept_changed: tuple[Input, ...] = ()
     """Inputs that may have changed since the checkpoint: data, eval_data, ptx_data, model, base,
     reference, value, reward or tokenizer; by default any change is an error that names it."""
@@ -341,6 +341,24 @@ class RunConfig:
                 raise ValueError(f"run.{name}: expected run.resume beside it")
 
 
+@dataclass(frozen=True)
+class TrackConfig:
+    """Trackers that the run's numbers go to beside metrics.jsonl."""
+
+    to: tuple[TrackerName, ...] = ()
+    """Trackers among tensorboard, wandb, mlflow and trackio; each is an extra of fastalign with its
+    name."""
+    project: str = "fastalign"
+    """Project (experiment in MLflow) that the run belongs to."""
+    name: str | None = None
+    """Name of the run in its trackers; by default that of its folder."""
+
+    def __post_init__(self) -> None:
+        known = get_args(TrackerName)
+        require(set(self.to) <= set(known), "track.to", f"some of {', '.join(known)}", self.to)
+        require(bool(self.project), "track.project", "a name", self.project)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
     """Settings of every training run; each algorithm's own class says what its data are.
@@ -355,6 +373,7 @@ class TrainingConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
 
 
 @dataclass(frozen=True)

@@ -13,13 +13,15 @@ from fastalign.compute import Compute
 from fastalign.data.readers.rows import is_on_hub
 from fastalign.data.tokenizer import Tokenizer, eos_token_ids
 from fastalign.data_sources import weighted_sources
-from fastalign.in_memory import model_of, origin
+from fastalign.in_memory import InMemory, model_of, origin
 from fastalign.models.load import load_policy, set_save_dtype
 from fastalign.models.lora import has_adapter, merge_adapter
 from fastalign.models.lora_files import open_adapter, save_adapter
+from fastalign.progress import in_notebook
 from fastalign.ranks.parallel import is_sharded
 from fastalign.ranks.world import World
 from fastalign.report import model_card
+from fastalign.report.end_of_run import EndOfRun, end_of_run
 from fastalign.runs.config import TrainingConfig, settings_off_default
 from fastalign.runs.folder import MAY_CHANGE, run_of
 from fastalign.runs.metrics import METRICS
@@ -127,6 +129,42 @@ def card_of_run(
         chosen_by="" if best is None else f"{config.train.best_metric} ({best[1]:.6g})",
     )
     model_card.write_card(folder, facts)
+
+
+def print_end(config: TrainingConfig, command: str, *, finished: bool) -> None:
+    """Print a run's first and last numbers, and the commands to type next.
+
+    There are no commands where the run was given objects. In a notebook nothing is printed: the
+    result has the numbers.
+    """
+    if in_notebook():
+        return
+    folder, lora = Path(config.run.dir), config.model.lora
+    reference, sampling = (getattr(config, name, None) for name in ("reference", "sampling"))
+    changed = {} if sampling is None else settings_off_default(sampling)
+    sources = weighted_sources(config.data.train)
+    facts = EndOfRun(
+        command=command,
+        folder=folder,
+        part="adapter" if lora.rank and not lora.save_merged else "model",
+        finished=finished,
+        base=config.model.path,
+        reference=getattr(reference, "path", None) or config.model.path,
+        train=sources[0].path,
+        held_out=config.data.eval,
+        samples=sampling is not None,
+        sampling={
+            f"sampling.{name.replace('_', '-')}": str(value)
+            for name, value in changed.items()
+            if name != "num_samples"
+        },
+        typed=not any(
+            isinstance(value, InMemory)
+            for value in (config.model.path, sources[0].path, config.data.eval)
+        ),
+    )
+    for line in end_of_run(facts, folder / METRICS):
+        print(line)
 
 
 def write_end_tokens(folder: Path, tokenizer: Tokenizer, path: str | None = None) -> None:

@@ -18,9 +18,10 @@ import yaml
 
 from fastalign.compute import find_device
 from fastalign.ranks.world import world_of_environment
+from fastalign.report.trackers import NOTES, TrackedRun
 from fastalign.runs.checkpoint.writer import CHECKPOINTS, list_checkpoints
-from fastalign.runs.config import RunConfig, flat_settings
-from fastalign.runs.metrics import METRICS
+from fastalign.runs.config import RunConfig, TrainingConfig, config_to_dict, flat_settings
+from fastalign.runs.metrics import METRICS, SAMPLES
 from fastalign.written_files import clear_half_written, write_atomically
 from fastalign.yaml_file import read_yaml_file
 
@@ -36,6 +37,7 @@ MAY_CHANGE = {
     *("train.best_metric", "train.best_direction", "train.patience"),
     *("parallel.timeout_seconds", "parallel.silence_seconds"),
     *("reference.cache_dir", "reference.offload"),
+    *("track.to", "track.project", "track.name", "samples.every", "samples.num_completions"),
     *("watch.stop", "watch.patience", "watch.min_entropy", "watch.min_length"),
     *("watch.max_unfinished", "watch.max_repeated", "watch.max_kl"),
 }
@@ -138,9 +140,11 @@ def begin_in_folder(folder: Path, values: dict[str, Any], run: RunConfig) -> dat
     write_machine(folder, values["train"])  # first: by it the rest is known to be a run's
     if run.export is None and never_saved(folder):
         if has_steps(folder):
-            numbers = (f"{METRICS}.{number}" for number in itertools.count(1))
-            aside = next(name for name in numbers if not (folder / name).exists())
+            taken = (f"{METRICS}.{number}" for number in itertools.count(1))
+            aside = next(name for name in taken if not (folder / name).exists())
             (folder / METRICS).rename(folder / aside)
+            if (folder / SAMPLES).exists():
+                (folder / SAMPLES).rename(folder / aside.replace(METRICS, SAMPLES))
             print(
                 f"the run in {folder} ended before its first checkpoint: it begins again at the "
                 f"first step; its metrics are moved to {aside}"
@@ -212,8 +216,8 @@ def locked(folder: Path) -> Iterator[None]:
 MACHINE_FILE = "machine.json"
 # What a run writes to its folder, beside the models of its end.
 WRITTEN = (
-    *(MACHINE_FILE, CONFIG, BEGAN_FILE, SOURCES_FILE, METRICS),
-    *(CHECKPOINTS, "tensorboard", "profile"),
+    *(MACHINE_FILE, CONFIG, BEGAN_FILE, SOURCES_FILE, METRICS, SAMPLES),
+    *(CHECKPOINTS, NOTES, "tensorboard", "wandb", "profile"),
 )
 
 
@@ -224,6 +228,22 @@ def run_of(folder: Path) -> str | None:
         return str(found.get("run", "")) if "fastalign" in found else None
     except (OSError, ValueError, TypeError, AttributeError):
         return None
+
+
+def tracked_run(config: TrainingConfig, step: int) -> TrackedRun:
+    """Return what trackers are given of the run in a folder, which has taken `step` steps."""
+    folder = Path(config.run.dir)
+    key = run_of(folder)
+    assert key, "the folder of a run that has begun"
+    begun_again = len(list(folder.glob(f"{METRICS}.*")))  # each time is another run to a tracker
+    return TrackedRun(
+        folder,
+        f"{key}-{begun_again}" if begun_again else key,
+        config.track.name or folder.resolve().name,
+        config.track.project,
+        flat_settings(config_to_dict(config)),
+        step,
+    )
 
 
 def write_machine(folder: Path, train: dict[str, Any]) -> None:

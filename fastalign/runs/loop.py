@@ -18,10 +18,9 @@ step, if every rank has it.
 
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -29,17 +28,18 @@ from typing import Any, TypeVar
 from fastalign.batch.schedule import indices_of_step, mixture_of
 from fastalign.compute import Compute, is_out_of_memory, memory_used_in, peak_memory_bytes
 from fastalign.models.load import save_model
+from fastalign.progress import phase
 from fastalign.ranks.failure import Peers
 from fastalign.ranks.parallel import reshard
-from fastalign.report.runs import read_lines
+from fastalign.report.end_of_run import held_out_line
 from fastalign.rollouts import OverlappedSampler, RankZeroSampler
 from fastalign.runs.accumulate import Total
-from fastalign.runs.best import Best, BestModel
+from fastalign.runs.best import BestModel, RunResult
 from fastalign.runs.checkpoint.restore import resume
 from fastalign.runs.checkpoint.writer import CHECKPOINTS, CheckpointFailed, CheckpointWriter
-from fastalign.runs.config import TrainingConfig
-from fastalign.runs.final_model import OtherFolders, card_of_run, save_final_model
-from fastalign.runs.folder import write_sources
+from fastalign.runs.config import DataConfig, TrainingConfig
+from fastalign.runs.final_model import OtherFolders, card_of_run, print_end, save_final_model
+from fastalign.runs.folder import tracked_run, write_sources
 from fastalign.runs.inputs import (
     Inputs,
     examples_per_step,
@@ -49,8 +49,7 @@ from fastalign.runs.inputs import (
     total_steps,
 )
 from fastalign.runs.metrics import (
-    METRICS,
-    KeptMetrics,
+    KeptLines,
     Metrics,
     MetricsWriter,
     ProgressDisplay,
@@ -74,42 +73,9 @@ COLLAPSED = 3  # exit code of a run that its own algorithm ended early
 GO_ON = "go on with --run.resume"
 STEP = "step "  # how the note on a step that is being taken begins
 
+# (number of a step, from 1; number of the run's steps) -> rows of `samples.jsonl`
+TakeSamples = Callable[[int, int], list[dict[str, Any]]]
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """The end of a run.
-
-    Attributes:
-        step: optimiser steps taken.
-        finished: whether all steps are done and `model/` (or `adapter/`) is written.
-        exit_code: 0 finished, or stopped by a scheduler's signal; 130 after SIGINT, 129 after
-            SIGHUP, 3 if the algorithm's own check stopped the run.
-        folder: the run's folder.
-        model: the trained model of transformers, float32 (with a frozen base: in its dtype), in
-            evaluation mode; a rank's part of it under FSDP2.
-        tokenizer: its tokenizer.
-        best: step and value of the best evaluation by `train.best_metric`, if that was asked for
-            and there is one; the models of a finished run are that step's.
-    """
-
-    step: int
-    finished: bool
-    exit_code: int
-    folder: Path
-    model: Any = field(default=None, repr=False)
-    tokenizer: Any = field(default=None, repr=False)
-    best: Best | None = None
-
-    @cached_property
-    def metrics(self) -> list[Metrics]:
-        """Metrics of each step of the whole run, read from its folder; held-out ones `eval_...`."""
-        file = self.folder / METRICS
-        rows = read_lines(file) if file.is_file() else ()
-        return [
-            {name: float(v) if isinstance(v, str) else v for name, v in row.items()} for row in rows
-        ]
 
 
 class Run:
@@ -142,7 +108,7 @@ class Run:
         self._loops = False
         self._step: Step | None = None
         self._reason: str | None = None
-        self._stopped = False
+        self._stopped, self._ended = False, ""
         self._metrics: Metrics = {}
         self._writer: MetricsWriter | None = None  # rank 0's
         self._best: BestModel | None = None
@@ -160,6 +126,7 @@ class Run:
         inputs: Inputs | None = None,
         overlapped: OverlappedSampler | RankZeroSampler | None = None,
         try_evaluation: Callable[[], Metrics] | None = None,
+        samples: TakeSamples | None = None,
     ) -> None:
         """Make the optimiser, restore a checkpoint if the run resumes, and open the writers.
 
@@ -174,6 +141,8 @@ class Run:
             try_evaluation: evaluates a little of the held-out data and returns `eval_...` metrics,
                 by whose names a wrong `train.best_metric` is known before the first step; without
                 it, at the first evaluation.
+            samples: returns the rows of `samples.jsonl` for what was sampled since the last call,
+                which belongs to a step of so many; None: none are written.
 
         Raises:
             ValueError: if there is no checkpoint to resume from, it is another run's, or no
@@ -186,13 +155,13 @@ class Run:
             state.whole = False
 
         state.optimizer.register_step_pre_hook(updates)
-        self._mixture, self._overlapped = mixture_of(data), overlapped
+        self._mixture, self._overlapped, self._samples = mixture_of(data), overlapped, samples
         self.num_steps = total_steps(config, self._mixture.epoch_size)
         print_small_data(config, self._mixture.epoch_size)
         policy = model if policy is None else policy
         found = fingerprints(config, policy, data, inputs or Inputs())
         self._inputs = inputs_of_all(world.gather(found))
-        kept = KeptMetrics()
+        kept: dict[str, KeptLines] = {}
         if config.run.resume:
             kept = resume(config.run, state, self._inputs, world)
         if config.train.best_metric is not None:
@@ -233,9 +202,11 @@ class Run:
         self._best.begin(names)
         self._stopped = self._best.out_of_patience  # a resumed run's
 
-    def _open_writer(self, kept: KeptMetrics) -> None:
-        self._writer = MetricsWriter(self.folder, kept, self.state.step)
-        self._loop.callback(self._writer.close)
+    def _open_writer(self, kept: Mapping[str, KeptLines]) -> None:
+        run = tracked_run(self.config, self.state.step)
+        writer = MetricsWriter(run, kept, self.config.track.to, samples=self._samples is not None)
+        self._writer = writer
+        self._loop.callback(lambda: writer.close(finished=self.state.step >= self.num_steps))
 
     def _ends_loop(self) -> None:
         self._loops = False
@@ -328,6 +299,7 @@ class Run:
             )
         if export is not None:
             return RunResult(step, False, 0, self.folder, best=found)
+        self._ended = "finished" if finished else "stopped"
         if finished:
             return RunResult(step, True, self._signals.exit_code, self.folder, best=found)
         why = "" if self._reason is None else f" ({self._reason})"
@@ -347,7 +319,10 @@ class Run:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        """Close what is open; behind an error save the run first, and note on it what is saved."""
+        """Close what is open; print the run's numbers if it has ended.
+
+        Behind an error save the run first, and note on it what is saved.
+        """
         stack = ExitStack()
         stack.push(self._resources)
         stack.push(self._loop)
@@ -360,6 +335,8 @@ class Run:
                     error.add_note(note)
         finally:
             stack.__exit__(kind, error, trace)
+        if error is None and self._ended and self.world.is_first:
+            print_end(self.config, self.title, finished=self._ended == "finished")
 
     def _save_behind(self, error: BaseException) -> str:
         """Save the last whole step of a run that ends by an error; return what is saved.
@@ -398,8 +375,7 @@ class Run:
         reshard(state.model)
         over = step is None or step.finished
         if step is not None and step.finished and not step.logged:
-            if self._writer is not None:
-                self._writer.write(step.metrics)
+            self._log(step, step.metrics)
             if self._best is not None and self._best.metric in step.metrics:
                 self._best.consider(step.metrics)
         if self._overlapped is not None:
@@ -419,10 +395,10 @@ class Run:
             raise ValueError(f"step {step.number}: expected step.finish(metrics) before its end")
         train, state = self.config.train, self.state
         metrics = self._metrics = self._agreed(step.metrics)
-        if self._writer is not None:
-            self._writer.write(metrics)
-        step.logged = True
+        self._log(step, metrics)
         self._display.update(metrics)
+        if line := held_out_line(metrics):
+            self._display.say(line)
         if metrics["skipped"]:
             self._display.say(skipped_line(metrics))
         self._try(self._checkpoints.check)
@@ -453,6 +429,13 @@ class Run:
         line = best.consider(metrics)
         if line is not None:
             self._display.say(line)
+
+    def _log(self, step: "Step", metrics: Metrics) -> None:
+        """Write a step's metrics and samples, on rank 0."""
+        rows = [] if self._samples is None else self._samples(step.number, self.num_steps)
+        step.logged = True  # whatever comes: no row is written twice
+        if self._writer is not None:
+            self._writer.write(metrics, rows)
 
     def _agreed(self, metrics: Metrics) -> Metrics:
         """Agree on what any rank received, and rank 0's clock; return its times, the most memory.
@@ -488,10 +471,9 @@ class Run:
 
     def _write_checkpoint(self, *, wait: bool = False) -> None:
         self._saved_at = time.monotonic()
-        kept = KeptMetrics() if self._writer is None else self._writer.kept()
-        extra: dict[str, Any] = {"metrics_bytes": kept.num_bytes, "inputs": self._inputs}
-        if kept.unwritten:
-            extra["metrics_unwritten"] = kept.unwritten
+        extra: dict[str, Any] = {"inputs": self._inputs}
+        for file, kept in ({} if self._writer is None else self._writer.kept()).items():
+            extra |= kept.as_counters(file)
         before = None if self._writer is None else self._writer.sync
         self._checkpoints.best = None if self._best is None else self._best.step
         self._checkpoints.save(self.state, extra, wait=wait, before=before)
@@ -539,6 +521,9 @@ class Step:
         self._whole, self._computing = ExitStack(), ExitStack()
         self._whole.enter_context(run._watch.step(self.number))
         self._computing.enter_context(memory_used_in(f"{STEP}{self.number}"))
+        if isinstance(config.data, DataConfig):  # those that sample show the parts of a step
+            named = f"step {self.number}"
+            self._computing.enter_context(phase(named, len(self.indices), "examples"))
         profiled = self.number == config.train.profile
         self._computing.enter_context(
             traced(run.folder, wanted=profiled, step=self.number, world=run.world)

@@ -1,31 +1,27 @@
-"""A run's output: `metrics.jsonl`, TensorBoard, and a progress bar or plain lines."""
+"""A run's output: `metrics.jsonl`, `samples.jsonl`, and a progress bar or plain lines."""
 
-import errno
 import json
 import math
 import os
-import shutil
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fastalign.choices import TrackerName
 from fastalign.fused import metric_means
-from fastalign.notebook import NotebookProgress, in_notebook
-from fastalign.output import safe_output, shown
+from fastalign.output import shown
+from fastalign.progress import bars
+from fastalign.report.trackers import TrackedRun, Trackers
 
-METRICS = "metrics.jsonl"  # in a run's folder
+METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"  # in a run's folder
 Metrics = dict[str, float | int]
 NUM_PLAIN_LINES = 20
-BOARD_BYTES = 2**18  # that must be free for TensorBoard's writer to go on
 
 
 def mean_metrics(sums: dict[str, float]) -> Metrics:
@@ -66,18 +62,50 @@ def skipped_line(metrics: Metrics) -> str:
     )
 
 
-class MetricsWriter:
-    """Appends one JSON object a step, and the same numbers to TensorBoard.
+@dataclass(frozen=True)
+class KeptLines:
+    """The part of a file of lines that a checkpoint knows.
 
-    Lines that cannot be written, since the disk is full or the like, are reported, held, and
-    written before the next one; a checkpoint holds them too. An existing `metrics.jsonl` is cut to
-    what a checkpoint knows of it, and TensorBoard's values after that checkpoint's `step` are
-    dropped.
+    Attributes:
+        num_bytes: length of the file.
+        unwritten: lines behind it that could not be written.
     """
 
-    def __init__(self, folder: Path, kept: "KeptMetrics", step: int) -> None:
-        path = folder / METRICS
+    num_bytes: int = 0
+    unwritten: str = ""
+
+    def as_counters(self, file: str) -> dict[str, Any]:
+        """Return entries of a checkpoint's `state.json`, such as `metrics_bytes`."""
+        name = file.partition(".")[0]
+        held = {f"{name}_unwritten": self.unwritten} if self.unwritten else {}
+        return {f"{name}_bytes": self.num_bytes, **held}
+
+    @classmethod
+    def of_counters(cls, file: str, saved: Mapping[str, Any]) -> "KeptLines | None":
+        """Return what `as_counters` gave; None: the checkpoint does not know the file."""
+        name = file.partition(".")[0]
+        if f"{name}_bytes" not in saved:
+            return None
+        return cls(saved[f"{name}_bytes"], saved.get(f"{name}_unwritten", ""))
+
+
+class LinesFile:
+    """A file that lines are appended to; lines that cannot be written are held.
+
+    It is cut to what a checkpoint, of this `step`, knows of it; None: there must be no such file.
+
+    Raises:
+        ValueError: if the file is shorter than the checkpoint knows it, or there should be none.
+    """
+
+    def __init__(self, path: Path, kept: KeptLines | None, step: int) -> None:
         found = path.stat().st_size if path.exists() else 0
+        if kept is None and found:
+            raise ValueError(
+                f"{path}: expected no such file, for the run has written none up to step {step}; "
+                "move it away"
+            )
+        kept = kept or KeptLines()
         if found < kept.num_bytes:
             raise ValueError(
                 f"{path}: expected at least the {kept.num_bytes} bytes that the checkpoint of step "
@@ -86,27 +114,13 @@ class MetricsWriter:
         self._file = path.open("ab", buffering=0)
         self._file.truncate(kept.num_bytes)
         self._size, self._unwritten = kept.num_bytes, kept.unwritten.encode()
-        self._folder = folder
-        self.require_written()
-        self._board: Any = None
-        self._on_board(partial(self._open_board, step), opens=True)
 
-    def _open_board(self, step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._board = SummaryWriter(str(self._folder / "tensorboard"), purge_step=step + 1)
-
-    def write(self, metrics: Metrics) -> None:
-        """Append one object; a number that JSON cannot hold (NaN, Inf) becomes a string."""
-        plain = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
-        failed_before = bool(self._unwritten)
-        self._unwritten += json.dumps(plain).encode() + b"\n"
-        try:
-            self.require_written()
-        except OSError as error:
-            if not failed_before:
-                print(f"{error}; the lines are held, and tried again after each step")
-        self._on_board(partial(self._add_scalars, metrics))
+    def hold(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows, as JSON objects, to what is to be written."""
+        for row in rows:
+            text = json.dumps(row, ensure_ascii=False)
+            # Half of a surrogate pair has no UTF-8; its escape is JSON.
+            self._unwritten += text.encode("utf-8", "backslashreplace") + b"\n"
 
     def require_written(self) -> None:
         """Append the lines that are held, or raise OSError; the file then holds whole lines."""
@@ -120,48 +134,91 @@ class MetricsWriter:
         self._size += len(self._unwritten)
         self._unwritten = b""
 
-    def kept(self) -> "KeptMetrics":
+    @property
+    def holds(self) -> bool:
+        """True if lines wait to be written."""
+        return bool(self._unwritten)
+
+    def kept(self) -> KeptLines:
         """Return what a checkpoint is to hold of the file, once `sync` has returned."""
-        return KeptMetrics(self._size, self._unwritten.decode())
+        return KeptLines(self._size, self._unwritten.decode())
 
     def sync(self) -> None:
-        """Flush `metrics.jsonl` to the disk."""
+        """Flush the file to the disk."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close both files."""
+        """Close the file."""
         self._file.close()
-        self._on_board(lambda: self._board.close())
-
-    def _add_scalars(self, metrics: Metrics) -> None:
-        for name, value in metrics.items():
-            if name != "step":
-                self._board.add_scalar(name, value, metrics["step"])
-
-    def _on_board(self, work: Callable[[], None], *, opens: bool = False) -> None:
-        """Report a failure of TensorBoard once: it ends no run, and hides no other failure."""
-        if self._board is None and not opens:
-            return
-        try:
-            if shutil.disk_usage(self._folder).free < BOARD_BYTES:  # it would print a traceback
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            work()
-        except OSError as error:
-            print(f"TensorBoard's files are not complete: {error.strerror}")
-            self._board = None
 
 
-@dataclass(frozen=True)
-class KeptMetrics:
-    """The part of `metrics.jsonl` that a checkpoint knows.
+class MetricsWriter:
+    """Appends an object a step to `metrics.jsonl`, its samples to `samples.jsonl`; feeds trackers.
 
-    Attributes:
-        num_bytes: length of the file.
-        unwritten: lines behind it that could not be written.
+    Lines that cannot be written, since the disk is full or the like, are reported, held, and
+    written before the next one; a checkpoint holds them too.
+
+    Args:
+        run: the run, at the step of its checkpoint.
+        kept: what the checkpoint knows of each file, by its name; the file is cut to that.
+        trackers: trackers that get the numbers too.
+        samples: whether the run writes samples.
+
+    Raises:
+        ValueError: if a file is not as the checkpoint knows it.
     """
 
-    num_bytes: int = 0
-    unwritten: str = ""
+    def __init__(
+        self,
+        run: TrackedRun,
+        kept: Mapping[str, KeptLines],
+        trackers: Sequence[TrackerName] = (),
+        *,
+        samples: bool = False,
+    ) -> None:
+        self._files: dict[str, LinesFile] = {}
+        with ExitStack() as stack:
+            for name in [METRICS, *([SAMPLES] if samples or SAMPLES in kept else [])]:
+                self._files[name] = LinesFile(run.folder / name, kept.get(name), run.step)
+                stack.callback(self._files[name].close)
+            self.require_written()
+            stack.pop_all()
+        self._trackers = Trackers(trackers, run)
+
+    def write(self, metrics: Metrics, samples: Sequence[Mapping[str, Any]] = ()) -> None:
+        """Append a step; a number that JSON cannot hold (NaN, Inf) becomes a string."""
+        plain = {k: v if math.isfinite(v) else str(v) for k, v in metrics.items()}
+        failed_before = any(file.holds for file in self._files.values())
+        self._files[METRICS].hold([plain])
+        if samples:
+            self._files[SAMPLES].hold(samples)
+        try:
+            self.require_written()
+        except OSError as error:
+            if not failed_before:
+                print(f"{error}; the lines are held, and tried again after each step")
+        step = int(metrics["step"])
+        self._trackers.log({k: v for k, v in metrics.items() if k != "step"}, step)
+
+    def require_written(self) -> None:
+        """Append the lines that are held, or raise OSError; the files then hold whole lines."""
+        for file in self._files.values():
+            file.require_written()
+
+    def kept(self) -> dict[str, KeptLines]:
+        """Return what a checkpoint is to hold of each file, once `sync` has returned."""
+        return {name: file.kept() for name, file in self._files.items()}
+
+    def sync(self) -> None:
+        """Flush the files to the disk."""
+        for file in self._files.values():
+            file.sync()
+
+    def close(self, *, finished: bool = False) -> None:
+        """Close the files and the trackers, of a run that took all its steps if it `finished`."""
+        for file in self._files.values():
+            file.close()
+        self._trackers.close(finished=finished)
 
 
 class ProgressDisplay:
@@ -175,23 +232,15 @@ class ProgressDisplay:
     def __init__(self, title: str, num_steps: int, step: int) -> None:
         self._title, self._num_steps, self._first = title, num_steps, step
         self._start = time.monotonic()
-        self._bar: Progress | None = None
-        self._safe = ExitStack()
-        if sys.stdout.isatty() or in_notebook():
-            self._bar = (NotebookProgress if in_notebook() else Progress)(
-                TextColumn(title),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[numbers]}"),
-                TimeRemainingColumn(),
-            )
-            self._task = self._bar.add_task(title, total=num_steps, completed=step, numbers="")
+        self._stack = ExitStack()
 
     def __enter__(self) -> "ProgressDisplay":
         """Show the bar."""
-        if self._bar is not None:
-            self._bar.start()  # which passes on what is printed, with escapes of its own
-            self._safe.enter_context(safe_output())
+        self._bars = self._stack.enter_context(bars(keep=True))
+        if self._bars is not None:
+            self._task = self._bars.add_task(
+                self._title, total=self._num_steps, completed=self._first, numbers="", delay=0
+            )
         return self
 
     def __exit__(
@@ -201,14 +250,12 @@ class ProgressDisplay:
         trace: TracebackType | None,
     ) -> None:
         """Stop the bar."""
-        if self._bar is not None:
-            self._safe.close()
-            self._bar.stop()
+        self._stack.close()
 
     def say(self, line: str) -> None:
         """Print a line beside the bar."""
-        if self._bar is not None:
-            self._bar.console.print(shown(line), markup=False, highlight=False)
+        if self._bars is not None:
+            self._bars.console.print(shown(line), markup=False, highlight=False)
         else:
             print(line)
 
@@ -222,8 +269,8 @@ class ProgressDisplay:
         for name, short in (("reward", "reward"), ("objective/kl", "KL")):
             if name in metrics:
                 numbers += f"  {short} {metrics[name]:.3f}"
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers=numbers)
+        if self._bars is not None:
+            self._bars.update(self._task, completed=step, numbers=numbers)
             return
         every = max(1, self._num_steps // NUM_PLAIN_LINES)
         if step % every == 0 or step == self._num_steps or step == self._first + 1:

@@ -29,8 +29,9 @@ from fastalign.ranks.config import ParallelConfig
 from fastalign.ranks.failure import record_collectives, watched_by_ranks
 from fastalign.ranks.parallel import part_from_ranks
 from fastalign.ranks.world import ALONE, World, open_world, world_of_environment
+from fastalign.report.trackers import check_trackers
 from fastalign.runs.accumulate import Total
-from fastalign.runs.best import check_best_metric
+from fastalign.runs.best import RunResult, check_best_metric
 from fastalign.runs.checkpoint.writer import CHECKPOINTS, list_checkpoints
 from fastalign.runs.config import TrainConfig, TrainingConfig, check_numbers, config_to_dict
 from fastalign.runs.final_model import check_outputs
@@ -42,7 +43,7 @@ from fastalign.runs.folder import (
     never_saved,
 )
 from fastalign.runs.inputs import LOADING, check_sharing, packing_of_run
-from fastalign.runs.loop import STEP, Run, RunResult, Step
+from fastalign.runs.loop import STEP, Run, Step
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.state import TrainState, adamw, seed_everything
 
@@ -312,6 +313,7 @@ def open_run(config: TrainingConfig, title: str, others: Collection[str] = ()) -
         peers = stack.enter_context(watched_by_ranks(world, config.parallel))
         if not world.is_first:
             stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        world.first_does(lambda: check_trackers(config.track.to))
         world.first_does(lambda: check_outputs(config, others))
         world.first_does(lambda: check_run_folder(folder, values, resume=config.run.resume))
         world.first_does(lambda: stack.enter_context(locked(folder)))

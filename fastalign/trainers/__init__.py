@@ -6,6 +6,7 @@ from fastalign.lazy_names import imported_on_use
 
 if TYPE_CHECKING:
     from fastalign.ranks.config import ParallelConfig
+    from fastalign.runs.best import RunResult
     from fastalign.runs.config import (
         DataConfig,
         LoraConfig,
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
         TrainConfig,
         UnpairedDataConfig,
     )
-    from fastalign.runs.loop import RunResult
     from fastalign.trainers.dpo.config import LOSSES, DPOConfig, PreferenceLoss
     from fastalign.trainers.dpo.train import dpo_run, train_dpo
     from fastalign.trainers.kto.config import KTOConfig, KTOLoss

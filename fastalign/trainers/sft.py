@@ -22,9 +22,9 @@ from fastalign.runs.accumulate import (
     measure_examples,
     policy_loss,
 )
+from fastalign.runs.best import RunResult
 from fastalign.runs.config import SFTConfig, SFTLoss
 from fastalign.runs.inputs import Inputs, load_for_training, load_sets
-from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import OpenRun, open_run, with_objects
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
+from huggingface_hub.utils import _detect_agent
 
-from fastalign.cli.main import main
+from fastalign.cli.main import QUIET, main
 from fastalign.written_files import MANIFEST, written_folder
 
 TOKEN = "hf_" + "abCD" * 8
@@ -113,6 +114,19 @@ def test_what_the_manifest_lists_is_sent_in_one_commit(
     assert main(["push", str(model), "me/mine"]) == 0
     assert hub.commits.keys() == {"v1", "main"}
     assert not {"private", "visibility"} & hub.created.keys()
+
+
+@pytest.mark.parametrize("switched_off", [True, False])
+def test_the_hub_is_asked_for_its_list_of_agents_only_with_telemetry(
+    switched_off: bool, hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_detect_agent, "_registry", None)
+    # Which huggingface_hub reads when it is imported, after a command has set it.
+    assert "HF_HUB_DISABLE_TELEMETRY" in QUIET
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", switched_off)
+    assert main(["push", str(model), "me/mine"]) == 0
+    asked = [path for path, _ in hub.requests if path == "/api/agent-harnesses"]
+    assert len(asked) == (0 if switched_off else 1)
 
 
 def test_a_dry_run_lists_files_and_asks_nothing(

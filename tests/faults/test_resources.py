@@ -64,6 +64,7 @@ def test_full_disk_for_metrics(stage: Stage, run: str, place: Place, disk: Path)
     more_room(disk)
     # In the last page of metrics.jsonl there is room for a line or two after that.
     flags = ("--train.save-every", "3", "--train.no-async-checkpoints")
+    flags += ("--track.to", "tensorboard")
     full = stage.run(place, run, *flags, faults=[Happens(Filled(disk / "filler"), step=4)])
     assert full.codes == [2] * place.num_ranks, "\n".join(full.outputs)
     (disk / "filler").unlink()

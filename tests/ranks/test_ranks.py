@@ -130,6 +130,9 @@ def test_ranks_train_as_one_process_does(name: str, folder: Path) -> None:
     assert len(one) == len(other) == NUM_STEPS
     for rows in zip(one, other, strict=True):
         assert_near(*rows)
+    if case.trainer in ("ppo", "online-dpo"):
+        samples = [(folder / run / "samples.jsonl").read_text() for run in ("one", "shared")]
+        assert samples[0] == samples[1] != ""
     for file in sorted((folder / "one").rglob("*.safetensors")):
         path = file.relative_to(folder / "one")
         if path.parts[0] == "checkpoints":

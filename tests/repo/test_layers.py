@@ -13,7 +13,9 @@ from tests.repo.structure import ROOT, Checkout
 # library: the folders and files that may import it
 HEAVY = {
     "datasets": {"data"},
-    "tensorboard": {"runs"},
+    "wandb": {"report/trackers.py"},
+    "mlflow": {"report/trackers.py"},
+    "trackio": {"report/trackers.py"},
     "matplotlib": {"report"},
     "jinja2": {"page_templates.py", "data/tokenizer.py"},
     "starlette": {"compare/app.py"},

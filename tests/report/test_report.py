@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from fastalign.report import pictures
-from fastalign.report.page import render, table
+from fastalign.report.page import over_time, render, table, trained_on
 from fastalign.report.runs import read_run, read_runs
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
@@ -235,4 +235,72 @@ def test_rows_and_samples_of_another_shape_do_not_stop_the_page(tmp_path: Path) 
     (run / "metrics.jsonl").write_text("")
     (run / "eval/eval.json").write_text("[]")
     with pytest.raises(ValueError, match=r"eval\.json: expected a JSON object, got list"):
+        read_run(run)
+
+
+def sampled_run(folder: Path, name: str, steps: list[int]) -> Path:
+    """A run with completions of two held-out prompts, and two that it was trained on, at each."""
+    run = make_run(folder, name, evaluated=False)
+    rows = []
+    for step in steps:
+        for held_out in (False, True):
+            for number in (1, 2):
+                row = {
+                    "step": step,
+                    "held_out": held_out,
+                    "prompt": f"prompt {number} {ATTACK}" if held_out else f"trained on {step}",
+                    "completion": f"{name} answer {number} of {step} {ATTACK}",
+                    "reward": step + 0.25,
+                    "finish_reason": "length" if number == 2 else "stop",
+                }
+                if held_out:
+                    row["rewards"] = {f"first {ATTACK}": 1.5, "second": step - 1.25}
+                rows.append(row)
+    (run / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"st')
+    return run
+
+
+def test_samples_of_the_training_are_shown_over_time(tmp_path: Path) -> None:
+    runs = [read_run(sampled_run(tmp_path, "a", [1, 10, 20])), read_run(make_run(tmp_path, "b"))]
+    steps, prompts = over_time(runs[0])
+    assert steps == [1, 10, 20]
+    assert [key for key, _ in prompts] == [f"prompt {number} {ATTACK}" for number in (1, 2)]
+    assert [row and row["reward"] for row in prompts[1][1]] == [1.25, 10.25, 20.25]
+    assert over_time(runs[1]) == ([], [])
+    assert [step for step, _, _ in trained_on(runs[0])] == [1, 1, 10, 10, 20, 20]
+    text = render(runs)
+    assert text.count("<h2>Samples while it trained</h2>") == 1
+    assert text.count("<h3>a: held-out prompts</h3>") == 1
+    assert "<h3>b: " not in text
+    assert "a answer 2 of 20 " in text
+    assert "(20.25: first &lt;script&gt;" in text
+    assert "second 18.75)" in text
+    tags = Page(text).tags
+    assert "script" not in [tag for tag, _ in tags]
+    assert all("onerror" not in attributes for _, attributes in tags)
+
+
+def test_of_many_steps_a_few_are_shown_the_first_and_the_last_among_them(tmp_path: Path) -> None:
+    run = read_run(sampled_run(tmp_path, "a", list(range(1, 101))))
+    steps, _ = over_time(run)
+    assert steps == [1, 20, 40, 60, 80, 100]
+    assert sorted({step for step, _, _ in trained_on(run)}) == steps
+    assert "Samples while it trained" not in render([read_run(make_run(tmp_path, "b"))])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "p", "completion": "c"},
+        {"step": 1, "prompt": [{"role": "user"}], "completion": "c"},
+        {"step": 1, "prompt": "p", "completion": None},
+        {"step": "1", "prompt": "p", "completion": "c"},
+        {"step": 1, "prompt": [], "completion": "c"},
+    ],
+)
+def test_a_damaged_row_of_samples_is_named(tmp_path: Path, row: dict[str, Any]) -> None:
+    run = make_run(tmp_path, "a")
+    good = {"step": 1, "prompt": [{"role": "user", "content": "p"}], "completion": "c"}
+    (run / "samples.jsonl").write_text(json.dumps(good) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(ValueError, match=r"samples\.jsonl: object 2: expected step, prompt and"):
         read_run(run)

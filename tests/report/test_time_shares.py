@@ -130,7 +130,7 @@ def test_a_real_run_s_sync_is_not_counted_twice(
         added[0] += {"sync": SYNC, "generate": GENERATE}.get(name, 0.0)
         call(self, name)
 
-    def open_fake(name: str, spec: EngineSpec, policy: PolicyAccess) -> SyncedSampler:
+    def open_fake(name: str, spec: EngineSpec, policy: PolicyAccess, **_: Any) -> SyncedSampler:
         model = policy._model
         engine = FakeEngine()
         engine.model = type(model)(model.config).eval()

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 import fastalign.runs.loop as loop_module
 from fastalign.runs.accumulate import measure_examples
+from fastalign.runs.best import RunResult
 from fastalign.runs.inputs import load_for_training, load_sets
-from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import MetricsWriter
 from fastalign.runs.open import open_run
 from fastalign.trainers import SFTConfig, train_sft

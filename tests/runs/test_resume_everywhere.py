@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastalign.ranks.config import ParallelConfig
+from fastalign.trainers.sampling.config import SamplesConfig
 from tests import rank_processes as ranks
 from tests.ranks.test_ranks import DDP, FSDP, TRAINERS, lora
 from tests.runs.test_resume import MEASURED
@@ -23,6 +24,7 @@ from tests.small_runs import read_metrics
 
 NUM_STEPS = 4
 STEPS = {"max_steps": NUM_STEPS, "batch_size": 7, "tokens_per_batch": 40}
+SAMPLING = ("ppo", "online-dpo")
 ALONE = [(name, None, None) for name in TRAINERS] + [("dpo", None, lora)]
 SHARED = [
     ("sft", DDP, None),
@@ -36,6 +38,8 @@ SHARED = [
 
 def config_of(trainer: str, folder: Path, run: str, change: Any, **train: Any) -> Any:
     config = TRAINERS[trainer][0](folder, run, **STEPS, **train)
+    if trainer in SAMPLING:
+        config = replace(config, samples=SamplesConfig(every=2))
     return config if change is None else change(config)
 
 
@@ -69,6 +73,10 @@ def assert_same_end(straight: Path, run: Path) -> None:
     assert states[0].pop("metrics_bytes") > 0
     assert states[1].pop("metrics_bytes") > 0
     assert states[0] == states[1]
+    samples = [path / "samples.jsonl" for path in (straight, run)]
+    assert samples[0].exists() == samples[1].exists() == ("samples_bytes" in states[0])
+    if samples[0].exists():  # with the checkpoint's rows, and those of later steps once
+        assert samples[0].read_bytes() == samples[1].read_bytes() != b""
     for part in (last, "model", "value", "adapter"):
         first, second = tensors_below(straight / part), tensors_below(run / part)
         assert first.keys() == second.keys()

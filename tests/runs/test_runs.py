@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fastalign.models.layers import compile_layers
 from fastalign.models.load import save_model
 from fastalign.runs import inputs, loop
-from fastalign.runs.config import OptimConfig, TrainConfig
+from fastalign.runs.config import OptimConfig, TrackConfig, TrainConfig
 from fastalign.runs.open import make_compute
 from fastalign.runs.state import learning_rate
 from fastalign.trainers import LOSSES, train_dpo, train_ppo, train_sft
@@ -171,7 +171,8 @@ def test_the_final_model_opens_with_transformers_and_learned_the_preference(fold
 
 
 def test_evaluation_is_logged_when_it_is_due(folder: Path) -> None:
-    train_sft(sft_config(folder, "run", eval_every=3))
+    config = replace(sft_config(folder, "run", eval_every=3), track=TrackConfig(("tensorboard",)))
+    train_sft(config)
     rows = read_metrics(folder / "run")
     assert [row["step"] for row in rows if "eval_loss" in row] == [3, 6, 8]
     names = {"loss", "epoch", "num_tokens", "learning_rate", "grad_norm", "mean_token_accuracy"}

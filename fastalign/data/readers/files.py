@@ -11,6 +11,7 @@ from typing import IO, Any, cast
 
 from fastalign.data.readers.row import DataFault
 from fastalign.nearest import did_you_mean, nearest_path
+from fastalign.progress import advance
 
 FORMATS = {
     "jsonl": "jsonl",
@@ -27,6 +28,7 @@ KNOWN_NAMES = ".jsonl, .ndjson, .json, .csv, .tsv (each also .gz, .bz2, .zst) or
 MAX_ROW_BYTES = 16 * 2**20
 MAX_JSON_BYTES = 2**30
 _BLOCK_BYTES = 2**20
+MEGABYTE = 10**6
 # More white space at a time is a damaged file, or a small compressed one that never ends.
 _MAX_BLANK_BLOCKS = 4
 
@@ -197,10 +199,12 @@ def _damaged(path: Path, error: Exception) -> DataFault:
 def _blocks(path: Path) -> Iterator[bytes]:
     """Yield the decompressed content of a file, and prove that its end was reached.
 
+    A `progress.phase` that is open is advanced by the megabytes of the file.
+
     Raises:
         DataFault: if the file is empty, damaged, of another format, or changes meanwhile.
     """
-    first, num_blank = True, 0
+    first, num_blank, place = True, 0, 0
     with path.open("rb") as raw:
         size = os.fstat(raw.fileno()).st_size
         stream = _opened(path, raw)
@@ -218,6 +222,8 @@ def _blocks(path: Path) -> Iterator[bytes]:
             if num_blank > _MAX_BLANK_BLOCKS:
                 raise DataFault(str(path), "more than 4 MiB of white space: is it damaged?")
             yield block
+            advance((raw.tell() - place) / MEGABYTE)  # once its rows are taken
+            place = raw.tell()
         if raw.tell() != size:
             problem = f"it had {size} bytes, {raw.tell()} were read: it changed meanwhile"
             raise DataFault(str(path), problem)

@@ -6,16 +6,18 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from fastalign.data.readers.files import data_format, find_files
+from fastalign.data.readers.files import MEGABYTE, data_format, find_files
 from fastalign.data.readers.json_rows import json_rows, jsonl_rows
 from fastalign.data.readers.row import DataFault, Row, show
 from fastalign.data.readers.table_rows import csv_rows, parquet_rows
 from fastalign.in_memory import GivenRows
 from fastalign.nearest import did_you_mean, nearest_path
+from fastalign.progress import advance
 
 _LOOKS_LOCAL = re.compile(
     r"^[./~]|\.(jsonl|ndjson|json|csv|parquet|gz|bz2|zst|txt|tsv|zip)$|\s|/.*/", re.I
 )
+ROWS_SHOWN = 256  # a phase is advanced by so many rows at a time
 _HUB_NAME = re.compile(
     r"(?P<name>[\w-][\w.-]*(?:/[\w-][\w.-]*)?)"
     r"(?::(?P<config>[^:\[\]]+)(?=:))?"
@@ -69,6 +71,23 @@ def _not_empty(name: str, rows: Iterator[Row | DataFault]) -> Iterator[Row | Dat
         raise DataFault(name, "there are no rows")
 
 
+def amount_of(source: str | Path) -> tuple[float | None, str]:
+    """Return the amount and the unit by which reading a source advances a phase.
+
+    Files are read by megabytes, and rows in memory or on the hub, whose number may not be known
+    (None), by rows.
+
+    Raises:
+        DataFault, FileNotFoundError: as `find_files`.
+    """
+    if isinstance(source, GivenRows):
+        return source.num_rows(), "rows"
+    if is_on_hub(str(source)):
+        return None, "rows"
+    files = find_files(Path(source).expanduser(), [])
+    return sum(file.stat().st_size for file in files) / MEGABYTE, "MB"
+
+
 def is_hub_name(source: str) -> bool:
     """Return True for `owner/name`, `owner/name:split` and `owner/name:config:split`."""
     return _HUB_NAME.fullmatch(source) is not None
@@ -113,6 +132,8 @@ def given_rows(source: GivenRows) -> Iterator[Row | DataFault]:
             yield DataFault(where, "expected text as the names of its columns")
         else:
             yield Row(where, values)
+        if (number + 1) % ROWS_SHOWN == 0:
+            advance(ROWS_SHOWN)
 
 
 def hub_rows(source: str) -> Iterator[Row | DataFault]:
@@ -120,5 +141,7 @@ def hub_rows(source: str) -> Iterator[Row | DataFault]:
     table, number = hub_table(source), 0
     for number, values in enumerate(table, start=1):
         yield Row(f"{source}:{number}", values)
+        if number % ROWS_SHOWN == 0:
+            advance(ROWS_SHOWN)
     if number != len(table):
         raise DataFault(source, f"the data set lists {len(table)} rows, it gave {number}")

@@ -4,8 +4,15 @@ import csv
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from fastalign.data.readers.files import MAX_ROW_BYTES, decode, read_lines, refuse_foreign
+from fastalign.data.readers.files import (
+    MAX_ROW_BYTES,
+    MEGABYTE,
+    decode,
+    read_lines,
+    refuse_foreign,
+)
 from fastalign.data.readers.row import DataFault, Row, show_names
+from fastalign.progress import advance
 
 _PARQUET_BATCH_ROWS = 256
 
@@ -72,7 +79,8 @@ def _header(path: Path, line: int, cells: list[str], delimiter: str) -> list[str
 def parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[Row | DataFault]:
     """Yield the rows of a `.parquet` file, numbered from 1; columns not in `columns` are None.
 
-    All columns are read for `columns` of None.
+    All columns are read for `columns` of None. A `progress.phase` that is open is advanced by the
+    megabytes of the file.
 
     Raises:
         DataFault: if it is not parquet or damaged, has a column twice, or has none of `columns`.
@@ -98,10 +106,12 @@ def parquet_rows(path: Path, columns: Collection[str] | None) -> Iterator[Row | 
             raise DataFault(str(path), f"no column that is known; found {show_names(names)}")
         number = 0
         empty = dict.fromkeys(names)
+        of_a_row = path.stat().st_size / MEGABYTE / max(1, table.metadata.num_rows)
         for batch in table.iter_batches(_PARQUET_BATCH_ROWS, columns=wanted):
             for index in range(batch.num_rows):
                 number += 1
                 yield _parquet_row(f"{path}:{number}", batch.slice(index, 1), empty)
+            advance(batch.num_rows * of_a_row)
         if number != table.metadata.num_rows:
             problem = f"its footer lists {table.metadata.num_rows} rows, it holds {number}"
             raise DataFault(str(path), f"damaged parquet: {problem}")

@@ -35,7 +35,7 @@ from fastalign.runs.checkpoint.writer import (
 from fastalign.runs.config import Part, RunConfig
 from fastalign.runs.folder import never_saved
 from fastalign.runs.inputs import Parts, changed_inputs
-from fastalign.runs.metrics import METRICS, KeptMetrics
+from fastalign.runs.metrics import METRICS, SAMPLES, KeptLines
 from fastalign.runs.state import (
     TrainState,
     random_state,
@@ -48,20 +48,20 @@ from fastalign.written_files import fault_of_file
 
 def resume(
     run: RunConfig, state: TrainState, inputs: Mapping[str, Parts], world: World = ALONE
-) -> KeptMetrics:
+) -> dict[str, KeptLines]:
     """Restore the newest good checkpoint; print which newer ones are damaged.
 
     A run that never saved begins at its first step. `inputs` are what training begins from, as
     `runs.inputs.fingerprints` returns them.
 
     Returns:
-        What the checkpoint knows of `metrics.jsonl`.
+        What the checkpoint knows of `metrics.jsonl` and `samples.jsonl`, by their names.
 
     Raises:
         ValueError: if there is no good checkpoint, or it was made from other inputs.
     """
     if run.export is None and world.of_first(never_saved(Path(run.dir))):
-        return KeptMetrics()
+        return {}
     checkpoint, faults = newest_good_checkpoint(Path(run.dir) / CHECKPOINTS, world)
     for fault in faults if world.is_first else ():
         print(f"damaged checkpoint passed over: {fault}")
@@ -80,9 +80,14 @@ def resume(
     restore(checkpoint, state, world, seed=run.seed, afresh=run.start_afresh)
     if world.is_first:
         print(f"resumed from {checkpoint}")
-    kept = KeptMetrics(saved["metrics_bytes"], saved.get("metrics_unwritten", ""))
-    if "metrics" in run.start_afresh:
-        return KeptMetrics(whole_lines(Path(run.dir), kept.num_bytes), kept.unwritten)
+    kept: dict[str, KeptLines] = {}
+    for file in (METRICS, SAMPLES):
+        lines = KeptLines.of_counters(file, saved)
+        if lines is not None and "metrics" in run.start_afresh:
+            size = whole_lines(Path(run.dir) / file, lines.num_bytes)
+            lines = KeptLines(size, lines.unwritten)
+        if lines is not None:
+            kept[file] = lines
     return kept
 
 
@@ -99,9 +104,8 @@ def say_how_inputs_differ(
         )
 
 
-def whole_lines(folder: Path, num_bytes: int) -> int:
-    """Return the bytes of the whole lines among the first `num_bytes` of `metrics.jsonl`."""
-    path = folder / METRICS
+def whole_lines(path: Path, num_bytes: int) -> int:
+    """Return the bytes of the whole lines among the first `num_bytes` of a file."""
     there = path.read_bytes()[:num_bytes] if path.exists() else b""
     return there.rfind(b"\n") + 1
 

@@ -22,6 +22,7 @@ from fastalign.models.forward import ROUNDING, check_same_start, sequence_logpro
 from fastalign.models.layers import find_offload, offload_layers
 from fastalign.models.load import model_fingerprint
 from fastalign.models.lora import adapter_off
+from fastalign.progress import phase
 from fastalign.runs.accumulate import Examples
 from fastalign.runs.config import ReferencedConfig
 from fastalign.runs.inputs import load_model, share
@@ -171,6 +172,26 @@ def reference_logprobs(
         f"reference log-probs: {len(cached)} cached, {len(missing)} to compute"
         + (f"; {num_checked} of the cached ones were computed again and agree" if cached else "")
     )
+    with phase("reference log-probs", 2 * len(missing), "responses"):
+        compute_missing(reference, examples, missing, compute, values, path)
+    return values
+
+
+def compute_missing(
+    reference: Reference,
+    examples: Examples,
+    missing: Sequence[int],
+    compute: Compute,
+    values: Tensor,
+    path: Path,
+) -> None:
+    """Compute the log-probs of these pairs, piece by piece, into `values` and the cache at `path`.
+
+    `values` are (number of examples, 2); those that another run has written by then are taken.
+
+    Raises:
+        ValueError: if a log-prob is not finite.
+    """
     kept = True
     for start in range(0, len(missing), PIECE):
         part = missing[start : start + PIECE]
@@ -184,11 +205,10 @@ def reference_logprobs(
         if not kept:
             continue
         try:
-            values = world.first_does(partial(merge_into_cache, path, values))
+            values.copy_(compute.world.first_does(partial(merge_into_cache, path, values)))
         except OSError as error:
             kept = False
             print(f"reference log-probs are not kept for later runs: {error}")
-    return values
 
 
 VERSION = 1

@@ -28,8 +28,8 @@ from fastalign.runs.accumulate import (
     measure_examples,
     policy_loss,
 )
+from fastalign.runs.best import RunResult
 from fastalign.runs.inputs import Inputs, indices_of_run, load_for_training, load_sets
-from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import OpenRun, open_run, with_objects
 from fastalign.trainers.dpo.config import DPOConfig, PreferenceLoss

@@ -12,6 +12,7 @@ from fastalign.compute import Compute, memory_used_in, require_finite
 from fastalign.data.tokenizer import Tokenizer, check_same_vocabulary
 from fastalign.models.forward import sequence_logprobs
 from fastalign.models.lora import adapter_off, has_adapter
+from fastalign.progress import phase
 from fastalign.ranks.parallel import is_sharded
 from fastalign.runs.inputs import load_model, share
 from fastalign.runs.state import TrainState, trainable_parameters
@@ -68,7 +69,11 @@ class OnlineReference:
 
 def response_logprobs(model: Any, groups: Sequence[Group], compute: Compute) -> Tensor:
     """Return the log-prob of every response under a model as it is, (R,) float32 on the CPU."""
-    with memory_used_in(f"log-probs, in batches of at most {compute.tokens_per_batch} tokens"):
+    number = sum(len(group.response_ids) for group in groups)
+    with (
+        memory_used_in(f"log-probs, in batches of at most {compute.tokens_per_batch} tokens"),
+        phase("log-probs of the samples", number, "responses"),
+    ):
         found = torch.cat(sequence_logprobs(model, groups, compute))
     require_finite(found, "log-probs of the step's samples")
     return found

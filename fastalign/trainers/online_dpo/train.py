@@ -18,8 +18,9 @@ from fastalign.in_memory import Objects
 from fastalign.models.forward import check_same_start
 from fastalign.models.load import model_fingerprint
 from fastalign.models.reward import RewardScale
+from fastalign.progress import phase
 from fastalign.runs.accumulate import Total, measure_examples
-from fastalign.runs.loop import RunResult
+from fastalign.runs.best import RunResult
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import OpenRun, open_run, with_objects
 from fastalign.runs.state import TrainState, learning_rate, optimiser_step
@@ -128,6 +129,7 @@ def online_dpo_run(
             try_evaluation=lambda: evaluate_samples(
                 online.of_first_held_out(run.state.step), scale
             ),
+            samples=online.take_samples if config.samples.every else None,
         )
         opened = OnlineDPORun(run, online.model, online.tokenizer)
         opened.setup, opened.scale = online, scale
@@ -240,13 +242,14 @@ def update_on(online: OnlineDPOSetup, pairs: Pairs, state: TrainState, num_steps
     num_pairs, count = len(pairs.ties), config.pairs.mini_batches
     order = f"{config.run.seed}/pairs/{state.step}"
     epochs = [mini_batches(num_pairs, count, f"{order}/{e}") for e in range(config.pairs.epochs)]
-    for indices in chain.from_iterable(epochs):
-        total = dpo_gradient(online.model, config.loss, pairs, indices, online.compute)
-        updates.append(optimiser_step(state, [total], config.optim, num_steps))
-        losses.append(total.loss)
-        whole.add(total)
-        if updates[-1]["skipped"]:
-            break
+    with phase("updates", config.pairs.epochs * num_pairs, "pairs"):
+        for indices in chain.from_iterable(epochs):
+            total = dpo_gradient(online.model, config.loss, pairs, indices, online.compute)
+            updates.append(optimiser_step(state, [total], config.optim, num_steps))
+            losses.append(total.loss)
+            whole.add(total)
+            if updates[-1]["skipped"]:
+                break
     whole.loss = sum(losses) / len(losses)
     return {
         **whole.metrics(),

@@ -26,6 +26,7 @@ from fastalign.models.reward import reward_scale, score_at
 from fastalign.ops import LinearHead, LinearKL, kl_penalty, linear_kl, linear_logprob
 from fastalign.ops.kl_penalty.api import MAX_K3
 from fastalign.ops.segments import segment_sum
+from fastalign.progress import advance, phase
 from fastalign.ranks.parallel import enter, is_sharded
 from fastalign.ranks.world import World
 from fastalign.runs.accumulate import Examples, measure_examples
@@ -166,15 +167,17 @@ def record_tokens(
     parts = {}
     counts = {"num_micro_batches": 0, "num_packed_tokens": 0}
     everything = range(len(examples.groups))
-    for piece in packed_batches(examples.groups, everything, examples.lengths, compute):
-        num_tokens = piece.batch.num_tokens
-        with memory_used_in(f"log-probs and values of a batch of {num_tokens} tokens"):
-            batch = piece.batch.to(compute.device)
-            found = numbers_of_batch(models, batch, compute, temperature, full_kl, policy)
-        if piece.counts:
-            parts[tuple(piece.indices)] = {name: each.cpu() for name, each in found.items()}
-            counts["num_micro_batches"] += 1
-            counts["num_packed_tokens"] += num_tokens
+    with phase("log-probs and values", len(everything), "prompts"):
+        for piece in packed_batches(examples.groups, everything, examples.lengths, compute):
+            num_tokens = piece.batch.num_tokens
+            with memory_used_in(f"log-probs and values of a batch of {num_tokens} tokens"):
+                batch = piece.batch.to(compute.device)
+                found = numbers_of_batch(models, batch, compute, temperature, full_kl, policy)
+            if piece.counts:
+                parts[tuple(piece.indices)] = {name: each.cpu() for name, each in found.items()}
+                counts["num_micro_batches"] += 1
+                counts["num_packed_tokens"] += num_tokens
+                advance(len(piece.indices) * compute.world.size)
     ranks = compute.world.gather((parts, counts))
     joined = joined_parts(examples, {k: v for of_rank, _ in ranks for k, v in of_rank.items()})
     for name in {"logprob", "reference_logprob", "value"} & joined.keys():

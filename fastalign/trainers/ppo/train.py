@@ -25,8 +25,9 @@ from fastalign.models.load import model_fingerprint, save_reward_model
 from fastalign.ops import TokenChunk, gae, kl_penalty
 from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.ops.segments import segment_sum
+from fastalign.progress import phase
 from fastalign.runs.accumulate import Total, accumulate, measure_examples, policy_loss
-from fastalign.runs.loop import RunResult
+from fastalign.runs.best import RunResult
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import OpenRun, open_run, with_objects
 from fastalign.runs.state import TrainState, optimiser_step
@@ -159,6 +160,7 @@ def ppo_run(
             inputs=ppo.inputs(model_fingerprint(models.reference) if other else None),
             overlapped=overlapped(ppo.sampler),
             try_evaluation=lambda: evaluate_prompts(ppo.of_first_held_out(run.state.step)),
+            samples=ppo.take_samples if config.samples.every else None,
         )
         opened = PPORun(run, models.policy, ppo.tokenizer)
         opened.setup = ppo
@@ -213,7 +215,8 @@ def ppo_step(ppo: PPOSetup, state: TrainState, indices: list[int], num_steps: in
     experience, counted = make_experience(ppo, rollouts, score, coefficient, wait)
     prepared = time.perf_counter()
 
-    updates = mean_of_updates(all_updates(ppo, experience, state, num_steps))
+    with phase("updates", num_examples_of_updates(ppo), "prompts"):
+        updates = mean_of_updates(all_updates(ppo, experience, state, num_steps))
     updated = time.perf_counter()
     measured = counted | measure_experience(ppo, experience)
     if state.step == 0 and config.reference.path is None:
@@ -290,6 +293,15 @@ def no_signal(ppo: PPOSetup, rollouts: Rollouts, experience: Experience) -> str 
     if not bool(experience.advantages.advantage.any()):
         return "all advantages are zero; such a step has no learning signal"
     return None
+
+
+def num_examples_of_updates(ppo: PPOSetup) -> int:
+    """Return the number of examples that the forwards of a step's updates take, of all models."""
+    config, settings = ppo.config, ppo.config.ppo
+    number = config.train.batch_size * (1 if ppo.models.value is None else 2)
+    if ppo.ptx is not None:
+        number += settings.mini_batches * len(demonstrations_of(ppo, 0))
+    return settings.epochs * number
 
 
 def all_updates(

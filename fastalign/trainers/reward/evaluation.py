@@ -20,6 +20,7 @@ from fastalign.evaluation.pair_baselines import BagOfWordsBaseline
 from fastalign.evaluation.statistics import estimate, summary
 from fastalign.models.forward import response_values
 from fastalign.models.reward import response_reward, set_reward_scale
+from fastalign.progress import phase
 from fastalign.ranks.parallel import enter
 from fastalign.trainers.reward.config import RewardLoss
 from fastalign.written_files import write_atomically
@@ -32,9 +33,12 @@ NUM_BASELINE_PAIRS = 20000
 
 def pair_rewards(model: Any, groups: Sequence[Group], compute: Compute) -> Tensor:
     """Return raw scores of pairs, (N, 2) float64 on the CPU."""
-    rewards = response_values(
-        lambda batch: enter(model, lambda: response_reward(model, batch, compute)), groups, compute
-    )
+    with phase("scores of pairs", 2 * len(groups), "responses"):
+        rewards = response_values(
+            lambda batch: enter(model, lambda: response_reward(model, batch, compute)),
+            groups,
+            compute,
+        )
     scores = torch.stack(rewards).double()
     require_finite(scores, "scores of the reward model")
     return scores

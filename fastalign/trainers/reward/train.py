@@ -28,6 +28,7 @@ from fastalign.runs.accumulate import (
     evaluate_by_loss,
     measure_examples,
 )
+from fastalign.runs.best import RunResult
 from fastalign.runs.final_model import written
 from fastalign.runs.inputs import (
     Inputs,
@@ -37,7 +38,6 @@ from fastalign.runs.inputs import (
     load_sets,
     share,
 )
-from fastalign.runs.loop import RunResult
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import OpenRun, open_run, with_objects
 from fastalign.trainers.reward.config import Labels, RewardConfig, RewardLoss, TieLoss

@@ -102,6 +102,21 @@ class RewardSourceConfig:
         within("reward.missing_eos_penalty", self.missing_eos_penalty, 0)  # it is subtracted
 
 
+@dataclass(frozen=True)
+class SamplesConfig:
+    """The completions that are written to samples.jsonl, each with its prompt and rewards."""
+
+    every: int = 10
+    """Number of steps between those that are written, beside the first, the last and held-out ones;
+    0 writes none."""
+    num_completions: int = 16
+    """Most completions of a step, or of an evaluation, that are written."""
+
+    def __post_init__(self) -> None:
+        within("samples.every", self.every, 0)
+        within("samples.num_completions", self.num_completions, 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampledTrainingConfig(TrainingConfig):
     """Settings of an algorithm that trains on scored completions of its own policy."""
@@ -114,3 +129,4 @@ class SampledTrainingConfig(TrainingConfig):
     a vLLM server (vllm-server)."""
     vllm: VllmOptions = field(default_factory=VllmOptions)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)

@@ -4,7 +4,6 @@ import inspect
 import random
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,6 +18,7 @@ from fastalign.batch.packed import Group
 from fastalign.batch.schedule import indices_of_step
 from fastalign.compute import Compute
 from fastalign.data.columns import RowColumns
+from fastalign.data.conversation import content_as_json
 from fastalign.data.examples import Content
 from fastalign.data.load import (
     PromptDataset,
@@ -42,11 +42,13 @@ from fastalign.evaluation.rewards import (
     columns_of,
     is_reward_network,
     load_reward,
+    source_names,
 )
-from fastalign.in_memory import GivenReward, InMemory
+from fastalign.in_memory import GivenReward
 from fastalign.models.architecture import num_positions
 from fastalign.models.lora import adapter_rank, has_adapter
 from fastalign.models.reward import RewardScale
+from fastalign.progress import advance, phase, restart
 from fastalign.ranks.errors import UserCodeFailed
 from fastalign.ranks.world import ALONE, World
 from fastalign.rollouts import (
@@ -73,6 +75,8 @@ from fastalign.trainers.sampling.config import (
 # Prompts that the scale of scores is measured on, as openai/lm-human-preferences has them.
 NUM_SCALE_SAMPLES = 256
 FOREIGN_IDS = "sampling/num_ids_without_token"
+ROLLOUTS, HELD_OUT = "rollouts", "eval"  # uses of samples, of which their seeds are made
+GENERATION = {HELD_OUT: "held-out generation"}
 ERRORS = (UserCodeFailed, ValueError, OSError)  # of a reward function, raised on every rank
 
 
@@ -106,27 +110,48 @@ class RewardSources:
     ) -> tuple[Tensor, Metrics]:
         """Return the weighted sum of rewards of each completion, (R,) float64, and metrics.
 
+        The arguments and errors are those of `rewards`.
+        """
+        return self.sum_of(self.rewards(prompts, texts, columns))
+
+    def rewards(
+        self,
+        prompts: Sequence[Content],
+        texts: Sequence[str],
+        columns: Mapping[str, Sequence[Any]] | None = None,
+    ) -> dict[str, list[float]]:
+        """Return the rewards of the completions by each source, by its name.
+
         `columns` are values of the prompts' rows, one for each completion.
 
         Raises:
             ValueError: if a source returns another number of rewards, or one that is not finite.
             UserCodeFailed: if a source is a function that raises an error.
         """
-        total = torch.zeros(len(texts), dtype=torch.float64)
-        metrics: Metrics = {}
-        for name, function, weight in zip(self.names, self.functions, self.weights, strict=True):
+        found: dict[str, list[float]] = {}
+        for name, function in zip(self.names, self.functions, strict=True):
             work = partial(apply_reward, function, prompts, texts, columns=columns)
             try:
                 # A model's work is shared by all ranks; any other function is rank 0's alone.
                 shared = isinstance(function, ModelReward)
-                rewards = work() if shared else self.world.first_does(work, ERRORS)
+                with phase(f"rewards by {name}", len(texts), "completions"):
+                    found[name] = work() if shared else self.world.first_does(work, ERRORS)
+                    advance(0 if shared else len(texts))  # a model advances by its batches
             except ValueError as error:
                 raise ValueError(f"reward.sources: {name}: {error}") from error
             except UserCodeFailed as error:
                 error.args = (f"reward.sources: {name}: {error}",)
                 raise
-            total += weight * torch.tensor(rewards, dtype=torch.float64)
-            metrics[f"rewards/{name}/mean"] = fmean(rewards)
+        return found
+
+    def sum_of(self, rewards: Mapping[str, Sequence[float]]) -> tuple[Tensor, Metrics]:
+        """Return the weighted sum of each completion's rewards, (R,) float64, and metrics."""
+        (count,) = {len(values) for values in rewards.values()}
+        total = torch.zeros(count, dtype=torch.float64)
+        metrics: Metrics = {}
+        for name, weight in zip(self.names, self.weights, strict=True):
+            total += weight * torch.tensor(rewards[name], dtype=torch.float64)
+            metrics[f"rewards/{name}/mean"] = fmean(rewards[name])
         metrics["reward"] = total.mean().item()
         metrics["reward_std"] = total.std(correction=0).item()
         return total, metrics
@@ -187,22 +212,6 @@ def reward_parts(function: RewardFunction, source: str) -> Parts:
     return parts
 
 
-def source_names(sources: Sequence[str]) -> tuple[str, ...]:
-    """Return short, distinct names: a path's last part (`rm` of `.../rm/model`), then a number."""
-    short = []
-    for source in sources:
-        if isinstance(source, InMemory):
-            short.append(source.argument)
-            continue
-        path = Path(source.rstrip("/"))
-        named = path.parent if path.name == "model" and path.parent.name else path
-        short.append(named.stem if named.suffix == ".json" else named.name)
-    count = Counter(short)
-    return tuple(
-        f"{name}-{number}" if count[name] > 1 else name for number, name in enumerate(short, 1)
-    )
-
-
 def scale_of(rewards: Sequence[float]) -> RewardScale:
     """Measure the scale of the starting policy's rewards.
 
@@ -242,6 +251,8 @@ class Rollouts:
         prompts: for each prompt, plain text or messages.
         texts: for each prompt, its completions without special tokens.
         rewards: (R,) float64, the sources' weighted sum.
+        parts: R rewards of each source, by its name.
+        columns: for each prompt, the values of its row that reward functions take, by name.
         ended: (R,) bool, whether there is an EOS.
         metrics: `reward`, `rewards/...`, `completions/...`, `time/...`,
             and the version of the policy that they are of.
@@ -252,6 +263,8 @@ class Rollouts:
     prompts: list[Content]
     texts: list[list[str]]
     rewards: Tensor
+    parts: dict[str, list[float]]
+    columns: list[Mapping[str, Any]]
     ended: Tensor
     metrics: Metrics
 
@@ -342,7 +355,7 @@ def open_policy_sampler(
             options=config.vllm,
             lora_rank=adapter_rank(model),
         )
-        sampler = open_engine(config.sampler, spec, policy)
+        sampler = open_engine(config.sampler, spec, policy, on_progress=advance, on_rebuild=restart)
         return OverlappedSampler(sampler) if config.vllm.overlap else sampler
 
     if world.size == 1:
@@ -367,11 +380,12 @@ def roll_out(
     sources: RewardSources,
     *,
     seed: int,
+    what: str = "generation",
 ) -> Rollouts:
     """Sample `params.num_samples` completions of each prompt and score their texts.
 
     `indices` may hold a prompt twice, which is then sampled twice; one `seed` draws the same tokens
-    from the same policy.
+    from the same policy. While it lasts, the sampling is shown as `what`.
 
     Raises:
         ValueError: if the sampler or a reward source raises it.
@@ -379,18 +393,20 @@ def roll_out(
     prompt_ids = [prompts.prompt_ids[i] for i in indices]
     contents = [prompts.prompts[i] for i in indices]
     start = time.perf_counter()
-    completions = sampler.generate(prompt_ids, params, seed=seed)
+    with phase(what, len(prompt_ids) * params.num_samples, "completions"):
+        completions = sampler.generate(prompt_ids, params, seed=seed)
     sampled = time.perf_counter()
     texts = [
         [tokenizer.decode(answer.token_ids, skip_special_tokens=True) for answer in answers]
         for answers in completions
     ]
     repeated = [content for content in contents for _ in range(params.num_samples)]
-    rewards, metrics = sources.score(
+    parts = sources.rewards(
         repeated,
         [text for answers in texts for text in answers],
         prompts.columns_at(indices, params.num_samples),
     )
+    rewards, metrics = sources.sum_of(parts)
     seconds = {
         "time/generate_seconds": sampled - start,
         "time/score_seconds": time.perf_counter() - sampled,
@@ -409,6 +425,8 @@ def roll_out(
         prompts=contents,
         texts=texts,
         rewards=rewards,
+        parts=parts,
+        columns=[prompts.columns[i] for i in indices] if prompts.columns else [{}] * len(indices),
         ended=torch.tensor([answer.finish_reason == "stop" for answer in flat]),
         metrics=metrics | length_metrics(flat) | version | seconds,
     )
@@ -426,6 +444,41 @@ def length_metrics(completions: Sequence[Completion]) -> Metrics:
     }
 
 
+def sample_rows(
+    rollouts: Rollouts, number: int, *, step: int, held_out: bool
+) -> list[dict[str, Any]]:
+    """Return a row for each of the first `number` completions, as `samples.jsonl` has them.
+
+    A row also has the columns that reward functions take, and the rewards of several sources.
+    """
+    rows: list[dict[str, Any]] = []
+    of_prompts = zip(
+        *(rollouts.prompts, rollouts.columns, rollouts.groups),
+        *(rollouts.texts, rollouts.completions),
+        strict=True,
+    )
+    for prompt, columns, group, texts, completions in of_prompts:
+        for text, completion in zip(texts, completions, strict=True):
+            place = len(rows)
+            if place == number:
+                return rows
+            parts = {name: values[place] for name, values in rollouts.parts.items()}
+            row = {
+                **columns,
+                "step": step,
+                "held_out": held_out,
+                "prompt": content_as_json(prompt),
+                "completion": text,
+                "reward": rollouts.rewards[place].item(),
+                **({"rewards": parts} if len(parts) > 1 else {}),
+                "finish_reason": completion.finish_reason,
+                "num_prompt_tokens": len(group.prompt_ids),
+                "num_completion_tokens": len(completion.token_ids),
+            }
+            rows.append(row)
+    return rows
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingSetup:
     """The inputs of every step of an algorithm that samples; a subclass adds its models.
@@ -439,6 +492,7 @@ class SamplingSetup:
         prompts: training prompts.
         held_out: prompts of the evaluation, or None.
         said: what is printed once in a run.
+        drawn: latest rollouts that `take_samples` has not taken, by their use.
     """
 
     config: Any
@@ -449,6 +503,7 @@ class SamplingSetup:
     prompts: PromptDataset
     held_out: PromptDataset | None
     said: list[str] = field(default_factory=list)
+    drawn: dict[str, Rollouts] = field(default_factory=dict)
 
     def inputs(self, reference_fingerprint: str | None) -> Inputs:
         """Return what a resumed run must find again, the sources of the rewards among it."""
@@ -462,7 +517,7 @@ class SamplingSetup:
 
     def roll_out(self, indices: Sequence[int], step: int) -> Rollouts:
         """Sample and score answers to these training prompts."""
-        return self._draw(self.prompts, indices, self.config.sampling, "rollouts", step)
+        return self._draw(self.prompts, indices, self.config.sampling, ROLLOUTS, step)
 
     def roll_out_held_out(self) -> Rollouts:
         """Sample and score one answer to each held-out prompt.
@@ -472,7 +527,22 @@ class SamplingSetup:
         prompts = self.held_out
         assert prompts is not None
         single = replace(self.config.sampling, num_samples=1)
-        return self._draw(prompts, range(len(prompts)), single, "eval", 0)
+        return self._draw(prompts, range(len(prompts)), single, HELD_OUT, 0)
+
+    def take_samples(self, step: int, num_steps: int) -> list[dict[str, Any]]:
+        """Return the rows of `samples.jsonl` for what was drawn in a step, from 1 to `num_steps`.
+
+        Held-out completions are written at each evaluation, those that were trained on in the first
+        step, in each that `samples.every` divides, and in the last.
+        """
+        every, number = self.config.samples.every, self.config.samples.num_completions
+        trained_on, held_out = (self.drawn.pop(use, None) for use in (ROLLOUTS, HELD_OUT))
+        rows: list[dict[str, Any]] = []
+        if trained_on is not None and (step in (1, num_steps) or step % every == 0):
+            rows += sample_rows(trained_on, number, step=step, held_out=False)
+        if held_out is not None:
+            rows += sample_rows(held_out, number, step=step, held_out=True)
+        return rows
 
     def of_first_held_out(self, step: int) -> Self:
         """Return the same with the first held-out prompt alone, to try an evaluation on it.
@@ -481,7 +551,7 @@ class SamplingSetup:
         """
         assert self.held_out is not None
         self.sampler.version = step
-        return replace(self, held_out=self.held_out.first())
+        return replace(self, held_out=self.held_out.first(), drawn={})
 
     def measure_scale(self) -> RewardScale:
         """Measure the scale of scores on one sample of each of 256 prompts.
@@ -504,8 +574,16 @@ class SamplingSetup:
     ) -> Rollouts:
         seed = rollout_seed(self.config.run.seed, purpose, step)
         found = roll_out(
-            self.sampler, prompts, indices, params, self.tokenizer, self.sources, seed=seed
+            self.sampler,
+            prompts,
+            indices,
+            params,
+            self.tokenizer,
+            self.sources,
+            seed=seed,
+            what=GENERATION.get(purpose, "generation"),
         )
+        self.drawn[purpose] = found
         number = int(found.metrics.get(FOREIGN_IDS, 0))
         if number and not self.said:
             self.said.append(f"{foreign_ids_line(self.tokenizer, number)} ({FOREIGN_IDS})")

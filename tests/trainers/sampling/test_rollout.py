@@ -11,6 +11,7 @@ import torch
 from fastalign.data.load import PromptDataset
 from fastalign.data.report import DataReport
 from fastalign.data.tokenizer import load_tokenizer, num_foreign_ids
+from fastalign.evaluation.rewards import source_names
 from fastalign.models.load import load_policy, save_reward_model
 from fastalign.models.reward import RewardScale, set_pad_token
 from fastalign.rollouts import Completion, SamplingParams
@@ -28,7 +29,6 @@ from fastalign.trainers.sampling.rollout import (
     roll_out,
     rollout_seed,
     scale_of,
-    source_names,
 )
 from tests.small_runs import WORDS, prompts_file, words_reward, write_rows
 from tests.tiny import put_adapter, tiny_reward_model

@@ -127,7 +127,7 @@ def test_ranks_sample_by_one_engine(
 
 
 def with_fake_engine(monkeypatch: pytest.MonkeyPatch, num_rebuilds: int = 0) -> None:
-    def open_fake(name: str, spec: EngineSpec, policy: PolicyAccess) -> SyncedSampler:
+    def open_fake(name: str, spec: EngineSpec, policy: PolicyAccess, **_: Any) -> SyncedSampler:
         model = policy._model
         engine = FakeEngine()
         engine.model = type(model)(model.config).eval()
