@@ -148,10 +148,7 @@ def flatten(section_type: Any, content: Any, path: str, name: str = "") -> dict[
             raise ValueError(f"{path}: unknown {what}; expected one of {', '.join(known)}")
         kind: Any = known[key].type
         if dataclasses.is_dataclass(kind):
-            inner = flatten(kind, value, path, place)
-            for hidden in known[key].metadata.get("hidden", ()):
-                inner = without_hidden(inner, kind, f"{place}.{hidden}", path)
-            flat |= inner
+            flat |= flatten(kind, value, path, place)
         else:
             if "metavar" in known[key].metadata:
                 value = with_weights(value)
@@ -174,22 +171,6 @@ def with_weights(value: Any) -> Any:
         else:
             words.append(item)
     return words
-
-
-def without_hidden(flat: dict[str, Any], owner: Any, name: str, path: str) -> dict[str, Any]:
-    """Return flattened values without those of a section that the command has no flags for.
-
-    A run's own `config.yaml` holds them at their defaults; another value is a ValueError.
-    """
-    section: Any = get_type_hints(owner)[name.rpartition(".")[2]]
-    defaults: dict[str, Any] = {
-        f"{name}.{key}": list(value) if isinstance(value, tuple) else value
-        for key, value in dataclasses.asdict(section()).items()
-    }
-    for key in sorted(flat.keys() & defaults.keys()):
-        if str(flat[key]) != str(defaults[key]):
-            raise ValueError(f"{path}: {key}: expected {defaults[key]}, got {flat[key]}")
-    return {key: value for key, value in flat.items() if key not in defaults}
 
 
 def check_value(value: Any, field_type: Any, where: str) -> None:
@@ -346,9 +327,6 @@ def section_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
         if not is_given(default) or lacks_values(default):
             default = MISSING_NONPROP
         kind = hints[entry.name]
-        for name in entry.metadata.get("hidden", ()):  # of a section: refused by this command
-            section = get_type_hints(kind)[name]
-            kind = narrowed(kind, [name], Annotated[section, tyro.conf.Suppress])  # type: ignore[arg-type]
         if metavar := entry.metadata.get("metavar"):
             kind = Annotated[kind, tyro.conf.arg(metavar=metavar)]
         if default is None or default == ():  # the text says what no value means

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from fastalign.estimate.run import Estimate
 
-ESTIMATED = {name: each for name, each in ALGORITHMS.items() if not each.samples}
+ESTIMATED = {name: each for name, each in ALGORITHMS.items() if name != "online-dpo"}
 MEBIBYTE = 2**20
 
 
@@ -73,10 +73,19 @@ def take_ranks(arguments: Sequence[str]) -> tuple[int | None, list[str]]:
     return int(text), rest
 
 
+def estimated(config: Any, ranks: int | None) -> Estimate:
+    """Estimate a run, by its configuration's class."""
+    from fastalign.estimate.ppo import estimate_ppo  # heavy, as its neighbour
+    from fastalign.estimate.run import estimate_run
+    from fastalign.trainers.ppo.config import PolicyGradientConfig
+
+    if isinstance(config, PolicyGradientConfig):
+        return estimate_ppo(config, ranks)
+    return estimate_run(config, ranks)
+
+
 def remedies(config: Any, found: Estimate) -> list[str]:
     """Return a line for each setting that would save memory."""
-    from fastalign.estimate.run import estimate_run
-
     train, ranks = config.train, found.ranks
     changes: list[tuple[str, Any]] = []
     if not train.gradient_checkpointing:
@@ -92,7 +101,7 @@ def remedies(config: Any, found: Estimate) -> list[str]:
     before = found.total_of(found.largest) - found.libraries
     lines = []
     for flag, changed in changes:
-        again = estimate_run(changed, ranks)
+        again = estimated(changed, ranks)
         # This process grows from one estimate to the next, which is none of the setting's doing.
         saved = before - (again.total_of(again.largest) - again.libraries)
         if saved > 0:
@@ -127,11 +136,9 @@ def main(argv: Sequence[str]) -> int:
     if name not in ESTIMATED:
         raise ValueError(f"expected one of {', '.join(ESTIMATED)}, got {name!r}")
     config = ESTIMATED[name].parse(flags)
-    from fastalign.estimate.run import estimate_run  # heavy
-
     if output is not None:
         check_file("--json", output, overwrite=overwrite, inputs=input_paths(config))
-    found = estimate_run(config, ranks)
+    found = estimated(config, ranks)
     peak, free = found.total_of(found.largest), available_bytes(found.device)
     print(
         f"{name} of {config.model.path} on {found.device}: {found.num_parameters:,} parameters, "

@@ -141,9 +141,7 @@ def flags_of(config: Any, owner: Any = None, prefix: str = "") -> Iterator[Flag]
         default = default if is_given(default) else MISSING
         kind = type(default) if is_dataclass(default) else hints[entry.name]
         if is_dataclass(kind):
-            hidden = tuple(f"{name}.{each}." for each in entry.metadata.get("hidden", ()))
-            inner = flags_of(kind, default if is_dataclass(default) else None, f"{name}.")
-            yield from (flag for flag in inner if not flag.name.startswith(hidden or "-"))
+            yield from flags_of(kind, default if is_dataclass(default) else None, f"{name}.")
         else:
             text = entry.metadata.get("help") or field_docs(config).get(entry.name, "")
             yield Flag(name, kind, text, default)

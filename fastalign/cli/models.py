@@ -162,21 +162,32 @@ class MergeConfig:
 def merge(config: MergeConfig) -> int:
     """Run `fastalign merge`; return 0 when the folder is written."""
     from fastalign.compute import Compute
-    from fastalign.data.tokenizer import load_tokenizer
-    from fastalign.models.load import load_policy, save_model, set_save_dtype
-    from fastalign.models.lora_files import adapter_base
+    from fastalign.data.tokenizer import eos_token_ids, load_tokenizer, use_distinct_pad
+    from fastalign.models.load import (
+        load_policy,
+        load_reward_model,
+        save_model,
+        save_reward_model,
+        set_save_dtype,
+    )
+    from fastalign.models.lora_files import adapter_base, is_reward_adapter
+    from fastalign.models.reward import set_pad_token
     from fastalign.runs.final_model import write_end_tokens
 
     out = Path(config.out)
     check_folder("out", out, overwrite=config.overwrite, inputs=input_paths(config))
     if adapter_base(config.model.path) is None:
         raise ValueError(f"model.path: {config.model.path} is no adapter's folder (peft's layout)")
-    trust = config.model.trust_remote_code
+    trust, scores = config.model.trust_remote_code, is_reward_adapter(config.model.path)
     tokenizer = load_tokenizer(config.model.path, trust_remote_code=trust)
-    model = load_policy(config.model.path, Compute(packing="padded"), trust_remote_code=trust)
+    load, save = (load_reward_model, save_reward_model) if scores else (load_policy, save_model)
+    model = load(config.model.path, Compute(packing="padded"), trust_remote_code=trust)
     set_save_dtype(model, config.model.save_dtype)
+    if scores and model.config.pad_token_id != tokenizer.pad_token_id:  # another program's adapter
+        ends = eos_token_ids(tokenizer, config.model.path)
+        set_pad_token(model, use_distinct_pad(tokenizer, ends))
     with written_folder(out) as aside:
-        save_model(model, tokenizer, aside)
+        save(model, tokenizer, aside)
         write_end_tokens(aside, tokenizer)
     print(f"merged model written to {out}")
     return 0

@@ -25,7 +25,13 @@ from fastalign.models.load import model_without_weights
 from fastalign.models.lora import linear_names
 from fastalign.ops.head.buffers import default_budget
 from fastalign.runs.config import TrainingConfig
-from fastalign.runs.inputs import add_new_adapter, base_dtype, checkpoint_activations
+from fastalign.runs.inputs import (
+    add_new_adapter,
+    base_dtype,
+    begins_with_adapter,
+    checkpoint_activations,
+    keep_start,
+)
 from fastalign.trainers.reward.config import RewardConfig
 
 # AdamW's two moments in float32.
@@ -188,8 +194,11 @@ def fake_model(
             reward=isinstance(config, RewardConfig),
             dtype=dtype,
             trust_remote_code=config.model.trust_remote_code,
+            keep_adapter=trained and begins_with_adapter(config.model),
         )
-        if trained:
+        if trained and begins_with_adapter(config.model):
+            keep_start(model, config.model)
+        elif trained:
             add_new_adapter(model, config.model)
     move_to_fake(model, compute.device)
     return model
@@ -216,6 +225,6 @@ def weight_bytes(model: Any, config: TrainingConfig) -> int:
         head = model.get_output_embeddings()
         for layer in linear_names(model).values():
             weight: Any = layer.weight
-            if weight is not head.weight and not weight.requires_grad:
+            if (head is None or weight is not head.weight) and not weight.requires_grad:
                 total -= weight.numel() * (weight.element_size() - NF4_BYTES)
     return int(total)

@@ -33,7 +33,7 @@ from fastalign.in_memory import GivenModel, GivenReward, InMemory
 from fastalign.models.architecture import num_positions
 from fastalign.models.forward import response_values
 from fastalign.models.load import choose_packing, load_reward_model, model_without_weights
-from fastalign.models.reward import RewardScale, response_reward, reward_scale
+from fastalign.models.reward import AdapterModel, RewardScale, response_reward, reward_scale
 from fastalign.ranks.errors import UserCodeFailed
 from fastalign.ranks.parallel import enter, load_on_first, share_by_fsdp
 
@@ -90,6 +90,8 @@ class ModelReward:
             scores do not depend on a run's precision or batches.
         raw: return scores as transformers serves them.
         trust_remote_code: run code that comes with the model.
+        model: the adapter in `path`, opened on the base of another model, which is computed as
+            `compute` says.
 
     Raises:
         ValueError: if there is no reward model; a causal model is refused, since its head would be
@@ -103,29 +105,37 @@ class ModelReward:
         *,
         raw: bool = False,
         trust_remote_code: bool = False,
+        model: AdapterModel | None = None,
     ):
         self._tokenizer = load_tokenizer(path, trust_remote_code=trust_remote_code)
         self._encoder = Encoder(self._tokenizer)
         asked = compute or Compute(find_device("auto"))
+        if model is None:
+            self._compute, self._model = self._loaded(path, asked, trust_remote_code)
+        else:
+            self._compute, self._model = asked, model
+        self._scale = RewardScale() if raw else reward_scale(self._model)
+
+    @staticmethod
+    def _loaded(path: str | Path, asked: Compute, trust_remote_code: bool) -> tuple[Compute, Any]:
         device = asked.device
         packing = choose_packing(
             "auto", [path], trust_remote_code=trust_remote_code, world=asked.world
         )
-        self._compute = Compute(device, packing=packing, world=asked.world, parallel=asked.parallel)
+        compute = Compute(device, packing=packing, world=asked.world, parallel=asked.parallel)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-        if asked.parallel.strategy == "fsdp":
-            host = Compute(packing=packing)
-            self._model = load_on_first(
-                asked.world,
-                lambda: load_reward_model(path, host, fresh_head=False, **options),
-                lambda: model_without_weights(path, self._compute, reward=True, **options),
-            )
-            self._model.requires_grad_(False)
-            share_by_fsdp(self._model, dtype=dtype, device=device)
-        else:
-            self._model = load_reward_model(path, self._compute, fresh_head=False, **options)
-        self._scale = RewardScale() if raw else reward_scale(self._model)
+        if asked.parallel.strategy != "fsdp":
+            return compute, load_reward_model(path, compute, fresh_head=False, **options)
+        host = Compute(packing=packing)
+        model = load_on_first(
+            asked.world,
+            lambda: load_reward_model(path, host, fresh_head=False, **options),
+            lambda: model_without_weights(path, compute, reward=True, **options),
+        )
+        model.requires_grad_(False)
+        share_by_fsdp(model, dtype=dtype, device=device)
+        return compute, model
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str]) -> list[float]:
         """Return one score for each completion; a prompt is text or a list of {role, content}.
@@ -171,11 +181,13 @@ def is_reward_network(specification: str) -> bool:
     return isinstance(specification, GivenModel) or Path(specification).is_dir()
 
 
-def load_reward(specification: str, compute: Compute | None = None) -> RewardFunction:
+def load_reward(
+    specification: str, compute: Compute | None = None, model: AdapterModel | None = None
+) -> RewardFunction:
     """Load a reward: `module:function`, a bag of words (`.json`) or a reward model's folder.
 
     A function or a model in memory is one, too. Modules are found as Python finds them, and in the
-    current folder. `compute` is as for `ModelReward`, which alone needs it.
+    current folder. `compute` and `model` are as for `ModelReward`, which alone needs them.
 
     Raises:
         ValueError: if there is no such module or function, or the folder holds no reward model.
@@ -190,7 +202,7 @@ def load_reward(specification: str, compute: Compute | None = None) -> RewardFun
         return BagOfWordsReward(specification)
     if is_reward_network(specification):
         try:
-            return ModelReward(specification, compute)
+            return ModelReward(specification, compute, model=model)
         except ValueError as error:  # the option is the reward's, not model.path
             raise ValueError(f"reward: {str(error).removeprefix('model.path: ')}") from error
     module_name, colon, name = specification.partition(":")

@@ -36,8 +36,15 @@ from fastalign.models.architecture import (
 from fastalign.models.exactness import Verdict, check_exact, known_verdicts, verdict
 from fastalign.models.head import check_head
 from fastalign.models.layers import skip_unread_tokens
-from fastalign.models.lora import base_state, merge_adapter
-from fastalign.models.lora_files import CONFIG_FILE, adapter_base, open_adapter
+from fastalign.models.lora import base_state, merge_adapter, start_state
+from fastalign.models.lora_files import (
+    CONFIG_FILE,
+    SCORE_WEIGHT,
+    adapter_base,
+    is_reward_adapter,
+    open_adapter,
+    take_reward_entries,
+)
 from fastalign.models.low_bit import keep_differentiable, nf4_options
 from fastalign.models.model_in_memory import class_that_opens, config_in_memory, copied
 from fastalign.models.router import router_coefficient
@@ -45,7 +52,6 @@ from fastalign.ops.float32_products import use_fastest_products
 from fastalign.ranks.whole_weights import whole, whole_state
 from fastalign.ranks.world import ALONE, World
 
-SCORE_WEIGHT = "score.weight"
 # A language model's head, which a reward model does without.
 HEADS = {"lm_head.weight", "lm_head.bias", "embed_out.weight"}
 
@@ -155,7 +161,7 @@ def choose_packing(
             try:
                 base = adapter_base(path) or path
                 config = read_config(base, trust_remote_code=trust_remote_code)
-                reward = is_reward_model(config, path)
+                reward = is_reward_model(config, path) or is_reward_adapter(path)
             except ValueError:
                 continue  # loading it gives the reason
             found = verdict(config, reward=reward, trust_remote_code=trust_remote_code)
@@ -281,6 +287,7 @@ def load_policy(
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
     nf4: bool = False,
+    keep_adapter: bool = False,
 ) -> Any:
     """Load a causal model from a folder in transformers' layout, or from the hub.
 
@@ -293,6 +300,7 @@ def load_policy(
         dtype: dtype of the parameters.
         trust_remote_code: run code that comes with the model.
         nf4: quantise the weights of every linear layer but the head; such a model is frozen.
+        keep_adapter: leave an adapter in `path` on its frozen base, to be trained, not merged.
 
     Raises:
         ValueError: if there is no model, or a classifier; the architecture cannot be packed, or its
@@ -300,6 +308,10 @@ def load_policy(
             peft or bitsandbytes is needed and not installed.
     """
     base = adapter_base(path)
+    if base is not None and is_reward_adapter(path):
+        raise ValueError(
+            f"model.path: expected a causal model, {path} is the adapter of a reward model"
+        )
     source = path if base is None else base
     config = read_config(source, trust_remote_code=trust_remote_code)
     check_causal(config, source)
@@ -322,7 +334,8 @@ def load_policy(
         keep_differentiable(model)
     if base is not None:
         open_adapter(model, path)
-        merge_adapter(model)
+        if not keep_adapter:
+            merge_adapter(model)
     model = ready(model, path, compute.device, stored_dtype(source, config), found)
     check_head(model)
     return model
@@ -336,34 +349,41 @@ def load_reward_model(
     fresh_head: bool = True,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    nf4: bool = False,
+    keep_adapter: bool = False,
 ) -> Any:
     """Load a reward model: a saved one with its head, or a causal model under a fresh one.
 
     A fresh head is drawn from N(0, 1 / (D + 1)), as in Stiennon et al. (arXiv 2009.01325).
 
     Args:
-        path: folder in transformers' layout, or a hub name.
+        path: folder in transformers' layout, or a hub name; of a reward model's adapter in peft's
+            layout, the base with the adapter merged, under the adapter's head.
         compute: as for `load_policy`.
         seed: random seed of a fresh head.
         fresh_head: False: a saved head is required, as for scoring.
         dtype: dtype of the parameters.
         trust_remote_code: run code that comes with the model.
+        nf4: quantise the weights of every linear layer but the head; such a model is frozen.
+        keep_adapter: leave an adapter in `path` on its frozen base, to be trained, not merged.
 
     Raises:
-        ValueError: if there is no model, it is of another kind, or weights are missing.
+        ValueError: if there is no model, it is of another kind, or weights are missing; an adapter
+            is a causal model's, or does not fit its base.
     """
-    if adapter_base(path) is not None:
-        raise ValueError(f"model.path: {path} is an adapter; merge it first (fastalign merge)")
-    config = read_config(path, trust_remote_code=trust_remote_code)
-    has_head = is_reward_model(config, path)
-    if not has_head and not fresh_head:
+    base = reward_adapter_base(path)
+    source = path if base is None else base
+    config = read_config(source, trust_remote_code=trust_remote_code)
+    has_head = is_reward_model(config, source)
+    if not has_head and base is None and not fresh_head:
         raise ValueError(
             f"model.path: expected a trained reward model, got {config.architectures or 'none'} in "
             f"{str(path)!r}; fastalign reward trains one"
         )
+    low_bit = nf4_options(dtype, compute.device) if nf4 else {}
     options, found = model_options(config, compute, dtype, trust_remote_code, reward=True)
     options["num_labels"] = 1
-    model, keys = read_model(AutoModelForSequenceClassification, path, options)
+    model, keys = read_model(AutoModelForSequenceClassification, source, options | low_bit)
     # transformers draws missing weights at random; only a fresh head may be.
     missing = set(keys["missing_keys"]) - (set() if has_head else {SCORE_WEIGHT})
     foreign = {name for name in keys["unexpected_keys"] if name.startswith("score")}
@@ -371,13 +391,35 @@ def load_reward_model(
         what = f"has no {min(missing)}" if missing else f"has a {min(foreign)}"
         raise ValueError(
             f"model.path: expected a reward model with score.weight alone as its head, but "
-            f"{str(path)!r} {what}"
+            f"{str(source)!r} {what}"
         )
-    check_all_used(set(keys["unexpected_keys"]) - HEADS, path)
+    check_all_used(set(keys["unexpected_keys"]) - HEADS, source)
     if not has_head:
         draw_head(model.score, seed)
+    if nf4:
+        keep_differentiable(model)
+    if base is not None:
+        open_adapter(model, path)
+        take_reward_entries(model, path)
+        if not keep_adapter:
+            merge_adapter(model)
     model.get_input_embeddings().padding_idx = None  # every token's embedding is trained
-    return ready(model, path, compute.device, stored_dtype(path, config), found)
+    return ready(model, path, compute.device, stored_dtype(source, config), found)
+
+
+def reward_adapter_base(path: str | Path) -> str | None:
+    """Return the base of a reward model's adapter; None for the folder of a whole model.
+
+    Raises:
+        ValueError: if it is the adapter of a causal model.
+    """
+    base = adapter_base(path)
+    if base is not None and not is_reward_adapter(path):
+        raise ValueError(
+            f"model.path: {path} is an adapter; merge it first (fastalign merge), or expected that "
+            "of a reward model"
+        )
+    return base
 
 
 @contextmanager
@@ -424,6 +466,7 @@ def model_without_weights(
     reward: bool,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    keep_adapter: bool = False,
 ) -> Any:
     """Build the model that `load_policy` or `load_reward_model` would load, freshly initialised.
 
@@ -434,17 +477,23 @@ def model_without_weights(
     Raises:
         ValueError: if there is no model, or the function would refuse it.
     """
-    base = None if reward else adapter_base(path)  # a reward model is no adapter
+    base = reward_adapter_base(path) if reward else adapter_base(path)
     config = read_config(base or path, trust_remote_code=trust_remote_code)
     options, found = model_options(config, compute, dtype, trust_remote_code, reward=reward)
     if reward:
         is_reward_model(config, path)
         config.num_labels = 1
         model = AutoModelForSequenceClassification.from_config(config, **options)
+        if base is not None:
+            if keep_adapter:
+                open_adapter(model, path)
+            take_reward_entries(model, path)
         model.get_input_embeddings().padding_idx = None  # as `load_reward_model` has it
     else:
         check_causal(config, path)
         model = auto_class(config).from_config(config, **options)
+        if base is not None and keep_adapter:
+            open_adapter(model, path)
     return as_used(model, found)
 
 
@@ -461,9 +510,13 @@ def save_model(
         ValueError: if that dtype cannot hold a weight.
     """
     state = None if model is None else whole_state(model)
-    if state is None:
-        return
-    weights = {name: value for name, value in state.items() if name not in leave_out}
+    if state is not None:
+        weights = {name: value for name, value in state.items() if name not in leave_out}
+        write_model(model, weights, tokenizer, folder)
+
+
+def write_model(model: Any, weights: dict[str, Tensor], tokenizer: Any, folder: str | Path) -> None:
+    """Write these weights under a model's configuration, as `save_model` does on rank 0."""
     dtype = getattr(model, "save_dtype", None)
     if dtype is not None:
         weights = as_dtype(weights, dtype)
@@ -521,7 +574,8 @@ def save_reward_model(
 
     The arguments are those of `save_model`; the tokenizer has the same pad token.
     """
-    assert model.config.pad_token_id == tokenizer.pad_token_id, "the served score depends on it"
+    if model is not None:
+        assert model.config.pad_token_id == tokenizer.pad_token_id, "the served score depends on it"
     save_model(model, tokenizer, folder, leave_out=leave_out)
 
 
@@ -529,10 +583,11 @@ def model_fingerprint(model: Any, *, configuration: bool = True) -> str:
     """Return the SHA-256 of the configuration, if asked for, and the weights with their names.
 
     A sharded model has the fingerprint of the whole one, and all its ranks have to call this. An
-    adapter is left out, so that runs with different adapters share what they compute of a base.
+    adapter is left out, so that runs with different adapters share what they compute of a base; the
+    frozen one that a run began with is a part of its reference.
     """
     digest = hashlib.sha256(model.config.to_json_string().encode() if configuration else b"")
-    for name, value in sorted(base_state(model).items()):
+    for name, value in sorted((base_state(model) | start_state(model)).items()):
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
         plain: Tensor = whole(value.detach()).cpu().contiguous()
         digest.update(plain.flatten().view(torch.uint8).numpy().data)

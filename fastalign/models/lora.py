@@ -1,14 +1,17 @@
-"""Low-rank adapters on a frozen causal model, through peft.
+"""Low-rank adapters on a frozen causal or reward model, through peft.
 
-A model with an adapter stays a transformers causal model; its linear layers are peft's.
+A model with an adapter stays a model of transformers; its linear layers are peft's. A reward
+model's head is trained whole beside its adapter.
 """
 
+import copy
 import math
 import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +24,9 @@ from fastalign.ops import LoraWeights
 from fastalign.ops.float32_products import Linear
 
 ADAPTER = "default"  # peft's own name for the only adapter
+START = "fastalign_start"  # a frozen copy of the adapter that training goes on with
 ALL_LINEAR = "all-linear"
+REWARD_TASK = "SEQ_CLS"  # peft's `task_type` of a sequence classifier's adapter
 # Names of layers under which transformers 4 kept single experts. On a mixture of experts peft takes
 # such a target for the fused ones, so that layers of that name are targeted by their parameter.
 OF_EXPERTS = {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
@@ -49,16 +54,24 @@ def quiet_peft() -> Iterator[None]:
         yield
 
 
+def reward_head(model: Any) -> Any:
+    """Return the head (1, D) of a reward model; None for a causal model."""
+    return getattr(model, "score", None) if model.get_output_embeddings() is None else None
+
+
 def linear_names(model: Any) -> dict[str, nn.Module]:
     """Return every layer that can have an adapter, by its full name; the head is the last one.
 
-    A linear layer with a product of its own, such as one in groups, cannot, nor a tower's.
+    A linear layer with a product of its own, such as one in groups, cannot, nor a tower's or a
+    reward model's head.
     """
     towers = {name.rpartition(".")[0] for name, _ in tower_parameters(model)}
+    head = reward_head(model)
     return {
         name: part
         for name, part in model.named_modules()
         if name not in towers
+        and part is not head
         and (isinstance(part, Conv1D) or type(part) in (nn.Linear, Linear) or is_quantised(part))
     }
 
@@ -130,7 +143,8 @@ def add_adapter(
 
     The product of A (r, D) and B (V, r) is scaled by alpha / r, or with `use_rslora` by alpha /
     sqrt(r) (arXiv 2312.03732). A target is `all-linear` (every linear layer but the head, and fused
-    experts, each with a product of its own) or an ending of layers' names.
+    experts, each with a product of its own) or an ending of layers' names. A reward model's head
+    stays trainable, in float32.
 
     Raises:
         ValueError: if the model has no such layer, or peft is not installed.
@@ -146,11 +160,19 @@ def add_adapter(
         target_modules=modules,
         target_parameters=parameters or None,
         use_rslora=use_rslora,
-        task_type="CAUSAL_LM",
+        task_type="CAUSAL_LM" if reward_head(model) is None else REWARD_TASK,
     )
     with quiet_peft():
         model.add_adapter(config, ADAPTER)  # which freezes every other parameter
     cast_adapter_dtype(model, ADAPTER)
+    train_reward_head(model)
+
+
+def train_reward_head(model: Any) -> None:
+    """Make a reward model's head trainable, in at least float32, as its adapter is."""
+    head = reward_head(model)
+    if head is not None:
+        head.to(torch.promote_types(head.weight.dtype, torch.float32)).requires_grad_(True)
 
 
 def adapter_counts(model: Any) -> str:
@@ -171,7 +193,8 @@ def adapter_counts(model: Any) -> str:
     for name, part in model.named_modules():
         for own, parameter in part.named_parameters(recurse=False):
             is_matrix = parameter.dim() > 1 and not own.endswith("bias")
-            if is_matrix and (id(part), own) not in changed and "lora_" not in name:
+            frozen = not parameter.requires_grad  # a reward model's head is trained
+            if is_matrix and frozen and (id(part), own) not in changed:
                 size = part.weight.quant_state.shape if is_quantised(part) else parameter.shape
                 layer = name.replace(".base_layer", "").split(".")[-2:]
                 others[".".join([*layer, own])] += math.prod(size)
@@ -180,6 +203,46 @@ def adapter_counts(model: Any) -> str:
         f"adapter of {trained:,} weights on matrices of {adapted:,}; without one: "
         f"{others.total():,} ({', '.join(most)}{', ...' if len(others) > len(most) else ''})"
     )
+
+
+def adapter_parts(model: Any, name: str) -> list[Any]:
+    """Return the matrices A and B of an adapter, in the order of the model's layers."""
+    from peft.tuners.lora import LoraLayer
+
+    return [
+        matrices[name]
+        for layer in model.modules()
+        if isinstance(layer, LoraLayer)
+        for matrices in (layer.lora_A, layer.lora_B)
+        if name in matrices
+    ]
+
+
+def add_second_adapter(model: Any, config: Any, name: str) -> None:
+    """Add a further, frozen adapter that peft's `config` describes; the first one stays active.
+
+    What was trained before still is.
+    """
+    from peft.functional import cast_adapter_dtype
+
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    with quiet_peft():
+        model.add_adapter(config, name)  # which switches to it, and freezes the others
+    cast_adapter_dtype(model, name)
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in trained)
+    switch_to(model, ADAPTER)
+
+
+def like_first(model: Any, rank: int) -> Any:
+    """Return peft's configuration of a sequence classifier's adapter like the model's first one.
+
+    It has the same layers, but the vocabulary head, which a classifier does not have.
+    """
+    first, head = model.peft_config[ADAPTER], model.get_output_embeddings()
+    name = next(name for name, part in model.named_modules() if part is head)
+    targets = [each for each in first.target_modules if not f".{name}".endswith(f".{each}")]
+    return replace(copy.deepcopy(first), r=rank, target_modules=targets, task_type=REWARD_TASK)
 
 
 def has_adapter(model: Any) -> bool:
@@ -198,16 +261,61 @@ def adapter_off(model: Any) -> Iterator[None]:
     if not has_adapter(model):
         yield
         return
-    model.disable_adapters()
+    with adapter_active(model, None):
+        yield
+
+
+@contextmanager
+def as_reference(model: Any) -> Iterator[None]:
+    """Make a policy its own reference: its frozen base, with the adapter that it began with."""
+    if START not in getattr(model, "peft_config", {}):
+        with adapter_off(model):
+            yield
+        return
+    with adapter_active(model, START):
+        yield
+
+
+def copy_start(model: Any) -> None:
+    """Add a frozen copy of the adapter (`START`), which `as_reference` computes with."""
+    add_second_adapter(model, copy.deepcopy(model.peft_config[ADAPTER]), START)
+    pairs = zip(adapter_parts(model, START), adapter_parts(model, ADAPTER), strict=True)
+    with torch.no_grad():
+        for start, present in pairs:
+            start.weight.copy_(present.weight)
+
+
+@contextmanager
+def adapter_active(model: Any, name: str | None) -> Iterator[None]:
+    """Compute with this adapter alone inside the context, or with none; the others are off.
+
+    What is trained stays as it is: peft's own switches would freeze the adapters that are off. A
+    layer that this adapter does not change is its base.
+    """
+    before = switch_to(model, name)
     try:
         yield
     finally:
-        model.enable_adapters()
+        for layer, active, disabled in before:
+            layer._active_adapter, layer._disable_adapters = active, disabled
+
+
+def switch_to(model: Any, name: str | None) -> list[tuple[Any, Any, bool]]:
+    """Make one adapter, or none, the active one; return each layer with what it had before."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [part for part in model.modules() if isinstance(part, BaseTunerLayer)]
+    before = [(layer, layer._active_adapter, layer._disable_adapters) for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = name is None
+        if name is not None:
+            layer._active_adapter = [name]
+    return before
 
 
 def layer_adapter(layer: Any) -> LoraWeights | None:
-    """Return the adapter of a linear layer; None if there is none, or it is disabled."""
-    if not hasattr(layer, "lora_A") or layer.disable_adapters:
+    """Return the policy's adapter of a linear layer; None if there is none, or it is disabled."""
+    if not hasattr(layer, "lora_A") or layer.disable_adapters or ADAPTER not in layer.lora_A:
         return None
     return LoraWeights(
         layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight, layer.scaling[ADAPTER]
@@ -224,6 +332,11 @@ def base_state(model: Any) -> dict[str, Any]:
         for name, value in state.items()
         if ".lora_A." not in name and ".lora_B." not in name
     }
+
+
+def start_state(model: Any) -> dict[str, Any]:
+    """Return the frozen copy of the adapter that training began with; empty if there is none."""
+    return {name: value for name, value in model.state_dict().items() if f".{START}." in name}
 
 
 def dense_state(model: Any) -> Iterator[tuple[str, Any]]:
@@ -264,7 +377,8 @@ def merge_adapter(model: Any) -> None:
     for name, layer in layers.items():
         base: nn.Module = layer.get_base_layer()
         if is_quantised(base):
-            base = dense_layer(base, model.dtype, layer.get_delta_weight(ADAPTER))
+            delta = layer.get_delta_weight(ADAPTER) if ADAPTER in layer.lora_A else None
+            base = dense_layer(base, model.dtype, delta)
         else:
             layer.merge(adapter_names=[ADAPTER])
         if not name.endswith(".base_layer"):  # fused experts have a wrapper within a wrapper

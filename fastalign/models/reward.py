@@ -5,17 +5,84 @@ that token as the last one that is not `config.pad_token_id`, so a saved model n
 that no response ends with (`set_pad_token`).
 """
 
+import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
+from fastalign.models.architecture import backbone
 from fastalign.models.attention.plan import AttentionPlan
 from fastalign.models.forward import hidden_at
+from fastalign.models.lora import adapter_active, adapter_parts
+
+# Name of the head (1, D) on a policy whose own hidden states give the values, too.
+VALUE_HEAD = "value_head"
+
+
+class AdapterModel(nn.Module):
+    """A reward or value model on another model's frozen base: an adapter of its own, and a head.
+
+    Its submodules are the parts of the adapter, which lie in the owner's layers, and the head
+    `score`, float32 zeros at first. `score_at` computes with the adapter; where a backward computes
+    activations again, `as_itself` has to be around it, too.
+
+    Args:
+        owner: a causal model that has the adapter.
+        name: the adapter's name in peft.
+    """
+
+    owner: Any
+
+    def __init__(self, owner: Any, name: str):
+        super().__init__()
+        object.__setattr__(self, "owner", owner)  # registered, its weights would be this model's
+        self.name = name
+        self.adapter = nn.ModuleList(adapter_parts(owner, name))
+        self.score = new_head(owner)
+        self.config = copy.deepcopy(owner.config)
+
+    @property
+    def base_model(self) -> Any:
+        """The owner without its head, as transformers' models name it."""
+        return backbone(self.owner)
+
+    def get_input_embeddings(self) -> Any:
+        """Return the owner's embedding."""
+        return self.owner.get_input_embeddings()
+
+    def get_output_embeddings(self) -> None:
+        """Return None, as transformers' sequence classifiers do."""
+
+
+def new_head(model: Any) -> nn.Linear:
+    """Return a head (1, D) of zeros, at least float32, for a causal model's hidden states."""
+    weight = model.get_output_embeddings().weight
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    head = nn.Linear(weight.shape[1], 1, bias=False, device=weight.device, dtype=dtype)
+    nn.init.zeros_(head.weight)
+    return head
+
+
+def add_value_head(policy: Any) -> None:
+    """Add a head of zeros that reads values from the policy's hidden states (`VALUE_HEAD`)."""
+    policy.add_module(VALUE_HEAD, new_head(policy))
+
+
+@contextmanager
+def as_itself(model: Any) -> Iterator[None]:
+    """Switch the owner of an `AdapterModel` to its adapter in the context; others stay as is."""
+    if not isinstance(model, AdapterModel):
+        yield
+        return
+    with adapter_active(model.owner, model.name):
+        yield
 
 
 def score_at(
@@ -32,8 +99,15 @@ def score_at(
     Returns:
         (K,) float32 (float64 for a float64 model), under autocast too.
     """
-    hidden = hidden_at(model, batch, positions, compute, plan)
-    weight = model.score.weight[0]
+    with as_itself(model):
+        hidden = hidden_at(model, batch, positions, compute, plan)
+    return score_of(model, hidden)
+
+
+def score_of(model: Any, hidden: Tensor) -> Tensor:
+    """Return the score (K,) of hidden states (K, D); of a policy, that of its value head."""
+    weight = getattr(model, VALUE_HEAD, None)
+    weight = (model.score if weight is None else weight).weight[0]
     wide = torch.promote_types(weight.dtype, torch.float32)
     with torch.autocast(hidden.device.type, enabled=False):
         return torch.mv(hidden.to(wide), weight.to(wide))
@@ -48,11 +122,20 @@ def response_reward(
 
 @torch.no_grad()
 def set_pad_token(model: Any, pad_token_id: int) -> None:
-    """Set the pad token of the configuration; a new token gets an embedding of zeros."""
-    num_rows = model.get_input_embeddings().weight.shape[0]
+    """Set the pad token of the configuration; a new token gets an embedding of zeros.
+
+    That of a shared base stays as it is: who loads an `AdapterModel` by itself gets the embedding.
+    """
+    if isinstance(model, AdapterModel):
+        model.config.pad_token_id = pad_token_id
+        return
+    before = model.get_input_embeddings().weight
+    num_rows, trained = before.shape[0], before.requires_grad
     if pad_token_id >= num_rows:
         model.resize_token_embeddings(pad_token_id + 1, mean_resizing=False)
-        model.get_input_embeddings().weight[num_rows:] = 0  # padding is masked everywhere
+        after = model.get_input_embeddings().weight
+        after[num_rows:] = 0  # padding is masked everywhere
+        after.requires_grad_(trained)
     model.config.pad_token_id = pad_token_id
 
 

@@ -24,7 +24,8 @@ CARD = "README.md"
 _NOT_SHOWN = re.compile(
     r"second|tokens_per_|peak|fill_rate|num_micro_batches|num_tokens|^(.*/)?eps$|^step$|^epoch$"
 )
-ADAPTER, VALUE, REWARD, MODEL = "Adapter (LoRA)", "Value model", "Reward model", "Model"
+VALUE, REWARD, MODEL = "Value model", "Reward model", "Model"
+ADAPTER_CONFIG = "adapter_config.json"
 NOTES = {
     REWARD: ("", "Its logit is the reward of a prompt with a response that ends in the EOS token."),
     VALUE: ("", "Its `score`, read at each token, is the return expected from there on."),
@@ -48,7 +49,8 @@ class CardFacts:
     """Facts about a run that its models' cards state.
 
     Attributes:
-        kind: ADAPTER, VALUE, REWARD or MODEL.
+        kind: VALUE, REWARD or MODEL.
+        adapter: whether it is a LoRA adapter on `base`.
         command: the training command, such as dpo.
         method: the algorithm, in words.
         base: path or hub name of the model that training started from; empty for one that was made
@@ -62,6 +64,7 @@ class CardFacts:
     """
 
     kind: str
+    adapter: bool
     command: str
     method: str
     base: str
@@ -72,13 +75,19 @@ class CardFacts:
     steps: tuple[int, int]
     chosen_by: str = ""
 
+    @property
+    def title(self) -> str:
+        """The kind of model, in words."""
+        if not self.adapter:
+            return self.kind
+        return "Adapter (LoRA)" if self.kind == MODEL else f"{self.kind} as an adapter (LoRA)"
+
 
 def write_card(folder: Path, facts: CardFacts) -> None:
     """Write the card of the model or adapter in `folder` beside it."""
-    adapter = facts.kind == ADAPTER
     of_base = base_card(facts.base) if facts.base else {}
     on_hub = bool(facts.base) and not os.path.exists(os.path.expanduser(facts.base))
-    auto = class_to_load(Path(facts.base) if adapter and facts.base else folder)
+    auto = class_to_load(folder, facts.base)
     base = "a model that was made in memory"
     if facts.base:
         base = f"{code(facts.base)}{'' if on_hub else ', a folder where it was trained'}"
@@ -97,7 +106,7 @@ def write_card(folder: Path, facts: CardFacts) -> None:
 {metadata(facts, named, auto).to_yaml()}
 ---
 
-# {facts.kind} trained with fastalign {facts.command}
+# {facts.title} trained with fastalign {facts.command}
 
 - Method: {plain(facts.method)}
 - Base: {base}
@@ -122,7 +131,7 @@ def write_card(folder: Path, facts: CardFacts) -> None:
 
 ## Versions
 
-{", ".join(f"{name} {version(name)}" for name in VERSIONS if adapter or name != "peft")}
+{", ".join(f"{name} {version(name)}" for name in VERSIONS if facts.adapter or name != "peft")}
 """
     ModelCard(text, ignore_metadata_errors=True).save(folder / CARD)
 
@@ -132,7 +141,7 @@ def metadata(facts: CardFacts, named: Mapping[str, str], auto: str) -> ModelCard
     return ModelCardData(
         **named,  # type: ignore[arg-type]
         datasets=facts.hub_data or None,
-        library_name="peft" if facts.kind == ADAPTER else "transformers",
+        library_name="peft" if facts.adapter else "transformers",
         pipeline_tag=TASKS[auto],
         tags=["fastalign", facts.command],
     )
@@ -152,9 +161,17 @@ def base_card(base: str) -> dict[str, Any]:
     return {name: found[name] for name in names if isinstance(found.get(name), str)}
 
 
-def class_to_load(folder: Path) -> str:
-    """Return the class of transformers that opens the model in a folder; a hub name's is causal."""
-    file, architecture = folder.expanduser() / "config.json", ""
+def class_to_load(folder: Path, base: str) -> str:
+    """Return the class of transformers that opens the model in a folder, or an adapter's base.
+
+    A base that is a hub name is causal.
+    """
+    adapter, file = folder / ADAPTER_CONFIG, folder / "config.json"
+    if adapter.exists():
+        if read_object(adapter).get("task_type") == "SEQ_CLS":
+            return CLASSES["ForSequenceClassification"]
+        file = Path(base).expanduser() / "config.json"
+    architecture = ""
     if file.exists():
         architecture = (read_object(file).get("architectures") or [""])[0]
     return next((name for end, name in CLASSES.items() if architecture.endswith(end)), CAUSAL)
@@ -163,10 +180,12 @@ def class_to_load(folder: Path) -> str:
 def how_to_load(auto: str, facts: CardFacts) -> str:
     """Return the paragraph on loading a model by a class of transformers."""
     lines = [f"from transformers import {auto}, AutoTokenizer", ""]
-    if facts.kind == ADAPTER:
+    if facts.adapter:
+        path = json.dumps(short_path(facts.base or "BASE"))
+        labels = ", num_labels=1" if facts.kind in NOTES else ""
         lines.insert(0, "from peft import PeftModel")
         lines += [
-            f"base = {auto}.from_pretrained({json.dumps(short_path(facts.base or 'BASE'))})",
+            f"base = {auto}.from_pretrained({path}{labels})",
             'model = PeftModel.from_pretrained(base, "FOLDER")',
         ]
     else:

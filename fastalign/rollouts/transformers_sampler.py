@@ -24,6 +24,8 @@ from fastalign.ranks.whole_weights import with_whole_weights
 from fastalign.rollouts.distribution import draw
 from fastalign.rollouts.sampler import Completion, SamplingParams, check_prompts, sample_seed
 
+ROWS_PER_BATCH = 256  # completions that are drawn together
+
 
 class _Draw(LogitsProcessor):  # type: ignore[misc]
     """Logits processor that draws tokens: it returns scores that allow these alone."""
@@ -65,7 +67,7 @@ class TransformersSampler:
         *,
         eos_token_ids: Sequence[int],
         pad_token_id: int,
-        rows_per_batch: int = 256,
+        rows_per_batch: int = ROWS_PER_BATCH,
         on_progress: Callable[[int], None] | None = None,
         on_tokens: Callable[[Tensor], None] | None = None,
         num_ranks: int = 1,

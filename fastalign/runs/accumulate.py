@@ -258,13 +258,15 @@ def policy_loss(
     *,
     segments: Sequence[int] | None = None,
     temperature: float = 1.0,
+    states: tuple[Tensor, LinearHead] | None = None,
 ) -> PolicyLoss:
     """Run the policy on a micro-batch and compute a fused loss of its targets' log-probs.
 
     `loss_fn` is of a chunk's log-probs and entropies, see `fused_linear_loss`; `segments` are
-    bounds of targets that must stay together in a chunk (None: any may be split).
+    bounds of targets that must stay together in a chunk (None: any may be split); `states` are
+    `hidden_and_head` of the batch, if the caller computes more from them.
     """
-    hidden, head = hidden_and_head(policy, batch, compute)
+    hidden, head = hidden_and_head(policy, batch, compute) if states is None else states
     loss, sums = fused_linear_loss(
         hidden,
         head,

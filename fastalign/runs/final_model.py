@@ -14,9 +14,15 @@ from fastalign.data.readers.rows import is_on_hub
 from fastalign.data.tokenizer import Tokenizer, eos_token_ids
 from fastalign.data_sources import weighted_sources
 from fastalign.in_memory import InMemory, model_of, origin
-from fastalign.models.load import load_policy, set_save_dtype
+from fastalign.models.load import load_policy, load_reward_model, set_save_dtype
 from fastalign.models.lora import has_adapter, merge_adapter
-from fastalign.models.lora_files import open_adapter, save_adapter
+from fastalign.models.lora_files import (
+    CONFIG_FILE,
+    adapter_base,
+    is_reward_adapter,
+    open_adapter,
+    save_adapter,
+)
 from fastalign.progress import in_notebook
 from fastalign.ranks.parallel import is_sharded
 from fastalign.ranks.world import World
@@ -67,7 +73,7 @@ def save_final_model(
             save_adapter(model, aside)
             if world.is_first:
                 tokenizer.save_pretrained(aside)
-                complete(aside, "adapter")
+                complete(aside, "adapter", adapter_base(config.model.path) or config.model.path)
         if not config.model.lora.save_merged:
             return
         model = merged(model, folder / "adapter", config, world)
@@ -92,7 +98,7 @@ def card_of_run(
     step whose model it is, with the value of `train.best_metric`, where that chose it. Settings
     that a resumed run may change are left out.
     """
-    kinds = {"adapter": model_card.ADAPTER, "value": model_card.VALUE}
+    usual = model_card.REWARD if command == "reward" else model_card.MODEL
     sources = weighted_sources(config.data.train)
     hashes = inputs.get("data", {})
     data = [
@@ -113,7 +119,8 @@ def card_of_run(
         if name.endswith(".name")
     ]
     facts = model_card.CardFacts(
-        kind=kinds.get(part, model_card.REWARD if command == "reward" else model_card.MODEL),
+        kind=model_card.VALUE if part == "value" else usual,
+        adapter=(folder / CONFIG_FILE).exists(),
         command=command,
         method=", ".join([str(type(config).__doc__).splitlines()[0].rstrip("."), *chosen]),
         base=base,
@@ -198,7 +205,8 @@ def merged(model: Any, adapter: Path, config: TrainingConfig, world: World) -> A
     if not world.is_first:
         return None
     in_memory = model_of(config.model.path) is not None  # the adapter's files cannot name it
-    model = load_policy(
+    load = load_reward_model if is_reward_adapter(adapter) else load_policy
+    model = load(
         config.model.path if in_memory else adapter,
         Compute(packing="padded"),
         dtype=torch.float32 if config.model.lora.base == "float32" else torch.bfloat16,

@@ -33,6 +33,7 @@ from fastalign.models.architecture import num_positions
 from fastalign.models.attention import attention_name
 from fastalign.models.layers import compile_layers
 from fastalign.models.load import (
+    HEADS,
     choose_packing,
     load_policy,
     load_reward_model,
@@ -40,13 +41,20 @@ from fastalign.models.load import (
     model_without_weights,
     set_save_dtype,
 )
-from fastalign.models.lora import adapter_counts, add_adapter, has_adapter
-from fastalign.models.lora_files import adapter_base
+from fastalign.models.lora import (
+    ADAPTER,
+    adapter_counts,
+    add_adapter,
+    copy_start,
+    has_adapter,
+)
+from fastalign.models.lora_files import WEIGHTS_FILE, adapter_base, check_no_adapter
 from fastalign.models.router import check_router
 from fastalign.ranks.parallel import load_on_first, share_by_ddp, share_by_fsdp
 from fastalign.ranks.world import ALONE, World
 from fastalign.runs.config import (
     DataConfig,
+    LoraConfig,
     ModelConfig,
     PreferenceDataConfig,
     TrainingConfig,
@@ -172,39 +180,73 @@ def indices_of_run(config: TrainingConfig, mixture: Mixture) -> set[int]:
     return used
 
 
-def load_for_training(config: TrainingConfig, compute: Compute) -> tuple[Any, Tokenizer]:
-    """Load the policy, its float32 weights or a frozen base with an adapter, and its tokenizer."""
+def load_for_training(
+    config: TrainingConfig, compute: Compute, extend: Callable[[Any], None] | None = None
+) -> tuple[Any, Tokenizer]:
+    """Load the policy, its float32 weights or a frozen base with an adapter, and its tokenizer.
+
+    `extend` adds what else the policy's module is to hold, before the ranks share it.
+    """
+    goes_on = begins_with_adapter(config.model)
     model, tokenizer = load_model(
         config.model.path,
         config.model,
         compute,
         dtype=base_dtype(config.model, compute),
         nf4=config.model.lora.base == "nf4",
+        keep_adapter=goes_on,
     )
     check_router(model, config.model.path)
-    without_weights = any(p.is_meta for p in model.parameters())  # another rank reads them
-    with torch.device("meta") if without_weights else nullcontext():
+    if goes_on:
+        keep_start(model, config.model)
+    else:
         add_new_adapter(model, config.model)
+    if extend is not None:
+        extend(model)
     return share(ready_for_training(model, config), compute), tokenizer
 
 
 def load_reward_for_training(config: TrainingConfig, compute: Compute) -> tuple[Any, Tokenizer]:
-    """Load a reward model with float32 master weights, and its tokenizer; the caller shares it."""
-    tokenizer = load_tokenizer(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    model = load_reward_network(config.model.path, config, compute)
-    check_vocabulary(model, tokenizer, config.model.path)
-    print(f"attention of {config.model.path}: {attention_name(model)}")
+    """Load a reward model, which the caller shares, and its tokenizer.
+
+    Its weights are float32 master weights, or a frozen base with an adapter under a trained head.
+    """
+    path, lora = config.model.path, config.model.lora
+    if lora.rank:
+        check_no_adapter("model.path", path)
+    tokenizer = load_tokenizer(path, trust_remote_code=config.model.trust_remote_code)
+    dtype = base_dtype(config.model, compute)
+    model = load_reward_network(path, config, compute, dtype=dtype, nf4=lora.base == "nf4")
+    check_vocabulary(model, tokenizer, path)
+    print(f"attention of {path}: {attention_name(model)}")
+    add_new_adapter(model, config.model)
     return ready_for_training(model, config), tokenizer
 
 
-def load_reward_network(path: str, config: TrainingConfig, compute: Compute) -> Any:
-    """Load a reward model's network; draw a head by the run's seed if it has none."""
-    trust = config.model.trust_remote_code
+def load_reward_network(
+    path: str,
+    config: TrainingConfig,
+    compute: Compute,
+    *,
+    dtype: torch.dtype = torch.float32,
+    nf4: bool = False,
+    keep_adapter: bool = False,
+) -> Any:
+    """Load a reward model's network; draw a head by the run's seed if it has none.
+
+    With `keep_adapter` an adapter in `path` stays one, to be trained.
+    """
+    trust, seed = config.model.trust_remote_code, config.run.seed
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": trust,
+        "keep_adapter": keep_adapter,
+    }
     model = loaded(
         path,
         compute,
-        lambda where: load_reward_model(path, where, seed=config.run.seed, trust_remote_code=trust),
-        lambda: model_without_weights(path, compute, reward=True, trust_remote_code=trust),
+        lambda where: load_reward_model(path, where, seed=seed, nf4=nf4, **options),
+        lambda: model_without_weights(path, compute, reward=True, **options),
     )
     set_save_dtype(model, config.model.save_dtype)
     if getattr(model.config.get_text_config(), "output_router_logits", False):
@@ -233,14 +275,9 @@ def base_dtype(config: ModelConfig, compute: Compute) -> torch.dtype:
     """Return the dtype of the weights under an adapter; without one it is float32.
 
     Raises:
-        ValueError: if the model already is an adapter, or the base's precision is not the run's.
+        ValueError: if the base's precision is not the run's.
     """
     lora = config.lora
-    if lora.rank and adapter_base(config.path) is not None:
-        raise ValueError(
-            f"model.path: {config.path} is an adapter, on which peft puts no other; merge it first "
-            "(fastalign merge), and train on the result"
-        )
     if lora.base == "bf16" and compute.dtype != torch.bfloat16:
         raise ValueError(
             "model.lora.base: a bf16 base computes in bf16; expected --train.precision bf16 with "
@@ -249,18 +286,61 @@ def base_dtype(config: ModelConfig, compute: Compute) -> torch.dtype:
     return torch.float32 if lora.base == "float32" else compute.dtype
 
 
-def add_new_adapter(model: Any, config: ModelConfig) -> None:
-    """Add the adapter that the settings describe to a model, if they describe one."""
+def begins_with_adapter(config: ModelConfig) -> bool:
+    """Return whether training goes on with the adapter in `model.path`, and adds no new one."""
+    return config.lora.rank > 0 and adapter_base(config.path) is not None
+
+
+def keep_start(model: Any, config: ModelConfig) -> None:
+    """Keep a frozen copy of the adapter that training goes on with: it is the reference.
+
+    Raises:
+        ValueError: if a setting is given that the adapter does not have.
+    """
+    found, lora = model.peft_config[ADAPTER], config.lora
+    own = {"rank": found.r, "alpha": found.lora_alpha, "use_rslora": found.use_rslora}
+    usual = LoraConfig()
+    if lora.targets != usual.targets:
+        raise ValueError(
+            f"model.lora.targets: expected none, since training goes on with the adapter in "
+            f"{config.path}, on its layers; got {', '.join(lora.targets)}"
+        )
+    for name, value in own.items():
+        given = getattr(lora, name)
+        if given != value and (name == "rank" or given != getattr(usual, name)):
+            raise ValueError(
+                f"model.lora.{name}: expected {value}, as the adapter in {config.path} has, with "
+                f"which training goes on; got {given}"
+            )
+    without_weights = any(p.is_meta for p in model.parameters())  # another rank reads them
+    with torch.device("meta") if without_weights else nullcontext():
+        copy_start(model)
+    print(f"goes on with the adapter in {config.path}; the reference is the adapter as it is there")
+    print(adapter_counts(model))
+
+
+def add_new_adapter(model: Any, config: ModelConfig, rank: int | None = None) -> None:
+    """Add the adapter that the settings describe to a model, if they describe one.
+
+    `rank` is another one than theirs, of a model without a vocabulary head.
+    """
     lora = config.lora
-    if lora.rank:
+    targets = lora.targets
+    if rank is not None:
+        targets = tuple(name for name in targets if f"{name}.weight" not in HEADS)
+    rank = lora.rank if rank is None else rank
+    if not rank:
+        return
+    without_weights = any(p.is_meta for p in model.parameters())  # another rank reads them
+    with torch.device("meta") if without_weights else nullcontext():
         add_adapter(
             model,
-            rank=lora.rank,
+            rank=rank,
             alpha=lora.alpha,
-            targets=lora.targets,
+            targets=targets,
             use_rslora=lora.use_rslora,
         )
-        print(adapter_counts(model))
+    print(adapter_counts(model))
 
 
 def load_model(
@@ -270,13 +350,20 @@ def load_model(
     *,
     dtype: torch.dtype = torch.float32,
     nf4: bool = False,
+    keep_adapter: bool = False,
 ) -> tuple[Any, Tokenizer]:
     """Load a causal model, which the caller shares among the ranks, and its tokenizer.
+
+    With `keep_adapter` an adapter in `path` stays one, to be trained.
 
     Raises:
         ValueError: if the tokenizer has more tokens than the model.
     """
-    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": config.trust_remote_code,
+        "keep_adapter": keep_adapter,
+    }
     tokenizer = load_tokenizer(path, trust_remote_code=config.trust_remote_code)
     model = loaded(
         path,
@@ -409,6 +496,9 @@ def fingerprints(config: TrainingConfig, model: Any, data: Any, inputs: Inputs) 
     other = getattr(getattr(config, "reference", None), "path", None) is not None
     hashed = has_adapter(model) or (reference is not None and not other)
     found["model"] = model_parts(model, weights=not hashed)
+    if begins_with_adapter(config.model):
+        adapter = Path(config.model.path).expanduser() / WEIGHTS_FILE
+        found["model"] = {**found["model"], **file_parts(adapter)}
     if inputs.held_out is not None:
         found["eval_data"] = {"path": str(config.data.eval), "content": inputs.held_out.fingerprint}
     if inputs.tokenizer is not None:

@@ -259,6 +259,7 @@ class Run:
         *,
         save_model: Callable[[Any, Any, Path], None] = save_model,
         other_folders: OtherFolders | None = None,
+        before_saving: Callable[[], None] = lambda: None,
     ) -> RunResult:
         """Write the models, if the last step is taken or `run.export` is set; return the result.
 
@@ -266,8 +267,8 @@ class Run:
             policy: the model that becomes `model/` (with an adapter also `adapter/`).
             tokenizer: the tokenizer that is saved with it.
             save_model: writes (model, tokenizer, folder) in transformers' layout.
-            other_folders: name of each further folder to its model's base and the function that
-                writes it.
+            other_folders: of each further folder its model's base, and the function that writes it.
+            before_saving: called on every rank before the models are written, if they are.
         """
         if self._step is not None:  # the trainer left its loop early
             self._close_step(last=True)
@@ -287,6 +288,7 @@ class Run:
                 print(best.told(ended=early))
             folder = self.folder if export is None else Path(export)
             self.world.first_does(lambda: folder.mkdir(parents=True, exist_ok=True))
+            before_saving()
             save_final_model(
                 self.config,
                 self.world,

@@ -143,13 +143,13 @@ def learning_rate(config: OptimConfig, step: int, num_steps: int) -> float:
 def clip_gradient(model: nn.Module, max_norm: float) -> torch.Tensor:
     """Clip the gradient to `max_norm`; return its global norm () before clipping.
 
-    If the model has an attribute `clipped_apart`, each of those parts is clipped by its own norm,
-    so that a value model far from its targets does not take the policy's step. A non-finite
-    gradient gives a non-finite norm.
+    If the model has an attribute `clipped_apart`, each of those lists of parameters is clipped by
+    its own norm, so that a value model far from its targets does not take the policy's step. A
+    non-finite gradient gives a non-finite norm.
     """
     norms = []
-    for part in getattr(model, "clipped_apart", (model,)):
-        parameters = [p for p in part.parameters() if p.grad is not None]
+    for part in getattr(model, "clipped_apart", (model.parameters(),)):
+        parameters = [p for p in part if p.grad is not None]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         if max_norm > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

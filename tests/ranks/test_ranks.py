@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from fastalign.data.tokenizer import load_tokenizer
+from fastalign.models.load import load_reward_model
+from fastalign.models.lora_files import save_adapter
 from fastalign.ranks.config import ParallelConfig
 from fastalign.runs.config import LoraConfig, config_to_dict
 from fastalign.runs.folder import as_yaml
@@ -29,6 +32,7 @@ from tests.small_runs import (
     scored_by_answers,
     sft_config,
 )
+from tests.tiny import put_adapter
 from tests.trainers.online_dpo.test_online_dpo import RENEWED, online_config
 
 TRAINERS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
@@ -69,9 +73,31 @@ def lora(config: Any) -> Any:
     return replace(config, model=replace(config.model, lora=adapter))
 
 
+def reward_lora(config: Any) -> Any:
+    return replace(config, model=replace(config.model, lora=LoraConfig(rank=4, alpha=8.0)))
+
+
 def seeded(config: Any) -> Any:
     """Return it with a seed under which no token that is drawn lies within rounding of another."""
     return replace(config, run=replace(config.run, seed=1))
+
+
+def shared_trunk(config: Any) -> Any:
+    return replace(config, value=replace(config.value, share_policy=True, trunk_gradient=0.5))
+
+
+def one_base(config: Any) -> Any:
+    """Return it with every model on one base, the reward model's adapter beside the run's."""
+    config = lora(config)
+    base, adapter = Path(config.model.path), Path(config.run.dir).parent / "rm"
+    if not adapter.exists():
+        save_adapter(put_adapter(load_reward_model(base)), adapter)
+        load_tokenizer(base).save_pretrained(adapter)
+    return replace(
+        config,
+        ppo=replace(config.ppo, one_base=True),
+        reward=replace(config.reward, sources=(*config.reward.sources, str(adapter))),
+    )
 
 
 DDP, FSDP = ParallelConfig(), ParallelConfig(strategy="fsdp")
@@ -92,9 +118,16 @@ CASES = {
     "dpo, fsdp, offloaded": Case("dpo", 2, replace(FSDP, offload=True)),
     "reward, ddp": Case("reward", 2, DDP),
     "reward, fsdp": Case("reward", 3, FSDP),
+    "reward, ddp, adapter": Case("reward", 2, DDP, change=reward_lora),
+    "reward, fsdp, adapter": Case("reward", 2, FSDP, change=reward_lora),
     "ppo, ddp, rewards by the rows' answers": Case("ppo", 2, DDP, change=scored_by_answers),
     "ppo, fsdp, exact KL": Case("ppo", 3, FSDP, change=exact_kl),
     "ppo, fsdp, adapter": Case("ppo", 2, FSDP, change=lora),
+    "ppo, ddp, shared trunk": Case("ppo", 2, DDP, change=shared_trunk),
+    "ppo, fsdp, shared trunk, adapter": Case(
+        "ppo", 2, FSDP, change=lambda config: shared_trunk(lora(config))
+    ),
+    "ppo, ddp, one base": Case("ppo", 2, DDP, change=one_base),
     "online-dpo, ddp": Case("online-dpo", 2, DDP),
     "online-dpo, fsdp": Case("online-dpo", 2, FSDP, RENEWED, seeded),
 }

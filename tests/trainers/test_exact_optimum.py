@@ -159,11 +159,21 @@ def test_dpo_finds_the_optimum_from_its_own_comparisons(
 # noise there; those of the exact KL have, and want more samples to come as near. With the exact KL
 # as a reward alone (without its derivative in the loss) the distances were 0.76, 0.22 and 0.96.
 @pytest.mark.parametrize(
-    ("advantage", "estimator", "num_samples", "near"),
-    [("gae", "k1", 128, NEAR), ("rloo", "full", 256, 2 * NEAR)],
+    ("advantage", "estimator", "num_samples", "near", "shared"),
+    [
+        ("gae", "k1", 128, NEAR, {}),
+        ("gae", "k1", 128, NEAR, {"share_policy": True, "trunk_gradient": 0.1}),
+        ("rloo", "full", 256, 2 * NEAR, {}),
+    ],
+    ids=["gae", "gae, shared trunk", "rloo"],
 )
 def test_ppo_finds_the_optimum_from_its_own_samples(
-    advantage: Any, estimator: Any, num_samples: int, near: float, tmp_path: Path
+    advantage: Any,
+    estimator: Any,
+    num_samples: int,
+    near: float,
+    shared: dict[str, Any],
+    tmp_path: Path,
 ) -> None:
     save_model(make_policy(), make_tokenizer(), tmp_path / "policy")
     prompts = tmp_path / "prompts.jsonl"
@@ -184,7 +194,7 @@ def test_ppo_finds_the_optimum_from_its_own_samples(
                 epochs=2,
             ),
             kl=KLInReward(coefficient=BETA, estimator=estimator),
-            value=ValueConfig(lr=1e-2, coefficient=1.0, clip_range=1.0)
+            value=ValueConfig(lr=1e-2, coefficient=1.0, clip_range=1.0, **shared)
             if critic
             else ValueConfig(),
             optim=OptimConfig(lr=3e-3, schedule="linear"),

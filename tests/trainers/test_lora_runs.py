@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fastalign.batch.packed import pack
@@ -22,7 +22,7 @@ from fastalign.runs.accumulate import policy_loss
 from fastalign.runs.config import LoraConfig, TrainConfig
 from fastalign.runs.inputs import load_data
 from fastalign.runs.open import make_compute
-from fastalign.trainers import PreferenceDataConfig, RewardConfig, train_dpo, train_sft
+from fastalign.trainers import train_dpo, train_sft
 from tests.models.test_exactness import random_groups
 from tests.products import recorded
 from tests.runs.test_resume import BOTH, assert_same_run
@@ -193,17 +193,57 @@ def test_what_is_written_opens_with_transformers_and_peft(folder: Path) -> None:
     config = sft_config(folder, "more")
     config = replace(config, model=replace(config.model, path=str(folder / "run/adapter")))
     assert train_sft(config).finished  # every weight, from the merged model
-    with pytest.raises(ValueError, match=r"run/adapter is an adapter, on which peft puts no other"):
-        train_sft(with_lora(replace(config, run=replace(config.run, dir=str(folder / "no")))))
+    with pytest.raises(ValueError, match=r"lora\.rank: expected 4, as the adapter in .* got 3"):
+        train_sft(
+            with_lora(replace(config, run=replace(config.run, dir=str(folder / "no"))), rank=3)
+        )
 
 
-def test_a_reward_model_takes_no_adapter(folder: Path) -> None:
-    plain = sft_config(folder, "run")
-    model = replace(plain.model, lora=LORA)
-    data = PreferenceDataConfig(train=str(folder / "pairs.jsonl"))
-    with pytest.raises(ValueError, match=r"model\.lora\.rank: expected 0, a reward model .* got 4"):
-        RewardConfig(model=model, data=data, run=plain.run)
-    train_sft(with_lora(replace(plain, train=replace(plain.train, max_steps=1))))
+@pytest.mark.parametrize("base", ["float32", "nf4"])
+def test_training_goes_on_with_an_adapter_whose_start_is_the_reference(
+    folder: Path, base: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """First loss log 2, as of the merged model; the reference's log-probs are those, too."""
+    targets = ("all-linear", "lm_head")
+    config = with_lora(sft_config(folder, "sft", max_steps=20), targets=targets)
+    train_sft(replace(config, optim=replace(config.optim, lr=1e-2)))
+    start = adapter_of(folder / "sft")
+
+    def goes_on(run: str, **train: Any) -> Any:
+        found = dpo_config(folder, run, **train)
+        path = str(folder / "sft/adapter")
+        return with_lora(replace(found, model=replace(found.model, path=path)), base=base)
+
+    train_dpo(goes_on("straight"))
+    rows = read_metrics(folder / "straight")
+    assert abs(rows[0]["loss"] - LN_2) < 1e-6
+    assert rows[-1]["loss"] < LN_2
+    assert "goes on with the adapter" in capsys.readouterr().out
+    train_dpo(goes_on("stopped", stop_at_step=3))
+    train_dpo(goes_on("stopped", resume=True))
+    first, second = adapter_of(folder / "straight"), adapter_of(folder / "stopped")
+    assert first.keys() == start.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert any(not torch.equal(first[name], start[name]) for name in first)
+    if base == "float32":
+        whole = dpo_config(folder, "whole", max_steps=1)
+        whole = replace(whole, model=replace(whole.model, path=str(folder / "sft/model")))
+        train_dpo(whole)
+        wanted = read_metrics(folder / "whole")[0]
+        for name in ("logps/chosen", "logps/rejected"):
+            assert rows[0][name] == pytest.approx(wanted[name], rel=1e-4)
+    config = json.loads((folder / "straight/adapter/adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(folder / "llama")
+    train_dpo(goes_on("changed", stop_at_step=2))
+    file = folder / "sft/adapter/adapter_model.safetensors"
+    save_file({name: 2 * value for name, value in load_file(file).items()}, file)
+    message = "starting model .adapter_model.safetensors.* not what .*step-000002 was trained on"
+    with pytest.raises(ValueError, match=message):
+        train_dpo(goes_on("changed", resume=True))
+
+
+def test_the_adapter_of_a_policy_does_not_score(folder: Path) -> None:
+    train_sft(with_lora(sft_config(folder, "run", max_steps=1)))
     with pytest.raises(ValueError, match=r"run/adapter is an adapter; merge it first"):
         load_reward_model(folder / "run/adapter")
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastalign.models.architecture import auto_class
 from fastalign.models.lora import dense_state
+from fastalign.models.reward import VALUE_HEAD
 from fastalign.ranks.whole_weights import whole
 from fastalign.rollouts.engines.supervise import SYNC_PREFIX
 
@@ -60,9 +61,14 @@ def tolerance_of(dtype: torch.dtype) -> float:
 def policy_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor by its name in a checkpoint; sharded ones are not gathered.
 
-    An adapter is left out. A tied head comes under its own name too, for engines that keep a copy.
+    Adapters and a value head are left out. A tied head comes under its own name too, for engines
+    that keep a copy.
     """
-    return ((name, tensor.detach()) for name, tensor in dense_state(model))
+    return (
+        (name, tensor.detach())
+        for name, tensor in dense_state(model)
+        if not name.startswith(f"{VALUE_HEAD}.")
+    )
 
 
 def fit_tensors(named_tensors: NamedTensors, expected: Shapes) -> dict[str, Tensor]:

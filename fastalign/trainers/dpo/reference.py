@@ -21,7 +21,7 @@ from fastalign.data.tokenizer import Tokenizer, check_same_vocabulary
 from fastalign.models.forward import ROUNDING, check_same_start, sequence_logprobs
 from fastalign.models.layers import find_offload, offload_layers
 from fastalign.models.load import model_fingerprint
-from fastalign.models.lora import adapter_off
+from fastalign.models.lora import as_reference
 from fastalign.progress import phase
 from fastalign.runs.accumulate import Examples
 from fastalign.runs.config import ReferencedConfig
@@ -72,9 +72,9 @@ def load_reference(
 def compute_logprobs(
     reference: Reference, examples: Examples, indices: Sequence[int], compute: Compute
 ) -> Tensor:
-    """Return sequence log-probs without any adapter, (number of indices, 2) float32 on the CPU."""
+    """Return the reference's sequence log-probs, (number of indices, 2) float32 on the CPU."""
     what = f"the reference's log-probs, in batches of at most {compute.tokens_per_batch} tokens"
-    with memory_used_in(what), adapter_off(reference.model):
+    with memory_used_in(what), as_reference(reference.model):
         groups = [examples.groups[i] for i in indices]
         return torch.stack(sequence_logprobs(reference.model, groups, compute))
 

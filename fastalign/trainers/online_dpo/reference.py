@@ -11,7 +11,7 @@ from fastalign.batch.packed import Group
 from fastalign.compute import Compute, memory_used_in, require_finite
 from fastalign.data.tokenizer import Tokenizer, check_same_vocabulary
 from fastalign.models.forward import sequence_logprobs
-from fastalign.models.lora import adapter_off, has_adapter
+from fastalign.models.lora import as_reference, has_adapter
 from fastalign.progress import phase
 from fastalign.ranks.parallel import is_sharded
 from fastalign.runs.inputs import load_model, share
@@ -63,7 +63,7 @@ class OnlineReference:
             return response_logprobs(self.other, groups, self._compute)
         weights = self._weights
         policy = self._policy
-        with adapter_off(policy) if weights is None else swapped_weights(policy, weights):
+        with as_reference(policy) if weights is None else swapped_weights(policy, weights):
             return response_logprobs(policy, groups, self._compute)
 
 

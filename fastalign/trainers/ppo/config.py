@@ -44,6 +44,9 @@ class PPOSettings:
     """Demonstrations that each update also trains on (PTX): a file, folder or hub name."""
     ptx_coefficient: float = 1.0
     """Weight of the demonstrations' mean cross-entropy per token."""
+    one_base: bool = False
+    """Load one frozen base for all models: policy, value model and reward models are adapters on
+    it (model.lora, and reward.sources that `fastalign reward --model.lora.rank` wrote)."""
 
     def __post_init__(self) -> None:
         for name, kind, examples in (
@@ -141,8 +144,17 @@ class ValueConfig:
     """The value model of gae: a reward model's network, evaluated at every token."""
 
     path: str | None = None
-    """Folder of a reward model or of a causal model (which gets a zero head); by default the first
-    of reward.sources that is a folder, otherwise model.path."""
+    """Folder of a reward model, whole or an adapter, or of a causal model (which gets a zero head);
+    by default the first of reward.sources that is a folder, otherwise model.path."""
+    share_policy: bool = False
+    """Read values from the policy's own hidden states by a head (zero at first), not from a model
+    of its own."""
+    trunk_gradient: float = 1.0
+    """Share of the value loss's gradient that reaches the policy's layers under value.share_policy;
+    0 trains the head alone."""
+    lora_rank: int = 0
+    """Rank of a new adapter that is trained in place of all of the value model's weights, with the
+    other settings of model.lora; 0 trains all, or the adapter that value.path is."""
     lr: float | None = None
     """Peak learning rate of the value model; by default optim.lr."""
     coefficient: float = 0.1
@@ -154,6 +166,19 @@ class ValueConfig:
         above_zero("value.lr", self.lr)
         above_zero("value.coefficient", self.coefficient)
         above_zero("value.clip_range", self.clip_range)
+        within("value.trunk_gradient", self.trunk_gradient, 0, 1)
+        within("value.lora_rank", self.lora_rank, 0)
+        for name, usual in (("path", None), ("lora_rank", 0)):
+            found = getattr(self, name)
+            if self.share_policy and found != usual:
+                raise ValueError(
+                    f"value.{name}: {found} is a setting of a value model of its own; got "
+                    "value.share_policy beside it"
+                )
+        if not self.share_policy and self.trunk_gradient != 1.0:
+            raise ValueError(
+                f"value.trunk_gradient: {self.trunk_gradient:g} is a setting of value.share_policy"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +217,17 @@ class PolicyGradientConfig(SampledTrainingConfig):
         parts, size = self.ppo.mini_batches, self.train.batch_size
         expected = f"at most train.batch_size ({size} prompts)"
         require(parts <= size, "ppo.mini_batches", expected, parts)
+        if self.ppo.one_base:
+            self._check_one_base()
+
+    def _check_one_base(self) -> None:
+        require(self.model.lora.rank > 0, "model.lora.rank", "more than 0 with ppo.one_base", 0)
+        path = self.reference.path
+        expected = "none with ppo.one_base, whose reference is the base"
+        require(path is None, "reference.path", expected, path)
+        strategy = self.parallel.strategy
+        expected = "ddp with ppo.one_base, whose models share layers that FSDP2 would gather by one"
+        require(strategy != "fsdp", "parallel.strategy", expected, strategy)
 
 
 @dataclass(frozen=True, kw_only=True)

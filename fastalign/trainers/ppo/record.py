@@ -18,12 +18,12 @@ from fastalign.batch.packed import PackedBatch
 from fastalign.batch.schedule import packed_batches
 from fastalign.compute import Compute, memory_used_in, require_finite
 from fastalign.fused.metrics import is_count
-from fastalign.losses.policy import MAX_LOG_RATIO, probability_ratio
+from fastalign.losses.policy import MAX_LOG_RATIO, probability_ratio, value_clipped
 from fastalign.models.attention.plan import AttentionPlan
 from fastalign.models.forward import hidden_and_head, response_logprob
-from fastalign.models.lora import adapter_off
-from fastalign.models.reward import reward_scale, score_at
-from fastalign.ops import LinearHead, LinearKL, kl_penalty, linear_kl, linear_logprob
+from fastalign.models.lora import as_reference
+from fastalign.models.reward import reward_scale, score_at, score_of
+from fastalign.ops import LinearHead, LinearKL, gae, kl_penalty, linear_kl, linear_logprob
 from fastalign.ops.kl_penalty.api import MAX_K3
 from fastalign.ops.segments import segment_sum
 from fastalign.progress import advance, phase
@@ -32,8 +32,8 @@ from fastalign.ranks.world import World
 from fastalign.runs.accumulate import Examples, measure_examples
 from fastalign.runs.metrics import Metrics
 from fastalign.trainers.ppo.advantages import Advantages, Gae, GroupAdvantage, Unweighted
-from fastalign.trainers.ppo.config import KLPenalty, PolicyGradientConfig
-from fastalign.trainers.ppo.setup import PPOModels, PPOSetup
+from fastalign.trainers.ppo.config import KLPenalty, PolicyGradientConfig, PPOConfig
+from fastalign.trainers.ppo.setup import PPOModels, PPOSetup, shares_policy
 from fastalign.trainers.sampling.collapse import repeated_ratio
 from fastalign.trainers.sampling.rollout import Rollouts
 
@@ -119,9 +119,10 @@ def numbers_of_batch(
 
     def of_policy() -> dict[str, Tensor]:
         policy = hidden_and_head(models.policy, batch, compute, plan)
+        values = {"value": score_of(models.policy, policy[0])} if models.shares_trunk else {}
         if reference is not None:
             found = both_heads(policy, reference, batch.targets, compute, temperature)._asdict()
-            return {**found, "full_kl": found.pop("kl")}
+            return {**found, **values, "full_kl": found.pop("kl")}
         logprob, entropy = linear_logprob(
             *policy,
             batch.targets,
@@ -130,7 +131,7 @@ def numbers_of_batch(
             compute_dtype=compute.product_dtype,
             max_buffer_bytes=compute.max_buffer_bytes,
         )
-        return {"logprob": logprob, "entropy": entropy}
+        return {"logprob": logprob, "entropy": entropy, **values}
 
     def of_reference() -> Tensor:
         return response_logprob(models.reference, batch, compute, plan, temperature=temperature)
@@ -138,10 +139,10 @@ def numbers_of_batch(
     reference = reference_head(models.reference, batch, compute, plan) if full_kl else None
     found = enter(models.policy, of_policy) if policy else {}
     if not full_kl:
-        with adapter_off(models.reference):
+        with as_reference(models.reference):
             found["reference_logprob"] = enter(models.reference, of_reference)
     value = models.value
-    if value is not None:
+    if value is not None and not models.shares_trunk:
         found["value"] = enter(value, lambda: token_values(value, batch, compute, plan))
     return found
 
@@ -245,7 +246,7 @@ def reference_head(
         bias = None if head.bias is None else head.bias.clone()
         return hidden, replace(head, weight=head.weight.clone(), bias=bias)
 
-    with adapter_off(reference):
+    with as_reference(reference):
         return enter(reference, of_reference)
 
 
@@ -435,9 +436,12 @@ def first_update_can_compute(config: PolicyGradientConfig) -> Wait:
 
     A KL in the reward needs the policy's log-probs for the advantages: earlier, unless these
     compare each prompt's responses alone, which the loss of a group sees together. The values'
-    loss needs a response's own returns, and the policy's loss follows it.
+    loss needs a response's own returns, and the policy's loss follows it. Where both read the same
+    hidden states, one forward before the updates gives all numbers.
     """
     kl, settings = config.kl, config.ppo
+    if shares_policy(config):
+        return NOTHING_WAITS
     estimator, one = settings.advantage, settings.mini_batches == 1
     by_group = isinstance(estimator, GroupAdvantage) and estimator.whiten == "none"
     needed = kl.in_reward and kl.coefficient > 0 and not by_group
@@ -513,3 +517,49 @@ def mean_of_updates(updates: Sequence[Metrics]) -> Metrics:
         result[name] = sum(values) if summed else fmean(values)
     result["val/ratio_var"] = pvariance([metrics["val/ratio"] for metrics in updates])
     return result
+
+
+def value_batch_loss(
+    ppo: PPOSetup, experience: Experience, num_tokens: int, batch: PackedBatch, chosen: list[int]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the clipped value loss times its coefficient, and sums for the metrics."""
+    value = token_values(ppo.models.value, batch, ppo.compute, None)
+    return value_loss(ppo, experience, num_tokens, value, chosen)
+
+
+def value_loss(
+    ppo: PPOSetup, experience: Experience, num_tokens: int, value: Tensor, chosen: Sequence[int]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute `value_batch_loss` from the values (n,) of the chosen groups' tokens."""
+    assert isinstance(ppo.config, PPOConfig)
+    settings, record, first = ppo.config.value, experience.record, experience.first_value
+    rows = record.rows_of(chosen)
+
+    def moved(values: Tensor | None) -> Tensor:
+        assert values is not None
+        return values[rows].to(value, non_blocking=True)
+
+    if first is None:
+        before, target = moved(record.value), moved(experience.advantages.returns)
+    else:
+        before = value.detach()
+        first.keep(rows, value=before)
+        target = returns_of(ppo, experience, moved(experience.reward), before, chosen)
+    losses = value_clipped(value, before, target, clip_range=settings.clip_range)
+    clipped = losses.detach() > (value.detach() - target).square() / 2
+    return settings.coefficient * losses.sum() / num_tokens, {
+        "val/clipfrac_avg": clipped.float().sum(),
+        "num_target_tokens": torch.tensor(len(rows)),
+    }
+
+
+def returns_of(
+    ppo: PPOSetup, experience: Experience, reward: Tensor, value: Tensor, groups: Sequence[int]
+) -> Tensor:
+    """Return the returns (n,) of these groups' tokens, from their rewards and values (n,)."""
+    estimator = ppo.config.ppo.advantage
+    assert isinstance(estimator, Gae)
+    _, bounds = experience.record.responses_of(groups, ppo.config.sampling.num_samples)
+    bounds = bounds.to(value.device)
+    _, returns = gae(reward, value, bounds, gamma=estimator.gamma, gae_lambda=estimator.gae_lambda)
+    return returns

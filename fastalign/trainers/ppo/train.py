@@ -5,7 +5,7 @@ updates on them follow.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -17,12 +17,12 @@ from torch import Tensor
 from fastalign.batch.packed import PackedBatch
 from fastalign.batch.schedule import indices_of_step, mini_batches
 from fastalign.in_memory import Objects
-from fastalign.losses import value_clipped
 from fastalign.losses.chunk_losses import ppo_loss_fn
 from fastalign.models.attention.plan import AttentionPlan
 from fastalign.models.forward import check_same_start, hidden_and_head
-from fastalign.models.load import model_fingerprint, save_reward_model
-from fastalign.ops import TokenChunk, gae, kl_penalty
+from fastalign.models.load import model_fingerprint, save_model
+from fastalign.models.reward import VALUE_HEAD, as_itself, score_of
+from fastalign.ops import LinearHead, TokenChunk, kl_penalty
 from fastalign.ops.head.fused_linear_loss import LossFunction
 from fastalign.ops.segments import segment_sum
 from fastalign.progress import phase
@@ -31,7 +31,6 @@ from fastalign.runs.best import RunResult
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import OpenRun, open_run, with_objects
 from fastalign.runs.state import TrainState, optimiser_step
-from fastalign.trainers.ppo.advantages import Gae
 from fastalign.trainers.ppo.config import KLInLoss, PolicyGradientConfig, PPOConfig
 from fastalign.trainers.ppo.record import (
     Experience,
@@ -46,13 +45,15 @@ from fastalign.trainers.ppo.record import (
     penalise,
     record_tokens,
     reference_head,
-    token_values,
+    value_batch_loss,
+    value_loss,
 )
 from fastalign.trainers.ppo.setup import (
     PPOSetup,
     advise_on_estimator,
     advise_on_scale,
     prepare_ppo,
+    save_value,
     scale_of_scores,
     value_source,
 )
@@ -67,6 +68,7 @@ from fastalign.trainers.sampling.rollout import Rollouts, final_scores, overlapp
 from fastalign.trainers.sft import num_targets, sft_batch_loss
 
 KL_COEFFICIENT = "kl_coefficient"  # among the numbers that a checkpoint holds
+VALUE_LOSS = "value_loss"  # among the sums of a policy's batch: the part that its value head has
 
 
 def train_ppo(
@@ -196,12 +198,16 @@ class PPORun(OpenRun):
     def _finish(self) -> RunResult:
         print_steps_without_signal(self.state)
         models, config = self.setup.models, self.setup.config
-        write = partial(save_reward_model, models.value, models.value_tokenizer)
+        policy, write = models.policy, partial(save_value, models)
         folders = {}
         if models.value is not None:
             assert isinstance(config, PPOConfig)
             folders = {"value": (value_source(config), write)}
-        return self._run.end(models.policy, self.setup.tokenizer, other_folders=folders)
+        save = partial(save_model, leave_out=(f"{VALUE_HEAD}.weight",))
+        result = self._run.end(policy, self.setup.tokenizer, save_model=save, other_folders=folders)
+        if models.shares_trunk:  # the caller gets a plain policy
+            delattr(policy, VALUE_HEAD)
+        return result
 
 
 def ppo_step(ppo: PPOSetup, state: TrainState, indices: list[int], num_steps: int) -> Metrics:
@@ -375,20 +381,28 @@ def update_gradient(
     bounds = experience.record.group_bounds
     num_tokens = sum(bounds[group + 1] - bounds[group] for group in groups)
     terms = {}
-    if models.value is not None:
+    if models.value is not None and not models.shares_trunk:
         of_value = partial(value_batch_loss, ppo, experience, num_tokens)
-        total = accumulate(models.value, of_value, examples, groups, compute)
+        with as_itself(models.value):
+            total = accumulate(models.value, of_value, examples, groups, compute)
         assert isinstance(config, PPOConfig)
         terms["value"] = config.value.coefficient, total
         if experience.first_value is not None:
             finish_record(ppo, experience, experience.first_value)
     of_policy = partial(policy_batch_loss, ppo, experience, policy_divisor(ppo, experience, groups))
+    if models.shares_trunk:
+        of_policy = partial(shared_batch_loss, of_policy, ppo, experience, num_tokens)
     total = accumulate(models.policy, of_policy, examples, groups, compute, last=ppo.ptx is None)
+    if models.shares_trunk:
+        assert isinstance(config, PPOConfig)
+        of_values = Total(total.sums.pop(VALUE_LOSS))
+        total.loss -= of_values.loss
+        terms["value"] = config.value.coefficient, of_values
     terms["policy"] = 1.0, total
     if ppo.ptx is not None:
         coefficient, chosen = config.ppo.ptx_coefficient, demonstrations_of(ppo, number)
         normaliser = num_targets(ppo.ptx, chosen) / coefficient
-        of_ptx = partial(sft_batch_loss, models.policy, normaliser, compute)
+        of_ptx = partial(ptx_batch_loss, ppo, normaliser)
         terms["ptx"] = coefficient, accumulate(models.policy, of_ptx, ppo.ptx, chosen, compute)
     return terms
 
@@ -407,10 +421,49 @@ def policy_divisor(ppo: PPOSetup, experience: Experience, groups: Sequence[int])
     return ppo.config.ppo.mean.divisor(bounds.diff().tolist(), sampling.max_new_tokens)
 
 
-def policy_batch_loss(
-    ppo: PPOSetup, experience: Experience, divisor: float, batch: PackedBatch, chosen: list[int]
+def shared_batch_loss(
+    of_policy: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+    ppo: PPOSetup,
+    experience: Experience,
+    num_tokens: int,
+    batch: PackedBatch,
+    chosen: list[int],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the policy's loss of a micro-batch over `divisor`, and sums for the metrics."""
+    """Compute the losses of the policy and of values that its own hidden states give."""
+    policy, config = ppo.models.policy, ppo.config
+    assert isinstance(config, PPOConfig)
+    states = hidden_and_head(policy, batch, ppo.compute)
+    loss, sums = of_policy(batch, chosen, states)
+    # Of the values' gradient a share goes on into the layers.
+    hidden = torch.lerp(states[0].detach(), states[0], config.value.trunk_gradient)
+    value = score_of(policy, hidden)
+    of_values, more = value_loss(ppo, experience, num_tokens, value, chosen)
+    return loss + of_values, sums | more | {VALUE_LOSS: of_values.detach()}
+
+
+def ptx_batch_loss(
+    ppo: PPOSetup, normaliser: float, batch: PackedBatch, chosen: list[int]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the demonstrations' loss of a micro-batch, and the sums for its metrics."""
+    policy = ppo.models.policy
+    loss, sums = sft_batch_loss(policy, normaliser, ppo.compute, batch, chosen)
+    if ppo.models.shares_trunk:  # the ranks' last backward must reach every trained parameter
+        loss = loss + 0 * getattr(policy, VALUE_HEAD).weight.sum()
+    return loss, sums
+
+
+def policy_batch_loss(
+    ppo: PPOSetup,
+    experience: Experience,
+    divisor: float,
+    batch: PackedBatch,
+    chosen: list[int],
+    states: tuple[Tensor, LinearHead] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute the policy's loss of a micro-batch over `divisor`, and sums for the metrics.
+
+    `states` are the policy's `hidden_and_head`, where the caller needs them too.
+    """
     _, bounds = experience.record.responses_of(chosen, ppo.config.sampling.num_samples)
     token_weight = ppo.config.ppo.mean.token_weight(bounds)
     if token_weight is not None:
@@ -419,7 +472,7 @@ def policy_batch_loss(
     scale = experience.advantages.scale
     exact = exact_kl_coefficient(ppo.config.kl, experience.kl_coefficient, scale)
     if exact:
-        loss, sums, kl = full_kl_loss(ppo, batch, loss_fn)
+        loss, sums, kl = full_kl_loss(ppo, batch, loss_fn, states)
         weighted = kl if token_weight is None else kl * token_weight.to(kl)
         sums["policy/kl_avg"] = kl.detach().sum()
         return loss + exact * weighted.sum() / divisor, sums
@@ -427,7 +480,13 @@ def policy_batch_loss(
     together = experience.first is not None or whole
     segments = experience.record.bounds_of(chosen) if together else None
     found = policy_loss(
-        ppo.models.policy, batch, loss_fn, ppo.compute, segments=segments, temperature=temperature
+        ppo.models.policy,
+        batch,
+        loss_fn,
+        ppo.compute,
+        segments=segments,
+        temperature=temperature,
+        states=states,
     )
     return found.loss, found.sums
 
@@ -503,7 +562,10 @@ def group_advantage(
 
 
 def full_kl_loss(
-    ppo: PPOSetup, batch: PackedBatch, loss_fn: LossFunction
+    ppo: PPOSetup,
+    batch: PackedBatch,
+    loss_fn: LossFunction,
+    states: tuple[Tensor, LinearHead] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Compute the loss, sums for its metrics, and the exact KL (n,) over the vocabulary.
 
@@ -512,7 +574,7 @@ def full_kl_loss(
     models, compute = ppo.models, ppo.compute
     plan = AttentionPlan(batch)
     reference = reference_head(models.reference, batch, compute, plan)
-    policy = hidden_and_head(models.policy, batch, compute, plan)
+    policy = hidden_and_head(models.policy, batch, compute, plan) if states is None else states
     temperature = ppo.config.sampling.temperature
     found = both_heads(policy, reference, batch.targets, compute, temperature)
     of_all = torch.ones_like(batch.targets, dtype=torch.bool)
@@ -522,45 +584,6 @@ def full_kl_loss(
     sums = {name: value.detach() for name, value in sums.items()}
     del sums["mean_token_accuracy"]  # this pass does not compare logits
     return loss, sums, found.kl
-
-
-def value_batch_loss(
-    ppo: PPOSetup, experience: Experience, num_tokens: int, batch: PackedBatch, chosen: list[int]
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the clipped value loss times its coefficient, and sums for the metrics."""
-    assert isinstance(ppo.config, PPOConfig)
-    settings, record, first = ppo.config.value, experience.record, experience.first_value
-    rows = record.rows_of(chosen)
-    value = token_values(ppo.models.value, batch, ppo.compute, None)
-
-    def moved(values: Tensor | None) -> Tensor:
-        assert values is not None
-        return values[rows].to(value, non_blocking=True)
-
-    if first is None:
-        before, target = moved(record.value), moved(experience.advantages.returns)
-    else:
-        before = value.detach()
-        first.keep(rows, value=before)
-        target = returns_of(ppo, experience, moved(experience.reward), before, chosen)
-    losses = value_clipped(value, before, target, clip_range=settings.clip_range)
-    clipped = losses.detach() > (value.detach() - target).square() / 2
-    return settings.coefficient * losses.sum() / num_tokens, {
-        "val/clipfrac_avg": clipped.float().sum(),
-        "num_target_tokens": torch.tensor(len(rows)),
-    }
-
-
-def returns_of(
-    ppo: PPOSetup, experience: Experience, reward: Tensor, value: Tensor, groups: Sequence[int]
-) -> Tensor:
-    """Return the returns (n,) of these groups' tokens, from their rewards and values (n,)."""
-    estimator = ppo.config.ppo.advantage
-    assert isinstance(estimator, Gae)
-    _, bounds = experience.record.responses_of(groups, ppo.config.sampling.num_samples)
-    bounds = bounds.to(value.device)
-    _, returns = gae(reward, value, bounds, gamma=estimator.gamma, gae_lambda=estimator.gae_lambda)
-    return returns
 
 
 def evaluate_prompts(ppo: PPOSetup) -> Metrics:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fastalign import losses
 from fastalign.runs.config import (
-    ModelConfig,
     OptimConfig,
     PreferenceDataConfig,
     TrainingConfig,
@@ -178,11 +177,6 @@ REWARD_LOSSES: dict[str, type[RewardLoss]] = {
 class RewardConfig(TrainingConfig):
     """Reward-model training on comparisons."""
 
-    model: ModelConfig = field(default_factory=ModelConfig, metadata={"hidden": ("lora",)})
     data: PreferenceDataConfig = field(default_factory=PreferenceDataConfig)
     loss: RewardLoss = field(default_factory=BradleyTerryLoss)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=1e-5))
-
-    def __post_init__(self) -> None:
-        rank = self.model.lora.rank
-        require(rank == 0, "model.lora.rank", "0, a reward model being trained whole", rank)

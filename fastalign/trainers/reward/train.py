@@ -179,9 +179,10 @@ class RewardRun(OpenRun):
     def _finish(self) -> RunResult:
         model, tokenizer, config = self.model, self.tokenizer, self.config
         data, judged = self.sets
-        # Called for a finished run alone: the scores' scale is that of the trained model.
-        save_model = partial(save_reward, config=config, data=data, compute=self.compute)
-        result = self._run.end(model, tokenizer, save_model=save_model)
+        save_model = partial(save_reward_model, leave_out=(LOG_NU,))
+        # The scores' scale is that of the trained model.
+        scale = partial(complete_reward, model, config, data, self.compute)
+        result = self._run.end(model, tokenizer, save_model=save_model, before_saving=scale)
         if result.finished and judged is not None:
             judge(model, config, (data, judged), tokenizer, self.compute)
         if hasattr(model, LOG_NU):  # no parameter of the architecture; its nu is in the config
@@ -280,22 +281,15 @@ def learned_nu(model: Any, loss: RewardLoss) -> Tensor | None:
     return loss.nu_of(whole(log_nu).view(()))
 
 
-def save_reward(
-    model: Any,
-    tokenizer: Tokenizer,
-    folder: Path,
-    *,
-    config: RewardConfig,
-    data: TokenizedDataset,
-    compute: Compute,
+def complete_reward(
+    model: Any, config: RewardConfig, data: TokenizedDataset, compute: Compute
 ) -> None:
-    """Write the reward model with the scale of its scores and, under a loss with ties, `tie_nu`."""
+    """Give the configuration the scale of the scores and, under a loss with ties, `tie_nu`."""
     measure_scale(model, data, compute, config.run.seed)
     nu = learned_nu(model, config.loss)
     if isinstance(config.loss, TieLoss):
         model.config.tie_model = config.loss.name
         model.config.tie_nu = config.loss.nu if nu is None else nu.item()
-    save_reward_model(model, tokenizer, folder, leave_out=(LOG_NU,))
 
 
 def judge(

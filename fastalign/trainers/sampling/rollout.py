@@ -47,7 +47,7 @@ from fastalign.evaluation.rewards import (
 from fastalign.in_memory import GivenReward
 from fastalign.models.architecture import num_positions
 from fastalign.models.lora import adapter_rank, has_adapter
-from fastalign.models.reward import RewardScale
+from fastalign.models.reward import AdapterModel, RewardScale
 from fastalign.progress import advance, phase, restart
 from fastalign.ranks.errors import UserCodeFailed
 from fastalign.ranks.world import ALONE, World
@@ -158,11 +158,15 @@ class RewardSources:
 
 
 def load_sources(
-    config: RewardSourceConfig, compute: Compute, data: PromptDataConfig | None = None
+    config: RewardSourceConfig,
+    compute: Compute,
+    data: PromptDataConfig | None = None,
+    opened: Mapping[str, AdapterModel] | None = None,
 ) -> RewardSources:
     """Load every source; reward models go to the run's device, sharded as its other models.
 
     Before any model is loaded, the columns that functions require are looked for in the `data`.
+    `opened` are reward models on the policy's base, by their folders.
 
     Raises:
         ValueError: if a source cannot be loaded, or no row of the data has a required column.
@@ -178,7 +182,9 @@ def load_sources(
     return RewardSources(
         names=source_names(config.sources),
         functions=tuple(
-            found[source] if source in found else load_reward(source, compute)
+            found[source]
+            if source in found
+            else load_reward(source, compute, (opened or {}).get(source))
             for source in config.sources
         ),
         weights=config.weights or (1.0,) * len(config.sources),

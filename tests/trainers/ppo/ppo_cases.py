@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from fastalign.models.load import load_policy
+from fastalign.models.reward import VALUE_HEAD
 from fastalign.rollouts import Completion, SamplingParams
 from fastalign.runs.config import TrainConfig
 from fastalign.runs.open import make_compute
 from fastalign.runs.state import TrainState, make_optimizer
 from fastalign.trainers import Gae, PPOConfig
 from fastalign.trainers.ppo import train as ppo
+from fastalign.trainers.ppo.record import Experience
 from fastalign.trainers.ppo.setup import PPOSetup, prepare_ppo
-from fastalign.trainers.ppo.train import Experience
 from fastalign.trainers.sampling.rollout import Rollouts, final_scores, roll_out
 from tests.small_runs import ppo_config
 
@@ -72,8 +73,13 @@ def make_run(config: PPOConfig, *, moved: bool = True, **train: Any) -> PPOSetup
                 if parameter.requires_grad:
                     parameter.data.add_(0.02 * torch.randn_like(parameter))
         if run.models.value is not None:
-            run.models.value.score.weight.data.normal_(std=0.2)
+            head_of(run.models.value).weight.data.normal_(std=0.2)
     return run
+
+
+def head_of(value: Any) -> Any:
+    """The head that values are read by, of a value model or on the policy itself."""
+    return getattr(value, VALUE_HEAD) if hasattr(value, VALUE_HEAD) else value.score
 
 
 def rollouts_of(run: PPOSetup, indices: Sequence[int] = INDICES) -> Rollouts:
@@ -100,15 +106,24 @@ def state_of(run: PPOSetup) -> TrainState:
 
 
 def eager_numbers(
-    model: Any, value: Any, prompt: Sequence[int], response: Sequence[int], temperature: float
+    model: Any,
+    value: Any,
+    prompt: Sequence[int],
+    response: Sequence[int],
+    temperature: float,
+    share: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probs (n,), all log-probs (n, V), values (n,)) of one response by its own forward."""
+    """(log-probs (n,), all log-probs (n, V), values (n,)) of one response by its own forward.
+
+    Of the values' gradient a share reaches the layers.
+    """
     ids = torch.tensor([[*prompt, *response]])
     places = slice(len(prompt) - 1, len(prompt) + len(response) - 1)
     log_p = (model(ids).logits[0, places].double() / temperature).log_softmax(-1)
     logprob = log_p.gather(1, torch.tensor(response)[:, None])[:, 0]
     hidden = value.model(ids).last_hidden_state[0, places]
-    return logprob, log_p, (hidden @ value.score.weight[0]).double()
+    hidden = hidden.detach() * (1 - share) + hidden * share
+    return logprob, log_p, (hidden @ head_of(value).weight[0]).double()
 
 
 def eager_gae(
@@ -132,7 +147,9 @@ def eager_loss(run: PPOSetup, rollouts: Rollouts, scores: Sequence[float]) -> Te
     flat = [(g.prompt_ids, ids) for g in rollouts.groups for ids in g.response_ids]
     for (prompt, ids), score in zip(flat, scores, strict=True):
         temperature = config.sampling.temperature
-        logprob, log_p, value = eager_numbers(models.policy, models.value, prompt, ids, temperature)
+        logprob, log_p, value = eager_numbers(
+            models.policy, models.value, prompt, ids, temperature, config.value.trunk_gradient
+        )
         with torch.no_grad():
             of_reference = eager_numbers(reference, models.value, prompt, ids, temperature)
         x = logprob - of_reference[0]
