@@ -50,15 +50,13 @@ int32_t fastalign_product_bf16_cpu(const void* a, int64_t a_row_stride, int64_t 
         accumulate != 0};
     // The longer side of C is shared: each thread packs the whole of the other operand.
     if (num_rows >= num_columns) {
-        fastalign::for_each_span(num_rows, num_columns * depth, num_threads,
-                                 [&](int64_t first, int64_t last) {
-                                     run(product, first, last, 0, num_columns);
-                                 });
+        fastalign::for_each_span(
+            num_rows, num_columns * depth, num_threads,
+            [&](int64_t first, int64_t last) { run(product, first, last, 0, num_columns); });
     } else {
-        fastalign::for_each_span(num_columns, num_rows * depth, num_threads,
-                                 [&](int64_t first, int64_t last) {
-                                     run(product, 0, num_rows, first, last);
-                                 });
+        fastalign::for_each_span(
+            num_columns, num_rows * depth, num_threads,
+            [&](int64_t first, int64_t last) { run(product, 0, num_rows, first, last); });
     }
 #endif
     return 0;

@@ -1,6 +1,6 @@
 // The product by AMX, the matrix unit of Intel's processors since Sapphire Rapids: a tile register
-// has 16 rows of 64 bytes, and one instruction multiplies 16 rows by 16 columns over 16 pairs of the
-// depth. Of eight registers two hold A, two hold B and four C.
+// has 16 rows of 64 bytes, and one instruction multiplies 16 rows by 16 columns over 16 pairs of
+// the depth. Of eight registers two hold A, two hold B and four C.
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -107,7 +107,8 @@ struct Amx {
 bool request_amx() {
     // Linux lets a process use the tile registers, which enlarge its signal frames, once it asked.
     constexpr int ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
-    static const bool granted = syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+    static const bool granted =
+        syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
     return granted;
 }
 

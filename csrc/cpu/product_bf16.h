@@ -20,7 +20,8 @@ struct Product {
     bool accumulate;
 };
 
-// Compute the part of C in the given rows and columns, by AVX-512's bfloat16 instructions or by AMX.
+// Compute the part of C in the given rows and columns, by AVX-512's bfloat16 instructions or by
+// AMX.
 void run_product(const Product& product, int64_t first_row, int64_t last_row, int64_t first_column,
                  int64_t last_column);
 void run_product_amx(const Product& product, int64_t first_row, int64_t last_row,

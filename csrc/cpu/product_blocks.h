@@ -107,8 +107,8 @@ void pack_across(const uint16_t* from, int64_t stride, int64_t num_lines, int64_
             const int64_t here = std::min(LANES, num_lines - line);
             const __mmask16 mask = static_cast<__mmask16>((1u << here) - 1);
             for (int64_t k = start; k < stop; k += 2) {
-                const __m512i both = load_pairs(from + k * stride + line, stride, mask,
-                                                k + 1 < depth);
+                const __m512i both =
+                    load_pairs(from + k * stride + line, stride, mask, k + 1 < depth);
                 // 16 lines are two panels of A, or a third of a panel of B
                 uint32_t* to = panels + line / width * pairs * width + k / 2 * width + line % width;
                 if (width >= LANES) {
