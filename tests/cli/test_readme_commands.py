@@ -5,10 +5,13 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fastalign.cli.compare import serve
 from fastalign.cli.main import main
+from fastalign.compare.store import NewVote
 from tests.small_runs import WORDS, sentence, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -43,11 +46,22 @@ def make_files(folder: Path) -> None:
     assert main(["new-model", *source, *size]) == 0
 
 
+def prefer_the_left(config: Any, served: Any, listening: Any, hosts: Any) -> None:
+    """Judge all pairs, in place of people at a page."""
+    labelling = served.labelling
+    for person in served.keys.annotators:
+        while (shown := labelling.shown(person.id)) is not None:
+            place = (shown.pair, person.id, shown.left)
+            assert labelling.vote(NewVote(*place, shown.left, shown.chosen_by, shown.nonce))
+
+
 def test_the_commands_run_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(serve, "serve", prefer_the_left)
+    monkeypatch.setattr("builtins.input", lambda _: "/quit")
     make_files(tmp_path)
     assert len(COMMANDS) >= 8
     for arguments in COMMANDS:
@@ -55,4 +69,6 @@ def test_the_commands_run_one_after_the_other(
     for name in ("runs/sft/model", "runs/dpo/model", "runs/ipo/model", "samples.jsonl"):
         assert (tmp_path / name).exists()
     assert json.loads((tmp_path / "runs/dpo/eval/eval.json").read_text())["accuracy"] >= 0
+    compared = (tmp_path / "compared.jsonl").read_text().splitlines()
+    assert compared and all(json.loads(line)["votes"] for line in compared)
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
