@@ -70,5 +70,6 @@ def test_the_commands_run_one_after_the_other(
         assert (tmp_path / name).exists()
     assert json.loads((tmp_path / "runs/dpo/eval/eval.json").read_text())["accuracy"] >= 0
     compared = (tmp_path / "compared.jsonl").read_text().splitlines()
-    assert compared and all(json.loads(line)["votes"] for line in compared)
+    assert compared
+    assert all(json.loads(line)["votes"] for line in compared)
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
