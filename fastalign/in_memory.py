@@ -196,7 +196,7 @@ def as_rows(argument: str, rows: Any) -> Any:
     """
     if isinstance(rows, str | PathLike):
         return str(rows)
-    if isinstance(rows, tuple) or (isinstance(rows, list) and rows and all(map(_is_path, rows))):
+    if _are_paths(rows):
         if argument != "train_data":
             raise ValueError(f"{argument}: expected one file, folder or hub name, got {len(rows)}")
         return tuple(map(str, rows))  # with weights, as `data.train` has them
@@ -216,6 +216,13 @@ def as_rows(argument: str, rows: Any) -> Any:
             f"a folder or a hub name, got {type(rows).__name__}"
         )
     return GivenRows(argument, list(rows) if isinstance(rows, Iterator) else rows)
+
+
+def _are_paths(rows: Any) -> bool:
+    """Return whether rows are none, but a tuple of texts, or a list of paths that exist."""
+    if isinstance(rows, tuple):
+        return all(isinstance(each, str | PathLike) for each in rows)
+    return isinstance(rows, list) and bool(rows) and all(map(_is_path, rows))
 
 
 def _is_path(thing: Any) -> bool:

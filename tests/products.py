@@ -31,4 +31,4 @@ def matrix_product_flops(call: Callable[[], object]) -> int:
 def peak_bytes(call: Callable[[], object]) -> int:
     """The most memory that `call` held at one time, beyond what was held before."""
     sizes = [event.nbytes() for event in recorded(call) if event.name() == "[memory]"]
-    return max(accumulate(sizes))
+    return max(accumulate(sizes), default=0)

@@ -27,7 +27,8 @@ def test_a_run_is_resumed_from_its_own_file(work: Path) -> None:
     loss = ["--loss", "dpo_rao_kupper", "--loss.nu", "2", "--pairs.ties", "use"]
     fastalign("online-dpo", *sources, *FEW, *loss, "--run.dir", "run", "--train.stop-at-step", "2")
     saved = yaml.safe_load((work / "run/config.yaml").read_text())
-    assert saved["loss"] == {"name": "dpo_rao_kupper", "beta": 0.1, "nu": 2.0}
+    loss = {"name": "dpo_rao_kupper", "beta": 0.1, "nu": 2.0, "nll_coefficient": 0.0}
+    assert saved["loss"] == loss
     assert saved["reward"]["sources"] == ["bag.json", "my_reward:shorter"]
     fastalign(
         "online-dpo", "--config", "run/config.yaml", "--run.resume", "--train.stop-at-step", "9"

@@ -209,7 +209,7 @@ def test_arguments_that_do_not_fit_are_named(capsys: pytest.CaptureFixture[str])
     for arguments, line in (
         (["--world-size", "4", *run], "--world-size: expected 4 ranks, got 1 (WORLD_SIZE)"),
         (["--timeout-seconds", "0", *run], "--timeout-seconds: expected a positive number, got 0"),
-        (["eval"], "expected a command (sft, dpo, online-dpo, reward, ppo) and its flags"),
+        (["eval"], "expected a command (sft, dpo, kto, online-dpo, reward, ppo, grpo, rloo)"),
         ([*run, "--optim.lr", "-1"], "optim.lr: expected a finite number"),
     ):
         assert main(["preflight", *arguments]) == 2

@@ -159,8 +159,9 @@ def test_nothing_is_written_and_the_command_is_asked_for(
     assert main(["estimate", "sft", *words]) == 0
     assert "it fits" in capsys.readouterr().out
     assert not (folder / "run").exists()
-    assert main(["estimate", "ppo", *words]) == 2
-    assert "expected one of sft, dpo, kto, reward, got 'ppo'" in capsys.readouterr().err
+    assert main(["estimate", "online-dpo", *words]) == 2
+    line = "expected one of sft, dpo, kto, reward, ppo, grpo, rloo, got 'online-dpo'"
+    assert line in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastalign.batch.schedule import indices_of_step
 from fastalign.compute import Compute
 from fastalign.data.load import load_examples
 from fastalign.data.tokenizer import (
@@ -437,3 +438,19 @@ def advise_on_estimator(config: PolicyGradientConfig) -> None:
             f"kl.estimator={kl.estimator} in the reward gives a biased KL gradient and may let the "
             "policy drift; use k1 or full, or put the KL into the loss (--kl loss)"
         )
+
+
+def demonstrations_of(ppo: PPOSetup, number: int) -> list[int]:
+    """Return the demonstrations that one update learns."""
+    assert ppo.ptx is not None
+    size = max(1, ppo.config.train.batch_size // ppo.config.ppo.mini_batches)
+    return indices_of_step(len(ppo.ptx.groups), size, number, seed=ppo.config.run.seed)
+
+
+def num_examples_of_updates(ppo: PPOSetup) -> int:
+    """Return the number of examples that the forwards of a step's updates take, of all models."""
+    config, settings = ppo.config, ppo.config.ppo
+    number = config.train.batch_size * (1 if ppo.models.value is None else 2)
+    if ppo.ptx is not None:
+        number += settings.mini_batches * len(demonstrations_of(ppo, 0))
+    return settings.epochs * number

@@ -52,6 +52,8 @@ from fastalign.trainers.ppo.setup import (
     PPOSetup,
     advise_on_estimator,
     advise_on_scale,
+    demonstrations_of,
+    num_examples_of_updates,
     prepare_ppo,
     save_value,
     scale_of_scores,
@@ -301,15 +303,6 @@ def no_signal(ppo: PPOSetup, rollouts: Rollouts, experience: Experience) -> str 
     return None
 
 
-def num_examples_of_updates(ppo: PPOSetup) -> int:
-    """Return the number of examples that the forwards of a step's updates take, of all models."""
-    config, settings = ppo.config, ppo.config.ppo
-    number = config.train.batch_size * (1 if ppo.models.value is None else 2)
-    if ppo.ptx is not None:
-        number += settings.mini_batches * len(demonstrations_of(ppo, 0))
-    return settings.epochs * number
-
-
 def all_updates(
     ppo: PPOSetup, experience: Experience, state: TrainState, num_steps: int
 ) -> list[Metrics]:
@@ -405,13 +398,6 @@ def update_gradient(
         of_ptx = partial(ptx_batch_loss, ppo, normaliser)
         terms["ptx"] = coefficient, accumulate(models.policy, of_ptx, ppo.ptx, chosen, compute)
     return terms
-
-
-def demonstrations_of(ppo: PPOSetup, number: int) -> list[int]:
-    """Return the demonstrations that one update learns."""
-    assert ppo.ptx is not None
-    size = max(1, ppo.config.train.batch_size // ppo.config.ppo.mini_batches)
-    return indices_of_step(len(ppo.ptx.groups), size, number, seed=ppo.config.run.seed)
 
 
 def policy_divisor(ppo: PPOSetup, experience: Experience, groups: Sequence[int]) -> float:

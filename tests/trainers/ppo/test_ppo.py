@@ -17,7 +17,8 @@ from fastalign.trainers.ppo import train as ppo
 from fastalign.trainers.ppo.advantages import ADVANTAGES, AdvantageEstimator
 from fastalign.trainers.ppo.config import KLPenalty
 from fastalign.trainers.ppo.record import mean_of_updates
-from fastalign.trainers.ppo.train import all_updates, demonstrations_of, one_update, update_gradient
+from fastalign.trainers.ppo.setup import demonstrations_of
+from fastalign.trainers.ppo.train import all_updates, one_update, update_gradient
 from fastalign.trainers.sampling.rollout import final_scores
 from tests.small_runs import WORDS, write_rows
 from tests.trainers.dpo.step_cases import PACKINGS, gradients
