@@ -2,18 +2,21 @@
 
 They have a plain C ABI (csrc/abi.h): building needs no torch, and the CUDA one nvcc but no GPU.
 FASTALIGN_NATIVE=0 builds nothing. CXX and NVCC name other compilers, FASTALIGN_CUDA_ARCHITECTURES
-("90" or "80 90") the GPUs to compile for. FASTALIGN_SANITIZE=1 builds a CPU library that stops at
-the first access outside an array, for the tests.
+("90" or "80 90") the GPUs to compile for. FASTALIGN_GLIBC=2.28 makes libraries that also run with
+that version of glibc and all later ones (scripts/packages.sh). FASTALIGN_SANITIZE=1 builds a CPU
+library that stops at the first access outside an array, for the tests.
 """
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 CPU_SOURCE = Path("csrc/cpu")
@@ -91,6 +94,55 @@ def cuda_commands(nvcc, build, library):
     return commands, [*common, "-shared", *objects, "-o", str(library)]
 
 
+def output(command):
+    """Return what a command prints."""
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def glibc_stubs(cxx, build, oldest):
+    """Make stubs of glibc, and return a linker's arguments that put them before the real one.
+
+    A linker takes a symbol's newest version. The stubs have the newest that `oldest` knows, under
+    glibc's own names, so that the dynamic loader finds the functions themselves. Before glibc 2.34,
+    threads and `dlopen` were in libraries of their own, which the result asks for, too.
+    """
+    if not re.fullmatch(r"\d+\.\d+", oldest):
+        raise SystemExit(f"FASTALIGN_GLIBC: expected a version such as 2.28, got {oldest!r}")
+    wanted = tuple(map(int, oldest.split(".")))
+    stubs = ["--no-as-needed"]
+    for name in ("libc.so.6", "libm.so.6"):
+        versions = {}  # symbol: its versions, and whether a linker takes them
+        exported = output(["objdump", "-T", output([cxx, f"-print-file-name={name}"]).strip()])
+        for hidden, version, symbol in re.findall(
+            r" (\(?)GLIBC_([\d.]+)\)? +(\w+)$", exported, flags=re.MULTILINE
+        ):
+            number = tuple(map(int, version.split(".")))
+            versions.setdefault(symbol, {})[number] = not hidden
+        nodes = {}  # version: the symbols that are taken in it
+        for symbol, known in versions.items():
+            older = [number for number in known if number <= wanted]
+            if older and any(known[number] for number in known if number > wanted):
+                nodes.setdefault(max(older), []).append(symbol)
+        stub = build / name
+        script = [
+            f"GLIBC_{'.'.join(map(str, number))} {{ {'; '.join(symbols)}; }};"
+            for number, symbols in sorted(nodes.items())
+        ]
+        labels = [
+            f".globl {symbol}\n.type {symbol}, @function\n{symbol}:"
+            for symbols in nodes.values()
+            for symbol in symbols
+        ]
+        stub.with_suffix(".map").write_text("\n".join([*script, ""]))
+        stub.with_suffix(".s").write_text("\n".join([*labels, ""]))
+        command = [cxx, "-shared", "-nostdlib", str(stub.with_suffix(".s")), "-o", str(stub)]
+        output([*command, f"-Wl,-soname,{name},--version-script,{stub.with_suffix('.map')}"])
+        stubs.append(str(stub))
+    for name in ("libpthread.so.0", "libdl.so.2", "librt.so.1"):
+        stubs.append(output([cxx, f"-print-file-name={name}"]).strip())
+    return [word for stub in stubs for word in ("-Xlinker", stub)]  # nvcc takes them, too
+
+
 def failure(command):
     """Run a command; return the last line of its error, or None."""
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -120,12 +172,22 @@ class BuildNative(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         make = {"cpu": cpu_commands, "cuda": cuda_commands}[device]
         commands, link = make(COMPILERS[device], build, library)
+        if oldest := os.environ.get("FASTALIGN_GLIBC"):
+            link += glibc_stubs(COMPILERS["cpu"], build, oldest)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             failures = [reason for reason in pool.map(failure, commands) if reason]
         reason = failures[0] if failures else failure(link)
         if reason is not None:
             library.unlink(missing_ok=True)
             print(f"note: fastalign is installed without native {device} code: {reason}")
+
+
+class WheelForAnyPython(bdist_wheel):
+    """Tags a wheel for every Python 3: the libraries have a C ABI and know nothing of Python's."""
+
+    def get_tag(self):
+        """Return (python, abi, platform)."""
+        return "py3", "none", super().get_tag()[2]
 
 
 COMPILERS = find_compilers()
@@ -140,5 +202,5 @@ setup(
         Extension(f"fastalign._native.libfastalign_{device}", sources=[], optional=True)
         for device in COMPILERS
     ],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": WheelForAnyPython},
 )

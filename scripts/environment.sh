@@ -1,9 +1,11 @@
 # Sourced by the other scripts: make .venv once and install fastalign with the tested versions.
-# FASTALIGN_VENV and PYTHON choose another folder and interpreter, FASTALIGN_EXTRAS the extras.
+# FASTALIGN_VENV and PYTHON choose another folder and interpreter, FASTALIGN_EXTRAS the extras
+# (report: matplotlib, for the pages that the scripts end with).
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 FASTALIGN_VENV=${FASTALIGN_VENV:-.venv}
+FASTALIGN_EXTRAS=${FASTALIGN_EXTRAS-report}
 
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "fastalign needs Python 3.11 or newer; '$PYTHON' is $("$PYTHON" --version 2>&1). Set PYTHON=..." >&2
@@ -12,13 +14,14 @@ fi
 
 # The stamp records what was installed: a second call starts at once, and a changed pin reinstalls.
 stamp="$FASTALIGN_VENV/.fastalign-installed"
-wanted=$(cat pyproject.toml setup.py constraints.txt csrc/*.* csrc/*/*.* | cksum; echo "${FASTALIGN_NATIVE:-1} ${FASTALIGN_EXTRAS:-}")
+wanted=$(cat pyproject.toml setup.py constraints.txt csrc/*.* csrc/*/*.* | cksum; echo "${FASTALIGN_NATIVE:-1} $FASTALIGN_EXTRAS")
 if [ ! -f "$stamp" ] || [ "$(cat "$stamp")" != "$wanted" ]; then
     echo "Installing into $FASTALIGN_VENV (once; a few minutes)"
     [ -x "$FASTALIGN_VENV/bin/python" ] || "$PYTHON" -m venv "$FASTALIGN_VENV"
-    # torch first and pinned, so that no later step replaces it by another build.
-    "$FASTALIGN_VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-    "$FASTALIGN_VENV/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+    # torch first and pinned, so that no later step replaces it by another build. Python compiles what is imported: a sixth of the
+    # environment would be bytecode that nobody runs.
+    "$FASTALIGN_VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt torch
+    "$FASTALIGN_VENV/bin/python" -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt \
         -e ".${FASTALIGN_EXTRAS:+[$FASTALIGN_EXTRAS]}"
     printf '%s' "$wanted" > "$stamp"
 fi

@@ -66,8 +66,10 @@ def main(config: ReportConfig) -> int:
     """Run `fastalign report`; return 0 when the page is written."""
     from fastalign.report.comparisons import is_comparisons, read_comparisons
     from fastalign.report.page import render, tables
+    from fastalign.report.pictures import check_pictures
     from fastalign.report.runs import read_runs
 
+    check_pictures()
     if not config.runs:
         raise ValueError("expected one run's folder or more, got none")
     if Path(config.out).suffix != ".html":
@@ -97,7 +99,9 @@ def frontier(config: FrontierConfig) -> int:
         read_frontier,
         render_frontier,
     )
+    from fastalign.report.pictures import check_pictures
 
+    check_pictures()
     if not config.runs:
         raise ValueError("expected runs, eval.json files or lists of them, got none")
     out = Path(config.out)

@@ -32,7 +32,7 @@ def unusable_reason(backend: str, device_type: str, dtype: torch.dtype) -> str |
         return reason
     assert backend in ("triton", "epilogue")
     if importlib.util.find_spec("triton") is None:
-        return "triton is not installed; pip install triton (Linux)"
+        return "triton is not installed: pip install 'fastalign[triton]' (Linux)"
     if device_type == "cuda" or (device_type == "cpu" and triton_interprets()):
         return _without_tensor_memory_accelerator() if backend == "epilogue" else None
     if device_type == "cpu":

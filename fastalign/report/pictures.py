@@ -4,6 +4,7 @@ import base64
 import io
 import math
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -44,6 +45,12 @@ SECTIONS = {
 }
 NUM_BINS = 572  # columns of pixels in a curve's picture
 KL_LABEL = "KL to the reference (nats per sequence)"
+
+
+def check_pictures() -> None:
+    """Raise ValueError if matplotlib, an extra, is not installed."""
+    if find_spec("matplotlib") is None:
+        raise ValueError("pictures need matplotlib: pip install 'fastalign[report]'")
 
 
 def as_data_uri(figure: Any) -> str:

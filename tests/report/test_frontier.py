@@ -217,3 +217,18 @@ def test_a_method_s_name_is_text_not_markup(tmp_path: Path) -> None:
     (tmp_path / "runs.json").write_text(json.dumps([entry]))
     assert main(["frontier", str(tmp_path / "runs.json"), "--out", str(tmp_path / "f.html")]) == 0
     assert "&lt;b&gt;$x$" in (tmp_path / "f.html").read_text()
+
+
+@pytest.mark.parametrize("command", ["frontier", "report"])
+def test_without_matplotlib_one_line_says_what_to_install(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("fastalign.report.pictures.find_spec", lambda name: None)
+    out = tmp_path / "page.html"
+    assert main([command, str(tmp_path / "none"), "--out", str(out)]) == 2
+    assert capsys.readouterr().err == (
+        f"fastalign {command}: pictures need matplotlib: pip install 'fastalign[report]'\n"
+    )
