@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-#define FASTALIGN_ABI_VERSION 5
+#define FASTALIGN_ABI_VERSION 6
 #define FASTALIGN_EXPORT __attribute__((visibility("default")))
 
 // Declares a function of both libraries.
@@ -180,6 +180,49 @@ FASTALIGN_BOTH(kl_tile, float* policy, float* reference, int64_t num_rows, int64
                float* logprob, float* reference_logprob, float* entropy, float* kl, void* gradient,
                void* kl_gradient, int32_t gradient_dtype, int64_t gradient_stride,
                const float* grad_logprob, const float* grad_entropy, const float* grad_kl)
+
+// Layers of a model on a CPU; on a GPU they are the model's own.
+//
+// RMSNorm of rows x (num_rows, num_columns): output = x scale (weight + offset), with scale
+// (num_rows,) = 1 / sqrt(mean x^2 + epsilon), the mean in double.
+FASTALIGN_EXPORT int32_t fastalign_rms_norm_forward_cpu(const float* x, const float* weight,
+                                                        float offset, float epsilon,
+                                                        int64_t num_rows, int64_t num_columns,
+                                                        float* output, float* scale,
+                                                        int32_t num_threads, int32_t isa);
+
+// grad_x (num_rows, num_columns) and grad_weight (num_columns,) or NULL from gradient, that of
+// output; partial (ceil(num_rows / 64), num_columns) is memory to work in where grad_weight is not
+// NULL. The sums do not depend on the number of threads.
+FASTALIGN_EXPORT int32_t fastalign_rms_norm_backward_cpu(const float* x, const float* weight,
+                                                         float offset, const float* scale,
+                                                         const float* gradient, int64_t num_rows,
+                                                         int64_t num_columns, float* grad_x,
+                                                         float* grad_weight, float* partial,
+                                                         int32_t num_threads, int32_t isa);
+
+// output = f(gate) up, all of `size` elements of dtype; f is SiLU (activation 0) or GELU by its
+// approximation with tanh (1; an unknown one is an unknown dtype). The backward writes the
+// gradients of gate and up from that of output.
+FASTALIGN_EXPORT int32_t fastalign_gated_activation_forward_cpu(const void* gate, const void* up,
+                                                                int32_t dtype, int32_t activation,
+                                                                int64_t size, void* output,
+                                                                int32_t num_threads, int32_t isa);
+FASTALIGN_EXPORT int32_t fastalign_gated_activation_backward_cpu(const void* gate, const void* up,
+                                                                 int32_t dtype, int32_t activation,
+                                                                 int64_t size, const void* gradient,
+                                                                 void* grad_gate, void* grad_up,
+                                                                 int32_t num_threads, int32_t isa);
+
+// Rotary embedding of x (num_rows, num_heads, head_dim), float32 or bfloat16, with h = head_dim / 2
+// and cos, sin (num_rows, head_dim): output_i = x_i cos_i - x_(i+h) sin_i and
+// output_(i+h) = x_(i+h) cos_(i+h) + x_i sin_(i+h) for i < h; with `transposed` the transpose of
+// this map, which takes the output's gradient to that of x.
+FASTALIGN_EXPORT int32_t fastalign_rotary_cpu(const void* x, int32_t dtype, const float* cos,
+                                              const float* sin, int64_t num_rows, int64_t num_heads,
+                                              int64_t head_dim, int32_t transposed, void* output,
+                                              int32_t output_dtype, int32_t num_threads,
+                                              int32_t isa);
 
 #ifdef __cplusplus
 }

@@ -175,12 +175,25 @@ def as_model(argument: str, model: Any, tokenizer: Any = None) -> str:
 
     The result of a run (`fastalign.train_sft`) is its model with its tokenizer. A `tokenizer` of
     None is the model's own.
+
+    Raises:
+        ValueError: if the object is no model, or the tokenizer none.
     """
     if all(hasattr(model, name) for name in ("model", "tokenizer", "folder")):
         model, tokenizer = model.model, tokenizer or model.tokenizer
     if isinstance(tokenizer, PathLike):
         tokenizer = str(tokenizer)
+    if not isinstance(tokenizer, str | None) and not hasattr(tokenizer, "decode"):
+        raise ValueError(
+            "tokenizer: expected a tokenizer of transformers, a folder or a hub name, got "
+            f"{type(tokenizer).__name__}"
+        )
     if not isinstance(model, str | PathLike):
+        if not (hasattr(model, "config") and hasattr(model, "state_dict")):
+            raise ValueError(
+                f"{argument}: expected a transformers model, a folder or a hub name, got "
+                f"{type(model).__name__}"
+            )
         return GivenModel(argument, model, tokenizer)
     path = str(model)
     return path if tokenizer is None else GivenModel(argument, None, tokenizer, path=path)

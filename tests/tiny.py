@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -98,6 +99,18 @@ def tiny_model(
         parameter.data.add_(0.1 * torch.randn_like(parameter))
     # GPT-OSS's MLP returns its router's choice too
     return as_used(model, replace(AS_PACKED, skips=architecture != "gpt_oss"))
+
+
+def exchanged_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that compute by a kernel in place of their own code."""
+    return [m for m in model.modules() if type(m).__mro__[1].__name__ == type(m).__name__]
+
+
+def with_own_layers(model: nn.Module) -> Any:
+    """The same model, in place, with every layer's own code."""
+    for module in exchanged_layers(model):
+        module.__class__ = type(module).__mro__[1]
+    return model
 
 
 def tiny_reward_model(architecture: str, **options: Any) -> Any:

@@ -1,7 +1,10 @@
 // Shares the rows of an operation among threads, and chooses the instruction set at run time.
 #pragma once
 
+#include <dlfcn.h>
+
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <thread>
 #include <vector>
@@ -11,19 +14,47 @@ namespace fastalign {
 // A thread with fewer elements than this takes longer to start than to compute them.
 constexpr int64_t MIN_ELEMENTS_PER_THREAD = 1 << 16;
 
+// Runs a function on each of a team's threads.
+typedef void (*Team)(void (*function)(void*), void* data, unsigned num_threads, unsigned flags);
+
+// The entry point of the OpenMP library that is in the process, torch's, or NULL. Its threads may
+// still wait for work on the cores that threads of our own would need.
+inline Team openmp_team() {
+    static const Team team = reinterpret_cast<Team>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    return team;
+}
+
+template <typename Function>
+struct Spans {
+    const Function& function;
+    int64_t num_rows, count;
+    std::atomic<int64_t> next;
+
+    // A team may be smaller than was asked for.
+    void work() {
+        for (int64_t i = next++; i < count; i = next++)
+            function(num_rows * i / count, num_rows * (i + 1) / count);
+    }
+    static void work_of(void* spans) { static_cast<Spans*>(spans)->work(); }
+};
+
 // Calls function(first, last) on spans of 0..num_rows, each `elements_per_row` elements of work.
 template <typename Function>
 void for_each_span(int64_t num_rows, int64_t elements_per_row, int32_t num_threads,
                    const Function& function) {
     const int64_t worth = num_rows * elements_per_row / MIN_ELEMENTS_PER_THREAD;
     const int64_t count = std::max<int64_t>(1, std::min<int64_t>({num_threads, worth, num_rows}));
-    std::vector<std::thread> threads;
-    for (int64_t i = 1; i < count; ++i) {
-        threads.emplace_back(
-            [&, i] { function(num_rows * i / count, num_rows * (i + 1) / count); });
+    Spans<Function> spans = {function, num_rows, count, {0}};
+    if (count == 1) {
+        spans.work();
+    } else if (const Team team = openmp_team()) {
+        team(spans.work_of, &spans, static_cast<unsigned>(count), 0);
+    } else {
+        std::vector<std::thread> threads;
+        for (int64_t i = 1; i < count; ++i) threads.emplace_back([&] { spans.work(); });
+        spans.work();
+        for (auto& thread : threads) thread.join();
     }
-    function(0, num_rows / count);
-    for (auto& thread : threads) thread.join();
 }
 
 // True if this build has the instruction set and this processor runs it.

@@ -142,6 +142,8 @@ class DataReport:
         if self.unused_columns:
             names = show_names(sorted(self.unused_columns))
             lines.append(f"columns that nothing uses: {names}")
+            if "label" in self.unused_columns and any("completion" in form for form in self.forms):
+                lines.append("a label beside a completion is used where it is true or false")
         if self.absent_columns:
             names = show_names(self.absent_columns)
             lines.append(f"no row has columns that rewards use the defaults of: {names}")

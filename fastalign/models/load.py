@@ -34,6 +34,7 @@ from fastalign.models.architecture import (
     tower_parameters,
 )
 from fastalign.models.exactness import Verdict, check_exact, known_verdicts, verdict
+from fastalign.models.fused_layers import fuse_layers
 from fastalign.models.head import check_head
 from fastalign.models.layers import skip_unread_tokens
 from fastalign.models.lora import base_state, merge_adapter, start_state
@@ -263,6 +264,7 @@ def as_used(model: Any, found: Verdict) -> Any:
     model.verdict = found
     disable_dropout(model)
     use_fastest_products(model)
+    fuse_layers(model)
     for _, parameter in tower_parameters(model):
         parameter.requires_grad_(False)
     if found.skips and not router_coefficient(model):  # whose loss is of all tokens

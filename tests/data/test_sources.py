@@ -147,6 +147,12 @@ def test_columns_that_nothing_uses_are_named_once(
     path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c", "votes": {"a": 1, "b": 0}}\n')
     (line,) = load_examples(path, "preference", make_tokenizer(), max_length=9).report.log_lines()
     assert line == f"{path}: columns that nothing uses: 'votes'"
+    path.write_text('{"prompt": "a", "completion": "b", "label": "good"}\n')
+    lines = load_examples(path, "sft", make_tokenizer(), max_length=9).report.log_lines()
+    assert lines == [
+        f"{path}: columns that nothing uses: 'label'",
+        f"{path}: a label beside a completion is used where it is true or false",
+    ]
 
 
 def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from fastalign.batch.packed import Group, PackedBatch, pack
 from fastalign.compute import Compute
 from fastalign.models.forward import response_logprob
 from fastalign.models.layers import compile_layers
-from tests.tiny import SETTINGS, tiny_model
+from tests.tiny import SETTINGS, tiny_model, with_own_layers
 
 # torch._dynamo asks tensors for their gradient, and hides the warning only as it is shown.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -53,6 +53,7 @@ def step(model: Any, batch: PackedBatch) -> tuple[float, dict[str, torch.Tensor]
 def assert_same_steps(plain: Any, compiled: Any, rtol: float) -> list[int]:
     """Compares some steps of different sizes; returns how many programs there were after each."""
     num_programs, sizes = [], set()
+    with_own_layers(plain)  # which is what is compiled
     for seed in (3, 5, 2, 9, 4):
         batch = batch_of(seed)
         sizes.add(batch.num_tokens)

@@ -20,5 +20,10 @@ void check_kl_penalty(Setting setting);
 void check_gae(Setting setting);
 void check_preference_loss(Setting setting);
 
+// Layers of a model.
+void check_rms_norm(Setting setting);
+void check_gated_activation(Setting setting);
+void check_rotary(Setting setting);
+
 // One array an element too short: must be stopped.
 void gae_too_short();

@@ -25,6 +25,9 @@ const Check CHECKS[] = {
     {"kl_penalty", check_kl_penalty},
     {"gae", check_gae},
     {"preference_loss", check_preference_loss},
+    {"rms_norm", check_rms_norm},
+    {"gated_activation", check_gated_activation},
+    {"rotary", check_rotary},
 };
 
 int main(int count, char** arguments) {

@@ -273,10 +273,20 @@ ERRORS: dict[str, tuple[str, dict[str, Any], str]] = {
         {"config": DPOConfig(), "model": "llama"},
         "config: expected a SFTConfig, got DPOConfig",
     ),
-    "an object that is no model": (
+    "a module that is no model": (
         "sft",
         {"model": Custom(), "tokenizer": "llama", "train_data": one_row()},
-        r"model \(in memory\): expected a transformers model, a folder or a hub name, got Custom",
+        "model: expected a transformers model, a folder or a hub name, got Custom",
+    ),
+    "a number for a model": (
+        "dpo",
+        {"model": 3, "train_data": one_row()},
+        "model: expected a transformers model, a folder or a hub name, got int",
+    ),
+    "a number for a reference": (
+        "dpo",
+        {"model": "llama", "reference": 3, "train_data": one_row()},
+        "reference: expected a transformers model, a folder or a hub name, got int",
     ),
     "no tokenizer": (
         "sft",
