@@ -182,7 +182,8 @@ class _Rotary(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        found = _rotate(gradients[0].transpose(1, 2), *ctx.saved_tensors, ctx.dtype, True)
+        cos, sin = ctx.saved_tensors
+        found = _rotate(gradients[0].transpose(1, 2), cos, sin, ctx.dtype, True)
         return found.transpose(1, 2), None, None
 
 
