@@ -7,17 +7,18 @@ Kupper's model of the difference of the two answers' rewards, so that ties and m
 """
 
 import argparse
+import http.client
 import math
 import random
 import statistics
 import sys
 import threading
 import time
+from contextlib import closing
 from html.parser import HTMLParser
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlencode, urlsplit
 
-import httpx2
 import torch
 
 from fastalign.data.conversation import json_as_content
@@ -77,6 +78,39 @@ class ShownPair(HTMLParser):
         return ["\n".join(text for _, text in turns) for turns in self.sections[1:3]]
 
 
+class Visitor:
+    """A browser's connection to the page, with its cookie; scripts of the page send forms so."""
+
+    def __init__(self, link: SplitResult):
+        self._origin = f"{link.scheme}://{link.netloc}"
+        self._connection = http.client.HTTPConnection(link.netloc, timeout=60)
+        self._cookie = ""
+        self._cookie = self._ask("GET", f"/?{link.query}")[1].partition(";")[0]
+
+    def _ask(self, method: str, path: str, body: str | None = None) -> tuple[str, str]:
+        headers = {"Origin": self._origin, "X-Requested-With": "fetch", "Cookie": self._cookie}
+        if body is not None:
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
+        self._connection.request(method, path, body, headers)
+        reply = self._connection.getresponse()
+        text = reply.read().decode()
+        if reply.status != 200:
+            raise ValueError(f"{method} {path.partition('?')[0]}: {reply.status}: {text:.200}")
+        return text, reply.getheader("set-cookie", "")
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._connection.close()
+
+    def page(self) -> str:
+        """Return the first page."""
+        return self._ask("GET", "/")[0]
+
+    def send(self, path: str, fields: dict[str, str]) -> str:
+        """Send a form and return the page that comes next."""
+        return self._ask("POST", path, urlencode(fields))[0]
+
+
 class Annotator(threading.Thread):
     """One person: opens a link, and compares until nothing is left or enough is done."""
 
@@ -89,27 +123,23 @@ class Annotator(threading.Thread):
 
     def run(self) -> None:
         """Compare; a problem is kept for the end."""
-        parts = urlsplit(self._link)
-        origin = f"{parts.scheme}://{parts.netloc}"
         until = time.monotonic() + self._options.seconds
         try:
-            with httpx2.Client(base_url=origin, follow_redirects=True, timeout=60) as client:
-                client.get(f"/?{parts.query}").raise_for_status()
-                page = client.get("/").text
+            with closing(Visitor(urlsplit(self._link))) as visitor:
+                page = visitor.page()
                 while len(self.seconds) < self._options.votes and time.monotonic() < until:
                     pair = ShownPair(page)
                     if not pair.form:
                         return
-                    data = pair.form | {"verdict": self._verdict(pair)}
+                    form = pair.form | {"verdict": self._verdict(pair)}
                     begin = time.perf_counter()
-                    reply = client.post("/vote", data=data, headers={"Origin": origin})
+                    page = visitor.send("/vote", form)
                     self.seconds.append(time.perf_counter() - begin)
+                    if "Saved." not in page:
+                        raise ValueError("a vote was not saved")
                     if self._options.pause:
                         time.sleep(self._random.expovariate(1 / self._options.pause))
-                    if "Saved." not in reply.raise_for_status().text:
-                        raise ValueError("a vote was not saved")
-                    page = reply.text
-        except (httpx2.HTTPError, ValueError) as error:
+        except (http.client.HTTPException, OSError, ValueError) as error:
             self.problem = f"{type(error).__name__}: {error}"
 
     def _verdict(self, pair: ShownPair) -> str:

@@ -31,6 +31,11 @@ class ReportConfig:
     """Page (.html) to write."""
     overwrite: bool = False
     """Replace the page if it exists."""
+    watch: bool = False
+    """Serve the page to this machine until Ctrl-C, with newer numbers as they come, and write none;
+    needs fastalign[compare]."""
+    port: int = 7861
+    """Port of --watch; 0: any that is free."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,8 @@ def main(config: ReportConfig) -> int:
     check_pictures()
     if not config.runs:
         raise ValueError("expected one run's folder or more, got none")
+    if config.watch:
+        return watch(config)
     if Path(config.out).suffix != ".html":
         raise ValueError(f"out: expected .html, got {config.out}")
     out = check_file("out", config.out, overwrite=config.overwrite, inputs=input_paths(config))
@@ -85,6 +92,32 @@ def main(config: ReportConfig) -> int:
         print("".join(f"{line}\n" for line in each.win_rates), end="")
     write_file(out, render(runs, comparisons), overwrite=config.overwrite)
     print(f"report written to {out}")
+    return 0
+
+
+def watch(config: ReportConfig) -> int:
+    """Serve the report until it is interrupted; return 0."""
+    from fastalign.cli.compare import serve
+    from fastalign.cli.compare.settings import CompareConfig, CompareServer
+    from fastalign.report.comparisons import is_comparisons, read_comparisons
+    from fastalign.report.page import render
+    from fastalign.report.runs import read_runs
+
+    for path in config.runs:
+        if not Path(path).exists():
+            raise FileNotFoundError(f"{path}: no such folder or database")
+
+    def read(version: str) -> str:
+        runs = read_runs([path for path in config.runs if not is_comparisons(path)])
+        people = read_comparisons([path for path in config.runs if is_comparisons(path)])
+        return render(runs, people, watch=version)
+
+    server = CompareConfig(server=CompareServer(port=config.port))
+    with serve.opened_socket(server) as listening:
+        from fastalign.report.watch import watched
+
+        site = watched(config.runs, read)
+        serve.serve(server, site, listening, serve.host_names(server), "Ctrl-C ends it")
     return 0
 
 

@@ -139,7 +139,10 @@ class Guard:
 
         async def send_with_headers(message: Any) -> None:
             if message["type"] == "http.response.start":
+                # A page may bring a policy of its own.
+                own = {name for name, _ in message["headers"]}
                 more = [(k.lower().encode(), v.encode()) for k, v in HEADERS.items()]
+                more = [(k, v) for k, v in more if k not in own]
                 message = {**message, "headers": [*message["headers"], *more]}
             await send(message)
 

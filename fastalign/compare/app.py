@@ -1,10 +1,11 @@
 """The web application: routes of the page, each a few lines on `Labelling` and `Pages`.
 
-Handlers run one after another in one thread, so no two of them see half of a change.
+Handlers run in one thread, and change nothing while they wait, so none sees half of a change.
 """
 
+import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from starlette.staticfiles import StaticFiles
 from fastalign.compare.access import Guard, Keys, read_shown
 from fastalign.compare.labelling import Labelling
 from fastalign.compare.page import Pages, progress_words
-from fastalign.compare.store import Annotator, NewVote, Side, Verdict
+from fastalign.compare.store import Annotator, NewVote, Side, Store, Verdict, Vote
 
 STATIC = Path(__file__).parent / "static"
 MOST_NOTE = 2000  # characters
@@ -45,59 +46,121 @@ class Watcher(Protocol):
         """Return names and numbers for the foot of the page."""
 
 
-@dataclass(frozen=True)
-class Served:
-    """Parts of the application.
+class VoteWriter:
+    """Writes votes to the disk on another thread; those that come meanwhile share the next write.
+
+    Waiting for the disk takes longer than everything else that a verdict costs.
+
+    Args:
+        store: the database.
+        take: is called with each stored vote, None for one that was there; its result is `add`'s.
+    """
+
+    def __init__(self, store: Store, take: Callable[[Vote | None], bool]):
+        self._store, self._take = store, take
+        self._waiting: list[tuple[NewVote, asyncio.Future[bool]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    async def add(self, vote: NewVote) -> bool:
+        """Store a vote; return when it is on the disk and counted."""
+        done = asyncio.get_running_loop().create_future()
+        self._waiting.append((vote, done))
+        if self._task is None:
+            self._task = asyncio.create_task(self._write())
+        return bool(await done)
+
+    async def _write(self) -> None:
+        loop = asyncio.get_running_loop()
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            votes = [vote for vote, _ in batch]
+            try:
+                stored = await loop.run_in_executor(None, self._store.add_votes, votes)
+            except Exception as error:  # such as a full disk: none of them is stored
+                for _, done in batch:
+                    done.set_exception(error)
+            else:
+                for vote, (_, done) in zip(stored, batch, strict=True):
+                    is_new = self._take(vote)
+                    if not done.done():  # a request may have been given up
+                        done.set_result(is_new)
+        self._task = None
+
+
+Handler = Callable[[Any, Annotator, Request], Awaitable[Response]]
+"""Answers a request to a site from a person who has a key."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Base class of a site: pages for people who have a key.
 
     Attributes:
-        labelling: what is shown to whom.
         pages: the templates.
         keys: who may see the page.
         results: returns the page of results, for the owner alone; it is called on other threads.
-        watchers: hear of verdicts.
-        clock: seconds since 1970.
     """
 
-    labelling: Labelling
     pages: Pages
     keys: Keys
     results: Callable[[], str]
-    watchers: Sequence[Watcher] = ()
-    clock: Callable[[], float] = time.time
 
     def is_owner(self, person: Annotator) -> bool:
         """Return whether a person may see the results."""
         return person.id == self.keys.owner.id
 
+    def handlers(self) -> tuple[Handler, Mapping[str, Handler]]:
+        """Return what shows the first page, and what takes the forms, by their paths."""
+        raise NotImplementedError
 
-def application(served: Served, hosts: Sequence[str], port: int) -> Starlette:
+
+@dataclass(frozen=True, kw_only=True)
+class Served(Site):
+    """The site on which people compare.
+
+    Attributes:
+        labelling: what is shown to whom.
+        writer: stores verdicts.
+        watchers: hear of verdicts.
+        clock: seconds since 1970.
+    """
+
+    labelling: Labelling
+    writer: VoteWriter
+    watchers: Sequence[Watcher] = ()
+    clock: Callable[[], float] = time.time
+
+    def handlers(self) -> tuple[Handler, Mapping[str, Handler]]:
+        """Return what shows the first page, and what takes the forms, by their paths."""
+        return show_next, {"/vote": take_vote, "/undo": take_undo}
+
+
+def application(site: Site, hosts: Sequence[str], port: int) -> Starlette:
     """Return the application; requests for other host names than `hosts` are refused.
 
     The cookie is named by the port, since a browser sends those of a host to all its ports.
     """
     cookie = f"fastalign-compare-{port}"
+    show_first, forms = site.handlers()
 
-    def with_person(handler: Callable[[Served, Annotator, Request], Any]) -> Any:
+    def with_person(handler: Handler) -> Callable[[Request], Awaitable[Response]]:
         async def endpoint(request: Request) -> Response:
-            person = served.keys.by_cookie(request.cookies.get(cookie))
+            person = site.keys.by_cookie(request.cookies.get(cookie))
             if person is None:
-                return refused(served, 403, "No key", NO_KEY)
-            found: Response = await handler(served, person, request)
-            return found
+                return refused(site, 403, "No key", NO_KEY)
+            return await handler(site, person, request)
 
         return endpoint
 
     async def index(request: Request) -> Response:
         if "key" in request.query_params:
-            return enter(served, request, cookie)
-        found: Response = await with_person(show_next)(request)
-        return found
+            return enter(site, request, cookie)
+        return await with_person(show_first)(request)
 
     return Starlette(
         routes=[
             Route("/", index, methods=["GET"]),
-            Route("/vote", with_person(take_vote), methods=["POST"]),
-            Route("/undo", with_person(take_undo), methods=["POST"]),
+            *(Route(path, with_person(take), methods=["POST"]) for path, take in forms.items()),
             Route("/results", with_person(show_results), methods=["GET"]),
             Mount("/static", StaticFiles(directory=STATIC)),
         ],
@@ -114,26 +177,26 @@ NO_KEY = (
 )
 
 
-def refused(served: Served, status: int, heading: str, text: str) -> Response:
+def refused(site: Site, status: int, heading: str, text: str) -> Response:
     """Return a page that says why there is no other."""
-    page = served.pages.render("refused", heading=heading, text=text)
+    page = site.pages.render("refused", heading=heading, text=text)
     return HTMLResponse(page, status_code=status)
 
 
-def enter(served: Served, request: Request, cookie: str) -> Response:
+def enter(site: Site, request: Request, cookie: str) -> Response:
     """Exchange a key for a cookie.
 
     The page goes on by itself in place of a redirect: after a link in a message of another site, a
     browser would not send a SameSite=Strict cookie to what a redirect leads to.
     """
-    person = served.keys.by_key(request.query_params["key"])
+    person = site.keys.by_key(request.query_params["key"])
     if person is None:
-        return refused(served, 403, "Unknown key", NO_KEY)
-    target = "/" if served.keys.compares(person) else "/results"
-    response = HTMLResponse(served.pages.render("enter", name=person.name, target=target))
+        return refused(site, 403, "Unknown key", NO_KEY)
+    target = "/" if site.keys.compares(person) else "/results"
+    response = HTMLResponse(site.pages.render("enter", name=person.name, target=target))
     response.set_cookie(
         cookie,
-        served.keys.cookie_of(person),
+        site.keys.cookie_of(person),
         max_age=400 * 24 * 3600,
         httponly=True,
         samesite="strict",
@@ -145,12 +208,16 @@ async def show_next(served: Served, person: Annotator, request: Request) -> Resp
     """Show the pair that is on a person's screen, or the next one."""
     if not served.keys.compares(person):
         return RedirectResponse("/results", status_code=303)
+    return next_page(served, person, request.query_params.get("said", ""))
+
+
+def next_page(served: Served, person: Annotator, said: str) -> Response:
+    """Return the page with the pair that is on a person's screen, or the next one."""
     labelling = served.labelling
     progress = labelling.progress(person.id)
     last = labelling.last_vote(person.id)
-    said = SAID.get(request.query_params.get("said", ""), "")
     values: dict[str, Any] = {
-        "said": said.format(count=progress.mine),
+        "said": SAID.get(said, "").format(count=progress.mine),
         "owner": served.is_owner(person),
         "last": last and last.id,
         "progress": progress_words(progress),
@@ -191,22 +258,31 @@ async def take_vote(served: Served, person: Annotator, request: Request) -> Resp
     if form is None or verdict is None or not served.keys.compares(person):
         return refused(served, 400, "Not understood", "The form is not one of this page.")
     clearly = fields.get("clearly") == "yes" and verdict in ("a", "b")
-    is_new = served.labelling.vote(
-        NewVote(
-            pair=form.pair,
-            annotator=person.id,
-            shown_left=form.left,
-            verdict=verdict,
-            chosen_by=form.chosen_by,
-            nonce=form.nonce,
-            strength=2 if clearly else 1,
-            note=fields.get("note", "").strip()[:MOST_NOTE],
-            seconds=max(0.0, served.clock() - form.milliseconds / 1000),
-        )
+    vote = NewVote(
+        pair=form.pair,
+        annotator=person.id,
+        shown_left=form.left,
+        verdict=verdict,
+        chosen_by=form.chosen_by,
+        nonce=form.nonce,
+        strength=2 if clearly else 1,
+        note=fields.get("note", "").strip()[:MOST_NOTE],
+        seconds=max(0.0, served.clock() - form.milliseconds / 1000),
     )
+    is_new = served.labelling.is_new(vote) and await served.writer.add(vote)
     for watcher in served.watchers:
         watcher.heard()
-    return RedirectResponse(f"/?said={'saved' if is_new else 'again'}", status_code=303)
+    return go_on(served, person, request, "saved" if is_new else "again")
+
+
+def go_on(served: Served, person: Annotator, request: Request, said: str) -> Response:
+    """Show the next pair: at once to a script, by a redirect to a form, whose page can be reloaded.
+
+    A request spared is a third of what the server has to do for a verdict.
+    """
+    if request.headers.get("x-requested-with") == "fetch":
+        return next_page(served, person, said)
+    return RedirectResponse(f"/?said={said}", status_code=303)
 
 
 async def take_undo(served: Served, person: Annotator, request: Request) -> Response:
@@ -219,11 +295,11 @@ async def take_undo(served: Served, person: Annotator, request: Request) -> Resp
     undone = served.keys.compares(person) and served.labelling.undo(person.id, vote)
     for watcher in served.watchers:
         watcher.heard()
-    return RedirectResponse(f"/?said={'undone' if undone else 'nothing'}", status_code=303)
+    return go_on(served, person, request, "undone" if undone else "nothing")
 
 
-async def show_results(served: Served, person: Annotator, request: Request) -> Response:
+async def show_results(site: Site, person: Annotator, request: Request) -> Response:
     """Show the results to the owner."""
-    if not served.is_owner(person):
-        return refused(served, 403, "Not for you", "Only who started the program sees the results.")
-    return HTMLResponse(await run_in_threadpool(served.results))  # others need not wait for it
+    if not site.is_owner(person):
+        return refused(site, 403, "Not for you", "Only who started the program sees the results.")
+    return HTMLResponse(await run_in_threadpool(site.results))  # others need not wait for it

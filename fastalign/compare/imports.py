@@ -230,4 +230,4 @@ def add_imported(store: Store, found: Iterable[Imported]) -> tuple[int, int, Cou
             nonce = json.dumps(["import", pair, name])
             counts[side] += 1
             votes.append(NewVote(pair, people[name], "a", side, "import", nonce))
-    return num_pairs, store.add_votes(votes), counts
+    return num_pairs, sum(vote is not None for vote in store.add_votes(votes)), counts

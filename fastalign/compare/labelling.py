@@ -6,9 +6,9 @@ verdict is in the database before it counts here.
 
 import random
 import time
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from statistics import median
 
 from fastalign.compare.access import Shown, new_nonce
 from fastalign.compare.store import Annotator, ChosenBy, NewVote, Side, Store, Vote
@@ -46,21 +46,50 @@ class Person:
         repeats: second verdicts on a pair, sides swapped.
         num_rows: number of verdicts and undone verdicts; the seed of the next choice.
         current: the pair on the screen.
+        num_decided: number of pairs with a verdict.
+        seconds: of each of those that was timed, rising.
     """
 
     votes: dict[int, Vote] = field(default_factory=dict)
     repeats: dict[int, Vote] = field(default_factory=dict)
     num_rows: int = 0
     current: Shown | None = None
+    num_decided: int = 0
+    seconds: list[float] = field(default_factory=list)
 
     def last(self) -> Vote | None:
         """Return the last vote that was not undone."""
-        both = (*list(self.votes.values())[-1:], *list(self.repeats.values())[-1:])
-        return max(both, key=lambda vote: vote.id, default=None)
+        ends = (next(reversed(found.values()), None) for found in (self.votes, self.repeats))
+        return max((v for v in ends if v is not None), key=lambda vote: vote.id, default=None)
 
-    def num_decided(self) -> int:
-        """Return the number of pairs with a verdict."""
-        return sum(vote.decides for vote in self.votes.values())
+    def add(self, vote: Vote) -> None:
+        """Count a vote."""
+        if vote.chosen_by == "repeat":
+            self.repeats[vote.pair] = vote
+            return
+        self.votes[vote.pair] = vote
+        if vote.decides:
+            self.num_decided += 1
+            if vote.seconds > 0:
+                insort(self.seconds, vote.seconds)
+
+    def remove(self, vote: Vote) -> None:
+        """Count a vote no more."""
+        if vote.chosen_by == "repeat":
+            del self.repeats[vote.pair]
+            return
+        del self.votes[vote.pair]
+        if vote.decides:
+            self.num_decided -= 1
+            if vote.seconds > 0:
+                del self.seconds[bisect_left(self.seconds, vote.seconds)]
+
+    def median_seconds(self) -> float | None:
+        """Return the median time of a verdict, or None."""
+        middle, number = len(self.seconds) // 2, len(self.seconds)
+        if not number:
+            return None
+        return (self.seconds[middle] + self.seconds[(number - 1) // 2]) / 2
 
 
 @dataclass(frozen=True)
@@ -101,7 +130,7 @@ class Labelling:
         choice: Choice,
         clock: Callable[[], float] = time.time,
     ):
-        self._store, self._choice, self._clock = store, choice, clock
+        self.store, self._choice, self._clock = store, choice, clock
         self.pairs = {pair.id: pair for pair in store.pairs()}
         self._people = {person.id: Person() for person in annotators}
         self._num_votes = dict.fromkeys(self.pairs, 0)
@@ -119,12 +148,8 @@ class Labelling:
         self._num_asked = len(asked)
 
     def _count(self, vote: Vote) -> None:
-        person = self._people.setdefault(vote.annotator, Person())
-        if vote.chosen_by == "repeat":
-            person.repeats[vote.pair] = vote
-            return
-        person.votes[vote.pair] = vote
-        if vote.decides:
+        self._people.setdefault(vote.annotator, Person()).add(vote)
+        if vote.decides and vote.chosen_by != "repeat":
             self._num_votes[vote.pair] += 1
             self.num_verdicts += 1
             self._origin.setdefault(vote.pair, vote.chosen_by)
@@ -141,17 +166,17 @@ class Labelling:
     def progress(self, annotator: int) -> Progress:
         """Return an annotator's numbers."""
         person = self._people[annotator]
-        seconds = [v.seconds for v in person.votes.values() if v.decides and v.seconds > 0]
+        seconds = person.median_seconds()
         twice = [
             (person.votes[pair].verdict, again.verdict)
             for pair, again in person.repeats.items()
             if again.decides and pair in person.votes
         ]
         return Progress(
-            mine=person.num_decided(),
+            mine=person.num_decided,
             all_votes=self.num_verdicts,
             wanted=self._num_asked * self._choice.votes_per_pair,
-            minutes=median(seconds) / 60 if seconds else None,
+            minutes=None if seconds is None else seconds / 60,
             num_repeated=len(twice),
             num_same=sum(first == second for first, second in twice),
         )
@@ -179,14 +204,20 @@ class Labelling:
 
     def vote(self, vote: NewVote) -> bool:
         """Store a verdict, and return whether it is new: a form that is sent twice counts once."""
+        return self.is_new(vote) and self.take(self.store.add_vote(vote))
+
+    def is_new(self, vote: NewVote) -> bool:
+        """Return whether a verdict is on a pair that its annotator has not judged so."""
         person = self._people[vote.annotator]
         seen = person.repeats if vote.chosen_by == "repeat" else person.votes
-        if vote.pair not in self.pairs or vote.pair in seen:
+        return vote.pair in self.pairs and vote.pair not in seen
+
+    def take(self, vote: Vote | None) -> bool:
+        """Count a vote that has been stored; return False if it is None: it was there already."""
+        if vote is None:
             return False
-        stored = self._store.add_vote(vote)
-        if stored is None:
-            return False
-        self._count(stored)
+        person = self._people[vote.annotator]
+        self._count(vote)
         person.num_rows += 1
         self._update(vote.pair)
         if person.current is not None and person.current.pair == vote.pair:
@@ -199,12 +230,10 @@ class Labelling:
         last = person.last()
         if last is None or last.id != vote:
             return False
-        self._store.undo(last)
+        self.store.undo(last)
         person.num_rows += 1
-        if last.chosen_by == "repeat":
-            del person.repeats[last.pair]
-        else:
-            del person.votes[last.pair]
+        person.remove(last)
+        if last.chosen_by != "repeat":
             if last.decides:
                 self._num_votes[last.pair] -= 1
                 self.num_verdicts -= 1

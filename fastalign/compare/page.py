@@ -32,12 +32,13 @@ class Pages:
     Args:
         title: shown at the top.
         markdown: render prompts and answers as Markdown; by default they are shown as they are.
+        home: name of the first page, for links to it.
     """
 
-    def __init__(self, title: str, *, markdown: bool = False):
+    def __init__(self, title: str, *, markdown: bool = False, home: str = "Compare"):
         # Nothing is masked: people compare what the models wrote, whole.
         self._environment = environment("fastalign.compare", "pages", visible)
-        self._environment.globals.update(title=title)
+        self._environment.globals.update(title=title, home=home)
         self._markdown = markdown_renderer() if markdown else None
 
     def render(self, template: str, /, **values: Any) -> str:

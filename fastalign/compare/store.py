@@ -10,7 +10,8 @@ import json
 import os
 import secrets
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -192,7 +193,8 @@ class Store:
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         elif not self.path.is_file():
             raise ValueError(f"{path}: expected a file, got a folder or a device")
-        # Used by one thread at a time, which need not be the one that opened it.
+        # Any thread may use it; transactions take turns.
+        self._lock = threading.RLock()
         self._connection = sqlite3.connect(
             self.path, isolation_level=None, timeout=10, check_same_thread=False
         )
@@ -246,13 +248,14 @@ class Store:
 
     @contextmanager
     def _transaction(self) -> Iterator[None]:
-        self._connection.execute("BEGIN IMMEDIATE")
-        try:
-            yield
-        except BaseException:
-            self._connection.execute("ROLLBACK")
-            raise
-        self._connection.execute("COMMIT")
+        with self._lock:
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
+            self._connection.execute("COMMIT")
 
     def add_pairs(self, pairs: Iterable[NewPair]) -> int:
         """Add pairs and return how many are new; one that is there already is left alone."""
@@ -300,31 +303,36 @@ class Store:
         rows = self._connection.execute("SELECT id, name, key FROM annotators ORDER BY id")
         return [Annotator(*row) for row in rows]
 
-    def add_votes(self, votes: Sequence[NewVote], *, time: str | None = None) -> int:
-        """Add votes and return how many are new; a nonce that is there already is no new vote."""
+    def add_votes(
+        self, votes: Iterable[NewVote], *, time: str | None = None
+    ) -> list["Vote | None"]:
+        """Add votes in one transaction; return each as it is stored, None if its nonce was there.
+
+        They are on the disk when this returns.
+        """
+        stored: list[Vote | None] = []
         with self._transaction():
-            before = self._connection.total_changes
-            self._connection.executemany(
-                "INSERT INTO votes (pair, annotator, shown_left, verdict, chosen_by, nonce, "
-                "strength, note, seconds, time) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
-                "ON CONFLICT (nonce) DO NOTHING",
-                (
+            for vote in votes:
+                when = time or now()
+                cursor = self._connection.execute(
+                    "INSERT INTO votes (pair, annotator, shown_left, verdict, chosen_by, nonce, "
+                    "strength, note, seconds, time) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) "
+                    "ON CONFLICT (nonce) DO NOTHING",
                     (
                         *(vote.pair, vote.annotator, vote.shown_left, vote.verdict),
                         *(vote.chosen_by, vote.nonce, vote.strength, vote.note, vote.seconds),
-                        time or now(),
-                    )
-                    for vote in votes
-                ),
-            )
-            return self._connection.total_changes - before
+                        when,
+                    ),
+                )
+                is_new = cursor.rowcount == 1 and cursor.lastrowid is not None
+                kept = Vote(**vars(vote), id=cursor.lastrowid or 0, time=when)
+                stored.append(kept if is_new else None)
+        return stored
 
     def add_vote(self, vote: NewVote) -> Vote | None:
         """Add a vote and return it as it is stored; None if its nonce is there already."""
-        if not self.add_votes([vote]):
-            return None
-        rows = self._connection.execute(f"SELECT {_VOTE} FROM votes WHERE nonce = ?", (vote.nonce,))
-        return Vote(*rows.fetchone())
+        (stored,) = self.add_votes([vote])
+        return stored
 
     def undo(self, vote: Vote) -> None:
         """Add the row that undoes a vote; a vote is undone once."""

@@ -9,7 +9,7 @@ from typing import Any
 from starlette.testclient import TestClient
 
 from fastalign.compare.access import Keys
-from fastalign.compare.app import Served, application
+from fastalign.compare.app import Served, VoteWriter, application
 from fastalign.compare.labelling import Choice, Labelling
 from fastalign.compare.page import Pages
 from fastalign.compare.results import results
@@ -70,10 +70,11 @@ class Site:
         self.pages = Pages("Which is better?", **pages)
         keys = Keys(people, self.owner)
         self.served = Served(
-            self.labelling,
-            self.pages,
-            keys,
-            lambda: self.pages.results(results(store), self.labelling.pairs),
+            labelling=self.labelling,
+            writer=VoteWriter(store, self.labelling.take),
+            pages=self.pages,
+            keys=keys,
+            results=lambda: self.pages.results(results(store), self.labelling.pairs),
             clock=self.clock,
         )
         self.app = self.application(7860)

@@ -1,12 +1,5 @@
-"""The page in a real Chromium: by keys alone, small and large, dark and light, with axe-core.
+"""The page in a real Chromium: by keys alone, small and large, dark and light, with axe-core."""
 
-Chromium comes from the distribution (`apt-get install chromium`), or from CHROMIUM; the tests are
-skipped where there is none.
-"""
-
-import os
-import shutil
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,19 +7,13 @@ from typing import Any
 
 import pytest
 
-from fastalign.cli.compare.serve import bound_socket
 from fastalign.compare.labelling import Choice
 from fastalign.compare.store import NewPair, Store
+from tests import browser
+from tests.browser import said, violations
 from tests.compare.site import Site
 
-sync_api = pytest.importorskip("playwright.sync_api")
-uvicorn = pytest.importorskip("uvicorn")
-CHROMIUM = (
-    os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-)
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium: apt-get install chromium, or set CHROMIUM"
-)
+pytestmark = browser.needs_chromium
 LONG = "A sentence of an answer that goes on for a while, as answers do. " * 12
 PROMPT = [
     {"role": "user", "content": "What is a good name for a cat that sleeps all day?"},
@@ -54,53 +41,25 @@ def make_pairs() -> list[NewPair]:
 
 @contextmanager
 def serving(folder: Path) -> Iterator[tuple[Site, str]]:
-    """The page by uvicorn on a thread, and the link to it."""
+    """The page, and the link to it."""
     store = Store(folder / "comparisons.db", create=True)
     store.add_pairs(make_pairs())
     site = Site(store, ("me",), Choice(repeat_share=0.0))
-    with bound_socket("127.0.0.1", 0) as listening:
-        port = listening.getsockname()[1]
-        server = uvicorn.Server(uvicorn.Config(site.application(port), log_level="warning"))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
-        thread.start()
-        try:
-            yield site, f"http://127.0.0.1:{port}/?key={site.keys['me']}"
-        finally:
-            server.should_exit = True
-            thread.join()
+    with browser.served(site.application) as origin:
+        yield site, f"{origin}/?key={site.keys['me']}"
 
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        options = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
-        yield browser
-        browser.close()
+    with browser.launched() as found:
+        yield found
 
 
 def opened(chromium: Any, link: str, width: int = 1280, **options: Any) -> Any:
-    """A page that has loaded the first pair; what it asks of elsewhere, or complains of, fails."""
-    context = chromium.new_context(viewport={"width": width, "height": 900}, **options)
-    context.set_default_timeout(20_000)
-    page = context.new_page()
-    origin = link.partition("/?")[0]
-    page.problems = []
-    page.on("console", lambda m: page.problems.append(m.text) if m.type == "error" else None)
-    page.on("pageerror", lambda error: page.problems.append(str(error)))
-    page.on(
-        "request",
-        lambda r: None if r.url.startswith(origin) else page.problems.append(f"asks {r.url}"),
-    )
-    page.goto(link)
+    """A page that has loaded the first pair."""
+    page = browser.opened(chromium, link, width, **options)
     page.wait_for_selector("#verdict")
     return page
-
-
-def said(page: Any, text: str) -> None:
-    page.wait_for_function(
-        "text => document.getElementById('status').textContent.includes(text)", arg=text
-    )
 
 
 def test_keys_alone_suffice(chromium: Any, tmp_path: Path) -> None:
@@ -170,7 +129,6 @@ def test_without_javascript_the_form_is_a_form(chromium: Any, tmp_path: Path) ->
 def test_axe_finds_nothing_and_nothing_overflows(
     chromium: Any, tmp_path: Path, width: int, scheme: str
 ) -> None:
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright").Axe()
     with serving(tmp_path) as (_, link):
         page = opened(
             chromium, link, width, color_scheme=scheme, reduced_motion="reduce", bypass_csp=True
@@ -181,8 +139,7 @@ def test_axe_finds_nothing_and_nothing_overflows(
         for path in ("/", "/results"):
             if path != "/":
                 page.goto(link.partition("/?")[0] + path)
-            found = axe.run(page)
-            assert found.violations_count == 0, found.generate_report()
+            assert violations(page) == ""
             assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.problems == []
 

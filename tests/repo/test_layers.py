@@ -18,7 +18,7 @@ HEAVY = {
     "trackio": {"report/trackers.py"},
     "matplotlib": {"report"},
     "jinja2": {"page_templates.py", "data/tokenizer.py"},
-    "starlette": {"compare/app.py"},
+    "starlette": {"compare/app.py", "compare/chat_app.py", "report/watch.py"},
     "uvicorn": {"cli/compare/serve.py"},
     "markdown_it": {"compare/page.py"},
     "krippendorff": {"compare/agreement.py"},

@@ -1,22 +1,24 @@
-"""`fastalign chat`: talk with a model in the terminal; answers that are compared become votes."""
+"""`fastalign chat`: talk with a model in the terminal or on a page, and compare its answers."""
 
-import random
+import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fastalign.cli.answers.sampling import load_sampled
+from fastalign.cli.compare import serve
 from fastalign.cli.compare.settings import ChatConfig
 from fastalign.cli.settings import SampledModel
-from fastalign.compare.access import new_nonce
-from fastalign.compare.pairs import answer_pair
-from fastalign.compare.store import NewVote, Store, Verdict
-from fastalign.data.conversation import Message
+from fastalign.compare.access import Keys
+from fastalign.compare.conversation import Conversation, NoRoom, PieceHandler, Reply
+from fastalign.compare.page import Pages
+from fastalign.compare.store import Store, Verdict
 from fastalign.data.examples import Content, PromptExample
 from fastalign.data.tokenise import Encoder
 from fastalign.data.tokenizer import eos_token_ids
@@ -32,26 +34,27 @@ HELP = """\
 /undo      take the last verdict back
 /new       begin a new conversation
 /help      this list
-/quit      end (or Ctrl-D)"""
+/quit      end (or Ctrl-D); Ctrl-C ends an answer"""
 VERDICTS: dict[str, Verdict] = {"/a": "a", "/b": "b", "/same": "tie", "/bad": "both_bad"}
 
 
-class Speaker:
+class Stopped(Exception):
+    """An answer was stopped."""
+
+
+class LoadedSpeaker:
     """A model that answers, token by token.
 
     Args:
         source: the model.
         sampling: how it draws; one answer at a time.
-        write: is called with each piece of text as it is drawn.
     """
 
-    def __init__(
-        self, source: SampledModel, sampling: SamplingParams, write: Callable[[str], None]
-    ):
+    def __init__(self, source: SampledModel, sampling: SamplingParams):
         self.path = source.path
         self._model, self._tokenizer = load_sampled(source)
         self._encoder = Encoder(self._tokenizer)
-        self._sampling, self._write = replace(sampling, num_samples=1), write
+        self._sampling = replace(sampling, num_samples=1)
         self._stops = eos_token_ids(self._tokenizer, source.path)
 
     @property
@@ -59,27 +62,33 @@ class Speaker:
         """True if the tokenizer has a chat template; otherwise the model continues plain text."""
         return self._tokenizer.chat_template is not None
 
-    def answer(self, prompt: Content, seed: int) -> str:
-        """Return the answer to a prompt, written as it comes.
+    def answer(
+        self,
+        prompt: Content,
+        seed: int,
+        on_text: Callable[[str], None],
+        is_stopped: Callable[[], bool],
+    ) -> Reply:
+        """Return the answer to a prompt, passed on as it is drawn; Ctrl-C stops it, too.
 
         Raises:
-            ValueError: if the prompt leaves no room for an answer.
+            NoRoom: if the prompt leaves no room for an answer.
         """
         ids = self._encoder.prompt(PromptExample(prompt, "the conversation", ""))
         room = (num_positions(self._model.config) or 2**31) - len(ids)
         if room < 1:
-            raise ValueError(
-                f"{len(ids)} tokens are all that {self.path} can read: /new begins anew"
-            )
+            raise NoRoom(f"{len(ids)} tokens are all that {self.path} can read")
         drawn: list[int] = []
         written = 0
 
         def on_tokens(tokens: Tensor) -> None:
             nonlocal written
+            if is_stopped():
+                raise Stopped
             drawn.append(int(tokens[0]))
             text = self._text(drawn)
-            if not text.endswith("\ufffd"):  # half a character
-                self._write(text[written:])
+            if len(text) > written and not text.endswith("\ufffd"):  # half a character
+                on_text(text[written:])
                 written = len(text)
 
         sampler = TransformersSampler(
@@ -90,178 +99,88 @@ class Speaker:
         )
         most = min(room, self._sampling.max_new_tokens)
         params = replace(self._sampling, max_new_tokens=most)
-        ((completion,),) = sampler.generate([ids], params, seed=seed)
+        try:
+            ((completion,),) = sampler.generate([ids], params, seed=seed)
+        except (Stopped, KeyboardInterrupt):
+            return Reply(self._text(drawn)[:written], True)
         text = self._text(list(completion.token_ids))
-        self._write(text[written:] + "\n")
-        return text
+        if len(text) > written:
+            on_text(text[written:])
+        return Reply(text, False)
 
     def _text(self, ids: list[int]) -> str:
         text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
 
-@dataclass
-class Turn:
-    """The answers to the last message.
-
-    Attributes:
-        prompt: what was answered.
-        answers: one answer, or the two that are called A and B.
-        models: the model of each.
-        compared: True once there is a verdict.
-    """
-
-    prompt: Content
-    answers: list[str]
-    models: list[str]
-    compared: bool = False
-
-
-class Chat:
-    """A conversation with one model, or with two beside each other.
+class Terminal:
+    """The conversation in the terminal.
 
     Args:
-        speakers: one model or two; of two, a coin decides in each turn which answer is called A.
-        store: the database that verdicts go to.
-        system: text of the system message, if the models have a chat template.
+        conversation: the conversation.
+        store: its database.
         write: writes text.
-        seed: random seed.
     """
 
-    def __init__(
-        self,
-        speakers: list[Speaker],
-        store: Store,
-        system: str | None,
-        write: Callable[[str], None],
-        seed: int,
-    ):
-        self._speakers, self._store, self._write = speakers, store, write
-        self._converses = all(speaker.converses for speaker in speakers)
-        self._person = store.annotator("me").id
-        self._start = () if system is None else (Message("system", system),)
-        self._messages: tuple[Message, ...] = self._start
-        self._turn: Turn | None = None
-        self._random, self._seed, self._num_answers = random.Random(seed), seed, 0
-        self._since = time.monotonic()
+    def __init__(self, conversation: Conversation, store: Store, write: Callable[[str], None]):
+        self._conversation, self._store, self._write = conversation, store, write
 
     def take(self, line: str) -> None:
-        """Handle a line: a message, or a word that begins with a slash."""
-        text = line.strip()
+        """Handle a line: a message, or a word that begins with a slash.
+
+        Raises:
+            ValueError: if it cannot be done now; nothing has changed then.
+        """
+        conversation, text = self._conversation, line.strip()
         if text in VERDICTS:
             self._judge(VERDICTS[text])
         elif text == "/again":
-            self._again()
+            if not conversation.can_ask_again:
+                raise ValueError("/again asks one model for a second answer to the last message")
+            self._answered(conversation.again)
         elif text == "/which":
-            self._which()
+            if conversation.turn is not None:
+                names = zip("AB", conversation.turn.models, strict=False)
+                self._write("".join(f"{name}: {model}\n" for name, model in names))
         elif text == "/undo":
-            self._undo()
+            conversation.undo()
+            self._write("undone\n")
         elif text == "/new":
-            self._messages, self._turn = self._start, None
+            conversation.new()
         elif text.startswith("/"):
             self._write(f"{HELP}\n")
         elif text:
-            self._say(text)
+            self._answered(partial(conversation.say, text))
 
-    def _say(self, text: str) -> None:
-        self._go_on()
-        before = self._messages
-        if self._converses:
-            self._messages = (*before, Message("user", text))
-        order = list(self._speakers)
-        self._random.shuffle(order)
-        self._turn = Turn(self._messages if self._converses else text, [], [])
+    def _answered(self, ask: Callable[[PieceHandler], None]) -> None:
+        """Write answers as they come; those that can be compared with their names."""
+        begun = False
+
+        def on_piece(place: int, text: str) -> None:
+            nonlocal begun
+            if text:
+                self._write(text)
+                return
+            if begun:
+                self._write("\n")
+            begun = True
+            if self._conversation.is_blind or place:
+                self._write(f"[{'AB'[place]}] ")
+
         try:
-            for speaker in order:
-                self._answer(speaker)
-        except BaseException:  # interrupted, or too long: as if it had not been said
-            self._messages, self._turn = before, None
-            raise
-
-    def _answer(self, speaker: Speaker) -> None:
-        assert self._turn is not None
-        if len(self._speakers) > 1 or self._turn.answers:
-            self._write(f"[{'AB'[len(self._turn.answers)]}] ")
-        self._num_answers += 1
-        answer = speaker.answer(self._turn.prompt, self._seed + self._num_answers)
-        self._turn.answers.append(answer)
-        self._turn.models.append(speaker.path)
-        self._since = time.monotonic()
-
-    def _go_on(self, chosen: int | None = None) -> None:
-        """Add an answer to the conversation: the chosen one, else that of the first model."""
-        if self._turn is None or not self._converses or self._messages[-1].role == "assistant":
-            return
-        if chosen is None:
-            chosen = self._turn.models.index(self._speakers[0].path)
-        text = self._turn.answers[chosen]
-        self._messages = (*self._messages, Message("assistant", text))
-
-    def _again(self) -> None:
-        turn = self._turn
-        if turn is None or len(self._speakers) > 1 or turn.compared:
-            self._write("/again asks one model for a second answer to the last message\n")
-            return
-        turn.answers, turn.models = turn.answers[:1], turn.models[:1]
-        self._answer(self._speakers[0])
-
-    def _which(self) -> None:
-        if self._turn is not None:
-            names = zip("AB", self._turn.models, strict=False)
-            self._write("".join(f"{name}: {model}\n" for name, model in names))
+            ask(on_piece)
+        except NoRoom as error:
+            raise ValueError(f"{error}: /new begins anew") from None
+        finally:
+            if begun:
+                self._write("\n")
 
     def _judge(self, verdict: Verdict) -> None:
-        turn = self._turn
-        if turn is None or len(turn.answers) < 2 or turn.compared:
-            self._write("there are no two answers to compare; /again asks for a second one\n")
-            return
-        if turn.answers[0] == turn.answers[1]:
-            self._write("the two answers are the same\n")
-            return
-        if not all(answer.strip() for answer in turn.answers):
-            self._write("an empty answer cannot be compared\n")
-            return
-        models: tuple[str | None, str | None] = (None, None)
-        first = 0  # the place of the pair's first answer, always the first model's
-        if len(self._speakers) > 1:
-            models = (self._speakers[0].path, self._speakers[1].path)
-            first = turn.models.index(self._speakers[0].path)
-        answers = turn.answers[first], turn.answers[1 - first]
-        pair = answer_pair(turn.prompt, *answers, "chat", models)
-        self._store.add_pairs([pair])
-        number = self._store.ids_by_digest()[pair.digest]
-        stored = next(found for found in self._store.pairs() if found.id == number)
-        # The pair may be there in the other order, of an earlier conversation.
-        swapped = (first == 1) != (stored.response_a != pair.response_a)
-        sides: dict[Verdict, Verdict] = {"a": "b", "b": "a"}
-        vote = NewVote(
-            number,
-            self._person,
-            "b" if swapped else "a",
-            sides.get(verdict, verdict) if swapped else verdict,
-            "chat",
-            new_nonce(),
-            seconds=time.monotonic() - self._since,
-        )
-        if any(v.pair == number and v.annotator == self._person for v in self._store.votes()):
-            self._write("these two answers have your verdict already\n")
-            return
-        self._store.add_vote(vote)
-        turn.compared = True
-        self._go_on({"a": 0, "b": 1}.get(verdict))
-        self._write(f"saved ({len(self._store.votes())} votes in {self._store.path})\n")
-
-    def _undo(self) -> None:
-        mine = [vote for vote in self._store.votes() if vote.annotator == self._person]
-        if not mine or mine[-1].chosen_by != "chat":
-            self._write("there is nothing to undo\n")
-            return
-        self._store.undo(mine[-1])
-        if self._turn is not None and self._turn.compared:
-            self._turn.compared = False
-            if self._messages[-1:] and self._messages[-1].role == "assistant":
-                self._messages = self._messages[:-1]
-        self._write("undone\n")
+        turn = self._conversation.turn
+        if turn is not None and len(turn.answers) == 1 and not self._conversation.is_blind:
+            raise ValueError("there are no two answers to compare; /again asks for a second one")
+        self._conversation.judge(verdict)
+        self._write(f"saved ({self._conversation.num_votes()} votes in {self._store.path})\n")
 
 
 def write(text: str) -> None:
@@ -292,16 +211,42 @@ def main(config: ChatConfig) -> int:
     if len(set(paths)) < len(paths):
         raise ValueError(f"beside: expected another model than {config.beside}, got the same")
     sources: list[Any] = [replace(config.model, path=path) for path in paths]
-    store = Store(config.out, create=True)
-    with closing(store), store.only_writer():
-        speakers = [Speaker(source, config.sampling, write) for source in sources]
-        chat = Chat(speakers, store, config.system, write, config.run.seed)
-        write("/help lists what you can type besides messages\n")
-        for line in lines():
-            try:
-                chat.take(line)
-            except ValueError as error:
-                write(f"{error}\n")
-            except KeyboardInterrupt:  # ends the answer alone
-                write("\n")
+    with ExitStack() as stack:
+        listening = stack.enter_context(serve.opened_socket(config)) if config.page else None
+        store = stack.enter_context(closing(Store(config.out, create=True)))
+        stack.enter_context(store.only_writer())
+        speakers = [LoadedSpeaker(source, config.sampling) for source in sources]
+        conversation = Conversation(speakers, store, config.system, config.run.seed)
+        if listening is None:
+            in_terminal(Terminal(conversation, store, write))
+        else:
+            on_page(config, conversation, store, listening)
     return 0
+
+
+def in_terminal(terminal: Terminal) -> None:
+    """Talk in the terminal until the input ends."""
+    write("/help lists what you can type besides messages\n")
+    for line in lines():
+        try:
+            terminal.take(line)
+        except ValueError as error:
+            write(f"{error}\n")
+        except KeyboardInterrupt:
+            write("\n")
+
+
+def on_page(
+    config: ChatConfig, conversation: Conversation, store: Store, listening: socket.socket
+) -> None:
+    """Serve the page until SIGINT."""
+    from fastalign.compare.chat_app import Talk
+
+    me = store.annotator("me")
+    title = "two models" if conversation.is_blind else Path(config.model.path).name
+    pages = Pages(f"Talk with {title}", markdown=config.markdown, home="Talk")
+    results = serve.results_page(config.out, pages)
+    talk = Talk(pages=pages, keys=Keys([me], me), results=results, conversation=conversation)
+    with closing(talk):
+        serve.serve(config, talk, listening, serve.host_names(config))
+    print(f"{conversation.num_votes()} votes in {config.out}")

@@ -3,14 +3,14 @@
 import ipaddress
 import socket
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fastalign.cli.compare.settings import CompareConfig
+from fastalign.cli.compare.settings import ChatConfig, CompareConfig
 from fastalign.cli.settings import Side, WinRateConfig, WinRateData
 from fastalign.compare.access import Keys
 from fastalign.compare.labelling import Choice, Labelling
@@ -21,7 +21,7 @@ from fastalign.compare.store import Annotator, Store
 from fastalign.data.readers.files import data_format
 
 if TYPE_CHECKING:
-    from fastalign.compare.app import Served, Watcher
+    from fastalign.compare.app import Served, Site, Watcher
     from fastalign.evaluation.win_rate import AnswerPair
 
 OWNER = "(results)"  # no name of a person: see names_of
@@ -56,7 +56,7 @@ def bracketed(host: str) -> str:
     return f"[{host}]" if ":" in host else host
 
 
-def host_names(config: CompareConfig) -> list[str]:
+def host_names(config: CompareConfig | ChatConfig) -> list[str]:
     """Return the names by which the page may be asked for.
 
     A name of somebody else's that leads to this machine (DNS rebinding) is not among them.
@@ -150,7 +150,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
     return found
 
 
-def print_links(config: CompareConfig, port: int, keys: Keys) -> None:
+def print_links(config: CompareConfig | ChatConfig, port: int, keys: Keys) -> None:
     """Print each person's link.
 
     They are secrets that have to be seen, so they go around the stream that masks secrets.
@@ -165,13 +165,23 @@ def print_links(config: CompareConfig, port: int, keys: Keys) -> None:
     stream.flush()
 
 
-def main(config: CompareConfig) -> int:
-    """Run the command until it is interrupted; return 0."""
-    names, hosts = names_of(config.annotators), host_names(config)
+def opened_socket(config: CompareConfig | ChatConfig) -> "closing[socket.socket]":
+    """Return a socket at the page's address, with everything that the page needs installed.
+
+    Raises:
+        ValueError: if a package is missing, or the address cannot be listened at.
+    """
+    host_names(config)
     for package in ("starlette", "uvicorn", "krippendorff"):
         if find_spec(package) is None:
             raise ValueError(f"{package} is not installed: pip install 'fastalign[compare]'")
-    with closing(bound_socket(config.server.host, config.server.port)) as listening:
+    return closing(bound_socket(config.server.host, config.server.port))
+
+
+def main(config: CompareConfig) -> int:
+    """Run the command until it is interrupted; return 0."""
+    names, hosts = names_of(config.annotators), host_names(config)
+    with opened_socket(config) as listening:
         store = Store(config.out, create=bool(config.files or config.a))
         with closing(store), store.only_writer():
             fill(store, config)
@@ -233,28 +243,38 @@ def served_of(
     known: tuple[Sequence[Annotator], Annotator, Sequence["Watcher"]],
 ) -> "Served":
     """Return the parts of the application; `known` are annotators, owner and watchers."""
-    from fastalign.compare.app import Served
+    from fastalign.compare.app import Served, VoteWriter
 
     people, owner, watchers = known
     pages = Pages(config.page.title, markdown=config.page.markdown)
-
-    def results_page() -> str:
-        with closing(Store(config.out)) as other:  # of its own thread
-            return pages.results(results(other), labelling.pairs)
-
     return Served(
         labelling=labelling,
+        writer=VoteWriter(labelling.store, labelling.take),
         pages=pages,
         keys=Keys(people, owner),
-        results=results_page,
+        results=results_page(config.out, pages),
         watchers=watchers,
     )
 
 
+def results_page(path: str, pages: Pages) -> Callable[[], str]:
+    """Return a function that renders the results of a database, on any thread."""
+
+    def render() -> str:
+        with closing(Store(path)) as store:  # of its own thread
+            return pages.results(results(store), {pair.id: pair for pair in store.pairs()})
+
+    return render
+
+
 def serve(
-    config: CompareConfig, served: "Served", listening: socket.socket, hosts: Sequence[str]
+    config: CompareConfig | ChatConfig,
+    site: "Site",
+    listening: socket.socket,
+    hosts: Sequence[str],
+    ending: str = "Ctrl-C ends it; votes are kept as they come",
 ) -> None:
-    """Print the links, and serve the page until SIGINT."""
+    """Print the links, and serve the page until SIGINT; `ending` says what that does."""
     import uvicorn
 
     from fastalign.compare.app import application
@@ -265,10 +285,10 @@ def serve(
             "server.host: other machines can reach this page; keys, answers and votes travel over "
             "plain HTTP: put a proxy with TLS in front of it outside of a network that you trust"
         )
-    print_links(config, port, served.keys)
-    print("Ctrl-C ends it; votes are kept as they come")
+    print_links(config, port, site.keys)
+    print(ending)
     options = uvicorn.Config(
-        application(served, hosts, port),
+        application(site, hosts, port),
         log_level="warning",
         access_log=False,  # its lines would hold the keys
         server_header=False,

@@ -164,7 +164,7 @@ class CompareResultsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ChatConfig:
-    """Talk with a model in the terminal, with another one beside it if you like.
+    """Talk with a model in the terminal or on a page, with another one beside it if you like.
 
     Answers are written as they are drawn. A verdict on two of them becomes a comparison in the
     database, which `compare export` writes and `compare` goes on with. /help lists the words.
@@ -177,5 +177,10 @@ class ChatConfig:
     """Database of the verdicts; it is made, or gone on with."""
     system: str | None = None
     """Text of the system message."""
+    page: bool = False
+    """Talk on a page in the browser in place of the terminal; its link is printed."""
+    markdown: bool = False
+    """On the page, show answers as Markdown, without links, images and HTML."""
+    server: CompareServer = field(default_factory=CompareServer)
     sampling: SamplingParams = field(default_factory=SamplingParams)
     run: SamplingRun = field(default_factory=SamplingRun)
