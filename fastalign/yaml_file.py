@@ -1,6 +1,7 @@
 """Read YAML in which a value has one meaning, and a key stands once."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -94,3 +95,12 @@ def read_yaml_file(path: str | Path, *, numbers_as_text: bool = False) -> Any:
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ValueError(f"{path}: not YAML: nested too deeply") from None
+
+
+def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return `{"optim.lr": 1e-6}` from nested settings of any depth."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flat_settings(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat

@@ -1,6 +1,6 @@
 # Sourced by the other scripts: make .venv once and install fastalign with the tested versions.
 # FASTALIGN_VENV and PYTHON choose another folder and interpreter, FASTALIGN_EXTRAS the extras
-# (report: matplotlib, for the pages that the scripts end with).
+# (report: matplotlib, for a picture file of the frontier).
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}

@@ -36,8 +36,9 @@ from fastalign.ranks.world import (
     open_world,
     world_of_environment,
 )
-from fastalign.runs.config import TrainingConfig, config_to_dict, flat_settings
+from fastalign.runs.config import TrainingConfig, config_to_dict
 from fastalign.runs.open import device_of_rank
+from fastalign.yaml_file import flat_settings
 
 MOST_LAG_SECONDS = 5.0  # until other machines see a file on a shared disk
 PACKAGES = ("torch", "fastalign", "transformers")

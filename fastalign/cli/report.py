@@ -71,10 +71,8 @@ def main(config: ReportConfig) -> int:
     """Run `fastalign report`; return 0 when the page is written."""
     from fastalign.report.comparisons import is_comparisons, read_comparisons
     from fastalign.report.page import render, tables
-    from fastalign.report.pictures import check_pictures
     from fastalign.report.runs import read_runs
 
-    check_pictures()
     if not config.runs:
         raise ValueError("expected one run's folder or more, got none")
     if config.watch:
@@ -126,20 +124,20 @@ def frontier(config: FrontierConfig) -> int:
     from fastalign.report.frontier import (
         COLUMNS,
         PICTURES,
+        check_picture,
         find_origin,
         frontier_points,
         frontier_table,
         read_frontier,
         render_frontier,
     )
-    from fastalign.report.pictures import check_pictures
 
-    check_pictures()
     if not config.runs:
         raise ValueError("expected runs, eval.json files or lists of them, got none")
     out = Path(config.out)
     if out.suffix not in (".html", *PICTURES):
         raise ValueError(f"out: expected .html, {', '.join(PICTURES)}, got {out}")
+    check_picture(out.suffix)
     table = out.with_suffix(".table.json")
     for path in (out, table):
         check_file("out", path, overwrite=config.overwrite, inputs=input_paths(config))

@@ -5,9 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from fastalign.compare.results import person_rows, results, summary_rows, win_rate_lines
 from fastalign.compare.store import Store
-from fastalign.report.pictures import as_data_uri, label, new_figure, plain
+from fastalign.report.pictures import Curve, Point, figure, scatter
 
 SUFFIXES = (".db", ".sqlite", ".sqlite3")
 
@@ -60,7 +62,7 @@ def read_comparisons(paths: Sequence[str]) -> list[Comparisons]:
     return found
 
 
-def learning_curve(comparisons: Sequence[Comparisons]) -> str | None:
+def learning_curve(comparisons: Sequence[Comparisons]) -> Markup | None:
     """Draw the reward model's held-out accuracy against the number of labels, or return None."""
     curves = []
     for each in comparisons:
@@ -69,12 +71,28 @@ def learning_curve(comparisons: Sequence[Comparisons]) -> str | None:
             curves.append((each.name, fits))
     if not curves:
         return None
-    figure, axes = new_figure(5.2, 3.6)
-    for name, fits in curves:
+    lines, ends, points = [], [], []
+    for place, (name, fits) in enumerate(curves):
         numbers = [fit["num_labels"] for fit in fits]
-        (line,) = axes.plot(
-            numbers, [fit["accuracy"] for fit in fits], "o-", markersize=4, label=plain(name)
-        )
-        bounds = ([fit[f"accuracy_{end}"] for fit in fits] for end in ("low", "high"))
-        axes.fill_between(numbers, *bounds, color=line.get_color(), alpha=0.15, linewidth=0)
-    return as_data_uri(label(figure, "labelled pairs", "held-out accuracy, 95 % interval"))
+        lows, highs = ([fit[f"accuracy_{end}"] for fit in fits] for end in ("low", "high"))
+        lines.append(Curve(numbers, [fit["accuracy"] for fit in fits], f"people-{place % 4}"))
+        ends.append((numbers, lows, highs))
+        points += [
+            Point(
+                *(fit["num_labels"], fit["accuracy"], f"people-{place % 4}"),
+                f"{name}: {fit['num_labels']} labels, right on {fit['accuracy']:.1%} "
+                f"({fit['accuracy_low']:.1%} to {fit['accuracy_high']:.1%})",
+            )
+            for fit in fits
+        ]
+    # The ends of the intervals are within the axes, too.
+    frame = [Curve(xs, ys, "hidden") for xs, *both in ends for ys in both]
+    axes = "labelled pairs", "held-out accuracy, 95 % interval"
+    label = "Held-out accuracy of the reward model against the number of labelled pairs"
+    plot = scatter(points, [*frame, *lines], axes, label, (520, 360))
+    for line, end in zip(lines, ends, strict=True):
+        plot.band(*end, line.css)
+    names = [name for name, _ in curves]
+    return figure(
+        plot, [(line.css, "circle", name) for line, name in zip(lines, names, strict=True)]
+    )

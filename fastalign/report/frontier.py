@@ -4,14 +4,18 @@ import io
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from fastalign.evaluation.statistics import estimate
+from fastalign.output import shown
 from fastalign.report.metric_table import MetricTable, Row
-from fastalign.report.page import fill, with_error
-from fastalign.report.pictures import KL_LABEL, as_data_uri, bar, label, new_figure, plain
+from fastalign.report.page import fill
+from fastalign.report.pictures import KL_LABEL, Curve, Point, bar, figure, scatter
 from fastalign.report.runs import (
     best_of_rows,
     finite,
@@ -20,7 +24,10 @@ from fastalign.report.runs import (
     read_lines,
     read_object,
     read_run,
+    short_path,
 )
+from fastalign.report.summary import with_error
+from fastalign.report.svg import SHAPES, place_labels, run_class
 from fastalign.yaml_file import read_yaml_file
 
 Strength = float | str | None
@@ -28,6 +35,7 @@ COLUMNS = ("method", "strength", "reward", "KL", "runs", "collapsed")
 PICTURES = (".png", ".svg", ".pdf")
 # Curves differ in mark as well as colour, for colour-blind readers and for more than ten methods.
 MARKS = "osD^vP*X<>"
+STRENGTHS = "number at a mark: β of a loss, coefficient of the KL, n of best of n"
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,8 @@ class FrontierPoint:
     """The average of the runs of one method and strength.
 
     `reward` and `kl` are means over the measured runs, including collapsed ones. The standard
-    errors are over runs, or over prompts (`error_over`) if one run was measured.
+    errors are over runs, or over prompts (`error_over`) if one run was measured. `sources` are the
+    files or folders of its runs.
     """
 
     method: str
@@ -75,6 +84,7 @@ class FrontierPoint:
     num_measured: int
     num_collapsed: int
     collapse_rate: float
+    sources: list[str] = field(compare=False)
 
 
 def frontier_points(runs: Sequence[FrontierRun]) -> list[FrontierPoint]:
@@ -125,6 +135,7 @@ def average(runs: Sequence[FrontierRun]) -> FrontierPoint:
         num_measured=len(found),
         num_collapsed=num_collapsed,
         collapse_rate=num_collapsed / len(runs),
+        sources=[run.source for run in runs],
     )
 
 
@@ -311,41 +322,68 @@ def find_origin(points: Sequence[FrontierPoint], method: str) -> FrontierPoint |
     return next(found, None)
 
 
-def draw_frontier(points: Sequence[FrontierPoint], origin: FrontierPoint | None) -> Any:
-    """Draw reward against KL with standard errors; marks are hollow if some runs collapsed."""
-    figure, axes = new_figure(8.0, 5.4)
-    methods = list(dict.fromkeys(point.method for point in points if point is not origin))
-    for number, method in enumerate(methods):
-        curve = [p for p in points if p.method == method and p is not origin and p.kl is not None]
-        if not curve:
-            continue
+def curves_of(
+    points: Sequence[FrontierPoint], origin: FrontierPoint | None
+) -> dict[str, list[FrontierPoint]]:
+    """Return the measured points of each method, in the order of a curve that leaves the origin."""
+    curves: dict[str, list[FrontierPoint]] = {}
+    for point in points:
+        if point is not origin and point.kl is not None:
+            curves.setdefault(point.method, []).append(point)
+    for method, curve in curves.items():
         if origin is not None:  # the line leaves it for the end that is nearer
             away = [abs((point.kl or 0.0) - (origin.kl or 0.0)) for point in curve]
-            curve = curve[::-1] if away[0] > away[-1] else curve
+            curves[method] = curve[::-1] if away[0] > away[-1] else curve
+    return curves
+
+
+def check_picture(suffix: str) -> None:
+    """Raise ValueError if a picture of this kind needs matplotlib, an extra, and it is missing."""
+    if suffix in PICTURES and find_spec("matplotlib") is None:
+        raise ValueError(
+            f"out: {suffix} needs matplotlib (pip install 'fastalign[report]'); .html does not"
+        )
+
+
+def draw_frontier(points: Sequence[FrontierPoint], origin: FrontierPoint | None) -> Any:
+    """Draw reward against KL with standard errors; marks are hollow if some runs collapsed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.0, 5.4), layout="constrained")
+    axes: Any = figure.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+    start = [] if origin is None else [origin]
+    drawn: list[tuple[FrontierPoint, str]] = []
+    for number, (method, curve) in enumerate(curves_of(points, origin).items()):
         colour, mark = f"C{number % 10}", MARKS[number % len(MARKS)]
-        start = [] if origin is None else [origin]
+        is_bound = any(point.kl_is_bound for point in curve)
         axes.plot(
             [point.kl for point in (*start, *curve)],
             [point.reward for point in (*start, *curve)],
             color=colour,
             linewidth=1,
             alpha=0.6,
-            linestyle="--" if any(point.kl_is_bound for point in curve) else "-",
+            linestyle="--" if is_bound else "-",
         )
         for point in curve:
             draw_point(axes, point, colour, mark)
-        bound = " (KL: the bound)" if any(point.kl_is_bound for point in curve) else ""
+            drawn.append((point, colour))
+        bound = " (KL: the bound)" if is_bound else ""
         axes.plot([], [], mark, color=colour, label=plain(method) + bound)
     if origin is not None:
         draw_point(axes, origin, "black", "*")
+        drawn.append((origin, "black"))
         axes.plot([], [], "*", color="black", label=plain(origin.method))
         axes.axhline(origin.reward, color="black", linewidth=0.6, linestyle=":")
-    label(figure, KL_LABEL, "mean reward")
+    axes.set(xlabel=KL_LABEL, ylabel="mean reward")
+    axes.legend(fontsize=8, frameon=False, title=STRENGTHS, title_fontsize=7)
+    label_points(figure, axes, drawn)
     return figure
 
 
 def draw_point(axes: Any, point: FrontierPoint, colour: str, mark: str) -> None:
-    """Draw a mark with its error bars and its strength."""
+    """Draw a mark with its error bars."""
     axes.errorbar(
         point.kl,
         point.reward,
@@ -357,28 +395,88 @@ def draw_point(axes: Any, point: FrontierPoint, colour: str, mark: str) -> None:
         elinewidth=0.8,
         markerfacecolor="white" if point.num_collapsed else colour,
     )
-    axes.annotate(
-        plain(strength_text(point.strength)),
-        (point.kl, point.reward),
-        xytext=(5, 4),
-        textcoords="offset points",
-        fontsize=7,
-        color=colour,
+
+
+def label_points(figure: Any, axes: Any, drawn: Sequence[tuple[FrontierPoint, str]]) -> None:
+    """Write the strengths beside the marks, so that none covers another."""
+    figure.draw_without_rendering()  # by which the axes have their place
+    places = [axes.transData.transform((point.kl, point.reward)) for point, _ in drawn]
+    texts = [plain(strength_text(point.strength)) for point, _ in drawn]
+    frame, points = axes.get_window_extent(), 72 / figure.dpi
+    corners = place_labels(
+        [(x, -y) for x, y in places],  # downwards
+        [5.5 * len(text) for text in texts],
+        (frame.x0, -frame.y1, frame.x1, -frame.y0),
+        height=11,
     )
+    for (point, colour), text, (x, y), (left, bottom) in zip(
+        drawn, texts, places, corners, strict=True
+    ):
+        axes.annotate(
+            text,
+            (point.kl, point.reward),
+            xytext=((left - x) * points, (-bottom - y) * points),
+            textcoords="offset points",  # which is the same at any resolution
+            fontsize=7,
+            color=colour,
+        )
+
+
+def plain(text: str) -> str:
+    """Return text that matplotlib does not parse as mathematics, safe to show."""
+    return shown(text).replace("$", r"\$")
+
+
+def frontier_picture(points: Sequence[FrontierPoint], origin: FrontierPoint | None) -> Markup:
+    """Draw the same for a page: a mark's runs are shown on hover."""
+    marks, curves, legend = [], [], []
+    start = [] if origin is None else [origin]
+    for number, (method, curve) in enumerate(curves_of(points, origin).items()):
+        css, shape = run_class(number), SHAPES[number % len(SHAPES)]
+        is_bound = any(point.kl_is_bound for point in curve)
+        known = [point for point in (*start, *curve) if point.kl is not None]
+        xs, ys = [point.kl or 0.0 for point in known], [point.reward or 0.0 for point in known]
+        curves.append(Curve(xs, ys, css, dashed=is_bound))
+        marks += [mark_of(point, css, shape) for point in curve]
+        legend.append((css, shape, f"{method}{' (KL: the bound)' if is_bound else ''}"))
+    if origin is not None:
+        marks.append(mark_of(origin, "plain", "star"))
+        legend.append(("plain", "star", origin.method))
+    if not marks:
+        return Markup("<p>No run has been evaluated.</p>")
+    label = "Mean reward against KL to the reference, one curve for each method"
+    axes = KL_LABEL, "mean reward"
+    return figure(scatter(marks, curves, axes, label, (880, 520)), legend)
+
+
+def mark_of(point: FrontierPoint, css: str, shape: str) -> Point:
+    """Return a point's mark; its words on hover name its runs."""
+    assert point.kl is not None
+    assert point.reward is not None
+    words = strength_text(point.strength)
+    tip = f"{point.method}{f', {words}' if words else ''}: reward "
+    tip += f"{with_error(pair(point.reward, point.reward_se))}, KL "
+    tip += f"{'≤ ' if point.kl_is_bound else ''}{with_error(pair(point.kl, point.kl_se))}"
+    tip += f"; {point.num_collapsed} of {point.num_runs} collapsed" if point.num_collapsed else ""
+    runs = [short_path(source) for source in point.sources]
+    tip += f"; {', '.join(runs[:4])}{' ...' if len(runs) > 4 else ''}"
+    errors = bar(point.kl_se), bar(point.reward_se)
+    hollow = bool(point.num_collapsed)
+    return Point(point.kl, point.reward, css, tip, words, errors, shape, hollow)
 
 
 def render_frontier(
     points: Sequence[FrontierPoint], origin: FrontierPoint | None, suffix: str
 ) -> bytes:
     """Return a page (.html) with picture and table, or the picture alone (.png, .svg, .pdf)."""
-    figure = draw_frontier(points, origin)
     if suffix != ".html":
         stream = io.BytesIO()
-        figure.savefig(stream, format=suffix.removeprefix("."), dpi=150)
+        draw_frontier(points, origin).savefig(stream, format=suffix.removeprefix("."), dpi=150)
         return stream.getvalue()
     return fill(
         "frontier.html.jinja",
         columns=COLUMNS,
         table=frontier_table(points),
-        picture=as_data_uri(figure),
+        picture=frontier_picture(points, origin),
+        strengths=STRENGTHS,
     ).encode()

@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 
 from fastalign.model_files import read_object
 from fastalign.output import shown
-from fastalign.report.runs import read_lines
+from fastalign.report.runs import read_lines, short_path
 
 CARD = "README.md"
 # Metrics that differ from call to call, and counts that say nothing about the model.
@@ -224,12 +224,6 @@ def metric_tables(facts: CardFacts) -> str:
 def is_held_out(name: str) -> bool:
     """Return whether a metric was measured on held-out data."""
     return name.startswith("eval_")
-
-
-def short_path(text: str) -> str:
-    """Return a path as it is or, if it is absolute, its last two parts: the rest is private."""
-    parts = Path(text).parts
-    return "/".join(parts[-2:]) if text.startswith(("/", "~")) and len(parts) > 2 else text
 
 
 def code(value: Any) -> str:

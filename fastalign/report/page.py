@@ -1,19 +1,26 @@
-"""Render a self-contained page on one or more runs: tables, pictures, samples side by side."""
+"""Render a self-contained page on one or more runs: verdict, charts, tables, samples."""
 
+import base64
+import hashlib
+import json
 import math
 from collections.abc import Sequence
+from functools import cache
+from importlib.resources import files
 from typing import Any
 
 import yaml
+from markupsafe import Markup
 
 from fastalign.compare.results import PERSON_COLUMNS
 from fastalign.data.conversation import prompt_key
 from fastalign.page_templates import environment
+from fastalign.report.charts import as_json, collapses, sections
 from fastalign.report.comparisons import Comparisons, learning_curve
 from fastalign.report.metric_table import Row
-from fastalign.report.pictures import SECTIONS, curve, reward_against_kl
+from fastalign.report.pictures import reward_against_kl, static_chart
 from fastalign.report.reward import REWARD_COLUMNS, accuracy_by_length, reliability, reward_table
-from fastalign.report.runs import RunRecord, labels_of
+from fastalign.report.runs import RunRecord
 from fastalign.report.speed import (
     SPEED_COLUMNS,
     TIME_COLUMNS,
@@ -21,30 +28,27 @@ from fastalign.report.speed import (
     time_picture,
     time_table,
 )
+from fastalign.report.summary import (
+    PROVENANCE,
+    differing_settings,
+    provenance,
+    training,
+    verdict,
+    with_error,
+)
+from fastalign.report.svg import run_class
 
 NUM_SAMPLES_SHOWN = 24
 NUM_STEPS_SHOWN = 6  # of the completions that were sampled while a run trained
-NUM_PROMPTS_SHOWN = 4  # of each, or of all where the same held-out ones are sampled each time
-COLUMNS = ("method", "training", "reward", "KL", "accuracy", "seconds")
-
-
-def with_error(measure: tuple[float, float] | None) -> str:
-    """Return `5.81 ± 0.15`, `5.81` if the error is unknown, or a dash."""
-    if measure is None:
-        return "–"  # noqa: RUF001 (a dash is meant)
-    mean, error = measure
-    if math.isnan(error):
-        return f"{mean:.2f}"
-    return f"{mean:.2f} ± {error:.2f}"
-
-
-def training(run: RunRecord) -> str:
-    """Describe a run: `sft`, `dpo, 0.1`, `reward: rao_kupper`, `ppo, 0.05, collapsed`."""
-    method, strength, _ = labels_of(run)
-    if run.metrics.logged("mean_reward"):
-        method = f"reward: {method}"
-    words = [method] if strength is None else [method, f"{strength:g}"]
-    return ", ".join([*words, "collapsed"] if run.collapsed else words)
+NUM_PROMPTS_SHOWN = 4  # of them, the same at each step
+NUM_ROLLOUTS_SHOWN = 240  # rows of samples.jsonl, of all runs
+MOST_CHARACTERS = 1500  # of a prompt or a completion among these
+# Charts that are about the optimiser and the machine.
+TECHNICAL = (
+    *("grad_norm", "learning_rate", "lr", "step_seconds", "tokens_per_second"),
+    "peak_memory_bytes",
+)
+COLUMNS = ("run", "training", "reward", "KL", "accuracy", "seconds")
 
 
 def accuracy(run: RunRecord) -> tuple[float, float] | None:
@@ -112,17 +116,33 @@ def over_time(run: RunRecord) -> tuple[list[int], list[tuple[str, list[Row | Non
     return steps, [(key, [by_step[step].get(key) for step in steps]) for key in prompts]
 
 
-def trained_on(run: RunRecord) -> list[tuple[int, str, Row]]:
-    """Return step, prompt and row of some completions that a run was trained on."""
-    by_step: dict[int, list[Row]] = {}
-    for row in run.rollouts:
-        if not row.get("held_out"):
+def rollout_rows(runs: Sequence[RunRecord]) -> list[tuple[int, Row, str]]:
+    """Return place of the run, row and prompt of completions that were sampled while it trained.
+
+    Of many, steps are left out evenly; texts are cut.
+    """
+    sampled = [place for place, run in enumerate(runs) if run.rollouts]
+    found = []
+    for place in sampled:
+        by_step: dict[int, list[Row]] = {}
+        for row in runs[place].rollouts:
             by_step.setdefault(row["step"], []).append(row)
-    return [
-        (step, prompt_key(row.get("prompt", "")), row)
-        for step in spread(sorted(by_step), NUM_STEPS_SHOWN)
-        for row in by_step[step][:NUM_PROMPTS_SHOWN]
-    ]
+        most = max(1, NUM_ROLLOUTS_SHOWN // len(sampled))
+        per_step = max(map(len, by_step.values()))
+        for step in spread(sorted(by_step), max(2, most // per_step)):
+            rows = by_step[step][: max(1, most // 2)]
+            found += [(place, cut(row), cut_text(prompt_key(row["prompt"]))) for row in rows]
+    return found
+
+
+def cut(row: Row) -> Row:
+    """Return a row whose completion is not too long for a table."""
+    return row | {"completion": cut_text(row["completion"])}
+
+
+def cut_text(text: str) -> str:
+    """Return a text of at most MOST_CHARACTERS."""
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]} [...]"
 
 
 def spread(values: Sequence[int], number: int) -> list[int]:
@@ -132,32 +152,109 @@ def spread(values: Sequence[int], number: int) -> list[int]:
     return [values[(len(values) - 1) * place // (number - 1)] for place in range(number)]
 
 
-def fill(template: str, **values: Any) -> str:
-    """Return a page from a template beside this module; values of models and data are escaped."""
-    page: str = environment("fastalign.report").get_template(template).render(**values)
+@cache
+def static(name: str) -> str:
+    """Return the text of a file beside the templates."""
+    return files("fastalign.report").joinpath("static", name).read_text(encoding="utf-8")
+
+
+def policy(scripts: Sequence[str], *, live: bool = False) -> str:
+    """Return a Content-Security-Policy by which a page runs these scripts alone and loads nothing.
+
+    A live page may ask its own server.
+    """
+    hashes = [hashlib.sha256(script.encode()).digest() for script in scripts]
+    allowed = [f"'sha256-{base64.b64encode(value).decode()}'" for value in hashes]
+    parts = {
+        "default-src": "'none'",
+        "img-src": "data:",
+        "style-src": "'unsafe-inline'",
+        "script-src": " ".join(allowed) or "'none'",
+        "connect-src": "'self'" if live else "'none'",
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    return "; ".join(f"{name} {value}" for name, value in parts.items())
+
+
+def page_policy(page: str) -> str:
+    """Return the policy that a page from `fill` states, for a server's header."""
+    return page.partition('http-equiv="Content-Security-Policy" content="')[2].partition('"')[0]
+
+
+def fill(template: str, *, charts: bool = False, watch: str = "", **values: Any) -> str:
+    """Return a page from a template beside this module; values of models and data are escaped.
+
+    Args:
+        template: name of the template.
+        charts: whether the page has charts over steps.
+        watch: version of a live page, which looks for newer ones; empty for a page in a file.
+        **values: what the template takes.
+    """
+    names = ["uPlot.iife.min.js", "report.js"] if charts else ["report.js"]
+    scripts = [Markup(static(name).replace("</script", "<\\/script")) for name in names]
+    css = static("uPlot.min.css") + static("report.css") if charts else static("report.css")
+    given = {"css": Markup(css), "scripts": scripts, "watch": watch}
+    found = environment("fastalign.report").get_template(template)
+    page: str = found.render(policy=Markup(policy(scripts, live=bool(watch))), **given, **values)
     return page
 
 
-def render(runs: Sequence[RunRecord], comparisons: Sequence[Comparisons] = ()) -> str:
-    """Return the report's page on runs and comparisons, which loads nothing from elsewhere."""
-    sections = {
-        title: {label: curve(runs, name, label) for name, label in names.items()}
-        for title, names in SECTIONS.items()
-    }
+def embedded(data: Any) -> Markup:
+    """Return JSON that stands in a page's script element as data."""
+    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def collapse_warnings(runs: Sequence[RunRecord], places: Sequence[int]) -> list[str]:
+    """Return a line for each run whose policy looked collapsed, with the steps where it began."""
+    lines = []
+    for place in places:
+        steps = [f"{step:,}" for step, _ in collapses(runs[place])]
+        if steps:
+            more = f" and {len(steps) - 3} times more" if len(steps) > 3 else ""
+            began = f"{', '.join(steps[:3])}{more}"
+            lines.append(f"{runs[place].name}: the policy began to look collapsed at step {began}.")
+    return lines
+
+
+def render(
+    runs: Sequence[RunRecord], comparisons: Sequence[Comparisons] = (), *, watch: str = ""
+) -> str:
+    """Return the report's page on runs and comparisons, which loads nothing from elsewhere.
+
+    `watch` is the version of a page that looks for newer ones, as `fill` takes it.
+    """
+    found = sections(runs)
+    rollouts = rollout_rows(runs)
+    groups = [section.runs for section in found]
     return fill(
         "report.html.jinja",
+        charts=bool(found),
+        watch=watch,
+        verdict=[*verdict(runs), *(line for each in comparisons for line in each.win_rates[:1])],
+        classes=[run_class(place) for place in range(len(runs))],
         tables=tables(runs),
+        provenance=(PROVENANCE, provenance(runs)),
         reliability=reliability(runs),
         accuracy_by_length=accuracy_by_length(runs),
         frontier=reward_against_kl(runs),
         time_picture=time_picture(runs),
-        sections={title: curves for title, curves in sections.items() if any(curves.values())},
+        sections=found,
+        section_warnings=[collapse_warnings(runs, places) for places in groups],
+        differing=[differing_settings([runs[place] for place in places]) for places in groups],
+        differing_names=[[runs[place].name for place in places] for places in groups],
+        technical=TECHNICAL,
+        static_chart=static_chart,
+        data=embedded(as_json(runs, found)),
         comparisons=comparisons,
         person_columns=PERSON_COLUMNS,
         learning_curve=learning_curve(comparisons),
         names=[run.name for run in runs],
         samples=side_by_side(runs),
         over_time=[(run.name, *over_time(run)) for run in runs if over_time(run)[0]],
-        trained_on=[(run.name, trained_on(run)) for run in runs if trained_on(run)],
+        rollouts=rollouts,
+        num_rollouts=sum(len(run.rollouts) for run in runs),
+        sampled=sorted({place for place, *_ in rollouts}),
         configs=[(run.name, yaml.safe_dump(run.config, sort_keys=False)) for run in runs],
     )

@@ -3,8 +3,12 @@
 import math
 from collections.abc import Sequence
 
-from fastalign.report.pictures import as_data_uri, label, new_figure, plain
+from markupsafe import Markup
+
+from fastalign.report.metric_table import Row
+from fastalign.report.pictures import Curve, Legend, Point, figure, scatter
 from fastalign.report.runs import RunRecord
+from fastalign.report.svg import run_class
 
 REWARD_COLUMNS = (
     *("reward model", "accuracy", "the longer won", "the shorter won"),
@@ -37,56 +41,86 @@ def reward_table(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
     return rows
 
 
-def reliability(runs: Sequence[RunRecord]) -> str | None:
-    """Draw how often the expected winner won against its predicted probability, or return None."""
-    found = [(run.name, run.evaluation.get("calibration_bins")) for run in runs if run.evaluation]
-    if not any(bins for _, bins in found):
-        return None
-    figure, axes = new_figure(5.2, 4.0)
-    axes.plot([0.5, 1], [0.5, 1], color="0.6", linewidth=1, linestyle="--")
-    for name, bins in found:
+def calibration(runs: Sequence[RunRecord]) -> tuple[list[Point], list[Curve]]:
+    """Return how often the expected winner won against its predicted probability."""
+    points, curves = [], []
+    for place, run in enumerate(runs):
+        bins = (run.evaluation or {}).get("calibration_bins")
         if bins:
-            errors = [standard_error(b["accuracy"], b["count"]) for b in bins]
-            axes.errorbar(
-                [b["confidence"] for b in bins],
-                [b["accuracy"] for b in bins],
-                yerr=errors,
-                fmt="o-",
-                markersize=4,
-                linewidth=1.2,
-                capsize=2,
-                label=plain(name),
-            )
-    label(figure, "probability of the expected winner", "share of pairs that it won")
-    return as_data_uri(figure)
+            css, xs, ys = run_class(place), [b["confidence"] for b in bins], accuracies(bins)
+            curves.append(Curve(xs, ys, css))
+            points += [
+                Point(
+                    *(
+                        x,
+                        y,
+                        css,
+                        f"{run.name}: expected {x:.2f}, won {y:.2f} of {b['count']} pairs",
+                    ),
+                    errors=(0.0, standard_error(y, b["count"])),
+                )
+                for x, y, b in zip(xs, ys, bins, strict=True)
+            ]
+    return points, curves
 
 
-def accuracy_by_length(runs: Sequence[RunRecord]) -> str | None:
-    """Draw accuracy by difference in length for pairs that the longer or the shorter one won."""
-    found = [(run.name, run.evaluation.get("length_bins")) for run in runs if run.evaluation]
-    if not any(bins for _, bins in found):
+def accuracies(bins: Sequence[Row], suffix: str = "") -> list[float]:
+    """Return the accuracy of each bin."""
+    return [b[f"accuracy{suffix}"] for b in bins]
+
+
+def reliability(runs: Sequence[RunRecord]) -> Markup | None:
+    """Draw how often the expected winner won against its predicted probability, or return None."""
+    points, curves = calibration(runs)
+    if not points:
         return None
-    figure, axes = new_figure(6.2, 4.0)
-    for number, (name, bins) in enumerate(found):
-        if not bins:
-            continue
-        for side, marker, style in (("longer", "^", "-"), ("shorter", "v", ":")):
-            shown = [b for b in bins if b[f"count_{side}_won"]]
-            accuracies = [b[f"accuracy_{side}_won"] for b in shown]
-            counts = [b[f"count_{side}_won"] for b in shown]
-            axes.errorbar(
-                [(b["low"] + b["high"]) / 2 for b in shown],
-                accuracies,
-                yerr=[standard_error(a, n) for a, n in zip(accuracies, counts, strict=True)],
-                fmt=marker + style,
-                color=f"C{number}",
-                markersize=5,
-                linewidth=1.2,
-                capsize=2,
-                label=f"{plain(name)}, the {side} won",
-            )
-    axes.set_ylim(0, 1.03)
-    return as_data_uri(label(figure, "difference of the responses' lengths (tokens)", "accuracy"))
+    ideal = Curve([0.5, 1.0], [0.5, 1.0], "plain", dashed=True)
+    axes = "probability of the expected winner", "share of pairs that it won"
+    label = "Share of pairs that the expected winner won, against its probability"
+    plot = scatter(points, [ideal, *curves], axes, label, (520, 400))
+    return figure(plot, run_legend(runs, curves, "circle"))
+
+
+def run_legend(runs: Sequence[RunRecord], curves: Sequence[Curve], shape: str) -> Legend:
+    """Return the runs that curves belong to."""
+    drawn = {curve.css for curve in curves}
+    classes = {run_class(place): run.name for place, run in enumerate(runs)}
+    return [(css, shape, name) for css, name in classes.items() if css in drawn]
+
+
+def by_length(runs: Sequence[RunRecord]) -> tuple[list[Point], list[Curve]]:
+    """Return accuracy by difference in length, where the longer and where the shorter one won."""
+    points, curves = [], []
+    for place, run in enumerate(runs):
+        bins: list[Row] = (run.evaluation or {}).get("length_bins") or []
+        for side, shape in (("longer", "triangle"), ("shorter", "down")) if bins else ():
+            there = [b for b in bins if b[f"count_{side}_won"]]
+            xs = [(b["low"] + b["high"]) / 2 for b in there]
+            ys = accuracies(there, f"_{side}_won")
+            css = run_class(place)
+            curves.append(Curve(xs, ys, css, dashed=side == "shorter"))
+            for x, y, b in zip(xs, ys, there, strict=True):
+                count = b[f"count_{side}_won"]
+                tip = f"{run.name}: {b['low']} to {b['high']} tokens apart, the {side} won"
+                tip += f": right on {y:.1%} of {count}"
+                error = standard_error(y, count)
+                points.append(Point(x, y, css, tip, errors=(0.0, error), shape=shape))
+    return points, curves
+
+
+def accuracy_by_length(runs: Sequence[RunRecord]) -> Markup | None:
+    """Draw accuracy by difference in length for pairs that the longer or the shorter one won."""
+    points, curves = by_length(runs)
+    if not points:
+        return None
+    axes = "difference of the responses' lengths (tokens)", "accuracy"
+    label = "Accuracy against the difference of lengths, where the longer and the shorter one won"
+    legend = [
+        *run_legend(runs, curves, "circle"),
+        ("plain", "triangle", "the longer won"),
+        ("plain", "down", "the shorter won (dashed)"),
+    ]
+    return figure(scatter(points, curves, axes, label, (520, 400)), legend)
 
 
 def standard_error(share: float, count: int) -> float:

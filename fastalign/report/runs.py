@@ -28,6 +28,8 @@ class RunRecord:
         samples: rows of `eval/samples.jsonl`, or none.
         rollouts: rows of `samples.jsonl`, completions that were sampled while it trained, or none.
         machine: contents of `machine.json`, or empty.
+        folder: the folder; None for a record that was made otherwise.
+        began: when it began, in ISO 8601; empty if not known.
         num_product_weights: number of weights in `model/` that a token is multiplied by, or None.
     """
 
@@ -38,6 +40,8 @@ class RunRecord:
     samples: list[Row]
     rollouts: list[Row] = field(default_factory=list)
     machine: Row = field(default_factory=dict)
+    folder: Path | None = None
+    began: str = ""
     num_product_weights: int | None = None
 
     @property
@@ -54,6 +58,18 @@ class RunRecord:
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Return the steps at which a metric was logged, and its values."""
         return self.metrics.series(name)
+
+    def setting(self, name: str) -> Any:
+        """Return a setting by its dotted name, or None."""
+        value: Any = self.config
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, dict) else None
+        return value
+
+    @property
+    def num_steps(self) -> int:
+        """The last step that was logged."""
+        return max((int(step) for step in self.series("step")[1]), default=0)
 
     @property
     def skipped_steps(self) -> list[int]:
@@ -84,7 +100,12 @@ def is_collapsed(evaluation: Row | None, metrics: MetricTable) -> bool:
     It is set by true, a number other than 0, or a reason in words. A policy may recover.
     """
     values = [(evaluation or {}).get("collapsed"), *metrics.logged("collapsed")[-1:]]
-    return any(value not in (None, False, 0, "", "0", "0.0", "false") for value in values)
+    return any(map(is_set, values))
+
+
+def is_set(value: Any) -> bool:
+    """Return whether a value of `collapsed` says so: true, not 0, or a reason in words."""
+    return value not in (None, False, 0, "", "0", "0.0", "false")
 
 
 def best_of_rows(evaluation: Row | None) -> list[Row]:
@@ -120,6 +141,12 @@ def labels_of(run: RunRecord) -> tuple[str, float | None, int | None]:
     return method, number(section("loss").get("beta")), seed
 
 
+def short_path(text: str) -> str:
+    """Return a path as it is or, if it is absolute, its last two parts: the rest is private."""
+    parts = Path(text).parts
+    return "/".join(parts[-2:]) if text.startswith(("/", "~")) and len(parts) > 2 else text
+
+
 def read_runs(folders: Sequence[str | Path]) -> list[RunRecord]:
     """Read run folders; runs with the same folder name are named by parent folders too."""
     runs = [read_run(folder) for folder in folders]
@@ -149,6 +176,7 @@ def read_run(folder: str | Path) -> RunRecord:
     samples = path / "eval" / "samples.jsonl"
     rollouts = path / "samples.jsonl"
     machine = path / "machine.json"
+    began = path / "began.txt"
     try:
         config = read_yaml_file(path / "config.yaml")
         metrics = MetricTable(read_lines(path / "metrics.jsonl"))
@@ -164,6 +192,8 @@ def read_run(folder: str | Path) -> RunRecord:
         samples=rows,
         rollouts=drawn,
         machine=read_object(machine) if machine.is_file() else {},
+        folder=path.resolve(),
+        began=began.read_text(encoding="utf-8").strip() if began.is_file() else "",
         num_product_weights=num_product_weights(path / "model"),
     )
 

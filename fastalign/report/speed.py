@@ -5,10 +5,12 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 
 import numpy as np
+from markupsafe import Markup
 
 from fastalign.report.metric_table import Row
-from fastalign.report.pictures import as_data_uri, new_figure, plain
+from fastalign.report.pictures import figure
 from fastalign.report.runs import RunRecord
+from fastalign.report.svg import Axis, Plot
 
 SPEED_COLUMNS = (
     *("run", "steps", "skipped", "s/step", "tokens/s", "peak MiB"),
@@ -156,24 +158,36 @@ def time_table(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
     return rows
 
 
-def time_picture(runs: Sequence[RunRecord]) -> str | None:
+def time_bars(runs: Sequence[RunRecord]) -> list[tuple[str, list[tuple[str, float, float]]]]:
+    """Return name and phases, with the ends of their bars, of each run that logged them."""
+    bars = []
+    for run in runs:
+        seconds = phase_seconds(run)
+        if seconds is not None:
+            start, parts = 0.0, []
+            for phase, share in shares(seconds).items():
+                parts.append((phase, start, start + share))
+                start += share
+            bars.append((run.name, parts))
+    return bars
+
+
+def time_picture(runs: Sequence[RunRecord]) -> Markup | None:
     """Draw a stacked bar of the phases' shares for each run, or return None without any."""
-    found = [(run.name, seconds) for run in runs if (seconds := phase_seconds(run)) is not None]
-    if not found:
+    bars = time_bars(runs)
+    if not bars:
         return None
-    figure, axes = new_figure(7.2, 1.2 + 0.45 * len(found))
-    names = [plain(name) for name, _ in found]
-    places = list(range(len(found)))
-    start = [0.0] * len(found)
-    for index, phase in enumerate((*PHASES, OTHER)):
-        widths = [shares(seconds)[phase] for _, seconds in found]
-        color = "0.8" if phase == OTHER else f"C{index}"
-        axes.barh(places, widths, left=start, label=phase, color=color, height=0.6)
-        start = [left + width for left, width in zip(start, widths, strict=True)]
-    axes.set_yticks(places, names)
-    axes.set_axisbelow(True)
-    axes.invert_yaxis()  # in the table's order
-    axes.set_xlim(0, 1)
-    axes.set_xlabel("share of an iteration's time")
-    figure.legend(loc="outside upper center", ncols=len(PHASES) + 1, fontsize=8, frameon=False)
-    return as_data_uri(figure)
+    rows = [(-float(place), name) for place, (name, _) in enumerate(bars)]  # as in the table
+    plot = Plot(
+        (720, 50 + 30 * len(bars)),
+        Axis(0.0, 1.0, "share of an iteration's time"),
+        Axis(-len(bars) + 0.5, 0.5, "", rows),
+        "Share of an iteration's time in each phase, one bar for each run",
+    )
+    css = {phase: f"phase-{place}" for place, phase in enumerate((*PHASES, OTHER))}
+    for (height, name), (_, parts) in zip(rows, bars, strict=True):
+        for phase, left, right in parts:
+            if right > left:
+                plot.bar(left, right, height, 18, css[phase], f"{name}: {phase} {right - left:.1%}")
+    drawn = {phase for _, parts in bars for phase, left, right in parts if right > left}
+    return figure(plot, [(name, "square", phase) for phase, name in css.items() if phase in drawn])

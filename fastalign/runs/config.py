@@ -4,7 +4,6 @@ An attribute's docstring is the flag's help text.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -424,15 +423,6 @@ class SFTConfig(TrainingConfig):
     data: DataConfig = field(default_factory=DataConfig)
     loss: SFTLoss = field(default_factory=SFTLoss)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
-
-
-def flat_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return `{"optim.lr": 1e-6}` from nested settings of any depth."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= flat_settings(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

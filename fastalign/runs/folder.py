@@ -20,10 +20,10 @@ from fastalign.compute import find_device
 from fastalign.ranks.world import world_of_environment
 from fastalign.report.trackers import NOTES, TrackedRun
 from fastalign.runs.checkpoint.writer import CHECKPOINTS, list_checkpoints
-from fastalign.runs.config import RunConfig, TrainingConfig, config_to_dict, flat_settings
+from fastalign.runs.config import RunConfig, TrainingConfig, config_to_dict
 from fastalign.runs.metrics import METRICS, SAMPLES
 from fastalign.written_files import clear_half_written, write_atomically
-from fastalign.yaml_file import read_yaml_file
+from fastalign.yaml_file import flat_settings, read_yaml_file
 
 CONFIG = "config.yaml"
 FINAL_MODELS = ("model", "adapter", "value")
@@ -247,7 +247,7 @@ def tracked_run(config: TrainingConfig, step: int) -> TrackedRun:
 
 
 def write_machine(folder: Path, train: dict[str, Any]) -> None:
-    """Write device, number of processes, dtype of the products, and versions to `machine.json`.
+    """Write device, host, number of processes, dtype and versions to `machine.json`.
 
     It also holds a random name of the run (`run`), which a resumed run keeps. `train` are the run's
     settings of that name.
@@ -261,6 +261,24 @@ def write_machine(folder: Path, train: dict[str, Any]) -> None:
         "products": "bfloat16" if bf16 else "float32",
         "torch": torch.__version__,
         "fastalign": version("fastalign"),
+        "commit": commit_of_package(),
+        "host": platform.node(),
         "run": run_of(folder) or secrets.token_hex(8),
     }
     write_atomically(folder / MACHINE_FILE, json.dumps(found, indent=1) + "\n")
+
+
+def commit_of_package() -> str | None:
+    """Return the commit of fastalign's checkout; None for an installed package."""
+    git = Path(__file__).resolve().parents[2] / ".git"
+    try:
+        head = (git / "HEAD").read_text(encoding="utf-8").strip()
+        if not head.startswith("ref: "):
+            return head
+        name = head.removeprefix("ref: ")
+        if (git / name).is_file():
+            return (git / name).read_text(encoding="utf-8").strip()
+        packed = (git / "packed-refs").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    return next((line.split()[0] for line in packed if line.endswith(f" {name}")), None)

@@ -58,9 +58,9 @@ from fastalign.runs.config import (
     ModelConfig,
     PreferenceDataConfig,
     TrainingConfig,
-    flat_settings,
 )
 from fastalign.written_files import sha256_of
+from fastalign.yaml_file import flat_settings
 
 LOADING = "loading "  # how the note on a model that is being loaded begins
 

@@ -1,5 +1,7 @@
-"""Secrets stay in the environment, servers on this machine, data at home; pages run no script."""
+"""Secrets stay in the environment, servers on this machine, data at home; pages run own scripts."""
 
+import base64
+import hashlib
 import io
 import json
 import os
@@ -21,6 +23,7 @@ from fastalign.cli.main import QUIET, main
 from fastalign.cli.settings import ServedModel, VllmServerConfig
 from fastalign.cli.vllm_server import is_loopback, server_command, server_token
 from fastalign.output import masked, safe_output, visible
+from fastalign.report.page import static
 from fastalign.rollouts.engines.options import VllmOptions
 from fastalign.rollouts.engines.server_process import find_token
 from fastalign.runs.metrics import ProgressDisplay
@@ -309,20 +312,44 @@ def test_nothing_is_connected_to_in_runs_on_local_files(tmp_path: Path) -> None:
     assert guarded("run", commands=commands, place=tmp_path) == ""
 
 
+# Of SVG too, what could run something or fetch it.
+DANGEROUS = (
+    *("iframe", "object", "embed", "base", "foreignobject", "animate", "set", "use", "image"),
+)
+
+
 class Page(HTMLParser):
-    """The tags of a page, and whether any could run something or fetch it."""
+    """The tags of a page, and whether any could run something or fetch it.
+
+    The package's own scripts may run, by their hashes in the page's policy, and nothing else.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.dangerous: list[str] = []
+        self._is_script = False
+        self._policy = ""
         self.feed(text)
 
+    def handle_data(self, data: str) -> None:
+        hashed = base64.b64encode(hashlib.sha256(data.encode()).digest()).decode()
+        own = data in (static("uPlot.iife.min.js"), static("report.js"))
+        if self._is_script and not (own and f"'sha256-{hashed}'" in self._policy):
+            self.dangerous.append(f"script {data:.60}")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._is_script = False
+
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        links = [value or "" for name, value in attrs if name in ("src", "href", "action")]
+        found = dict(attrs)
+        links = [v or "" for name, v in attrs if name in ("src", "href", "xlink:href", "action")]
+        self._is_script = tag == "script" and found.get("type") != "application/json"
+        if found.get("http-equiv") == "Content-Security-Policy":
+            self._policy = found["content"] or ""
         if (
-            tag in ("script", "iframe", "object", "embed", "form", "base", "svg")
+            tag in DANGEROUS
             or any(name.startswith("on") for name, _ in attrs)
-            or any(not link.startswith(("data:image/png;base64,", "data:,")) for link in links)
+            or any(not link.startswith(("#main", "data:,")) for link in links)
         ):
             self.dangerous.append(f"{tag} {attrs}")
 
@@ -355,7 +382,12 @@ def test_pages_run_nothing_that_models_and_data_wrote(tmp_path: Path) -> None:
     report = (tmp_path / "report.html").read_text()
     assert report.count("&lt;script&gt;alert(1)") >= 7
     assert "&lt;img src=x onerror=alert(3)&gt;" in report
-    assert "49" not in report.replace("base64,", "").split("<h2>Samples</h2>")[1]
+    words = re.sub(r"<(script|style|svg).*?</\1>", "", report, flags=re.DOTALL)
+    assert "49" not in words.split("<h2>Samples</h2>")[1]
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="(.*?)"', report)
+    assert policy
+    assert "default-src 'none'" in policy[1]
+    assert "unsafe" not in policy[1].replace("style-src 'unsafe-inline'", "")
 
 
 def test_the_test_of_pages_finds_what_it_looks_for() -> None:

@@ -36,8 +36,9 @@ def test_agreement_biases_curve_and_win_rate_are_in_the_report(
         assert win_rate in text
         assert "Krippendorff" in text
         assert "70% (60% to 80% of 30)" in text  # the last fit
-    assert len(re.findall("data:image/png", page)) == 1
-    assert "<script>" not in page
+    assert len(re.findall('<figure class="picture">', page)) == 1
+    assert len(re.findall('data-tip="[^"]* labels, right on', page)) == 2
+    assert page.count("<script>") == 1  # the tips alone
     assert "Settings" not in page
 
 

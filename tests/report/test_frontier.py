@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from fastalign.report.frontier import (
     frontier_table,
     read_frontier,
 )
+from fastalign.report.svg import covered, outside, place_labels
 
 
 def put(
@@ -194,7 +197,12 @@ def test_the_command_writes_page_picture_and_table(
     assert main(["frontier", "runs.yaml", "--out", "out/frontier.html"]) == 0
     assert "2 of 3 (67%)" in capsys.readouterr().out
     page = (runs / "out/frontier.html").read_text()
-    assert page.count("data:image/png;base64,") == 1
+    assert page.count('<figure class="picture">') == 1
+    tips = re.findall('data-tip="(.*?)"', page)
+    assert len(tips) == 5
+    (tip,) = [tip for tip in tips if tip.startswith("DPO, 0.1: reward 5.00 ± 0.58, KL 7.00 ± 0.58")]
+    assert "dpo-0.1-0" in tip
+    assert "β of a loss" in page
     assert "<td>DPO</td><td>0.1</td>" in page
     rows = json.loads((runs / "out/frontier.table.json").read_text())
     assert [row["method"] for row in rows] == ["SFT", "best of n", "DPO", "DPO", "PPO"]
@@ -219,16 +227,32 @@ def test_a_method_s_name_is_text_not_markup(tmp_path: Path) -> None:
     assert "&lt;b&gt;$x$" in (tmp_path / "f.html").read_text()
 
 
-@pytest.mark.parametrize("command", ["frontier", "report"])
-def test_without_matplotlib_one_line_says_what_to_install(
-    command: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_without_matplotlib_pages_are_made_and_a_line_says_what_a_picture_needs(
+    runs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("fastalign.report.pictures.find_spec", lambda name: None)
-    out = tmp_path / "page.html"
-    assert main([command, str(tmp_path / "none"), "--out", str(out)]) == 2
+    monkeypatch.chdir(runs)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("fastalign.report.frontier.find_spec", lambda name: None)
+    put(runs, "run", measures(1.0, 2.0), {"run": {"seed": 0}})
+    assert main(["report", "run", "--out", "report.html"]) == 0
+    assert main(["frontier", "runs.yaml", "--out", "page.html"]) == 0
+    assert main(["frontier", "runs.yaml", "--out", "page.png"]) == 2
     assert capsys.readouterr().err == (
-        f"fastalign {command}: pictures need matplotlib: pip install 'fastalign[report]'\n"
+        "fastalign frontier: out: .png needs matplotlib (pip install 'fastalign[report]'); .html "
+        "does not\n"
     )
+
+
+def test_labels_do_not_cover_one_another_or_the_marks() -> None:
+    points = [(100.0 + 3 * n, 100.0 + 2 * (n % 3)) for n in range(8)]
+    widths, inside = [24.0] * len(points), (0.0, 0.0, 400.0, 300.0)
+    corners = place_labels(points, widths, inside)
+    boxes = [(left, bottom - 12, left + 24, bottom) for left, bottom in corners]
+    marks = [(x - 5, y - 5, x + 5, y + 5) for x, y in points]
+    for number, box in enumerate(boxes):
+        assert outside(box, inside) == 0
+        assert all(covered(box, other) == 0 for other in (*boxes[:number], *marks))
+    # At the edge it turns inwards.
+    ((left, bottom),) = place_labels([(398.0, 3.0)], [24.0], inside)
+    assert left + 24 <= 400
+    assert bottom - 12 >= 0

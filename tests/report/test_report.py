@@ -1,8 +1,8 @@
 """The page: complete, self-contained, and deaf to what models wrote."""
 
-import base64
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -10,9 +10,20 @@ from typing import Any
 import pytest
 import yaml
 
-from fastalign.report import pictures
-from fastalign.report.page import over_time, render, table, trained_on
+from fastalign.report.charts import sections
+from fastalign.report.page import (
+    MOST_CHARACTERS,
+    NUM_ROLLOUTS_SHOWN,
+    over_time,
+    render,
+    rollout_rows,
+    static,
+    table,
+)
+from fastalign.report.pictures import reward_points
 from fastalign.report.runs import read_run, read_runs
+from fastalign.report.summary import difference, differing_settings, provenance, verdict
+from fastalign.report.svg import run_class
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -58,21 +69,116 @@ def test_the_page_holds_everything_and_loads_nothing(tmp_path: Path) -> None:
     runs = [read_run(make_run(tmp_path, name)) for name in ("one", "two$_")]
     text = render(runs)
     page = Page(text)
-    tags = [tag for tag, _ in page.tags]
-    assert "script" not in tags
     assert all("onerror" not in attributes for _, attributes in page.tags)
     links = [
         v for _, attributes in page.tags for k, v in attributes.items() if k in ("src", "href")
     ]
-    assert all(link is not None and link.startswith("data:") for link in links)
-    pictures = [link for link in links if link and link.startswith("data:image/png;base64,")]
-    assert len(pictures) == 3  # reward against KL, loss, margins
-    for picture in pictures:
-        assert base64.b64decode(picture.split(",")[1]).startswith(b"\x89PNG")
+    assert links == ["data:,", "#main"]
+    scripts = re.findall("<script>(.*?)</script>", text, re.DOTALL)
+    assert scripts == [static("uPlot.iife.min.js"), static("report.js")]
+    # Reward against KL, and for who has no script loss, margins, time of a step.
+    assert text.count('<figure class="picture">') == 4
+    assert text.count("<noscript>") == text.count('<div class="plot') == 3
     assert "&lt;script&gt;" in text
     assert "1.25 ± 0.12" in text
-    assert " second" not in text
+    assert " second" not in re.sub("<script.*?</script>", "", text, flags=re.DOTALL)
     assert "[…]" in text
+
+
+def test_the_script_s_data_are_the_metrics(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "a")
+    rows: list[dict[str, Any]] = [
+        {"step": 10 * n, "loss": 1 / n, "eval_loss": 2.0} for n in (1, 2, 3)
+    ]
+    rows.append({"step": 40, "loss": "nan"})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = data_of([read_run(run)])
+    assert data["runs"] == ["a"]
+    assert data["charts"]["0/loss"]["lines"] == [
+        {"run": 0, "heldOut": False, "x": {"first": 10, "by": 10}, "y": [1, 0.5, 0.33333, None]},
+        {"run": 0, "heldOut": True, "x": {"first": 10, "by": 10}, "y": [2, 2, 2]},
+    ]
+
+
+def data_of(runs: list[Any]) -> Any:
+    """What a page hands to its script."""
+    found = re.search('<script type="application/json" id="data">(.*?)</script>', render(runs))
+    assert found
+    return json.loads(found[1])
+
+
+def test_names_in_the_script_s_data_stay_data(tmp_path: Path) -> None:
+    run = replace(read_run(make_run(tmp_path, "a")), name="</script>&<b>\x1b")
+    assert data_of([run])["runs"] == ["</script>&<b>\\x1b"]
+
+
+def test_a_collapse_is_marked_where_it_began(tmp_path: Path) -> None:
+    flags = [0, 1, 2, 0, 0, "entropy 0.01", True]
+    rows = [{"step": n, "loss": 1.0, "collapsed": flag} for n, flag in enumerate(flags, 1)]
+    run = read_run(write_run(tmp_path, "ppo", {"ppo": {}}, rows))
+    (chart,) = [chart for chart in sections([run])[0].charts if chart.key == "loss"]
+    assert [(mark.step, mark.words) for mark in chart.marks] == [
+        (2, "the policy looks collapsed"),
+        (6, "the policy looks collapsed: entropy 0.01"),
+    ]
+    assert "ppo: the policy began to look collapsed at step 2, 6." in render([run])
+
+
+def test_a_run_has_one_colour_and_its_algorithm_s_charts(pipeline: list[Path]) -> None:
+    runs = [read_run(run) for run in pipeline]
+    for section in sections(runs):
+        assert all(line.run in section.runs for chart in section.charts for line in chart.lines)
+        assert all(runs[line.run].name == line.name for c in section.charts for line in c.lines)
+    assert sorted(place for section in sections(runs) for place in section.runs) == [0, 1, 2, 3]
+    points, _ = reward_points(runs)
+    assert {p.label: p.css for p in points if p.label} == {"sft": "run-0", "dpo": "run-1"}
+    assert [run_class(n) for n in (9, 10, 11)] == ["run-9", "run-0 again", "run-1 again"]
+
+
+def test_the_verdict_says_what_was_trained_and_how_much_better_it_is(pipeline: list[Path]) -> None:
+    config = {
+        "model": {"path": str(pipeline[0] / "model")},
+        "data": {"train": "/home/somebody/data/pairs.jsonl"},
+        "loss": {"name": "dpo", "beta": 0.1},
+    }
+    (pipeline[1] / "config.yaml").write_text(yaml.safe_dump(config))
+    first, second = verdict([read_run(run) for run in pipeline])
+    trained = "was trained from sft/model on data/pairs.jsonl"
+    assert first == f"dpo (DPO, β 0.1) {trained}: 2 steps in 3 s."
+    assert second == (
+        "Reward 6.00 ± 0.20, -1.00 before (sft): +7.00; KL to the reference 7.00 ± 0.30 nats per "
+        "answer."
+    )
+    assert difference((1.0, 0.3), (0.0, 0.4)) == ("+1.00 (95 % interval +0.02 to +1.98)")
+    assert "which could be chance" in difference((0.9, 0.3), (0.0, 0.4))
+    _, second = verdict([read_run(pipeline[2])])
+    assert second.startswith("Accuracy on held-out pairs: 0.91 at last. It has not been evaluated")
+    assert verdict([]) == []
+
+
+def test_settings_are_compared_where_they_differ(pipeline: list[Path]) -> None:
+    for number, beta in enumerate((0.1, 0.3)):
+        run = {"dir": f"runs/{number}", "seed": 1}
+        config = {"loss": {"name": "dpo", "beta": beta}, "run": run}
+        (pipeline[number] / "config.yaml").write_text(yaml.safe_dump(config))
+    runs = [read_run(run) for run in pipeline[:2]]
+    assert differing_settings(runs) == [("loss.beta", "0.1", "0.3")]
+    text = render(runs)
+    assert "<td>loss.beta</td><td>0.1</td><td>0.3</td>" in text
+    assert "Settings that differ" not in render(runs[:1])
+
+
+def test_where_a_run_comes_from(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "a")
+    (run / "began.txt").write_text("2026-12-01T06:12:44.120\n")
+    machine = {"device": "cpu x86_64", "host": "lab", "num_processes": 2, "fastalign": "0.1.0"}
+    (run / "machine.json").write_text(json.dumps(machine | {"commit": "b65c6be7e75bf3ed9d"}))
+    (row,) = provenance([read_run(run)])
+    dash = "\u2013"
+    assert row == (
+        *("a", dash, dash, "5", "2026-12-01 06:12", "10 s"),
+        *("2 x cpu x86_64 on lab", "0.1.0 b65c6be7e75b"),
+    )
 
 
 def test_the_table(tmp_path: Path) -> None:
@@ -179,29 +285,33 @@ def test_a_whole_pipeline_stands_in_one_table(pipeline: list[Path]) -> None:
 def test_a_whole_pipeline_stands_on_one_page(pipeline: list[Path]) -> None:
     text = render([read_run(run) for run in pipeline])
     headings = re.findall("<h2>(.*?)</h2>", text)
-    assert headings == ["Reward against KL", "Training", "Reward models", "PPO", "Settings"]
-    drawn = re.findall('alt="(.*?) against the step"', text)
-    assert drawn[:4] == [
-        "loss",
-        "implicit reward margin",
-        "accuracy of the scores",
-        "margin of the scores",
+    algorithms = [
+        "Fine-tuning (SFT)",
+        "Preference learning (DPO)",
+        "Reward models",
+        "Policy gradient (PPO, GRPO, RLOO)",
     ]
-    ppo = text[text.index("<h2>PPO</h2>") :]
-    assert ppo.count("<img") == 11  # all that are named there but the critic's, which is not logged
+    assert headings == ["Runs", "Reward against KL", *algorithms, "Settings"]
+    drawn = re.findall('data-chart="(.*?)"', text)
+    assert [name for name in drawn if "step_seconds" not in name][:7] == [
+        "0/loss",
+        *("1/loss", "1/rewards/margins"),
+        *("2/loss", "2/accuracy", "2/margin", "2/mean_reward"),
+    ]
+    # All that are named there and logged, and the time of a step; the critic's is not logged.
+    assert len([name for name in drawn if name.startswith("3/")]) == 13
     only_ppo = render([read_run(pipeline[3])])
-    assert re.findall("<h2>(.*?)</h2>", only_ppo) == ["PPO", "Settings"]
+    assert re.findall("<h2>(.*?)</h2>", only_ppo) == ["Runs", algorithms[3], "Settings"]
 
 
-def test_the_reference_s_best_of_n_is_a_curve(
-    pipeline: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    figures: list[Any] = []
-    monkeypatch.setattr(pictures, "as_data_uri", lambda figure: figures.append(figure) or "data:,")
-    pictures.reward_against_kl([read_run(run) for run in pipeline])
-    (axes,) = figures[0].axes
-    (best,) = [line for line in axes.lines if "best of 1, 4" in str(line.get_label())]
-    assert list(zip(*best.get_data(), strict=True)) == [(0.1, 1.0), (0.4, 4.0)]
+def test_the_reference_s_best_of_n_is_a_curve(pipeline: list[Path]) -> None:
+    points, (best,) = reward_points([read_run(run) for run in pipeline])
+    assert (best.xs, best.ys, best.dashed) == ([0.1, 0.4], [1.0, 4.0], True)
+    assert [(p.x, p.y) for p in points if p.shape == "cross"] == [(0.1, 1.0), (0.4, 4.0)]
+    assert [(p.x, p.y, p.errors) for p in points if p.shape == "circle"] == [
+        (0.0, -1.0, (0.0, 0.0)),
+        (7.0, 6.0, (0.3, 0.2)),
+    ]
 
 
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -267,16 +377,23 @@ def test_samples_of_the_training_are_shown_over_time(tmp_path: Path) -> None:
     assert [key for key, _ in prompts] == [f"prompt {number} {ATTACK}" for number in (1, 2)]
     assert [row and row["reward"] for row in prompts[1][1]] == [1.25, 10.25, 20.25]
     assert over_time(runs[1]) == ([], [])
-    assert [step for step, _, _ in trained_on(runs[0])] == [1, 1, 10, 10, 20, 20]
+    rows = rollout_rows(runs)
+    assert {place for place, _, _ in rows} == {0}
+    assert [row["step"] for _, row, _ in rows if not row["held_out"]] == [1, 1, 10, 10, 20, 20]
     text = render(runs)
     assert text.count("<h2>Samples while it trained</h2>") == 1
+    assert text.count('data-kind="trained" data-reward="20.25"') == 2
     assert text.count("<h3>a: held-out prompts</h3>") == 1
     assert "<h3>b: " not in text
     assert "a answer 2 of 20 " in text
     assert "(20.25: first &lt;script&gt;" in text
     assert "second 18.75)" in text
     tags = Page(text).tags
-    assert "script" not in [tag for tag, _ in tags]
+    assert [attributes for tag, attributes in tags if tag == "script"] == [
+        {"type": "application/json", "id": "data"},
+        {},
+        {},
+    ]
     assert all("onerror" not in attributes for _, attributes in tags)
 
 
@@ -284,7 +401,12 @@ def test_of_many_steps_a_few_are_shown_the_first_and_the_last_among_them(tmp_pat
     run = read_run(sampled_run(tmp_path, "a", list(range(1, 101))))
     steps, _ = over_time(run)
     assert steps == [1, 20, 40, 60, 80, 100]
-    assert sorted({step for step, _, _ in trained_on(run)}) == steps
+    shown = sorted({row["step"] for _, row, _ in rollout_rows([run])})
+    assert (shown[0], shown[-1]) == (1, 100)
+    assert len(shown) == NUM_ROLLOUTS_SHOWN // 4
+    (run_of_long_texts,) = [replace(run, rollouts=[run.rollouts[0] | {"completion": "x" * 9000}])]
+    ((_, row, _),) = rollout_rows([run_of_long_texts])
+    assert row["completion"] == "x" * MOST_CHARACTERS + " [...]"
     assert "Samples while it trained" not in render([read_run(make_run(tmp_path, "b"))])
 
 

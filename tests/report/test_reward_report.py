@@ -1,17 +1,22 @@
 """Reward models in the report: their table with baselines, and two pictures."""
 
-import base64
-import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from matplotlib.figure import Figure
 
 from fastalign.report.page import render
-from fastalign.report.reward import REWARD_COLUMNS, accuracy_by_length, reliability, reward_table
+from fastalign.report.reward import (
+    REWARD_COLUMNS,
+    accuracy_by_length,
+    by_length,
+    calibration,
+    reliability,
+    reward_table,
+)
 from fastalign.report.runs import RunRecord, read_run
 
 
@@ -81,39 +86,34 @@ def test_the_table_has_the_run_and_its_baselines_and_no_policy(runs: list[RunRec
 
 def test_the_page_shows_them_and_only_where_there_are_any(runs: list[RunRecord]) -> None:
     text = render(runs)
-    assert "<h2>Reward models</h2>" in text
+    assert "<h2>Calibration of reward models</h2>" in text
     assert "rm$_: a bag of words" in text
-    assert text.count("data:image/png") == 4  # two of the reward model, reward against KL, loss
-    assert "Reward models</h2>" not in render(runs[1:])
+    # Two of the reward model, reward against KL; loss and time of a step for who has no script.
+    assert text.count('<figure class="picture">') == 5
+    assert "Calibration of reward models</h2>" not in render(runs[1:])
     assert reliability(runs[1:]) is None
     assert accuracy_by_length(runs[1:]) is None
 
 
-def lines_of(picture: Any, runs: list[RunRecord], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The points of each line that a picture draws: (label, x, y)."""
-    drawn: list[Figure] = []
-
-    def keep(figure: Figure) -> str:
-        drawn.append(figure)
-        figure.savefig(stream := io.BytesIO(), format="png")
-        return base64.b64encode(stream.getvalue()).decode()
-
-    monkeypatch.setattr("fastalign.report.reward.as_data_uri", keep)
-    picture(runs)
-    (axes,) = drawn[0].axes
-    labels = axes.get_legend_handles_labels()[1]
-    lines = [container.lines[0] for container in axes.containers]
-    return {
-        label: (list(line.get_xdata()), list(line.get_ydata()))
-        for label, line in zip(labels, lines, strict=True)
-    }
-
-
-def test_what_is_drawn_is_what_was_measured(
-    runs: list[RunRecord], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert lines_of(reliability, runs, monkeypatch) == {r"rm\$_": ([0.53, 0.97], [0.5, 0.75])}
-    assert lines_of(accuracy_by_length, runs, monkeypatch) == {
-        r"rm\$_, the longer won": ([5.0, 20.0], [0.9, 1.0]),
-        r"rm\$_, the shorter won": ([5.0], [0.2]),
-    }
+def test_what_is_drawn_is_what_was_measured(runs: list[RunRecord]) -> None:
+    points, curves = calibration(runs)
+    assert [(curve.xs, curve.ys) for curve in curves] == [([0.53, 0.97], [0.5, 0.75])]
+    assert [(p.x, p.y, p.errors[1]) for p in points] == [
+        (0.53, 0.5, 0.25),
+        (0.97, 0.75, pytest.approx(0.10825, abs=1e-5)),
+    ]
+    points, curves = by_length(runs)
+    assert [(c.xs, c.ys, c.dashed) for c in curves] == [
+        ([5.0, 20.0], [0.9, 1.0], False),
+        ([5.0], [0.2], True),
+    ]
+    assert [(p.x, p.y, p.shape) for p in points] == [
+        (5.0, 0.9, "triangle"),
+        (20.0, 1.0, "triangle"),
+        (5.0, 0.2, "down"),
+    ]
+    tips = re.findall('data-tip="(.*?)"', str(reliability(runs)))
+    assert tips == [
+        "rm$_: expected 0.53, won 0.50 of 4 pairs",
+        "rm$_: expected 0.97, won 0.75 of 16 pairs",
+    ]

@@ -6,16 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from fastalign.cli.main import main
-from fastalign.report import pictures
+from fastalign.report.charts import MOST_BINS, sections, thinned
 from fastalign.report.metric_table import MetricTable
 from fastalign.report.page import render
-from fastalign.report.pictures import NUM_BINS, thinned
+from fastalign.report.pictures import static_chart
 from fastalign.report.runs import RunRecord, num_product_weights, read_run
 from fastalign.report.speed import (
     PEAKS,
@@ -106,16 +107,14 @@ def test_weights_that_a_token_is_multiplied_by(tmp_path: Path) -> None:
         num_product_weights(tmp_path)
 
 
-def test_skipped_steps_are_marked_under_the_norms(monkeypatch: pytest.MonkeyPatch) -> None:
-    figures: list[Any] = []
-    monkeypatch.setattr(pictures, "as_data_uri", lambda figure: figures.append(figure) or "data:,")
-    pictures.curve([RUN], "grad_norm", "gradient norm")
-    pictures.curve([RUN], "tokens_per_second", "tokens per second")
-    norms, marks = figures[0].axes[0].lines
-    assert list(norms.get_xdata()) == [1, 2, 3]
-    assert (list(marks.get_xdata()), marks.get_marker()) == ([2], "x")
-    assert str(marks.get_label()) == "run, skipped"
-    assert len(figures[1].axes[0].lines) == 1
+def test_skipped_steps_are_marked_under_the_norms() -> None:
+    (section,) = sections([RUN])
+    charts = {chart.key: chart for chart in section.charts}
+    (norms,) = charts["grad_norm"].lines
+    assert list(norms.xs) == [1, 2, 3]
+    assert [(mark.step, mark.kind) for mark in charts["grad_norm"].marks] == [(2, "skipped")]
+    assert charts["tokens_per_second"].marks == []
+    assert 'data-tip="this step changed no weight"' in str(static_chart(charts["grad_norm"]))
 
 
 def test_a_real_run_s_numbers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,8 +142,8 @@ def test_a_real_run_s_numbers(folder: Path, capsys: pytest.CaptureFixture[str]) 
     assert cells[:3] == ["run", "3", "0"]
     for cell in (*SPEED_COLUMNS, *cells):
         assert cell in out
-    for label in ("gradient norm", "tokens per second", "peak memory (bytes)"):
-        assert f'alt="{label} against the step"' in page
+    for label in ("Gradient norm", "Speed", "Peak memory"):
+        assert f'aria-label="{label} against the step"' in page
 
 
 def test_a_run_that_samples_has_phases_and_no_model_flops(folder: Path) -> None:
@@ -170,9 +169,13 @@ def test_a_table_of_metrics_gives_the_rows_it_was_made_of() -> None:
 def test_thinned_points_keep_spikes_gaps_and_the_ends() -> None:
     values = [math.sin(place / 50) for place in range(20_000)]
     values[7001], values[7002], values[9000] = 50.0, -50.0, math.nan
-    steps, kept = thinned(range(1, 20_001), values)
-    assert len(kept) <= 2 * NUM_BINS + 3
+    steps, kept, means = thinned(range(1, 20_001), np.array(values), MOST_BINS)
+    assert len(kept) <= 2 * MOST_BINS + 3
     assert {1, 7002, 7003, 9001, 20_000} <= set(steps)
     assert [values[step - 1] for step in steps if step != 9001] == [v for v in kept if v == v]
+    assert means is not None
+    finite = [value for value in values if value == value]
+    assert len(means[1]) == MOST_BINS
+    assert math.fsum(means[1]) / MOST_BINS == pytest.approx(math.fsum(finite) / 20_000, abs=1e-4)
     few = list(range(100))
-    assert thinned(few, values[:100]) == (few, values[:100])
+    assert thinned(few, np.array(values[:100]), MOST_BINS) == (few, values[:100], None)
