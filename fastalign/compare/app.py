@@ -5,7 +5,8 @@ Handlers run in one thread, and change nothing while they wait, so none sees hal
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,7 +79,8 @@ class VoteWriter:
                 stored = await loop.run_in_executor(None, self._store.add_votes, votes)
             except Exception as error:  # such as a full disk: none of them is stored
                 for _, done in batch:
-                    done.set_exception(error)
+                    if not done.done():
+                        done.set_exception(error)
             else:
                 for vote, (_, done) in zip(stored, batch, strict=True):
                     is_new = self._take(vote)
@@ -112,6 +114,9 @@ class Site:
     def handlers(self) -> tuple[Handler, Mapping[str, Handler]]:
         """Return what shows the first page, and what takes the forms, by their paths."""
         raise NotImplementedError
+
+    async def stop(self) -> None:
+        """End what goes on beside the requests, when the server ends."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +162,13 @@ def application(site: Site, hosts: Sequence[str], port: int) -> Starlette:
             return enter(site, request, cookie)
         return await with_person(show_first)(request)
 
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        yield
+        await site.stop()
+
     return Starlette(
+        lifespan=lifespan,
         routes=[
             Route("/", index, methods=["GET"]),
             *(Route(path, with_person(take), methods=["POST"]) for path, take in forms.items()),

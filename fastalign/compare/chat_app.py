@@ -152,9 +152,17 @@ class Talk(Site):
             self.state.say("Answered.")
         drawing.finish()
 
-    def close(self) -> None:
+    async def stop(self) -> None:
         """Stop what is being drawn, and wait until it has stopped."""
-        if self.state.drawing is not None:
+        drawing = self.state.drawing
+        if drawing is not None:
+            drawing.stop.set()
+            async for _ in drawing.lines():
+                pass
+
+    def close(self) -> None:
+        """Wait for the thread that draws; the server has ended."""
+        if self.state.drawing is not None:  # not in good order
             self.state.drawing.stop.set()
         self.executor.shutdown()
 

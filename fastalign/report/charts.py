@@ -125,7 +125,7 @@ def sections(runs: Sequence[RunRecord]) -> list[Section]:
     for place, run in enumerate(runs):
         groups.setdefault(algorithm(run), []).append(place)
     found = {
-        (title, name): [place for place in places if runs[place].series(name)[1]]
+        (title, name): [place for place in places if runs[place].metrics.numbers(name)[0].any()]
         for title, places in groups.items()
         for name in METRICS
     }
@@ -148,11 +148,10 @@ def chart(runs: Sequence[RunRecord], places: Iterable[int], name: str, bins: int
     for place in places:
         run = runs[place]
         for prefix in ("", HELD_OUT):
-            steps, values = run.series(f"{prefix}{name}")
-            if steps:
-                scaled = np.asarray(values) * metric.factor
-                held_out = prefix == HELD_OUT
-                lines.append(Line(place, run.name, *thinned(steps, scaled, bins), held_out))
+            steps, values = run.metrics.arrays(f"{prefix}{name}")
+            if len(steps):
+                points = thinned(steps, values * metric.factor, bins)
+                lines.append(Line(place, run.name, *points, prefix == HELD_OUT))
         if name == "grad_norm":
             words = "this step changed no weight"
             skipped = run.skipped_steps
@@ -178,14 +177,14 @@ def collapses(run: RunRecord) -> list[tuple[int, str]]:
 
 
 def thinned(
-    steps: Sequence[int], values: np.ndarray, bins: int
-) -> tuple[Sequence[float], Sequence[float], tuple[Sequence[float], Sequence[float]] | None]:
+    steps: np.ndarray, values: np.ndarray, bins: int
+) -> tuple[list[float], list[float], tuple[list[float], list[float]] | None]:
     """Return the points to draw, and the means of the parts of a long curve.
 
     Of many points in one column of pixels these are its extremes, and a gap if there is any.
     """
     if len(values) <= 4 * bins:
-        return steps, values.tolist(), None
+        return steps.tolist(), values.tolist(), None
     kept = {0, len(values) - 1}
     places, means = [], []
     for part in np.array_split(np.arange(len(values)), bins):
@@ -193,10 +192,10 @@ def thinned(
         kept.update(part[np.isnan(values[part])][:1].tolist())
         if len(finite):
             kept |= {int(finite[values[finite].argmin()]), int(finite[values[finite].argmax()])}
-            places.append(steps[int(finite[len(finite) // 2])])
+            places.append(int(finite[len(finite) // 2]))
             means.append(float(values[finite].mean()))
     drawn = sorted(kept)
-    return [steps[place] for place in drawn], values[drawn].tolist(), (places, means)
+    return steps[drawn].tolist(), values[drawn].tolist(), (steps[places].tolist(), means)
 
 
 def as_json(runs: Sequence[RunRecord], found: Sequence[Section]) -> dict[str, Any]:

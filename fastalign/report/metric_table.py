@@ -76,11 +76,16 @@ class MetricTable(Sequence[Row]):
             self._numbers[name] = known, values
         return self._numbers[name]
 
-    def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Return the steps at which a metric was logged as a number, and its values."""
+    def arrays(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the steps at which a metric was logged as a number, and its values, (N,) each."""
         (is_step, steps), (known, values) = self._steps, self.numbers(name)
         kept = is_step & known
-        return steps[kept].tolist(), values[kept].tolist()
+        return steps[kept], values[kept]
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Return the steps at which a metric was logged as a number, and its values."""
+        steps, values = self.arrays(name)
+        return steps.tolist(), values.tolist()
 
     @cached_property
     def _steps(self) -> tuple[np.ndarray, np.ndarray]:

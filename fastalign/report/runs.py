@@ -69,7 +69,8 @@ class RunRecord:
     @property
     def num_steps(self) -> int:
         """The last step that was logged."""
-        return max((int(step) for step in self.series("step")[1]), default=0)
+        steps, _ = self.metrics.arrays("step")
+        return int(steps.max()) if len(steps) else 0
 
     @property
     def skipped_steps(self) -> list[int]:

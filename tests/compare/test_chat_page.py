@@ -185,6 +185,17 @@ def test_nothing_changes_while_an_answer_is_drawn_but_by_stop(tmp_path: Path) ->
         assert 'action="/verdict"' not in visitor.page
 
 
+def test_a_server_that_ends_stops_the_answer(tmp_path: Path) -> None:
+    ours = ScriptedSpeaker("ours", ["We", " say"])
+    ours.goes_on.clear()
+    with visiting(tmp_path, ours) as (site, visitor):
+        visitor.post("/say", text="Hi")
+        assert site.talk.state.drawing is not None
+    assert site.talk.state.drawing is None
+    assert site.conversation.turn is not None
+    assert site.conversation.turn.stopped == [True]
+
+
 def test_the_page_keeps_strangers_out(tmp_path: Path) -> None:
     with visiting(tmp_path, *speakers()) as (site, visitor):
         visitor.press("/say", text="Hi")

@@ -2,6 +2,8 @@
 
 from collections import Counter
 from pathlib import Path
+from random import Random
+from statistics import median
 
 from fastalign.compare.access import Shown
 from fastalign.compare.labelling import LEASE_SECONDS, NUM_BETWEEN, Choice, Labelling
@@ -170,3 +172,27 @@ def test_time_is_that_of_ones_own_verdicts(tmp_path: Path) -> None:
             NewVote(shown.pair, 1, shown.left, "a", "random", shown.nonce, seconds=seconds)
         )
     assert labelling.progress(1).minutes == 0.2
+
+
+def test_counts_are_those_of_the_database_whatever_was_voted_and_undone(tmp_path: Path) -> None:
+    store = new_store(tmp_path, 40)
+    labelling, draw = labelling_of(store, repeat_share=0.3), Random(0)
+    verdicts: list[Verdict] = ["a", "b", "tie", "skip"]
+    for number in range(60):
+        last = labelling.last_vote(1)
+        if last is not None and draw.random() < 0.3:
+            assert labelling.undo(1, last.id)
+        shown = labelling.shown(1)
+        assert shown is not None
+        vote = NewVote(
+            *(shown.pair, 1, shown.left, draw.choice(verdicts), shown.chosen_by, shown.nonce),
+            seconds=draw.choice([0.0, 3.0, 3.0, draw.random()]),
+        )
+        assert labelling.vote(vote)
+        if number % 7 == 0:
+            again = labelling_of(store, repeat_share=0.3)
+            assert labelling.progress(1) == again.progress(1)
+            assert labelling.last_vote(1) == again.last_vote(1)
+    timed = [v.seconds / 60 for v in labelling.votes() if v.seconds > 0]
+    assert labelling.progress(1).minutes == median(timed)
+    assert {vote.chosen_by for vote in store.votes()} == {"random", "repeat"}

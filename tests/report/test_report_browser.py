@@ -186,6 +186,17 @@ def test_marks_tell_their_run_on_hover_and_focus(chromium: Any, folders: list[Pa
     assert tip.is_visible()
 
 
+def test_runs_of_one_step_and_without_a_number_are_shown(chromium: Any, tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"step": 1, "loss": 0.5}]
+    nothing = [{"step": n, "loss": "nan"} for n in (1, 2)]
+    folders = [put_run(tmp_path, "one", {}, rows), put_run(tmp_path, "nan", {}, nothing)]
+    page = page_of(chromium, folders)
+    assert page.locator("[data-chart='0/loss'] .live li").all_text_contents() == [
+        *("one 0.5 at 1", "nan \u2013 at 2")
+    ]
+    assert page.problems == []
+
+
 def test_without_javascript_the_pictures_are_svg(chromium: Any, folders: list[Path]) -> None:
     page = page_of(chromium, folders, java_script_enabled=False)
     loss = page.locator("[data-chart='0/loss'] svg[aria-label='Loss against the step']")

@@ -169,7 +169,7 @@ def test_a_table_of_metrics_gives_the_rows_it_was_made_of() -> None:
 def test_thinned_points_keep_spikes_gaps_and_the_ends() -> None:
     values = [math.sin(place / 50) for place in range(20_000)]
     values[7001], values[7002], values[9000] = 50.0, -50.0, math.nan
-    steps, kept, means = thinned(range(1, 20_001), np.array(values), MOST_BINS)
+    steps, kept, means = thinned(np.arange(1, 20_001), np.array(values), MOST_BINS)
     assert len(kept) <= 2 * MOST_BINS + 3
     assert {1, 7002, 7003, 9001, 20_000} <= set(steps)
     assert [values[step - 1] for step in steps if step != 9001] == [v for v in kept if v == v]
@@ -178,4 +178,5 @@ def test_thinned_points_keep_spikes_gaps_and_the_ends() -> None:
     assert len(means[1]) == MOST_BINS
     assert math.fsum(means[1]) / MOST_BINS == pytest.approx(math.fsum(finite) / 20_000, abs=1e-4)
     few = list(range(100))
-    assert thinned(few, np.array(values[:100]), MOST_BINS) == (few, values[:100], None)
+    drawn = thinned(np.array(few), np.array(values[:100]), MOST_BINS)
+    assert drawn == (few, values[:100], None)

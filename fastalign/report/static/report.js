@@ -190,7 +190,9 @@ class Chart {
       const seen = xs.filter((x) => x >= min && x <= max);
       const at = now === null ? -1 : seen.findIndex((x) => plot.valToPos(x, "x") >= now - 0.5);
       const next = Math.min(seen.length - 1, Math.max(0, at + (event.key === "ArrowRight" ? 1 : -1)));
-      plot.setCursor({ left: plot.valToPos(seen[next], "x"), top: 10 });
+      for (const chart of charts) {
+        if (chart.spec.section === this.spec.section) chart.plot.setCursor({ left: chart.plot.valToPos(seen[next], "x"), top: 10 });
+      }
       $("status").textContent = `${this.title}: ${this.words}`;
     } else if (event.key === "+" || event.key === "-") {
       const middle = plot.cursor.left >= 0 ? plot.posToVal(plot.cursor.left, "x") : (min + max) / 2;
@@ -233,7 +235,23 @@ function init() {
   for (const part of document.querySelectorAll("[data-tip] title")) part.remove();
   for (const part of document.querySelectorAll(".needs-script")) part.hidden = false;
   if (typeof uPlot !== "undefined" && $("controls")) initControls();
+  initContents();
   initSamples();
+}
+
+// Links to the sections.
+function initContents() {
+  const list = document.querySelector("#contents ul");
+  if (!list) return;
+  list.textContent = "";
+  [...document.querySelectorAll("main h2")].forEach((heading, place) => {
+    heading.id = `section-${place}`;
+    const item = document.createElement("li"), link = document.createElement("a");
+    link.href = `#${heading.id}`;
+    link.textContent = heading.textContent;
+    item.append(link);
+    list.append(item);
+  });
 }
 
 function initControls() {
@@ -255,10 +273,14 @@ function initControls() {
       redraw();
     });
   }
+  const say = () => {
+    $("smoothing-value").textContent = state.smoothing ? state.smoothing.toFixed(2) : "none";
+  };
   $("smoothing").value = state.smoothing;
+  say();
   $("smoothing").addEventListener("input", (event) => {
     state.smoothing = Number(event.target.value);
-    $("smoothing-value").textContent = state.smoothing ? state.smoothing.toFixed(2) : "none";
+    say();
     redraw();
   });
   $("reset").addEventListener("click", resetZoom);
@@ -275,6 +297,7 @@ addEventListener("resize", () => {
   });
 });
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+matchMedia("print").addEventListener("change", redraw); // on paper all is light
 addEventListener("beforeprint", () => {
   for (const figure of document.querySelectorAll("[data-chart]")) {
     if (figure.querySelector(".plot").clientWidth) drawNow(figure);
@@ -334,6 +357,7 @@ function initSamples() {
 }
 
 // Newer numbers of a run that trains.
+const LOOK_AFTER = 2000; // milliseconds
 async function look() {
   try {
     const reply = await fetch("/version", { method: "POST" });
@@ -355,7 +379,8 @@ async function look() {
   } catch {
     $("watched").textContent = "The server has ended: these are its last numbers.";
   }
+  setTimeout(look, LOOK_AFTER);
 }
 
 init();
-if (document.body.dataset.watch) setInterval(look, 3000);
+if (document.body.dataset.watch) setTimeout(look, LOOK_AFTER);
