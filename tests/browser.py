@@ -72,6 +72,12 @@ def opened(browser: Any, link: str, width: int = 1280, **options: Any) -> Any:
     return page
 
 
+def ready(page: Any, selector: str) -> None:
+    """Wait for an element and for the page's scripts: a key that comes before them is lost."""
+    page.wait_for_selector(selector)
+    page.wait_for_load_state("load")
+
+
 def said(page: Any, text: str) -> None:
     """Wait until the page's status says a text."""
     page.wait_for_function(

@@ -79,7 +79,12 @@ def watched(paths: Sequence[str], render: Callable[[str], str]) -> Watched:
     """Return the site on the report of these paths, with a new key."""
     me = Annotator(0, "me", secrets.token_urlsafe(32))
     pages = Pages("fastalign report", home="Report")
-    return Watched(pages=pages, keys=Keys([me], me), results=lambda: "", paths=paths, render=render)
+
+    def no_results() -> str:
+        return pages.render("refused", heading="Report", text="The report is the first page.")
+
+    keys = Keys([me], me)
+    return Watched(pages=pages, keys=keys, results=no_results, paths=paths, render=render)
 
 
 async def show_report(site: Watched, person: Annotator, request: Request) -> Response:

@@ -249,8 +249,8 @@ def tracked_run(config: TrainingConfig, step: int) -> TrackedRun:
 def write_machine(folder: Path, train: dict[str, Any]) -> None:
     """Write device, host, number of processes, dtype and versions to `machine.json`.
 
-    It also holds a random name of the run (`run`), which a resumed run keeps. `train` are the run's
-    settings of that name.
+    Of a checkout of fastalign it holds the commit, too, and of every run a random name (`run`),
+    which a resumed run keeps. `train` are the run's settings of that name.
     """
     device = find_device(train["device"], "train.device")
     on_gpu = device.type == "cuda"
@@ -261,16 +261,16 @@ def write_machine(folder: Path, train: dict[str, Any]) -> None:
         "products": "bfloat16" if bf16 else "float32",
         "torch": torch.__version__,
         "fastalign": version("fastalign"),
-        "commit": commit_of_package(),
+        "commit": commit_of(Path(__file__).resolve().parents[2]),
         "host": platform.node(),
         "run": run_of(folder) or secrets.token_hex(8),
     }
     write_atomically(folder / MACHINE_FILE, json.dumps(found, indent=1) + "\n")
 
 
-def commit_of_package() -> str | None:
-    """Return the commit of fastalign's checkout; None for an installed package."""
-    git = Path(__file__).resolve().parents[2] / ".git"
+def commit_of(checkout: Path) -> str | None:
+    """Return the commit of a git checkout; None if the folder, as of an installed one, is none."""
+    git = checkout / ".git"
     try:
         head = (git / "HEAD").read_text(encoding="utf-8").strip()
         if not head.startswith("ref: "):

@@ -10,7 +10,7 @@ import pytest
 from fastalign.compare.labelling import Choice
 from fastalign.compare.store import NewPair, Store
 from tests import browser
-from tests.browser import said, violations
+from tests.browser import ready, said, violations
 from tests.compare.site import Site
 
 pytestmark = browser.needs_chromium
@@ -58,7 +58,7 @@ def chromium() -> Iterator[Any]:
 def opened(chromium: Any, link: str, width: int = 1280, **options: Any) -> Any:
     """A page that has loaded the first pair."""
     page = browser.opened(chromium, link, width, **options)
-    page.wait_for_selector("#verdict")
+    ready(page, "#verdict")
     return page
 
 

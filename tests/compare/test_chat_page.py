@@ -12,7 +12,7 @@ import pytest
 from starlette.testclient import TestClient
 
 from tests import browser
-from tests.browser import opened, said, violations
+from tests.browser import opened, ready, said, violations
 from tests.compare.site import ATTACK, HOST, Inputs
 from tests.compare.talk import ScriptedSpeaker, TalkSite
 
@@ -235,7 +235,7 @@ def test_answers_are_written_as_they_are_drawn_and_keys_suffice(
     ours, theirs = speakers()
     with talking(tmp_path, ours, theirs) as (site, link):
         page = opened(chromium, link)
-        page.wait_for_selector("#message")
+        ready(page, "#message")
         for speaker in (ours, theirs):
             speaker.goes_on.clear()
         page.keyboard.press("m")
@@ -277,6 +277,7 @@ def test_answers_are_written_as_they_are_drawn_and_keys_suffice(
 def test_a_message_that_was_not_sent_stays(chromium: Any, tmp_path: Path) -> None:
     with talking(tmp_path, *speakers()) as (_, link):
         page = opened(chromium, link)
+        ready(page, "#message")
         page.get_by_label("Your message").fill("Hello")
         page.context.set_offline(True)
         page.get_by_role("button", name="Send").click()
@@ -310,7 +311,7 @@ def test_axe_finds_nothing_and_nothing_overflows(
         page = opened(
             chromium, link, width, color_scheme=scheme, reduced_motion="reduce", bypass_csp=True
         )
-        page.wait_for_selector("#message")
+        ready(page, "#message")
         assert violations(page) == ""
         page.get_by_label("Your message").fill("Hello")
         for speaker in (ours, theirs):

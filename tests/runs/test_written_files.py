@@ -22,6 +22,7 @@ from fastalign.cli.algorithms import ALGORITHMS
 from fastalign.cli.main import main
 from fastalign.data.tokenizer import eos_token_ids, load_tokenizer
 from fastalign.runs.config import LoraConfig
+from fastalign.runs.folder import commit_of
 from fastalign.written_files import (
     MANIFEST,
     READ,
@@ -550,3 +551,24 @@ class ToToken(LogitsProcessor):
         forced = torch.full_like(scores, -torch.inf)
         forced[:, self.token] = 0.0
         return forced
+
+
+def test_a_run_knows_its_host_and_its_commit_of_fastalign(folder: Path, tmp_path: Path) -> None:
+    trainers.train_sft(sft_config(folder, "run", max_steps=1))
+    machine = json.loads((folder / "run/machine.json").read_text())
+    assert machine["host"] == os.uname().nodename
+    assert machine["commit"] == commit_of(Path(trainers.__file__).parents[2])
+    git, commit = tmp_path / "checkout/.git", "0123456789" * 4
+    assert commit_of(git.parent) is None
+    (git / "refs/heads").mkdir(parents=True)
+    (git / "HEAD").write_text(f"{commit}\n")
+    assert commit_of(git.parent) == commit, "detached"
+    (git / "HEAD").write_text("ref: refs/heads/main\n")
+    assert commit_of(git.parent) is None, "no commit yet"
+    other = commit[::-1]
+    (git / "packed-refs").write_text(
+        f"# pack-refs\n{other} refs/heads/main\n{commit} refs/heads/x\n"
+    )
+    assert commit_of(git.parent) == other
+    (git / "refs/heads/main").write_text(f"{commit}\n")
+    assert commit_of(git.parent) == commit, "newer than the packed one"

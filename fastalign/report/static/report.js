@@ -106,7 +106,7 @@ class Chart {
       legend: { show: false },
       scales: { x: { time: false } },
       cursor: {
-        drag: { x: true, y: false }, focus: { prox: 24 },
+        y: false, drag: { x: true, y: false }, focus: { prox: 24 },
         sync: { key: `section ${this.spec.section}`, scales: ["x", null] },
       },
       focus: { alpha: 0.35 },
