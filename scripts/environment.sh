@@ -1,11 +1,10 @@
 # Sourced by the other scripts: make .venv once and install fastalign with the tested versions.
-# FASTALIGN_VENV and PYTHON choose another folder and interpreter, FASTALIGN_EXTRAS the extras
-# (report: matplotlib, for a picture file of the frontier).
+# FASTALIGN_VENV and PYTHON choose another folder and interpreter, FASTALIGN_EXTRAS the extras.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 FASTALIGN_VENV=${FASTALIGN_VENV:-.venv}
-FASTALIGN_EXTRAS=${FASTALIGN_EXTRAS-report}
+FASTALIGN_EXTRAS=${FASTALIGN_EXTRAS:-}
 
 if ! "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
     echo "fastalign needs Python 3.11 or newer; '$PYTHON' is $("$PYTHON" --version 2>&1). Set PYTHON=..." >&2

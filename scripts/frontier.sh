@@ -9,5 +9,6 @@ if [ "${1:-}" = --quick ]; then
     shift
 fi
 folder=$(realpath -m "${1:-$(dirname "${BASH_SOURCE[0]}")/../runs/frontier${quick:+-quick}}")
+export FASTALIGN_EXTRAS=${FASTALIGN_EXTRAS:-report}
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 exec python scripts/frontier.py "$folder" "${quick[@]}"

@@ -31,7 +31,7 @@ if [ ! -d "$model" ]; then
     echo "human_loop: no model in $model; ./scripts/quickstart.sh makes one, or give --model" >&2
     exit 2
 fi
-export FASTALIGN_EXTRAS=${FASTALIGN_EXTRAS:-compare,report}
+export FASTALIGN_EXTRAS=${FASTALIGN_EXTRAS:-compare}
 . scripts/environment.sh
 seed=${FASTALIGN_SEED:-0}
 most_votes=${FASTALIGN_VOTES:-600} # of a simulated annotator, at each page

@@ -3,7 +3,7 @@
 # Usage: ./scripts/smollm2.sh dialogue|summaries [--quick] [--data FOLDER] [FOLDER]     (default runs/smollm2 or
 # runs/smollm2-quick; a second call continues)
 set -euo pipefail
-export FASTALIGN_EXTRAS=${FASTALIGN_EXTRAS:-lora,report}
+export FASTALIGN_EXTRAS=${FASTALIGN_EXTRAS:-lora}
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 python -c 'import rouge_score' 2>/dev/null ||
     python -m pip install --quiet --disable-pip-version-check -c constraints.txt rouge-score==0.1.2

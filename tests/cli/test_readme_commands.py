@@ -1,4 +1,4 @@
-"""The README's training commands are run, in its order, on small data."""
+"""The commands of the README, the tutorial and the page on training run, in their order."""
 
 import json
 import re
@@ -15,19 +15,33 @@ from fastalign.compare.store import NewVote
 from tests.small_runs import WORDS, sentence, write_rows
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-COMMANDS = [
-    shlex.split(line)[1:]
-    for block in BLOCKS
-    for line in block.replace("\\\n", " ").splitlines()
-    # vLLM takes no model as small as these; tests/cli and tests/trainers have what runs by it.
-    if line.startswith("fastalign ") and "vllm" not in line
-]
+PAGES = {
+    "README.md": ("runs/dpo/model", "report.html"),
+    "docs/tutorial.md": (
+        "runs/sft/model",
+        "runs/dpo/model",
+        "runs/dpo/eval/eval.json",
+        "blind.json",
+    ),
+    "docs/training.md": ("runs/sft/model", "runs/dpo/model", "runs/ipo/model", "samples.jsonl"),
+}
+
+
+def commands(page: str) -> list[list[str]]:
+    """What follows `fastalign` in the lines of a page's blocks of shell."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [
+        shlex.split(line)[1:]
+        for block in blocks
+        for line in block.replace("\\\n", " ").splitlines()
+        # vLLM takes no model as small as these; tests/cli and tests/trainers have what runs by it.
+        if line.startswith("fastalign ") and "vllm" not in line
+    ]
 
 
 def make_files(folder: Path) -> None:
-    """What the README's reader has: a model, pairs, demonstrations, prompts, a reward."""
+    """What a reader has: a model, pairs, demonstrations, prompts, a reward, and the checkout."""
     pairs = [
         {"prompt": f"The {word}", "chosen": " good", "rejected": " slow and dim"} for word in WORDS
     ]
@@ -41,6 +55,8 @@ def make_files(folder: Path) -> None:
         "def my_reward(prompts, completions):\n    return [len(text) for text in completions]\n"
     )
     shutil.copytree(ROOT / "scripts/recipes", folder / "scripts/recipes")
+    (folder / "fastalign").mkdir()
+    (folder / "fastalign/samples").symlink_to(ROOT / "fastalign/samples")
     size = ["--vocab-size", "300", "--hidden-size", "16", "--layers", "1", "--heads", "2"]
     source = ["--data.train", "demonstrations.jsonl", "--out", "my-model"]
     assert main(["new-model", *source, *size]) == 0
@@ -55,21 +71,33 @@ def prefer_the_left(config: Any, served: Any, listening: Any, hosts: Any) -> Non
             assert labelling.vote(NewVote(*place, shown.left, shown.chosen_by, shown.nonce))
 
 
+@pytest.mark.parametrize("page", PAGES)
 def test_the_commands_run_one_after_the_other(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(serve, "serve", prefer_the_left)
     monkeypatch.setattr("builtins.input", lambda _: "/quit")
     make_files(tmp_path)
-    assert len(COMMANDS) >= 8
-    for arguments in COMMANDS:
+    found = commands(page)
+    assert len(found) >= (3 if page == "README.md" else 8)
+    for arguments in found:
         assert main(arguments) == 0, arguments
-    for name in ("runs/sft/model", "runs/dpo/model", "runs/ipo/model", "samples.jsonl"):
+    for name in PAGES[page]:
         assert (tmp_path / name).exists()
-    assert json.loads((tmp_path / "runs/dpo/eval/eval.json").read_text())["accuracy"] >= 0
-    compared = (tmp_path / "compared.jsonl").read_text().splitlines()
-    assert compared
-    assert all(json.loads(line)["votes"] for line in compared)
     assert (tmp_path / "report.html").read_text().startswith("<!doctype html>")
+    if page == "README.md":
+        return
+    assert json.loads((tmp_path / "runs/dpo/eval/eval.json").read_text())["accuracy"] >= 0
+    if page == "docs/training.md":
+        compared = (tmp_path / "compared.jsonl").read_text().splitlines()
+        assert compared
+        assert all(json.loads(line)["votes"] for line in compared)
+
+
+def test_the_readmes_first_line_installs_what_there_is() -> None:
+    """The only line that needs the network; tests/scripts has what it runs."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^pip install \. && python (\S+) my-model$", text, re.MULTILINE)
+    assert (ROOT / line).is_file()

@@ -1,4 +1,4 @@
-"""The README's promises are run: its Python, its commands' options, its tree, its links."""
+"""What README and docs promise is run: their Python, their commands' options, tree and links."""
 
 import re
 import shlex
@@ -11,9 +11,13 @@ from fastalign.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-VLLM_PAGE = (ROOT / "docs/vllm.md").read_text(encoding="utf-8")
 OPTIONS = (Path(__file__).parent / "command_line_options.txt").read_text().splitlines()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+TEXTS = {page.name: page.read_text(encoding="utf-8") for page in PAGES}
+# Pages whose commands are all meant to be typed.
+TYPED = ("README.md", "tutorial.md", "training.md", "vllm.md", "data.md", "numbers.md")
 
 
 def blocks(language: str, text: str = README) -> list[str]:
@@ -25,21 +29,26 @@ def commands(text: str = README) -> list[str]:
     return [line for line in joined.splitlines() if line and not line.startswith("#")]
 
 
+@pytest.mark.parametrize("page", ["README.md", "fused.md"])
+def test_python_in_the_page_runs(page: str) -> None:
+    found = blocks("python", TEXTS[page])
+    assert len(found) == 2
+    for code in found:
+        if "fastalign.trl" in code:
+            pytest.importorskip("trl")
+        exec(compile(code, page, "exec"), {"__name__": "page"})
+
+
+def test_the_pages_show_commands() -> None:
+    assert len([line for line in commands() if line.startswith("fastalign ")]) == 3
+    assert len([line for line in commands(TEXTS["training.md"]) if "fastalign" in line]) >= 6
+
+
 @pytest.mark.parametrize(
-    "code", [*enumerate(blocks("python"), 1)], ids=lambda pair: f"block-{pair[0]}"
+    "line", dict.fromkeys(line for page in TYPED for line in commands(TEXTS[page]))
 )
-def test_python_in_the_readme_runs(code: tuple[int, str]) -> None:
-    exec(compile(code[1], "README.md", "exec"), {"__name__": "readme"})
-
-
-def test_the_readme_shows_python_and_commands() -> None:
-    assert len(blocks("python")) >= 2
-    assert len([line for line in commands() if "fastalign" in line]) >= 6
-
-
-@pytest.mark.parametrize("line", dict.fromkeys(commands() + commands(VLLM_PAGE)))
-def test_a_command_in_the_readme_has_only_options_that_exist(line: str) -> None:
-    words = shlex.split(line, comments=True)
+def test_a_command_of_the_pages_has_only_options_that_exist(line: str) -> None:
+    words = shlex.split(line.rpartition("&& ")[2], comments=True)
     if words[0].startswith("./scripts/"):
         assert (ROOT / words[0]).is_file()
         return
@@ -58,8 +67,8 @@ def test_a_command_in_the_readme_has_only_options_that_exist(line: str) -> None:
             assert f"{prefix} {word.split('=')[0]}" in OPTIONS, f"no such option: {line}"
 
 
-def test_the_readme_tree_is_the_tree() -> None:
-    tree = next(block for block in blocks("text") if block.startswith("csrc/"))
+def test_the_tree_of_the_design_page_is_the_tree() -> None:
+    tree = next(block for block in blocks("text", TEXTS["design.md"]) if block.startswith("csrc/"))
     named = [line.split()[0] for line in tree.splitlines() if line.strip()]
     assert [name for name in named if not (ROOT / name).exists()] == []
     package = {p.name for p in (ROOT / "fastalign").iterdir() if (p / "__init__.py").is_file()}

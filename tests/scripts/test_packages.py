@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 FOLDERS = ("benchmarks", "csrc", "docs", "examples", "fastalign", "scripts", "tests")
 FILES = (
     *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "README.md"),
-    *("Dockerfile", "constraints.txt", "pyproject.toml", "setup.py"),
+    *("Dockerfile", "constraints.txt", "mkdocs.yml", "pyproject.toml", "setup.py"),
 )
 LIBRARY = "fastalign/_native/libfastalign_cpu.so"
 # Stands for a C++ compiler: it "links" a library that exists already.
