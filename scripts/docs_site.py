@@ -70,13 +70,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         add(files, config, page, (ROOT / name).read_text(encoding="utf-8"))
     commands = dict(command_pages())
     rows = [f"| [`fastalign {name}`]({slug(name)}.md) | {text} |" for name, text in summaries()]
-    table = ["| command | |", "|---|---|", *rows]
+    table = ["| command | what it does |", "|---|---|", *rows]
     told = f"Made from the code. {CONFIG_HELP} `fastalign COMMAND --help` prints the same."
     add(files, config, "commands/index.md", page_text("Commands", told, *table))
     for name, text in commands.items():
         add(files, config, f"commands/{slug(name)}.md", text)
     rows = [f"| [`{name}`]({name}.md) | {text} |" for name, text in PACKAGES.items()]
-    table = ["| package | |", "|---|---|", *rows]
+    table = ["| package | what it has |", "|---|---|", *rows]
     add(files, config, "api/index.md", page_text("Python", "Made from the code.", "", *table))
     for name, text in api_pages().items():
         add(files, config, f"api/{name}.md", text)
@@ -165,7 +165,7 @@ def table(flags: Sequence[Any]) -> list[str]:
     """Return a Markdown table of flags, or nothing if there are none."""
     if not flags:
         return []
-    lines = ["| flag | value | default | |", "|---|---|---|---|"]
+    lines = ["| flag | value | default | what it does |", "|---|---|---|---|"]
     for flag in flags:
         cells = [f"`--{flag.name}`", kind_text(flag.kind), default_text(flag.default), flag.text]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -293,8 +293,11 @@ SHIM = "https://unpkg.com/iframe-worker/shim"  # lets the search run in pages of
 
 
 def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
-    """Take the search's script for pages without a server from the site itself."""
-    return output.replace(SHIM, get_relative_url("javascripts/iframe-worker.js", page.url))
+    """Take the search's script for pages without a server from the site itself; name its parts."""
+    output = output.replace(SHIM, get_relative_url("javascripts/iframe-worker.js", page.url))
+    # A screen reader announces each region by a name of its own; the theme repeats some.
+    output = output.replace('component="search" role="dialog"', 'component="search" role="search"')
+    return output.replace('<nav class="md-nav" data-md', '<nav class="md-nav" role="none" data-md')
 
 
 def on_post_template(output_content: str, template_name: str, config: MkDocsConfig) -> str:
@@ -323,7 +326,10 @@ def mathml(match: re.Match[str]) -> str:
     latex = re.sub(r"^\\[(\[]|\\[)\]]$", "", match[2].strip())
     for entity, sign in (("&amp;", "&"), ("&lt;", "<"), ("&gt;", ">")):
         latex = latex.replace(entity, sign)
-    return convert(latex.strip(), display="block" if match[1] == "div" else "inline")
+    if match[1] == "span":
+        return convert(latex.strip(), display="inline")
+    shown = convert(latex.strip(), display="block")
+    return f'<div class="formula" tabindex="0">{shown}</div>'  # a wide one scrolls by keyboard, too
 
 
 GREEK = "\u03b1-\u03c9\u0391-\u03a9"
