@@ -73,5 +73,5 @@ def test_the_readmes_tables_are_made_from_rows_of_both_allocators(
     assert "| fastalign | 50 % / 50 % | 3,072 |" in lines
     assert "| fastalign | 1.5 / 3.0 | 50 % / 50 % | 3,072 / 3,072 |" in lines
     # a case without a contestant has empty cells
-    assert "| trl |  |  |  | 1.5 / 3.0 | 50 % / 50 % | 3,072 / 3,072 |" in lines
+    assert "| TRL |  |  |  | 1.5 / 3.0 | 50 % / 50 % | 3,072 / 3,072 |" in lines
     assert readme.with_tables("\n".join(lines)).splitlines() == lines
