@@ -19,7 +19,7 @@
 extern "C" {
 #endif
 
-#define FASTALIGN_ABI_VERSION 6
+#define FASTALIGN_ABI_VERSION 7
 #define FASTALIGN_EXPORT __attribute__((visibility("default")))
 
 // Declares a function of both libraries.
@@ -223,6 +223,29 @@ FASTALIGN_EXPORT int32_t fastalign_rotary_cpu(const void* x, int32_t dtype, cons
                                               int64_t head_dim, int32_t transposed, void* output,
                                               int32_t output_dtype, int32_t num_threads,
                                               int32_t isa);
+
+// Attention of packed sequences on a CPU, grouped queries: query (N, num_heads, key_size), key
+// (N, num_key_heads, key_size), value (N, num_key_heads, value_size), tokens `stride` elements
+// apart. segments (S, 4): start, length, prompt_start and prompt_length of prompts (prompt_length
+// 0) and of responses, which attend to the tokens of their prompt and causally to their own, of all
+// these to the last `window` (0: all). Those of one prompt, the prompt first, are one of the
+// num_groups groups, segments group_bounds[g] <= s < group_bounds[g + 1], which share no token.
+// output (N, num_heads, value_size) = softmax(scale query key^T) value.
+FASTALIGN_EXPORT int32_t fastalign_attention_forward_cpu(
+    const float* query, const float* key, const float* value, int64_t query_stride,
+    int64_t key_stride, int64_t value_stride, int64_t num_heads, int64_t num_key_heads,
+    int64_t key_size, int64_t value_size, const int64_t* segments, const int64_t* group_bounds,
+    int64_t num_groups, float scale, int64_t window, float* output, int32_t num_threads,
+    int32_t isa);
+
+// The gradients of query, key and value, contiguous, from that of output. No sum depends on the
+// number of threads.
+FASTALIGN_EXPORT int32_t fastalign_attention_backward_cpu(
+    const float* query, const float* key, const float* value, int64_t query_stride,
+    int64_t key_stride, int64_t value_stride, int64_t num_heads, int64_t num_key_heads,
+    int64_t key_size, int64_t value_size, const int64_t* segments, const int64_t* group_bounds,
+    int64_t num_groups, float scale, int64_t window, const float* grad_output, float* grad_query,
+    float* grad_key, float* grad_value, int32_t num_threads, int32_t isa);
 
 #ifdef __cplusplus
 }

@@ -25,18 +25,34 @@ inline Team openmp_team() {
 }
 
 template <typename Function>
-struct Spans {
+struct Tasks {
     const Function& function;
-    int64_t num_rows, count;
+    int64_t count;
     std::atomic<int64_t> next;
 
     // A team may be smaller than was asked for.
     void work() {
-        for (int64_t i = next++; i < count; i = next++)
-            function(num_rows * i / count, num_rows * (i + 1) / count);
+        for (int64_t i = next++; i < count; i = next++) function(i);
     }
-    static void work_of(void* spans) { static_cast<Spans*>(spans)->work(); }
+    static void work_of(void* tasks) { static_cast<Tasks*>(tasks)->work(); }
 };
+
+// Calls function(i) for 0 <= i < count; each thread takes the next one.
+template <typename Function>
+void for_each_task(int64_t count, int64_t num_threads, const Function& function) {
+    Tasks<Function> tasks = {function, count, {0}};
+    num_threads = std::min(num_threads, count);
+    if (num_threads <= 1) {
+        tasks.work();
+    } else if (const Team team = openmp_team()) {
+        team(tasks.work_of, &tasks, static_cast<unsigned>(num_threads), 0);
+    } else {
+        std::vector<std::thread> threads;
+        for (int64_t i = 1; i < num_threads; ++i) threads.emplace_back([&] { tasks.work(); });
+        tasks.work();
+        for (auto& thread : threads) thread.join();
+    }
+}
 
 // Calls function(first, last) on spans of 0..num_rows, each `elements_per_row` elements of work.
 template <typename Function>
@@ -44,17 +60,8 @@ void for_each_span(int64_t num_rows, int64_t elements_per_row, int32_t num_threa
                    const Function& function) {
     const int64_t worth = num_rows * elements_per_row / MIN_ELEMENTS_PER_THREAD;
     const int64_t count = std::max<int64_t>(1, std::min<int64_t>({num_threads, worth, num_rows}));
-    Spans<Function> spans = {function, num_rows, count, {0}};
-    if (count == 1) {
-        spans.work();
-    } else if (const Team team = openmp_team()) {
-        team(spans.work_of, &spans, static_cast<unsigned>(count), 0);
-    } else {
-        std::vector<std::thread> threads;
-        for (int64_t i = 1; i < count; ++i) threads.emplace_back([&] { spans.work(); });
-        spans.work();
-        for (auto& thread : threads) thread.join();
-    }
+    for_each_task(count, count,
+                  [&](int64_t i) { function(num_rows * i / count, num_rows * (i + 1) / count); });
 }
 
 // True if this build has the instruction set and this processor runs it.

@@ -40,7 +40,7 @@ def usable(*tensors: Tensor, dtypes: tuple[torch.dtype, ...] = (torch.float32,))
     )
 
 
-def _launch(name: str, arguments: list[Argument | Tensor | None]) -> None:
+def launch(name: str, arguments: list[Argument | Tensor | None]) -> None:
     """Call a native function; not where an estimate of memory has tensors without data."""
     first = arguments[0]
     assert isinstance(first, Tensor)
@@ -57,7 +57,7 @@ class _RMSNorm(torch.autograd.Function):
         output, scale = torch.empty_like(rows), rows.new_empty(num_rows)
         sizes = [ctypes.c_int64(num_rows), ctypes.c_int64(num_columns)]
         numbers = [ctypes.c_float(offset), ctypes.c_float(epsilon)]
-        _launch("rms_norm_forward", [rows, weight, *numbers, *sizes, output, scale])
+        launch("rms_norm_forward", [rows, weight, *numbers, *sizes, output, scale])
         ctx.save_for_backward(rows, weight, scale)
         ctx.offset, ctx.sizes = offset, (num_rows, num_columns)
         return output
@@ -71,7 +71,7 @@ class _RMSNorm(torch.autograd.Function):
             grad_weight = torch.empty_like(weight)
             partial = rows.new_empty(-(-num_rows // _NORM_BLOCK), num_columns)
         grad_x = torch.empty_like(rows)
-        _launch(
+        launch(
             "rms_norm_backward",
             [
                 rows,
@@ -117,7 +117,7 @@ class _GatedActivation(torch.autograd.Function):
             ctypes.c_int32(_ACTIVATION_CODES[activation]),
             ctypes.c_int64(gate.numel()),
         ]
-        _launch("gated_activation_forward", [gate, up, *ctx.options, output])
+        launch("gated_activation_forward", [gate, up, *ctx.options, output])
         return output
 
     @staticmethod
@@ -125,7 +125,7 @@ class _GatedActivation(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         passed = [gate, up, *ctx.options, gradients[0].contiguous(), grad_gate, grad_up]
-        _launch("gated_activation_backward", passed)
+        launch("gated_activation_backward", passed)
         return grad_gate, grad_up, None
 
 
@@ -150,7 +150,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, transposed:
     output = torch.empty_like(x, dtype=dtype)
     num_heads, head_dim = x.shape[-2:]
     num_rows = x.numel() // max(num_heads * head_dim, 1)
-    _launch(
+    launch(
         "rotary",
         [
             x,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 F = TypeVar("F", bound=Callable[..., Any])
-ABI_VERSION = 6
+ABI_VERSION = 7
 FOLDER = Path(__file__).parents[1] / "_native"
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # In the order of csrc/abi.h; -1 lets the library take the best that the processor has.

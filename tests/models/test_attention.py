@@ -252,7 +252,7 @@ def test_blocks_of_one_size_run_once_without_data(monkeypatch: pytest.MonkeyPatc
     segments = row_segments(pack([same, Group([1] * 40, [[2] * 10] * 2), same]).layout)
     plan, num_tokens = Blocks(segments, torch.device("cpu")), segments.num_tokens
     with FakeTensorMode(allow_non_fake_inputs=True):
-        rows = [torch.empty(num_tokens, 2, 8) for _ in range(3)]
+        rows = [torch.empty(num_tokens, 2, 8, dtype=torch.float64) for _ in range(3)]
         plan.attend(*rows, ScoreForm())
     sizes = [(strip.queries, strip.keys) for strip, *_ in (call.args for call in run.mock_calls)]
     assert sizes == [((20, 40), (0, 40)), ((15, 30), (0, 70)), ((0, 10), (0, 50))]

@@ -14,7 +14,7 @@ from fastalign.choices import Packing
 from fastalign.cli.doctor import model_lines
 from fastalign.compute import Compute
 from fastalign.models import exactness, head
-from fastalign.models.attention import blocks
+from fastalign.models.attention import blocks, native
 from fastalign.models.attention.plan import AttentionPlan
 from fastalign.models.exactness import Verdict, check_exact, measure, small_config, verdict
 from fastalign.models.forward import check_same_start, response_logprob
@@ -90,7 +90,13 @@ def test_padded_where_that_alone_is(model_type: str, why: str) -> None:
 
 
 def test_what_is_computed_wrongly_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = blocks.Block.bias
+    right, by_kernel = blocks.Block.bias, native.attend
+
+    def without_window(*rows: Any) -> torch.Tensor:
+        *others, form = rows
+        return by_kernel(*others, replace(form, window=None))
+
+    monkeypatch.setattr(native, "attend", without_window)
     monkeypatch.setattr(
         blocks.Block,
         "bias",

@@ -21,6 +21,7 @@ void check_gae(Setting setting);
 void check_preference_loss(Setting setting);
 
 // Layers of a model.
+void check_attention(Setting setting);
 void check_rms_norm(Setting setting);
 void check_gated_activation(Setting setting);
 void check_rotary(Setting setting);

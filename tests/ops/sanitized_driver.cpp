@@ -1,9 +1,10 @@
-// Calls every entry point of the CPU library on odd shapes, under the sanitizers: arrays have
-// exactly the size that csrc/abi.h says.
+// Calls every entry point of the CPU library on odd shapes, under the
+// sanitizers: arrays have exactly the size that csrc/abi.h says.
 //
-// To add an entry point: write a function that calls it with `Array`s beside those of its kind,
-// declare its check in sanitized_checks.h, and name it in CHECKS. `sanitized_driver short` gives
-// one array an element too few, and must be stopped.
+// To add an entry point: write a function that calls it with `Array`s beside
+// those of its kind, declare its check in sanitized_checks.h, and name it in
+// CHECKS. `sanitized_driver short` gives one array an element too few, and must
+// be stopped.
 #include <cstdio>
 #include <string>
 
@@ -25,6 +26,7 @@ const Check CHECKS[] = {
     {"kl_penalty", check_kl_penalty},
     {"gae", check_gae},
     {"preference_loss", check_preference_loss},
+    {"attention", check_attention},
     {"rms_norm", check_rms_norm},
     {"gated_activation", check_gated_activation},
     {"rotary", check_rotary},

@@ -1,6 +1,7 @@
 """Shared-prefix attention by scaled dot products of a few padded blocks: any device, any dtype.
 
-On a CPU `strips` computes a block, elsewhere PyTorch's fused attention under a dense mask.
+On a CPU `native` computes all of them at once, or `strips` a block that native code cannot: of
+another dtype, with a softcap or sinks. Elsewhere it is PyTorch's fused attention under a mask.
 
 Prompts of similar length share a block, and so do responses of similar length whose prompts have
 similar lengths; in a response's block, its prompt's keys precede its own.
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastalign.models.attention import strips
+from fastalign.models.attention import native, strips
 from fastalign.models.attention.rows import Gather
 from fastalign.models.attention.segments import ScoreForm, Segments
 
@@ -149,6 +150,7 @@ class Blocks:
     """The blocks of one batch."""
 
     def __init__(self, segments: Segments, device: torch.device) -> None:
+        self.groups = native.groups_of(segments) if device.type == "cpu" else None
         self.blocks: list[Block] = []
         queries, keys = [], []
         for members in self._members(segments):
@@ -197,6 +199,8 @@ class Blocks:
         form: ScoreForm,
     ) -> Tensor:  # (T, H, e)
         """Compute the attention of the packed row, block by block."""
+        if self.groups is not None and native.computes(query, key, value, form):
+            return native.attend(query, key, value, self.groups, form)
         if query.device.type == "cpu":
             output: Tensor = _Strips.apply(  # type: ignore[no-untyped-call]
                 query, key, value, form.sinks, self, form
