@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.compare_steps import PEER, PRODUCTS, job_in, measure_turns, wanted_trainers
-from benchmarks.ppo_trainers import trainers_of
+from benchmarks.ppo_trainers import trainers_of, write_reward_adapter
 from benchmarks.step_cases import (
     DEFAULT_PPO_CASES,
     DEFAULT_SHAPES,
@@ -40,7 +40,10 @@ A turn is one iteration: sampling, scores, log-probs (values) before the updates
 logging. loss: nats of a sampled response, compared with those of transformers' own samples. of
 products: time of the bare matrix products that an iteration needs if a prompt is computed once for
 its samples. careful eager: a loop of our own in plain PyTorch: padded rows, the head on response
-tokens alone. ratio: time of TRL's iteration over this one's."""
+tokens alone. share-policy: values from the policy's own layers, so that an update has one forward
+and backward; one-base: LoRA of rank 16 for policy, values and rewards, on one frozen base; both are
+compared with the products of four separate models. ratio: time of TRL's iteration over this
+one's."""
 
 
 def make_prompts(case: PPOCase, vocab_size: int) -> list[Group]:
@@ -61,8 +64,10 @@ def make_job(case: PPOCase, shape: ModelShape, folder: Path, arguments: argparse
     write_model(shape, folder / "reward", 1, reward=True)
     groups = make_prompts(case, shape.vocab_size)
     write_rows(groups, folder / "rows.jsonl", "prompts")
-    job = job_in(folder, shape, groups, arguments)
-    return replace(job, reference=folder / "reward", ppo=case)
+    job = replace(job_in(folder, shape, groups, arguments), reference=folder / "reward", ppo=case)
+    if case.has_value:
+        write_reward_adapter(job)
+    return job
 
 
 def usable_trainers(case: PPOCase, packages: Path | None) -> tuple[dict[str, Trainer], str | None]:

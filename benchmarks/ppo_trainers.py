@@ -2,11 +2,15 @@
 
 All sample at temperature 1, up to the same number of new tokens, and take the same number of
 optimiser steps of all samples. With GAE a reward model scores, and the value model begins as it;
-otherwise `reward_of` scores.
+otherwise `reward_of` scores. Two of ours are other problems of the same size: values from the
+policy's own layers, and all models as adapters on one frozen base.
 """
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +19,11 @@ from torch import Tensor
 
 from benchmarks import careful_eager
 from benchmarks.careful_eager import Rows, autocast, hidden_states, pad_rows, token_logprobs
-from benchmarks.step_cases import MAX_LENGTH, word
+from benchmarks.step_cases import MAX_LENGTH, PAD, make_tokenizer, word
 from benchmarks.step_worker import Clock, Job, Trainer
 
 KL, LAMBDA, CLIP, VALUE = 0.05, 0.95, 0.2, 0.1
+RANK = 16  # of the adapters on one base
 REWARD = f"{__name__}:reward_of"
 
 
@@ -31,11 +36,32 @@ def reward_of(prompts: Sequence[Any], completions: Sequence[str], **_: Any) -> l
     return found
 
 
-def fastalign_ppo(job: Job, clock: Clock) -> None:
-    """Run `train_ppo`."""
+def reward_adapter(job: Job) -> Path:
+    """Return the folder of the reward model's adapter on the policy."""
+    return job.reference.with_name("reward-adapter")
+
+
+def write_reward_adapter(job: Job) -> None:
+    """Write a reward model as an adapter on the policy, under a head drawn at random."""
+    from fastalign.models.load import load_reward_model
+    from fastalign.models.lora import add_adapter
+    from fastalign.models.lora_files import save_adapter
+
+    model = load_reward_model(job.policy)
+    add_adapter(model, rank=RANK, alpha=2.0 * RANK, targets=("all-linear",))
+    model.config.pad_token_id = PAD
+    save_adapter(model, reward_adapter(job))
+    make_tokenizer(job.shape.vocab_size).save_pretrained(reward_adapter(job))
+
+
+def fastalign_ppo(
+    job: Job, clock: Clock, *, share_policy: bool = False, one_base: bool = False
+) -> None:
+    """Run `train_ppo`, with values of the policy's own layers or with adapters on one base."""
     from benchmarks.step_trainers import settings
     from fastalign.rollouts import SamplingParams
-    from fastalign.trainers import PPOConfig, train_ppo
+    from fastalign.runs.config import LoraConfig
+    from fastalign.trainers import PPOConfig, ValueConfig, train_ppo
     from fastalign.trainers.ppo.advantages import ADVANTAGES
     from fastalign.trainers.ppo.config import KLInLoss, KLInReward, PPOSettings
     from fastalign.trainers.sampling.config import PromptDataConfig, RewardSourceConfig
@@ -47,14 +73,21 @@ def fastalign_ppo(job: Job, clock: Clock) -> None:
     clock.watch()
     source = str(job.reference) if case.has_value else REWARD
     kl = KLInLoss(KL) if case.advantage == "grpo" else KLInReward(KL)
+    shared = settings(job)
+    if one_base:
+        source = str(reward_adapter(job))
+        lora = LoraConfig(rank=RANK, alpha=2.0 * RANK)
+        shared["model"] = replace(shared["model"], lora=lora)
+    advantage = ADVANTAGES[case.advantage]()
     train_ppo(
         PPOConfig(
             data=PromptDataConfig(str(job.rows), max_length=MAX_LENGTH),
             reward=RewardSourceConfig((source,)),
-            ppo=PPOSettings(advantage=ADVANTAGES[case.advantage](), epochs=case.epochs),
+            ppo=PPOSettings(advantage=advantage, epochs=case.epochs, one_base=one_base),
+            value=ValueConfig(share_policy=share_policy),
             kl=kl,
             sampling=SamplingParams(case.new_tokens, num_samples=case.num_samples),
-            **settings(job),
+            **shared,
         )
     )
 
@@ -238,4 +271,12 @@ def _advantages(
 def trainers_of(advantage: str) -> dict[str, Trainer]:
     """Return the trainers of an advantage by name."""
     trl = trl_gae if advantage == "gae" else trl_without_value
-    return {"trl": trl, "careful eager": careful_ppo, "fastalign": fastalign_ppo}
+    found: dict[str, Trainer] = {
+        "trl": trl,
+        "careful eager": careful_ppo,
+        "fastalign": fastalign_ppo,
+    }
+    if advantage == "gae":
+        found["fastalign, share-policy"] = partial(fastalign_ppo, share_policy=True)
+        found["fastalign, one-base"] = partial(fastalign_ppo, one_base=True)
+    return found

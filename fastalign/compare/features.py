@@ -17,6 +17,7 @@ from fastalign.data.tokenizer import load_tokenizer
 from fastalign.models.architecture import is_reward_model, num_positions
 from fastalign.models.forward import hidden_at, response_values
 from fastalign.models.load import choose_packing, load_reward_model, read_config
+from fastalign.models.lora_files import adapter_base, is_reward_adapter
 
 # Directions of the differences that a head is fitted in; a fit stays under a second.
 MOST_DIRECTIONS = 256
@@ -53,8 +54,8 @@ def pair_features(
     Raises:
         ValueError: if there is no model, or no pair that fits it.
     """
-    config = read_config(path, trust_remote_code=trust_remote_code)
-    has_head = is_reward_model(config, path)
+    config = read_config(adapter_base(path) or path, trust_remote_code=trust_remote_code)
+    has_head = is_reward_adapter(path) or is_reward_model(config, path)
     packing = choose_packing("auto", [path], trust_remote_code=trust_remote_code)
     compute = Compute(compute.device, packing=packing)
     dtype = torch.bfloat16 if compute.device.type == "cuda" else torch.float32

@@ -42,6 +42,7 @@ from fastalign.models.lora_files import (
     CONFIG_FILE,
     SCORE_WEIGHT,
     adapter_base,
+    format_of_base,
     is_reward_adapter,
     open_adapter,
     take_reward_entries,
@@ -297,6 +298,7 @@ def load_policy(
 
     Args:
         path: folder or hub name; of a folder in peft's layout, the base with the adapter merged.
+            The weights of a base that was nf4 in training are those that nf4 stands for.
         compute: how the model will be run: its device; its packing, under which a small copy of
             it has to be exact (`exactness.py`); and its attention.
         dtype: dtype of the parameters.
@@ -317,12 +319,13 @@ def load_policy(
     source = path if base is None else base
     config = read_config(source, trust_remote_code=trust_remote_code)
     check_causal(config, source)
+    nf4 = nf4 or (base is not None and not keep_adapter and format_of_base(path) == "nf4")
     if nf4 and config.get_text_config() is not config:
         raise ValueError(
             f"model.lora.base: nf4 would quantise the towers of the multimodal model {str(path)!r} "
             "as well; expected bf16 or float32"
         )
-    low_bit = nf4_options(dtype, compute.device) if nf4 else {}
+    low_bit = nf4_options(dtype, compute.device, path) if nf4 else {}
     options, found = model_options(config, compute, dtype, trust_remote_code, reward=False)
     model, keys = read_model(auto_class(config), source, options | low_bit)
     if keys["missing_keys"]:  # transformers would draw them at random
@@ -360,7 +363,7 @@ def load_reward_model(
 
     Args:
         path: folder in transformers' layout, or a hub name; of a reward model's adapter in peft's
-            layout, the base with the adapter merged, under the adapter's head.
+            layout, the base with the adapter merged, as in `load_policy`, under its head.
         compute: as for `load_policy`.
         seed: random seed of a fresh head.
         fresh_head: False: a saved head is required, as for scoring.
@@ -382,7 +385,8 @@ def load_reward_model(
             f"model.path: expected a trained reward model, got {config.architectures or 'none'} in "
             f"{str(path)!r}; fastalign reward trains one"
         )
-    low_bit = nf4_options(dtype, compute.device) if nf4 else {}
+    nf4 = nf4 or (base is not None and not keep_adapter and format_of_base(path) == "nf4")
+    low_bit = nf4_options(dtype, compute.device, path) if nf4 else {}
     options, found = model_options(config, compute, dtype, trust_remote_code, reward=True)
     options["num_labels"] = 1
     model, keys = read_model(AutoModelForSequenceClassification, source, options | low_bit)

@@ -1,7 +1,8 @@
 """Adapters saved in peft's layout: `adapter_model.safetensors` and `adapter_config.json`.
 
 That of a reward model also holds its head, as peft saves a sequence classifier's. What a whole
-reward model's `config.json` says of its scores is in `reward_config.json` beside it.
+reward model's `config.json` says of its scores is in `reward_config.json` beside it, and the format
+of the base that it was trained on in `base_format.json`.
 """
 
 import json
@@ -24,6 +25,7 @@ from fastalign.models.lora import (
     reward_head,
     train_reward_head,
 )
+from fastalign.models.low_bit import is_quantised
 from fastalign.models.reward import AdapterModel, set_pad_token
 from fastalign.ranks.whole_weights import whole, writes
 
@@ -36,6 +38,8 @@ SCORE_WEIGHT = "score.weight"
 SAVED_HEADS = {"score", "classifier"}
 # Entries of a reward model's configuration that its base's has not.
 OF_REWARDS = ("pad_token_id", "reward_mean", "reward_std", "tie_model", "tie_nu")
+# {"format": "nf4"}, or a dtype: the base that the adapter was trained on, where its numbers hold.
+BASE_FILE = "base_format.json"
 
 
 def save_adapter(
@@ -77,6 +81,30 @@ def save_adapter(
         text = json.dumps(values, indent=2, sort_keys=True) + "\n"
         (Path(folder) / REWARD_FILE).write_text(text, encoding="utf-8")
     config.save_pretrained(str(folder))
+    quantised = any(is_quantised(part) for part in owner.modules())
+    dtype = owner.get_input_embeddings().weight.dtype
+    base = "nf4" if quantised else str(dtype).removeprefix("torch.")
+    text = json.dumps({"format": base}) + "\n"
+    (Path(folder) / BASE_FILE).write_text(text, encoding="utf-8")
+
+
+def format_of_base(folder: str | Path) -> str | None:
+    """Return the format of the base that an adapter was trained on: `nf4` or a dtype.
+
+    Of an adapter that another program wrote it is None.
+    """
+    file = Path(folder).expanduser() / BASE_FILE
+    return str(read_object(file).get("format")) if file.is_file() else None
+
+
+def print_other_format(folder: str | Path, base: str) -> None:
+    """Print that an adapter was trained on nf4 and `model.lora.base` is not, or the reverse."""
+    trained = format_of_base(folder)
+    if trained is not None and (trained == "nf4") != (base == "nf4"):
+        print(
+            f"{folder} was trained on a base in {trained}, and model.lora.base is {base}: its "
+            "numbers differ from those of its training"
+        )
 
 
 def take_reward_entries(model: Any, folder: str | Path) -> None:

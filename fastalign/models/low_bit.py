@@ -1,5 +1,6 @@
 """Frozen weights in 4 bits through bitsandbytes: NF4 of QLoRA (arXiv 2305.14314)."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,10 +8,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 
-def nf4_options(dtype: torch.dtype, device: torch.device | str) -> dict[str, Any]:
+def nf4_options(dtype: torch.dtype, device: torch.device | str, path: str | Path) -> dict[str, Any]:
     """Return options of `from_pretrained` that quantise all linear layers but the head to NF4.
 
-    `dtype` is that of the products and of every other weight.
+    `dtype` is that of the products and of every other weight; `path` is the model's.
 
     Raises:
         ValueError: if bitsandbytes is not installed.
@@ -19,7 +20,8 @@ def nf4_options(dtype: torch.dtype, device: torch.device | str) -> dict[str, Any
         import bitsandbytes  # noqa: F401
     except ImportError:
         raise ValueError(
-            "model.lora.base: nf4 needs bitsandbytes: pip install 'fastalign[lora,low-bit]'"
+            "model.lora.base: nf4 needs bitsandbytes: pip install 'fastalign[lora,low-bit]' "
+            f"(for {path})"
         ) from None
     from transformers import BitsAndBytesConfig
 

@@ -26,7 +26,9 @@ _MORE_IS_BETTER = re.compile(
     r"(.*_)?accuracy|margin|reward|rewards/(accuracies|margins|chosen|.+/mean)"
     r"|objective/(scores|rlhf_reward)"
 )
-_LESS_IS_BETTER = re.compile(r"(.*[_/])?(loss|kl|perplexity)|completions/(clipped|repeated)_ratio")
+_LESS_IS_BETTER = re.compile(
+    r"(.*[_/])?(loss|kl|perplexity|cross_entropy)|completions/(clipped|repeated)_ratio"
+)
 _NO_CHOICE = re.compile(r"(.*[/_])?(num_.*|time/.*|policy_version)")
 
 

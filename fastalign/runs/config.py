@@ -401,6 +401,22 @@ class ReferencedConfig(TrainingConfig):
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
 
 
+def class_weight_of(text: str) -> tuple[str, float]:
+    """Return the token and the weight of `TOKEN:WEIGHT`, split at the last colon.
+
+    Raises:
+        ValueError: if there is no token, or no finite weight above 0.
+    """
+    token, _, weight = str(text).rpartition(":")
+    try:
+        value = float(weight)
+    except ValueError:
+        value = 0.0
+    expected = "TOKEN:WEIGHT with a weight above 0, such as </s>:2"
+    require(bool(token) and 0 < value < math.inf, "loss.class_weights", expected, text)
+    return token, value
+
+
 @dataclass(frozen=True)
 class SFTLoss:
     """The cross-entropy of demonstrations."""
@@ -409,11 +425,18 @@ class SFTLoss:
     """Spread this share of each target over the vocabulary (arXiv 1512.00567)."""
     z_coefficient: float = 0.0
     """Weight of the squared log-sum-exp of the logits (z-loss, arXiv 2204.02311; there 1e-4)."""
+    class_weights: tuple[str, ...] = ()
+    """Weights of tokens, each TOKEN:WEIGHT such as </s>:2, by whose sum the loss is divided; every
+    other token has weight 1."""
 
     def __post_init__(self) -> None:
         smoothing = self.label_smoothing
         require(0 <= smoothing < 1, "loss.label_smoothing", "a number in [0, 1)", smoothing)
         within("loss.z_coefficient", self.z_coefficient, 0)
+        listed = isinstance(self.class_weights, tuple | list)
+        require(listed, "loss.class_weights", "a tuple of TOKEN:WEIGHT", self.class_weights)
+        for text in self.class_weights:
+            class_weight_of(text)
 
 
 @dataclass(frozen=True, kw_only=True)

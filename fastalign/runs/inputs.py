@@ -41,14 +41,13 @@ from fastalign.models.load import (
     model_without_weights,
     set_save_dtype,
 )
-from fastalign.models.lora import (
-    ADAPTER,
-    adapter_counts,
-    add_adapter,
-    copy_start,
-    has_adapter,
+from fastalign.models.lora import ADAPTER, adapter_counts, add_adapter, copy_start, has_adapter
+from fastalign.models.lora_files import (
+    WEIGHTS_FILE,
+    adapter_base,
+    check_no_adapter,
+    print_other_format,
 )
-from fastalign.models.lora_files import WEIGHTS_FILE, adapter_base, check_no_adapter
 from fastalign.models.router import check_router
 from fastalign.ranks.parallel import load_on_first, share_by_ddp, share_by_fsdp
 from fastalign.ranks.world import ALONE, World
@@ -315,6 +314,7 @@ def keep_start(model: Any, config: ModelConfig) -> None:
     without_weights = any(p.is_meta for p in model.parameters())  # another rank reads them
     with torch.device("meta") if without_weights else nullcontext():
         copy_start(model)
+    print_other_format(config.path, lora.base)
     print(f"goes on with the adapter in {config.path}; the reference is the adapter as it is there")
     print(adapter_counts(model))
 

@@ -5,10 +5,12 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
+from fastalign.data.tokenizer import Tokenizer
 from fastalign.fused.cross_entropy import CrossEntropy, head_cross_entropy
 from fastalign.in_memory import Objects
 from fastalign.losses.chunk_losses import sft_loss_fn
@@ -23,12 +25,12 @@ from fastalign.runs.accumulate import (
     policy_loss,
 )
 from fastalign.runs.best import RunResult
-from fastalign.runs.config import SFTConfig, SFTLoss
+from fastalign.runs.config import SFTConfig, SFTLoss, class_weight_of
 from fastalign.runs.inputs import Inputs, load_for_training, load_sets
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import OpenRun, open_run, with_objects
 
-PLAIN = SFTLoss()
+PLAIN = CrossEntropy()
 
 
 def train_sft(
@@ -87,6 +89,7 @@ def sft_run(
     config = with_objects(SFTConfig, config, "sft", objects)
     with open_run(config, "sft") as run:
         trained, its_tokenizer = load_for_training(config, run.compute)
+        terms = terms_of(config.loss, its_tokenizer, trained)
         data, held_out = load_sets(config, trained, its_tokenizer)
         examples = measure_examples(data.groups, run.compute.packing)
         eval_examples = None
@@ -95,7 +98,7 @@ def sft_run(
 
         def try_evaluation() -> Metrics:
             assert eval_examples is not None
-            return evaluate_sft(trained, eval_examples.first(), run.compute)
+            return evaluate_sft(trained, eval_examples.first(), run.compute, terms)
 
         run.begin(
             trained,
@@ -104,7 +107,7 @@ def sft_run(
             try_evaluation=try_evaluation,
         )
         opened = SFTRun(run, trained, its_tokenizer)
-        opened.loss, opened.examples, opened.eval_examples = config.loss, examples, eval_examples
+        opened.terms, opened.examples, opened.eval_examples = terms, examples, eval_examples
         yield opened
         opened.end()
 
@@ -113,28 +116,67 @@ class SFTRun(OpenRun):
     """A run of supervised fine-tuning that has begun.
 
     Attributes:
-        loss: terms of the loss beside the cross-entropy.
+        terms: terms of the loss beside the log-prob.
         examples: training demonstrations, as token ids.
         eval_examples: held-out demonstrations, or None.
     """
 
-    loss: SFTLoss
+    terms: CrossEntropy
     examples: Examples
     eval_examples: Examples | None
 
     def gradient(self, indices: Sequence[int]) -> Total:
         """Add the gradient of these demonstrations to the model's; return the sums."""
-        return sft_gradient(self.model, self.examples, indices, self.compute, self.loss)
+        return sft_gradient(self.model, self.examples, indices, self.compute, self.terms)
 
     def evaluate(self) -> Metrics:
         """Return metrics named `eval_...` of the held-out demonstrations; none without any."""
         if self.eval_examples is None:
             return {}
-        return evaluate_sft(self.model, self.eval_examples, self.compute, self.loss)
+        return evaluate_sft(self.model, self.eval_examples, self.compute, self.terms)
+
+
+def terms_of(loss: SFTLoss, tokenizer: Tokenizer, model: Any) -> CrossEntropy:
+    """Return the terms of the settings, with a weight for each token id of the model's head.
+
+    Raises:
+        ValueError: if the tokenizer has no such token, or one is named twice.
+    """
+    if not loss.class_weights:
+        return CrossEntropy(loss.label_smoothing, loss.z_coefficient)
+    head = model.get_output_embeddings().weight
+    weights: dict[int, float] = {}
+    for text in loss.class_weights:
+        token, weight = class_weight_of(text)
+        number = token_id(tokenizer, token)
+        if number in weights:
+            raise ValueError(f"loss.class_weights: expected each token once, got {token!r} again")
+        weights[number] = weight
+    class_weight = torch.ones(len(head), device=head.device)
+    class_weight[list(weights)] = class_weight.new_tensor(list(weights.values()))
+    return CrossEntropy(loss.label_smoothing, loss.z_coefficient, class_weight)
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """Return the id of a token, by its entry in the vocabulary or by a text that is one token.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    vocabulary = tokenizer.get_vocab()
+    if token in vocabulary:
+        return vocabulary[token]
+    ids = tokenizer(token, add_special_tokens=False)["input_ids"]
+    if len(ids) != 1:
+        raise ValueError(
+            f"loss.class_weights: expected a token of the tokenizer, got {token!r}, which is "
+            f"{len(ids)} tokens"
+        )
+    return int(ids[0])
 
 
 def num_targets(examples: Examples, indices: Sequence[int]) -> int:
-    """Return the number of trained tokens of these examples, the loss's divisor."""
+    """Return the number of trained tokens of these examples."""
     return sum(
         len(examples.groups[i].target_positions(number))
         for i in indices
@@ -142,16 +184,29 @@ def num_targets(examples: Examples, indices: Sequence[int]) -> int:
     )
 
 
+def divisor_of(examples: Examples, indices: Sequence[int], terms: CrossEntropy) -> float:
+    """Return what the loss of these examples is divided by: the sum of their tokens' weights."""
+    if terms.class_weight is None:
+        return num_targets(examples, indices)
+    ids = [
+        group.response_ids[number][place]
+        for group in (examples.groups[i] for i in indices)
+        for number in range(len(group.response_ids))
+        for place in group.target_positions(number)
+    ]
+    return terms.class_weight.cpu()[ids].double().sum().item()
+
+
 def sft_gradient(
     model: Any,
     examples: Examples,
     indices: Sequence[int],
     compute: Compute,
-    loss: SFTLoss = PLAIN,
+    terms: CrossEntropy = PLAIN,
 ) -> Total:
     """Add the gradient of one step's examples to the model's; return the sums."""
-    count = num_targets(examples, indices)
-    batch_loss = partial(sft_batch_loss, model, count, compute, loss=loss)
+    divisor = divisor_of(examples, indices, terms)
+    batch_loss = partial(sft_batch_loss, model, divisor, compute, terms=terms)
     return accumulate(model, batch_loss, examples, indices, compute)
 
 
@@ -162,10 +217,9 @@ def sft_batch_loss(
     batch: PackedBatch,
     chosen: list[int],
     *,
-    loss: SFTLoss = PLAIN,
+    terms: CrossEntropy = PLAIN,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute a micro-batch's cross-entropy over `normaliser`, and the sums for its metrics."""
-    terms = CrossEntropy(loss.label_smoothing, loss.z_coefficient)
     if not terms.is_plain:
         hidden, head = hidden_and_head(model, batch, compute)
         dtype, most = compute.product_dtype, compute.max_buffer_bytes
@@ -176,9 +230,9 @@ def sft_batch_loss(
 
 
 def evaluate_sft(
-    model: Any, examples: Examples, compute: Compute, loss: SFTLoss = PLAIN
+    model: Any, examples: Examples, compute: Compute, terms: CrossEntropy = PLAIN
 ) -> Metrics:
     """Return metrics named `eval_...` of all the examples."""
-    normaliser = num_targets(examples, range(len(examples.groups)))
-    batch_loss = partial(sft_batch_loss, model, normaliser, compute, loss=loss)
+    divisor = divisor_of(examples, range(len(examples.groups)), terms)
+    batch_loss = partial(sft_batch_loss, model, divisor, compute, terms=terms)
     return evaluate_by_loss(model, batch_loss, examples, compute)

@@ -34,7 +34,8 @@ def test_an_iteration_beside_trl_and_a_careful_loop(
     monkeypatch.setattr(sys, "argv", [*line.split(), *cases, "--json", str(file)])
     compare.main()
     rows = {(row["case"], row["implementation"]): row for row in json.loads(file.read_text())}
-    ours = [("gae-small", "careful eager"), ("gae-small", "fastalign")]
+    shared = ["fastalign, share-policy", "fastalign, one-base"]
+    ours = [("gae-small", name) for name in ("careful eager", "fastalign", *shared)]
     grpo = [("grpo-small", name) for name in ("trl", "careful eager", "fastalign")]
     assert list(rows) == [*ours, *grpo]
     assert "gae-small, without trl: --trl-ppo names no folder" in capsys.readouterr().out
@@ -46,6 +47,9 @@ def test_an_iteration_beside_trl_and_a_careful_loop(
         # a prompt is computed once for its samples, and no row is padded
         computed = [rows[case, name]["tokens_computed"] for name in ("fastalign", "careful eager")]
         assert computed[0] < computed[1]
+    # values from the layers of the policy: a forward less before the updates, and in each epoch
+    computed = [rows["gae-small", name]["tokens_computed"] for name in ("fastalign", *shared)]
+    assert computed[1] < computed[0] == computed[2]
 
 
 def test_samples_of_another_policy_are_not_timed(

@@ -32,10 +32,12 @@ from fastalign.compare.store import NewPair, NewVote, Store
 from fastalign.compute import Compute
 from fastalign.evaluation.rewards import ModelReward
 from fastalign.losses.reward import rao_kupper_outcomes, rao_kupper_votes
-from fastalign.models.load import save_model, save_reward_model
+from fastalign.models.load import load_reward_model, save_model, save_reward_model
+from fastalign.models.lora import merge_adapter
+from fastalign.models.lora_files import save_adapter
 from tests.compare.site import new_store
 from tests.small_runs import sentence
-from tests.tiny import tiny_model, tiny_reward_model
+from tests.tiny import put_adapter, tiny_model, tiny_reward_model
 from tests.tokenizers import make_tokenizer
 
 NU = 2.0
@@ -223,6 +225,24 @@ def test_features_are_those_of_the_reward_model(tmp_path: Path) -> None:
     second = reward([p.prompt for p in pairs], [p.response_b for p in pairs])
     expected = torch.tensor(first).double() - torch.tensor(second).double()
     torch.testing.assert_close(features.reward, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_features_are_those_of_a_reward_model_s_adapter(tmp_path: Path) -> None:
+    store = Store(tmp_path / "c.db", create=True)
+    store.add_pairs(text_pairs(8))
+    save_model(tiny_model("llama", vocab_size=320), make_tokenizer(), tmp_path / "base")
+    model, tokenizer = put_adapter(load_reward_model(tmp_path / "base")), make_tokenizer()
+    save_adapter(model, tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    merge_adapter(model)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    save_reward_model(model, tokenizer, tmp_path / "whole")
+    found, expected = (
+        pair_features(str(tmp_path / each), store.pairs(), Compute()).reward
+        for each in ("adapter", "whole")
+    )
+    assert expected.abs().min() > 0
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_a_causal_model_has_features_without_a_reward(tmp_path: Path) -> None:

@@ -33,25 +33,28 @@ def rewards(folder: Path) -> dict[str, str]:
     return {name: str(folder / name) for name in ("whole", "adapter")}
 
 
-def config_of(folder: Path, source: str, **changes: Any) -> PPOConfig:
+def config_of(folder: Path, source: str | None, **changes: Any) -> PPOConfig:
     config = ppo_config(folder, "run", precision="float32")
-    reward = replace(config.reward, sources=(*config.reward.sources, source))
+    more = () if source is None else (source,)
+    reward = replace(config.reward, sources=(*config.reward.sources, *more))
     ppo = replace(config.ppo, ptx_data=None, **changes.pop("ppo", {}))
     value = replace(config.value, **changes.pop("value", {}))
     model = replace(config.model, lora=changes.pop("lora", LoraConfig()))
     return replace(config, model=model, reward=reward, ppo=ppo, value=value, **changes)
 
 
-def held_bytes(config: PPOConfig) -> tuple[int, int]:
-    """Bytes of all models of a run, each tensor once, and of those that are trained."""
+def held_bytes(config: PPOConfig) -> tuple[int, int, int]:
+    """Bytes of all models of a run, each tensor once; weights that are trained, and the value's."""
     run = prepare_ppo(config, make_compute(config.train))
     models = [run.models.policy, run.models.reference, run.models.value]
     models += [f.model for f in run.sources.functions if hasattr(f, "model")]
     tensors = {id(t): t for m in models if m is not None for t in (*m.parameters(), *m.buffers())}
-    trained = [t for t in run.models.trained.parameters() if t.requires_grad]
-    return sum(t.numel() * t.element_size() for t in tensors.values()), sum(
-        t.numel() for t in trained
+    own = None if run.models.shares_trunk else run.models.value
+    trained, of_value = (
+        sum(p.numel() for p in ([] if m is None else m.parameters()) if p.requires_grad)
+        for m in (run.models.trained, own)
     )
+    return sum(t.numel() * t.element_size() for t in tensors.values()), trained, of_value
 
 
 @pytest.mark.parametrize(
@@ -64,15 +67,19 @@ def held_bytes(config: PPOConfig) -> tuple[int, int]:
         ("adapter", {"lora": LORA}),
         ("adapter", {"lora": LORA, "ppo": {"one_base": True}}),
         ("adapter", {"lora": LORA, "ppo": {"one_base": True}, "value": {"share_policy": True}}),
+        (None, {"lora": LORA, "ppo": {"one_base": True}}),
     ],
-    ids=["four models", "rloo", "shared", "lora", "adapter", "one base", "one base, shared"],
+    ids=[
+        *("four models", "rloo", "shared", "lora", "adapter", "one base", "one base, shared"),
+        "one base, new values",
+    ],
 )
 def test_weights_and_states_are_those_that_a_run_holds(
-    folder: Path, rewards: dict[str, str], source: str, changes: dict[str, Any]
+    folder: Path, rewards: dict[str, str], source: str | None, changes: dict[str, Any]
 ) -> None:
-    config = config_of(folder, rewards[source], **changes)
+    config = config_of(folder, rewards.get(source or ""), **changes)
     found = estimate_ppo(config)
-    weights, trained = held_bytes(config)
+    weights, trained, of_value = held_bytes(config)
     buffers = 64  # of rotary frequencies, which models on one base share
     for peak in found.phases.values():
         assert peak.weights == pytest.approx(weights, abs=4 * buffers)
@@ -80,7 +87,21 @@ def test_weights_and_states_are_those_that_a_run_holds(
     assert found.num_trained == trained
     has_value = config.ppo.advantage.needs_value and not config.value.share_policy
     assert ("value update" in found.phases) == has_value
-    assert 0 <= found.phases["policy update"].gradients <= 4 * trained
+    # the value's gradients are there while the policy's are computed
+    assert 4 * of_value <= found.phases["policy update"].gradients <= 4 * trained
+
+
+def test_sampling_holds_keys_values_and_logits(folder: Path, rewards: dict[str, str]) -> None:
+    """By hand: 4 prompts at a time, 2 answers each of up to 5 tokens, 2 layers, 320 words."""
+    config = config_of(folder, rewards["whole"])
+    run = prepare_ppo(config, make_compute(config.train))
+    lengths = sorted(map(len, run.prompts.prompt_ids))[-4:]
+    text = run.models.policy.config
+    width = text.num_key_value_heads * (text.hidden_size // text.num_attention_heads)
+    keys_and_values = 2 * text.num_hidden_layers * width * 4 * (sum(lengths) + 8 * 5)
+    logits = 3 * 4 * 8 * text.vocab_size
+    found = estimate_ppo(config).phases["sampling"].activations
+    assert found == keys_and_values + logits
 
 
 def test_one_base_is_much_less_than_four_models(folder: Path, rewards: dict[str, str]) -> None:

@@ -18,9 +18,11 @@ ROOT = Path(__file__).parents[2]
 PARSERS: dict[str, Callable[[Sequence[str]], Any]] = {
     "sft": lambda words: parse_config(SFTConfig, words, "sft"),
     "dpo": ALGORITHMS["dpo"].parse,
+    "kto": ALGORITHMS["kto"].parse,
     "reward": ALGORITHMS["reward"].parse,
     "online-dpo": ALGORITHMS["online-dpo"].parse,
     "ppo": lambda words: parse_config(PPOConfig, words, "ppo"),
+    "grpo": ALGORITHMS["grpo"].parse,
     "eval": lambda words: parse_flags(EvalConfig, words, "eval"),
 }
 
@@ -56,7 +58,7 @@ def test_every_command_is_understood(
     for method, _ in counted:
         methods[method] = methods.get(method, 0) + 1
     assert methods.pop("sft") == 1
-    assert len(methods) == 8
+    assert len(methods) == 10
     assert set(methods.values()) == {4}, "four strengths of each"
     quick = list(frontier.method_jobs(experiment, tmp_path, True))
     assert len(quick) == 1 + 2 * len(experiment["methods"])
@@ -67,9 +69,9 @@ def test_a_strength_reaches_the_run(
 ) -> None:
     for each in frontier.method_jobs(experiment, tmp_path, False):
         (label, *_), (name, *words) = each.labels, each.job.commands[0]
-        if name == "dpo":
+        if name in ("dpo", "kto"):
             assert PARSERS[name](words).loss.beta == label["strength"]
-        if name == "ppo":
+        if name in ("ppo", "grpo"):
             config = PARSERS[name](words)
             assert config.kl.coefficient == label["strength"]
             assert config.run.seed == label["seed"]

@@ -20,6 +20,8 @@ from fastalign.runs.config import ModelConfig, OptimConfig, RunConfig, TrainConf
 from fastalign.runs.open import make_compute
 from fastalign.trainers import (
     Gae,
+    GRPOConfig,
+    KLInLoss,
     KLInReward,
     PPOConfig,
     PPOSettings,
@@ -37,6 +39,8 @@ from tests.trainers.exact_optimum import (
     answer_logprobs,
     answer_rewards,
     best_logprobs,
+    grpo_logprobs,
+    kto_logprobs,
     make_policy,
     make_tokenizer,
     objective,
@@ -155,6 +159,61 @@ def test_dpo_finds_the_optimum_from_its_own_comparisons(
     assert bool((distance <= NEAR).all()), distance
 
 
+def expected_kto_loss(
+    reference: Tensor, good: Tensor, kls: list[float]
+) -> Callable[[PackedBatch], LossFunction]:
+    """The mean KTO loss of all answers that the reference draws, each found good so often.
+
+    The mismatched answers are those that it draws for the other prompts; `kls` takes their KL.
+    """
+    num_prompts = len(reference)
+    drawn = reference.exp() / num_prompts
+    others = (drawn.sum(0) - drawn) / (num_prompts - 1)
+
+    def make_loss(batch: PackedBatch) -> LossFunction:
+        def loss_fn(chunk: TokenChunk) -> tuple[Tensor, dict[str, Tensor]]:
+            logprob = segment_sum(chunk.logprob, batch.target_bounds).view(reference.shape)
+            scaled = others * others.numel()  # the mean of these is the expectation
+            kl = losses.kto_kl((scaled * logprob).flatten(), (scaled * reference).flatten())
+            kls.append(float(kl))
+            total = torch.zeros((), dtype=torch.float64)
+            for label, probability in ((True, good), (False, 1 - good)):
+                labels = torch.full((reference.numel(),), label)
+                each = losses.kto(logprob.flatten(), reference.flatten(), labels, kl, beta=BETA)
+                total = total + (drawn * probability).flatten() @ each.double()
+            return total, {}
+
+        return loss_fn
+
+    return make_loss
+
+
+def test_kto_finds_the_optimum_of_its_own_loss() -> None:
+    model = make_policy()
+    reference, rewards = answer_logprobs(model), answer_rewards()
+    good = (rewards / BETA).sigmoid()
+    best = kto_logprobs(reference, good, BETA)
+    assert bool((total_variation(reference, best) > FAR).all())
+    kls: list[float] = []
+    train(model, expected_kto_loss(reference, good, kls), num_steps=280)
+    distance = total_variation(answer_logprobs(model), best)
+    assert bool((distance <= NEAR).all()), distance
+    assert kls[-1] == 0  # as the optimum was computed
+
+
+def problem(folder: Path) -> dict[str, Any]:
+    """The sections of a run that samples the problem, written into a folder."""
+    save_model(make_policy(), make_tokenizer(), folder / "policy")
+    prompts = folder / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
+    return {
+        "model": ModelConfig(str(folder / "policy")),
+        "data": PromptDataConfig(train=str(prompts)),
+        "reward": RewardSourceConfig(("tests.trainers.exact_optimum:reward",)),
+        "run": RunConfig(str(folder / "run")),
+    }
+
+
 # At the optimum r - beta log(pi / rho) is the same for every answer, so k1's gradients have no
 # noise there; those of the exact KL have, and want more samples to come as near. With the exact KL
 # as a reward alone (without its derivative in the loss) the distances were 0.76, 0.22 and 0.96.
@@ -175,19 +234,13 @@ def test_ppo_finds_the_optimum_from_its_own_samples(
     shared: dict[str, Any],
     tmp_path: Path,
 ) -> None:
-    save_model(make_policy(), make_tokenizer(), tmp_path / "policy")
-    prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in PROMPTS))
     reference = answer_logprobs(make_policy())
     best = best_logprobs(reference, answer_rewards(), BETA)
     assert bool((total_variation(reference, best) > FAR).all())
     critic = advantage == "gae"
     result = train_ppo(
         PPOConfig(
-            model=ModelConfig(str(tmp_path / "policy")),
-            data=PromptDataConfig(train=str(prompts)),
-            reward=RewardSourceConfig(("tests.trainers.exact_optimum:reward",)),
-            run=RunConfig(str(tmp_path / "run")),
+            **problem(tmp_path),
             sampling=SamplingParams(max_new_tokens=MAX_NEW_TOKENS, num_samples=num_samples),
             ppo=PPOSettings(
                 advantage=Gae(gae_lambda=1.0, whiten="none") if critic else Rloo(),
@@ -204,3 +257,25 @@ def test_ppo_finds_the_optimum_from_its_own_samples(
     assert result.finished
     distance = total_variation(answer_logprobs(load_policy(tmp_path / "run" / "model")), best)
     assert bool((distance <= near).all()), distance
+
+
+def test_grpo_finds_the_policy_that_its_gradient_does_not_move(tmp_path: Path) -> None:
+    """The KL in the loss, by k3 times the ratio, which has the gradient of each token's KL."""
+    beta = 1.5
+    reference, rewards = answer_logprobs(make_policy()), answer_rewards()
+    best = grpo_logprobs(reference, rewards, beta)
+    assert bool((total_variation(reference, best) > FAR).all())
+    # nor is it the best policy of the same rewards and strength
+    assert bool((total_variation(best_logprobs(reference, rewards, beta), best) > 2 * NEAR).all())
+    result = train_ppo(
+        GRPOConfig(
+            **problem(tmp_path),
+            sampling=SamplingParams(max_new_tokens=MAX_NEW_TOKENS, num_samples=128),
+            kl=KLInLoss(coefficient=beta, by_ratio=True),
+            optim=OptimConfig(lr=1.5e-3, schedule="linear"),
+            train=TrainConfig(max_steps=100, batch_size=len(PROMPTS), device="cpu"),
+        )
+    )
+    assert result.finished
+    distance = total_variation(answer_logprobs(load_policy(tmp_path / "run" / "model")), best)
+    assert bool((distance <= NEAR).all()), distance

@@ -73,19 +73,18 @@ def preference_loss(
     ):
         if value is not None:
             _check_tensor(name, value, shape, kind, logprob.device)
-    if formula.kernel is None and backend == "auto":
-        backend = "reference"
-    chosen = choose_backend("preference_loss", backend, logprob.device.type, logprob.dtype)
-    if reference_logprob is not None:
-        reference_logprob = reference_logprob.detach()
-    if chosen == "reference":
-        return reference.forward(logprob, bounds, formula, reference_logprob, length, tie)
-    if formula.kernel is None:
+    kernel = formula.kernel
+    if kernel is None and backend not in ("auto", "reference"):
         raise ValueError(
             f"backend: expected 'auto' or 'reference', for no kernel computes {formula.name}, "
             f"got {backend!r}"
         )
-    kernel = formula.kernel
+    backend = "reference" if kernel is None else backend
+    chosen = choose_backend("preference_loss", backend, logprob.device.type, logprob.dtype)
+    if reference_logprob is not None:
+        reference_logprob = reference_logprob.detach()
+    if kernel is None or chosen == "reference":
+        return reference.forward(logprob, bounds, formula, reference_logprob, length, tie)
     losses, sequence_logprob, _ = preference_loss_forward(
         logprob,
         bounds,

@@ -30,6 +30,7 @@ from fastalign.models.lora_files import (
     check_no_adapter,
     is_reward_adapter,
     open_reward_adapter,
+    print_other_format,
     save_adapter,
 )
 from fastalign.models.reward import (
@@ -181,6 +182,7 @@ def open_on_base(config: PolicyGradientConfig, policy: Any) -> dict[str, Adapter
             check_on_base("reward.sources", source, config)
             found[source] = open_reward_adapter(policy, source, f"{ON_BASE}_reward_{number}")
             print(f"reward model: the adapter {source} on the policy's base")
+            print_other_format(source, config.model.lora.base)
     if not config.ppo.advantage.needs_value or shares_policy(config):
         return found
     assert isinstance(config, PPOConfig)

@@ -17,9 +17,9 @@ from fastalign.models.lora_files import save_adapter
 from fastalign.rollouts.engines.weights import policy_tensors
 from fastalign.runs.config import LoraConfig
 from fastalign.trainers import PPOConfig, Rloo, train_ppo
-from fastalign.trainers.ppo.setup import PPOSetup
+from fastalign.trainers.ppo.setup import PPOSetup, save_value
 from fastalign.trainers.ppo.train import update_gradient
-from tests.small_runs import WORDS, ppo_config, read_metrics
+from tests.small_runs import WORDS, ppo_config, read_metrics, saved_tensors
 from tests.tiny import put_adapter, tiny_reward_model
 from tests.trainers.ppo.ppo_cases import (
     experience_of,
@@ -103,9 +103,11 @@ def test_numbers_and_gradients_are_those_of_separately_loaded_models(
 
 @pytest.mark.parametrize("base", ["float32", "nf4"])
 def test_rewards_are_those_of_the_adapter_on_a_base_of_its_own(
-    folder: Path, adapter: str, base: Any
+    folder: Path, adapter: str, base: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = make_run(on_one_base(plain_config(folder), adapter, lora=replace(LORA, base=base)))
+    other_format = "was trained on a base in float32, and model.lora.base is nf4: its numbers"
+    assert (other_format in capsys.readouterr().out) == (base == "nf4")
     before = [name for name, p in run.models.policy.named_parameters() if p.requires_grad]
     alone: Any = load_reward_model(adapter, keep_adapter=True, nf4=base == "nf4")
     prompts, answers = [f"The {word}" for word in WORDS], [f" is {word}" for word in WORDS]
@@ -145,11 +147,63 @@ def test_the_value_model_begins_as_the_reward_model(folder: Path, adapter: str) 
     for ours, theirs in zip(run.models.value.parameters(), reward.parameters(), strict=True):
         assert torch.equal(ours, theirs)
         assert ours is not theirs
-    fresh = make_run(on_one_base(plain_config(folder)), moved=False)
-    assert fresh.models.value.score.weight.abs().max() == 0
+
+
+def test_a_value_model_without_a_beginning_is_a_new_adapter_under_a_head_of_zeros(
+    folder: Path,
+) -> None:
+    lora = replace(LORA, targets=("all-linear", "lm_head"))
+    fresh = make_run(on_one_base(plain_config(folder), lora=lora), moved=False)
+    value, policy = fresh.models.value, fresh.models.policy
+    assert value.score.weight.abs().max() == 0
     experience, _ = experience_of(fresh, rollouts_of(fresh))
     assert experience.record.value is not None
     assert experience.record.value.abs().max() == 0
+    # on the policy's layers but its vocabulary head, which no classifier has
+    own = [
+        {name: part for name, part in policy.named_modules() if name.endswith(f"lora_A.{each}")}
+        for each in ("default", "fastalign_value")
+    ]
+    layers = [{name.partition(".lora_A")[0] for name in found} for found in own]
+    assert layers[0] - layers[1] == {"lm_head"}
+    assert layers[1] < layers[0]
+    save_value(fresh.models, folder / "value")
+    written = load_reward_model(folder / "value", fresh_head=False)
+    assert written.score.weight.abs().max() == 0
+
+
+def test_values_have_a_learning_rate_of_their_own(folder: Path, adapter: str) -> None:
+    config = on_one_base(plain_config(folder, value={"lr": 5e-3}), adapter)
+    models = make_run(config, moved=False).models
+    (scale,) = {getattr(p, "lr_scale", 1.0) for p in models.value.parameters()}
+    assert scale == pytest.approx(5e-3 / config.optim.lr)
+    of_policy = [each.weight for each in adapter_parts(models.policy, "default")]
+    assert {getattr(p, "lr_scale", 1.0) for p in of_policy} == {1.0}
+
+
+def test_the_best_evaluations_adapters_are_written(folder: Path, adapter: str) -> None:
+    """The KL grows with each step, so that the first evaluation is the best, and not the last."""
+    best = {"eval_every": 2, "keep_checkpoints": 1, "best_metric": "eval_objective/kl"}
+    config = on_one_base(ppo_config(folder, "run", **best), adapter)
+    config = replace(config, optim=replace(config.optim, lr=1e-2))
+    result = train_ppo(config)
+    assert result.best is not None
+    assert result.best.step < result.step
+    exported = replace(config, run=replace(config.run, export=str(folder / "out"), resume=True))
+    train_ppo(exported)
+    kept, last = (
+        saved_tensors(folder / f"run/checkpoints/step-{step:06d}", "model.")
+        for step in (result.best.step, result.step)
+    )
+    for part, name in (("adapter", "default"), ("value", "fastalign_value")):
+        for where in ("run", "out"):
+            written = load_file(folder / where / part / "adapter_model.safetensors")
+            for of_file, value in written.items():
+                own = of_file.removeprefix("base_model.model.")
+                held = f"policy.{own.replace('.weight', f'.{name}.weight')}"
+                held = held if held in kept else "value.score.weight"
+                assert torch.equal(value, kept[held])
+                assert not torch.equal(value, last[held])
 
 
 @pytest.mark.parametrize("base", ["float32", "nf4"])

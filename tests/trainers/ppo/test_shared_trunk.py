@@ -1,5 +1,6 @@
 """Values from the policy's own layers: gradients, forwards, what is written, resuming."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from fastalign.trainers import Rloo, ValueConfig, train_ppo
 from fastalign.trainers.ppo.record import NOTHING_WAITS, FirstUpdate, first_update_can_compute
 from fastalign.trainers.ppo.train import all_updates
 from tests.runs.test_resume import assert_same_run
-from tests.small_runs import learning_rate_scales, ppo_config, read_metrics
+from tests.small_runs import learning_rate_scales, ppo_config, read_metrics, saved_tensors
 from tests.trainers.dpo.step_cases import PACKINGS, gradients
 from tests.trainers.ppo.ppo_cases import (
     eager_loss,
@@ -126,11 +127,52 @@ def test_what_is_written_and_a_resumed_run(folder: Path, adapted: bool) -> None:
     assert written.keys() == load_file(folder / "llama/model.safetensors").keys()
     AutoModelForCausalLM.from_pretrained(folder / "straight/model")
     value = load_reward_model(folder / "straight/value", fresh_head=False)
+    (name,) = {"reward_config.json" if adapted else "config.json"}
+    pad = json.loads((folder / "straight/value" / name).read_text())["pad_token_id"]
+    ends = json.loads((folder / "llama/config.json").read_text())["eos_token_id"]
+    assert value.config.pad_token_id == pad != ends  # the last token is read, not the one before
     layers = value.state_dict()
     assert layers["score.weight"].abs().max() > 0
     for name, weight in layers.items():
         if name != "score.weight":
             torch.testing.assert_close(weight, written[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_the_best_evaluations_policy_and_values_are_written(folder: Path, adapted: bool) -> None:
+    """The KL grows with each step, so that the first evaluation is the best, and not the last."""
+    best = {"eval_every": 2, "keep_checkpoints": 1, "best_metric": "eval_objective/kl"}
+    config = ppo_config(folder, "run", **best)
+    lora = LORA if adapted else LoraConfig()
+    config = replace(
+        config,
+        value=ValueConfig(share_policy=True),
+        model=replace(config.model, lora=lora),
+        optim=replace(config.optim, lr=1e-2),
+    )
+    result = train_ppo(config)
+    assert result.best is not None
+    assert result.best.step < result.step
+    assert not hasattr(result.model, VALUE_HEAD)
+    kept, last = (
+        saved_tensors(folder / f"run/checkpoints/step-{step:06d}", "model.")
+        for step in (result.best.step, result.step)
+    )
+    file = f"{'adapter_' if adapted else ''}model.safetensors"
+    of_policy, of_value = (
+        load_file(folder / "run" / part / file)
+        for part in ("adapter" if adapted else "model", "value")
+    )
+    score = of_value.pop(f"{'base_model.model.' if adapted else ''}score.weight")
+    head = f"policy.{VALUE_HEAD}.weight"
+    assert torch.equal(score, kept[head])
+    assert not torch.equal(score, last[head])
+    for name, value in of_policy.items():
+        assert name not in of_value or torch.equal(of_value[name], value)
+        held = f"policy.{name.removeprefix('base_model.model.')}"
+        held = held.replace(".weight", ".default.weight") if adapted else held
+        assert torch.equal(value, kept[held])
+        assert not torch.equal(value, last[held])
 
 
 def test_the_written_value_model_gives_the_runs_values(folder: Path) -> None:

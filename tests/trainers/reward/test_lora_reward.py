@@ -1,6 +1,7 @@
 """Reward models as adapters: scores, gradients, what is written, who opens it, resuming."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,13 @@ from fastalign.models.reward import response_reward
 from fastalign.runs.config import LoraConfig
 from fastalign.trainers import RewardConfig, train_reward
 from tests.models.test_exactness import random_groups
-from tests.small_runs import WORDS, read_metrics, reward_config, saved_tensors
+from tests.small_runs import (
+    WORDS,
+    read_metrics,
+    reward_config,
+    saved_tensors,
+    write_rows,
+)
 from tests.tiny import put_adapter, tiny_reward_model
 
 LORA = LoraConfig(rank=4, alpha=8.0)
@@ -93,11 +100,78 @@ def test_the_base_stays_and_adapter_and_head_learn(folder: Path, base: Any) -> N
     near = 0.1 if base == "bf16" else 1e-4
     torch.testing.assert_close(merged, scores, rtol=0, atol=near)
     assert scores.std() > 0.1
-    if base == "float32":
+    # an adapter alone is opened on a base of the format that it was trained on
+    file = folder / "run/adapter/base_format.json"
+    assert json.loads(file.read_text()) == {"format": base.replace("bf16", "bfloat16")}
+    if base != "bf16":
+        out = str(folder / "merged")
+        assert main(["merge", "--model.path", str(folder / "run/adapter"), "--out", out]) == 0
         found = [
-            ModelReward(folder / "run" / part)(PROMPTS, ANSWERS) for part in ("adapter", "model")
+            ModelReward(folder / part)(PROMPTS, ANSWERS)
+            for part in ("run/adapter", "run/model", "merged")
         ]
         assert found[0] == pytest.approx(found[1], abs=1e-4)
+        assert found[2] == pytest.approx(found[1], abs=1e-4)
+    if base == "nf4":
+        file.unlink()
+        other = ModelReward(folder / "run/adapter")(PROMPTS, ANSWERS)
+        assert other != pytest.approx(found[1], abs=1e-3)
+
+
+def test_an_adapter_on_nf4_without_bitsandbytes_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_adapter(put_adapter(load_reward_model(folder / "llama")), folder / "adapter")
+    (folder / "adapter/base_format.json").write_text(json.dumps({"format": "nf4"}))
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    message = r"nf4 needs bitsandbytes: pip install .* \(for .*adapter\)$"
+    with pytest.raises(ValueError, match=message):
+        load_reward_model(folder / "adapter")
+
+
+def test_commands_take_the_adapter_in_place_of_the_model(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_reward(lora_config(folder, "run", max_steps=3))
+    prompts = write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in PROMPTS])
+    rows = [
+        {"prompt": prompt, "completion": text, "sample": number}
+        for prompt in PROMPTS
+        for number, text in enumerate(ANSWERS[:3])
+    ]
+    samples = str(write_rows(folder / "samples.jsonl", rows))
+    policy, sampling = str(folder / "llama"), ["--sampling.max-new-tokens", "4"]
+    found: dict[str, list[Any]] = {"adapter": [], "model": []}
+    for part, of_part in found.items():
+        path, to = str(folder / "run" / part), folder / f"with-{part}"
+        to.mkdir()
+        out = [str(to / f"{name}.json") for name in ("eval", "win", "scored", "made")]
+        models = ["--model.path", policy, "--reference.path", policy]
+        words = ["--reward", path, "--data.prompts", str(prompts), *sampling]
+        assert main(["eval", *models, *words, "--out", out[0]]) == 0
+        of_part.append(json.loads(Path(out[0]).read_text())["reward"])
+        sides = ["--model.path", policy, "--baseline.samples", samples]
+        words += ["--sampling.num-samples", "3"]
+        assert main(["win-rate", *sides, *words, "--out", out[1]]) == 0
+        verdicts = Path(out[1]).with_suffix(".verdicts.jsonl").read_text().splitlines()
+        of_part.extend(json.loads(row)["model_reward"] for row in verdicts)
+        given = ["--data.samples", samples]
+        assert main(["score", "--model.path", path, *given, "--out", out[2]]) == 0
+        of_part.extend(json.loads(row)["reward"] for row in Path(out[2]).read_text().splitlines())
+        assert main(["label-by-reward", "--reward", path, *given, "--out", out[3]]) == 0
+        of_part.extend(json.loads(row)["margin"] for row in Path(out[3]).read_text().splitlines())
+    assert found["adapter"] == pytest.approx(found["model"], rel=1e-4, abs=1e-4)
+    assert len(found["model"]) > 3 * len(PROMPTS)
+    # where a policy is expected, it is refused in one line
+    capsys.readouterr()
+    adapter = str(folder / "run/adapter")
+    generate = ["generate", "--data.prompts", str(prompts), "--out", str(folder / "none.jsonl")]
+    compare = ["compare", "--out", str(folder / "c.db"), "--data.prompts", str(prompts)]
+    compare += ["--b", policy]
+    for words in ([*generate, "--model.path", adapter], [*compare, "--a", adapter]):
+        assert main(words) == 2
+        (line,) = capsys.readouterr().err.strip().splitlines()
+        assert line.endswith(f"expected a causal model, {adapter} is the adapter of a reward model")
 
 
 def test_peft_opens_it_with_the_same_scores(folder: Path) -> None:
