@@ -47,6 +47,10 @@ def visible(text: str) -> str:
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
+def _is_secret(variable: str) -> bool:
+    return _VARIABLE.search(variable.upper()) is not None
+
+
 def masked(text: str) -> str:
     """Return the text without passwords in URLs, secrets in queries, tokens, and secret variables.
 
@@ -54,9 +58,10 @@ def masked(text: str) -> str:
     """
     text = _QUERY.sub(r"\1***", _USER.sub(r"\1***@", text))
     text = _LONG_VALUE.sub(r"\1***", text)
-    for name, value in os.environ.items():
-        if _VARIABLE.search(name.upper()) and len(value) >= _SHORTEST:
-            text = text.replace(value, f"[{name}]")
+    if len(text) >= _SHORTEST:  # others hold none of these values
+        for name in filter(_is_secret, os.environ):
+            value = os.environ.get(name, "")
+            text = text.replace(value, f"[{name}]") if len(value) >= _SHORTEST else text
     return _KNOWN.sub("***", text)
 
 

@@ -26,7 +26,7 @@ from tyro.constructors import (
 from fastalign.cli.flags import (
     CONFIG_HELP,
     LOSSES_ELSEWHERE,
-    field_docs,
+    field_doc,
     short_help,
     wrapped,
     wrong_flags,
@@ -331,7 +331,7 @@ def section_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
             kind = Annotated[kind, tyro.conf.arg(metavar=metavar)]
         if default is None or default == ():  # the text says what no value means
             kind = Annotated[kind, tyro.conf.arg(help_behavior_hint="")]
-        text = entry.metadata.get("help") or partial(field_docs(info.type).get, entry.name)
+        text = entry.metadata.get("help") or partial(field_doc, info.type, entry.name)
         specs.append(StructFieldSpec(entry.name, kind, default, text))
     specs.sort(key=lambda spec: spec.default is not MISSING_NONPROP)  # the help begins with these
     return StructConstructorSpec(info.type, tuple(specs))

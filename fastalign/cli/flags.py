@@ -255,6 +255,11 @@ def wrapped(text: str) -> str:
     return "\n\n".join(textwrap.fill(each, width, subsequent_indent="  ") for each in paragraphs)
 
 
+def field_doc(section: type, name: str) -> str | None:
+    """Return the docstring below a dataclass's field; None if it has none."""
+    return field_docs(section).get(name)
+
+
 @cache
 def field_docs(section: type) -> dict[str, str]:
     """Return the docstring below each of a dataclass's fields, inherited ones included."""

@@ -129,6 +129,8 @@ def test_errors_mask_addresses_and_the_environment_s_secrets(
     )
     plain = "see https://host/@user/the?tokens_per_batch=3, mail me@here.example"
     assert masked(plain) == plain
+    monkeypatch.setenv("OTHER_TOKEN", "8-digits")  # the shortest that is looked for
+    assert masked("8-digits") == "[OTHER_TOKEN]"
 
     def fail(argv: list[str]) -> int:
         raise ValueError(f"cannot read {ADDRESSES[0]}: {SECRET} was refused")

@@ -25,8 +25,14 @@ HEARD: list[str] = []  # what the runs of the present test said
 NUM_STEPS = 8
 MEASURED = ("_seconds", "tokens_per_second", "peak_memory_bytes", "eps")
 MAKE = {"dpo": dpo_config, "ppo": ppo_config}
-# Several micro-batches on each of three ranks; a checkpoint of every step.
-TRAIN = {"batch_size": 9, "tokens_per_batch": 16, "save_every": 1, "keep_checkpoints": 99}
+# Three micro-batches of a step on each rank; a checkpoint of every step.
+EXAMPLES_OF_A_RANK = 3
+TRAIN = {
+    "batch_size": EXAMPLES_OF_A_RANK,
+    "tokens_per_batch": 16,
+    "save_every": 1,
+    "keep_checkpoints": 99,
+}
 
 
 @dataclass(frozen=True)
@@ -81,6 +87,16 @@ class Stage:
     def write_config(self, name: str, values: dict[str, Any]) -> None:
         (self.folder / f"{name}.yaml").write_text(yaml.safe_dump(values))
 
+    def command(self, place: Place, run: str, *flags: str, trainer: str = "dpo") -> list[str]:
+        """The arguments of `fastalign` for a run."""
+        size = str(EXAMPLES_OF_A_RANK * place.num_ranks)
+        return [
+            *(trainer, "--config", str(self.folder / f"{trainer}.yaml")),
+            *("--run.dir", str(self.folder / run), "--parallel.strategy", place.strategy),
+            *(("--train.batch-size", size) if trainer == "dpo" else ()),
+            *flags,
+        ]
+
     def start(
         self,
         place: Place,
@@ -92,10 +108,7 @@ class Stage:
         first_holds_store: bool = False,
     ) -> ranks.Ranks:
         """Starts a run; `logs` names what it prints, where another run has the same folder."""
-        arguments = [
-            *(trainer, "--config", str(self.folder / f"{trainer}.yaml")),
-            *("--run.dir", str(self.folder / run), "--parallel.strategy", place.strategy, *flags),
-        ]
+        arguments = self.command(place, run, *flags, trainer=trainer)
         place_of_logs = self.folder / "logs" / (logs or run)
         place_of_logs.parent.mkdir(exist_ok=True)
         return ranks.start(

@@ -172,7 +172,7 @@ def test_the_first_rank_stopped(stage: Stage, run: str, place: Place) -> None:
 def test_under_torchrun(stage: Stage, run: str, place: Place) -> None:
     started = ranks.torchrun(
         *(2, stage.folder / f"logs of {run}", "tests.faults.torchrun", "1", "4"),
-        *("dpo", "--config", str(stage.folder / "dpo.yaml"), "--run.dir", str(stage.folder / run)),
+        *stage.command(place, run),
     )
     assert started.join() == [1]
     HEARD.append(started.output(0))

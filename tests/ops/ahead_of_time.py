@@ -3,15 +3,20 @@
 `python -m tests.ops.ahead_of_time ARCHITECTURE COLUMNS EVERYTHING [ONLY_ROWS]` runs the launchers
 of `launches.py` on tensors of a CPU, under the driver of a GPU that is not here: kernels are
 compiled and not launched. So the types, and the divisibility by 16 of addresses and sizes, for
-which Triton specialises a kernel, are those of a launch. It prints what each kernel takes.
+which Triton specialises a kernel, are those of a launch. It prints what each kernel takes. Without
+arguments it does so for each line of its input, a list of them in JSON.
 """
 
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -154,23 +159,52 @@ def compiled_launches(
     return taken
 
 
-def compile_for(
-    architecture: int, num_columns: int, *, everything: bool, only_rows: bool = False
-) -> list[Resources]:
-    """What the launches of every Triton kernel, or of those on rows, take on sm_<architecture>."""
+@contextmanager
+def compiler() -> Iterator[Callable[..., list[Resources]]]:
+    """Give the function that tells what launches of Triton kernels take on sm_<architecture>.
+
+    Its arguments are an architecture, a number of columns, `everything` (all options, or none) and
+    `only_rows` (the kernels on rows alone). One process imports PyTorch and Triton without its
+    interpreter; each call is a fork of it.
+    """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    arguments = (architecture, num_columns, int(everything), int(only_rows))
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.ops.ahead_of_time", *map(str, arguments)],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return [Resources(**found) for found in json.loads(done.stdout.splitlines()[-1])]
+    command = [sys.executable, "-m", "tests.ops.ahead_of_time"]
+    pipe = subprocess.PIPE
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(
+            command, env=environment, cwd=ROOT, stdin=pipe, stdout=pipe, stderr=errors, text=True
+        ) as process,
+    ):
+        requests, answers = process.stdin, process.stdout
+        assert requests is not None
+        assert answers is not None
+
+        def compile_for(
+            architecture: int, num_columns: int, *, everything: bool, only_rows: bool = False
+        ) -> list[Resources]:
+            request = [architecture, num_columns, int(everything), int(only_rows)]
+            print(json.dumps(request), file=requests, flush=True)
+            line = answers.readline()
+            errors.seek(0)
+            assert line, (request, errors.read()[-2000:])
+            return [Resources(**found) for found in json.loads(line)]
+
+        yield compile_for
+
+
+def answer_requests() -> None:
+    """Print, for each line of the input, what the launches take, as JSON."""
+    context = multiprocessing.get_context("fork")
+    for line in sys.stdin:
+        # What a compiler prints goes to the errors.
+        with ProcessPoolExecutor(1, context, initializer=os.dup2, initargs=(2, 1)) as pool:
+            found = pool.submit(compiled_launches, *json.loads(line)).result()
+        print(json.dumps([asdict(one) for one in found]), flush=True)
 
 
 if __name__ == "__main__":
-    print(json.dumps([asdict(one) for one in compiled_launches(*map(int, sys.argv[1:]))]))
+    if sys.argv[1:]:
+        print(json.dumps([asdict(one) for one in compiled_launches(*map(int, sys.argv[1:]))]))
+    else:
+        answer_requests()

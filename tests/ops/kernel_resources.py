@@ -11,7 +11,7 @@ from pathlib import Path
 
 import triton
 
-from tests.ops.ahead_of_time import ROOT, Resources, compile_for, resources_of
+from tests.ops.ahead_of_time import ROOT, Resources, compiler, resources_of
 from tests.ops.test_triton_compiles import VOCABULARY
 
 ARCHITECTURES = (80, 90, 100)
@@ -45,11 +45,12 @@ def main() -> None:
         f"{'kernel':92}{'sm':>5}{'registers':>11}{'shared':>8}{'local':>7}{'accesses':>10}{'fewest':>8}"
     )
     for architecture in ARCHITECTURES:
-        rows = [
-            one
-            for everything in (False, True)
-            for one in compile_for(architecture, VOCABULARY, everything=everything)
-        ]
+        with compiler() as compile_for:
+            rows = [
+                one
+                for everything in (False, True)
+                for one in compile_for(architecture, VOCABULARY, everything=everything)
+            ]
         if NVCC is not None:
             for source in sorted((ROOT / "csrc/cuda").glob("*.cu")):
                 rows += cuda_resources(source, architecture)

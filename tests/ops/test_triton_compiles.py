@@ -2,12 +2,13 @@
 
 import importlib
 import pkgutil
+from collections.abc import Callable, Iterator
 
 import pytest
 
 import fastalign.ops
 from fastalign.ops import triton_table
-from tests.ops.ahead_of_time import Resources, access_bits, compile_for, fewest_accesses
+from tests.ops.ahead_of_time import Resources, access_bits, compiler, fewest_accesses
 
 VOCABULARY = 128_256
 # 1,024 threads of the plain kernels run on a multiprocessor, of 65,536 registers; with all options
@@ -20,18 +21,27 @@ MAX_SHARED_BYTES, MAX_SHARED_BYTES_OF_TWO_DTYPES = 1024, 8192
 PRODUCT, MAX_SHARED_BYTES_OF_PRODUCTS = "head_product_kernel", 232_448
 
 
-def compiled(architecture: int, num_columns: int = VOCABULARY) -> list[Resources]:
+Compile = Callable[..., list[Resources]]
+
+
+@pytest.fixture(scope="module")
+def compile_for() -> Iterator[Compile]:
+    with compiler() as compile_launches:
+        yield compile_launches
+
+
+def compiled(compile_for: Compile, architecture: int) -> list[Resources]:
     options = (False, True) if architecture == 90 else (True,)
     return [
         one
         for everything in options
-        for one in compile_for(architecture, num_columns, everything=everything)
+        for one in compile_for(architecture, VOCABULARY, everything=everything)
     ]
 
 
 @pytest.fixture(scope="module")
-def hopper() -> list[Resources]:
-    return compiled(90)
+def hopper(compile_for: Compile) -> list[Resources]:
+    return compiled(compile_for, 90)
 
 
 def assert_light(found: list[Resources]) -> None:
@@ -67,14 +77,14 @@ def test_rows_are_read_and_written_128_bits_at_a_time(hopper: list[Resources]) -
 
 
 @pytest.mark.parametrize("architecture", [80, 100])
-def test_kernels_are_light_and_wide_on(architecture: int) -> None:
-    found = compiled(architecture)
+def test_kernels_are_light_and_wide_on(compile_for: Compile, architecture: int) -> None:
+    found = compiled(compile_for, architecture)
     assert_light(found)
     assert_wide(found)
 
 
 @pytest.mark.parametrize("everything", [False, True])
-def test_rows_of_an_odd_vocabulary_are_too(everything: bool) -> None:
+def test_rows_of_an_odd_vocabulary_are_too(compile_for: Compile, everything: bool) -> None:
     """Rows are padded, as those of a head's buffers are; of contiguous ones Triton reads scalars.
 
     Their addresses are multiples of an element's size alone.

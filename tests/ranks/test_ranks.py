@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -138,6 +139,18 @@ def trained(trainer: str, config: Any) -> None:
     assert result.finished
 
 
+def trained_by_a_rank(trainer: str, config: Any) -> None:
+    """The same, with the packages alone that the process it is forked from has imported."""
+    before = packages()
+    trained(trainer, config)
+    assert packages() == before, f"for tests/preloaded.py: {packages() - before}"
+
+
+def packages() -> set[str]:
+    """Return the names of the imported packages that are not Python's own."""
+    return {name.partition(".")[0] for name in sys.modules} - sys.stdlib_module_names
+
+
 def assert_near(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert one.keys() == other.keys()
     for name in one:
@@ -169,7 +182,7 @@ def test_ranks_train_as_one_process_does(name: str, folder: Path) -> None:
     case = CASES[name]
     trained(case.trainer, case.config(folder, "one"))
     shared = case.config(folder, "shared", parallel=case.parallel)
-    outputs = ranks.run(case.num_ranks, folder / "logs", trained, case.trainer, shared)
+    outputs = ranks.run(case.num_ranks, folder / "logs", trained_by_a_rank, case.trainer, shared)
     assert all("loss" not in output for output in outputs[1:])  # rank 0 speaks for all
     one, other = read_metrics(folder / "one"), read_metrics(folder / "shared")
     assert len(one) == len(other) == NUM_STEPS
