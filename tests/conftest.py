@@ -8,6 +8,7 @@ import gc
 import json
 import os
 from collections.abc import Generator, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record-durations", action="store_true", help=f"rewrite {DURATIONS.name}")
 
 
+@cache
+def name_of(path: Path) -> str:
+    """Return a file's name below this folder, as durations.json has it."""
+    return path.relative_to(HERE).as_posix()
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest file comes first: at the end no process works on one alone.
 
@@ -40,10 +47,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     seconds = json.loads(DURATIONS.read_text(encoding="utf-8"))
 
     def of_file(item: pytest.Item) -> float:
-        return float(seconds.get(item.path.relative_to(HERE).as_posix(), 0.0))
+        return float(seconds.get(name_of(item.path), 0.0))
 
     def of_process(item: pytest.Item) -> float:
-        if item.path.relative_to(HERE).as_posix() in SHARE_SERVERS:
+        if name_of(item.path) in SHARE_SERVERS:
             return float(sum(seconds.get(name, 0.0) for name in SHARE_SERVERS))
         return of_file(item)
 
