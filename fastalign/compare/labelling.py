@@ -7,7 +7,7 @@ verdict is in the database before it counts here.
 import random
 import time
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from fastalign.compare.access import Shown, new_nonce
@@ -113,6 +113,45 @@ class Progress:
     num_same: int
 
 
+class Bag:
+    """Pairs in no order, of which one is drawn at random without looking at all of them."""
+
+    def __init__(self, pairs: Iterable[int]):
+        self._pairs = list(pairs)
+        self._place = {pair: place for place, pair in enumerate(self._pairs)}
+
+    def __contains__(self, pair: int) -> bool:
+        return pair in self._place
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._pairs)
+
+    def put(self, pair: int, *, inside: bool) -> None:
+        """Add a pair that is not there, or take one away that is."""
+        place = self._place.get(pair)
+        if inside and place is None:
+            self._place[pair] = len(self._pairs)
+            self._pairs.append(pair)
+        elif not inside and place is not None:
+            last = self._pairs.pop()
+            del self._place[pair]
+            if last != pair:
+                self._pairs[place] = last
+                self._place[last] = place
+
+    def draw(self, generator: random.Random, wanted: Callable[[int], bool]) -> int | None:
+        """Return a random pair of those that are wanted; None if there is none."""
+        for _ in range(min(RANDOM_TRIES, len(self._pairs))):
+            pair = generator.choice(self._pairs)
+            if wanted(pair):
+                return pair
+        left = [pair for pair in self._pairs if wanted(pair)]
+        return generator.choice(left) if left else None
+
+
 class Labelling:
     """State of the labelling: who is shown which pair.
 
@@ -142,9 +181,8 @@ class Labelling:
         for person in self._people.values():
             person.num_rows = len(person.votes) + len(person.repeats)
         asked = [pair.id for pair in self.pairs.values() if not pair.identical]
-        self._open = [i for i in asked if self._num_votes[i] < choice.votes_per_pair]
-        self._place = {pair: place for place, pair in enumerate(self._open)}
-        self._begun = {i for i in self._open if self._num_votes[i]}
+        self._open = Bag(i for i in asked if self._num_votes[i] < choice.votes_per_pair)
+        self._begun = Bag(i for i in self._open if self._num_votes[i])
         self._num_asked = len(asked)
 
     def _count(self, vote: Vote) -> None:
@@ -247,20 +285,8 @@ class Labelling:
         """Put a pair among the open ones, or take it away, by its number of votes."""
         number = self._num_votes[pair]
         is_open = number < self._choice.votes_per_pair and not self.pairs[pair].identical
-        if is_open and number:
-            self._begun.add(pair)
-        else:
-            self._begun.discard(pair)
-        place = self._place.get(pair)
-        if is_open and place is None:
-            self._place[pair] = len(self._open)
-            self._open.append(pair)
-        elif not is_open and place is not None:
-            last = self._open.pop()
-            del self._place[pair]
-            if last != pair:
-                self._open[place] = last
-                self._place[last] = place
+        self._begun.put(pair, inside=is_open and number > 0)
+        self._open.put(pair, inside=is_open)
 
     def _form(self, pair: int, left: Side, chosen_by: ChosenBy) -> Shown:
         return Shown(pair, left, chosen_by, int(self._clock() * 1000), new_nonce())
@@ -291,22 +317,18 @@ class Labelling:
 
         def wanted(pair: int) -> bool:
             needed = self._choice.votes_per_pair - self._num_votes[pair]
-            return pair in self._place and pair not in person.votes and leased.count(pair) < needed
+            return pair in self._open and pair not in person.votes and leased.count(pair) < needed
 
         if self._begun and generator.random() < 0.5:  # so that agreement is known early
-            begun = sorted(filter(wanted, self._begun))
-            if begun:
-                return generator.choice(begun), "random"
+            begun = self._begun.draw(generator, wanted)
+            if begun is not None:
+                return begun, "random"
         if self._ranking and generator.random() >= self._choice.random_share:
             ranked = next(filter(wanted, self._ranking), None)
             if ranked is not None:
                 return ranked, "model"
-        for _ in range(min(RANDOM_TRIES, len(self._open))):
-            pair = generator.choice(self._open)
-            if wanted(pair):
-                return pair, "random"
-        left = [pair for pair in self._open if wanted(pair)]
-        return (generator.choice(left), "random") if left else None
+        pair = self._open.draw(generator, wanted)
+        return None if pair is None else (pair, "random")
 
     def _leased(self, annotator: int) -> list[int]:
         """Return the pairs on other people's screens."""

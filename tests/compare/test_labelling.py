@@ -6,7 +6,7 @@ from random import Random
 from statistics import median
 
 from fastalign.compare.access import Shown
-from fastalign.compare.labelling import LEASE_SECONDS, NUM_BETWEEN, Choice, Labelling
+from fastalign.compare.labelling import LEASE_SECONDS, NUM_BETWEEN, Bag, Choice, Labelling
 from fastalign.compare.store import NewPair, NewVote, Store, Verdict
 from tests.compare.site import Clock, new_store
 
@@ -186,7 +186,7 @@ def test_counts_are_those_of_the_database_whatever_was_voted_and_undone(tmp_path
         assert shown is not None
         vote = NewVote(
             *(shown.pair, 1, shown.left, draw.choice(verdicts), shown.chosen_by, shown.nonce),
-            seconds=draw.choice([0.0, 3.0, 3.0, draw.random()]),
+            seconds=draw.choice([0.0, 3.0, draw.uniform(1, 9), draw.uniform(1, 9)]),
         )
         assert labelling.vote(vote)
         if number % 7 == 0:
@@ -196,3 +196,19 @@ def test_counts_are_those_of_the_database_whatever_was_voted_and_undone(tmp_path
     timed = [v.seconds / 60 for v in labelling.votes() if v.seconds > 0]
     assert labelling.progress(1).minutes == median(timed)
     assert {vote.chosen_by for vote in store.votes()} == {"random", "repeat"}
+
+
+def test_a_bag_draws_evenly_and_finds_the_only_wanted_pair() -> None:
+    bag, draw = Bag(range(10)), Random(0)
+    for pair in (9, 3, 0):
+        bag.put(pair, inside=False)
+        bag.put(pair, inside=False)  # nothing more
+    bag.put(12, inside=True)
+    assert sorted(bag) == [1, 2, 4, 5, 6, 7, 8, 12]
+    assert 9 not in bag
+    counts = Counter(bag.draw(draw, lambda pair: pair > 4) for _ in range(5000))
+    assert counts.keys() == {5, 6, 7, 8, 12}
+    assert all(850 < number < 1150 for number in counts.values())  # 5 standard deviations
+    large = Bag(range(5000))
+    assert large.draw(draw, lambda pair: pair == 4321) == 4321
+    assert large.draw(draw, lambda pair: pair > 5000) is None

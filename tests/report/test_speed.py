@@ -114,6 +114,8 @@ def test_skipped_steps_are_marked_under_the_norms() -> None:
     assert list(norms.xs) == [1, 2, 3]
     assert [(mark.step, mark.kind) for mark in charts["grad_norm"].marks] == [(2, "skipped")]
     assert charts["tokens_per_second"].marks == []
+    (memory,) = charts["peak_memory_bytes"].lines
+    assert (memory.ys, charts["peak_memory_bytes"].unit) == ([n / 1024 for n in (2, 5, 5)], "GiB")
     assert 'data-tip="this step changed no weight"' in str(static_chart(charts["grad_norm"]))
 
 
