@@ -158,6 +158,14 @@ def test_its_bits_do_not_depend_on_threads_or_on_what_came_before() -> None:
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
 
 
+def test_bf16_rows_are_rounded_once() -> None:
+    segments, form = segments_of(LENGTHS[2]), ScoreForm()
+    inputs = [each.bfloat16() for each in rows(segments, (6, 2), (16, 16))]
+    expected = by_kernel([each.float() for each in inputs], segments, form)
+    for found, wide in zip(by_kernel(inputs, segments, form), expected, strict=True):
+        assert torch.equal(found, wide.bfloat16())
+
+
 def test_rows_of_any_layout() -> None:
     segments = segments_of(LENGTHS[1])
     inputs, form = rows(segments, (6, 2), (16, 16)), ScoreForm()
@@ -181,8 +189,11 @@ def test_blocks_take_it_where_it_computes() -> None:
     assert "_Attention" in type(blocks.attend(leaf, *inputs[1:], ScoreForm()).grad_fn).__name__
     for form in (ScoreForm(softcap=3.0), ScoreForm(sinks=torch.zeros(6))):
         assert "_Strips" in type(blocks.attend(leaf, *inputs[1:], form).grad_fn).__name__
-    wide = [each.detach().double().requires_grad_() for each in inputs]
-    assert "_Strips" in type(blocks.attend(*wide, ScoreForm()).grad_fn).__name__
+    for dtype in (torch.float64, torch.float16):
+        others = [each.detach().to(dtype).requires_grad_() for each in inputs]
+        assert "_Strips" in type(blocks.attend(*others, ScoreForm()).grad_fn).__name__
+    mixed = [inputs[0], *(each.bfloat16() for each in inputs[1:])]
+    assert not native.computes(*mixed, ScoreForm())
 
 
 def test_tasks_that_would_share_tokens_are_refused() -> None:

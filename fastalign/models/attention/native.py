@@ -16,6 +16,8 @@ from torch import Tensor
 from fastalign.models.attention.segments import ScoreForm, Segments
 from fastalign.ops.layers import launch, usable
 
+DTYPES = (torch.float32, torch.bfloat16)
+
 
 class Groups(NamedTuple):
     """Segments by their prompts.
@@ -48,21 +50,23 @@ def groups_of(segments: Segments) -> Groups | None:
 
 def computes(query: Tensor, key: Tensor, value: Tensor, form: ScoreForm) -> bool:
     """Return True if native code computes this attention."""
-    return form.softcap is None and form.sinks is None and usable(query, key, value)
+    same = query.dtype == key.dtype == value.dtype
+    plain = form.softcap is None and form.sinks is None
+    return plain and same and usable(query, key, value, dtypes=DTYPES)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, groups: Groups, form: ScoreForm) -> Tensor:
     """Return the attention of a packed row.
 
     Args:
-        query: (T, H, d) float32, on a CPU.
-        key: (T, h, d) float32.
-        value: (T, h, e) float32.
+        query: (T, H, d) float32 or bfloat16, on a CPU.
+        key: (T, h, d), of the same dtype.
+        value: (T, h, e), of the same dtype.
         groups: its segments; every token is in one.
         form: scale and window of the scores.
 
     Returns:
-        (T, H, e), differentiable in all three.
+        (T, H, e) in the same dtype, computed in float32, differentiable in all three.
     """
     found: Tensor = _Attention.apply(query, key, value, groups, form)  # type: ignore[no-untyped-call]
     return found
@@ -73,25 +77,27 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, groups: Groups, form: ScoreForm
     ) -> Tensor:
-        rows = [with_unit_rows(each) for each in (query, key, value)]
-        output = query.new_empty(*query.shape[:2], value.shape[2])
+        rows = [in_float32(each) for each in (query, key, value)]
+        output = rows[0].new_empty(*query.shape[:2], value.shape[2])
         launch("attention_forward", [*rows, *_arguments(rows, groups, form), output])
-        ctx.save_for_backward(*rows)
+        ctx.save_for_backward(query, key, value)
         ctx.groups, ctx.form = groups, form
-        return output
+        return output.to(query.dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        rows = list(ctx.saved_tensors)
+        saved = ctx.saved_tensors
+        rows = [in_float32(each) for each in saved]
         found = [torch.empty_like(each, memory_format=torch.contiguous_format) for each in rows]
-        of_output = gradients[0].contiguous()
+        of_output = gradients[0].float().contiguous()
         arguments = _arguments(rows, ctx.groups, ctx.form)
         launch("attention_backward", [*rows, *arguments, of_output, *found])
-        return (*found, None, None)
+        return (*(each.to(saved[0].dtype) for each in found), None, None)
 
 
-def with_unit_rows(rows: Tensor) -> Tensor:
-    """Return rows (T, H, d) whose heads lie next to each other in memory."""
+def in_float32(rows: Tensor) -> Tensor:
+    """Return rows (T, H, d) in float32 whose heads lie next to each other in memory."""
+    rows = rows.float()
     return rows if rows.stride()[1:] == (rows.shape[2], 1) else rows.contiguous()
 
 
