@@ -289,6 +289,11 @@ def layers(match: re.Match[str]) -> str:
 
 # Scripts
 
+# A section of the navigation whose label is a link has no name.
+_SECTION = re.compile(
+    r'(<nav class="md-nav" data-md-level="\d" )aria-labelledby="(\w+)"'
+    r'([^>]*>\s*<label class="md-nav__title"[^>]*>\s*<span[^>]*></span>\s*(.*?)\s*</label>)'
+)
 SHIM = "https://unpkg.com/iframe-worker/shim"  # lets the search run in pages of a disk
 
 
@@ -296,8 +301,8 @@ def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
     """Take the search's script for pages without a server from the site itself; name its parts."""
     output = output.replace(SHIM, get_relative_url("javascripts/iframe-worker.js", page.url))
     # A screen reader announces each region by a name of its own; the theme repeats some.
-    output = output.replace('component="search" role="dialog"', 'component="search" role="search"')
-    return output.replace('<nav class="md-nav" data-md', '<nav class="md-nav" role="none" data-md')
+    output = output.replace('role="dialog">', 'role="dialog" aria-label="Search">')
+    return _SECTION.sub(r'\1aria-label="\4"\3', output)
 
 
 def on_post_template(output_content: str, template_name: str, config: MkDocsConfig) -> str:
