@@ -110,6 +110,9 @@ def test_what_is_written_and_a_resumed_run(folder: Path, adapted: bool) -> None:
         lora = LORA if adapted else LoraConfig()
         return replace(found, value=value, model=replace(found.model, lora=lora))
 
+    own = folder / "llama/config.json"
+    values = json.loads(own.read_text())
+    own.write_text(json.dumps(values | {"pad_token_id": values["eos_token_id"]}))
     train_ppo(config("straight"))
     train_ppo(config("stopped", stop_at_step=3))
     train_ppo(config("stopped", resume=True))
@@ -127,10 +130,10 @@ def test_what_is_written_and_a_resumed_run(folder: Path, adapted: bool) -> None:
     assert written.keys() == load_file(folder / "llama/model.safetensors").keys()
     AutoModelForCausalLM.from_pretrained(folder / "straight/model")
     value = load_reward_model(folder / "straight/value", fresh_head=False)
-    (name,) = {"reward_config.json" if adapted else "config.json"}
+    name = "reward_config.json" if adapted else "config.json"
     pad = json.loads((folder / "straight/value" / name).read_text())["pad_token_id"]
-    ends = json.loads((folder / "llama/config.json").read_text())["eos_token_id"]
-    assert value.config.pad_token_id == pad != ends  # the last token is read, not the one before
+    # not the base's pad token, which ends answers: then the token before it would be read
+    assert value.config.pad_token_id == pad != values["eos_token_id"]
     layers = value.state_dict()
     assert layers["score.weight"].abs().max() > 0
     for name, weight in layers.items():
