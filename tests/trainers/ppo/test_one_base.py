@@ -132,6 +132,11 @@ def test_the_base_is_held_once(folder: Path, adapter: str) -> None:
     trained = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
     assert trained == {id(p) for p in state.model.parameters() if p.requires_grad}
     assert not trained & {id(p) for p in reward.parameters()}
+    of_policy, of_value = ({id(p) for p in each} for each in state.model.clipped_apart)
+    assert of_value == {id(p) for p in models.value.parameters()}
+    assert not of_policy & of_value
+    assert reward.config.reward_mean == 0.3
+    assert not hasattr(models.policy.config, "reward_mean")  # each has a configuration of its own
     held = sum(p.numel() for p in state.model.parameters())
     base = sum(value.numel() for value in load_file(folder / "llama/model.safetensors").values())
     small = sum(p.numel() for m in (models.value, reward) for p in m.adapter.parameters())
