@@ -9,11 +9,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fastalign.batch.packed import pack
 from fastalign.data.tokenizer import load_tokenizer
 from fastalign.evaluation.rewards import ModelReward
 from fastalign.models.load import load_reward_model
 from fastalign.models.lora import adapter_parts
 from fastalign.models.lora_files import save_adapter
+from fastalign.models.reward import score_at
 from fastalign.rollouts.engines.weights import policy_tensors
 from fastalign.runs.config import LoraConfig
 from fastalign.trainers import PPOConfig, Rloo, train_ppo
@@ -152,6 +154,12 @@ def test_the_value_model_begins_as_the_reward_model(folder: Path, adapter: str) 
     for ours, theirs in zip(run.models.value.parameters(), reward.parameters(), strict=True):
         assert torch.equal(ours, theirs)
         assert ours is not theirs
+    # and its values are on the scale of the rewards
+    rollouts = rollouts_of(run)
+    experience, _ = experience_of(run, rollouts)
+    batch = pack(rollouts.groups)
+    raw = score_at(run.models.value, batch, batch.predict_index, run.compute).detach()
+    torch.testing.assert_close(experience.record.value, (raw - 0.3) / 1.7, rtol=1e-4, atol=1e-5)
 
 
 def test_a_value_model_without_a_beginning_is_a_new_adapter_under_a_head_of_zeros(
