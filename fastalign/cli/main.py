@@ -8,6 +8,8 @@ are answered without torch, or, where a loss's parameters are flags, without tra
 import importlib
 import io
 import os
+import select
+import signal
 import sys
 import time
 import traceback
@@ -28,6 +30,7 @@ from fastalign.process import tune_process, waits_by_load
 from fastalign.ranks.errors import RANK_FAILED, RankFailed, UserCodeFailed
 
 SECONDS_FOR_RANK_0 = 3.0
+UNREAD = 128 + signal.SIGPIPE  # a shell's exit code of what a closed pipe ended
 
 
 class Command(NamedTuple):
@@ -214,7 +217,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         return run_command(argv[0], list(argv[1:]))
     except (ValueError, OSError, RankFailed, UserCodeFailed) as error:
-        if os.environ.get("FASTALIGN_DEBUG"):
+        if os.environ.get("FASTALIGN_DEBUG") or is_of_unread_output(error):
             raise
         code = RANK_FAILED
         if not isinstance(error, RankFailed):
@@ -271,6 +274,15 @@ def find(place: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
+def is_of_unread_output(error: BaseException) -> bool:
+    """Return whether an error says that nobody reads this process's output, as behind `| head`."""
+    if not isinstance(error, BrokenPipeError):
+        return False
+    outputs = select.poll()
+    outputs.register(1, 0)
+    return any(event & select.POLLERR for _, event in outputs.poll(0))
+
+
 def wait_for_rank_0() -> None:
     """Delay other ranks so that rank 0 alone prints a common error before `torchrun` ends them."""
     if os.environ.get("RANK", "0") != "0":
@@ -288,10 +300,12 @@ def console() -> None:
     with lossy_output() if trains else nullcontext(), safe_output(), waits_by_load(tuned):
         try:
             code = main(sys.argv[1:])
-        except Exception:  # printed as Python would print it, but through the safe streams
-            traceback.print_exc()
-            code = 1
-    if trains:
+        except Exception as error:
+            unread = is_of_unread_output(error)
+            if not unread:  # printed as Python would print it, but through the safe streams
+                traceback.print_exc()
+            code = UNREAD if unread else 1
+    if trains or code == UNREAD:
         give_up_unwritten()
     if code and "WORLD_SIZE" in os.environ:
         # Threads of a process group whose other ranks are gone may never end.

@@ -211,3 +211,18 @@ def test_a_process_is_tuned_before_torch_is_imported() -> None:
         [sys.executable, "-c", TUNED], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("command", [["--help"], ["doctor"]])
+def test_a_command_whose_output_nobody_reads_ends_in_silence(command: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)  # as `| head` does once it has its lines
+    done = subprocess.run(
+        [sys.executable, "-m", "fastalign", *command],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, "")
