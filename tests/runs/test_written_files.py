@@ -37,7 +37,7 @@ from tests.tokenizers import CHATML, make_tokenizer
 
 NOT_READ = {"dir", "export", "out", "cache_dir", "sync_folder", "device", "targets", "origin"} | {
     *("endpoint", "model", "key_variable", "host", "url", "trainer_host"),
-    *("columns", "repo", "revision", "best_metric", "project", "name"),
+    *("columns", "repo", "revision", "best_metric", "project", "name", "class_weights"),
 }
 MODULES = ("settings", "report", "models", "data")
 
