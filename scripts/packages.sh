@@ -57,7 +57,7 @@ check() {
     rm -rf "$environment"
 }
 
-read -r -a pythons <<< "${PYTHONS:-$(for minor in 11 12 13; do command -v "python3.$minor" || true; done | tr '\n' ' ')}"
+read -r -a pythons <<< "${PYTHONS:-$(for minor in 11 12 13; do "python3.$minor" -c 'import sys; print(sys.executable)' 2>/dev/null || true; done | tr '\n' ' ')}"
 # shellcheck disable=SC2086
 for python in "${pythons[@]}"; do
     check "$python" "$native" "" native $libraries
