@@ -4,6 +4,8 @@ import json
 import re
 import shlex
 import shutil
+import tomllib
+from importlib.metadata import requires
 from pathlib import Path
 from typing import Any
 
@@ -99,5 +101,13 @@ def test_the_commands_run_one_after_the_other(
 def test_the_readmes_first_line_installs_what_there_is() -> None:
     """The only line that needs the network; tests/scripts has what it runs."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    (line,) = re.findall(r"^pip install \. && python (\S+) my-model$", text, re.MULTILINE)
-    assert (ROOT / line).is_file()
+    (found,) = re.findall(
+        r"^pip install '\.\[(\w+)\]' && python (\S+) my-model$", text, re.MULTILINE
+    )
+    extra, script = found
+    assert (ROOT / script).is_file()
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    (package,) = (re.match(r"\w+", each) for each in extras["optional-dependencies"][extra])
+    assert package is not None
+    needed = [re.match(r"\w+", each) for each in requires(package[0]) or []]
+    assert "accelerate" in [match[0] for match in needed if match]  # by which the weights are read
