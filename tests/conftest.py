@@ -132,3 +132,15 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 def pytest_unconfigure() -> None:
     gc.unfreeze()  # libraries count what is left behind at the end
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set of the CPU library in turn, which native code then takes."""
+    from fastalign.ops import native_library  # heavy, and most tests need none
+
+    if request.param not in native_library.cpu_isas():
+        pytest.skip(f"this processor has no {request.param}")
+    monkeypatch.setenv("FASTALIGN_CPU_ISA", request.param)
+    name: str = request.param
+    return name

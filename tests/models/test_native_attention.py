@@ -12,7 +12,6 @@ from fastalign.models.attention.blocks import Blocks
 from fastalign.models.attention.plan import row_segments
 from fastalign.models.attention.segments import ScoreForm, Segments
 from fastalign.ops import native_library
-from tests.ops.test_layers import ISAS
 from tests.tolerance import assert_no_worse
 
 pytestmark = pytest.mark.skipif(
@@ -26,15 +25,6 @@ LENGTHS = (
     ((64, (64, 65, 63)), (200, (7, 90))),
     ((17, (150,)), (300, (1, 33))),
 )
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param not in native_library.cpu_isas():
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("FASTALIGN_CPU_ISA", request.param)
-    name: str = request.param
-    return name
 
 
 def segments_of(lengths: tuple[tuple[int, tuple[int, ...]], ...]) -> Segments:

@@ -15,16 +15,6 @@ from tests.tolerance import assert_no_worse
 pytestmark = pytest.mark.skipif(
     native_library.unusable_reason("cpu") is not None, reason="the CPU library was not built"
 )
-ISAS = ["portable", "avx2", "avx512"]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    if request.param not in native_library.cpu_isas():
-        pytest.skip(f"this processor has no {request.param}")
-    monkeypatch.setenv("FASTALIGN_CPU_ISA", request.param)
-    name: str = request.param
-    return name
 
 
 def eager_norm(x: Tensor, weight: Tensor, offset: float, epsilon: float) -> Tensor:

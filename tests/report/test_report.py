@@ -139,7 +139,7 @@ def test_a_run_has_one_colour_and_its_algorithm_s_charts(pipeline: list[Path]) -
 def test_the_verdict_says_what_was_trained_and_how_much_better_it_is(pipeline: list[Path]) -> None:
     config = {
         "model": {"path": str(pipeline[0] / "model")},
-        "data": {"train": "/home/somebody/data/pairs.jsonl"},
+        "data": {"train": str(pipeline[0] / "data" / "pairs.jsonl")},
         "loss": {"name": "dpo", "beta": 0.1},
     }
     (pipeline[1] / "config.yaml").write_text(yaml.safe_dump(config))
