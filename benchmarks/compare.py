@@ -97,6 +97,12 @@ def add_step_options(parser: argparse.ArgumentParser) -> None:
     steps.add_argument(
         "--model", choices=list(step_cases.SHAPES), action="append", help="may be repeated"
     )
+    steps.add_argument(
+        "--weights",
+        type=Path,
+        help="folder of a pretrained model of --model's shape, which the policy begins as "
+        "(python scripts/fetch_sample_model.py: smollm2-135m); by default it is random",
+    )
     steps.add_argument("--pairs", type=int, help="rows of a step; by default 8, on a GPU 16")
     steps.add_argument(
         "--threads", type=int, help="CPU threads of steps and samplers; by default torch's"
@@ -141,7 +147,13 @@ def parse_arguments() -> argparse.Namespace:
     for peer in arguments.peer or []:
         if peer not in peers_of(name):
             parser.error(f"--peer: {name} has no {peer!r}")
-    taken = {"model": STEPS, "pairs": NAMES, "threads": (*STEPS, ROLLOUT), "data": NAMES}
+    taken = {
+        "model": STEPS,
+        "pairs": NAMES,
+        "weights": NAMES,
+        "threads": (*STEPS, ROLLOUT),
+        "data": NAMES,
+    }
     for flag, names in (taken | {"trl_ppo": (PPO,)}).items():
         if getattr(arguments, flag) is not None and name not in names:
             parser.error(f"--{flag.replace('_', '-')}: {name} does not take it")
@@ -149,6 +161,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--device: {name} runs on a CPU only, got {arguments.device}")
     if arguments.trl_ppo is not None and not (arguments.trl_ppo / "trl").is_dir():
         parser.error(f"--trl-ppo: expected a folder with TRL in it, got {arguments.trl_ppo}")
+    if arguments.weights is not None and not (arguments.weights / "config.json").is_file():
+        parser.error(f"--weights: expected a folder of a model, got {arguments.weights}")
     if arguments.passes and name not in heads.IMPLEMENTATIONS:
         parser.error(f"--pass: {name} is no head")
     if arguments.tested and name != "head":

@@ -67,11 +67,17 @@ def usable_trainers(name: str) -> dict[str, Trainer]:
 
 
 def make_job(
-    name: str, shape: ModelShape, groups: list[Group], folder: Path, arguments: argparse.Namespace
+    name: str,
+    shape: ModelShape,
+    groups: list[Group],
+    folder: Path,
+    arguments: argparse.Namespace,
+    weights: Path | None = None,
 ) -> Job:
     """Write the models and rows of a comparison and return its job."""
-    write_model(shape, folder / "policy", 0, reward=name == "reward-step")
-    if name == "dpo-step":
+    reward = name == "reward-step"
+    write_model(shape, folder / "policy", 0, reward=reward, weights=weights)
+    if name == "dpo-step":  # random, so that the first loss says more than log 2
         write_model(shape, folder / "reference", 1)
     kind = "preference" if name in ("dpo-step", "reward-step") else "sft"
     write_rows(groups, folder / "rows.jsonl", kind)
@@ -242,7 +248,10 @@ def _compare_on(
             folder = Path(path) / str(number)
             folder.mkdir()
             groups = groups_of(name, case, shape, number, arguments)
-            jobs[number] = make_job(name, shape, groups, folder, arguments)
+            try:
+                jobs[number] = make_job(name, shape, groups, folder, arguments, arguments.weights)
+            except ValueError as error:
+                raise SystemExit(str(error)) from error
         rows: list[StepRow] = []
         for dtype in arguments.dtype:
             in_dtype = {number: replace(job, dtype=dtype) for number, job in jobs.items()}

@@ -18,6 +18,10 @@ from fastalign.batch.packed import Group
 PAD, EOS, UNKNOWN, FIRST_WORD = 0, 2, 3, 4
 MAX_LENGTH = 4096  # no row is longer
 MAX_CHAT_LENGTH = 1024  # both trainers' own default
+SIZES = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "tie_word_embeddings"),
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+)
 
 
 @dataclass(frozen=True)
@@ -223,18 +227,45 @@ def make_tokenizer(vocab_size: int) -> Any:
     )
 
 
-def write_model(shape: ModelShape, folder: Path, seed: int, *, reward: bool = False) -> None:
-    """Write a model with random weights and the tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+def check_shape(found: Any, shape: ModelShape, weights: Path) -> None:
+    """Raise ValueError if a pretrained model's configuration has other sizes than the shape."""
+    for name, wanted in shape.config().to_dict().items():
+        if name in SIZES and getattr(found, name) != wanted:
+            raise ValueError(
+                f"--weights {weights}: expected {name} {wanted} of {shape.name}, "
+                f"got {getattr(found, name)}"
+            )
+
+
+def write_model(
+    shape: ModelShape, folder: Path, seed: int, *, reward: bool = False, weights: Path | None = None
+) -> None:
+    """Write a model and the tokenizer of words; weights are random, or those of a pretrained model.
+
+    Raises:
+        ValueError: if the pretrained model is of another shape.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForSequenceClassification,
+    )
     from transformers.utils import logging
 
     logging.disable_progress_bar()
     torch.manual_seed(seed)
     config = shape.config()
+    if weights is not None:
+        check_shape(pretrained := AutoConfig.from_pretrained(weights), shape, weights)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            setattr(pretrained, name, getattr(config, name))
+        config = pretrained
     if reward:
         config.num_labels = 1
-        model = AutoModelForSequenceClassification.from_config(config)
+    kind = AutoModelForSequenceClassification if reward else AutoModelForCausalLM
+    if weights is None:
+        model = kind.from_config(config)
     else:
-        model = AutoModelForCausalLM.from_config(config)
+        model = kind.from_pretrained(weights, config=config)
     model.float().save_pretrained(folder)
     make_tokenizer(shape.vocab_size).save_pretrained(folder)

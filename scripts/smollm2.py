@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,8 @@ class Size:
     sampled: tuple[str, ...] = ()
 
 
-WHOLE = Size(train=400, held_out=80, characters=3000, samples=4)
 SHORT = ("--train.max-steps", "2", "--train.batch-size", "4")
 QUICK = Size(8, 3, 500, 2, SHORT, ("--sampling.max-new-tokens", "8"))
-QUICK_SUMMARIES = Size(8, 3, 2200, 2, SHORT, ("--sampling.max-new-tokens", "8"))
 MAX_NEW_TOKENS = "96"
 
 
@@ -224,6 +222,8 @@ class Task:
         steps: its commands.
         reward: name of the reward in the table.
         baseline: evaluated model that win rates and the KL refer to.
+        whole: its size, at which it takes less than 40 minutes on two cores with AVX2.
+        quick: its size with `--quick`.
     """
 
     title: str
@@ -231,11 +231,30 @@ class Task:
     steps: Callable[[Path, Path, Size], Iterator[Step]]
     reward: str
     baseline: str
+    whole: Size
+    quick: Size
 
 
 TASKS = {
-    "dialogue": Task("Single-turn dialogue", dialogue_rows, dialogue_steps, "reward", "start"),
-    "summaries": Task("Summaries of meetings", summary_rows, summary_steps, "ROUGE-L", "sft"),
+    "dialogue": Task(
+        "Single-turn dialogue",
+        dialogue_rows,
+        dialogue_steps,
+        reward="reward",
+        baseline="start",
+        # Answers of the length that is sampled: most of the longer ones would be cut.
+        whole=Size(train=400, held_out=80, characters=1000, samples=4),
+        quick=QUICK,
+    ),
+    "summaries": Task(
+        "Summaries of meetings",
+        summary_rows,
+        summary_steps,
+        reward="ROUGE-L",
+        baseline="sft",
+        whole=Size(train=400, held_out=80, characters=3000, samples=4),
+        quick=replace(QUICK, characters=2200),
+    ),
 }
 
 
@@ -340,15 +359,14 @@ def answers(folder: Path, names: Sequence[str]) -> Iterator[str]:
         yield ""
 
 
-def page(task: Task, name: str, folder: Path, models: Sequence[str], size: Size) -> str:
-    """Return the page of a task's results."""
-    trial = "" if size is WHOLE else " --quick"
+def page(task: Task, command: str, folder: Path, models: Sequence[str], size: Size) -> str:
+    """Return the page of a task's results, which the command wrote."""
     num = {kind: len(read(folder / "data" / f"{kind}.jsonl")) for kind in ("train", "eval")}
     prompts = len(read(folder / "data" / "prompts_eval.jsonl"))
     lines = [
         f"## {task.title}",
         "",
-        f"Written by `./scripts/smollm2.sh {name}{trial}`: {num['train']} training rows, "
+        f"Written by `{command}`: {num['train']} training rows, "
         f"{num['eval']} held out; {size.samples} answers at temperature 1 to each of {prompts} "
         "held-out prompts. Errors are standard errors over prompts; the KL is to "
         f"`{task.baseline}`, in nats an answer.",
@@ -370,11 +388,13 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", type=Path, help="folder to write everything to")
     parser.add_argument("--data", type=Path, default=RECIPES / "data", help="folder of the data")
     parser.add_argument("--quick", action="store_true", help="show that it runs, with few rows")
+    parser.add_argument("--vllm", action="store_true", help="draw all answers with vLLM's engine")
     options = parser.parse_intermixed_args()
     task = TASKS[options.task]
-    size = WHOLE
-    if options.quick:
-        size = QUICK if options.task == "dialogue" else QUICK_SUMMARIES
+    size = task.quick if options.quick else task.whole
+    flags = "".join(f" --{name}" for name in ("quick", "vllm") if getattr(options, name))
+    if options.vllm:
+        size = replace(size, sampled=(*size.sampled, "--sampler", "vllm"))
     default = ROOT / "runs" / f"smollm2{'-quick' if options.quick else ''}"
     folder = (options.folder or default) / options.task
     begin, base = time.perf_counter(), default_folder()
@@ -391,7 +411,8 @@ def main() -> None:
             print(f"{time.perf_counter() - start:.0f} s", flush=True)
     models = [step.result.parent.name for step in steps if step.result.name == "eval.json"]
     out = folder / "page.md"
-    out.write_text(page(task, options.task, folder, models, size), encoding="utf-8")
+    command = f"./scripts/smollm2.sh {options.task}{flags}"
+    out.write_text(page(task, command, folder, models, size), encoding="utf-8")
     print(f"written to {out}\nFinished in {time.perf_counter() - begin:.0f} seconds.")
 
 

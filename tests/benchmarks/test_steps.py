@@ -5,6 +5,7 @@ import json
 import math
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from benchmarks.step_cases import (
     make_groups,
     make_tokenizer,
     read_groups,
+    write_model,
     write_rows,
 )
 from benchmarks.step_trainers import TRAINERS, fastalign_sft
@@ -93,6 +95,21 @@ def test_other_steps_beside_trl(name: str, tmp_path: Path, monkeypatch: pytest.M
         assert row["loss"] == pytest.approx(rows["trl"]["loss"], rel=1e-4)
 
 
+def test_a_step_of_pretrained_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_model(TINY, tmp_path / "pretrained", 5)
+    job = make_job(tmp_path, "dpo-step", tmp_path / "pretrained")
+    policy, reference, pretrained = (
+        AutoModelForCausalLM.from_pretrained(folder).lm_head.weight
+        for folder in (job.policy, job.reference, tmp_path / "pretrained")
+    )
+    torch.testing.assert_close(policy, pretrained, rtol=0, atol=0)
+    assert (reference - pretrained).abs().max() > 0.1
+    monkeypatch.setattr(compare_steps, "TRAINERS", {"dpo-step": {}})
+    write_model(replace(TINY, vocab_size=300), tmp_path / "other", 5)
+    with pytest.raises(SystemExit, match="expected vocab_size 256 of tiny, got 300"):
+        run("dpo-step", tmp_path, monkeypatch, "--weights", str(tmp_path / "other"))
+
+
 def test_only_the_peers_that_are_asked_for_take_part(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,11 +128,11 @@ def test_a_step_by_the_number_of_answers(tmp_path: Path, monkeypatch: pytest.Mon
         assert pairs == make_groups(CASES["small"], TINY.vocab_size, NUM_PAIRS, 2)
 
 
-def make_job(folder: Path, name: str) -> Job:
+def make_job(folder: Path, name: str, weights: Path | None = None) -> Job:
     torch.set_num_threads(1)
     groups = make_groups(CASES["small"], TINY.vocab_size, 2, 1)
     arguments = Namespace(device="cpu", dtype=["float32"], rounds=1)
-    return compare_steps.make_job(name, TINY, groups, folder, arguments)
+    return compare_steps.make_job(name, TINY, groups, folder, arguments, weights)
 
 
 def wrong(job: Job, clock: Clock) -> None:

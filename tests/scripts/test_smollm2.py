@@ -24,13 +24,13 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.mark.parametrize("name", ["dialogue", "summaries"])
 def test_no_prompt_or_meeting_is_on_both_sides(script: Any, name: str) -> None:
     rows = list(script.TASKS[name].rows(script.RECIPES / "data"))
-    train, held_out = script.split(iter(rows), script.WHOLE)
+    train, held_out = script.split(iter(rows), script.TASKS[name].whole)
     key_of = {json.dumps(row): key for key, row in rows}
     sides = [{key_of[json.dumps(row)] for row in side} for side in (train, held_out)]
     assert not sides[0] & sides[1]
     assert len(held_out) >= 9
     assert len(train) >= 3 * len(held_out)
-    assert (train, held_out) == script.split(iter(rows[::-1]), script.WHOLE)
+    assert (train, held_out) == script.split(iter(rows[::-1]), script.TASKS[name].whole)
 
 
 @pytest.mark.parametrize("quick", [False, True])
@@ -38,8 +38,8 @@ def test_no_prompt_or_meeting_is_on_both_sides(script: Any, name: str) -> None:
 def test_the_commands_have_settings_that_exist(
     script: Any, name: str, quick: bool, tmp_path: Path
 ) -> None:
-    size = script.QUICK if quick else script.WHOLE
-    steps = list(script.TASKS[name].steps(tmp_path, tmp_path / "base", size))
+    task = script.TASKS[name]
+    steps = list(task.steps(tmp_path, tmp_path / "base", task.quick if quick else task.whole))
     commands = [step.arguments[0] for step in steps]
     assert (
         commands
@@ -82,7 +82,7 @@ def test_the_page_compares_each_model_with_the_start(script: Any, tmp_path: Path
     evaluated(tmp_path, "start", [[1.0, 2.0], [3.0, 4.0]])
     evaluated(tmp_path, "dpo", [[2.0, 2.0], [4.0, 5.0]])
     task = script.TASKS["dialogue"]
-    page = script.page(task, "dialogue", tmp_path, ("start", "dpo"), script.WHOLE)
+    page = script.page(task, "smollm2 dialogue", tmp_path, ("start", "dpo"), task.whole)
     # wins of the prompts: (1 + 1/2) / 2 and 1; five runs of four words, one a repeat, in half of
     # the answers
     line = "| `dpo` | 1.250 ± 0.500 | 0.88 ± 0.12 | 3.50 ± 0.25 | 20.0 ± 2.0 | 0.10 | 0.100 ± 0.000"
