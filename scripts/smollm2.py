@@ -243,7 +243,7 @@ TASKS = {
         reward="reward",
         baseline="start",
         # Answers of the length that is sampled: most of the longer ones would be cut.
-        whole=Size(train=400, held_out=80, characters=1000, samples=4),
+        whole=Size(train=400, held_out=80, characters=1000, samples=2),
         quick=QUICK,
     ),
     "summaries": Task(
@@ -252,7 +252,7 @@ TASKS = {
         summary_steps,
         reward="ROUGE-L",
         baseline="sft",
-        whole=Size(train=400, held_out=80, characters=3000, samples=4),
+        whole=Size(train=400, held_out=80, characters=3000, samples=3),
         quick=replace(QUICK, characters=2200),
     ),
 }
