@@ -165,13 +165,17 @@ def training(
 def evaluation(
     folder: Path, name: str, model: Path, reference: Path, size: Size, reward: str, *more: str
 ) -> Step:
-    """Return the step that evaluates a model on the held-out prompts."""
+    """Return the step that evaluates a model on the held-out prompts.
+
+    The reference itself is not compared with itself: its KL is 0, and `more` is left out.
+    """
     out = folder / "evaluated" / name / "eval.json"
+    compared = () if model == reference else ("--reference.path", str(reference), *more)
     arguments = (
-        *("eval", "--model.path", str(model), "--reference.path", str(reference)),
+        *("eval", "--model.path", str(model), *compared),
         *("--data.prompts", str(folder / "data" / "prompts_eval.jsonl"), "--reward", reward),
         *("--sampling.num-samples", str(size.samples), "--out", str(out), "--overwrite"),
-        *("--sampling.max-new-tokens", MAX_NEW_TOKENS, *more, *size.sampled),
+        *("--sampling.max-new-tokens", MAX_NEW_TOKENS, *size.sampled),
     )
     return Step(arguments, out)
 
