@@ -167,15 +167,15 @@ def evaluation(
 ) -> Step:
     """Return the step that evaluates a model on the held-out prompts.
 
-    The reference itself is not compared with itself: its KL is 0, and `more` is left out.
+    `more` names what a model is compared on with its reference, not the reference with itself.
     """
     out = folder / "evaluated" / name / "eval.json"
-    compared = () if model == reference else ("--reference.path", str(reference), *more)
     arguments = (
-        *("eval", "--model.path", str(model), *compared),
+        *("eval", "--model.path", str(model), "--reference.path", str(reference)),
         *("--data.prompts", str(folder / "data" / "prompts_eval.jsonl"), "--reward", reward),
         *("--sampling.num-samples", str(size.samples), "--out", str(out), "--overwrite"),
         *("--sampling.max-new-tokens", MAX_NEW_TOKENS, *size.sampled),
+        *(() if model == reference else more),
     )
     return Step(arguments, out)
 
