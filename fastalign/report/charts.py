@@ -28,6 +28,7 @@ METRICS = {
     "loss": Metric("Loss"),
     "rewards/accuracies": Metric("Accuracy of the implicit reward", "share of pairs"),
     "rewards/margins": Metric("Margin of the implicit reward"),
+    "kl": Metric("KL to the reference by mismatched answers", "nats per answer"),
     "logps/chosen": Metric("Log-prob of chosen responses", "nats"),
     "logps/rejected": Metric("Log-prob of rejected responses", "nats"),
     "accuracy": Metric("Accuracy of the scores", "share of pairs"),
@@ -116,7 +117,8 @@ def algorithm(run: RunRecord) -> str:
         return "Reward models"
     if "pairs" in run.config:
         return "Online preference learning"
-    return "Fine-tuning (SFT)" if labels_of(run)[0] == "sft" else "Preference learning (DPO)"
+    titles = {"sft": "Fine-tuning (SFT)", "kto": "Answers found good or bad (KTO)"}
+    return titles.get(labels_of(run)[0], "Preference learning (DPO)")
 
 
 def sections(runs: Sequence[RunRecord]) -> list[Section]:

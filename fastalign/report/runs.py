@@ -122,8 +122,8 @@ def labels_of(run: RunRecord) -> tuple[str, float | None, int | None]:
     """Return method, strength and seed according to the settings.
 
     The method is `ppo`, the advantage's name without a value model (`grpo`), the loss's name
-    (`online dpo` on fresh pairs), or `sft`. The strength is the KL coefficient or the loss's beta;
-    sft and reward models have none.
+    (`online dpo` on fresh pairs), `kto` or `sft`. The strength is the KL coefficient or the loss's
+    beta; sft and reward models have none.
     """
 
     def section(name: str) -> Row:
@@ -136,10 +136,11 @@ def labels_of(run: RunRecord) -> tuple[str, float | None, int | None]:
         name = str(advantage.get("name", "gae")) if isinstance(advantage, dict) else "gae"
         method = "ppo" if name == "gae" else name
         return method, number(section("kl").get("coefficient")), seed
-    method = str(section("loss").get("name", "sft"))
+    loss = section("loss")
+    method = str(loss.get("name", "kto" if "desirable_weight" in loss else "sft"))
     if "pairs" in run.config:
         method = f"online {method}"
-    return method, number(section("loss").get("beta")), seed
+    return method, number(loss.get("beta")), seed
 
 
 def short_path(text: str) -> str:

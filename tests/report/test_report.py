@@ -21,9 +21,11 @@ from fastalign.report.page import (
     table,
 )
 from fastalign.report.pictures import reward_points
-from fastalign.report.runs import read_run, read_runs
+from fastalign.report.runs import labels_of, read_run, read_runs
 from fastalign.report.summary import difference, differing_settings, provenance, verdict
 from fastalign.report.svg import run_class
+from fastalign.runs.config import UnpairedDataConfig, config_to_dict
+from fastalign.trainers.kto.config import KTOConfig, KTOLoss
 
 ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
 
@@ -155,6 +157,17 @@ def test_the_verdict_says_what_was_trained_and_how_much_better_it_is(pipeline: l
     _, second = verdict([read_run(pipeline[2])])
     assert second.startswith("Accuracy on held-out pairs: 0.91 at last. It has not been evaluated")
     assert verdict([]) == []
+
+
+def test_a_run_of_kto_is_known_by_its_settings(tmp_path: Path) -> None:
+    config = KTOConfig(data=UnpairedDataConfig("answers.jsonl"), loss=KTOLoss(beta=0.2))
+    rows = [{"step": 1, "loss": 0.5, "kl": 0.1}]
+    run = read_run(write_run(tmp_path, "kto", config_to_dict(config), rows))
+    assert labels_of(run) == ("kto", 0.2, 0)
+    (section,) = sections([run])
+    assert section.title == "Answers found good or bad (KTO)"
+    assert [chart.key for chart in section.charts] == ["loss", "kl"]
+    assert verdict([run])[0].startswith("kto (KTO, β 0.2) was trained")
 
 
 def test_settings_are_compared_where_they_differ(pipeline: list[Path]) -> None:
