@@ -261,11 +261,11 @@ class BestModel:
                 "--run.resume without --train.best-metric writes the last step's model"
             ) from error
 
-    def told(self, *, ended: bool) -> str:
+    def final_line(self) -> str:
         """Return whose step's model is written and, if patience ended the run, that it did."""
         metric, last, best = self.metric, self._state.step, self.best
         front = ""
-        if ended:
+        if self.out_of_patience:
             front = (
                 f"ended at step {last}: {self.num_not_better} evaluations in a row without a "
                 f"better {metric} (train.patience)\n"
@@ -277,7 +277,7 @@ class BestModel:
             "is that step's"
         )
 
-    def told_so_far(self) -> str:
+    def line_so_far(self) -> str:
         """Return which step is the best so far, in words."""
         if self.best is None:
             return f"no evaluation has given a finite {self.metric} yet"

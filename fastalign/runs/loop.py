@@ -206,7 +206,13 @@ class Run:
         run = tracked_run(self.config, self.state.step)
         writer = MetricsWriter(run, kept, self.config.track.to, samples=self._samples is not None)
         self._writer = writer
-        self._loop.callback(lambda: writer.close(finished=self.state.step >= self.num_steps))
+        self._loop.callback(lambda: writer.close(finished=self._is_finished))
+
+    @property
+    def _is_finished(self) -> bool:
+        """True if all steps are taken, or patience has ended the run."""
+        early = self._best is not None and self._best.out_of_patience
+        return self.state.step >= self.num_steps or early
 
     def _ends_loop(self) -> None:
         self._loops = False
@@ -274,8 +280,7 @@ class Run:
             self._close_step(last=True)
             self._loop.close()
         step, export, best = self.state.step, self.config.run.export, self._best
-        early = best is not None and best.out_of_patience
-        finished = export is None and (step >= self.num_steps or early)
+        finished = export is None and self._is_finished
         if finished and self.state.num_skipped_in_a_row >= step > 0:
             raise ValueError(
                 f"every step of the run, {step} in all, had {SKIPPED}: no model is written, since "
@@ -285,7 +290,7 @@ class Run:
         if finished or export is not None:
             if best is not None:
                 best.load()
-                print(best.told(ended=early))
+                print(best.final_line())
             folder = self.folder if export is None else Path(export)
             self.world.first_does(lambda: folder.mkdir(parents=True, exist_ok=True))
             before_saving()
@@ -307,7 +312,7 @@ class Run:
         why = "" if self._reason is None else f" ({self._reason})"
         print(f"stopped at step {step}{why}; saved; {GO_ON}")
         if best is not None:
-            print(best.told_so_far())
+            print(best.line_so_far())
         code = self._signals.exit_code if self._reason is None else COLLAPSED
         return RunResult(step, False, code, self.folder, best=found)
 

@@ -446,9 +446,8 @@ def test_evaluations_without_a_finite_value_choose_nothing(
     best, lines = considered("eval_loss", [nan, inf, -inf], patience=3)
     assert (best.best, best.out_of_patience) == (None, True)
     assert lines[0] == "step 1: eval_loss nan, not finite (1 of 3)"
-    assert "no evaluation gave a finite eval_loss: the model is that of step 3" in best.told(
-        ended=True
-    )
+    line = best.final_line()
+    assert "no evaluation gave a finite eval_loss: the model is that of step 3" in line
     best, lines = considered("eval_loss", [nan, 2.0, 2.0, nan, 1.5, 1.5])
     assert (best.best, best.num_not_better) == (Best(5, 1.5), 1)
     assert lines[2] == "step 3: eval_loss 2, no better than 2 of step 2 (1)"

@@ -71,6 +71,14 @@ def test_a_tracker_gets_the_settings_and_each_step_with_its_evaluation(
     assert calls[-1] == ("close", True)
 
 
+def test_a_run_that_patience_ended_is_finished(folder: Path, recorder: type[Recorder]) -> None:
+    rising = {"best_metric": "eval_loss", "best_direction": "max", "patience": 1}  # it falls
+    config = sft_config(folder, "run", max_steps=6, eval_every=1, **rising)
+    assert train_sft(tracked(config, "mlflow")).step == 2
+    assert names_of(recorder.calls) == ["open", 1, 2, "close"]
+    assert recorder.calls[-1] == ("close", True)
+
+
 def test_a_resumed_run_has_the_same_key_and_says_where_it_stands(
     folder: Path, recorder: type[Recorder]
 ) -> None:
