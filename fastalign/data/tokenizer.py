@@ -35,6 +35,7 @@ class Tokenizer(Protocol):
     bos_token_id: int | None
     eos_token_id: int | None
     pad_token_id: int | None
+    unk_token_id: int | None
     eos_token: str | None
     pad_token: str | None
     chat_template: Any

@@ -167,10 +167,10 @@ def token_id(tokenizer: Tokenizer, token: str) -> int:
     if token in vocabulary:
         return vocabulary[token]
     ids = tokenizer(token, add_special_tokens=False)["input_ids"]
-    if len(ids) != 1:
+    if len(ids) != 1 or ids[0] == tokenizer.unk_token_id:
+        what = "it does not know" if len(ids) == 1 else f"is {len(ids)} tokens"
         raise ValueError(
-            f"loss.class_weights: expected a token of the tokenizer, got {token!r}, which is "
-            f"{len(ids)} tokens"
+            f"loss.class_weights: expected a token of the tokenizer, got {token!r}, which {what}"
         )
     return int(ids[0])
 

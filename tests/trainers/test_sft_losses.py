@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from fastalign.data.tokenizer import load_tokenizer
 from fastalign.models.load import load_policy
@@ -102,3 +105,11 @@ def test_class_weights_name_tokens(folder: Path) -> None:
     entry = tokenizer.convert_ids_to_tokens(found)  # type: ignore[attr-defined]
     with pytest.raises(ValueError, match=r"class_weights: expected each token once, got .* again"):
         sft.terms_of(SFTLoss(class_weights=(by_text, f"{entry}:3")), tokenizer, model)
+
+
+def test_an_unknown_word_is_no_token_to_weigh() -> None:
+    words = Tokenizer(WordLevel({"<unk>": 0, "good": 1}, unk_token="<unk>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>")  # type: ignore[no-untyped-call]
+    assert [sft.token_id(tokenizer, word) for word in ("good", "<unk>")] == [1, 0]
+    with pytest.raises(ValueError, match=r"class_weights: .* got 'bad', which it does not know"):
+        sft.token_id(tokenizer, "bad")
