@@ -125,7 +125,7 @@ def attention_class(own: Any) -> type[nn.Module] | None:
         forward.__code__, names, forward.__name__, forward.__defaults__, forward.__closure__
     )
     same_code.__kwdefaults__ = forward.__kwdefaults__
-    return subclass(own, same_code)
+    return subclass(same_code, attention_class, own)
 
 
 def rotates_halves(original: Callable[..., Any]) -> bool:
@@ -157,7 +157,7 @@ def fused_norm(own: Any, offset: float, epsilon: float) -> type[nn.Module]:
         found: Tensor = own.forward(self, hidden_states)
         return found
 
-    return subclass(own, forward)
+    return subclass(forward, fused_norm, own, offset, epsilon)
 
 
 @cache
@@ -174,13 +174,31 @@ def fused_gated(own: Any, activation: layers.Activation) -> type[nn.Module]:
         found: Tensor = self.down_proj(product)
         return found
 
-    return subclass(own, forward)
+    return subclass(forward, fused_gated, own, activation)
 
 
-def subclass(own: type[Any], forward: Callable[..., Any]) -> type[nn.Module]:
-    """Return a subclass with another `forward` and the same name, by which layers are found."""
-    own_names = {"forward": forward, "__module__": own.__module__, "__qualname__": own.__qualname__}
-    return type(own.__name__, (own,), own_names)
+def subclass(
+    forward: Callable[..., Any], make: Callable[..., Any], own: type[Any], *options: Any
+) -> type[nn.Module]:
+    """Return a subclass with another `forward` and the same name, by which layers are found.
+
+    Its modules are copied and pickled by the call that made the class, since no module of Python
+    holds it: `make(own, *options)`.
+    """
+
+    def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
+        return without_parts, (make, own, *options), self.__getstate__()
+
+    names = {"forward": forward, "__reduce_ex__": reduce}
+    names |= {"__module__": own.__module__, "__qualname__": own.__qualname__}
+    return type(own.__name__, (own,), names)
+
+
+def without_parts(make: Callable[..., Any], own: type[Any], *options: Any) -> Any:
+    """Return a module that a copy or a pickle fills in, of its own class if kernels cannot run."""
+    usable = native_library.unusable_reason("cpu") is None
+    found = (make(own, *options) if usable else None) or own
+    return found.__new__(found)
 
 
 def copy_with(module: nn.Module, **parts: dict[str, Any]) -> Any:

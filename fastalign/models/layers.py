@@ -29,29 +29,40 @@ def skip_unread_tokens(model: Any) -> list[RemovableHandle]:
         return []
     if not isinstance(getattr(last, "mlp", None), nn.Module):
         return []
-    index: Tensor | None = None
-    shape = torch.Size()
-
-    def of_layer(_: nn.Module, __: Any, options: dict[str, Any]) -> None:
-        nonlocal index
-        plan = options.get("fastalign_plan")
-        index = None if plan is None or torch.compiler.is_compiling() else plan.read_index
-
-    def before(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
-        nonlocal shape
-        if index is None:
-            return None
-        shape = inputs[0].shape
-        return (inputs[0].index_select(1, index),)
-
-    def after(_: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-        return None if index is None else output.new_zeros(shape).index_copy(1, index, output)
-
+    hooks = _ReadTokens()
     return [
-        last.register_forward_pre_hook(of_layer, with_kwargs=True),
-        last.mlp.register_forward_pre_hook(before),
-        last.mlp.register_forward_hook(after),
+        last.register_forward_pre_hook(hooks.of_layer, with_kwargs=True),
+        last.mlp.register_forward_pre_hook(hooks.before_mlp),
+        last.mlp.register_forward_hook(hooks.after_mlp),
     ]
+
+
+class _ReadTokens:
+    """The hooks of `skip_unread_tokens`; a copy of the model has its own.
+
+    Attributes:
+        index: (K,) int64, the tokens that the present forward reads; None: all.
+        shape: shape of the MLP's input in this forward.
+    """
+
+    def __init__(self) -> None:
+        self.index: Tensor | None = None
+        self.shape = torch.Size()
+
+    def of_layer(self, _: nn.Module, __: Any, options: dict[str, Any]) -> None:
+        plan = options.get("fastalign_plan")
+        self.index = None if plan is None or torch.compiler.is_compiling() else plan.read_index
+
+    def before_mlp(self, _: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+        if self.index is None:
+            return None
+        self.shape = inputs[0].shape
+        return (inputs[0].index_select(1, self.index),)
+
+    def after_mlp(self, _: nn.Module, __: Any, output: Tensor) -> Tensor | None:
+        if self.index is None:
+            return None
+        return output.new_zeros(self.shape).index_copy(1, self.index, output)
 
 
 def compile_layers(model: Any, *, backend: str = "inductor") -> None:

@@ -1,5 +1,6 @@
 """Which layers of a model the one-pass kernels compute, and that these are the same model."""
 
+import pickle
 from copy import deepcopy
 from types import SimpleNamespace
 from typing import Any
@@ -82,6 +83,19 @@ def test_which_layers_are_exchanged(architecture: str, monkeypatch: pytest.Monke
     calls = count_calls(monkeypatch)
     hidden_and_gradients(model)
     assert all(bool(number) == bool(EXCHANGED[architecture]) for number in calls.values()), calls
+
+
+def test_a_model_is_copied_and_pickled_with_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    hidden, _ = hidden_and_gradients(model)
+    pickled = pickle.dumps(model)
+    for again in (deepcopy(model), pickle.loads(pickled)):
+        assert exchanged(again) == EXCHANGED["llama"]
+        assert torch.equal(hidden_and_gradients(again)[0], hidden)
+    monkeypatch.setattr(native_library, "unusable_reason", lambda device: "another machine")
+    plain = pickle.loads(pickled)
+    assert exchanged(plain) == set()
+    torch.testing.assert_close(hidden_and_gradients(plain)[0], hidden, rtol=1e-5, atol=1e-5)
 
 
 class Clamped(LlamaMLP):

@@ -1,7 +1,9 @@
 """Runs from objects in memory in place of paths, and loops of one's own."""
 
 import json
+import pickle
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -177,6 +179,8 @@ def test_a_run_from_objects_is_the_run_from_files(algorithm: str, folder: Path) 
     trained = result.model.state_dict()
     assert trained.keys() == weights.keys()
     assert all(torch.equal(trained[name], weights[name]) for name in weights)
+    for again in (deepcopy(result.model), pickle.loads(pickle.dumps(result.model))):
+        assert all(torch.equal(trained[n], value) for n, value in again.state_dict().items())
     assert not all(torch.equal(before[name], trained[name]) for name in before.keys() & trained)
 
 
