@@ -256,7 +256,7 @@ def test_blocks_of_one_size_run_once_without_data(monkeypatch: pytest.MonkeyPatc
         plan.attend(*rows, ScoreForm())
     sizes = [(strip.queries, strip.keys) for strip, *_ in (call.args for call in run.mock_calls)]
     assert sizes == [((20, 40), (0, 40)), ((15, 30), (0, 70)), ((0, 10), (0, 50))]
-    assert [len(block.masks) for block in plan.blocks] == [1] * 9
+    assert [len(block.masks) for block in plan.padded.blocks] == [1] * 9
 
 
 def test_bf16_strips_are_as_near_as_eager_bf16() -> None:

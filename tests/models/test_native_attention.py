@@ -177,6 +177,7 @@ def test_blocks_take_it_where_it_computes() -> None:
     blocks, inputs = Blocks(segments, CPU), rows(segments, (6, 2), (16, 16))[:3]
     leaf = inputs[0].requires_grad_()
     assert "_Attention" in type(blocks.attend(leaf, *inputs[1:], ScoreForm()).grad_fn).__name__
+    assert "padded" not in vars(blocks)  # blocks that nothing reads are not made
     for form in (ScoreForm(softcap=3.0), ScoreForm(sinks=torch.zeros(6))):
         assert "_Strips" in type(blocks.attend(leaf, *inputs[1:], form).grad_fn).__name__
     for dtype in (torch.float64, torch.float16):

@@ -14,11 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from fastalign.models.attention import native, strips
 from fastalign.models.attention.rows import Gather
@@ -147,10 +149,41 @@ def padded(start: Tensor, length: Tensor, copy: Tensor, width: int) -> tuple[Ten
 
 
 class Blocks:
+    """The attention of one batch: in native code, or by padded blocks.
+
+    The blocks, which take milliseconds, are made when they are first needed, or at once where
+    native code cannot run at all.
+    """
+
+    def __init__(self, segments: Segments, device: torch.device) -> None:
+        self._segments, self._device = segments, device
+        self.groups = native.groups_of(segments) if device.type == "cpu" else None
+        if self.groups is None:
+            _ = self.padded
+
+    @cached_property
+    def padded(self) -> PaddedBlocks:
+        """The blocks."""
+        with unset_fake_temporarily():  # an estimate of memory may be the first to ask for them
+            return PaddedBlocks(self._segments, self._device)
+
+    def attend(
+        self,
+        query: Tensor,  # (T, H, d)
+        key: Tensor,  # (T, H_kv, d)
+        value: Tensor,  # (T, H_kv, e)
+        form: ScoreForm,
+    ) -> Tensor:  # (T, H, e)
+        """Compute the attention of the packed row."""
+        if self.groups is not None and native.computes(query, key, value, form):
+            return native.attend(query, key, value, self.groups, form)
+        return self.padded.attend(query, key, value, form)
+
+
+class PaddedBlocks:
     """The blocks of one batch."""
 
     def __init__(self, segments: Segments, device: torch.device) -> None:
-        self.groups = native.groups_of(segments) if device.type == "cpu" else None
         self.blocks: list[Block] = []
         queries, keys = [], []
         for members in self._members(segments):
@@ -199,8 +232,6 @@ class Blocks:
         form: ScoreForm,
     ) -> Tensor:  # (T, H, e)
         """Compute the attention of the packed row, block by block."""
-        if self.groups is not None and native.computes(query, key, value, form):
-            return native.attend(query, key, value, self.groups, form)
         if query.device.type == "cpu":
             output: Tensor = _Strips.apply(  # type: ignore[no-untyped-call]
                 query, key, value, form.sinks, self, form
@@ -246,7 +277,7 @@ class _Strips(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         sinks: Tensor | None,
-        blocks: Blocks,
+        blocks: PaddedBlocks,
         form: ScoreForm,
     ) -> Tensor:
         ctx.save_for_backward(query, key, value, sinks)
@@ -258,7 +289,7 @@ class _Strips(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *of_output: Tensor) -> tuple[Tensor | None, ...]:
-        blocks: Blocks = ctx.blocks
+        blocks: PaddedBlocks = ctx.blocks
         *packed, sinks = ctx.saved_tensors
         rows = blocks.gathered(*packed)
         output = of_output[0].index_select(0, blocks.queries.index)
