@@ -18,7 +18,14 @@ from fastalign import progress
 from fastalign.data import token_cache
 from fastalign.progress import Phase, advance, duration, phase
 from fastalign.runs.metrics import ProgressDisplay
-from fastalign.trainers import train_dpo, train_online_dpo, train_ppo, train_reward, train_sft
+from fastalign.trainers import (
+    train_dpo,
+    train_kto,
+    train_online_dpo,
+    train_ppo,
+    train_reward,
+    train_sft,
+)
 from tests.small_runs import (
     MakeConfig,
     dpo_config,
@@ -27,6 +34,7 @@ from tests.small_runs import (
     sft_config,
     write_rows,
 )
+from tests.trainers.kto.test_kto import kto_config
 from tests.trainers.online_dpo.test_online_dpo import online_config
 
 
@@ -182,6 +190,7 @@ OF_LOSS = {"step N", "evaluation"}
 WORK: dict[str, tuple[MakeConfig, Callable[[Any], Any], set[str]]] = {
     "sft": (sft_config, train_sft, OF_LOSS),
     "dpo": (dpo_config, train_dpo, OF_LOSS | {"reference log-probs"}),
+    "kto": (kto_config, train_kto, OF_LOSS | {"reference log-probs", "mismatched answers"}),
     "reward": (reward_config, train_reward, OF_LOSS | {"scores of pairs"}),
     "ppo": (ppo_config, train_ppo, {"held-out generation", "log-probs and values"}),
     "online-dpo": (online_config, train_online_dpo, {"log-probs of the samples"}),

@@ -28,6 +28,7 @@ from fastalign.in_memory import Objects
 from fastalign.losses import kto_kl
 from fastalign.losses.chunk_losses import kto_loss_fn
 from fastalign.models.forward import sequence_logprobs
+from fastalign.progress import phase
 from fastalign.runs.accumulate import (
     Examples,
     Total,
@@ -332,7 +333,7 @@ def make_answers(
 def estimate_kl(policy: Any, answers: Answers, indices: Sequence[int], compute: Compute) -> Tensor:
     """Return the KL to the reference, () float64, as the mismatched answers of a step show it."""
     groups = [answers.mismatched[index] for index in indices]
-    with torch.no_grad():
+    with phase("mismatched answers", len(groups), "answers"), torch.no_grad():
         logprob = torch.cat(sequence_logprobs(policy, groups, compute))
     return kto_kl(logprob, answers.reference[list(indices), 1])
 
