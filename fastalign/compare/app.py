@@ -77,13 +77,13 @@ class VoteWriter:
             votes = [vote for vote, _ in batch]
             try:
                 stored = await loop.run_in_executor(None, self._store.add_votes, votes)
+                are_new = list(map(self._take, stored))
             except Exception as error:  # such as a full disk: none of them is stored
                 for _, done in batch:
                     if not done.done():
                         done.set_exception(error)
             else:
-                for vote, (_, done) in zip(stored, batch, strict=True):
-                    is_new = self._take(vote)
+                for is_new, (_, done) in zip(are_new, batch, strict=True):
                     if not done.done():  # a request may have been given up
                         done.set_result(is_new)
         self._task = None

@@ -81,6 +81,25 @@ def test_a_write_that_fails_counts_nothing_and_the_next_is_made(tmp_path: Path) 
     assert [found and found.pair for found in counted] == [2, 1]
 
 
+def test_a_vote_that_cannot_be_counted_leaves_the_next_one_alone(tmp_path: Path) -> None:
+    store = new_store(tmp_path, 3)
+
+    def take(found: Vote | None) -> bool:
+        assert found is not None
+        if found.pair == 1:
+            raise KeyError("a person who has left")
+        return True
+
+    async def both() -> list[Any]:
+        writer = VoteWriter(store, take)
+        first = await asyncio.gather(writer.add(vote(store, 1)), return_exceptions=True)
+        return [*first, await asyncio.wait_for(writer.add(vote(store, 2)), 60)]
+
+    first, second = asyncio.run(both())
+    assert isinstance(first, KeyError)
+    assert second
+
+
 def test_a_request_that_is_given_up_loses_no_vote(tmp_path: Path) -> None:
     store = new_store(tmp_path, 3)
     slow, counted = SlowStore(store), list[Vote | None]()
