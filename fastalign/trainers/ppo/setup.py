@@ -327,15 +327,13 @@ def save_value(models: PPOModels, folder: Path) -> None:
     """Write the value model: a reward model's network, or its adapter in peft's layout."""
     value, tokenizer = models.value, models.value_tokenizer
     assert tokenizer is not None
-    if models.shares_trunk and not has_adapter(value):
-        save_shared_value(value, tokenizer, folder)
-    elif models.shares_trunk:
-        head = getattr(value, VALUE_HEAD)
-        save_adapter(value, folder, head=head, pad_token_id=tokenizer.pad_token_id)
-    elif isinstance(value, AdapterModel) or has_adapter(value):
-        save_adapter(value, folder)
-    else:
-        save_reward_model(value, tokenizer, folder)
+    head = getattr(value, VALUE_HEAD) if models.shares_trunk else None
+    if not isinstance(value, AdapterModel) and not has_adapter(value):
+        write = save_reward_model if head is None else save_shared_value
+        write(value, tokenizer, folder)
+        return
+    pad_token_id = None if head is None else tokenizer.pad_token_id
+    save_adapter(value, folder, head=head, pad_token_id=pad_token_id)
     if writes(value):
         tokenizer.save_pretrained(folder)
 

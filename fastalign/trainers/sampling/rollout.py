@@ -523,7 +523,9 @@ class SamplingSetup:
 
     def roll_out(self, indices: Sequence[int], step: int) -> Rollouts:
         """Sample and score answers to these training prompts."""
-        return self._draw(self.prompts, indices, self.config.sampling, ROLLOUTS, step)
+        found = self._draw(self.prompts, indices, self.config.sampling, ROLLOUTS, step)
+        self.drawn[ROLLOUTS] = found
+        return found
 
     def roll_out_held_out(self) -> Rollouts:
         """Sample and score one answer to each held-out prompt.
@@ -533,7 +535,9 @@ class SamplingSetup:
         prompts = self.held_out
         assert prompts is not None
         single = replace(self.config.sampling, num_samples=1)
-        return self._draw(prompts, range(len(prompts)), single, HELD_OUT, 0)
+        found = self._draw(prompts, range(len(prompts)), single, HELD_OUT, 0)
+        self.drawn[HELD_OUT] = found
+        return found
 
     def take_samples(self, step: int, num_steps: int) -> list[dict[str, Any]]:
         """Return the rows of `samples.jsonl` for what was drawn in a step, from 1 to `num_steps`.
@@ -589,7 +593,6 @@ class SamplingSetup:
             seed=seed,
             what=GENERATION.get(purpose, "generation"),
         )
-        self.drawn[purpose] = found
         number = int(found.metrics.get(FOREIGN_IDS, 0))
         if number and not self.said:
             self.said.append(f"{foreign_ids_line(self.tokenizer, number)} ({FOREIGN_IDS})")
