@@ -15,17 +15,18 @@ if TYPE_CHECKING:
     from fastalign.compute import Compute
 
 DATA_USAGE = "usage: fastalign data check FILE [--help]"
-ESTIMATE_USAGE = """usage: fastalign estimate sft | dpo | kto | reward [--config FILE] FLAGS
+ESTIMATE_USAGE = """usage: fastalign estimate COMMAND [--config FILE] FLAGS
 
-Print the memory of a run by use and phase, and whether it fits. It loads no
-weights and writes no folder: the model's folder needs only its configuration
-and its tokenizer. Runs that sample (ppo, grpo, rloo, online-dpo) are not estimated.
+Print the memory of a run of COMMAND (sft, dpo, kto, reward, ppo, grpo or rloo)
+by use and phase, and whether it fits. It loads no weights and writes no folder:
+the model's folder needs only its configuration and its tokenizer. Completions
+that are sampled count as long as they may become. online-dpo is not estimated.
 
 --ranks N     memory of each of N ranks (torchrun) with the `parallel` settings
 --json FILE   also write the estimate to FILE
 --overwrite   replace FILE if it exists
 
-All other flags are those of the command.
+All other flags are those of COMMAND.
 
 The exit code is 0 if the run fits and 1 if it does not."""
 

@@ -28,11 +28,13 @@ from fastalign.estimate.memory import (
 from fastalign.estimate.run import (
     SHARE_KEPT,
     Estimate,
+    copies_states,
     fullest,
     kept_bytes,
     resident_bytes,
     steps_of_run,
 )
+from fastalign.evaluation.rewards import is_reward_network
 from fastalign.models.load import model_without_weights
 from fastalign.models.lora import has_adapter
 from fastalign.models.lora_files import WEIGHTS_FILE, is_reward_adapter
@@ -106,9 +108,8 @@ def estimate_ppo(config: PolicyGradientConfig, ranks: int | None = None) -> Esti
     )
     kept[SAMPLING] = int(SHARE_KEPT[compute.device.type] * phases[SAMPLING].activations)
     buckets = BYTES_OF_FLOAT32 * sum(held.trained) if compute.world.size > 1 else 0
-    if config.train.async_checkpoints and compute.device.type == "cpu":
-        saves = config.train.save_every or config.train.save_minutes
-        saving = BYTES_OF_FLOAT32 * sum(held.trained) + held.states if saves else 0
+    if copies_states(config, compute):
+        saving = BYTES_OF_FLOAT32 * sum(held.trained) + held.states
         phases[SAMPLING] = replace(phases[SAMPLING], saving=saving)
     return Estimate(
         phases={name: replace(peak, buckets=buckets) for name, peak in phases.items()},
@@ -165,7 +166,8 @@ def held_models(config: PolicyGradientConfig, compute: Compute) -> Held:
         weights += weight_bytes(value, config) if alone else BYTES_OF_FLOAT32 * of_value
     elif config.ppo.advantage.needs_value:
         of_value = policy.get_output_embeddings().weight.shape[1]  # the head's
-    weights += sum(reward_bytes(source, config, compute) for source in folders_of(config))
+    networks = filter(is_reward_network, config.reward.sources)
+    weights += sum(reward_bytes(source, config, compute) for source in networks)
     models = [model for model in (policy, value) if model is not None]
     return Held(
         policy=policy,
@@ -174,11 +176,6 @@ def held_models(config: PolicyGradientConfig, compute: Compute) -> Held:
         trained=(sum(p.numel() for p in policy.parameters() if p.requires_grad), of_value),
         states=sum(states_bytes(model, config.optim.states) for model in models),
     )
-
-
-def folders_of(config: PolicyGradientConfig) -> list[str]:
-    """Return the reward models among the reward's sources."""
-    return [source for source in config.reward.sources if Path(source).is_dir()]
 
 
 def fake_value(config: PPOConfig, compute: Compute) -> Any:

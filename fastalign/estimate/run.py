@@ -42,7 +42,7 @@ from fastalign.trainers.kto.config import KTOConfig
 from fastalign.trainers.kto.train import with_mismatched
 from fastalign.trainers.reward.config import RewardConfig
 
-# Algorithms whose data holds the responses; a run that samples is not estimated.
+# Algorithms whose data holds the responses; those that sample are in `estimate.ppo`.
 OnRows = SFTConfig | DPOConfig | KTOConfig | RewardConfig
 
 # Freed memory that the allocator cannot reuse at the peak: a share of the activations, or with
@@ -128,10 +128,7 @@ def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
     if ranks is not None:
         phases, host = shared_run(config, compute, phases, num_batches)
     num_trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    train = config.train
-    saves = train.save_every or train.save_minutes or train.best_metric
-    writes_beside = saves and train.async_checkpoints
-    if writes_beside and compute.device.type == "cpu":  # the copy that a checkpoint is made from
+    if copies_states(config, compute):
         peak = phases[TRAINING]
         weights = 4 * num_trained * peak.states // whole_states
         phases[TRAINING] = replace(peak, saving=weights + peak.states)
@@ -148,6 +145,13 @@ def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
         num_batches=num_batches,
         device=compute.device,
     )
+
+
+def copies_states(config: TrainingConfig, compute: Compute) -> bool:
+    """Return whether checkpoints are written, beside the training, from a copy in host memory."""
+    train = config.train
+    saves = train.save_every or train.save_minutes or train.best_metric
+    return bool(saves and train.async_checkpoints and compute.device.type == "cpu")
 
 
 def steps_of_run(config: TrainingConfig, mixture: Mixture) -> Iterator[list[int]]:

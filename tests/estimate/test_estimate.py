@@ -162,6 +162,10 @@ def test_nothing_is_written_and_the_command_is_asked_for(
     assert main(["estimate", "online-dpo", *words]) == 2
     line = "expected one of sft, dpo, kto, reward, ppo, grpo, rloo, got 'online-dpo'"
     assert line in capsys.readouterr().err
+    assert main(["estimate", "--help"]) == 0
+    usage = capsys.readouterr().out
+    assert "sft, dpo, kto, reward, ppo, grpo or rloo" in usage
+    assert max(map(len, usage.splitlines())) <= 80
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])

@@ -104,6 +104,21 @@ def test_sampling_holds_keys_values_and_logits(folder: Path, rewards: dict[str, 
     assert found == keys_and_values + logits
 
 
+def test_the_copy_of_a_checkpoint_is_held_while_the_next_answers_are_sampled(folder: Path) -> None:
+    def saving(**train: Any) -> int:
+        config = config_of(folder, None)
+        changed = replace(config, train=replace(config.train, save_minutes=0, **train))
+        found = estimate_ppo(changed)
+        assert found.phases["policy update"].saving == 0
+        copied, whole = found.phases["sampling"].saving, 12 * found.num_trained
+        assert copied in (0, whole)
+        return copied
+
+    assert saving() == saving(save_every=2, async_checkpoints=False) == 0
+    assert saving(save_every=2) > 0
+    assert saving(best_metric="eval_reward", eval_every=1) > 0
+
+
 def test_one_base_is_much_less_than_four_models(folder: Path, rewards: dict[str, str]) -> None:
     four = estimate_ppo(config_of(folder, rewards["whole"]))
     one = estimate_ppo(config_of(folder, rewards["adapter"], lora=LORA, ppo={"one_base": True}))
