@@ -124,7 +124,7 @@ def row_kind(row: Row) -> Kind:
     names = row.values
     if any(name in names for name in ("chosen", "rejected", "response_a", "response_b")):
         return "preference"
-    if "completion" in names and thumb(row) is not None:
+    if "completion" in names and unpaired_label(row) is not None:
         return "unpaired"
     if any(name in names for name in ("completion", "messages", "text")):
         return "sft"
@@ -135,7 +135,7 @@ def row_kind(row: Row) -> Kind:
     raise DataFault(row.where, f"expected the columns {expected}; {found}{_rename(names)}")
 
 
-def thumb(row: Row) -> bool | None:
+def unpaired_label(row: Row) -> bool | None:
     """Return the label of an unpaired row, or None if it is neither true nor false."""
     value = row.values.get("label")
     if row.textual and isinstance(value, str):

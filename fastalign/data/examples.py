@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from fastalign.data.columns import UNSUPPORTED, Kind, missing, present, thumb
+from fastalign.data.columns import UNSUPPORTED, Kind, missing, present, unpaired_label
 from fastalign.data.conversation import (
     Message,
     check_order,
@@ -155,7 +155,7 @@ def _unpaired(row: Row) -> UnpairedExample:
             raise missing(row, "unpaired", (name,))
     if "label" not in row.values:
         raise missing(row, "unpaired", ("label",))
-    desirable = thumb(row)
+    desirable = unpaired_label(row)
     if desirable is None:
         got = show(row.values["label"])
         raise DataFault(row.where, f"expected true or false, got {got}", "label")

@@ -18,6 +18,7 @@ from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from fastalign.model_files import read_object
 from fastalign.output import shown
 from fastalign.report.runs import read_lines, short_path
+from fastalign.written_files import ADAPTER_CONFIG
 
 CARD = "README.md"
 # Metrics that differ from call to call, and counts that say nothing about the model.
@@ -25,7 +26,6 @@ _NOT_SHOWN = re.compile(
     r"second|tokens_per_|peak|fill_rate|num_micro_batches|num_tokens|^(.*/)?eps$|^step$|^epoch$"
 )
 VALUE, REWARD, MODEL = "Value model", "Reward model", "Model"
-ADAPTER_CONFIG = "adapter_config.json"
 NOTES = {
     REWARD: ("", "Its logit is the reward of a prompt with a response that ends in the EOS token."),
     VALUE: ("", "Its `score`, read at each token, is the return expected from there on."),
