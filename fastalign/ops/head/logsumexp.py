@@ -73,11 +73,11 @@ def target_logits(
     """
     check_whole(head)
     ids = targets.masked_fill(targets == options.ignore_index, 0)
-    rows, weight, wide = operands(hidden, head, options)
-    logit = (rows * weight[ids].to(wide)).sum(-1)
+    rows, low, wide = operands(hidden, head, options)
+    logit = (rows * head.weight[ids].to(low).to(wide)).sum(-1)
     if head.lora is not None:
-        low = F.linear(rows, head.lora.lora_A.to(wide))
-        logit = logit + head.lora.scaling * (low * head.lora.lora_B[ids].to(wide)).sum(-1)
+        inner = F.linear(rows, head.lora.lora_A.to(wide))
+        logit = logit + head.lora.scaling * (inner * head.lora.lora_B[ids].to(wide)).sum(-1)
     if head.bias is not None:
         logit = logit + head.bias[ids].to(wide)
     logit = head.logit_scale * logit
@@ -102,7 +102,7 @@ def weighted_mean_logits(
             "label_smoothing: expected 0 for a head with a softcap, whose mean logit would need "
             f"every logit, got a softcap of {head.softcap}"
         )
-    rows, weight, wide = operands(hidden, head, options)
+    rows, low, wide = operands(hidden, head, options)
 
     def mean(values: Tensor) -> Tensor:  # (V, ...) -> (...)
         values = values.to(wide)
@@ -111,10 +111,10 @@ def weighted_mean_logits(
         total: Tensor = torch.tensordot(class_weight.to(wide), values, 1)
         return total / len(values)
 
-    logit = rows @ mean(weight)
+    logit = rows @ mean(head.weight.to(low))
     if head.lora is not None:
-        low = F.linear(rows, head.lora.lora_A.to(wide))
-        logit = logit + head.lora.scaling * (low @ mean(head.lora.lora_B))
+        inner = F.linear(rows, head.lora.lora_A.to(wide))
+        logit = logit + head.lora.scaling * (inner @ mean(head.lora.lora_B))
     if head.bias is not None:
         logit = logit + mean(head.bias)
     return head.logit_scale * logit / options.temperature
@@ -122,11 +122,11 @@ def weighted_mean_logits(
 
 def operands(
     hidden: Tensor, head: LinearHead, options: HeadOptions
-) -> tuple[Tensor, Tensor, torch.dtype]:
-    """Return rows and weight, rounded as the head's own products round them, and a wide dtype."""
+) -> tuple[Tensor, torch.dtype, torch.dtype]:
+    """Return the rows, rounded; the dtype that the head's products round to; and a wide one."""
     low = resolve_compute_dtype(hidden, head.weight, options.compute_dtype)
     wide = accumulation_dtype(low)
-    return hidden.to(low).to(wide), head.weight.to(low), wide
+    return hidden.to(low).to(wide), low, wide
 
 
 def check_whole(head: LinearHead) -> None:
