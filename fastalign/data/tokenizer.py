@@ -18,6 +18,7 @@ from fastalign.data.template import Stops, Template, TemplateError, ends_of_answ
 from fastalign.in_memory import GivenModel, model_of, origin
 from fastalign.model_files import TOKENIZER, read_object, reading
 from fastalign.nearest import did_you_mean, nearest_path
+from fastalign.written_files import ADAPTER_CONFIG
 
 PAD_TOKEN = "<|fastalign_pad|>"
 # Seconds of computing time after which a template is taken for one that never ends.
@@ -371,7 +372,7 @@ def _generation_config(path: str | Path, *, of_base: bool = False) -> Path | Non
         return None if found is None else Path(found)
     if (folder / file).is_file():
         return folder / file
-    adapter = folder / "adapter_config.json"
+    adapter = folder / ADAPTER_CONFIG
     if of_base or not adapter.is_file():
         return None
     base = read_object(adapter).get("base_model_name_or_path")

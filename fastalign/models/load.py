@@ -39,7 +39,6 @@ from fastalign.models.head import check_head
 from fastalign.models.layers import skip_unread_tokens
 from fastalign.models.lora import base_state, merge_adapter, start_state
 from fastalign.models.lora_files import (
-    CONFIG_FILE,
     SCORE_WEIGHT,
     adapter_base,
     format_of_base,
@@ -53,6 +52,7 @@ from fastalign.models.router import router_coefficient
 from fastalign.ops.float32_products import use_fastest_products
 from fastalign.ranks.whole_weights import whole, whole_state
 from fastalign.ranks.world import ALONE, World
+from fastalign.written_files import ADAPTER_CONFIG
 
 # A language model's head, which a reward model does without.
 HEADS = {"lm_head.weight", "lm_head.bias", "embed_out.weight"}
@@ -74,7 +74,7 @@ def read_config(path: str | Path, *, trust_remote_code: bool) -> Any:
         config = config_in_memory(given, str(path))
         check_not_quantised(config, path)
         return config
-    if (Path(path).expanduser() / CONFIG_FILE).is_file():
+    if (Path(path).expanduser() / ADAPTER_CONFIG).is_file():
         raise ValueError(
             f"model.path: expected a model, {path} is an adapter; merge it first (fastalign merge)"
         )

@@ -28,8 +28,8 @@ from fastalign.models.lora import (
 from fastalign.models.low_bit import is_quantised
 from fastalign.models.reward import AdapterModel, set_pad_token
 from fastalign.ranks.whole_weights import whole, writes
+from fastalign.written_files import ADAPTER_CONFIG
 
-CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 REWARD_FILE = "reward_config.json"
 PREFIX = "base_model.model."  # of names in peft's files
@@ -155,7 +155,7 @@ def adapter_base(path: str | Path) -> str | None:
             exist; or peft is not installed.
     """
     folder = Path(path).expanduser()
-    file = folder / CONFIG_FILE
+    file = folder / ADAPTER_CONFIG
     if not file.is_file():
         return None
     require_peft(f"model.path: {folder} is an adapter, which")
@@ -202,7 +202,7 @@ def adapter_config(file: Path) -> dict[str, Any]:
 
 def is_reward_adapter(path: str | Path) -> bool:
     """Return True for the folder of a reward model's adapter, False for any other folder."""
-    file = Path(path).expanduser() / CONFIG_FILE
+    file = Path(path).expanduser() / ADAPTER_CONFIG
     return file.is_file() and adapter_config(file).get("task_type") == REWARD_TASK
 
 
@@ -228,7 +228,7 @@ def open_adapter(model: Any, folder: str | Path) -> None:
 def _opening(folder: str | Path) -> AbstractContextManager[None]:
     """Turn what peft raises for an adapter's files into a ValueError of one line."""
     what = f"model.path: the adapter in {folder} cannot be used"
-    return reading(what, folder, CONFIG_FILE, WEIGHTS_FILE)
+    return reading(what, folder, ADAPTER_CONFIG, WEIGHTS_FILE)
 
 
 def _read_adapter(folder: str | Path) -> tuple[Any, dict[str, Tensor]]:

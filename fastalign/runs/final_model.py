@@ -17,7 +17,6 @@ from fastalign.in_memory import InMemory, model_of, origin
 from fastalign.models.load import load_policy, load_reward_model, set_save_dtype
 from fastalign.models.lora import has_adapter, merge_adapter
 from fastalign.models.lora_files import (
-    CONFIG_FILE,
     adapter_base,
     is_reward_adapter,
     open_adapter,
@@ -32,6 +31,7 @@ from fastalign.runs.config import TrainingConfig, settings_off_default
 from fastalign.runs.folder import MAY_CHANGE, run_of
 from fastalign.runs.metrics import METRICS
 from fastalign.written_files import (
+    ADAPTER_CONFIG,
     begin_folder,
     check_folder,
     check_not_among_data,
@@ -120,7 +120,7 @@ def card_of_run(
     ]
     facts = model_card.CardFacts(
         kind=model_card.VALUE if part == "value" else usual,
-        adapter=(folder / CONFIG_FILE).exists(),
+        adapter=(folder / ADAPTER_CONFIG).exists(),
         command=command,
         method=", ".join([str(type(config).__doc__).splitlines()[0].rstrip("."), *chosen]),
         base=base,

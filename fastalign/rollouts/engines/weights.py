@@ -20,14 +20,16 @@ from torch import Tensor
 
 from fastalign.models.architecture import auto_class
 from fastalign.models.lora import dense_state
+from fastalign.models.lora_files import WEIGHTS_FILE
 from fastalign.models.reward import VALUE_HEAD
 from fastalign.ranks.whole_weights import whole
 from fastalign.rollouts.engines.supervise import SYNC_PREFIX
+from fastalign.written_files import ADAPTER_CONFIG
 
 NamedTensors = Iterable[tuple[str, Tensor]]
 Shapes = dict[str, tuple[int, ...]]
 WORDS_PER_ROW = 2**16  # of `hash_bits`: 256 KiB, which stay in a core's cache
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_config.json")
+ADAPTER_FILES = (WEIGHTS_FILE, ADAPTER_CONFIG)
 
 
 def shapes_of_config(config: Any) -> Shapes:
