@@ -189,7 +189,7 @@ def subclass(
     def reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
         return without_parts, (make, own, *options), self.__getstate__()
 
-    names = {"forward": forward, "__reduce_ex__": reduce}
+    names: dict[str, Any] = {"forward": forward, "__reduce_ex__": reduce}
     names |= {"__module__": own.__module__, "__qualname__": own.__qualname__}
     return type(own.__name__, (own,), names)
 
@@ -197,7 +197,7 @@ def subclass(
 def without_parts(make: Callable[..., Any], own: type[Any], *options: Any) -> Any:
     """Return a module that a copy or a pickle fills in, of its own class if kernels cannot run."""
     usable = native_library.unusable_reason("cpu") is None
-    found = (make(own, *options) if usable else None) or own
+    found: Any = (make(own, *options) if usable else None) or own
     return found.__new__(found)
 
 
