@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -84,8 +84,8 @@ def estimated(config: Any, ranks: int | None) -> Estimate:
     return estimate_run(config, ranks)
 
 
-def remedies(config: Any, found: Estimate) -> list[str]:
-    """Return a line for each setting that would save memory."""
+def remedies(config: Any, found: Estimate) -> Iterator[str]:
+    """Yield a line for each setting that would save memory, which an estimate of its own finds."""
     train, ranks = config.train, found.ranks
     changes: list[tuple[str, Any]] = []
     if not train.gradient_checkpointing:
@@ -99,14 +99,12 @@ def remedies(config: Any, found: Estimate) -> list[str]:
         changed = replace(config, optim=replace(config.optim, states="8bit"))
         changes.append(("--optim.states 8bit", changed))
     before = found.total_of(found.largest) - found.libraries
-    lines = []
     for flag, changed in changes:
         again = estimated(changed, ranks)
         # This process grows from one estimate to the next, which is none of the setting's doing.
         saved = before - (again.total_of(again.largest) - again.libraries)
         if saved > 0:
-            lines.append(f"  {flag} would save {saved / MEBIBYTE:,.0f} MiB")
-    return lines
+            yield f"  {flag} would save {saved / MEBIBYTE:,.0f} MiB"
 
 
 def as_record(found: Estimate) -> dict[str, Any]:
@@ -150,9 +148,11 @@ def main(argv: Sequence[str]) -> int:
     if free is not None:
         what = "it" if ranks is None else "a rank"
         verdict = f"{what} fits" if fits else f"{what} does not fit"
-        print(f"{free / MEBIBYTE:,.0f} MiB are free on {found.device}: {verdict}")
+        free_now = f"{free / MEBIBYTE:,.0f} MiB are free on {found.device}"
+        print(f"{free_now}: {verdict}", flush=True)
     if not fits:
-        print("\n".join(remedies(config, found)))
+        for line in remedies(config, found):
+            print(line, flush=True)
     if output is not None:
         record = {"algorithm": name, "available_bytes": free, **as_record(found)}
         write_file(Path(output), json.dumps(record, indent=1) + "\n", overwrite=overwrite)

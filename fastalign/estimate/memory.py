@@ -1,22 +1,21 @@
 """A run's models on fake tensors, and the peak memory of their forward and backward passes.
 
-The model processes the run's largest batch on tensors without data while PyTorch's memory tracker
-follows the allocations. No weights are read, and any architecture is counted correctly.
+The model processes the run's largest batch on tensors without data while a tracker follows the
+allocations. No weights are read, and any architecture is counted correctly.
 """
 
-from collections import OrderedDict
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed._tools.mem_tracker import MemTracker
-from torch.utils.hooks import RemovableHandle
 
 from fastalign.batch.packed import PackedBatch
 from fastalign.compute import Compute
+from fastalign.estimate.tracker import BUFFER, GRADIENT, OTHER, PARAMETER, PeakTracker
 from fastalign.models.attention import attention_name
 from fastalign.models.attention.choice import ATTENTIONS
 from fastalign.models.attention.plan import AttentionPlan
@@ -116,10 +115,20 @@ def states_bytes(model: Any, states: str) -> int:
     return int(total)
 
 
+@cache
+def _only_mode() -> FakeTensorMode:
+    """Return the mode of all fake tensors.
+
+    To another mode they would be foreign: it gives each weight that it meets a second storage, as
+    which a transposed one that a layer saves for its backward would be counted beside the weight.
+    """
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
 def fake_mode(device: torch.device) -> ExitStack:
     """Return a context in which tensors on the device have shapes but no data."""
     stack = ExitStack()
-    stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+    stack.enter_context(_only_mode())
     stack.enter_context(torch.device(device))
     return stack
 
@@ -137,36 +146,25 @@ def peak_of(model: Any, batch: PackedBatch, compute: Compute, *, backwards: int 
     head = model.get_output_embeddings()
     scratch = 0 if head is None else buffer_bytes(head.weight, batch.num_targets, compute)
     positions = batch.predict_index if head is not None else batch.response_bounds[:, 1] - 1
-    with fake_mode(compute.device):
-        tracker = MemTracker()
-        for parameter in model.parameters():
-            if not parameter.requires_grad:  # MemTracker would hook these too, which torch refuses
-                nothing = RemovableHandle(OrderedDict())
-                tracker._param_to_grad_hook_handles[parameter] = (nothing, nothing)
-        tracker.track_external(model)
-        with tracker:
-            rounded = None
-            if backwards > 1 and head is not None and is_rounded_once(head.weight, compute):
-                rounded = torch.empty_like(head.weight, dtype=compute.dtype, requires_grad=False)
-            for _ in range(max(backwards, 1)):
-                with torch.set_grad_enabled(backwards > 0):
-                    hidden = hidden_at(model, batch, positions, compute, plan)
-                    weight = model.score.weight if head is None else head.weight
-                    loss = _Head.apply(hidden, weight, scratch)  # type: ignore[no-untyped-call]
-                    del hidden
-                    if backwards:
-                        loss.backward()
-                    del loss
-                tracker.reset_mod_stats()
-            del rounded
-        snapshot = tracker.get_tracker_snapshot("peak")
+    with fake_mode(compute.device), PeakTracker(model, compute.device) as tracker:
+        rounded = None
+        if backwards > 1 and head is not None and is_rounded_once(head.weight, compute):
+            rounded = torch.empty_like(head.weight, dtype=compute.dtype, requires_grad=False)
+        for _ in range(max(backwards, 1)):
+            with torch.set_grad_enabled(backwards > 0):
+                hidden = hidden_at(model, batch, positions, compute, plan)
+                weight = model.score.weight if head is None else head.weight
+                loss = _Head.apply(hidden, weight, scratch)  # type: ignore[no-untyped-call]
+                del hidden
+                if backwards:
+                    loss.backward()
+                del loss
+        del rounded
     model.zero_grad(set_to_none=True)  # as a step does: the next peak begins without gradients
-    (kinds,) = (v for device, v in snapshot.items() if device.type == compute.device.type)
-    found = {getattr(kind, "name", str(kind)): size for kind, size in kinds.items()}
     return Peak(
-        weights=found["PARAM"] + found["BUFFER"],
-        gradients=found["GRAD"],
-        activations=found["ACT"] + found["TEMP"] + found["OTH"],
+        weights=tracker.peak[PARAMETER] + tracker.peak[BUFFER],
+        gradients=tracker.peak[GRADIENT],
+        activations=tracker.peak[OTHER],
     )
 
 
