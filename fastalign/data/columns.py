@@ -94,9 +94,9 @@ class RowColumns:
         parts = []
         for name, value in self.taken(row).items():
             try:
-                parts.append(f"{json.dumps(name)}: {json.dumps(value, default=_as_text)}")
+                parts.append(f"{json.dumps(name)}: {json.dumps(value, default=as_text)}")
             except TypeError as error:
-                problem = f"a value that cannot be given to a reward function: {error}"
+                problem = f"a value that JSON cannot hold: {error}"
                 raise DataFault(row.where, problem, name) from None
         return f"{{{', '.join(parts)}}}"
 
@@ -107,7 +107,8 @@ def as_lists(rows: Sequence[Mapping[str, object]]) -> dict[str, list[object]]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
-def _as_text(value: object) -> str:
+def as_text(value: object) -> str:
+    """Return a date, a time or a decimal as text; raise TypeError for another value."""
     if isinstance(value, date | time | Decimal):
         return str(value)
     raise TypeError(f"expected a value that JSON has, got one of type {type(value).__name__}")

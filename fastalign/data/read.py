@@ -133,7 +133,8 @@ def read_samples(source: str | Path, columns: RowColumns = NO_COLUMNS) -> list[S
     """Read all rows, in the file's order, with the columns that reward functions take.
 
     Raises:
-        DataFault: if a row has no prompt, no completion or no required column.
+        DataFault: if a row has no prompt, no completion or no required column, or, where every
+            column is taken, a value that JSON has not.
     """
     samples = []
     for row in _good_rows(source, columns):
@@ -144,6 +145,8 @@ def read_samples(source: str | Path, columns: RowColumns = NO_COLUMNS) -> list[S
         if not isinstance(completion, str):
             raise DataFault(row.where, "expected text", "completion")
         prompt = content(row, "prompt")
+        if columns.every:
+            columns.packed(row)
         samples.append(Sample(prompt, completion, row.values, columns.taken(row)))
     return samples
 

@@ -1,6 +1,7 @@
 """The commands one after the other, as a user would type them."""
 
 import json
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from transformers import (
 
 from fastalign.cli import doctor
 from fastalign.cli.main import main
+from fastalign.data.tokenizer import load_tokenizer
+from fastalign.models.load import load_reward_model, save_model
 from fastalign.ops import native_library
 from tests.small_runs import WORDS, sentence, write_rows
 
@@ -270,6 +273,38 @@ def test_a_mistake_is_one_line(
     assert "Traceback" not in out + err
     assert err.count("\n") == 1
     assert message in err
+
+
+def test_scored_rows_of_a_table_keep_their_columns(
+    work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    new_model()
+    save_model(load_reward_model("base"), load_tokenizer("base"), work / "rm")
+    rows = [
+        {"prompt": "The menu", "completion": " good", "note": "kept", "turns": [{"a": 1}]},
+        {"prompt": "The menu", "completion": " dim", "note": None, "turns": []},
+    ]
+    dated = [{**row, "day": date(2026, 12, number)} for number, row in enumerate(rows, 1)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(dated), work / "rows.parquet")
+    write_rows(work / "rows.jsonl", rows)
+    for name in ("rows.jsonl", "rows.parquet"):
+        samples = ["--data.samples", name, "--out", f"{name}.scored"]
+        fastalign("score", "--model.path", "rm", *samples)
+    expected = rows_of(work / "rows.jsonl.scored")
+    days = ("2026-12-01", "2026-12-02")
+    found = rows_of(work / "rows.parquet.scored")
+    assert found == [{**row, "day": day} for row, day in zip(expected, days, strict=True)]
+    assert [row["note"] for row in found] == ["kept", None]
+    images = [{**row, "image": b"\x89PNG"} for row in rows]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(images), work / "images.parquet")
+    capsys.readouterr()
+    words = ["score", "--model.path", "none", "--data.samples", "images.parquet", "--out", "x"]
+    assert main(words) == 2  # before a model is looked for
+    message = "images.parquet:1: column 'image': a value that JSON cannot hold"
+    assert message in capsys.readouterr().err
 
 
 def test_nothing_is_overwritten(work: Path, capsys: pytest.CaptureFixture[str]) -> None:

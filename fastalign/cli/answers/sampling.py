@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastalign.cli.settings import SampledModel, SamplingConfig
-from fastalign.data.columns import RowColumns
+from fastalign.data.columns import RowColumns, as_text
 from fastalign.data.conversation import content_as_json
 from fastalign.data.load import PromptDataset, load_prompts
 from fastalign.data.read import NO_COLUMNS
@@ -166,5 +166,5 @@ def sample_rows(
 
 
 def as_lines(rows: Iterable[dict[str, Any]]) -> str:
-    """Return rows as JSON Lines."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    """Return rows as JSON Lines; dates and decimals become text."""
+    return "".join(json.dumps(row, ensure_ascii=False, default=as_text) + "\n" for row in rows)

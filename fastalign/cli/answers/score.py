@@ -4,6 +4,7 @@ import statistics
 
 from fastalign.cli.answers.sampling import as_lines
 from fastalign.cli.settings import ScoreConfig
+from fastalign.data.columns import RowColumns
 from fastalign.data.read import read_samples
 from fastalign.evaluation.rewards import ModelReward, apply_reward
 from fastalign.written_files import check_file, input_paths, write_file
@@ -12,7 +13,7 @@ from fastalign.written_files import check_file, input_paths, write_file
 def main(config: ScoreConfig) -> int:
     """Run the command; return 0 when the file is written."""
     out = check_file("out", config.out, overwrite=config.overwrite, inputs=input_paths(config))
-    samples = read_samples(config.data.samples)
+    samples = read_samples(config.data.samples, RowColumns(every=True))  # all are written
     model = ModelReward(
         config.model.path,
         config.model.compute(),
