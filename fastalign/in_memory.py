@@ -159,6 +159,7 @@ class Objects:
         train_data: training rows.
         eval_data: held-out rows.
         reference: the frozen reference.
+        teacher: the frozen teacher.
         reward: one or several rewards.
     """
 
@@ -167,6 +168,7 @@ class Objects:
     train_data: Any = None
     eval_data: Any = None
     reference: Any = None
+    teacher: Any = None
     reward: Any = None
 
 

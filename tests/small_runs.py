@@ -15,9 +15,12 @@ from fastalign.models.load import save_model
 from fastalign.rollouts import SamplingParams
 from fastalign.runs.config import (
     DataConfig,
+    JSDLoss,
     ModelConfig,
     OptimConfig,
     RunConfig,
+    SFTLoss,
+    TeacherConfig,
     TrainConfig,
 )
 from fastalign.trainers import (
@@ -165,6 +168,20 @@ def shared_letters(completions: list[str], answer: list[str]) -> list[float]:
     return [float(len(set(text) & set(own))) for text, own in pairs]
 
 
+def noisy(completions: list[str]) -> list[float]:
+    """A reward that draws from torch's own generator, as a user's may."""
+    return [
+        len(text) + noise
+        for text, noise in zip(completions, torch.rand(len(completions)).tolist(), strict=True)
+    ]
+
+
+def scored_with_noise(config: Any) -> Any:
+    """The same, under a reward that no two calls give alike."""
+    sources = ("tests.small_runs:noisy",)
+    return replace(config, reward=replace(config.reward, sources=sources))
+
+
 def scored_by_answers(config: Any) -> Any:
     """The same, of prompts with answers of their own, which the reward compares samples with."""
     rows = [{"prompt": f"The {word}", "answer": f"{word}!"} for word in WORDS]
@@ -223,3 +240,16 @@ def prepared_pairs(
     needed = config.loss.formula().needs_reference
     reference = load_reference(config, policy, tokenizer, compute) if needed else None
     return make_pairs(config, data, used, reference, compute)
+
+
+def taught(config: SFTConfig) -> SFTConfig:
+    """Return it with another model as its teacher, whose head has rows that are no tokens.
+
+    The cross-entropy's divisor is not the divergence's.
+    """
+    teacher = Path(config.model.path).parent / "teacher"
+    if not teacher.exists():
+        save_model(tiny_model("llama", vocab_size=326, seed=1), make_tokenizer(), teacher)
+    jsd = JSDLoss(weight=0.7, beta=0.3, temperature=1.5)
+    loss = SFTLoss(jsd=jsd, class_weights=("</s>:3",))
+    return replace(config, loss=loss, teacher=TeacherConfig(path=str(teacher)))

@@ -133,11 +133,19 @@ def fake_mode(device: torch.device) -> ExitStack:
     return stack
 
 
-def peak_of(model: Any, batch: PackedBatch, compute: Compute, *, backwards: int = 0) -> Peak:
+def peak_of(
+    model: Any,
+    batch: PackedBatch,
+    compute: Compute,
+    *,
+    backwards: int = 0,
+    logits_bytes: int | None = None,
+) -> Peak:
     """Return the peak of a forward pass, or of that many forward and backward passes of a step.
 
     The model is on fake tensors, the batch is a real one; from the second pass on gradients already
-    exist. Optimiser states are not counted.
+    exist. Optimiser states are not counted. `logits_bytes` are those of the head's buffers, if they
+    are not `buffer_bytes`.
     """
     plan = AttentionPlan(batch)
     name = attention_name(model)
@@ -145,6 +153,7 @@ def peak_of(model: Any, batch: PackedBatch, compute: Compute, *, backwards: int 
         plan.prepare(name)
     head = model.get_output_embeddings()
     scratch = 0 if head is None else buffer_bytes(head.weight, batch.num_targets, compute)
+    scratch = scratch if logits_bytes is None else logits_bytes
     positions = batch.predict_index if head is not None else batch.response_bounds[:, 1] - 1
     with fake_mode(compute.device), PeakTracker(model, compute.device) as tracker:
         rounded = None

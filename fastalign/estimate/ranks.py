@@ -131,6 +131,15 @@ def reducing(model: ModelWeights, compute: Compute) -> int:
     return compute.dtype.itemsize * (layer + rest) + BYTES_OF_FLOAT32 * exchanged
 
 
+def frozen_weights(config: TrainingConfig, section: str, alone: Compute) -> ModelWeights | None:
+    """Return the weights of the other model that a section of the settings names, if it does."""
+    path = getattr(getattr(config, section, None), "path", None)
+    if path is None:
+        return None
+    model = fake_model(config, alone, path, torch.float32, trained=False)
+    return weights_of(model.requires_grad_(False))
+
+
 def shared_run(
     config: TrainingConfig, compute: Compute, phases: Mapping[str, Peak], num_batches: int
 ) -> tuple[dict[str, Peak], int]:
@@ -147,18 +156,20 @@ def shared_run(
     if not sharded:
         buckets = kept(trained, compute).buckets
         return {name: replace(peak, buckets=buckets) for name, peak in phases.items()}, 0
-    reference, path = trained, getattr(getattr(config, "reference", None), "path", None)
-    if path is not None:
-        other = fake_model(config, alone, path, torch.float32, trained=False)
-        reference = weights_of(other.requires_grad_(False))
+    reference = frozen_weights(config, "reference", alone)
+    teacher = frozen_weights(config, "teacher", alone)
     # A policy that is its own reference has one copy of the weights.
-    second = 0 if path is None else kept(reference, compute).weights
+    second, third = (
+        0 if other is None else kept(other, compute).weights for other in (reference, teacher)
+    )
     training = kept(trained, compute, batches=batches)
+    training = replace(training, weights=training.weights + third)
     owned = {
         TRAINING: training,
         REFERENCE: Peak(training.weights + second),
         EVALUATION: replace(training, gradients=0),
     }
+    whole = max(gathered(each, compute) for each in (trained, teacher) if each is not None)
     away = config.parallel.offload and compute.device.type != "cpu"
     buffers = sum(buffer.numel() * buffer.element_size() for buffer in model.buffers())
     of_ranks = {}
@@ -168,7 +179,7 @@ def shared_run(
             own,
             weights=own.weights + buffers,  # every rank has whole buffers
             activations=peak.activations,
-            gathered=gathered(reference if name == REFERENCE else trained, compute),
+            gathered=gathered(reference or trained, compute) if name == REFERENCE else whole,
             reducing=reducing(trained, compute) if name == TRAINING else 0,
         )
     return of_ranks, max(owned[name].total for name in phases) if away else 0

@@ -15,6 +15,7 @@ from fastalign.data.tokenizer import load_tokenizer
 from fastalign.estimate.memory import (
     Peak,
     fake_model,
+    is_rounded_once,
     peak_of,
     states_bytes,
     trained_model,
@@ -22,10 +23,13 @@ from fastalign.estimate.memory import (
 )
 from fastalign.estimate.ranks import EVALUATION, REFERENCE, TRAINING, shared_run
 from fastalign.models.lora import has_adapter
+from fastalign.ops.head.buffers import default_budget
+from fastalign.ops.head.fused_linear_loss.two_heads import tile_bytes, tile_rows
+from fastalign.ops.head.products import accumulation_dtype
 from fastalign.ranks.world import World
 from fastalign.runs import accumulate as evaluate
 from fastalign.runs.accumulate import Examples, measure_examples
-from fastalign.runs.config import ReferencedConfig, SFTConfig, TrainingConfig
+from fastalign.runs.config import ReferencedConfig, SFTConfig, TrainingConfig, check_teacher
 from fastalign.runs.inputs import (
     check_sharing,
     checkpoint_activations,
@@ -103,6 +107,8 @@ def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
         ValueError: if the run itself would refuse the model or the data.
         FileNotFoundError: if a file does not exist.
     """
+    if isinstance(config, SFTConfig):
+        check_teacher(config)
     compute = replace(make_compute(config.train), packing=packing_of_run(config))
     if ranks is not None:
         check_sharing(config)
@@ -113,14 +119,14 @@ def estimate_run(config: OnRows, ranks: int | None = None) -> Estimate:
     sets = [measure_examples(each.groups, compute.packing) for each in (data, held_out) if each]
     batch, num_batches = fullest(sets[0], steps_of_run(config, data.mixture), compute)
     libraries = resident_bytes() if compute.device.type == "cpu" else 0
+    models = (model, teacher_of(config, compute))
     peak = replace(
-        peak_of(model, batch, compute, backwards=min(num_batches, 2)),
-        weights=weight_bytes(model, config),
+        step_peak(config, models, batch, compute, backwards=min(num_batches, 2)),
         states=states_bytes(model, config.optim.states),
     )
     phases = {TRAINING: peak}
     kept = {TRAINING: kept_bytes(model, batch, compute, peak.activations)}
-    for name, other in forwards(config, model, sets, data.mixture, compute):
+    for name, other in forwards(config, models, sets, data.mixture, compute):
         phases[name] = other
         kept[name] = int(SHARE_KEPT[compute.device.type] * other.activations)
     whole_states = peak.states
@@ -205,12 +211,16 @@ def fullest(
 
 def forwards(
     config: TrainingConfig,
-    model: Any,
+    models: tuple[Any, Any],
     sets: Sequence[Examples],
     mixture: Mixture,
     compute: Compute,
 ) -> Iterator[tuple[str, Peak]]:
-    """Yield the name and the peak of each phase without gradients."""
+    """Yield the name and the peak of each phase without gradients.
+
+    `models` are the trained one and its teacher, if there is one.
+    """
+    model, _ = models
     needed = isinstance(config, DPOConfig) and config.loss.formula().needs_reference
     if isinstance(config, ReferencedConfig) and (needed or isinstance(config, KTOConfig)):
         compared = sets
@@ -227,9 +237,8 @@ def forwards(
         yield REFERENCE, reference_peak(config, model, batch, compute)
     for held_out in sets[1:]:
         parts = pieces(range(len(held_out.groups)), evaluate.PIECE)
-        peak = peak_of(model, fullest(held_out, parts, compute)[0], compute)
-        states = states_bytes(model, config.optim.states)
-        yield EVALUATION, replace(peak, weights=weight_bytes(model, config), states=states)
+        peak = step_peak(config, models, fullest(held_out, parts, compute)[0], compute)
+        yield EVALUATION, replace(peak, states=states_bytes(model, config.optim.states))
 
 
 def reference_peak(
@@ -242,11 +251,72 @@ def reference_peak(
         return replace(peak_of(policy, batch, compute), weights=of_policy)
     model = fake_model(config, compute, path, torch.float32, trained=False)
     peak = peak_of(model, batch, compute)
-    held = peak.weights
-    if config.reference.offload and compute.device.type == "cuda":
-        weight = model.get_output_embeddings().weight
-        held = weight.numel() * weight.element_size()
+    held = held_bytes(model, peak, compute, offload=config.reference.offload)
     return replace(peak, weights=held + of_policy)
+
+
+def held_bytes(frozen: Any, peak: Peak, compute: Compute, *, offload: bool) -> int:
+    """Return the bytes of a frozen model's weights on the device, all of which its peak counts."""
+    if offload and compute.device.type == "cuda":
+        weight = frozen.get_output_embeddings().weight
+        return int(weight.numel() * weight.element_size())
+    return peak.weights
+
+
+def teacher_of(config: TrainingConfig, compute: Compute) -> Any:
+    """Return the run's teacher on fake tensors; None without one."""
+    path = config.teacher.path if isinstance(config, SFTConfig) else None
+    if path is None:
+        return None
+    model = fake_model(config, compute, path, torch.float32, trained=False)
+    return model.requires_grad_(False)
+
+
+def step_peak(
+    config: TrainingConfig,
+    models: tuple[Any, Any],
+    batch: PackedBatch,
+    compute: Compute,
+    *,
+    backwards: int = 0,
+) -> Peak:
+    """Return the peak of a step with that many backward passes, or of an evaluation.
+
+    `models` are the trained one and its teacher, which computes first and leaves its hidden states;
+    None: there is none. Optimiser states are not counted.
+    """
+    model, teacher = models
+    weights = weight_bytes(model, config)
+    if teacher is None:
+        return replace(peak_of(model, batch, compute, backwards=backwards), weights=weights)
+    assert isinstance(config, SFTConfig)
+    own, theirs = (each.get_output_embeddings().weight for each in models)
+    peak = peak_of(
+        model,
+        batch,
+        compute,
+        backwards=backwards,
+        logits_bytes=tile_bytes_of_call(len(own), len(theirs), batch.num_targets, compute),
+    )
+    before = peak_of(teacher, batch, compute, logits_bytes=0)
+    left = batch.num_targets * theirs.shape[1] * compute.dtype.itemsize
+    sharded = compute.parallel.strategy == "fsdp"  # whose head is copied
+    if sharded or (backwards > 1 and is_rounded_once(theirs, compute)):
+        left += theirs.numel() * compute.dtype.itemsize
+    return replace(
+        peak,
+        weights=weights + held_bytes(teacher, before, compute, offload=config.teacher.offload),
+        activations=max(peak.activations + left, before.activations),
+    )
+
+
+def tile_bytes_of_call(own: int, theirs: int, num_rows: int, compute: Compute) -> int:
+    """Return the bytes of the logits, of heads of so many rows, that distillation has at a time."""
+    budget = compute.max_buffer_bytes
+    if budget is None:
+        budget = default_budget(2 * own, compute.dtype, compute.device)
+    shape = (max(own, theirs), accumulation_dtype(compute.dtype), compute.device.type)
+    return tile_bytes(tile_rows(num_rows, *shape, budget), *shape)
 
 
 def resident_bytes() -> int:

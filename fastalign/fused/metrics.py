@@ -3,7 +3,7 @@
 from torch import Tensor
 
 # Means over target tokens, beside `policy/...` and `val/...`.
-OVER_TOKENS = ("entropy", "mean_token_accuracy", "cross_entropy", "z_loss")
+OVER_TOKENS = ("entropy", "mean_token_accuracy", "cross_entropy", "z_loss", "jsd")
 
 
 def is_count(name: str) -> bool:

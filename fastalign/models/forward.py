@@ -1,6 +1,7 @@
 """The forward of a packed batch: hidden states, log-probs, and numbers of many responses."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from fastalign.models.head import lm_head
 from fastalign.ops import LinearHead, linear_logprob
 from fastalign.ops.segments import segment_sum
 from fastalign.progress import advance
-from fastalign.ranks.parallel import enter
+from fastalign.ranks.parallel import enter, is_sharded
 
 # Nats that rounding may move one token's log-prob by; those of a sequence are independent. About
 # three times what was seen between packings in bfloat16; far above it in float32, where devices
@@ -79,6 +80,22 @@ def hidden_and_head(
 ) -> tuple[Tensor, LinearHead]:
     """Return `hidden_at` the N positions that predict trained tokens, (N, D), and the head."""
     return hidden_at(model, batch, batch.predict_index, compute, plan), lm_head(model)
+
+
+@torch.no_grad()
+def frozen_hidden_and_head(
+    model: Any, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None = None
+) -> tuple[Tensor, LinearHead]:
+    """Return `hidden_and_head` of a frozen model; if it is sharded, with a copy of its head."""
+
+    def computation() -> tuple[Tensor, LinearHead]:
+        hidden, head = hidden_and_head(model, batch, compute, plan)
+        if not is_sharded(model):
+            return hidden, head
+        bias = None if head.bias is None else head.bias.clone()
+        return hidden, replace(head, weight=head.weight.clone(), bias=bias)
+
+    return enter(model, computation)
 
 
 def check_rope_range(model: Any, batch: PackedBatch) -> None:

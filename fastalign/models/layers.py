@@ -86,14 +86,12 @@ def compile_layers(model: Any, *, backend: str = "inductor") -> None:
         layer.compile(dynamic=True, backend=backend)
 
 
-def find_offload() -> Callable[..., Any]:
-    """Return Accelerate's `cpu_offload`; raise ValueError if accelerate is not installed."""
+def find_offload(setting: str) -> Callable[..., Any]:
+    """Return Accelerate's `cpu_offload`; raise ValueError, for `setting`, if it is not there."""
     try:
         from accelerate import cpu_offload
     except ImportError as error:
-        raise ValueError(
-            "reference.offload needs accelerate: pip install 'fastalign[offload]'"
-        ) from error
+        raise ValueError(f"{setting} needs accelerate: pip install 'fastalign[offload]'") from error
     offload: Callable[..., Any] = cpu_offload
     return offload
 
@@ -105,7 +103,7 @@ def offload_layers(model: Any, device: torch.device) -> None:
     layer. For inference only; whatever needs all weights at once (a fingerprint, saving) has to
     come before.
     """
-    offload = find_offload()
+    offload = find_offload("offloading")
     if device.type == "cuda":  # pinned memory is copied several times as fast
         for parameter in model.parameters():
             parameter.data = parameter.data.pin_memory()

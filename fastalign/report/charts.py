@@ -34,6 +34,7 @@ METRICS = {
     "accuracy": Metric("Accuracy of the scores", "share of pairs"),
     "margin": Metric("Margin of the scores"),
     "mean_reward": Metric("Mean score"),
+    "jsd": Metric("Divergence from the teacher", "nats per token"),
     "mean_token_accuracy": Metric("Accuracy of the next token", "share of tokens"),
     "entropy": Metric("Entropy", "nats per token"),
     "objective/entropy": Metric("Entropy of the answers", "nats per answer"),

@@ -27,7 +27,7 @@ _MORE_IS_BETTER = re.compile(
     r"|objective/(scores|rlhf_reward)"
 )
 _LESS_IS_BETTER = re.compile(
-    r"(.*[_/])?(loss|kl|perplexity|cross_entropy)|completions/(clipped|repeated)_ratio"
+    r"(.*[_/])?(loss|kl|jsd|perplexity|cross_entropy)|completions/(clipped|repeated)_ratio"
 )
 _NO_CHOICE = re.compile(r"(.*[/_])?(num_.*|time/.*|policy_version)")
 

@@ -15,7 +15,16 @@ from fastalign.ranks.config import ParallelConfig
 States = Literal["float32", "8bit"]
 Part = Literal["optimizer", "random", "kept", "grad_norms", "rollouts", "metrics"]
 Input = Literal[
-    "data", "eval_data", "ptx_data", "model", "base", "reference", "value", "reward", "tokenizer"
+    "data",
+    "eval_data",
+    "ptx_data",
+    "model",
+    "base",
+    "reference",
+    "teacher",
+    "value",
+    "reward",
+    "tokenizer",
 ]
 SaveDtype = Literal["auto", "float32", "bfloat16", "float16"]
 RowKind = Literal["sft", "preference", "unpaired"]
@@ -318,7 +327,8 @@ class RunConfig:
     ones), or metrics (accept a metrics.jsonl or samples.jsonl that is shorter than it was)."""
     accept_changed: tuple[Input, ...] = ()
     """Inputs that may have changed since the checkpoint: data, eval_data, ptx_data, model, base,
-    reference, value, reward or tokenizer; by default any change is an error that names it."""
+    reference, teacher, value, reward or tokenizer; by default any change is an error that names
+    it."""
     export: str | None = None
     """With run.resume, write the newest valid checkpoint's models to this folder in transformers'
     layout and exit without training."""
@@ -418,6 +428,34 @@ def class_weight_of(text: str) -> tuple[str, float]:
 
 
 @dataclass(frozen=True)
+class JSDLoss:
+    """The divergence from teacher.path over the demonstrated tokens (GKD, arXiv 2306.13649)."""
+
+    weight: float = 1.0
+    """Share of the divergence in the loss; the cross-entropy has the rest."""
+    beta: float = 0.5
+    """Weight of the teacher in the mixture that both are compared with; 0 is KL(teacher || model)
+    and 1 KL(model || teacher)."""
+    temperature: float = 1.0
+    """Divide both models' logits by this in the divergence."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.weight <= 1, "loss.jsd.weight", "a number in (0, 1]", self.weight)
+        require(0 <= self.beta <= 1, "loss.jsd.beta", "a number in [0, 1]", self.beta)
+        above_zero("loss.jsd.temperature", self.temperature)
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """A frozen teacher that the model learns to predict like; needs the model's tokens."""
+
+    path: str | None = None
+    """Folder or hub name of the teacher; by default there is none."""
+    offload: bool = False
+    """Keep the teacher's weights in host memory and move its layers one by one."""
+
+
+@dataclass(frozen=True)
 class SFTLoss:
     """The cross-entropy of demonstrations."""
 
@@ -428,6 +466,7 @@ class SFTLoss:
     class_weights: tuple[str, ...] = ()
     """Weights of tokens, each TOKEN:WEIGHT such as </s>:2, by whose sum the loss is divided; every
     other token has weight 1."""
+    jsd: JSDLoss = field(default_factory=JSDLoss)
 
     def __post_init__(self) -> None:
         smoothing = self.label_smoothing
@@ -444,8 +483,31 @@ class SFTConfig(TrainingConfig):
     """Supervised fine-tuning on demonstrations."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     loss: SFTLoss = field(default_factory=SFTLoss)
     optim: OptimConfig = field(default_factory=lambda: OptimConfig(lr=2e-5))
+
+
+def check_teacher(config: SFTConfig) -> None:
+    """Raise ValueError, which names it, for a setting that has no effect with or without a teacher.
+
+    A run in Python may be given the teacher beside its settings, so no section can tell by itself.
+    """
+    loss, teacher = config.loss, config.teacher
+    if teacher.path is None:
+        for section, settings in (("loss.jsd", loss.jsd), ("teacher", teacher)):
+            if name := changed_setting(settings):
+                raise ValueError(
+                    f"{section}.{name}: {getattr(settings, name)} is a setting of a teacher; "
+                    "expected teacher.path with it, got none"
+                )
+    elif loss.jsd.weight == 1:
+        for name in ("label_smoothing", "z_coefficient", "class_weights"):
+            if getattr(loss, name):
+                raise ValueError(
+                    f"loss.{name}: a term of the cross-entropy, which is no part of the loss; "
+                    "expected loss.jsd.weight below 1 with it, got 1"
+                )
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

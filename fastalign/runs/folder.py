@@ -36,7 +36,7 @@ MAY_CHANGE = {
     *("train.keep_checkpoints", "train.async_checkpoints", "train.profile", "train.stall_seconds"),
     *("train.best_metric", "train.best_direction", "train.patience"),
     *("parallel.timeout_seconds", "parallel.silence_seconds"),
-    *("reference.cache_dir", "reference.offload"),
+    *("reference.cache_dir", "reference.offload", "teacher.offload"),
     *("track.to", "track.project", "track.name", "samples.every", "samples.num_completions"),
     *("watch.stop", "watch.patience", "watch.min_entropy", "watch.min_length"),
     *("watch.max_unfinished", "watch.max_repeated", "watch.max_kl"),

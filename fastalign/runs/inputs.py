@@ -98,7 +98,7 @@ def load_data(
 
 def packing_of_run(config: TrainingConfig, world: World = ALONE) -> Packing:
     """Return the packing of a run's batches, exact for all of its models; all ranks call this."""
-    others = (getattr(config, section, None) for section in ("reference", "value"))
+    others = (getattr(config, section, None) for section in ("reference", "teacher", "value"))
     paths = [config.model.path, *(getattr(other, "path", None) for other in others)]
     return choose_packing(
         config.train.packing,
@@ -400,11 +400,12 @@ def check_sharing(config: TrainingConfig) -> None:
             "optim.states: 8bit states are not sharded; expected float32 with "
             "--parallel.strategy fsdp (each rank holds its part of them)"
         )
-    if getattr(getattr(config, "reference", None), "offload", False):
-        raise ValueError(
-            "reference.offload: a sharded reference is not offloaded by layers; expected "
-            "--parallel.offload with --parallel.strategy fsdp"
-        )
+    for name in ("reference", "teacher"):
+        if getattr(getattr(config, name, None), "offload", False):
+            raise ValueError(
+                f"{name}.offload: a sharded {name} is not offloaded by layers; expected "
+                "--parallel.offload with --parallel.strategy fsdp"
+            )
 
 
 def loaded(
@@ -453,6 +454,7 @@ NAMES = {
     "model": "starting model",
     "base": "frozen base in model.path",
     "reference": "frozen reference",
+    "teacher": "frozen teacher",
     "value": "starting value model",
     "reward": "reward",
     "tokenizer": "tokenizer",

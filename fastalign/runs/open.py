@@ -167,13 +167,14 @@ def with_objects(kind: type[Config], config: Config | None, title: str, given: O
         if rows is not None:
             data = found.get("data", config.data)
             found["data"] = replace(data, **{setting: as_rows(name, rows)})
-    section: Any = getattr(config, "reference", None)
-    if given.reference is not None:
-        check_given_once("reference", given.reference, "reference.path", section.path)
-        # An object has the policy's tokens; a path names a tokenizer, which is compared.
-        named = isinstance(given.reference, str | os.PathLike)
-        path = as_model("reference", given.reference, None if named else model)
-        found["reference"] = replace(section, path=path)
+    section: Any
+    for name in ("reference", "teacher"):
+        other, section = getattr(given, name), getattr(config, name, None)
+        if other is not None:
+            check_given_once(name, other, f"{name}.path", section.path)
+            # An object has the policy's tokens; a path names a tokenizer, which is compared.
+            named = isinstance(other, str | os.PathLike)
+            found[name] = replace(section, path=as_model(name, other, None if named else model))
     section = getattr(config, "reward", None)
     if given.reward is not None:
         check_given_once("reward", given.reward, "reward.sources", section.sources)
@@ -189,7 +190,7 @@ def check_all_given(config: Any) -> None:
     """Raise ValueError for what a run has no default for, or an object of another program."""
     values = [("model", config.model.path), ("train_data", config.data.train)]
     values += [("eval_data", config.data.eval)]
-    for name, setting in (("reference", "path"), ("reward", "sources")):
+    for name, setting in (("reference", "path"), ("teacher", "path"), ("reward", "sources")):
         found = getattr(getattr(config, name, None), setting, None)
         values += [(name, value) for value in (found if isinstance(found, tuple) else (found,))]
     for name, value in values:

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from fastalign.runs.best import RunResult
     from fastalign.runs.config import (
         DataConfig,
+        JSDLoss,
         LoraConfig,
         ModelConfig,
         OptimConfig,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
         RunConfig,
         SFTConfig,
         SFTLoss,
+        TeacherConfig,
         TrainConfig,
         UnpairedDataConfig,
     )
@@ -103,6 +105,7 @@ __all__ = [
     "Gae",
     "Grpo",
     "Gspo",
+    "JSDLoss",
     "KLInLoss",
     "KLInReward",
     "KTOConfig",
@@ -133,6 +136,7 @@ __all__ = [
     "SequenceMasked",
     "SequenceMean",
     "SequenceTruncated",
+    "TeacherConfig",
     "TokenMean",
     "TrainConfig",
     "Truncated",

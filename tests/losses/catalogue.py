@@ -20,6 +20,7 @@ from fastalign.trainers import (
     LOSSES,
     POLICY_LOSSES,
     REWARD_LOSSES,
+    JSDLoss,
     KTOLoss,
     SFTLoss,
 )
@@ -94,6 +95,8 @@ def parameters(entry: Entry) -> str:
         return ", ".join(f"`--loss.{each.name}` {each.default}" for each in flags_of(kind))
     if not flag.startswith("--"):
         return ""
+    if flag == "--loss.jsd":
+        return ", ".join(shown(flag, each) for each in flags_of(JSDLoss))
     if name:
         table = CHOICES[flag]
         return ", ".join(shown(flag, each) for each in flags_of(table[name]))

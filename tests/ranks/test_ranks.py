@@ -32,6 +32,7 @@ from tests.small_runs import (
     reward_config,
     scored_by_answers,
     sft_config,
+    taught,
 )
 from tests.tiny import put_adapter
 from tests.trainers.online_dpo.test_online_dpo import RENEWED, online_config
@@ -78,6 +79,12 @@ def reward_lora(config: Any) -> Any:
     return replace(config, model=replace(config.model, lora=LoraConfig(rank=4, alpha=8.0)))
 
 
+def weighted(config: Any) -> Any:
+    """Return it with weights of tokens, which some rows have several of and others none."""
+    loss = replace(config.loss, class_weights=("</s>:3", " b:0.25", "tery:2"))
+    return replace(config, loss=loss)
+
+
 def seeded(config: Any) -> Any:
     """Return it with a seed under which no token that is drawn lies within rounding of another."""
     return replace(config, run=replace(config.run, seed=1))
@@ -104,6 +111,10 @@ def one_base(config: Any) -> Any:
 DDP, FSDP = ParallelConfig(), ParallelConfig(strategy="fsdp")
 CASES = {
     "sft, ddp": Case("sft", 2, DDP),
+    "sft, ddp, class weights": Case("sft", 2, DDP, {"batch_size": 5}, weighted),
+    "sft, fsdp, class weights": Case("sft", 3, FSDP, {"batch_size": 5}, weighted),
+    "sft, ddp, teacher": Case("sft", 2, DDP, {"batch_size": 5}, taught),
+    "sft, fsdp, teacher": Case("sft", 3, FSDP, {"batch_size": 5}, taught),
     "sft, fewer examples than ranks": Case("sft", 3, DDP, {"batch_size": 2}),
     "sft, fsdp, fewer examples than ranks": Case("sft", 3, FSDP, {"batch_size": 1}),
     "dpo, ddp": Case("dpo", 2, DDP, {"batch_size": 5}),

@@ -2,6 +2,8 @@
 
 Four steps of seven examples of twelve: two ends of an epoch are inside of steps. The steps are cut
 into several batches, so gradients accumulate, and on ranks some have more of them than others.
+What fastalign draws has seeds of its own; a reward of the user's draws from torch's generator, of
+which a checkpoint holds the state.
 """
 
 import json
@@ -20,14 +22,20 @@ from fastalign.trainers.sampling.config import SamplesConfig
 from tests import rank_processes as ranks
 from tests.ranks.test_ranks import DDP, FSDP, TRAINERS, lora
 from tests.runs.test_resume import MEASURED
-from tests.small_runs import read_metrics
+from tests.small_runs import read_metrics, scored_with_noise, taught
 
 NUM_STEPS = 4
 STEPS = {"max_steps": NUM_STEPS, "batch_size": 7, "tokens_per_batch": 40}
 SAMPLING = ("ppo", "online-dpo")
-ALONE = [(name, None, None) for name in TRAINERS] + [("dpo", None, lora)]
+ALONE = [(name, None, None) for name in TRAINERS] + [
+    ("dpo", None, lora),
+    ("sft", None, taught),
+    ("online-dpo", None, scored_with_noise),
+]
 SHARED = [
+    ("online-dpo", DDP, scored_with_noise),
     ("sft", DDP, None),
+    ("sft", FSDP, taught),
     ("dpo", DDP, lora),
     ("dpo", FSDP, lora),
     ("reward", FSDP, None),

@@ -82,7 +82,11 @@ class LinearHead:
         if self.lora is not None:
             low = F.linear(hidden.to(self.lora.lora_A.dtype), self.lora.lora_A)
             logits = logits + self.lora.scaling * F.linear(low, self.lora.lora_B)
-        logits = self.logit_scale * logits
+        return self.transformed(logits)
+
+    def transformed(self, products: Tensor) -> Tensor:
+        """Return the logits (..., V) of products with the weight, bias and adapter added."""
+        logits = products if self.logit_scale == 1.0 else self.logit_scale * products
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def mean_logit(self, hidden: Tensor) -> Tensor:

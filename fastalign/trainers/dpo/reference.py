@@ -6,7 +6,6 @@ import json
 import math
 import random
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from fastalign.compute import Compute, memory_used_in
-from fastalign.data.tokenizer import Tokenizer, check_same_vocabulary
+from fastalign.data.tokenizer import Tokenizer
 from fastalign.models.forward import ROUNDING, check_same_start, sequence_logprobs
-from fastalign.models.layers import find_offload, offload_layers
 from fastalign.models.load import model_fingerprint
 from fastalign.models.lora import as_reference
 from fastalign.progress import phase
 from fastalign.runs.accumulate import Examples
 from fastalign.runs.config import ReferencedConfig
-from fastalign.runs.inputs import load_model, share
+from fastalign.runs.frozen import FrozenModel, load_frozen
 from fastalign.written_files import cache_folder, write_atomically
 
 # Examples between two writes: what was computed is kept even if the run is stopped in between.
@@ -33,22 +31,9 @@ PIECE = 4096
 NUM_CHECKED = 4
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A frozen model.
-
-    Attributes:
-        model: the model.
-        fingerprint: hash of its configuration and weights.
-    """
-
-    model: Any
-    fingerprint: str
-
-
 def load_reference(
     config: ReferencedConfig, policy: Any, tokenizer: Tokenizer, compute: Compute
-) -> Reference:
+) -> FrozenModel:
     """Load another model, or take the policy before its first step, or its adapter's base.
 
     Raises:
@@ -56,21 +41,12 @@ def load_reference(
     """
     path, offload = config.reference.path, config.reference.offload
     if path is None:
-        return Reference(policy, model_fingerprint(policy))
-    if offload:
-        find_offload()  # a missing library is reported before the weights are read
-    host = replace(compute, device=torch.device("cpu"))
-    model, reference_tokenizer = load_model(path, config.model, host if offload else compute)
-    check_same_vocabulary(tokenizer, reference_tokenizer)
-    share(model.requires_grad_(False), compute)
-    reference = Reference(model, model_fingerprint(model))
-    if offload:
-        offload_layers(model, compute.device)
-    return reference
+        return FrozenModel(policy, model_fingerprint(policy))
+    return load_frozen("reference", path, config.model, tokenizer, compute, offload=offload)
 
 
 def compute_logprobs(
-    reference: Reference, examples: Examples, indices: Sequence[int], compute: Compute
+    reference: FrozenModel, examples: Examples, indices: Sequence[int], compute: Compute
 ) -> Tensor:
     """Return the reference's sequence log-probs, (number of indices, 2) float32 on the CPU."""
     what = f"the reference's log-probs, in batches of at most {compute.tokens_per_batch} tokens"
@@ -98,7 +74,7 @@ def check_cached(
     path: Path,
     values: Tensor,
     cached: Sequence[int],
-    reference: Reference,
+    reference: FrozenModel,
     examples: Examples,
     compute: Compute,
 ) -> int:
@@ -131,7 +107,7 @@ def check_cached(
 
 
 def reference_logprobs(
-    reference: Reference,
+    reference: FrozenModel,
     examples: Examples,
     indices: Iterable[int],
     compute: Compute,
@@ -178,7 +154,7 @@ def reference_logprobs(
 
 
 def compute_missing(
-    reference: Reference,
+    reference: FrozenModel,
     examples: Examples,
     missing: Sequence[int],
     compute: Compute,

@@ -29,12 +29,12 @@ from fastalign.runs.accumulate import (
     policy_loss,
 )
 from fastalign.runs.best import RunResult
+from fastalign.runs.frozen import FrozenModel
 from fastalign.runs.inputs import Inputs, indices_of_run, load_for_training, load_sets
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import OpenRun, open_run, with_objects
 from fastalign.trainers.dpo.config import DPOConfig, PreferenceLoss
 from fastalign.trainers.dpo.reference import (
-    Reference,
     check_start,
     default_cache_dir,
     load_reference,
@@ -246,7 +246,7 @@ def make_pairs(
     config: DPOConfig,
     data: TokenizedDataset,
     used: Iterable[int],
-    reference: Reference | None,
+    reference: FrozenModel | None,
     compute: Compute,
 ) -> Pairs:
     """Measure the pairs, and find the reference's log-probs of those that will be used."""

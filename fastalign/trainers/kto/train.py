@@ -38,11 +38,11 @@ from fastalign.runs.accumulate import (
     policy_loss,
 )
 from fastalign.runs.best import RunResult
+from fastalign.runs.frozen import FrozenModel
 from fastalign.runs.inputs import Inputs, indices_of_run, load_for_training, load_sets
 from fastalign.runs.metrics import Metrics
 from fastalign.runs.open import OpenRun, open_run, with_objects
 from fastalign.trainers.dpo.reference import (
-    Reference,
     check_start,
     default_cache_dir,
     load_reference,
@@ -301,7 +301,7 @@ def make_answers(
     config: KTOConfig,
     data: TokenizedDataset,
     used: Iterable[int],
-    reference: Reference,
+    reference: FrozenModel,
     compute: Compute,
 ) -> Answers:
     """Measure the answers, and find the reference's log-probs of those that will be used.

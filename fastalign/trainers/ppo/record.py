@@ -20,14 +20,18 @@ from fastalign.compute import Compute, memory_used_in, require_finite
 from fastalign.fused.metrics import is_count
 from fastalign.losses.policy import MAX_LOG_RATIO, probability_ratio, value_clipped
 from fastalign.models.attention.plan import AttentionPlan
-from fastalign.models.forward import hidden_and_head, response_logprob
+from fastalign.models.forward import (
+    frozen_hidden_and_head,
+    hidden_and_head,
+    response_logprob,
+)
 from fastalign.models.lora import as_reference
 from fastalign.models.reward import reward_scale, score_at, score_of
 from fastalign.ops import LinearHead, LinearKL, gae, kl_penalty, linear_kl, linear_logprob
 from fastalign.ops.kl_penalty.api import MAX_K3
 from fastalign.ops.segments import segment_sum
 from fastalign.progress import advance, phase
-from fastalign.ranks.parallel import enter, is_sharded
+from fastalign.ranks.parallel import enter
 from fastalign.ranks.world import World
 from fastalign.runs.accumulate import Examples, measure_examples
 from fastalign.runs.metrics import Metrics
@@ -233,21 +237,12 @@ def token_values(
     return reward_scale(value).normalise(raw)
 
 
-@torch.no_grad()
 def reference_head(
     reference: object, batch: PackedBatch, compute: Compute, plan: AttentionPlan | None
 ) -> tuple[Tensor, LinearHead]:
-    """Return `hidden_and_head` of the frozen model; if it is sharded, with a copy of its head."""
-
-    def of_reference() -> tuple[Tensor, LinearHead]:
-        hidden, head = hidden_and_head(reference, batch, compute, plan)
-        if not is_sharded(reference):
-            return hidden, head
-        bias = None if head.bias is None else head.bias.clone()
-        return hidden, replace(head, weight=head.weight.clone(), bias=bias)
-
+    """Return `frozen_hidden_and_head` of the reference."""
     with as_reference(reference):
-        return enter(reference, of_reference)
+        return frozen_hidden_and_head(reference, batch, compute, plan)
 
 
 def both_heads(

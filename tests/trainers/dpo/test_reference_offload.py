@@ -12,11 +12,11 @@ import torch
 from fastalign.data.tokenizer import load_tokenizer
 from fastalign.models.layers import offload_layers
 from fastalign.models.load import load_policy, save_model
+from fastalign.runs import frozen
 from fastalign.runs.config import TrainConfig
 from fastalign.runs.inputs import load_data
 from fastalign.runs.open import make_compute
 from fastalign.trainers import DPOConfig, ReferenceConfig, train_dpo
-from fastalign.trainers.dpo import reference
 from fastalign.trainers.dpo import train as dpo
 from tests.small_runs import dpo_config, prepared_pairs, read_metrics
 from tests.tiny import tiny_model
@@ -85,7 +85,7 @@ def test_the_reference_is_loaded_once_and_gone_before_the_first_step(
     folder: Path, offload: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loaded: list[Any] = []
-    load, step = reference.load_model, dpo.dpo_gradient
+    load, step = frozen.load_model, dpo.dpo_gradient
 
     def watched_load(*arguments: Any) -> Any:
         model, tokenizer = load(*arguments)
@@ -96,7 +96,7 @@ def test_the_reference_is_loaded_once_and_gone_before_the_first_step(
         assert [found() for found in loaded] == [None]
         return step(*arguments)
 
-    monkeypatch.setattr(reference, "load_model", watched_load)
+    monkeypatch.setattr(frozen, "load_model", watched_load)
     monkeypatch.setattr(dpo, "dpo_gradient", watched_step)
     config = config_with_reference(folder, "run", "llama", offload=offload)
     train_dpo(config)  # with held-out data, which needs the reference too
