@@ -59,9 +59,10 @@ def make_files(folder: Path) -> None:
     shutil.copytree(ROOT / "scripts/recipes", folder / "scripts/recipes")
     (folder / "fastalign").mkdir()
     (folder / "fastalign/samples").symlink_to(ROOT / "fastalign/samples")
-    size = ["--vocab-size", "300", "--hidden-size", "16", "--layers", "1", "--heads", "2"]
-    source = ["--data.train", "demonstrations.jsonl", "--out", "my-model"]
-    assert main(["new-model", *source, *size]) == 0
+    for name, hidden_size in (("my-model", "16"), ("large-model", "32")):
+        size = ["--hidden-size", hidden_size, "--layers", "1", "--heads", "2"]
+        source = ["--data.train", "demonstrations.jsonl", "--vocab-size", "300", "--out", name]
+        assert main(["new-model", *source, *size]) == 0
 
 
 def prefer_the_left(config: Any, served: Any, listening: Any, hosts: Any) -> None:
