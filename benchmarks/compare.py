@@ -147,14 +147,9 @@ def parse_arguments() -> argparse.Namespace:
     for peer in arguments.peer or []:
         if peer not in peers_of(name):
             parser.error(f"--peer: {name} has no {peer!r}")
-    taken = {
-        "model": STEPS,
-        "pairs": NAMES,
-        "weights": NAMES,
-        "threads": (*STEPS, ROLLOUT),
-        "data": NAMES,
-    }
-    for flag, names in (taken | {"trl_ppo": (PPO,)}).items():
+    taken = dict.fromkeys(("pairs", "weights", "data"), NAMES)
+    taken |= {"model": STEPS, "threads": (*STEPS, ROLLOUT), "trl_ppo": (PPO,)}
+    for flag, names in taken.items():
         if getattr(arguments, flag) is not None and name not in names:
             parser.error(f"--{flag.replace('_', '-')}: {name} does not take it")
     if name in (PPO, GROWTH) and arguments.device != "cpu":
