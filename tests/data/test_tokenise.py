@@ -340,7 +340,8 @@ def test_a_templates_date_is_the_clocks(tmp_path: Path) -> None:
 def test_a_template_that_fails_in_any_way_refuses_the_row_in_one_line(
     template: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizer_module, "MAX_RENDER_SECONDS", 0.1)
+    if "did not end" in expected:  # the others may take longer on a busy machine
+        monkeypatch.setattr(tokenizer_module, "MAX_RENDER_SECONDS", 0.1)
     file = write(tmp_path, {"messages": [{**USER, "content": "a\x1b[2J\u202e"}, YES]})
     with pytest.raises(ValueError, match=rf"rows\.jsonl:1: .*{expected}") as found:
         load_examples(file, "sft", with_template(template), max_length=99)
