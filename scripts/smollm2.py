@@ -226,7 +226,7 @@ class Task:
         steps: its commands.
         reward: name of the reward in the table.
         baseline: evaluated model that win rates and the KL refer to.
-        whole: its size, at which it takes less than 40 minutes on two cores with AVX2.
+        whole: its size, for about 40 minutes on two cores with AVX2 alone, less on newer ones.
         quick: its size with `--quick`.
     """
 
