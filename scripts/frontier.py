@@ -122,8 +122,9 @@ def evaluation(model: Path, run: Path, folder: Path, seed: int, *more: str) -> t
 
 
 def shared_jobs(folder: Path, quick: bool) -> list[Job]:
-    """Return the jobs of the SFT model and of the reward model that starts from it."""
+    """Return the jobs of the SFT model and of the reward models that start from it."""
     base, sft, reward = folder / "base", folder / "sft", folder / "reward"
+    adapter = folder / "reward-adapter"
     texts = ("--data.train", str(SAMPLES / "texts_train.jsonl.gz"))
     shape = ("--vocab-size", "768", "--hidden-size", "128", "--layers", "4", "--heads", "4")
     begin = (
@@ -140,12 +141,20 @@ def shared_jobs(folder: Path, quick: bool) -> list[Job]:
         *("sft", "--config", str(RECIPES / "sft.yaml"), "--model.path", str(base), *texts),
         *("--train.max-steps", "400" if quick else "1000", "--run.dir", str(sft)),
     )
-    learn = (
-        *("reward", "--config", str(RECIPES / "reward.yaml"), "--model.path", str(sft / "model")),
-        *("--data.train", str(SAMPLES / "pairs_train.jsonl"), "--run.dir", str(reward)),
-        *("--data.eval", str(SAMPLES / "pairs_eval.jsonl")),
+    pairs = ("--data.train", str(SAMPLES / "pairs_train.jsonl"))
+    pairs += ("--data.eval", str(SAMPLES / "pairs_eval.jsonl"))
+    learn, adapt = (
+        (
+            *("reward", "--config", str(RECIPES / config), "--model.path", str(sft / "model")),
+            *("--run.dir", str(run), *pairs),
+        )
+        for run, config in ((reward, "reward.yaml"), (adapter, "reward-adapter.yaml"))
     )
-    return [Job(sft, (begin, tune), sft / "model"), Job(reward, (learn,), reward / "model")]
+    return [
+        Job(sft, (begin, tune), sft / "model"),
+        Job(reward, (learn,), reward / "model"),
+        Job(adapter, (adapt,), adapter / "model"),
+    ]
 
 
 def method_jobs(experiment: dict[str, Any], folder: Path, quick: bool) -> Iterator[LabelledJob]:
@@ -153,6 +162,7 @@ def method_jobs(experiment: dict[str, Any], folder: Path, quick: bool) -> Iterat
     sft, reward = folder / "sft" / "model", folder / "reward" / "model"
     made = {
         "reward": reward,
+        "adapter": folder / "reward-adapter" / "adapter",
         "truth": SAMPLES / "reward.json",
         "pairs": SAMPLES / "pairs_train.jsonl",
         "prompts": SAMPLES / "prompts_train.jsonl",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Measure reward against KL of ten methods at four strengths and three seeds on a CPU: preferred fine-tuning, DPO, IPO, DPO
-# with ties, KTO, online DPO, PPO and GRPO with the learned reward, PPO with the true one, best of n. Writes a table and a picture.
+# Measure reward against KL of eleven methods at four strengths and three seeds on a CPU: preferred fine-tuning, DPO, IPO, DPO
+# with ties, KTO, online DPO, PPO (four models, or one base), GRPO, PPO with the true reward, best of n. Writes a table and a picture.
 # Usage: ./scripts/frontier.sh [--quick] [FOLDER]     (default runs/frontier or runs/frontier-quick; a second call continues)
 set -euo pipefail
 quick=()

@@ -58,7 +58,7 @@ def test_every_command_is_understood(
     for method, _ in counted:
         methods[method] = methods.get(method, 0) + 1
     assert methods.pop("sft") == 1
-    assert len(methods) == 10
+    assert len(methods) == 11
     assert set(methods.values()) == {4}, "four strengths of each"
     quick = list(frontier.method_jobs(experiment, tmp_path, True))
     assert len(quick) == 1 + 2 * len(experiment["methods"])
