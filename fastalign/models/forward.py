@@ -14,6 +14,7 @@ from fastalign.models.architecture import backbone, rope_limit
 from fastalign.models.attention.plan import AttentionPlan, RowPlan
 from fastalign.models.head import lm_head
 from fastalign.ops import LinearHead, linear_logprob
+from fastalign.ops.recomputed import recomputed_outputs
 from fastalign.ops.segments import segment_sum
 from fastalign.progress import advance
 from fastalign.ranks.parallel import enter, is_sharded
@@ -67,7 +68,7 @@ def hidden_at(
         (K, D), in the dtype of the model's products.
     """
     check_rope_range(model, batch)
-    with compute.autocast():
+    with compute.autocast(), recomputed_outputs():
         if compute.packing == "padded":
             hidden, place = padded_hidden(model, batch)
             return hidden.index_select(0, place[positions])

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fastalign.ops import native_library
 from fastalign.ops.native_library import DTYPE_CODES, Argument, call
+from fastalign.ops.recomputed import recompute
 
 Activation = Literal["silu", "gelu_tanh"]
 _ACTIVATION_CODES = {"silu": 0, "gelu_tanh": 1}
@@ -48,18 +49,25 @@ def launch(name: str, arguments: list[Argument | Tensor | None]) -> None:
         call(name, first.device, arguments)
 
 
+def _norm_rows(
+    rows: Tensor, weight: Tensor, offset: float, epsilon: float
+) -> tuple[Tensor, Tensor]:
+    """Return the normalised rows, and what each was multiplied by."""
+    num_columns = rows.shape[-1]
+    num_rows = rows.numel() // max(num_columns, 1)
+    output, scale = torch.empty_like(rows), rows.new_empty(num_rows)
+    sizes = [ctypes.c_int64(num_rows), ctypes.c_int64(num_columns)]
+    numbers = [ctypes.c_float(offset), ctypes.c_float(epsilon)]
+    launch("rms_norm_forward", [rows, weight, *numbers, *sizes, output, scale])
+    return output, scale
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, offset: float, epsilon: float) -> Tensor:
-        rows, weight = x.contiguous(), weight.contiguous()
-        num_columns = rows.shape[-1]
-        num_rows = rows.numel() // max(num_columns, 1)
-        output, scale = torch.empty_like(rows), rows.new_empty(num_rows)
-        sizes = [ctypes.c_int64(num_rows), ctypes.c_int64(num_columns)]
-        numbers = [ctypes.c_float(offset), ctypes.c_float(epsilon)]
-        launch("rms_norm_forward", [rows, weight, *numbers, *sizes, output, scale])
-        ctx.save_for_backward(rows, weight, scale)
-        ctx.offset, ctx.sizes = offset, (num_rows, num_columns)
+        output, scale = _norm_rows(x, weight, offset, epsilon)
+        ctx.save_for_backward(x, weight, scale)
+        ctx.offset, ctx.sizes = offset, (scale.numel(), x.shape[-1])
         return output
 
     @staticmethod
@@ -102,29 +110,40 @@ def rms_norm(x: Tensor, weight: Tensor, offset: float, epsilon: float) -> Tensor
         (..., D) float32, differentiable in `x` and `weight`; the gradient of `weight` is added up
         in an order that does not depend on the number of threads.
     """
+    x, weight = x.contiguous(), weight.contiguous()
     found: Tensor = _RMSNorm.apply(x, weight, offset, epsilon)  # type: ignore[no-untyped-call]
+    rows, factors = x.detach(), weight.detach()
+    recompute(found, lambda: _norm_rows(rows, factors, offset, epsilon)[0])
     return found
+
+
+def _gated_options(gate: Tensor, activation: Activation) -> list[Argument]:
+    return [
+        ctypes.c_int32(DTYPE_CODES[gate.dtype]),
+        ctypes.c_int32(_ACTIVATION_CODES[activation]),
+        ctypes.c_int64(gate.numel()),
+    ]
+
+
+def _gate(gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
+    output = torch.empty_like(gate)
+    launch("gated_activation_forward", [gate, up, *_gated_options(gate, activation), output])
+    return output
 
 
 class _GatedActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        output = torch.empty_like(gate)
         ctx.save_for_backward(gate, up)
-        ctx.options = [
-            ctypes.c_int32(DTYPE_CODES[gate.dtype]),
-            ctypes.c_int32(_ACTIVATION_CODES[activation]),
-            ctypes.c_int64(gate.numel()),
-        ]
-        launch("gated_activation_forward", [gate, up, *ctx.options, output])
-        return output
+        ctx.activation = activation
+        return _gate(gate, up, activation)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
-        passed = [gate, up, *ctx.options, gradients[0].contiguous(), grad_gate, grad_up]
+        options = _gated_options(gate, ctx.activation)
+        passed = [gate, up, *options, gradients[0].contiguous(), grad_gate, grad_up]
         launch("gated_activation_backward", passed)
         return grad_gate, grad_up, None
 
@@ -140,7 +159,10 @@ def gated_activation(gate: Tensor, up: Tensor, activation: Activation) -> Tensor
     Returns:
         Tensor of the same shape and dtype, computed in float32, differentiable in both.
     """
+    gate, up = gate.contiguous(), up.contiguous()
     found: Tensor = _GatedActivation.apply(gate, up, activation)  # type: ignore[no-untyped-call]
+    kept = gate.detach(), up.detach()
+    recompute(found, lambda: _gate(*kept, activation))
     return found
 
 
