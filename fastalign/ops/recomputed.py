@@ -1,4 +1,4 @@
-"""Outputs that a backward computes again, from tensors that it keeps anyway, in place of keeping them.
+"""Outputs that a backward computes again from what it keeps anyway, in place of keeping them.
 
 The output of a norm or of a gated activation is the input of the products that follow, which keep
 it for the gradients of their weights. It costs one pass over memory to make again. Selective
@@ -86,11 +86,12 @@ def recompute(output: Tensor, compute: Callable[[], Tensor]) -> None:
 
 
 def _pack(tensor: Tensor) -> Any:
-    output = _outputs.get(tensor.untyped_storage()._cdata) if tensor.is_cpu else None
+    has_storage = tensor.is_cpu and tensor.layout == torch.strided
+    output = _outputs.get(tensor.untyped_storage()._cdata) if has_storage else None
     if output is None or not output.is_unchanged():
         return tensor
     output.num_waiting += 1
-    return _Kept(output, tensor.size(), tensor.stride(), tensor.storage_offset())
+    return _Kept(output, tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
 
 def _unpack(kept: Any) -> Tensor:
