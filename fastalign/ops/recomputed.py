@@ -32,7 +32,7 @@ class _Output:
         self._again: Tensor | None = None
 
     def is_unchanged(self) -> bool:
-        """Return whether the output has still the values that it was computed with."""
+        """Return whether the output is still there, with the values that it was computed with."""
         output = self._output()
         return output is not None and output._version == self._version
 
@@ -53,7 +53,8 @@ class _Kept(NamedTuple):
     offset: int
 
 
-# By the address of an output's storage. An output owns its entry, which so ends before the storage.
+# By the address of an output's storage. What keeps an entry may outlive that storage, whose address
+# may come again: `is_unchanged` is False then, since its output is gone.
 _outputs: weakref.WeakValueDictionary[int, _Output] = weakref.WeakValueDictionary()
 
 
